@@ -1,0 +1,79 @@
+"""Time cut into chunks, and packed sequences cut into segments.
+
+Segments, one rule for every op: id 0 is padding, which leaves the state alone and reads zero; the
+state resets where the id changes (padding between two equal ids is no change); the initial state
+belongs to the first segment of the call, and the returned state is the last segment's.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from memformer.core.types import Array, Bool, Dims, Int, check_array
+
+__all__ = ["Segments", "chunk_time", "find_segments", "pad_time", "unchunk_time"]
+
+
+class Segments(NamedTuple):
+    """Where each token belongs.
+
+    Attributes:
+      index: segments counted from 0 in order of time; a padding token carries the index of the
+        segment before it (0 before the first). The initial state belongs to index 0.
+      valid: False at padding.
+    """
+
+    index: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+
+
+def find_segments(segment_ids: Int[Array, "B T"] | None, dims: Dims) -> Segments | None:
+    """Counts the segments of a packed batch; None where nothing is packed.
+
+    Args:
+      segment_ids: [B, T] integers, 0 = padding, or None.
+      dims: the sizes of B and T already seen.
+
+    Raises:
+      ValueError: the array is not [B, T] or not integers.
+
+    Example:
+      >>> find_segments(jnp.array([[0, 3, 3, 0, 3, 5]]), {"B": 1, "T": 6}).index
+      Array([[0, 0, 0, 0, 0, 1]], dtype=int32)
+    """
+    if segment_ids is None:
+        return None
+    ids = check_array("segment_ids", segment_ids, "B T", dims, kind=jnp.integer)
+    valid = ids != 0
+    # The last valid position at or before each token, -1 before the first.
+    place = jnp.where(valid, jnp.arange(ids.shape[1], dtype=jnp.int32), jnp.int32(-1))
+    place = lax.cummax(place, axis=1)
+    filled = jnp.take_along_axis(ids, jnp.maximum(place, 0), axis=1)
+    started = place >= 0
+    change = (filled[:, 1:] != filled[:, :-1]) & started[:, :-1]
+    change = jnp.pad(change, ((0, 0), (1, 0)))
+    return Segments(jnp.cumsum(change, axis=1, dtype=jnp.int32), valid)
+
+
+def pad_time(x: Array, multiple: int, axis: int = 1) -> Array:
+    """Pads `axis` with zeros to the next multiple."""
+    missing = -x.shape[axis] % multiple
+    if not missing:
+        return x
+    width = [(0, 0)] * x.ndim
+    width[axis] = (0, missing)
+    return jnp.pad(x, width)
+
+
+def chunk_time(x: Array, size: int) -> Array:
+    """[B, T, ...] to [N, B, C, ...], the order in which a scan walks; pads T with zeros."""
+    x = pad_time(x, size)
+    x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+def unchunk_time(x: Array, length: int) -> Array:
+    """[N, B, C, ...] back to [B, T, ...], padding dropped."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]

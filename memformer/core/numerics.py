@@ -1,0 +1,84 @@
+"""Numerics that every memory shares: accumulation dtype, precision, safe norms and softmax."""
+
+import jax.numpy as jnp
+from jax import lax
+
+from memformer.core.types import Array, Bool, Float
+
+__all__ = ["accumulation_dtype", "l2norm", "masked_softmax", "matmul_precision", "repeat_heads"]
+
+
+def accumulation_dtype(*arrays: Array) -> jnp.dtype:
+    """float64 if any array is float64, otherwise float32: what states and sums are kept in.
+
+    Example:
+      >>> accumulation_dtype(jnp.zeros(2, jnp.bfloat16))
+      dtype('float32')
+    """
+    double = any(a.dtype == jnp.float64 for a in arrays if a is not None)
+    return jnp.dtype("float64" if double else "float32")
+
+
+def matmul_precision(precision: str | lax.Precision | None, *arrays: Array) -> lax.Precision:
+    """The precision of the matrix products of an op.
+
+    None asks for what the inputs carry: HIGHEST when every input is float32 or wider (TPUs and
+    tensor cores would otherwise round operands to bfloat16 or tf32), DEFAULT otherwise.
+
+    Args:
+      precision: None, "default", "high", "highest", or a `jax.lax.Precision`.
+      *arrays: the inputs of the op.
+
+    Raises:
+      ValueError: for a name that is none of these.
+    """
+    if precision is None:
+        wide = all(a.dtype in (jnp.float32, jnp.float64) for a in arrays if a is not None)
+        return lax.Precision.HIGHEST if wide else lax.Precision.DEFAULT
+    if isinstance(precision, lax.Precision):
+        return precision
+    try:
+        return lax.Precision[precision.upper()]
+    except (AttributeError, KeyError):
+        raise ValueError(
+            f"precision must be None, 'default', 'high', 'highest' or a jax.lax.Precision, got {precision!r}"
+        ) from None
+
+
+def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6) -> Float[Array, "... K"]:
+    """x / sqrt(sum(x^2) + epsilon^2) over the last axis, in x's dtype.
+
+    The sum is taken in float32. The gradient is finite at x = 0, where the result is 0.
+
+    Example:
+      >>> l2norm(jnp.array([3.0, 4.0]))
+      Array([0.6, 0.8], dtype=float32)
+    """
+    wide = x.astype(accumulation_dtype(x))
+    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * lax.rsqrt(square + epsilon**2)).astype(x.dtype)
+
+
+def masked_softmax(scores: Float[Array, "... S"], mask: Bool[Array, "... S"]) -> Float[Array, "... S"]:
+    """Softmax over the last axis among the entries where `mask` holds; 0 elsewhere.
+
+    A row with no visible entry is 0 (an empty sum), and so is its gradient.
+
+    Example:
+      >>> masked_softmax(jnp.zeros((2, 2)), jnp.array([[True, False], [False, False]]))
+      Array([[1., 0.],
+             [0., 0.]], dtype=float32)
+    """
+    low = jnp.asarray(jnp.finfo(scores.dtype).min, scores.dtype)
+    hidden = jnp.where(mask, scores, low)
+    top = lax.stop_gradient(jnp.max(hidden, axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, hidden - top, jnp.zeros_like(scores))), jnp.zeros_like(scores))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total, jnp.ones_like(total))
+
+
+def repeat_heads(x: Float[Array, "B T G *rest"], groups: int) -> Float[Array, "B T H *rest"]:
+    """Repeats each of G heads `groups` times along axis 2 (head g serves heads g*groups ... )."""
+    return x if groups == 1 else jnp.repeat(x, groups, axis=2)
+
+

@@ -1,0 +1,97 @@
+"""The similarity kernels: how strongly a key answers a query.
+
+For x, y in R^K and s = x . y:
+
+    linear   scale * s
+    relu     max(scale * s, 0)
+    exp      exp(scale * s)
+    softmax  exp(scale * s) / sum of the same over the visible keys; an empty sum gives 0
+    round    nearest multiple of 10^-decimals to scale * s, with a straight-through gradient
+
+The default scale is K^-0.5 for exp and softmax, and 1 for linear, relu and round.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from memformer.core.types import Array, Float
+
+__all__ = ["KERNELS", "Kernel", "resolve_kernel", "similarity"]
+
+KERNELS = ("linear", "relu", "exp", "softmax", "round")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A similarity kernel by name, with its scale.
+
+    Attributes:
+      name: one of `KERNELS`.
+      scale: factor on the inner product; None is K^-0.5 for exp and softmax, 1 for the others.
+      decimals: for round only: how many decimals stay.
+
+    Raises:
+      ValueError: for an unknown name, or decimals where nothing is rounded.
+
+    Source: arXiv 2505.19488 section 2 (kernels as memories' capacity); DeltaFormer (NeurIPS 2025)
+    for round.
+
+    Example:
+      >>> Kernel("round", decimals=2)
+      Kernel(name='round', scale=None, decimals=2)
+    """
+
+    name: str
+    scale: float | None = None
+    decimals: int = 0
+
+    def __post_init__(self):
+        if self.name not in KERNELS:
+            raise ValueError(f"kernel name must be one of {', '.join(KERNELS)}, got {self.name!r}")
+        if self.decimals and self.name != "round":
+            raise ValueError(f"decimals is for the round kernel only, got decimals={self.decimals} with {self.name!r}")
+
+    @property
+    def normalized(self) -> bool:
+        """True where the value of one key depends on the others (softmax)."""
+        return self.name == "softmax"
+
+    def scale_for(self, width: int) -> float:
+        """The scale that holds for keys of this width."""
+        if self.scale is not None:
+            return self.scale
+        return width**-0.5 if self.name in ("exp", "softmax") else 1.0
+
+
+def resolve_kernel(name: str, kernel: str | Kernel) -> Kernel:
+    """Turns the argument called `name` into a Kernel, or says what it must be."""
+    if isinstance(kernel, Kernel):
+        return kernel
+    if isinstance(kernel, str) and kernel in KERNELS:
+        return Kernel(kernel)
+    raise ValueError(f"{name} must be a Kernel or one of {', '.join(KERNELS)}, got {kernel!r}")
+
+
+def similarity(kernel: Kernel, scores: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The kernel's value for scaled inner products; for softmax, before normalising.
+
+    Args:
+      kernel: which kernel.
+      scores: scale * (x . y). For softmax, subtract the row's maximum first.
+
+    Returns:
+      The same shape and dtype.
+
+    Example:
+      >>> similarity(Kernel("relu"), jnp.array([-1.0, 2.0]))
+      Array([0., 2.], dtype=float32)
+    """
+    if kernel.name == "linear":
+        return scores
+    if kernel.name == "relu":
+        return jnp.maximum(scores, jnp.zeros_like(scores))
+    if kernel.name == "round":
+        return scores + lax.stop_gradient(jnp.round(scores, kernel.decimals) - scores)
+    return jnp.exp(scores)

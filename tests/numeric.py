@@ -1,0 +1,31 @@
+"""How closely results must agree: one error measure and one table of tolerances."""
+
+import jax
+import numpy as np
+
+# Relative root mean square against the float64 recurrence, by dtype of the inputs.
+FORWARD = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 1e-2}
+GRADIENT = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 3e-2}
+
+
+def relative_rms(got, want) -> float:
+    """|got - want| / |want| in the root mean square, computed in float64; plain |got| where want is 0."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        raise AssertionError(f"shapes differ: {got.shape} and {want.shape}")
+    size = np.sqrt(np.mean(want**2))
+    error = np.sqrt(np.mean((got - want) ** 2))
+    return float(error / size) if size > 0 else float(error)
+
+
+def assert_close(got, want, tolerance: float, what: str = "") -> None:
+    """Every leaf of `got` is finite and within `tolerance` of `want` in relative RMS."""
+    got_leaves, got_tree = jax.tree_util.tree_flatten_with_path(got)
+    want_leaves, want_tree = jax.tree_util.tree_flatten_with_path(want)
+    assert got_tree == want_tree, f"{what}: trees differ: {got_tree} and {want_tree}"
+    assert got_leaves, f"{what}: nothing to compare"
+    for (path, g), (_, w) in zip(got_leaves, want_leaves, strict=True):
+        where = f"{what}{jax.tree_util.keystr(path)}"
+        assert np.all(np.isfinite(np.asarray(g, np.float64))), f"{where}: not finite"
+        error = relative_rms(g, w)
+        assert error <= tolerance, f"{where}: relative RMS {error:.2e} > {tolerance:.0e}"
