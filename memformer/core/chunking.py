@@ -24,7 +24,7 @@ class Segments(NamedTuple):
       valid: False at padding.
     """
 
-    index: Int[Array, "B T"]
+    index: Int[Array, "B T"]  # type: ignore[assignment]
     valid: Bool[Array, "B T"]
 
 

@@ -80,5 +80,3 @@ def masked_softmax(scores: Float[Array, "... S"], mask: Bool[Array, "... S"]) ->
 def repeat_heads(x: Float[Array, "B T G *rest"], groups: int) -> Float[Array, "B T H *rest"]:
     """Repeats each of G heads `groups` times along axis 2 (head g serves heads g*groups ... )."""
     return x if groups == 1 else jnp.repeat(x, groups, axis=2)
-
-
