@@ -1,0 +1,48 @@
+"""Tasks: random-access sources of examples, by name.
+
+A task is a frozen dataclass; `make_task` builds one from a run's settings.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from memformer.tasks.source import SPLITS, Example, RandomAccessSource, SyntheticSource, Task
+from memformer.tasks.swap import Swap
+
+__all__ = [
+    "SPLITS",
+    "TASKS",
+    "Example",
+    "RandomAccessSource",
+    "Swap",
+    "SyntheticSource",
+    "Task",
+    "make_task",
+]
+
+TASKS: dict[str, type[Task]] = {
+    "swap": Swap,
+}
+
+
+def make_task(settings: Mapping[str, Any]) -> Task:
+    """Builds a task from `name` and that task's own settings.
+
+    Raises:
+      ValueError: no name, an unknown name, an unknown key (the known ones are listed), or a setting
+        that the task refuses.
+
+    Example:
+      >>> make_task({"name": "swap", "length": 32}).length
+      32
+    """
+    fields = dict(settings)
+    name = fields.pop("name", None)
+    if name not in TASKS:
+        raise ValueError(f"task.name must be one of {', '.join(map(repr, TASKS))}, got {name!r}")
+    known = [field.name for field in dataclasses.fields(TASKS[name])]
+    for key in fields:
+        if key not in known:
+            raise ValueError(f"task {name!r} has no setting {key!r}; it has {', '.join(known)}")
+    return TASKS[name](**fields)
