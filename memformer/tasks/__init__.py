@@ -7,22 +7,40 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from memformer.tasks.formal_languages import ModularArithmetic, Parity, scaled_accuracy
+from memformer.tasks.group_words import GroupWords
+from memformer.tasks.reachability import Reachability
+from memformer.tasks.recall import MQAR
 from memformer.tasks.source import SPLITS, Example, RandomAccessSource, SyntheticSource, Task
 from memformer.tasks.swap import Swap
+from memformer.tasks.text import Text
 
 __all__ = [
+    "MQAR",
     "SPLITS",
     "TASKS",
     "Example",
+    "GroupWords",
+    "ModularArithmetic",
+    "Parity",
     "RandomAccessSource",
+    "Reachability",
     "Swap",
     "SyntheticSource",
     "Task",
+    "Text",
     "make_task",
+    "scaled_accuracy",
 ]
 
 TASKS: dict[str, type[Task]] = {
     "swap": Swap,
+    "reachability": Reachability,
+    "group_words": GroupWords,
+    "parity": Parity,
+    "modular_arithmetic": ModularArithmetic,
+    "mqar": MQAR,
+    "text": Text,
 }
 
 

@@ -7,10 +7,11 @@ splits (their keys differ). Source: Salmon et al. 2011, "Parallel random numbers
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import ClassVar, Protocol, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 __all__ = ["SPLITS", "Example", "RandomAccessSource", "SyntheticSource", "Task", "check_at_least", "check_choice"]
 
@@ -80,14 +81,17 @@ class Task:
     Attributes:
       name: the key in `TASKS`.
       scores: metrics shown beside the loss, among "accuracy", "sequence_accuracy", "bits_per_byte".
-      eval_lengths: lengths that an evaluation by length visits.
     """
 
     name: ClassVar[str]
     scores: ClassVar[tuple[str, ...]] = ("accuracy",)
-    eval_lengths: ClassVar[tuple[int, ...]] = ()
 
     length: int
+
+    @property
+    def eval_lengths(self) -> tuple[int, ...]:
+        """Lengths that an evaluation by length visits."""
+        return ()
 
     @property
     def vocab_size(self) -> int:
@@ -110,8 +114,8 @@ class Task:
         return self.length
 
     @property
-    def chance(self) -> float:
-        """Accuracy of the best answer that ignores the inputs."""
+    def chance(self) -> float | None:
+        """Accuracy of an answer that ignores the inputs; None where accuracy is not the score."""
         return 1 / self.num_classes
 
     def source(self, split: str, seed: int) -> RandomAccessSource:
@@ -127,7 +131,7 @@ class Task:
         return dataclasses.replace(self, length=length)
 
 
-def example(inputs: np.ndarray, targets: np.ndarray, loss_weights: np.ndarray, used: int | None = None) -> Example:
+def example(inputs: np.ndarray, targets: ArrayLike, loss_weights: np.ndarray, used: int | None = None) -> Example:
     """One example of a single segment; time steps from `used` on are padding.
 
     Args:
@@ -136,7 +140,7 @@ def example(inputs: np.ndarray, targets: np.ndarray, loss_weights: np.ndarray, u
       loss_weights: [T]; 0 is not scored. Padding must hold 0.
       used: number of steps that are not padding, all by default.
     """
-    steps = len(targets)
+    steps = len(inputs)
     time = np.arange(steps, dtype=np.int32)
     inside = time < (steps if used is None else used)
     return {
@@ -154,7 +158,7 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
-def check_choice(name: str, value: object, choices) -> None:
+def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """Raises ValueError unless `value` is among `choices`."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

@@ -12,7 +12,7 @@ from memformer.tasks.source import Example, SyntheticSource, Task, check_at_leas
 
 __all__ = ["Swap"]
 
-STARTS = {"objects": None, "token": 1, "none": 0}
+STARTS = ("objects", "token", "none")
 ENCODINGS = ("pair", "positions")
 
 
@@ -43,12 +43,11 @@ class Swap(Task):
 
     Example:
       >>> task = Swap(length=16)
-      >>> task.vocab_size, task.num_classes, task.steps, task.chance
-      (15, 5, 21, 0.24999...)
+      >>> task.vocab_size, task.num_classes, task.steps, round(task.chance, 3)
+      (15, 5, 21, 0.25)
     """
 
     name = "swap"
-    eval_lengths = (16, 32, 64, 128, 256, 512, 1024)
 
     length: int = 16
     objects: int = 5
@@ -67,13 +66,17 @@ class Swap(Task):
             raise ValueError(f"queries must be True or False, got {self.queries!r}")
 
     @property
+    def eval_lengths(self) -> tuple[int, ...]:
+        return (16, 32, 64, 128, 256, 512, 1024)
+
+    @property
     def num_classes(self) -> int:
         return self.objects
 
     @property
     def start_tokens(self) -> int:
         """Number of tokens before the first swap."""
-        return self.objects if self.start == "objects" else STARTS[self.start]
+        return {"objects": self.objects, "token": 1, "none": 0}[self.start]
 
     @property
     def swap_ids(self) -> int:
