@@ -37,6 +37,7 @@ class _OneAnswer(Task):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
+        """Lengths that an evaluation by length visits."""
         return (40, 64, 128, 256)
 
     def with_length(self, length: int) -> Task:
@@ -48,6 +49,7 @@ class _OneAnswer(Task):
         return dataclasses.replace(self, length=length, min_length=length)
 
     def source(self, split: str, seed: int) -> SyntheticSource:
+        """Examples of one split, by number."""
         return SyntheticSource(self._draw, split, seed)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
@@ -81,10 +83,12 @@ class Parity(_OneAnswer):
 
     @property
     def vocab_size(self) -> int:
+        """Number of input ids."""
         return 2
 
     @property
     def num_classes(self) -> int:
+        """Number of classes of a target."""
         return 2
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
@@ -125,14 +129,17 @@ class ModularArithmetic(_OneAnswer):
 
     @property
     def vocab_size(self) -> int:
+        """Number of input ids."""
         return self.modulus + 4
 
     @property
     def num_classes(self) -> int:
+        """Number of classes of a target."""
         return self.modulus
 
     @property
     def steps(self) -> int:
+        """The longest expression and "="."""
         return self.length + 1
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:

@@ -67,17 +67,21 @@ class GroupWords(Task):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
+        """Lengths that an evaluation by length visits."""
         return (32, 64, 128, 256, 500)
 
     @property
     def vocab_size(self) -> int:
+        """Letters of the alphabet."""
         return GROUPS[self.group][1]
 
     @property
     def num_classes(self) -> int:
+        """Order of the group."""
         return GROUPS[self.group][0]
 
     def source(self, split: str, seed: int) -> SyntheticSource:
+        """Examples of one split, by number."""
         return SyntheticSource(self._draw_training if split == "train" else self._draw, split, seed)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:

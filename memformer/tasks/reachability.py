@@ -51,17 +51,21 @@ class Reachability(Task):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
+        """Lengths that an evaluation by length visits."""
         return tuple(n for n in (8, 16, 32, 64, 96) if n < self.width)
 
     @property
     def features(self) -> int:
+        """Width of a token."""
         return self.width
 
     @property
     def num_classes(self) -> int:
+        """Connected with node 1, or not."""
         return 2
 
     def source(self, split: str, seed: int) -> SyntheticSource:
+        """Examples of one split, by number."""
         return SyntheticSource(self._draw, split, seed)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:

@@ -64,13 +64,16 @@ class MQAR(Task):
 
     @property
     def num_classes(self) -> int:
+        """Number of classes of a target."""
         return self.vocab_size
 
     @property
     def chance(self) -> float:
+        """Accuracy of guessing any value."""
         return 2 / self.vocab_size
 
     def source(self, split: str, seed: int) -> SyntheticSource:
+        """Examples of one split, by number."""
         return SyntheticSource(self._draw, split, seed)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:

@@ -67,10 +67,12 @@ class Swap(Task):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
+        """Lengths that an evaluation by length visits."""
         return (16, 32, 64, 128, 256, 512, 1024)
 
     @property
     def num_classes(self) -> int:
+        """Objects: each is a class."""
         return self.objects
 
     @property
@@ -85,6 +87,7 @@ class Swap(Task):
 
     @property
     def vocab_size(self) -> int:
+        """Swap ids, query ids and start ids."""
         return self.swap_ids + self.objects * self.queries + self.start_tokens
 
     @property
@@ -94,15 +97,18 @@ class Swap(Task):
 
     @property
     def steps(self) -> int:
+        """Start tokens, swaps and queries."""
         return self.start_tokens + self.length * self.tokens_a_swap
 
     @property
     def chance(self) -> float:
+        """Accuracy of naming the object that started at the position asked for."""
         n, t = self.objects, np.arange(1, self.length + 1)
         stays = 1 / n + (1 - 1 / n) * ((n - 3) / (n - 1)) ** t
         return float(stays.mean())
 
     def source(self, split: str, seed: int) -> SyntheticSource:
+        """Examples of one split, by number."""
         return SyntheticSource(self._draw, split, seed)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:

@@ -67,14 +67,17 @@ class Text(Task):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
+        """Lengths that an evaluation by length visits."""
         return (256, 512, 1024, 2048)
 
     @property
     def vocab_size(self) -> int:
+        """The bytes and the start token."""
         return START + 1
 
     @property
     def num_classes(self) -> int:
+        """The bytes."""
         return START
 
     @property

@@ -1,0 +1,84 @@
+"""Parity and modular arithmetic: answers against Python's own, lengths, settings."""
+
+import numpy as np
+import pytest
+
+from memformer.tasks import ModularArithmetic, Parity, make_task, scaled_accuracy
+
+
+def answer(e) -> tuple[int, int]:
+    """(time, class) of the only scored step."""
+    (time,) = np.flatnonzero(e["loss_weights"])
+    assert e["loss_weights"][time] == 1
+    assert time == e["segment_ids"].sum() - 1
+    return int(time), int(e["targets"][time])
+
+
+def test_parity_is_of_the_bits():
+    source = Parity().source("train", 0)
+    for i in range(200):
+        time, odd = answer(source[i])
+        assert odd == source[i]["inputs"][: time + 1].sum() % 2
+        assert not source[i]["inputs"][time + 1 :].any()
+
+
+@pytest.mark.parametrize("modulus", [5, 7])
+def test_value_is_that_of_python(modulus):
+    task = ModularArithmetic(modulus=modulus)
+    source = task.source("train", 1)
+    letters = [*map(str, range(modulus)), "+", "-", "*", "="]
+    for i in range(200):
+        time, value = answer(source[i])
+        text = " ".join(letters[token] for token in source[i]["inputs"][: time + 1])
+        assert text.endswith(" =")
+        assert value == eval(text[:-1]) % modulus, text
+
+
+# task, lengths in use (tokens before the answer)
+LENGTHS = [
+    (Parity(), range(3, 41)),
+    (Parity().with_length(64), [64]),
+    (Parity(length=5, min_length=1), range(1, 6)),
+    (ModularArithmetic(), range(3, 41, 2)),
+    (ModularArithmetic(length=6, min_length=4), [5]),
+    (ModularArithmetic(length=2, min_length=1), [1]),
+    (ModularArithmetic().with_length(64), [63]),
+]
+
+
+@pytest.mark.parametrize("task, lengths", LENGTHS, ids=str)
+def test_lengths_in_use(task, lengths):
+    source = task.source("train", 0)
+    extra = isinstance(task, ModularArithmetic)
+    used = [int(source[i]["segment_ids"].sum()) - extra for i in range(1000)]
+    assert sorted(set(used)) == list(lengths)
+    share = np.bincount(used)[list(lengths)] / len(used) * len(lengths)
+    assert np.all(np.abs(share - 1) < 0.75)
+
+
+@pytest.mark.parametrize("task", [Parity(), ModularArithmetic()], ids=lambda task: task.name)
+def test_answers_are_near_chance(task):
+    source = task.source("train", 0)
+    classes = np.bincount([answer(source[i])[1] for i in range(3000)], minlength=task.num_classes) / 3000
+    # A product that contains a zero is zero, which makes 0 the most frequent value.
+    assert task.chance - 0.05 < classes.max() < task.chance + 0.15
+
+
+def test_scaled_accuracy():
+    assert scaled_accuracy(1.0, 0.2) == 1.0
+    assert scaled_accuracy(0.2, 0.2) == 0.0
+    assert scaled_accuracy(0.6, 0.2) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"name": "parity", "length": 2}, "length must be an integer of at least 3, got 2"),
+        ({"name": "parity", "min_length": 0}, "min_length must be an integer of at least 1, got 0"),
+        ({"name": "modular_arithmetic", "modulus": 1}, "modulus must be an integer of at least 2, got 1"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(settings)
