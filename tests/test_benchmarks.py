@@ -1,0 +1,106 @@
+"""The benchmark runner at toy sizes: the shape of what it writes, and its judgements. No time is tested."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import cases, goals, run, timing
+
+ROW_KEYS = {
+    "op", "variant", "T", "shape", "pass", "implementation", "ran", "milliseconds", "low", "high", "rounds", "ratio",
+    "error", "flops", "bytes",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmarks") / "result.json"
+    run.main(["--quick", "--out", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_every_case_has_its_rows(result):
+    want = [
+        (case.op, direction, name)
+        for case in cases.QUICK
+        for direction, _ in run.PASSES
+        for name in case.implementations
+    ]
+    assert [(row["op"], row["pass"], row["implementation"]) for row in result["rows"]] == want
+    assert all(set(row) == ROW_KEYS for row in result["rows"])
+
+
+def test_figures_are_figures(result):
+    for row in result["rows"]:
+        assert 0 < row["low"] <= row["milliseconds"] <= row["high"]
+        assert row["rounds"] >= 5 and row["flops"] > 0 and row["bytes"] > 0
+        assert row["ratio"] == 1.0 or row["implementation"] != "default"
+
+
+def test_contestants_compute_the_same(result):
+    for row in result["rows"]:
+        assert row["error"] < 1e-4, row
+
+
+def test_the_default_says_what_ran(result):
+    assert all(row["ran"] for row in result["rows"] if row["implementation"] == "default")
+    recurrent = [row["ran"] for row in result["rows"] if row["implementation"] == "recurrent"]
+    assert recurrent and set(recurrent) == {"recurrent"}
+
+
+def test_scaling_and_goals(result):
+    assert [row["T"] for row in result["scaling"]] == [[32, 64], [32, 64]]
+    assert len(result["goals"]) == len(goals.GOALS) + 2
+    # toy sizes are no goal's sizes
+    assert all(verdict["met"] is None for verdict in result["goals"][: len(goals.GOALS)])
+
+
+def test_surroundings(result):
+    assert {"date", "commit", "uncommitted", "device", "processor", "cores", "versions"} <= set(result)
+    assert {"python", "jax", "jaxlib", "memformer"} <= set(result["versions"])
+
+
+def test_goals_are_judged():
+    op, shape, direction, rival, want = goals.GOALS[2]
+    row = {"op": op, "shape": shape, "pass": direction, "implementation": rival, "T": 2048}
+    for ratio, met in ((want, True), (want - 0.01, False)):
+        assert goals.judge([{**row, "ratio": ratio}], [])[2]["met"] is met
+    assert goals.judge([{**row, "T": 1024, "ratio": 99.0}], [])[2]["met"] is None
+    line = {"op": "delta_rule", "variant": "gated", "pass": "forward"}
+    assert [goals.judge([], [{**line, "exponent": p}])[-1]["met"] for p in (1.1, 1.11)] == [True, False]
+
+
+def test_goals_name_cases_that_are_run():
+    rows = {
+        (case.op, case.shape, name) for case in cases.CASES if case.length == 2048
+        for name in (*case.implementations, *case.peers)
+    }  # fmt: skip
+    assert {(op, shape, rival) for op, shape, _, rival, _ in goals.GOALS} <= rows
+
+
+def test_exponent():
+    lengths = [8, 16, 32, 64]
+    assert timing.exponent(lengths, [3.0 * t**1.5 for t in lengths]) == pytest.approx(1.5)
+
+
+def test_relative_error_takes_the_worst_array():
+    want = {"a": np.ones(4, np.float32), "b": np.ones(4, np.float32)}
+    got = {"a": np.ones(4, np.float32), "b": np.full(4, 1.5, np.float32)}
+    assert timing.relative_error(got, want) == pytest.approx(0.5)
+
+
+def test_rounds_are_interleaved():
+    calls = []
+
+    class Runner:
+        def __init__(self, name):
+            self.name = name
+
+        def seconds(self, count):
+            calls.append(self.name)
+            return 1.0
+
+    samples = timing.interleave([Runner("a"), Runner("b")], budget=0.0)
+    assert [len(sample) for sample in samples] == [5, 5]
+    assert calls[2:] == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
