@@ -1,0 +1,36 @@
+"""Words over a group (arXiv 2404.08819): tag every letter with the running product, train 32, test to 500.
+
+    python train.py --config=configs/group_words.py --workdir=runs/s3
+
+S3 needs two delta steps a token; S4 and A5 two, S5 four (arXiv 2502.10297); swaps of S5 one:
+
+    python train.py --config=configs/group_words.py --config.task.group=S5 \
+        --config.model.memory_options.delta_product.steps=4 --workdir=runs/s5
+    python train.py --config=configs/group_words.py --config.task.group=S5_swaps \
+        --config.model.memory=delta_rule --workdir=runs/s5_swaps
+"""
+
+from memformer.training.config import default_config
+
+
+def get_config():
+    """Returns the run's config."""
+    config = default_config()
+    config.task = {"name": "group_words", "length": 32, "group": "S3"}
+    config.model.memory = "delta_product"
+    config.model.depth = 1
+    config.model.width = 128
+    config.model.heads = 8
+    config.model.memory_options = {
+        "delta_product": {"steps": 2, "beta_limit": 2.0},
+        "delta_rule": {"beta_limit": 2.0},
+        "gated_delta_rule": {"beta_limit": 2.0},
+        "deltaformer": {"write_kernel": "linear", "read_kernel": "softmax", "unit_keys": True, "beta_limit": 2.0},
+    }
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 50
+    config.train.steps = 2000
+    config.train.batch_size = 64
+    config.train.stop_accuracy = 0.999
+    config.train.final_lengths = (32, 64, 128, 256, 500)
+    return config

@@ -1,0 +1,37 @@
+"""Parity (arXiv 2411.12537): trained on 3 to 40 bits, tested on 40 to 256, one answer at the last bit.
+
+    python train.py --config=configs/parity.py --workdir=runs/parity
+
+With beta in (0, 1), which cannot count modulo two:
+
+    python train.py --config=configs/parity.py --config.model.memory_options.delta_rule.beta_limit=1.0 \
+        --workdir=runs/parity_beta1
+
+The paper's test mixes lengths, and scores (accuracy - 1/2) / (1/2):
+
+    python eval.py --workdir=runs/parity --set=task.min_length=40 --set=task.length=256
+"""
+
+from memformer.training.config import default_config
+
+
+def get_config():
+    """Returns the run's config."""
+    config = default_config()
+    config.task = {"name": "parity", "length": 40, "min_length": 3}
+    config.model.memory = "delta_rule"
+    config.model.depth = 1
+    config.model.width = 128
+    config.model.heads = 4
+    config.model.memory_options = {
+        "delta_rule": {"beta_limit": 2.0},
+        "gated_delta_rule": {"beta_limit": 2.0},
+        "deltaformer": {"write_kernel": "linear", "read_kernel": "softmax", "unit_keys": True, "beta_limit": 2.0},
+    }
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 50
+    config.train.steps = 3000
+    config.train.batch_size = 128
+    config.train.stop_accuracy = 0.999
+    config.train.final_lengths = (40, 64, 128, 256)
+    return config

@@ -1,0 +1,46 @@
+"""State tracking by swaps (DeltaFormer, NeurIPS 2025, listing G.1): one layer, five objects.
+
+    python train.py --config=configs/swap.py --workdir=runs/swap
+
+Other memories, and the paper's curriculum from 32 to 256:
+
+    python train.py --config=configs/swap.py --config.model.memory=softmax_attention --workdir=runs/swap_softmax
+    python train.py --config=configs/swap.py --config.train.curriculum.enabled=True \
+        --config.train.steps=1000 --workdir=runs/swap_curriculum
+"""
+
+from memformer.training.config import default_config
+
+
+def get_config():
+    """Returns the run's config."""
+    config = default_config()
+    config.task = {
+        "name": "swap",
+        "length": 32,
+        "objects": 5,
+        # one token an object: the start state can be written, and learning takes a hundredth of the steps
+        "start": "objects",
+        "queries": False,
+        "encoding": "pair",
+    }
+    config.model.memory = "deltaformer"
+    config.model.depth = 1
+    config.model.width = 128
+    config.model.heads = 4
+    # beta in (0, 2): a swap is a reflection, I - 2 k k^T
+    config.model.memory_options = {
+        "deltaformer": {"write_kernel": "linear", "read_kernel": "softmax", "unit_keys": True, "beta_limit": 2.0},
+        "delta_rule": {"beta_limit": 2.0},
+        "gated_delta_rule": {"beta_limit": 2.0},
+        "kda": {"beta_limit": 2.0},
+        "delta_product": {"steps": 2, "beta_limit": 2.0},
+        "softmax_attention": {"rotary": True},
+    }
+    config.optimizer.learning_rate = 5e-3
+    config.optimizer.schedule = "exponential"
+    config.train.steps = 400
+    config.train.batch_size = 64
+    config.train.stop_accuracy = 0.999
+    config.train.final_lengths = (16, 32, 64, 128, 256)
+    return config

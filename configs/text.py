@@ -1,0 +1,34 @@
+"""A byte-level language model on the Python standard library's own sources, in bits per byte of held-out files.
+
+    python train.py --config=configs/text.py --workdir=runs/text
+
+A folder of one's own, by the ending of its files' names:
+
+    python train.py --config=configs/text.py --config.task.folder=/path/to/books --config.task.suffix=.txt \
+        --workdir=runs/books
+"""
+
+from memformer.training.config import default_config
+
+
+def get_config():
+    """Returns the run's config."""
+    config = default_config()
+    config.task = {"name": "text", "length": 256, "folder": "", "suffix": ".py"}
+    config.model.memory = "gated_delta_rule"
+    config.model.depth = 2
+    config.model.width = 128
+    config.model.heads = 2
+    config.model.memory_options = {
+        "gated_delta_rule": {"conv_width": 4},
+        "softmax_attention": {"rotary": True},
+        "deltaformer": {"write_kernel": "softmax", "read_kernel": "softmax"},
+    }
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 50
+    config.optimizer.weight_decay = 0.1
+    config.train.steps = 1000
+    config.train.batch_size = 16
+    config.train.eval_every = 250
+    config.train.eval_batches = 16
+    return config

@@ -1,0 +1,63 @@
+"""Every file of configs/ is a whole run: task, model and options all build, and its docstring's commands parse."""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+
+import pytest
+
+from memformer.layers.memory import known_options
+from memformer.tasks import TASKS, make_task
+from memformer.training.build import model_settings
+from memformer.training.config import default_config, set_values, unknown_key, validate
+
+ROOT = pathlib.Path(__file__).parents[1]
+NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / "configs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_task_has_a_config():
+    assert {load(name).get_config().task.name for name in NAMES} == set(TASKS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_config_builds(name):
+    config = load(name).get_config()
+    validate(config)
+    assert set(config.keys()) == set(default_config().keys())
+    task = make_task(config.task)
+    # An override on the command line needs the key to be there.
+    assert set(config.task.keys()) == {"name"} | {field.name for field in dataclasses.fields(task)}
+    for length in config.train.final_lengths:
+        task.with_length(length)
+    assert config.model.memory in config.model.memory_options
+    for memory, options in config.model.memory_options.items():
+        assert set(options.keys()) <= set(known_options(memory)), memory
+    assert model_settings(config.to_dict()["model"])["memory"] == config.model.memory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_of_the_docstring_name_what_is_there(name):
+    text = load(name).__doc__
+    assert f"python train.py --config=configs/{name}.py --workdir=runs/" in text
+    assert all(pathlib.Path(path).stem in NAMES for path in re.findall(r"--config=(\S+)", text))
+    for command in re.sub(r"\\\n\s*", "", text).split("python ")[1:]:
+        config = load(name).get_config()
+        overrides = re.findall(r"--(?:config\.|set=)([\w.]+)=(\S+)", command.split("\n")[0])
+        for key, value in overrides:
+            assert unknown_key(config, key) is None
+            set_values(config, [f"{key}={value}"])
+        validate(config)
+        make_task(config.task)
+
+
+def test_the_check_sees_a_typo():
+    config = load("swap").get_config()
+    assert "did you mean length?" in unknown_key(config, "task.lenght")
