@@ -1,0 +1,234 @@
+"""What every layer needs: logical axis names, norms, linear maps, the embedding."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.core import spmd
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from memformer.core.types import Array, Float, Int
+
+__all__ = [
+    "NORMS",
+    "Dtypes",
+    "Embedding",
+    "LayerNorm",
+    "RMSNorm",
+    "check_options",
+    "constrain",
+    "dropout",
+    "linear",
+    "named",
+    "stochastic_keys",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dtypes:
+    """The dtype policy of a model.
+
+    Attributes:
+      compute: activations and matrix products; norms, gates, decays and logits stay float32.
+      param: parameters.
+
+    Example:
+      >>> Dtypes("bfloat16").compute
+      dtype(bfloat16)
+    """
+
+    compute: Any = jnp.float32
+    param: Any = jnp.float32
+
+    def __post_init__(self):
+        for name in ("compute", "param"):
+            try:
+                dtype = jnp.dtype(getattr(self, name))
+            except TypeError:
+                dtype = None
+            if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(
+                    f"{name} dtype must be a floating dtype such as 'float32', got {getattr(self, name)!r}"
+                )
+            object.__setattr__(self, name, dtype)
+
+    @property
+    def wide(self) -> jnp.dtype:
+        """float32, or float64 where activations are: the dtype of norms, gates and logits."""
+        return jnp.dtype("float64") if self.compute == jnp.float64 else jnp.dtype("float32")
+
+
+def check_options(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Raises ValueError naming the first key of `options` that is not among `known`.
+
+    Example:
+      >>> check_options("memory_options of 'gla'", {"decy": 1}, ("decay", "heads"))
+      Traceback (most recent call last):
+      ...
+      ValueError: memory_options of 'gla' has no key 'decy'; known keys: decay, heads
+    """
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{what} has no key {key!r}; known keys: {', '.join(known) or 'none'}")
+
+
+def named(init: nnx.Initializer, *names: str | None) -> nnx.Initializer:
+    """Gives the parameter that `init` makes its logical axis names.
+
+    The names are metadata: a trainer maps them to mesh axes by one table of rules. Nothing is
+    placed here, so a model can be built with or without a mesh.
+    """
+    return nnx.with_partitioning(init, names, eager_sharding=False)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Shards an activation by the logical names of its axes; does nothing outside a mesh.
+
+    Rules come from `nnx.logical_axis_rules`, the mesh from `jax.set_mesh`. A mesh axis that does not
+    divide the array's (one token under a context axis) is left out, and so is all inside shard_map.
+
+    Args:
+      x: an array, one name (or None) for each axis.
+      *names: "activation_batch", "activation_time", "activation_embed", "activation_heads",
+        "activation_mlp", "activation_vocab" or None.
+    """
+    mesh, rules = jax.sharding.get_abstract_mesh(), spmd.get_logical_axis_rules()
+    if mesh.empty or not rules or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return x
+    table = dict(reversed(tuple(rules)))
+    spec = []
+    for size, name in zip(x.shape, names, strict=True):
+        axes = table.get(name) or ()
+        axes = (axes,) if isinstance(axes, str) else tuple(axes)
+        parts = 1
+        for axis in axes:
+            parts *= mesh.shape[axis]
+        spec.append(axes if axes and size % parts == 0 else None)
+    return lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def linear(
+    size_in: int,
+    size_out: int,
+    names: tuple[str | None, str | None],
+    *,
+    dtypes: Dtypes,
+    rngs: nnx.Rngs,
+    init: nnx.Initializer | None = None,
+    bias: bool = False,
+    wide: bool = False,
+) -> nnx.Linear:
+    """A linear map with named axes; `wide` computes it in float32 (gates, decays, routers)."""
+    init = nnx.initializers.lecun_normal() if init is None else init
+    return nnx.Linear(
+        size_in,
+        size_out,
+        use_bias=bias,
+        kernel_init=named(init, *names),
+        bias_init=named(nnx.initializers.zeros, names[1]),
+        dtype=dtypes.wide if wide else dtypes.compute,
+        param_dtype=dtypes.param,
+        rngs=rngs,
+    )
+
+
+class RMSNorm(nnx.RMSNorm):
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32.
+
+    Source: arXiv 1910.07467.
+
+    Example:
+      >>> RMSNorm(2, dtypes=Dtypes(), rngs=nnx.Rngs(0))(jnp.array([[3.0, 4.0]])).shape
+      (1, 2)
+    """
+
+    def __init__(self, size: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        super().__init__(size, dtype=dtypes.wide, param_dtype=dtypes.param, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """The same shape and dtype as x."""
+        return super().__call__(x).astype(x.dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32.
+
+    Source: arXiv 1607.06450.
+
+    Example:
+      >>> LayerNorm(2, dtypes=Dtypes(), rngs=nnx.Rngs(0))(jnp.array([[3.0, 4.0]])).shape
+      (1, 2)
+    """
+
+    def __init__(self, size: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        super().__init__(size, dtype=dtypes.wide, param_dtype=dtypes.param, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """The same shape and dtype as x."""
+        return super().__call__(x).astype(x.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+
+
+class Embedding(nnx.Module):
+    """Token vectors, and the read-out tied to them.
+
+        x_t = sqrt(D) E[id_t]        logits_t = E x_t
+
+    E starts at standard deviation D^-0.5, so that tokens enter with unit entries and tied logits
+    of a normalised x have unit size. An id outside [0, V) gives NaN, never another token's vector.
+
+    Args:
+      vocab: V.
+      width: D.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Example:
+      >>> embedding = Embedding(5, 8, dtypes=Dtypes(), rngs=nnx.Rngs(0))
+      >>> embedding.attend(embedding(jnp.array([[1, 2, 3]]))).shape
+      (1, 3, 5)
+    """
+
+    def __init__(self, vocab: int, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        init = named(nnx.initializers.normal(width**-0.5), "vocab", "embed")
+        self.table = nnx.Param(init(rngs.params(), (vocab, width), dtypes.param))
+        self.dtypes = dtypes
+
+    def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Vectors of the ids, in the compute dtype."""
+        table = self.table[...].astype(self.dtypes.compute)
+        return jnp.take(table, ids, axis=0) * jnp.asarray(table.shape[1] ** 0.5, table.dtype)
+
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Inner products with every token's vector, in float32."""
+        table = self.table[...].astype(self.dtypes.compute)
+        return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=self.dtypes.wide)
+
+
+def stochastic_keys(key: Array | None, count: int) -> Array | None:
+    """`count` keys out of one; None stays None (nothing is dropped)."""
+    return None if key is None else jax.random.split(key, count)
+
+
+def dropout(x: Float[Array, "..."], rate: float, key: Array | None) -> Float[Array, "..."]:
+    """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
+
+    Args:
+      x: activations.
+      rate: in [0, 1).
+      key: a random key, or None to keep everything.
+
+    Example:
+      >>> dropout(jnp.ones(3), 0.5, None)
+      Array([1., 1., 1.], dtype=float32)
+    """
+    if key is None or rate == 0:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))

@@ -1,0 +1,120 @@
+"""Memory layers whose state is a cache: softmax attention and DeltaFormer."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from memformer.core.similarity import Kernel, resolve_kernel
+from memformer.layers.base import MemoryLayer, check_choice, check_groups
+from memformer.layers.basic import check_options
+from memformer.layers.gates import StepSize
+from memformer.ops import deltaformer as deltaformer_op
+from memformer.ops import softmax_attention as softmax_op
+from memformer.ops.deltaformer import deltaformer
+from memformer.ops.softmax_attention import softmax_attention
+
+__all__ = ["DeltaFormer", "SoftmaxAttention"]
+
+
+class SoftmaxAttention(MemoryLayer):
+    """Softmax attention; `groups` key/value heads, a sliding `window`, rotary positions.
+
+    Args:
+      width: D.
+      heads: H.
+      groups: G key and value heads; None is H.
+      window: tokens visible to a query, itself included; None for all.
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        groups: int | None = None,
+        window: int | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        self.groups, self.window = check_groups(heads, groups), window
+        counts = (heads, self.groups, self.groups)
+        super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
+
+    def _recall(self, x, parts, segment_ids, memory):
+        return softmax_attention(**parts, window=self.window, segment_ids=segment_ids, initial_state=memory)
+
+    def _init_memory(self, batch, capacity, dtype):
+        return softmax_op.init_cache(batch, capacity, self.groups, self.key_width, self.value_width, dtype)
+
+
+class DeltaFormer(MemoryLayer):
+    """The delta rule through any similarity kernel, with a cache for its state.
+
+    Args:
+      width: D.
+      heads: H.
+      groups: G key and value heads; None is H.
+      write_kernel: a `Kernel`, its name, or a mapping of its fields, such as
+        {"name": "round", "decimals": 2}.
+      read_kernel: the same, for reading.
+      write_query: w is a projection of its own; False is w = k.
+      alpha: "sigmoid" for a learned alpha in (0, 1); None for 1.
+      beta_limit: beta is beta_limit * sigmoid; None for 1.
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        groups: int | None = None,
+        write_kernel: Any = "softmax",
+        read_kernel: Any = "softmax",
+        write_query: bool = False,
+        alpha: str | None = None,
+        beta_limit: float | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        check_choice("alpha", alpha, (None, "sigmoid"))
+        self.groups, self.write_query = check_groups(heads, groups), write_query
+        self.write_kernel = _kernel("write_kernel", write_kernel)
+        self.read_kernel = _kernel("read_kernel", read_kernel)
+        counts = (heads, self.groups, self.groups)
+        super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
+        self.alpha, self.beta = nnx.data(None), nnx.data(None)
+        if alpha is not None:
+            self.alpha = StepSize(width, self.groups, 1.0, dtypes=self.dtypes, rngs=rngs)
+        if beta_limit is not None:
+            self.beta = StepSize(width, self.groups, beta_limit, dtypes=self.dtypes, rngs=rngs)
+
+    def _sizes(self):
+        sizes = super()._sizes()
+        return {**sizes, "write_query": sizes["key"]} if self.write_query else sizes
+
+    def _recall(self, x, parts, segment_ids, memory):
+        return deltaformer(
+            **parts,
+            alpha=None if self.alpha is None else self.alpha(x),
+            beta=None if self.beta is None else self.beta(x),
+            write_kernel=self.write_kernel,
+            read_kernel=self.read_kernel,
+            segment_ids=segment_ids,
+            initial_state=memory,
+        )
+
+    def _init_memory(self, batch, capacity, dtype):
+        return deltaformer_op.init_cache(batch, capacity, self.groups, self.key_width, self.value_width, dtype)
+
+
+def _kernel(name: str, kernel: Any) -> Kernel:
+    if isinstance(kernel, Mapping):
+        check_options(name, kernel, [field.name for field in dataclasses.fields(Kernel)])
+        return Kernel(**kernel)
+    return resolve_kernel(name, kernel)

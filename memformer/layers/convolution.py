@@ -1,0 +1,105 @@
+"""The short causal convolution in front of queries, keys and values."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.core.chunking import Segments
+from memformer.core.types import Array, Float, Int
+from memformer.layers.basic import Dtypes, named
+
+__all__ = ["ShortConvolution"]
+
+
+@jax.custom_vjp
+def _permute(x: Float[Array, "B T C"], order: Int[Array, "B T"], inverse: Int[Array, "B T"]) -> Array:
+    """x[b, order[b, t]]; `inverse` undoes `order`, which makes the backward pass a gather too."""
+    return jnp.take_along_axis(x, order[:, :, None], axis=1, mode="promise_in_bounds")
+
+
+def _permute_forward(x, order, inverse):
+    return _permute(x, order, inverse), (order, inverse)
+
+
+def _permute_backward(saved, cotangent):
+    order, inverse = saved
+    return _permute(cotangent, inverse, order), None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+class ShortConvolution(nnx.Module):
+    """y_t = sum_{j < W} a_j x_{t-j}, each channel by itself, then silu.
+
+    Tokens before the segment's first count as zero; padding is skipped, so that a packed sequence
+    gives what the unpacked one gives. The state is the last W - 1 inputs of the last segment,
+    [B, W-1, C]; a call with one token and that state continues the sequence.
+
+    Args:
+      channels: C, named "heads" for sharding.
+      width: W, at least 1.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Source: arXiv 2406.06484 section 3.4; arXiv 2312.00752.
+
+    Example:
+      >>> layer = ShortConvolution(3, 4, dtypes=Dtypes(), rngs=nnx.Rngs(0))
+      >>> y, state = layer(jnp.ones((2, 5, 3)))
+      >>> y.shape, state.shape
+      ((2, 5, 3), (2, 3, 3))
+    """
+
+    def __init__(self, channels: int, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        if width < 1:
+            raise ValueError(f"convolution width must be at least 1, got {width}")
+        init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=())
+        self.weights = nnx.Param(named(init, None, "heads")(rngs.params(), (width, channels), dtypes.param))
+        self.dtypes = dtypes
+
+    def init_state(self, batch: int) -> Float[Array, "B W C"]:
+        """No inputs yet: zeros."""
+        width, channels = self.weights.shape
+        return jnp.zeros((batch, width - 1, channels), self.dtypes.compute)
+
+    def __call__(
+        self, x: Float[Array, "B T C"], *, segments: Segments | None = None, state: Array | None = None
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:
+        """Returns (y, state)."""
+        state = self.init_state(x.shape[0]) if state is None else state
+        if segments is None:
+            y, history = self._slide(x, state, None)
+            return y, history[:, x.shape[1] :]
+        # Valid tokens first, in their order: the convolution then sees no padding.
+        order = jnp.argsort(~segments.valid, axis=1, stable=True)
+        inverse = jnp.argsort(order, axis=1)
+        index = jnp.take_along_axis(segments.index, order, axis=1)
+        y, history = self._slide(_permute(x, order, inverse), state, index)
+        return _permute(y, inverse, order), self._last(history, index, segments)
+
+    def _slide(self, x: Array, state: Array, index: Array | None) -> tuple[Array, Array]:
+        """The sum over shifted copies, and [state, x]."""
+        weights = self.weights[...].astype(x.dtype)
+        width, time = weights.shape[0], x.shape[1]
+        history = jnp.concatenate([state, x], axis=1)
+        # The state belongs to the first segment.
+        place = None if index is None else jnp.pad(index, ((0, 0), (width - 1, 0)))
+        y = x * weights[None, None, 0]
+        for j in range(1, width):
+            past = history[:, width - 1 - j : width - 1 - j + time]
+            if place is not None:
+                same = place[:, width - 1 - j : width - 1 - j + time] == index
+                past = jnp.where(same[:, :, None], past, jnp.zeros_like(past))
+            y = y + past * weights[None, None, j]
+        return nnx.silu(y), history
+
+    def _last(self, history: Array, index: Array, segments: Segments) -> Array:
+        """The W - 1 inputs up to the last valid token, zero where they are not the last segment's."""
+        width = self.weights.shape[0]
+        count = jnp.sum(segments.valid, axis=1, dtype=jnp.int32)
+        take = count[:, None] + jnp.arange(width - 1, dtype=jnp.int32)[None, :]
+        place = jnp.pad(index, ((0, 0), (width - 1, 0)))
+        here = jnp.take_along_axis(place, take, axis=1) == segments.index[:, -1:]
+        last = jnp.take_along_axis(history, take[:, :, None], axis=1)
+        return jnp.where(here[:, :, None], last, jnp.zeros_like(last))

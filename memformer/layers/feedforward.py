@@ -1,0 +1,173 @@
+"""Feedforward layers: memories whose keys and values are parameters."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memformer.core.types import Array, Bool, Float
+from memformer.layers.basic import Dtypes, constrain, linear, named
+
+__all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "SwiGLU"]
+
+ACTIVATIONS = {"gelu": nnx.gelu, "relu": nnx.relu, "silu": nnx.silu}
+
+
+def _hidden(width: int, hidden: int | None, factor: float) -> int:
+    """The given hidden width, or `factor` times the model's, rounded up to a multiple of 8."""
+    hidden = -int(-width * factor // 8) * 8 if hidden is None else hidden
+    if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
+        raise ValueError(f"feedforward option hidden must be a positive integer or None, got {hidden!r}")
+    return hidden
+
+
+class MLP(nnx.Module):
+    """y = W2 activation(W1 x): values W2 read where keys W1 match.
+
+    Args:
+      width: D.
+      hidden: number of keys; None is 4 D.
+      activation: "gelu", "relu" or "silu".
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Raises:
+      ValueError: unknown activation or a hidden width that is no positive integer.
+
+    Source: arXiv 1706.03762 section 3.3; as a memory, arXiv 2012.14913.
+
+    Example:
+      >>> y, aux = MLP(8, dtypes=Dtypes(), rngs=nnx.Rngs(0))(jnp.ones((1, 2, 8)))
+      >>> y.shape, aux
+      ((1, 2, 8), {})
+    """
+
+    def __init__(
+        self, width: int, *, hidden: int | None = None, activation: str = "gelu", dtypes: Dtypes, rngs: nnx.Rngs
+    ):
+        hidden = _hidden(width, hidden, 4)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"feedforward option activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
+        self.activation = activation
+        self.up = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs)
+        self.down = linear(hidden, width, ("mlp", "embed"), dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
+        """Returns (y, {}); `valid` is for layers whose losses weigh tokens."""
+        h = ACTIVATIONS[self.activation](self.up(x))
+        h = constrain(h, "activation_batch", "activation_time", "activation_mlp")
+        return self.down(h), {}
+
+
+class SwiGLU(nnx.Module):
+    """y = W2 (silu(Wg x) * W1 x).
+
+    Args:
+      width: D.
+      hidden: None is 8 D / 3, as many parameters as an MLP of 4 D.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Raises:
+      ValueError: a hidden width that is no positive integer.
+
+    Source: arXiv 2002.05202, equation 6.
+
+    Example:
+      >>> y, aux = SwiGLU(8, dtypes=Dtypes(), rngs=nnx.Rngs(0))(jnp.ones((1, 2, 8)))
+      >>> y.shape, aux
+      ((1, 2, 8), {})
+    """
+
+    def __init__(self, width: int, *, hidden: int | None = None, dtypes: Dtypes, rngs: nnx.Rngs):
+        hidden = _hidden(width, hidden, 8 / 3)
+        self.gate = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs)
+        self.up = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs)
+        self.down = linear(hidden, width, ("mlp", "embed"), dtypes=dtypes, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
+        """Returns (y, {}); `valid` is for layers whose losses weigh tokens."""
+        h = nnx.silu(self.gate(x)) * self.up(x)
+        h = constrain(h, "activation_batch", "activation_time", "activation_mlp")
+        return self.down(h), {}
+
+
+class MixtureOfExperts(nnx.Module):
+    """y = sum over the k experts a token prefers of p_e SwiGLU_e(x), p renormalised over those k.
+
+    Every expert is computed for every token and the unchosen ones weigh zero: E / k times the
+    arithmetic of a sparse dispatch and E hidden activations a token, in exchange for no dropped tokens,
+    the same result token by token as for a whole sequence, and plain sharding over experts. Meant for
+    up to about 8 experts.
+
+    The auxiliary loss "moe_balance" is balance_weight * E sum_e f_e P_e: f_e the share of (valid)
+    tokens' choices that fell on e, P_e its mean probability; 1 * balance_weight when balanced. Add it
+    to the loss as it is.
+
+    Args:
+      width: D.
+      experts: E.
+      active: k.
+      hidden: of each expert; None is 8 D / (3 k), so that a token sees as much as in SwiGLU.
+      balance_weight: factor of the auxiliary loss.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Raises:
+      ValueError: active outside [1, experts].
+
+    Source: arXiv 2101.03961, equations 4 to 6; arXiv 1701.06538.
+
+    Example:
+      >>> layer = MixtureOfExperts(8, experts=4, active=2, dtypes=Dtypes(), rngs=nnx.Rngs(0))
+      >>> y, aux = layer(jnp.ones((1, 2, 8)))
+      >>> y.shape, list(aux)
+      ((1, 2, 8), ['moe_balance'])
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        experts: int = 8,
+        active: int = 2,
+        hidden: int | None = None,
+        balance_weight: float = 0.01,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+    ):
+        if not 1 <= active <= experts:
+            raise ValueError(f"feedforward option active must be in [1, experts] = [1, {experts}], got {active}")
+        hidden = _hidden(width, hidden, 8 / 3 / active)
+        init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
+        self.active, self.balance_weight, self.dtypes = active, balance_weight, dtypes
+        self.router = linear(width, experts, ("embed", None), dtypes=dtypes, rngs=rngs, wide=True)
+        wide, back = named(init, "experts", "embed", "mlp"), named(init, "experts", "mlp", "embed")
+        self.gate = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
+        self.up = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
+        self.down = nnx.Param(back(rngs.params(), (experts, hidden, width), dtypes.param))
+
+    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
+        """Returns (y, {"moe_balance": loss}); padding (valid False) is not counted in the loss."""
+        probability = jax.nn.softmax(self.router(x), axis=-1)
+        top, chosen = lax.top_k(probability, self.active)
+        choice = jax.nn.one_hot(chosen, probability.shape[-1], dtype=top.dtype)
+        weight = jnp.einsum("btk,btke->bte", top / jnp.sum(top, axis=-1, keepdims=True), choice).astype(x.dtype)
+        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
+        h = nnx.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
+        h = constrain(h, "activation_batch", "activation_time", None, "activation_mlp")
+        y = jnp.einsum("btef,efd->btd", h * weight[..., None], down)
+        return y, {"moe_balance": self._balance(probability, jnp.sum(choice, axis=2), valid)}
+
+    def _balance(self, probability: Array, choice: Array, valid: Array | None) -> Array:
+        ones = jnp.ones(probability.shape[:2], probability.dtype)
+        counted = ones if valid is None else valid.astype(probability.dtype)
+        total = jnp.maximum(jnp.sum(counted), 1)
+        share = jnp.einsum("bte,bt->e", choice, counted) / (total * self.active)
+        mean = jnp.einsum("bte,bt->e", probability, counted) / total
+        return self.balance_weight * probability.shape[-1] * jnp.sum(share * mean)
+
+
+FEEDFORWARDS = {"mlp": MLP, "swiglu": SwiGLU, "moe": MixtureOfExperts}

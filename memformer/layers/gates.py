@@ -1,0 +1,126 @@
+"""Decays and step sizes: how much of what is stored stays, and how much of a write counts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.core.types import Array, Float
+from memformer.layers.basic import Dtypes, linear, named
+
+__all__ = ["DECAYS", "FixedDecay", "LogSigmoidDecay", "StepDecay", "StepSize"]
+
+
+class StepSize(nnx.Module):
+    """limit * sigmoid(W x + b) for each head, in float32: the beta (or alpha) of a write.
+
+    Args:
+      width: D.
+      heads: H.
+      limit: 1 blends old and new; 2 lets the transition I - beta k k^T have a negative eigenvalue,
+        which state tracking needs (arXiv 2411.12537).
+      dtypes: the dtype policy.
+      rngs: random streams.
+    """
+
+    def __init__(self, width: int, heads: int, limit: float, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.limit = limit
+        self.weights = linear(width, heads, ("embed", "heads"), dtypes=dtypes, rngs=rngs, bias=True, wide=True)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
+        """Values in (0, limit)."""
+        return self.limit * nnx.sigmoid(self.weights(x))
+
+
+def _rate_init(key: Array, shape: tuple[int, ...], dtype) -> Array:
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+def _step_init(key: Array, shape: tuple[int, ...], dtype) -> Array:
+    """Biases whose softplus is log-uniform in [0.001, 0.1]."""
+    step = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(0.001), jnp.log(0.1)))
+    return jnp.log(jnp.expm1(step))
+
+
+class StepDecay(nnx.Module):
+    """Log decay -exp(a_h) softplus(x W + b), for each head or each key channel, in float32.
+
+    With `rank`, W is a product of two matrices of that rank, and decays are per channel.
+
+    Args:
+      width: D.
+      heads: H.
+      key_width: K.
+      rank: None for a decay per head, or the rank of a decay per channel.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Source: arXiv 2405.21060 (Mamba-2), 2412.06464 (per head), 2510.26692 (per channel).
+    """
+
+    def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        size = heads if rank is None else heads * key_width
+        inner = width if rank is None else rank
+        same = {"dtypes": dtypes, "rngs": rngs, "wide": True}
+        self.down = nnx.data(None) if rank is None else linear(width, rank, ("embed", None), **same)
+        self.up = linear(inner, size, ("embed" if rank is None else None, "heads"), **same)
+        self.rate = nnx.Param(named(_rate_init, "heads")(rngs.params(), (heads,), dtypes.param))
+        self.bias = nnx.Param(named(_step_init, "heads")(rngs.params(), (size,), dtypes.param))
+        self.heads, self.dtypes = heads, dtypes
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, Array]:
+        """Returns (log decay, step softplus(x W + b)): [B, T, H] or [B, T, H, K] both."""
+        wide = self.dtypes.wide
+        step = self.up(x if self.down is None else self.down(x))
+        step = nnx.softplus(step + self.bias[...].astype(wide)[None, None, :])
+        rate = jnp.exp(self.rate[...].astype(wide))
+        if self.down is None:
+            return -rate[None, None, :] * step, step
+        step = step.reshape(*step.shape[:2], self.heads, -1)
+        return -rate[None, None, :, None] * step, step
+
+
+class LogSigmoidDecay(nnx.Module):
+    """Log decay log(sigmoid(x W1 W2 + b)) / 16 for each key channel, in float32.
+
+    Args:
+      width: D.
+      heads: H.
+      key_width: K.
+      rank: of W1 W2.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Source: arXiv 2312.06635 section 4.4.
+    """
+
+    def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        rank = 16 if rank is None else rank
+        same = {"dtypes": dtypes, "rngs": rngs, "wide": True}
+        self.down = linear(width, rank, ("embed", None), **same)
+        self.up = linear(rank, heads * key_width, (None, "heads"), bias=True, **same)
+        self.heads = heads
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, None]:
+        """Returns (log decay [B, T, H, K], None)."""
+        decay = nnx.log_sigmoid(self.up(self.down(x))) / 16
+        return decay.reshape(*decay.shape[:2], self.heads, -1), None
+
+
+class FixedDecay(nnx.Module):
+    """Log decay log(1 - 2^-(5 + h)) for head h, the same for every token; no parameters.
+
+    Source: arXiv 2307.08621, equation 8.
+    """
+
+    def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        del width, key_width, rank, rngs
+        self.heads, self.dtypes = heads, dtypes
+
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, None]:
+        """Returns (log decay [B, T, H], None)."""
+        head = jnp.arange(self.heads, dtype=self.dtypes.wide)
+        decay = jnp.log1p(-(2.0 ** (-5 - head)))
+        return jnp.broadcast_to(decay[None, None, :], (*x.shape[:2], self.heads)), None
+
+
+DECAYS = {"step": StepDecay, "log_sigmoid": LogSigmoidDecay, "fixed": FixedDecay}

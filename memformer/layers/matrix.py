@@ -1,0 +1,165 @@
+"""Memory layers whose state is a matrix: linear attention and the delta family."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.layers.base import MemoryLayer, check_choice, check_groups, check_size
+from memformer.layers.basic import named
+from memformer.layers.gates import DECAYS, StepSize
+from memformer.ops.delta_product import delta_product
+from memformer.ops.delta_rule import delta_rule
+from memformer.ops.linear_attention import linear_attention
+
+__all__ = ["DeltaProduct", "DeltaRule", "LinearAttention"]
+
+FEATURE_MAPS = {
+    "identity": lambda x: x,
+    "elu": lambda x: nnx.elu(x) + jnp.ones_like(x),
+    "relu": nnx.relu,
+}
+
+
+def _build_decay(decay: str | None, layer: MemoryLayer, rank: int | None, rngs: nnx.Rngs) -> Any:
+    """The decay module of that name for a layer, as data (None for none)."""
+    check_choice("decay", decay, (None, *DECAYS))
+    if decay is None:
+        return nnx.data(None)
+    return DECAYS[decay](layer.width, layer.heads, layer.key_width, rank, dtypes=layer.dtypes, rngs=rngs)
+
+
+class LinearAttention(MemoryLayer):
+    """Linear attention with a feature map, a decay, or neither.
+
+    Args:
+      width: D.
+      heads: H.
+      feature_map: of q and k: "identity", "elu" (elu + 1) or "relu".
+      normalize: reads are divided by z . q; needs a positive feature map.
+      decay: None, or a name in `memformer.layers.gates.DECAYS`.
+      decay_rank: None, or the rank of a decay per channel.
+      key_heads: heads of q and k, shared among the H of v; None is H.
+      discretize: values are multiplied by the step of the "step" decay (Mamba-2).
+      skip: adds a learned multiple (one for each head) of the value just written (Mamba-2).
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        feature_map: str = "identity",
+        normalize: bool = False,
+        decay: str | None = None,
+        decay_rank: int | None = None,
+        key_heads: int | None = None,
+        discretize: bool = False,
+        skip: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
+        if normalize and feature_map == "identity":
+            raise ValueError("normalize needs a positive feature_map, 'elu' or 'relu', got 'identity'")
+        if discretize and (decay != "step" or decay_rank is not None):
+            raise ValueError(f"discretize needs decay 'step' without decay_rank, got {decay!r} and {decay_rank!r}")
+        keys = check_groups(heads, key_heads)
+        super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
+        self.feature_map, self.normalize, self.discretize = feature_map, normalize, discretize
+        self.decay = _build_decay(decay, self, decay_rank, rngs)
+        self.skip = nnx.data(None)
+        if skip:
+            self.skip = nnx.Param(named(nnx.initializers.ones, "heads")(rngs.params(), (heads,), self.dtypes.param))
+
+    def _recall(self, x, parts, segment_ids, memory):
+        q, k = (FEATURE_MAPS[self.feature_map](parts[name]) for name in "qk")
+        v = parts["v"]
+        decay, step = (None, None) if self.decay is None else self.decay(x)
+        written = v * step[..., None].astype(v.dtype) if self.discretize else v
+        o, memory = linear_attention(
+            q, k, written, decay=decay, normalize=self.normalize, segment_ids=segment_ids, initial_state=memory
+        )
+        if self.skip is not None:
+            o = o + v * self.skip[...].astype(v.dtype)[None, None, :, None]
+        return o, memory
+
+    def _init_memory(self, batch, capacity, dtype):
+        columns = self.value_width + int(self.normalize)
+        return jnp.zeros((batch, self.heads, self.key_width, columns), self.dtypes.wide)
+
+
+class DeltaRule(MemoryLayer):
+    """The delta rule: what a key holds is replaced, by the share beta.
+
+    Args:
+      width: D.
+      heads: H.
+      decay: None, or a name in `memformer.layers.gates.DECAYS`.
+      decay_rank: None, or the rank of a decay per channel.
+      beta_limit: beta is beta_limit * sigmoid: 1 blends, 2 lets a write reverse what a key holds.
+      key_heads: heads of q and k, shared among the H of v; None is H.
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        decay: str | None = None,
+        decay_rank: int | None = None,
+        beta_limit: float = 1.0,
+        key_heads: int | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        keys = check_groups(heads, key_heads)
+        super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
+        self.beta = StepSize(width, heads, beta_limit, dtypes=self.dtypes, rngs=rngs)
+        self.decay = _build_decay(decay, self, decay_rank, rngs)
+
+    def _recall(self, x, parts, segment_ids, memory):
+        decay = None if self.decay is None else self.decay(x)[0]
+        return delta_rule(**parts, beta=self.beta(x), decay=decay, segment_ids=segment_ids, initial_state=memory)
+
+
+class DeltaProduct(MemoryLayer):
+    """Several delta steps a token: `steps` keys, values and betas, one decay, one read.
+
+    Args:
+      width: D.
+      heads: H.
+      steps: N.
+      decay: None, or a name in `memformer.layers.gates.DECAYS`.
+      decay_rank: None, or the rank of a decay per channel.
+      beta_limit: beta is beta_limit * sigmoid.
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        steps: int = 2,
+        decay: str | None = None,
+        decay_rank: int | None = None,
+        beta_limit: float = 1.0,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        check_size("steps", steps)
+        super().__init__(width, heads=heads, writes=steps, rngs=rngs, **options)
+        self.beta = StepSize(width, heads * steps, beta_limit, dtypes=self.dtypes, rngs=rngs)
+        self.decay = _build_decay(decay, self, decay_rank, rngs)
+
+    def _recall(self, x, parts, segment_ids, memory):
+        decay = None if self.decay is None else self.decay(x)[0]
+        beta = self.beta(x).reshape(*x.shape[:2], self.heads, self.writes)
+        beta = jnp.moveaxis(beta, 3, 2)
+        return delta_product(**parts, beta=beta, decay=decay, segment_ids=segment_ids, initial_state=memory)

@@ -1,0 +1,209 @@
+"""The table of memories: each is a layer, its options, and three choices (kernel, update rule, state).
+
+A new memory is one op file, one row here and one row of the shared test suite.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from memformer.layers.base import MemoryLayer
+from memformer.layers.basic import Dtypes, check_options
+from memformer.layers.cached import DeltaFormer, SoftmaxAttention
+from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention
+
+__all__ = ["MEMORIES", "Memory", "build_memory", "check_memory", "known_options"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """One row of `MEMORIES`: a layer, the options that make it this memory, and its three choices.
+
+    Attributes:
+      layer: the class.
+      options: defaults of its options, which a caller may override.
+      kernel: how a key matches.
+      update: how a write changes what is stored: add, decay, delta.
+      state: what is kept.
+      equation: of the write and the read.
+      source: paper.
+    """
+
+    layer: type[MemoryLayer]
+    options: Mapping[str, Any]
+    kernel: str
+    update: str
+    state: str
+    equation: str
+    source: str
+
+
+_MATRIX = "matrix K x V a head"
+_UNIT = {"unit_keys": True, "unit_queries": True, "output_norm": True}
+
+MEMORIES: dict[str, Memory] = {
+    "softmax_attention": Memory(
+        SoftmaxAttention,
+        {"rotary": True},
+        "softmax",
+        "add",
+        "cache of (k, v)",
+        "o_t = sum_{i<=t} softmax(k_i . q_t) v_i",
+        "arXiv 1706.03762",
+    ),
+    "linear_attention": Memory(
+        LinearAttention,
+        {"feature_map": "elu", "normalize": True},
+        "linear on elu + 1",
+        "add",
+        "matrix K x (V + 1) a head",
+        "S_t = S_{t-1} + k_t v_t^T; z_t = z_{t-1} + k_t; o_t = S_t^T q_t / (z_t . q_t)",
+        "arXiv 2006.16236",
+    ),
+    "retnet": Memory(
+        LinearAttention,
+        {"decay": "fixed", "rotary": True, "output_norm": True, "output_gate": "silu"},
+        "linear",
+        "decay (constant a head), add",
+        _MATRIX,
+        "S_t = exp(g_h) S_{t-1} + k_t v_t^T; o_t = S_t^T q_t",
+        "arXiv 2307.08621",
+    ),
+    "gla": Memory(
+        LinearAttention,
+        {"decay": "log_sigmoid", "decay_rank": 16, "output_norm": True, "output_gate": "silu"},
+        "linear",
+        "decay (a key channel), add",
+        _MATRIX,
+        "S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T; o_t = S_t^T q_t",
+        "arXiv 2312.06635",
+    ),
+    "ssd": Memory(
+        LinearAttention,
+        {
+            "decay": "step",
+            "discretize": True,
+            "skip": True,
+            "key_heads": 1,
+            "conv_width": 4,
+            "output_norm": True,
+            "output_gate": "silu",
+        },
+        "linear",
+        "decay (a head), add",
+        _MATRIX,
+        "S_t = exp(-a d_t) S_{t-1} + k_t (d_t v_t)^T; o_t = S_t^T q_t + D v_t",
+        "arXiv 2405.21060",
+    ),
+    "delta_rule": Memory(
+        DeltaRule,
+        {**_UNIT, "conv_width": 4},
+        "linear on unit keys",
+        "delta",
+        _MATRIX,
+        "S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T; o_t = S_t^T q_t",
+        "arXiv 2406.06484",
+    ),
+    "gated_delta_rule": Memory(
+        DeltaRule,
+        {**_UNIT, "conv_width": 4, "decay": "step", "output_gate": "silu"},
+        "linear on unit keys",
+        "decay (a head), delta",
+        _MATRIX,
+        "S' = exp(g_t) S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = S_t^T q_t",
+        "arXiv 2412.06464",
+    ),
+    "kda": Memory(
+        DeltaRule,
+        {**_UNIT, "conv_width": 4, "decay": "step", "decay_rank": 16, "output_gate": "sigmoid"},
+        "linear on unit keys",
+        "decay (a key channel), delta",
+        _MATRIX,
+        "S' = diag(exp(g_t)) S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = S_t^T q_t",
+        "arXiv 2510.26692",
+    ),
+    "delta_product": Memory(
+        DeltaProduct,
+        {**_UNIT, "conv_width": 4, "steps": 2, "beta_limit": 2.0},
+        "linear on unit keys",
+        "delta, N steps a token",
+        _MATRIX,
+        "for j = 1..N: S <- S + beta_tj k_tj (v_tj - S^T k_tj)^T; o_t = S^T q_t",
+        "arXiv 2502.10297",
+    ),
+    "deltaformer": Memory(
+        DeltaFormer,
+        {"write_kernel": "linear", "read_kernel": "softmax", "unit_keys": True, "beta_limit": 2.0},
+        "any, one for writing (linear) and one for reading (softmax)",
+        "delta",
+        "cache of (k, u)",
+        "u_t = alpha_t v_t - beta_t sum_{i<t} kappa1(k_i, w_t) u_i; o_t = sum_{i<=t} kappa2(k_i, q_t) u_i",
+        "DeltaFormer, NeurIPS 2025; arXiv 2505.19488",
+    ),
+}
+
+_FIXED = ("self", "width", "heads", "key_width", "value_width", "dtypes", "rngs", "head_counts", "writes", "options")
+
+
+def known_options(name: str) -> tuple[str, ...]:
+    """The keys that memory_options of this memory may have.
+
+    Raises:
+      ValueError: unknown memory.
+
+    Example:
+      >>> "window" in known_options("softmax_attention")
+      True
+    """
+    check_memory(name)
+    layer = MEMORIES[name].layer
+    names = [*inspect.signature(layer.__init__).parameters, *inspect.signature(MemoryLayer.__init__).parameters]
+    return tuple(dict.fromkeys(n for n in names if n not in _FIXED))
+
+
+def check_memory(name: str) -> None:
+    """Raises ValueError unless `name` is a row of `MEMORIES`."""
+    if name not in MEMORIES:
+        raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, got {name!r}")
+
+
+def build_memory(
+    name: str,
+    width: int,
+    *,
+    heads: int,
+    key_width: int | None = None,
+    value_width: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    dtypes: Dtypes | None = None,
+    rngs: nnx.Rngs,
+) -> MemoryLayer:
+    """The layer of one row of `MEMORIES`.
+
+    Args:
+      name: the row.
+      width: D.
+      heads: H.
+      key_width: K; None is D // H.
+      value_width: V; None is K.
+      options: override the row's; `known_options(name)` lists them.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Raises:
+      ValueError: unknown memory or option, or a size that does not fit.
+
+    Example:
+      >>> layer = build_memory("delta_rule", 16, heads=2, rngs=nnx.Rngs(0))
+      >>> y, state = layer(jnp.ones((1, 5, 16)))
+      >>> y.shape, state["memory"].shape
+      ((1, 5, 16), (1, 2, 8, 8))
+    """
+    options = {} if options is None else options
+    check_options(f"memory_options of {name!r}", options, known_options(name))
+    row = MEMORIES[name]
+    sizes = {"heads": heads, "key_width": key_width, "value_width": value_width}
+    return row.layer(width, **sizes, dtypes=dtypes, rngs=rngs, **{**row.options, **options})

@@ -1,0 +1,119 @@
+"""Positions: how they are counted in packed sequences, and the three ways to tell them to a model."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memformer.core.chunking import Segments
+from memformer.core.types import Array, Float, Int
+from memformer.layers.basic import Dtypes, named
+
+__all__ = ["LearnedPositions", "SinusoidalPositions", "count_positions", "next_position", "rotate", "sinusoid"]
+
+
+def count_positions(
+    segments: Segments | None, shape: tuple[int, int], start: Int[Array, "B"] | None = None
+) -> Int[Array, "B T"]:
+    """Counts tokens from 0 within each segment; padding is not counted.
+
+    Args:
+      segments: of `memformer.core.chunking.find_segments`, or None where nothing is packed.
+      shape: (B, T).
+      start: the first segment's count so far (decoding), default 0.
+
+    Returns:
+      [B, T] int32. A padding token carries the position of the next token to come.
+
+    Example:
+      >>> from memformer.core.chunking import find_segments
+      >>> segments = find_segments(jnp.array([[0, 7, 7, 9, 9, 9]]), {})
+      >>> count_positions(segments, (1, 6))
+      Array([[0, 0, 1, 0, 1, 2]], dtype=int32)
+    """
+    start = jnp.zeros(shape[0], jnp.int32) if start is None else start
+    if segments is None:
+        return start[:, None] + jnp.arange(shape[1], dtype=jnp.int32)[None, :]
+    valid = segments.valid.astype(jnp.int32)
+    before = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
+    # Tokens counted before a segment began: the count where the index last changed.
+    changed = jnp.pad(segments.index[:, 1:] != segments.index[:, :-1], ((0, 0), (1, 0)))
+    base = lax.cummax(jnp.where(changed, before, jnp.zeros_like(before)), axis=1)
+    first = jnp.where(segments.index == 0, start[:, None], jnp.zeros_like(before))
+    return before - base + first
+
+
+def next_position(positions: Int[Array, "B T"], segments: Segments | None) -> Int[Array, "B"]:
+    """The position of the token after the call: that of the last token which is not padding, plus one."""
+    if segments is None:
+        return positions[:, -1] + 1
+    order = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :]
+    last = jnp.max(jnp.where(segments.valid, order, jnp.full_like(order, -1)), axis=1, keepdims=True)
+    at_last = jnp.take_along_axis(positions, jnp.maximum(last, 0), axis=1)
+    # All padding: nothing was counted, and padding carries the position of the next token.
+    return (at_last + (last >= 0).astype(jnp.int32))[:, 0]
+
+
+def rotate(x: Float[Array, "B T ... K"], positions: Int[Array, "B T"], base: float = 1e4) -> Float[Array, "B T ... K"]:
+    """Rotary positions: pairs (x_i, x_{i + K/2}) turned by positions * base^(-2i / K).
+
+    Source: arXiv 2104.09864, equation 34 (halves instead of neighbours are paired).
+
+    Args:
+      x: queries or keys, K even.
+      positions: [B, T].
+      base: the slowest pair turns once in about 2 pi base tokens.
+
+    Raises:
+      ValueError: K is odd.
+
+    Example:
+      >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32))
+      Array([[[[1., 1.]]]], dtype=float32)
+    """
+    width = x.shape[-1]
+    if width % 2:
+        raise ValueError(f"rotary positions need an even key width, got {width}")
+    wide = jnp.promote_types(x.dtype, jnp.float32) if x.dtype != jnp.bfloat16 else jnp.dtype("float32")
+    rate = jnp.asarray(base, wide) ** (-jnp.arange(0, width, 2, dtype=wide) / width)
+    places = positions.astype(wide).reshape(*positions.shape, *(1,) * (x.ndim - 2))
+    angle = places * rate.reshape(*(1,) * (x.ndim - 1), -1)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def sinusoid(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
+    """Sines in the first half, cosines in the second, of positions * 10000^(-2i / D), in float32.
+
+    Source: arXiv 1706.03762 section 3.5.
+    """
+    half = width // 2
+    rate = 1e4 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions.astype(jnp.float32)[:, :, None] * rate[None, None, :]
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+class SinusoidalPositions(nnx.Module):
+    """Adds `sinusoid(positions)` to the token vectors; no parameters, any length."""
+
+    def __init__(self, width: int, length: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        del length, rngs
+        if width % 2:
+            raise ValueError(f"sinusoidal positions need an even width, got {width}")
+        self.width = width
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """x plus the vector of each position."""
+        return x + sinusoid(positions, self.width).astype(x.dtype)
+
+
+class LearnedPositions(nnx.Module):
+    """Adds a learned vector for each of `length` positions; one outside the table gives NaN."""
+
+    def __init__(self, width: int, length: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        init = named(nnx.initializers.normal(0.02), None, "embed")
+        self.table = nnx.Param(init(rngs.params(), (length, width), dtypes.param))
+
+    def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """x plus the vector of each position."""
+        return x + jnp.take(self.table[...].astype(x.dtype), positions, axis=0)

@@ -1,0 +1,130 @@
+"""The shape of a language model, checked when it is written down."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax.core import FrozenDict
+
+from memformer.layers.base import check_choice, check_size
+from memformer.layers.basic import NORMS, Dtypes, check_options
+from memformer.layers.feedforward import FEEDFORWARDS
+from memformer.layers.memory import check_memory
+from memformer.layers.positions import LearnedPositions, SinusoidalPositions
+
+__all__ = ["POSITIONS", "REMAT", "LanguageModelConfig"]
+
+POSITIONS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}
+
+# What the backward pass keeps of a block; the rest is computed again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModelConfig:
+    """The shape of a MemoryLM.
+
+    Attributes:
+      memory: a name in `memformer.layers.memory.MEMORIES`, or a tuple of names: the pattern of layers
+        that repeats down the depth.
+      memory_options: options of the memory; where the pattern has several memories, a mapping from
+        memory name to its options.
+      width: D.
+      depth: layers; a multiple of the pattern's length.
+      heads: H.
+      key_width: K; None is D // H.
+      value_width: V; None is K.
+      feedforward: "swiglu", "mlp", "moe" or None for blocks without one.
+      feedforward_options: options of the feedforward layer.
+      positions: None, "learned" or "sinusoidal" at the embedding (rotary is an option of a memory).
+      max_length: size of the table of learned positions.
+      norm: "rms" or "layer".
+      tie_embeddings: the read-out is the embedding's table.
+      scan_layers: the repeating group is compiled once and scanned.
+      remat: None, "full" (a block keeps its input only), "dots" (and all matrix products) or
+        "projections" (and products with weights).
+      dropout: rate on the embedding and on what each layer adds; active after `model.train()`.
+      dtype: of activations.
+      param_dtype: of parameters.
+
+    Raises:
+      ValueError: names the key, what was expected and what came.
+
+    Example:
+      >>> LanguageModelConfig(memory="delta_rule", width=64, depth=2, heads=2).pattern
+      ('delta_rule',)
+    """
+
+    memory: str | tuple[str, ...] = "deltaformer"
+    memory_options: Mapping[str, Any] = FrozenDict()
+    width: int = 128
+    depth: int = 1
+    heads: int = 4
+    key_width: int | None = None
+    value_width: int | None = None
+    feedforward: str | None = "swiglu"
+    feedforward_options: Mapping[str, Any] = FrozenDict()
+    positions: str | None = None
+    max_length: int = 2048
+    norm: str = "rms"
+    tie_embeddings: bool = False
+    scan_layers: bool = True
+    remat: str | None = None
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        if not isinstance(self.memory, str):
+            object.__setattr__(self, "memory", tuple(self.memory))
+        if not self.pattern:
+            raise ValueError("memory must be a name or a tuple of at least one name, got ()")
+        for name in self.pattern:
+            check_memory(name)
+        for key in ("width", "depth", "heads", "max_length"):
+            check_size(key, getattr(self, key))
+        if self.depth % len(self.pattern):
+            raise ValueError(
+                f"depth must be a multiple of the memory pattern's length {len(self.pattern)}, got {self.depth}"
+            )
+        check_choice("feedforward", self.feedforward, (None, *FEEDFORWARDS))
+        check_choice("positions", self.positions, (None, *POSITIONS))
+        check_choice("norm", self.norm, tuple(NORMS))
+        check_choice("remat", self.remat, (None, *REMAT))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        for key in ("memory_options", "feedforward_options"):
+            if not isinstance(getattr(self, key) or {}, Mapping):
+                raise ValueError(f"{key} must be a mapping, got {getattr(self, key)!r}")
+            # Hashable, so that the model's structure can key a compilation cache.
+            object.__setattr__(self, key, _freeze(getattr(self, key) or {}))
+        object.__setattr__(self, "dtype", self.dtypes.compute.name)
+        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
+
+    @property
+    def pattern(self) -> tuple[str, ...]:
+        """The memories of the repeating group of layers."""
+        return (self.memory,) if isinstance(self.memory, str) else self.memory
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """The dtype policy."""
+        return Dtypes(self.dtype, self.param_dtype)
+
+    def options_of(self, name: str) -> Mapping[str, Any]:
+        """The options for one memory of the pattern."""
+        if len(set(self.pattern)) == 1 and name not in self.memory_options:
+            return self.memory_options
+        check_options("memory_options of a pattern", self.memory_options, tuple(dict.fromkeys(self.pattern)))
+        return self.memory_options.get(name, {})
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({key: _freeze(item) for key, item in value.items()})
+    return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,266 @@
+"""MemoryLM: embedding, a stack of blocks around any memories, read-out."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memformer.core.chunking import find_segments
+from memformer.core.types import Array, Float, Int, check_array
+from memformer.layers.base import State, check_size
+from memformer.layers.basic import NORMS, Embedding, check_options, constrain, dropout, linear, stochastic_keys
+from memformer.layers.feedforward import FEEDFORWARDS
+from memformer.layers.memory import build_memory
+from memformer.layers.positions import count_positions, next_position
+from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig
+
+__all__ = ["Block", "MemoryLM", "ModelOutput"]
+
+
+class ModelOutput(NamedTuple):
+    """What a model returns.
+
+    Attributes:
+      logits: [B, T, classes] float32.
+      state: to continue the sequences with; a pytree.
+      aux: scalar losses by name, to be added to the loss as they are; {} if none.
+    """
+
+    logits: Float[Array, "B T V"]
+    state: Any
+    aux: Mapping[str, Array]
+
+
+class Block(nnx.Module):
+    """x + memory(norm(x)), then x + feedforward(norm(x)) where there is one.
+
+    Args:
+      config: of the model.
+      memory: the name of this layer's memory.
+      rngs: random streams.
+    """
+
+    def __init__(self, config: LanguageModelConfig, memory: str, *, rngs: nnx.Rngs):
+        same = {"dtypes": config.dtypes, "rngs": rngs}
+        sizes = {"heads": config.heads, "key_width": config.key_width, "value_width": config.value_width}
+        self.norm = NORMS[config.norm](config.width, **same)
+        self.memory = build_memory(memory, config.width, options=config.options_of(memory), **sizes, **same)
+        self.feedforward, self.feedforward_norm = nnx.data(None), nnx.data(None)
+        self.dropout = config.dropout
+        if config.feedforward is not None:
+            self.feedforward_norm = NORMS[config.norm](config.width, **same)
+            layer = FEEDFORWARDS[config.feedforward]
+            known = list(layer.__init__.__kwdefaults__ or ())
+            check_options(f"feedforward_options of {config.feedforward!r}", config.feedforward_options, known)
+            self.feedforward = layer(config.width, **config.feedforward_options, **same)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: State | None,
+        key: Array | None,
+        *,
+        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "B T"] | None,
+    ) -> tuple[Array, State, dict[str, Array]]:
+        """Returns (x, state, aux)."""
+        keys = (None, None) if key is None else jax.random.split(key, 2)
+        y, state = self.memory(self.norm(x), segment_ids=segment_ids, positions=positions, state=state)
+        x, aux = x + dropout(y, self.dropout, keys[0]), {}
+        if self.feedforward is not None:
+            valid = None if segment_ids is None else segment_ids != 0
+            y, aux = self.feedforward(self.feedforward_norm(x), valid)
+            x = x + dropout(y, self.dropout, keys[1])
+        return constrain(x, "activation_batch", "activation_time", "activation_embed"), state, aux
+
+
+class MemoryLM(nnx.Module):
+    """A causal sequence model: tokens (or feature vectors) in, logits at each position out.
+
+    Args:
+      config: the shape.
+      vocab_size: of the input ids; 0 where inputs are feature vectors.
+      num_classes: of the logits; None is vocab_size.
+      features: F of float inputs [B, T, F]; 0 where inputs are ids.
+      rngs: random streams; "params", and "dropout" where there is dropout.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+
+    Example:
+      >>> config = LanguageModelConfig(memory="delta_rule", width=16, depth=2, heads=2)
+      >>> model = MemoryLM(config, vocab_size=7, rngs=nnx.Rngs(0))
+      >>> model(jnp.array([[1, 2, 3]])).logits.shape
+      (1, 3, 7)
+    """
+
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        *,
+        vocab_size: int,
+        num_classes: int | None = None,
+        features: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        num_classes = vocab_size if num_classes is None else num_classes
+        _check_sizes(config, vocab_size, num_classes, features)
+        self.config, self.vocab_size, self.num_classes, self.features = config, vocab_size, num_classes, features
+        same = {"dtypes": config.dtypes, "rngs": rngs}
+        width = config.width
+        if features:
+            self.embedding = linear(features, width, (None, "embed"), bias=True, **same)
+        else:
+            self.embedding = Embedding(vocab_size, width, **same)
+        self.positions = nnx.data(None)
+        if config.positions is not None:
+            self.positions = POSITIONS[config.positions](width, config.max_length, **same)
+        self.blocks = _build_blocks(config, rngs)
+        self.norm = NORMS[config.norm](width, **same)
+        self.head = nnx.data(None)
+        if not config.tie_embeddings:
+            self.head = linear(width, num_classes, ("embed", "vocab"), **same)
+            self.head.preferred_element_type = config.dtypes.wide
+        # Set by model.train() and model.eval().
+        self.deterministic = True
+        self.dropout_stream = rngs.dropout.fork() if config.dropout else nnx.data(None)
+
+    def init_state(self, batch: int, capacity: int, dtype: Any = None) -> State:
+        """The state before the first token; attention-like memories get room for `capacity` tokens.
+
+        Raises:
+          ValueError: a batch or capacity that is no positive integer, or more than learned positions.
+        """
+        if self.config.positions == "learned" and capacity > self.config.max_length:
+            raise ValueError(f"capacity must be at most max_length = {self.config.max_length}, got {capacity}")
+        states = tuple(block.memory.init_state(batch, capacity, dtype) for block in self.blocks)
+        if self.config.scan_layers:
+            groups = self.config.depth // len(self.config.pattern)
+            states = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (groups, *x.shape)), states)
+        return {"layers": states, "position": jnp.zeros(batch, jnp.int32)}
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"] | Float[Array, "B T F"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> ModelOutput:
+        """Logits at each position; a call with the returned state continues the sequences.
+
+        Args:
+          inputs: ids, or float features.
+          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          positions: None counts within each segment, on from the state's.
+          state: of the last call, or of `init_state`; None is the beginning.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or longer than the learned positions.
+        """
+        dims = {"F": self.features} if self.features else {}
+        kind = jnp.floating if self.features else jnp.integer
+        inputs = check_array("inputs", inputs, "B T F" if self.features else "B T", dims, kind=kind)
+        segments = find_segments(segment_ids, dims)
+        if positions is None:
+            positions = count_positions(segments, inputs.shape[:2], None if state is None else state["position"])
+        positions = check_array("positions", positions, "B T", dims, kind=jnp.integer)
+        if self.config.positions == "learned" and dims["T"] > self.config.max_length:
+            raise ValueError(f"inputs must have at most max_length = {self.config.max_length} tokens, got {dims['T']}")
+        keys = self._keys()
+        x = self.embedding(inputs.astype(self.config.dtypes.compute) if self.features else inputs)
+        x = x if self.positions is None else self.positions(x, positions)
+        x = dropout(x, self.config.dropout, None if keys is None else keys[-1])
+        x = constrain(x, "activation_batch", "activation_time", "activation_embed")
+        layers = None if state is None else state["layers"]
+        run = self._scan if self.config.scan_layers else self._unroll
+        x, layers, aux = run(x, layers, None if keys is None else keys[:-1], segment_ids, positions)
+        state = {"layers": layers, "position": next_position(positions, segments)}
+        return ModelOutput(self._read_out(x), state, aux)
+
+    def _keys(self) -> Array | None:
+        """A key for each layer and one for the embedding, or None where nothing is dropped."""
+        if self.deterministic or not self.config.dropout:
+            return None
+        return stochastic_keys(self.dropout_stream(), self.config.depth + 1)
+
+    def _scan(self, x, states, keys, segment_ids, positions):
+        """The group of blocks, scanned: parameters, states and keys have a leading axis of groups."""
+        graph, parameters = nnx.split(self.blocks)
+        size = len(self.config.pattern)
+        keys = None if keys is None else keys.reshape(-1, size)
+        run = _checkpointed(_run_block, self.config.remat, prevent_cse=False)
+
+        def group(x, xs):
+            parameters, states, keys = xs
+            blocks, after, aux = nnx.merge(graph, parameters), [], []
+            for i, block in enumerate(blocks):
+                last, key = None if states is None else states[i], None if keys is None else keys[i]
+                x, new, losses = run(*nnx.split(block), x, last, key, segment_ids, positions)
+                after.append(new)
+                aux.append(losses)
+            return x, (tuple(after), jax.tree.map(lambda *a: sum(a[1:], start=a[0]), *aux))
+
+        x, (states, aux) = lax.scan(group, x, (parameters, states, keys))
+        return x, states, jax.tree.map(lambda a: jnp.sum(a) / self.config.depth, aux)
+
+    def _unroll(self, x, states, keys, segment_ids, positions):
+        """The same blocks one by one, each with its own parameters in the program."""
+        run = _checkpointed(_run_block, self.config.remat, prevent_cse=True)
+        after, aux = [], []
+        for i, block in enumerate(self.blocks):
+            last, key = None if states is None else states[i], None if keys is None else keys[i]
+            x, new, losses = run(*nnx.split(block), x, last, key, segment_ids, positions)
+            after.append(new)
+            aux.append(losses)
+        return x, tuple(after), jax.tree.map(lambda *a: sum(a[1:], start=a[0]) / self.config.depth, *aux)
+
+    def _read_out(self, x: Array) -> Array:
+        x = self.norm(x)
+        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        return constrain(logits, "activation_batch", "activation_time", "activation_vocab")
+
+
+def _check_sizes(config: LanguageModelConfig, vocab_size: int, num_classes: int, features: int) -> None:
+    if bool(vocab_size) == bool(features):
+        raise ValueError(
+            f"give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got "
+            f"vocab_size = {vocab_size} and features = {features}"
+        )
+    check_size("num_classes", num_classes)
+    check_size("features" if features else "vocab_size", features or vocab_size)
+    if config.tie_embeddings and (features or num_classes != vocab_size):
+        raise ValueError(
+            f"tie_embeddings needs ids in and the same ids out, got vocab_size = {vocab_size}, num_classes = "
+            f"{num_classes}, features = {features}; set tie_embeddings to False"
+        )
+
+
+def _build_blocks(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.List:
+    """One block a place of the pattern, stacked over groups; or one a layer. Equal parameters either way."""
+    size = len(config.pattern)
+    groups = config.depth // size
+    keys = jax.random.split(rngs.params(), config.depth).reshape(groups, size)
+
+    def build(key: Array, name: str) -> Block:
+        return Block(config, name, rngs=nnx.Rngs(params=key))
+
+    if not config.scan_layers:
+        return nnx.List([build(keys[i // size, i % size], config.pattern[i % size]) for i in range(config.depth)])
+    stack = nnx.vmap(
+        build, in_axes=(0, None), out_axes=0, axis_size=groups, transform_metadata={nnx.PARTITION_NAME: "layers"}
+    )
+    return nnx.List([stack(keys[:, i], name) for i, name in enumerate(config.pattern)])
+
+
+def _run_block(graph, parameters, x, state, key, segment_ids, positions):
+    return nnx.merge(graph, parameters)(x, state, key, segment_ids=segment_ids, positions=positions)
+
+
+def _checkpointed(function: Any, remat: str | None, *, prevent_cse: bool) -> Any:
+    if remat is None:
+        return function
+    return jax.checkpoint(function, policy=REMAT[remat], prevent_cse=prevent_cse, static_argnums=(0,))
