@@ -4,7 +4,7 @@
 
 The paper's test mixes lengths, and scores (accuracy - 1/5) / (4/5):
 
-    python eval.py --workdir=runs/modular_arithmetic --set=task.min_length=40 --set=task.length=256
+    python eval.py --workdir=runs/modular_arithmetic --set=task.min_length=40 --set=task.length=256 --lengths=256
 """
 
 from memformer.training.config import default_config

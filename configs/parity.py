@@ -9,7 +9,7 @@ With beta in (0, 1), which cannot count modulo two:
 
 The paper's test mixes lengths, and scores (accuracy - 1/2) / (1/2):
 
-    python eval.py --workdir=runs/parity --set=task.min_length=40 --set=task.length=256
+    python eval.py --workdir=runs/parity --set=task.min_length=40 --set=task.length=256 --lengths=256
 """
 
 from memformer.training.config import default_config

@@ -41,12 +41,12 @@ class _OneAnswer(Task):
         return (40, 64, 128, 256)
 
     def with_length(self, length: int) -> Task:
-        """The same task at that very length: min_length follows.
+        """Itself at its own length; at another, the task at that very length: min_length follows.
 
         Raises:
           ValueError: the task cannot have that length.
         """
-        return dataclasses.replace(self, length=length, min_length=length)
+        return self if length == self.length else dataclasses.replace(self, length=length, min_length=length)
 
     def source(self, split: str, seed: int) -> SyntheticSource:
         """Examples of one split, by number."""

@@ -54,7 +54,7 @@ class MQAR(Task):
         check_at_least("vocab_size", self.vocab_size, 4)
         if self.vocab_size % 2 or self.vocab_size // 2 <= self.pairs:
             raise ValueError(f"vocab_size must be even and above 2 * pairs = {2 * self.pairs}, got {self.vocab_size}")
-        if not 0 < self.power < np.inf:
+        if not isinstance(self.power, (int, float)) or not 0 < self.power < np.inf:
             raise ValueError(f"power must be above 0, got {self.power!r}")
 
     @property

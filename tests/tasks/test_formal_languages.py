@@ -38,6 +38,7 @@ def test_value_is_that_of_python(modulus):
 LENGTHS = [
     (Parity(), range(3, 41)),
     (Parity().with_length(64), [64]),
+    (Parity(length=50, min_length=40).with_length(50), range(40, 51)),
     (Parity(length=5, min_length=1), range(1, 6)),
     (ModularArithmetic(), range(3, 41, 2)),
     (ModularArithmetic(length=6, min_length=4), [5]),

@@ -68,6 +68,7 @@ def test_eval_lengths_leave_room_for_the_queries():
         ({"vocab_size": 255}, "vocab_size must be even and above 2 . pairs = 8, got 255"),
         ({"vocab_size": 8}, "vocab_size must be even and above 2 . pairs = 8, got 8"),
         ({"power": 0}, "power must be above 0, got 0"),
+        ({"power": "a"}, "power must be above 0, got 'a'"),
         ({"pairs": 0}, "pairs must be an integer of at least 1, got 0"),
     ],
     ids=str,
