@@ -1,0 +1,373 @@
+"""Checkpoints of a run: one wrapper over Orbax's CheckpointManager.
+
+A step folder holds five items: `state` (the arrays), `arrays` (their paths, shapes and dtypes), `data`
+(where the input stands), `config`, `metrics`; and a list of checksums, written last of all before the
+folder takes its name. Orbax alone casts a wrong dtype silently, reads flipped bits as numbers, takes an
+empty folder for the latest step and does not fall back from a damaged one: here every step is checked
+before it is read.
+"""
+
+import dataclasses
+import json
+import logging as std_logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from memformer.training.checksums import EMPTY, JSON_ITEMS, StateHandler, damage
+from memformer.training.paths import abstract, describe, difference, flatten, nest
+
+__all__ = ["Checkpoints", "Restored"]
+
+PyTree = Any
+
+
+class _OrbaxErrorsOnly(std_logging.Filter):
+    """Keeps Orbax's notes and warnings, which are for its own developers, out of the run's terminal."""
+
+    def filter(self, record: std_logging.LogRecord) -> bool:
+        return record.levelno >= std_logging.ERROR or "/orbax/" not in record.pathname
+
+
+logging.get_absl_logger().addFilter(_OrbaxErrorsOnly())
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held.
+
+    Attributes:
+      step: steps taken when it was saved.
+      state: pytree of arrays, of the target's structure and shardings.
+      data: where the input stood.
+      config: the run's config.
+      metrics: the metrics given to `save`.
+    """
+
+    step: int
+    state: PyTree
+    data: dict[str, Any]
+    config: dict[str, Any]
+    metrics: dict[str, float]
+
+
+class Checkpoints:
+    """Saves and restores the steps of one run.
+
+    Saving is asynchronous: `save` returns when the arrays are copied off the devices, and a step folder
+    takes its name only when it is complete, so a kill at any moment leaves the last complete step.
+    With more than one process, every process calls every method.
+
+    Restoring without a step takes the newest step whose files are whole, and logs a warning for each one
+    passed over; a step asked for by number is restored or is an error. The next `save` renames the damaged
+    folders to `<step>.damaged`.
+
+    Args:
+      folder: path; made by the first `save`.
+      keep_last: newest steps kept, at least 1.
+      keep_best: steps kept for their metric beside those, 0 for none.
+      best_metric: name in `metrics`; a NaN there is the worst value.
+      best_mode: "min" or "max".
+
+    Raises:
+      ValueError: an argument out of its range.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> state = {"params": {"w": jnp.arange(3.0)}}
+      >>> with Checkpoints(tempfile.mkdtemp()) as checkpoints:
+      ...     saved = checkpoints.save(10, state, data={"position": 320}, config={}, metrics={"loss": 0.5})
+      ...     restored = checkpoints.restore(jax.eval_shape(lambda: state))
+      >>> restored.step, restored.state["params"]["w"].tolist(), restored.data
+      (10, [0.0, 1.0, 2.0], {'position': 320})
+    """
+
+    def __init__(
+        self,
+        folder: str | epath.PathLike,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 1,
+        best_metric: str = "loss",
+        best_mode: str = "min",
+    ):
+        if keep_last < 1 or keep_best < 0:
+            raise ValueError(f"keep_last must be >= 1 and keep_best >= 0, got {keep_last} and {keep_best}")
+        if best_mode not in ("min", "max"):
+            raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}")
+        self.folder = epath.Path(folder)
+        if "://" not in str(folder):
+            self.folder = self.folder.absolute()
+        self._keep = (keep_last, keep_best)
+        self._best = (best_metric, best_mode)
+        self._manager: ocp.CheckpointManager | None = None
+        self._current: int | None = None
+        self._whole: set[int] = set()
+        self._damaged: dict[int, str] = {}
+        self._told: set[int] = set()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        data: Mapping[str, Any],
+        config: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> bool:
+        """Starts to save a step; waits first for the save before it.
+
+        Args:
+          step: steps taken, larger than every step in the folder.
+          state: pytree of jax arrays, typed PRNG keys included.
+          data: small JSON dict.
+          config: JSON-able dict.
+          metrics: name -> number; with the metric that ranks the best, unless empty.
+
+        Returns:
+          False where this very step was the last one saved or restored: there is nothing to do.
+
+        Raises:
+          ValueError: a leaf that is not a jax array, data that JSON cannot hold, or a folder that already
+            holds this step or a later one.
+          OSError: the folder cannot be written.
+        """
+        if step == self._current:
+            return False
+        flat = flatten(state)
+        for path, leaf in flat.items():
+            if not isinstance(leaf, jax.Array) or leaf.size == 0:
+                kind = "one without elements" if isinstance(leaf, jax.Array) else type(leaf).__name__
+                raise ValueError(f"state must hold jax arrays alone, got {kind} at {'/'.join(path)}")
+        metrics = {name: float(value) for name, value in metrics.items()}
+        if metrics and self._keep[1] and self._best[0] not in metrics:
+            raise ValueError(f"metrics must have {self._best[0]!r}, which ranks the best steps, got {sorted(metrics)}")
+        items = {
+            name: ocp.args.JsonSave(_jsonable(name, item))
+            for name, item in (("arrays", describe(flat)), ("data", data), ("config", config))
+        }
+        manager = self._open()
+        newest = manager.latest_step()
+        if newest is not None and newest >= step:
+            raise ValueError(
+                f"step {step} cannot be saved: {self.folder} already holds step {newest}. Continue from that step, "
+                "or write to another folder."
+            )
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(flat)), **items)
+        manager.save(step, args=arguments, metrics=metrics, force=True)
+        self._current = step
+        return True
+
+    def restore(self, target: PyTree, step: int | None = None) -> Restored:
+        """Restores a whole train state.
+
+        Args:
+          target: pytree of `jax.ShapeDtypeStruct` (or arrays); their shardings are those of the result, on
+            any mesh; without one, the first device.
+          step: None for the newest whole step.
+
+        Raises:
+          FileNotFoundError: no such folder, no such step, or no step at all.
+          NotADirectoryError: the path is a file.
+          ValueError: damaged, or the checkpoint of another model (paths, shapes or dtypes differ).
+        """
+        step = self._choose(step)
+        state = self._read_state(step, target, whole=True)
+        self._current = step
+        data, config, metrics = (self._read_json(step, name) for name in ("data", "config", "metrics"))
+        return Restored(step, state, data, config, metrics)
+
+    def restore_parts(self, target: Mapping[str, PyTree], step: int | None = None) -> dict[str, PyTree]:
+        """Restores some top-level entries of the state alone; arguments and errors as in `restore`."""
+        return self._read_state(self._choose(step), dict(target), whole=False)
+
+    def restore_params(self, target: PyTree, step: int | None = None) -> PyTree:
+        """Restores the state's "params" alone; arguments and errors as in `restore`."""
+        return self.restore_parts({"params": target}, step)["params"]
+
+    def config(self, step: int | None = None) -> dict[str, Any]:
+        """The config saved with a step; argument and errors as in `restore`."""
+        return self._read_json(self._choose(step), "config")
+
+    def latest_step(self) -> int | None:
+        """The newest whole step; None where nothing was saved yet.
+
+        Raises:
+          NotADirectoryError: the path is a file.
+          ValueError: there are steps, and all of them are damaged.
+        """
+        self.wait()
+        return self._newest() if self.folder.exists() else None
+
+    def wait(self) -> None:
+        """Waits for the save in progress; raises what went wrong in it."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the save in progress and ends Orbax's threads."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def _open(self) -> ocp.CheckpointManager:
+        """Orbax's manager, made at the first save: it must not meet a damaged folder, nor make one to read from."""
+        if self._manager is not None and not self._damaged:
+            return self._manager
+        self.close()
+        if self.folder.exists():
+            self._set_aside()
+        keep_last, keep_best = self._keep
+        policies: list[Any] = [preservation_policy.LatestN(keep_last)]
+        if keep_best:
+            worst_first = self._best[1] == "min"
+            policies.append(preservation_policy.BestN(get_metric_fn=self._score, reverse=worst_first, n=keep_best))
+        options = ocp.CheckpointManagerOptions(
+            best_fn=self._score,
+            best_mode=self._best[1],
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            cleanup_tmp_directories=True,
+        )
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for name in JSON_ITEMS:
+            handler = (
+                ocp.JsonCheckpointHandler(filename="metrics") if name == "metrics" else ocp.JsonCheckpointHandler()
+            )
+            registry.add(name, ocp.args.JsonSave, handler)
+            registry.add(name, ocp.args.JsonRestore, handler)
+        # the last one is finished last: its checksums cover the others
+        registry.add("state", ocp.args.PyTreeSave, StateHandler())
+        self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+        return self._manager
+
+    def _score(self, metrics: Mapping[str, float]) -> float:
+        worst = float("inf") if self._best[1] == "min" else float("-inf")
+        value = metrics.get(self._best[0], worst)
+        return worst if np.isnan(value) else value
+
+    def _set_aside(self) -> None:
+        for step in self._steps():
+            reason = self._damaged.get(step) or damage(self.folder / str(step), deep=False)
+            if reason is None or jax.process_index() != 0:
+                continue
+            aside, count = self.folder / f"{step}.damaged", 1
+            while aside.exists():
+                aside, count = self.folder / f"{step}.damaged{count}", count + 1
+            (self.folder / str(step)).rename(aside)
+            logging.warning("Checkpoint %d in %s %s: renamed to %s.", step, self.folder, reason, aside.name)
+        self._damaged = {}
+
+    def _steps(self) -> list[int]:
+        """Steps that have a folder, newest first."""
+        if not self.folder.exists():
+            raise FileNotFoundError(
+                f"no checkpoints in {self.folder}: there is no such folder. Give the folder that a run wrote to."
+            )
+        if not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} must be a folder of checkpoints, and is a file.")
+        names = (path.name for path in self.folder.iterdir() if path.is_dir())
+        return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+
+    def _choose(self, step: int | None) -> int:
+        self.wait()
+        if step is None:
+            newest = self._newest()
+            if newest is None:
+                raise FileNotFoundError(
+                    f"no checkpoints in {self.folder}: the folder has no step in it. Give the folder that a run wrote "
+                    "to, or train first."
+                )
+            return newest
+        steps = self._steps()
+        if step not in steps:
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}: its steps are {steps[::-1]}.")
+        reason = self._inspect(step) if jax.process_index() == 0 else None
+        if _agree(int(reason is not None)):
+            raise ValueError(
+                f"checkpoint {step} in {self.folder} {reason or 'is damaged'}. Ask for another step of "
+                f"{steps[::-1]}, or for none: the newest whole one is taken then."
+            )
+        return step
+
+    def _newest(self) -> int | None:
+        """Walks from the newest step to the first whole one; process 0 walks, the others take its answer."""
+        steps, found = self._steps(), -1
+        if jax.process_index() == 0:
+            found = next((step for step in steps if self._inspect(step) is None), -1)
+        found = _agree(found)
+        passed = {step: self._damaged.get(step, "is damaged") for step in steps if step > found}
+        for step in passed.keys() - self._told:
+            logging.warning("Checkpoint %d in %s %s: passed over.", step, self.folder, passed[step])
+        self._told |= passed.keys()
+        if found >= 0:
+            return found
+        lost = {step: reason for step, reason in passed.items() if reason != EMPTY}
+        if not lost:
+            return None
+        raise ValueError(
+            f"no checkpoint in {self.folder} can be restored: "
+            + "; ".join(f"{step} {reason}" for step, reason in lost.items())
+            + ". Bring one back from a copy, or move them away to start anew."
+        )
+
+    def _inspect(self, step: int) -> str | None:
+        """What is wrong with a step's files; every byte is read once in this object's life."""
+        if step in self._whole:
+            return None
+        reason = damage(self.folder / str(step), deep=True)
+        if reason is None:
+            self._whole.add(step)
+        else:
+            self._damaged[step] = reason
+        return reason
+
+    def _read_json(self, step: int, item: str) -> dict[str, Any]:
+        name = "metrics" if item == "metrics" else "metadata"
+        return json.loads((self.folder / str(step) / item / name).read_text())
+
+    def _read_state(self, step: int, target: PyTree, whole: bool) -> PyTree:
+        wanted = {path: abstract(leaf) for path, leaf in flatten(target).items()}
+        saved = self._read_json(step, "arrays")
+        if not whole:
+            parts = {path[0] for path in wanted}
+            saved = {name: shape for name, shape in saved.items() if name.split("/")[0] in parts}
+        expected = describe(wanted)
+        if saved != expected:
+            raise ValueError(
+                f"checkpoint of another model: step {step} in {self.folder} does not fit what this config builds. "
+                f"{difference(saved, expected)}. Restore it with the config saved beside it, or give this model "
+                "another folder."
+            )
+        nested = nest(wanted)
+        arguments = ocp.args.PyTreeRestore(
+            nested, restore_args=ocp.checkpoint_utils.construct_restore_args(nested), partial_restore=not whole
+        )
+        restored = ocp.PyTreeCheckpointHandler().restore(self.folder / str(step) / "state", args=arguments)
+        flat = flatten(restored)
+        return jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in wanted])
+
+
+def _agree(value: int) -> int:
+    """Process 0's value, in every process."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def _jsonable(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as error:
+        raise ValueError(f"{name} must be a dict that JSON can hold: {error}") from error
