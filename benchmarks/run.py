@@ -102,7 +102,7 @@ def surroundings(peer: timing.PeerProcess | None, quick: bool) -> dict[str, Any]
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    flops, bandwidth = timing.peaks(128 if quick else 2048)
+    flops, bandwidth = timing.peaks(128 if quick else 4096)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(f"{found['processor']}, {found['cores']} cores; {found['versions']}")
     print(
         f"floors at {found['flops_per_second'] / 1e9:.0f} GFLOP/s (float32 matrix product) and "
-        f"{found['bytes_per_second'] / 1e9:.1f} GB/s (copy), both measured now\n{HEAD}"
+        f"{found['bytes_per_second'] / 1e9:.1f} GB/s (addition in place), both measured now\n{HEAD}"
     )
     for case in table:
         if case.op not in arguments.ops:

@@ -90,17 +90,24 @@ def test_relative_error_takes_the_worst_array():
     assert timing.relative_error(got, want) == pytest.approx(0.5)
 
 
+class _Runner:
+    def __init__(self, name, takes, log):
+        self.name, self.takes, self.log = name, takes, log
+
+    def seconds(self, calls):
+        self.log.append(self.name)
+        return self.takes
+
+
 def test_rounds_are_interleaved():
     calls = []
-
-    class Runner:
-        def __init__(self, name):
-            self.name = name
-
-        def seconds(self, count):
-            calls.append(self.name)
-            return 1.0
-
-    samples = timing.interleave([Runner("a"), Runner("b")], budget=0.0)
+    samples = timing.interleave([_Runner("a", 0.5, calls), _Runner("b", 0.5, calls)], budget=0.0)
     assert [len(sample) for sample in samples] == [5, 5]
-    assert calls[2:] == ["a", "b", "b", "a", "a", "b", "b", "a", "a", "b"]
+    # one call each to learn how long it takes; then rounds, an uncounted call before each counted one
+    assert "".join(calls) == "ab" + "aabb" + "bbaa" + "aabb" + "bbaa" + "aabb"
+
+
+def test_the_slow_run_less():
+    samples = timing.interleave([_Runner("a", 0.5, []), _Runner("b", 2.0, log := [])], budget=0.0)
+    assert [len(sample) for sample in samples] == [5, 3]
+    assert len(log) == 4
