@@ -104,7 +104,7 @@ class MemoryLayer(nnx.Module):
         self.projections = nnx.Dict(
             {name: linear(width, sizes[name], ("embed", "heads"), dtypes=dtypes, rngs=rngs) for name in sizes}
         )
-        self.convolutions = nnx.data(None)
+        self.convolutions: Any = nnx.data(None)
         if conv_width:
             self.convolutions = nnx.Dict(
                 {name: ShortConvolution(sizes[name], conv_width, dtypes=dtypes, rngs=rngs) for name in sizes}
@@ -113,7 +113,7 @@ class MemoryLayer(nnx.Module):
         self.out = linear(size, width, ("heads", "embed"), dtypes=dtypes, rngs=rngs)
         self.norm = RMSNorm(self.value_width, dtypes=dtypes, rngs=rngs) if output_norm else nnx.data(None)
         self.output_gate = output_gate
-        self.gate = nnx.data(None)
+        self.gate: Any = nnx.data(None)
         if output_gate is not None:
             self.gate = linear(width, size, ("embed", "heads"), dtypes=dtypes, rngs=rngs)
 
@@ -178,10 +178,10 @@ class MemoryLayer(nnx.Module):
         x = check_array("x", x, "B T D", dims)
         segments = find_segments(segment_ids, dims)
         before = {} if state is None else state
-        after = {}
+        after: dict[str, Any] = {}
         if self.rotary:
             if positions is None:
-                positions = count_positions(segments, x.shape[:2], before.get("position"))
+                positions = count_positions(segments, (dims["B"], dims["T"]), before.get("position"))
             positions = check_array("positions", positions, "B T", dims, kind=jnp.integer)
             after["position"] = next_position(positions, segments)
         parts, convolved = self._project(x, segments, before.get("convolution"))
@@ -192,7 +192,8 @@ class MemoryLayer(nnx.Module):
         return self._output(x, o), after
 
     def _project(self, x: Array, segments: Any, state: State | None) -> tuple[dict, dict]:
-        parts, convolved = {}, {}
+        parts: dict[str, Array] = {}
+        convolved: dict[str, Array] = {}
         for name, projection in self.projections.items():
             parts[name] = projection(x)
             if self.convolutions is not None:
@@ -216,7 +217,7 @@ class MemoryLayer(nnx.Module):
                 continue
             if self.unit_queries if name == "q" else self.unit_keys:
                 parts[name] = l2norm(parts[name])
-            if self.rotary:
+            if positions is not None and self.rotary:
                 parts[name] = rotate(parts[name], positions)
         return parts
 
@@ -231,7 +232,7 @@ class MemoryLayer(nnx.Module):
     def _output(self, x: Array, o: Array) -> Array:
         o = o if self.norm is None else self.norm(o)
         o = o.reshape(*o.shape[:2], -1)
-        if self.gate is not None:
+        if self.output_gate is not None:
             o = o * GATES[self.output_gate](self.gate(x))
         y = self.out(o)
         return constrain(y, "activation_batch", "activation_time", "activation_embed")

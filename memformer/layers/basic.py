@@ -102,7 +102,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     table = dict(reversed(tuple(rules)))
     spec = []
     for size, name in zip(x.shape, names, strict=True):
-        axes = table.get(name) or ()
+        axes = () if name is None else table.get(name) or ()
         axes = (axes,) if isinstance(axes, str) else tuple(axes)
         parts = 1
         for axis in axes:
@@ -149,9 +149,9 @@ class RMSNorm(nnx.RMSNorm):
     def __init__(self, size: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         super().__init__(size, dtype=dtypes.wide, param_dtype=dtypes.param, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """The same shape and dtype as x."""
-        return super().__call__(x).astype(x.dtype)
+    def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
+        """The same shape and dtype as x; `mask` marks the entries that count."""
+        return super().__call__(x, mask=mask).astype(x.dtype)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -167,9 +167,9 @@ class LayerNorm(nnx.LayerNorm):
     def __init__(self, size: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         super().__init__(size, dtype=dtypes.wide, param_dtype=dtypes.param, use_fast_variance=False, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        """The same shape and dtype as x."""
-        return super().__call__(x).astype(x.dtype)
+    def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
+        """The same shape and dtype as x; `mask` marks the entries that count."""
+        return super().__call__(x, mask=mask).astype(x.dtype)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
@@ -202,7 +202,8 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Vectors of the ids, in the compute dtype."""
-        table = self.table[...].astype(self.dtypes.compute)
+        # the table is made whole over fsdp here, or the compiler would make the larger activations so
+        table = constrain(self.table[...].astype(self.dtypes.compute), "activation_vocab", None)
         return jnp.take(table, ids, axis=0) * jnp.asarray(table.shape[1] ** 0.5, table.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

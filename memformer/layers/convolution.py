@@ -88,8 +88,8 @@ class ShortConvolution(nnx.Module):
         y = x * weights[None, None, 0]
         for j in range(1, width):
             past = history[:, width - 1 - j : width - 1 - j + time]
-            if place is not None:
-                same = place[:, width - 1 - j : width - 1 - j + time] == index
+            if place is not None and index is not None:
+                same = jnp.equal(place[:, width - 1 - j : width - 1 - j + time], index)
                 past = jnp.where(same[:, :, None], past, jnp.zeros_like(past))
             y = y + past * weights[None, None, j]
         return nnx.silu(y), history

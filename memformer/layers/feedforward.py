@@ -1,5 +1,8 @@
 """Feedforward layers: memories whose keys and values are parameters."""
 
+import inspect
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +11,7 @@ from jax import lax
 from memformer.core.types import Array, Bool, Float
 from memformer.layers.basic import Dtypes, constrain, linear, named
 
-__all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "SwiGLU"]
+__all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "SwiGLU", "feedforward_keys"]
 
 ACTIVATIONS = {"gelu": nnx.gelu, "relu": nnx.relu, "silu": nnx.silu}
 
@@ -170,4 +173,15 @@ class MixtureOfExperts(nnx.Module):
         return self.balance_weight * probability.shape[-1] * jnp.sum(share * mean)
 
 
-FEEDFORWARDS = {"mlp": MLP, "swiglu": SwiGLU, "moe": MixtureOfExperts}
+FEEDFORWARDS: dict[str, Any] = {"mlp": MLP, "swiglu": SwiGLU, "moe": MixtureOfExperts}
+
+
+def feedforward_keys(name: str) -> tuple[str, ...]:
+    """The keys that feedforward_options of this layer may have.
+
+    Example:
+      >>> feedforward_keys("mlp")
+      ('hidden', 'activation')
+    """
+    parameters = inspect.signature(FEEDFORWARDS[name].__init__).parameters
+    return tuple(key for key in parameters if key not in ("self", "width", "dtypes", "rngs"))

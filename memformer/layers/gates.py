@@ -1,5 +1,7 @@
 """Decays and step sizes: how much of what is stored stays, and how much of a write counts."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -60,7 +62,7 @@ class StepDecay(nnx.Module):
     def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
         size = heads if rank is None else heads * key_width
         inner = width if rank is None else rank
-        same = {"dtypes": dtypes, "rngs": rngs, "wide": True}
+        same: dict[str, Any] = {"dtypes": dtypes, "rngs": rngs, "wide": True}
         self.down = nnx.data(None) if rank is None else linear(width, rank, ("embed", None), **same)
         self.up = linear(inner, size, ("embed" if rank is None else None, "heads"), **same)
         self.rate = nnx.Param(named(_rate_init, "heads")(rngs.params(), (heads,), dtypes.param))
@@ -95,7 +97,7 @@ class LogSigmoidDecay(nnx.Module):
 
     def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
         rank = 16 if rank is None else rank
-        same = {"dtypes": dtypes, "rngs": rngs, "wide": True}
+        same: dict[str, Any] = {"dtypes": dtypes, "rngs": rngs, "wide": True}
         self.down = linear(width, rank, ("embed", None), **same)
         self.up = linear(rank, heads * key_width, (None, "heads"), bias=True, **same)
         self.heads = heads

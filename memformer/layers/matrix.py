@@ -78,7 +78,7 @@ class LinearAttention(MemoryLayer):
         q, k = (FEATURE_MAPS[self.feature_map](parts[name]) for name in "qk")
         v = parts["v"]
         decay, step = (None, None) if self.decay is None else self.decay(x)
-        written = v * step[..., None].astype(v.dtype) if self.discretize else v
+        written = v if step is None or not self.discretize else v * step[..., None].astype(v.dtype)
         o, memory = linear_attention(
             q, k, written, decay=decay, normalize=self.normalize, segment_ids=segment_ids, initial_state=memory
         )

@@ -205,5 +205,5 @@ def build_memory(
     options = {} if options is None else options
     check_options(f"memory_options of {name!r}", options, known_options(name))
     row = MEMORIES[name]
-    sizes = {"heads": heads, "key_width": key_width, "value_width": value_width}
+    sizes: dict[str, Any] = {"heads": heads, "key_width": key_width, "value_width": value_width}
     return row.layer(width, **sizes, dtypes=dtypes, rngs=rngs, **{**row.options, **options})

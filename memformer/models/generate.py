@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from memformer.core.types import Array, ArrayLike, Float, Int
+from memformer.core.types import Array, Float, Int
 
 __all__ = ["Sampling", "generate", "pad_prompts", "sample"]
 
@@ -40,14 +40,14 @@ def sample(logits: Float[Array, "B V"], key: Array | None, sampling: Sampling) -
 
     Args:
       logits: float32.
-      key: a random key; not used (may be None) at temperature 0.
+      key: a random key; None, or temperature 0, takes the likeliest.
       sampling: the settings.
 
     Example:
       >>> sample(jnp.array([[0.0, 2.0, 1.0]]), None, Sampling())
       Array([1], dtype=int32)
     """
-    if sampling.temperature == 0:
+    if key is None or sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / sampling.temperature
     low = jnp.asarray(-jnp.inf, logits.dtype)
@@ -66,7 +66,7 @@ def sample(logits: Float[Array, "B V"], key: Array | None, sampling: Sampling) -
     return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
 
 
-def pad_prompts(prompts: ArrayLike | Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(prompts: np.ndarray | Array | Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts of any lengths as ids [B, T] and segment_ids [B, T], padded on the left.
 
     Raises:
@@ -88,8 +88,8 @@ def pad_prompts(prompts: ArrayLike | Sequence[Sequence[int]]) -> tuple[np.ndarra
 
 
 def generate(
-    model: nnx.Module,
-    prompts: ArrayLike | Sequence[Sequence[int]],
+    model: Any,
+    prompts: np.ndarray | Array | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,

@@ -12,7 +12,7 @@ from memformer.core.chunking import find_segments
 from memformer.core.types import Array, Float, Int, check_array
 from memformer.layers.base import State, check_size
 from memformer.layers.basic import NORMS, Embedding, check_options, constrain, dropout, linear, stochastic_keys
-from memformer.layers.feedforward import FEEDFORWARDS
+from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import count_positions, next_position
 from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig
@@ -44,16 +44,17 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: LanguageModelConfig, memory: str, *, rngs: nnx.Rngs):
-        same = {"dtypes": config.dtypes, "rngs": rngs}
-        sizes = {"heads": config.heads, "key_width": config.key_width, "value_width": config.value_width}
+        same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
+        sizes: dict[str, Any] = {key: getattr(config, key) for key in ("heads", "key_width", "value_width")}
         self.norm = NORMS[config.norm](config.width, **same)
         self.memory = build_memory(memory, config.width, options=config.options_of(memory), **sizes, **same)
-        self.feedforward, self.feedforward_norm = nnx.data(None), nnx.data(None)
+        self.feedforward: Any = nnx.data(None)
+        self.feedforward_norm: Any = nnx.data(None)
         self.dropout = config.dropout
         if config.feedforward is not None:
             self.feedforward_norm = NORMS[config.norm](config.width, **same)
             layer = FEEDFORWARDS[config.feedforward]
-            known = list(layer.__init__.__kwdefaults__ or ())
+            known = feedforward_keys(config.feedforward)
             check_options(f"feedforward_options of {config.feedforward!r}", config.feedforward_options, known)
             self.feedforward = layer(config.width, **config.feedforward_options, **same)
 
@@ -109,24 +110,25 @@ class MemoryLM(nnx.Module):
         num_classes = vocab_size if num_classes is None else num_classes
         _check_sizes(config, vocab_size, num_classes, features)
         self.config, self.vocab_size, self.num_classes, self.features = config, vocab_size, num_classes, features
-        same = {"dtypes": config.dtypes, "rngs": rngs}
+        same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         width = config.width
+        self.embedding: Any
         if features:
             self.embedding = linear(features, width, (None, "embed"), bias=True, **same)
         else:
             self.embedding = Embedding(vocab_size, width, **same)
-        self.positions = nnx.data(None)
+        self.positions: Any = nnx.data(None)
         if config.positions is not None:
             self.positions = POSITIONS[config.positions](width, config.max_length, **same)
         self.blocks = _build_blocks(config, rngs)
         self.norm = NORMS[config.norm](width, **same)
-        self.head = nnx.data(None)
+        self.head: Any = nnx.data(None)
         if not config.tie_embeddings:
             self.head = linear(width, num_classes, ("embed", "vocab"), **same)
             self.head.preferred_element_type = config.dtypes.wide
         # Set by model.train() and model.eval().
         self.deterministic = True
-        self.dropout_stream = rngs.dropout.fork() if config.dropout else nnx.data(None)
+        self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> State:
         """The state before the first token; attention-like memories get room for `capacity` tokens.
@@ -166,13 +168,14 @@ class MemoryLM(nnx.Module):
         inputs = check_array("inputs", inputs, "B T F" if self.features else "B T", dims, kind=kind)
         segments = find_segments(segment_ids, dims)
         if positions is None:
-            positions = count_positions(segments, inputs.shape[:2], None if state is None else state["position"])
+            positions = count_positions(segments, (dims["B"], dims["T"]), None if state is None else state["position"])
         positions = check_array("positions", positions, "B T", dims, kind=jnp.integer)
         if self.config.positions == "learned" and dims["T"] > self.config.max_length:
             raise ValueError(f"inputs must have at most max_length = {self.config.max_length} tokens, got {dims['T']}")
         keys = self._keys()
         x = self.embedding(inputs.astype(self.config.dtypes.compute) if self.features else inputs)
-        x = x if self.positions is None else self.positions(x, positions)
+        if self.positions is not None:
+            x = self.positions(x, positions)
         x = dropout(x, self.config.dropout, None if keys is None else keys[-1])
         x = constrain(x, "activation_batch", "activation_time", "activation_embed")
         layers = None if state is None else state["layers"]

@@ -1,0 +1,174 @@
+"""One suite for every row of MEMORIES: a new memory adds a row to SPECS and nothing else."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.core.similarity import Kernel
+from memformer.layers.basic import Dtypes
+from memformer.layers.memory import MEMORIES, build_memory, known_options
+from tests.numeric import FORWARD, assert_close, relative_rms
+
+BATCH, TIME, WIDTH, HEADS = 2, 7, 8, 2
+
+# Test name: memory and options. Every row of MEMORIES must be here with its own defaults.
+SPECS = {
+    **{name: (name, {}) for name in MEMORIES},
+    "softmax_attention, grouped, window": ("softmax_attention", {"groups": 1, "window": 3, "rotary": False}),
+    "deltaformer, all projections": (
+        "deltaformer",
+        {"write_query": True, "alpha": "sigmoid", "groups": 1, "rotary": True, "read_kernel": "linear"},
+    ),
+    "delta_product, decay": ("delta_product", {"steps": 3, "decay": "step", "rotary": True}),
+}
+
+
+@functools.cache
+def built(spec: str, compute: str = "float32"):
+    """Graph and parameters of a layer, and its jitted call."""
+    name, options = SPECS[spec]
+    layer = build_memory(name, WIDTH, heads=HEADS, options=options, dtypes=Dtypes(compute), rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(layer)
+
+    @jax.jit
+    def call(parameters, x, segment_ids=None, state=None):
+        return nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
+
+    return layer, parameters, call
+
+
+def inputs(batch: int = BATCH, time: int = TIME, seed: int = 1):
+    return jax.random.normal(jax.random.key(seed), (batch, time, WIDTH))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_fixed_buffer_decodes_as_the_whole_sequence(spec):
+    layer, parameters, call = built(spec)
+    x = inputs()
+    want, _ = call(parameters, x)
+    assert want.shape == x.shape and want.dtype == x.dtype
+    state = layer.init_state(BATCH, TIME)
+    before = call._cache_size()
+    got = []
+    for t in range(TIME):
+        y, state = call(parameters, x[:, t : t + 1], None, state)
+        got.append(y)
+    assert_close(jnp.concatenate(got, axis=1), want, FORWARD["float32"])
+    assert call._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_returned_state_continues_the_sequence(spec):
+    _, parameters, call = built(spec)
+    x = inputs()
+    want, _ = call(parameters, x)
+    first, state = call(parameters, x[:, :3])
+    second, _ = call(parameters, x[:, 3:], None, state)
+    assert_close(jnp.concatenate([first, second], axis=1), want, FORWARD["float32"])
+
+
+# Left padding, a gap inside a segment, segments side by side, padding at the end; four tokens each.
+PACKED = jnp.array([[0, 5, 5, 0, 5, 5, 3, 3, 3, 3, 0], [2, 2, 2, 2, 0, 0, 6, 0, 6, 6, 6]])
+PIECES = [(0, 5), (0, 3), (1, 2), (1, 6)]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_packed_gives_what_unpacked_gives(spec):
+    _, parameters, call = built(spec)
+    x, more = inputs(time=PACKED.shape[1]), inputs(time=2, seed=3)
+    packed, state = call(parameters, x, PACKED)
+    # The returned state is the last segment's: both rows go on from it.
+    after, _ = call(parameters, more, None, state)
+    places = [np.flatnonzero(np.asarray(PACKED[row]) == segment) for row, segment in PIECES]
+    alone = [jnp.concatenate([x[row, place], more[row]]) for (row, _), place in zip(PIECES, places, strict=True)]
+    want, _ = call(parameters, jnp.stack(alone))
+    got = jnp.stack([packed[row, place] for (row, _), place in zip(PIECES, places, strict=True)])
+    assert_close(got, want[:, :4], FORWARD["float32"])
+    assert_close(after, want[jnp.array([1, 3]), 4:], FORWARD["float32"])
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_are_causal_and_reach_every_parameter(spec):
+    _, parameters, call = built(spec)
+    x, at = inputs(), 4
+    weights = inputs(seed=2)[:, at]
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def gradient(parameters, x):
+        return jnp.sum(call(parameters, x)[0][:, at] * weights)
+
+    by_parameter, by_input = gradient(parameters, x)
+    assert not np.any(by_input[:, at + 1 :])
+    assert np.all(np.any(np.asarray(by_input[:, at - 2 : at + 1]), axis=-1))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(by_parameter):
+        assert np.all(np.isfinite(leaf)) and np.any(leaf), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_bfloat16_policy(spec):
+    _, parameters, call = built(spec)
+    _, half_parameters, half_call = built(spec, "bfloat16")
+    x = inputs()
+    want, _ = call(parameters, x)
+    got, _ = half_call(half_parameters, x.astype(jnp.bfloat16))
+    assert got.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(half_parameters)} == {jnp.dtype("float32")}
+    assert relative_rms(got, want) < 3e-2
+
+
+def test_every_memory_has_a_row():
+    assert {name for name, options in SPECS.values() if not options} == set(MEMORIES)
+    assert all(row.equation and row.source and row.kernel and row.update and row.state for row in MEMORIES.values())
+
+
+def test_every_row_names_only_known_options():
+    for name, row in MEMORIES.items():
+        assert set(row.options) <= set(known_options(name))
+
+
+def test_kernels_come_by_name_or_by_fields():
+    kernels = {"write_kernel": {"name": "round", "decimals": 2}, "read_kernel": "relu"}
+    layer = build_memory("deltaformer", WIDTH, heads=HEADS, options=kernels, rngs=nnx.Rngs(0))
+    assert (layer.write_kernel, layer.read_kernel) == (Kernel("round", decimals=2), Kernel("relu"))
+
+
+# Options of a memory, and what the error must say.
+MISTAKES = {
+    "unknown memory": ("delta", {}, "memory must be one of softmax_attention, .* got 'delta'"),
+    "unknown option": ("gla", {"decy": 1}, "memory_options of 'gla' has no key 'decy'; known keys: .*decay"),
+    "width not divisible": ("gla", {"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),
+    "heads": ("gla", {"heads": 0}, "heads must be a positive integer, got 0"),
+    "groups": ("softmax_attention", {"groups": 3}, "groups must divide heads, got groups = 3 and heads = 2"),
+    "decay": ("delta_rule", {"decay": "fast"}, "decay must be one of None, 'step', .* got 'fast'"),
+    "normalize": ("gla", {"normalize": True}, "normalize needs a positive feature_map"),
+    "discretize": ("gla", {"discretize": True}, "discretize needs decay 'step'"),
+    "feature map": ("gla", {"feature_map": "tanh"}, "feature_map must be one of 'identity', .* got 'tanh'"),
+    "kernel": ("deltaformer", {"write_kernel": "cosine"}, "write_kernel must be a Kernel or one of .* got 'cosine'"),
+    "kernel field": ("deltaformer", {"read_kernel": {"nme": "exp"}}, "read_kernel has no key 'nme'; known keys: name"),
+    "gate": ("gla", {"output_gate": "relu"}, "output_gate must be one of None, 'silu', 'sigmoid', got 'relu'"),
+    "alpha": ("deltaformer", {"alpha": "exp"}, "alpha must be one of None, 'sigmoid', got 'exp'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake):
+    name, options, message = MISTAKES[mistake]
+    options = dict(options)
+    heads = options.pop("heads", HEADS)
+    with pytest.raises(ValueError, match=message):
+        build_memory(name, WIDTH, heads=heads, options=options, rngs=nnx.Rngs(0))
+
+
+def test_wrong_inputs_are_named():
+    layer, _, _ = built("softmax_attention")
+    with pytest.raises(ValueError, match=r"x must be \[B, T, D\] with D = 8, got \(2, 7, 9\)"):
+        layer(jnp.zeros((2, 7, 9)))
+    with pytest.raises(ValueError, match=r"segment_ids must be \[B, T\] = \(2, 7\), got \(2, 6\)"):
+        layer(inputs(), segment_ids=jnp.ones((2, 6), jnp.int32))
+    with pytest.raises(ValueError, match="capacity must be a positive integer, got 0"):
+        layer.init_state(2, 0)

@@ -1,0 +1,138 @@
+"""generate: the same tokens as repeated full passes, one compilation, sampling rules, mistakes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.models import MemoryLM, generate
+from memformer.models.config import LanguageModelConfig
+from memformer.models.generate import Sampling, _decode, _prefill, sample
+
+VOCAB, PROMPTS, NEW = 9, [[1, 2, 3, 4], [5, 6]], 4
+
+
+def build(memory=("gated_delta_rule", "softmax_attention"), **config):
+    config = {"width": 8, "heads": 2, "depth": 2, "feedforward": None, **config}
+    return MemoryLM(LanguageModelConfig(memory=memory, **config), vocab_size=VOCAB, rngs=nnx.Rngs(1))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build()
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    return generate(model, PROMPTS, max_new_tokens=NEW)
+
+
+def test_greedy_equals_repeated_full_passes(model, greedy):
+    graph, parameters = nnx.split(model)
+    call = jax.jit(lambda parameters, ids: nnx.merge(graph, parameters)(ids).logits)
+    for prompt, tokens in zip(PROMPTS, greedy, strict=True):
+        ids = np.asarray([*prompt, *tokens])
+        logits = call(parameters, ids[None])[0]
+        np.testing.assert_array_equal(np.argmax(logits, axis=-1)[len(prompt) - 1 : -1], tokens)
+
+
+def test_equal_shapes_compile_once(model, greedy):
+    before = (_prefill._cache_size(), _decode._cache_size())
+    again = generate(model, [[8, 7, 6, 5], [4]], max_new_tokens=NEW)
+    assert again.shape == greedy.shape and again.dtype == np.int32
+    assert (_prefill._cache_size(), _decode._cache_size()) == before
+
+
+def test_the_step_is_traced_once_whatever_the_count(model, monkeypatch):
+    traced, call = [], MemoryLM.__call__
+
+    def counting(self, inputs, **kwargs):
+        traced.append(inputs.shape[1])
+        return call(self, inputs, **kwargs)
+
+    monkeypatch.setattr(MemoryLM, "__call__", counting)
+    generate(model, [[1, 2, 3]], max_new_tokens=20)
+    assert traced.count(3) == 1 and traced.count(1) <= 2 and len(traced) <= 3
+
+
+def test_a_fixed_state_needs_the_same_space_at_any_length():
+    fixed, growing = build(memory="gated_delta_rule"), build(memory="softmax_attention")
+    size = lambda model, capacity: sum(x.size for x in jax.tree.leaves(model.init_state(1, capacity)))  # noqa: E731
+    assert size(fixed, 10) == size(fixed, 1000)
+    assert size(growing, 1000) > 50 * size(growing, 10)
+
+
+def test_a_stopped_row_repeats_the_stop_token(model, greedy):
+    stop = int(greedy[0, 0])
+    tokens = generate(model, PROMPTS, max_new_tokens=NEW, stop_token=stop)
+    for row, free in zip(tokens, greedy, strict=True):
+        where = np.flatnonzero(free == stop)
+        end = where[0] if where.size else NEW
+        np.testing.assert_array_equal(row[:end], free[:end])
+        np.testing.assert_array_equal(row[end:], stop)
+
+
+def test_sampling_is_drawn_from_the_key(model):
+    draw = lambda seed: generate(  # noqa: E731
+        model, PROMPTS * 8, max_new_tokens=NEW, temperature=1.0, top_k=5, top_p=0.9, key=jax.random.key(seed)
+    )
+    np.testing.assert_array_equal(draw(0), draw(0))
+    assert np.any(draw(0) != draw(1))
+
+
+LOGITS = jnp.log(jnp.array([0.1, 0.5, 0.25, 0.15]))
+# Settings, and the probability of each token.
+DRAWS = {
+    "greedy": (Sampling(), [0, 1, 0, 0]),
+    "plain": (Sampling(1.0), [0.1, 0.5, 0.25, 0.15]),
+    "cold": (Sampling(0.5), np.array([0.01, 0.25, 0.0625, 0.0225]) / 0.345),
+    "top_k": (Sampling(1.0, top_k=2), [0, 2 / 3, 1 / 3, 0]),
+    "top_p": (Sampling(1.0, top_p=0.6), [0, 2 / 3, 1 / 3, 0]),
+    "top_p keeps one": (Sampling(1.0, top_p=0.1), [0, 1, 0, 0]),
+    "both": (Sampling(1.0, top_k=3, top_p=0.8), [0, 2 / 3, 1 / 3, 0]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_sample_draws_by_its_settings(name):
+    sampling, want = DRAWS[name]
+    count = 4000
+    tokens = sample(jnp.broadcast_to(LOGITS[None], (count, 4)), jax.random.key(0), sampling)
+    got = np.bincount(np.asarray(tokens), minlength=4) / count
+    # Four standard deviations of a share.
+    np.testing.assert_allclose(got, want, atol=4 * 0.5 / np.sqrt(count))
+    assert not np.any(got[np.asarray(want) == 0])
+
+
+# Arguments, and what the error must say.
+MISTAKES = {
+    "max_new_tokens": ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer, got 0"),
+    "temperature": ({"temperature": -1.0}, "temperature must be at least 0"),
+    "top_k": ({"top_k": 10}, r"top_k must be None or in \[1, 9\]"),
+    "top_p": ({"top_p": 0.0}, r"top_p must be None or in \(0, 1\]"),
+    "key": ({"temperature": 1.0}, "key must be given where temperature is not 0"),
+    "stop_token": ({"stop_token": 9}, r"stop_token must be None or in \[0, 9\), got 9"),
+    "empty prompt": ({"prompts": [[1], []]}, "prompts must be one or more sequences of at least one integer id"),
+    "float prompt": ({"prompts": [[1.0]]}, "prompts must be one or more sequences of at least one integer id"),
+    "id": ({"prompts": [[9]]}, r"prompts must hold ids in \[0, 9\), got 9 to 9"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(model, mistake):
+    arguments, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        generate(model, **{"prompts": PROMPTS, "max_new_tokens": NEW, **arguments})
+
+
+def test_more_tokens_than_positions_are_refused_before_anything_runs():
+    model = build(positions="learned", max_length=5)
+    with pytest.raises(ValueError, match="capacity must be at most max_length = 5, got 7"):
+        generate(model, PROMPTS, max_new_tokens=NEW)
+
+
+def test_a_tagger_cannot_generate():
+    model = MemoryLM(LanguageModelConfig(width=8, heads=2), vocab_size=4, num_classes=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="model must take ids and give logits over the same ids"):
+        generate(model, PROMPTS, max_new_tokens=1)

@@ -1,0 +1,268 @@
+"""MemoryLM: patterns, scan, remat, dtypes, packing, decoding, features, mistakes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.models import MODELS, LanguageModelConfig, MemoryLM, build_model, model_keys
+from memformer.models.presets import PRESETS
+from tests.numeric import FORWARD, GRADIENT, assert_close, relative_rms
+
+VOCAB, TIME = 7, 6
+HYBRID = {
+    "memory": ("delta_rule", "softmax_attention"),
+    "memory_options": {"delta_rule": {"conv_width": 2}},
+    "width": 8,
+    "heads": 2,
+    "depth": 4,
+    "feedforward_options": {"hidden": 8},
+}
+IDS = jax.random.randint(jax.random.key(5), (2, TIME), 0, VOCAB)
+
+
+def build(vocab_size=VOCAB, seed=0, num_classes=None, features=0, **config):
+    sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "features": features}
+    return build_model({**HYBRID, **config}, rngs=nnx.Rngs(seed), **sizes)
+
+
+def functional(model):
+    """Parameters of a model, and its jitted call on them."""
+    graph, parameters = nnx.split(model)
+
+    @jax.jit
+    def call(parameters, *args, **kwargs):
+        return nnx.merge(graph, parameters)(*args, **kwargs)
+
+    return parameters, call
+
+
+def loss_and_gradients(model, ids=IDS):
+    graph, parameters = nnx.split(model)
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(parameters):
+        output = nnx.merge(graph, parameters)(ids)
+        return jnp.mean(jax.nn.log_softmax(output.logits)[:, :, 0]) + sum(output.aux.values())
+
+    return run(parameters)
+
+
+def by_layer(state, scanned):
+    """Gradients (or parameters) of the blocks as one list, layer by layer."""
+    flat = nnx.to_pure_dict(state)["blocks"]
+    if not scanned:
+        return [flat[i] for i in range(4)]
+    return [jax.tree.map(lambda leaf, i=i: leaf[i // 2], flat[i % 2]) for i in range(4)]
+
+
+def test_scanned_equals_unrolled():
+    scanned, unrolled = build(), build(scan_layers=False)
+    loss, gradients = loss_and_gradients(scanned)
+    other_loss, other_gradients = loss_and_gradients(unrolled)
+    assert_close(other_loss, loss, FORWARD["float32"])
+    assert_close(by_layer(other_gradients, False), by_layer(gradients, True), GRADIENT["float32"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.any(leaf), jax.tree_util.keystr(path)
+
+
+SMALL = {"memory": "linear_attention", "memory_options": {}, "depth": 2}
+
+
+@functools.cache
+def plain_loss_and_gradients():
+    return loss_and_gradients(build(**SMALL))
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "projections"])
+def test_remat_changes_memory_and_not_results(remat):
+    model = build(**SMALL, remat=remat)
+    assert "remat" in str(jax.make_jaxpr(lambda: model(IDS).logits)())
+    loss, gradients = plain_loss_and_gradients()
+    other_loss, other_gradients = loss_and_gradients(model)
+    assert_close(other_loss, loss, FORWARD["float32"])
+    assert_close(jax.tree.leaves(other_gradients), jax.tree.leaves(gradients), GRADIENT["float32"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"scan_layers": False},
+        {"positions": "learned", "max_length": TIME, "norm": "layer", "feedforward": "mlp", "tie_embeddings": True},
+        {"positions": "sinusoidal", "feedforward": "moe", "feedforward_options": {"experts": 3, "hidden": 8}},
+    ],
+    ids=["scanned", "unrolled", "learned, tied", "sinusoidal, experts"],
+)
+def test_decoding_and_packing_agree_with_the_whole_sequence(config):
+    model = build(depth=2, **config)
+    parameters, call = functional(model)
+    want = call(parameters, IDS)
+    assert want.logits.shape == (2, TIME, VOCAB) and want.logits.dtype == jnp.float32
+    state, got = model.init_state(2, TIME), []
+    for t in range(TIME):
+        output = call(parameters, IDS[:, t : t + 1], state=state)
+        state = output.state
+        got.append(output.logits)
+    assert_close(jnp.concatenate(got, axis=1), want.logits, FORWARD["float32"])
+    segments = jnp.array([[0, 1, 1, 1, 2, 2], [4, 4, 0, 4, 0, 3]])
+    packed = call(parameters, IDS, segment_ids=segments)
+    for row, segment in [(0, 1), (0, 2), (1, 4), (1, 3)]:
+        place = np.flatnonzero(np.asarray(segments[row]) == segment)
+        alone = call(parameters, IDS[row : row + 1, place]).logits
+        assert_close(packed.logits[row : row + 1, place], alone, FORWARD["float32"], f"segment {segment}")
+
+
+def test_bfloat16_policy():
+    want, half = build(), build(dtype="bfloat16")
+    parameters, call = functional(half)
+    logits = call(parameters, IDS).logits
+    assert logits.dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
+    assert relative_rms(logits, want(IDS).logits) < 5e-2
+    stored = build(**SMALL, param_dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(stored))} == {jnp.dtype("bfloat16")}
+
+
+def test_features_in_and_classes_out():
+    model = build(**SMALL, vocab_size=0, features=3, num_classes=2)
+    logits = model(jnp.ones((1, 4, 3))).logits
+    assert logits.shape == (1, 4, 2)
+    with pytest.raises(ValueError, match=r"inputs must be \[B, T, F\] with F = 3, got \(1, 4, 2\)"):
+        model(jnp.ones((1, 4, 2)))
+
+
+def test_dropout_is_drawn_anew_and_only_in_training():
+    model = build(**SMALL, dropout=0.5)
+    want = functional(build(**SMALL))
+
+    def run(*, copies):
+        graph, parameters, rest = nnx.split(model, nnx.Param, ...)
+        call = jax.jit(lambda *state: nnx.merge(graph, *state, copy=True)(IDS).logits)
+        return [call(parameters, jax.tree.map(lambda leaf: leaf, rest)) for _ in range(copies)]
+
+    assert_close(run(copies=1)[0], want[1](want[0], IDS).logits, FORWARD["float32"])
+    model.train()
+    first, same = run(copies=2)
+    assert_close(first, same, 0.0)
+    model.dropout_stream()
+    (second,) = run(copies=1)
+    assert relative_rms(first, second) > 0.1
+    model.eval()
+    assert_close(run(copies=1)[0], want[1](want[0], IDS).logits, FORWARD["float32"])
+
+
+def test_an_id_outside_the_vocabulary_is_not_another_token():
+    model = build(**SMALL)
+    assert np.all(np.isnan(model(jnp.array([[VOCAB]])).logits))
+
+
+def test_parameters_carry_logical_names():
+    names = {
+        jax.tree_util.keystr(path): leaf.get_metadata().get("out_sharding")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            nnx.state(build()), is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+        )
+    }
+    find = lambda *parts: next(v for k, v in names.items() if all(part in k for part in parts))  # noqa: E731
+    assert find("embedding", "table") == ("vocab", "embed")
+    assert find("memory", "query", "kernel") == ("layers", "embed", "heads")
+    assert find("memory", "out", "kernel") == ("layers", "heads", "embed")
+    assert find("feedforward", "down", "kernel") == ("layers", "mlp", "embed")
+    assert find("head", "kernel") == ("embed", "vocab")
+
+
+RULES = (
+    ("layers", None),
+    ("activation_batch", ("data", "fsdp")),
+    ("activation_heads", "tensor"),
+    ("activation_mlp", "tensor"),
+    ("activation_vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+)
+
+
+@pytest.mark.parametrize("memory", ["delta_rule", "softmax_attention", "deltaformer"])
+def test_under_a_mesh_results_agree_and_only_weights_are_gathered(memory):
+    model = build(memory=memory, memory_options={}, depth=1, vocab_size=8, width=16)
+    ids = jax.random.randint(jax.random.key(5), (4, 24), 0, 8)
+    want = model(ids).logits
+    graph, parameters = nnx.split(model)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
+        placed = jax.device_put(parameters, nnx.get_named_sharding(parameters, mesh))
+        rows = jax.device_put(ids, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
+        compiled = jax.jit(lambda p, ids: nnx.merge(graph, p)(ids).logits).lower(placed, rows).compile()
+        assert_close(compiled(placed, rows), want, FORWARD["float32"])
+    largest = max(leaf.size for leaf in jax.tree.leaves(parameters))
+    for line in compiled.as_text().splitlines():
+        if " all-gather(" in line:
+            shape = line.split("= ")[1].split("{")[0].split("[")[1].rstrip("]")
+            assert np.prod([int(n) for n in shape.split(",")]) <= largest, line
+
+
+def test_presets_have_their_sizes():
+    sizes = {"tiny": 0.4e6, "mini_10m": 10.6e6, "small_125m": 85e6, "medium_350m": 302e6, "large_760m": 679e6}
+    for name, size in {**sizes, "xlarge_1300m": 1208e6}.items():
+        config = dataclasses.replace(PRESETS[name]("softmax_attention"), scan_layers=True)
+        model = nnx.eval_shape(lambda config=config: MemoryLM(config, vocab_size=64, rngs=nnx.Rngs(0)))
+        count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model.blocks, nnx.Param)))
+        assert abs(count / size - 1) < 0.05, (name, count)
+
+
+def test_model_keys_are_those_of_the_config():
+    assert set(model_keys()) == {field.name for field in dataclasses.fields(LanguageModelConfig)}
+    assert list(MODELS) == ["memory_lm"]
+
+
+# Config, and what the error must say.
+MISTAKES = {
+    "type": ({"type": "rnn"}, "model type must be one of memory_lm, got 'rnn'"),
+    "key": ({"widht": 8}, "model 'memory_lm' has no key 'widht'; known keys: memory, .*width"),
+    "memory": ({"memory": "delta"}, "memory must be one of .* got 'delta'"),
+    "pattern": ({"memory": ()}, "memory must be a name or a tuple of at least one name"),
+    "depth": ({"depth": 3}, "depth must be a multiple of the memory pattern's length 2, got 3"),
+    "width": ({"width": 0}, "width must be a positive integer, got 0"),
+    "heads": ({"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),
+    "option": ({"memory_options": {"gla": {}}}, "memory_options of a pattern has no key 'gla'; known keys: delta_rule"),
+    "memory option": (
+        {"memory_options": {"delta_rule": {"gat": 1}}},
+        "memory_options of 'delta_rule' has no key 'gat'",
+    ),
+    "options": ({"memory_options": 3}, "memory_options must be a mapping, got 3"),
+    "feedforward": ({"feedforward": "glu"}, "feedforward must be one of None, 'mlp', 'swiglu', 'moe', got 'glu'"),
+    "feedforward option": (
+        {"feedforward_options": {"size": 1}},
+        "feedforward_options of 'swiglu' has no key 'size'; known keys: hidden",
+    ),
+    "positions": ({"positions": "rotary"}, "positions must be one of None, 'learned', 'sinusoidal', got 'rotary'"),
+    "norm": ({"norm": "batch"}, "norm must be one of 'rms', 'layer', got 'batch'"),
+    "remat": ({"remat": "some"}, "remat must be one of None, 'full', .* got 'some'"),
+    "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    "dtype": ({"dtype": "int8"}, "dtype must be a floating dtype .* got 'int8'"),
+    "tied": ({"tie_embeddings": True, "num_classes": 3}, "tie_embeddings needs ids in and the same ids out"),
+    "both inputs": ({"features": 2}, "give vocab_size for inputs of ids, or features for float inputs"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake):
+    config, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        build(**config)
+
+
+def test_more_tokens_than_learned_positions_are_refused():
+    model = build(**SMALL, positions="learned", max_length=4)
+    with pytest.raises(ValueError, match="inputs must have at most max_length = 4 tokens, got 6"):
+        model(IDS)
+    with pytest.raises(ValueError, match="capacity must be at most max_length = 4, got 5"):
+        model.init_state(1, 5)
