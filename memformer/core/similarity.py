@@ -18,7 +18,7 @@ from jax import lax
 
 from memformer.core.types import Array, Float
 
-__all__ = ["KERNELS", "Kernel", "resolve_kernel", "similarity"]
+__all__ = ["KERNELS", "Kernel", "resolve_kernel", "similarity", "similarity_slope"]
 
 KERNELS = ("linear", "relu", "exp", "softmax", "round")
 
@@ -95,3 +95,18 @@ def similarity(kernel: Kernel, scores: Float[Array, "..."]) -> Float[Array, "...
     if kernel.name == "round":
         return scores + lax.stop_gradient(jnp.round(scores, kernel.decimals) - scores)
     return jnp.exp(scores)
+
+
+def similarity_slope(kernel: Kernel, scores: Float[Array, "..."], values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The derivative of `similarity` by the scaled inner product, given both; the straight-through one for round.
+
+    Example:
+      >>> scores = jnp.array([-1.0, 2.0])
+      >>> similarity_slope(Kernel("relu"), scores, similarity(Kernel("relu"), scores))
+      Array([0., 1.], dtype=float32)
+    """
+    if kernel.name == "relu":
+        return (scores > 0).astype(scores.dtype)
+    if kernel.name in ("linear", "round"):
+        return jnp.ones_like(scores)
+    return values
