@@ -1,0 +1,99 @@
+"""Runs of train.py as processes of their own: started, watched, ended and compared."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from memformer.training.checkpoint import Checkpoints
+from memformer.training.metrics import read_records
+from memformer.training.paths import nest
+
+ROOT = pathlib.Path(__file__).parents[2]
+MEASURED = ("step_seconds", "tokens_per_second", "mfu")
+SMALL = {
+    "task.length": 8,
+    "task.objects": 3,
+    "model.memory": "delta_rule",
+    "model.width": 16,
+    "model.heads": 2,
+    "train.batch_size": 8,
+    "train.log_every": 2,
+    "train.eval_every": 20,
+    "train.eval_batches": 1,
+    # no multiple of log_every: a resumed run must bring half a log's sums with it
+    "train.checkpoint_every": 3,
+    "train.final_batches": 1,
+    "train.final_lengths": "(8,)",
+    "train.tensorboard": False,
+    "train.stop_accuracy": 0.0,
+}
+
+
+def start(folder: pathlib.Path, settings=(), environment=(), module=("train.py",)) -> subprocess.Popen:
+    """A small swap run in `folder`; what it says goes to <folder>.log."""
+    values = {**SMALL, **dict(settings)}
+    command = [sys.executable, *module, f"--config={ROOT / 'configs' / 'swap.py'}", f"--workdir={folder}"]
+    command += [f"--config.{key}={value}" for key, value in values.items()]
+    with open(f"{folder}.log", "ab") as log:
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **dict(environment)},
+        )
+
+
+def finish(process: subprocess.Popen, folder: pathlib.Path, seconds: float = 180) -> str:
+    """Waits for a clean end; returns all that was said."""
+    code = process.wait(seconds)
+    said = pathlib.Path(f"{folder}.log").read_text()
+    assert code == 0, said
+    return said
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 180) -> None:
+    """Polls; fails when the process ends before the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < end, "the run does not get on"
+        time.sleep(0.001)
+
+
+def records_of(folder: pathlib.Path) -> list[dict]:
+    """The run's records without what is measured with a clock."""
+    records = read_records(str(folder / "metrics.jsonl"))
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
+
+
+def last_step(folder: pathlib.Path) -> int:
+    records = records_of(folder)
+    return records[-1]["step"] if records else 0
+
+
+def everything_of(folder: pathlib.Path) -> tuple:
+    """The last checkpoint's step, arrays, input position and metrics, the records and the result."""
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        step = checkpoints.latest_step()
+        shapes = json.loads((folder / "checkpoints" / str(step) / "arrays" / "metadata").read_text())
+        target = {tuple(name.split("/")): jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in shapes.items()}
+        restored = checkpoints.restore(nest(target))
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(restored.state)}
+    result = json.loads((folder / "result.json").read_text())
+    return step, arrays, restored.data, restored.metrics, records_of(folder), {**result, "seconds": None}
+
+
+def assert_same_run(folder: pathlib.Path, whole: pathlib.Path) -> None:
+    """Both runs ended with the same bits."""
+    got, want = everything_of(folder), everything_of(whole)
+    assert got[1].keys() == want[1].keys()
+    for name, array in want[1].items():
+        assert got[1][name].tobytes() == array.tobytes(), f"{name} differs"
+    assert (got[0], *got[2:]) == (want[0], *want[2:])

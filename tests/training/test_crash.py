@@ -1,0 +1,81 @@
+"""The command a user runs, killed: it goes on where it was and ends with the bits of an unbroken run."""
+
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from tests.training import runs
+
+STEPS = 90
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """One cache of compiled programs serves all processes of this file."""
+    return {"train.steps": STEPS, "train.compile_cache": tmp_path_factory.mktemp("compiled")}
+
+
+@pytest.fixture(scope="module")
+def unbroken(settings, tmp_path_factory):
+    """The folder of a run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    runs.finish(runs.start(folder, settings), folder)
+    assert runs.last_step(folder) == STEPS
+    return folder
+
+
+def half_written(folder):
+    checkpoints = folder / "checkpoints"
+    return checkpoints.is_dir() and any("tmp" in path.name for path in checkpoints.iterdir())
+
+
+def freeze_in_a_save(process, folder):
+    """Stops the process while a step is being written."""
+    while True:
+        runs.wait_until(lambda: half_written(folder), process)
+        process.send_signal(signal.SIGSTOP)
+        if half_written(folder):
+            return
+        process.send_signal(signal.SIGCONT)
+
+
+def test_killed_five_times(settings, unbroken, tmp_path):
+    """kill -9 before the first checkpoint, at random moments, and in the middle of a save."""
+    folder, rng = tmp_path / "run", np.random.default_rng(0)
+    for kill in range(5):
+        process = runs.start(folder, settings)
+        if kill == 0:
+            runs.wait_until(lambda: runs.last_step(folder) >= 2, process)
+        else:
+            least = 12 * kill + int(rng.integers(12))
+            runs.wait_until(lambda least=least: runs.last_step(folder) >= least, process)
+            time.sleep(rng.uniform(0, 0.02))
+        if kill in (2, 4):
+            freeze_in_a_save(process, folder)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    said = runs.finish(runs.start(folder, settings), folder)
+    assert said.count("going on from step") >= 4
+    runs.assert_same_run(folder, unbroken)
+    assert not half_written(folder)
+
+
+def test_terminated_then_damaged(settings, unbroken, tmp_path):
+    """SIGTERM saves the step in progress and ends well; with that checkpoint damaged, the one before serves."""
+    folder = tmp_path / "run"
+    process = runs.start(folder, settings)
+    runs.wait_until(lambda: runs.last_step(folder) >= 8, process)
+    process.send_signal(signal.SIGTERM)
+    runs.finish(process, folder)
+    steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert 8 <= steps[-1] < STEPS and steps[-2] == 3 * ((steps[-1] - 1) // 3)
+
+    state = folder / "checkpoints" / str(steps[-1]) / "state"
+    largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    said = runs.finish(runs.start(folder, settings), folder)
+    assert f"Checkpoint {steps[-1]} in" in said and "passed over" in said
+    assert f"going on from step {steps[-2]}" in said
+    runs.assert_same_run(folder, unbroken)
