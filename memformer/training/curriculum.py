@@ -1,0 +1,56 @@
+"""Longer sequences as the model masters the shorter: the curriculum of the DeltaFormer paper."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from memformer.tasks import Task
+
+__all__ = ["Curriculum"]
+
+
+class Curriculum:
+    """Trains at `start`, and times `factor` each time the accuracy since the last log reaches `accuracy`.
+
+    Source: DeltaFormer (NeurIPS 2025): swaps from length 32 to 256, doubled at 0.99.
+
+    Args:
+      task: the run's task, at its own length where there is no curriculum.
+      options: the run's `train.curriculum`: enabled, start, stop, factor, accuracy.
+
+    Attributes:
+      length: of training now; set it to go on with a run.
+
+    Raises:
+      ValueError: the task cannot have the start or the stop length.
+
+    Example:
+      >>> from memformer.tasks import make_task
+      >>> options = {"enabled": True, "start": 32, "stop": 128, "factor": 2, "accuracy": 0.99}
+      >>> curriculum = Curriculum(make_task({"name": "swap"}), options)
+      >>> curriculum.advance(0.5), curriculum.advance(0.995), curriculum.length, curriculum.done
+      (False, True, 64, False)
+    """
+
+    def __init__(self, task: Task, options: Mapping[str, Any]):
+        self._task, self._options = task, options
+        self.length = options["start"] if options["enabled"] else task.length
+        if options["enabled"]:
+            task.with_length(options["start"])
+            task.with_length(options["stop"])
+
+    @property
+    def task(self) -> Task:
+        """The task at the length of now."""
+        return self._task.with_length(self.length) if self._options["enabled"] else self._task
+
+    @property
+    def done(self) -> bool:
+        """Whether this is the last length."""
+        return not self._options["enabled"] or self.length >= self._options["stop"]
+
+    def advance(self, accuracy: float) -> bool:
+        """Goes to the next length if `accuracy` at this one allows it; says whether it did."""
+        if self.done or not accuracy >= self._options["accuracy"]:
+            return False
+        self.length = min(self.length * self._options["factor"], self._options["stop"])
+        return True

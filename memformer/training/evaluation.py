@@ -1,0 +1,205 @@
+"""Scores of a model on any split, length or variant of a task, from a run or from its checkpoint alone."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.sharding import Mesh
+
+from memformer.tasks import SPLITS, Task, make_task
+from memformer.training.build import build_run
+from memformer.training.checkpoint import Checkpoints
+from memformer.training.config import RunError, run_errors, set_values
+from memformer.training.data import make_loader
+from memformer.training.losses import means
+from memformer.training.metrics import format_table, replace_file, say
+from memformer.training.plots import plot_lengths
+from memformer.training.sharding import global_batch, mesh_scope
+from memformer.training.step import Arrays, abstract_state, make_eval_step
+
+__all__ = ["Scorer", "evaluate_checkpoint", "fits_model", "weights_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Scores parameters on held-out examples; the same examples at each call.
+
+    Attributes:
+      step: from `make_eval_step`.
+      mesh: where it runs.
+      batch_size: rows a batch.
+      seed: of the sources.
+    """
+
+    step: Callable[..., Arrays]
+    mesh: Mesh
+    batch_size: int
+    seed: int
+
+    def __call__(
+        self, weights: tuple[Arrays, Arrays], task: Task, *, split: str = "validation", batches: int
+    ) -> dict[str, float]:
+        """Loss and the task's scores over `batches` batches of `split`."""
+        loader = make_loader(
+            task,
+            split,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        sums: list[Arrays] = []
+        with mesh_scope(self.mesh):
+            for _ in range(batches):
+                sums.append(self.step(*weights, global_batch(next(loader), self.mesh)))
+        loader.close()
+        fetched = jax.device_get(sums)
+        total = {name: math.fsum(float(part[name]) for part in fetched) for name in fetched[0]}
+        return means(total, task.scores)
+
+
+def weights_of(state: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
+    """What evaluation uses of a train state: averaged parameters where there are, and other variables."""
+    if "ema" not in state:
+        return state["params"], state.get("rest", {})
+    params = {name: x.astype(state["params"][name].dtype) for name, x in state["ema"].items()}
+    return params, state.get("rest", {})
+
+
+def fits_model(task: Task, trained: Task) -> None:
+    """Raises RunError unless a model of `trained` can read and answer `task`."""
+    for name in ("vocab_size", "num_classes", "features"):
+        want, came = getattr(trained, name), getattr(task, name)
+        if want != came:
+            raise RunError(
+                f"the checkpoint's model was built for {name} = {want}, but the task asked for has {came}; "
+                "evaluate a variant that keeps it, or train on that task."
+            )
+
+
+def evaluate_checkpoint(
+    workdir: str,
+    *,
+    step: int | None = None,
+    split: str = "test",
+    lengths: Sequence[int] | None = None,
+    batches: int = 16,
+    batch_size: int | None = None,
+    settings: Sequence[str] = (),
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Rebuilds a model from its run folder alone and scores it; writes a JSON and a plot there.
+
+    Args:
+      workdir: folder of a run (with its checkpoints).
+      step: which checkpoint; None is the newest that restores.
+      split: "train", "validation" or "test".
+      lengths: task lengths to visit; None is the task's own list, or its one length.
+      batches: a length.
+      batch_size: rows a batch; None is the run's.
+      settings: texts "task.objects=5", "mesh.data=1": what to change in the run's config.
+      out: JSON file to write; None is <workdir>/eval_<split>.json. The plot lies beside it as PNG.
+
+    Returns:
+      The JSON's content: step, split, settings and the scores by length.
+
+    Raises:
+      RunError: a missing or damaged checkpoint, a task the model cannot read, an unknown key or split.
+    """
+    if split not in SPLITS:
+        raise RunError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}.")
+    config, step, restored = _restore(workdir, step, settings, batch_size)
+    scorer, weights, task, trained_on = restored
+    visited = _lengths(task, lengths)
+    scores = {}
+    for length, variant in visited.items():
+        scores[length] = scorer(weights, variant, split=split, batches=batches)
+    result = {
+        "checkpoint": os.path.abspath(workdir),
+        "step": step,
+        "split": split,
+        "task": config["task"],
+        "memory": config["model"]["memory"],
+        "examples": batches * scorer.batch_size,
+        "lengths": {str(length): values for length, values in scores.items()},
+    }
+    _write(result, scores, visited, trained_on, out or os.path.join(workdir, f"eval_{split}.json"))
+    return result
+
+
+def _restore(workdir: str, step: int | None, settings: Sequence[str], batch_size: int | None) -> tuple:
+    folder = os.path.join(workdir, "checkpoints")
+    if not os.path.isdir(folder):
+        raise RunError(
+            f"no checkpoint to evaluate: {folder} is not there. --workdir must name the folder of a run that "
+            "train.py has saved."
+        )
+    with run_errors(f"cannot read the checkpoint in {folder}"):
+        checkpoints = Checkpoints(folder)
+        step = checkpoints.latest_step() if step is None else step
+        saved = checkpoints.config(step)
+    config = ml_collections.ConfigDict(saved)
+    # the devices here need not be those of training
+    config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
+    set_values(config, settings)
+    config.train.batch_size = batch_size or config.train.batch_size
+    config = config.to_dict()
+    config["train"]["accumulate"] = 1
+    trained = make_task(saved["task"])
+    with run_errors("--set"):
+        task = make_task(config["task"])
+    fits_model(task, trained)
+    run = build_run({**config, "task": saved["task"]}, task=task)
+    with mesh_scope(run.mesh):
+        target = abstract_state(run.model, run.tx, run.mesh, config["optimizer"]["ema"])
+        wanted = {name: target[name] for name in ("params", "rest", "ema") if name in target}
+        with run_errors(f"cannot restore the checkpoint in {folder}"):
+            state = checkpoints.restore_parts(wanted, step)
+    checkpoints.close()
+    scorer = Scorer(make_eval_step(run.model, run.mesh), run.mesh, config["train"]["batch_size"], config["seed"])
+    curriculum = config["train"]["curriculum"]
+    trained_on = (curriculum["start"], curriculum["stop"]) if curriculum["enabled"] else (trained.length,)
+    return config, step, (scorer, weights_of(state), task, trained_on)
+
+
+def _lengths(task: Task, lengths: Sequence[int] | None) -> dict[int, Task]:
+    chosen = lengths or task.eval_lengths or (task.length,)
+    with run_errors("--lengths"):
+        return {int(length): task.with_length(int(length)) for length in chosen}
+
+
+def _write(result: dict, scores: dict, visited: Mapping[int, Task], trained_on: Sequence[int], out: str) -> None:
+    names = list(next(iter(scores.values())))
+    rows = [(n, *(format_score(name, values[name]) for name in names)) for n, values in scores.items()]
+    say(f"{result['memory']} on {result['task']['name']}, {result['split']} split, step {result['step']}")
+    say(format_table(("length", *names), rows))
+    if jax.process_index():
+        return
+    with replace_file(out) as file:
+        json.dump(result, file, indent=2)
+    if len(scores) > 1 and "accuracy" in names:
+        plot_lengths(
+            {result["memory"]: {n: values["accuracy"] for n, values in scores.items()}},
+            os.path.splitext(out)[0] + ".png",
+            title=f"{result['memory']} on {result['task']['name']}",
+            chance={n: task.chance for n, task in visited.items()},
+            trained=trained_on,
+        )
+
+
+def format_score(name: str, value: float) -> str:
+    """A score as tables show it.
+
+    Example:
+      >>> format_score("accuracy", 0.9973), format_score("loss", 0.0123)
+      ('99.7%', '0.0123')
+    """
+    if np.isnan(value):
+        return "nan"
+    return f"{100 * value:.1f}%" if name.endswith("accuracy") else f"{value:.4f}"

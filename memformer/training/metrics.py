@@ -1,0 +1,233 @@
+"""What a run tells: a progress line, metrics.jsonl, TensorBoard, and how near the peak it runs.
+
+Only process 0 writes; on the others every call does nothing.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import jax
+
+from memformer.training.config import RunError
+
+__all__ = [
+    "RunLog",
+    "flops_a_token",
+    "format_table",
+    "memory_pattern",
+    "peak_flops",
+    "read_records",
+    "replace_file",
+    "say",
+]
+
+# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets; the first name found wins.
+PEAKS = (
+    ("TPU v6", 918e12),
+    ("TPU v5p", 459e12),
+    ("TPU v5 lite", 197e12),
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),
+    ("TPU v4", 275e12),
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("A100", 312e12),
+)
+
+
+def say(text: str) -> None:
+    """Writes a line for the one who watches; process 0 only."""
+    if jax.process_index() == 0:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of a device, or None where it is not known (CPUs).
+
+    Example:
+      >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
+      (989000000000000.0, None)
+    """
+    return next((peak for name, peak in PEAKS if name in device_kind), None)
+
+
+def flops_a_token(model: Mapping[str, Any], matrix_parameters: int, steps: int) -> float:
+    """Analytic FLOPs of training on one token: 3 (forward, and twice that backward) times
+
+        2 (parameters of matrix products) + depth * heads * mix
+
+    where mix, the reading and writing of a memory, is 2 S (K + V) / 2 for a memory that looks back over S
+    tokens (a causal half of `steps`), twice that for deltaformer (which also looks back as it writes), and
+    6 K V for a matrix state. Rematerialisation is not counted, as is usual for MFU.
+    """
+    heads = model["heads"]
+    key = model["key_width"] or model["width"] // heads
+    value = model["value_width"] or key
+    total = 0.0
+    names = memory_pattern(model["memory"])
+    for layer in range(model["depth"]):
+        name = names[layer % len(names)]
+        looks_back = steps * (key + value)
+        mixes = {"softmax_attention": looks_back, "deltaformer": 2 * looks_back}
+        total += heads * mixes.get(name, 6 * key * value)
+    return 3.0 * (2.0 * matrix_parameters + total)
+
+
+def memory_pattern(memory: str | Sequence[str]) -> tuple[str, ...]:
+    """The repeating per-layer pattern of a config's `model.memory`.
+
+    Example:
+      >>> memory_pattern("delta_rule, softmax_attention")
+      ('delta_rule', 'softmax_attention')
+    """
+    return tuple(part.strip() for part in memory.split(",")) if isinstance(memory, str) else tuple(memory)
+
+
+def read_records(path: str) -> list[dict[str, Any]]:
+    """Records of a metrics.jsonl; a last line torn by a kill is left out."""
+    records = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    records.append(json.loads(line))
+                except json.JSONDecodeError:
+                    break
+    return records
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A plain table, columns aligned to the right but the first.
+
+    Example:
+      >>> print(format_table(("memory", "accuracy"), [("delta_rule", "99.9%")]))
+      memory      accuracy
+      delta_rule     99.9%
+    """
+    cells = [[str(c) for c in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first = row[0].ljust(widths[0])
+        lines.append("  ".join([first] + [c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)]).rstrip())
+    return "\n".join(lines)
+
+
+class RunLog:
+    """The records of one run, in its folder and on the terminal.
+
+    Records are one JSON object a line, with `step` and `kind` ("train", "eval", "final"); times
+    and rates are measured, all else is the same bits for the same run.
+
+    Args:
+      folder: the run's folder.
+      step: the step resumed from; records beyond it are dropped, so that none appears twice.
+      total: number of steps, for the progress line.
+      tensorboard: also write event files to <folder>/tensorboard.
+      progress: show progress: a moving line on a terminal, plain lines otherwise.
+    """
+
+    def __init__(self, folder: str, *, step: int, total: int, tensorboard: bool = True, progress: bool = True):
+        self._file = self._board = self._bar = None
+        self._progress, self._total, self._last_said = progress, total, -math.inf
+        if jax.process_index():
+            return
+        path = os.path.join(folder, "metrics.jsonl")
+        _keep_until(path, step)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=step + 1)
+        if progress and sys.stdout.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Adds one record; scalars of it go to TensorBoard as <kind>/<name>."""
+        if self._file is None:
+            return
+        record = {"kind": kind, "step": step, **{name: _json(value) for name, value in values.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def show(self, step: int, text: str, *, always: bool = False) -> None:
+        """Moves the progress line; without a terminal at most one line in five seconds."""
+        if self._file is None or not self._progress:
+            return
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(text)
+            return
+        now = time.monotonic()
+        if always or now - self._last_said >= 5 or step >= self._total:
+            self._last_said = now
+            say(f"step {step}/{self._total}  {text}")
+
+    def note(self, text: str) -> None:
+        """A line of its own, above the progress line."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        elif self._progress:
+            say(text)
+
+    def sync(self) -> None:
+        """Brings the records to disk, before a checkpoint that will count on them."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Ends the progress line and closes the files."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._file is not None:
+            self.sync()
+            self._file.close()
+            self._file = None
+        if self._board is not None:
+            self._board.close()
+
+
+def _json(value: Any) -> Any:
+    # JSON has no NaN
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _keep_until(path: str, step: int) -> None:
+    """Drops records beyond `step` and a torn last line; the file is replaced whole."""
+    if not os.path.exists(path):
+        return
+    kept = [record for record in read_records(path) if record["step"] <= step and record["kind"] != "final"]
+    with replace_file(path) as file:
+        for record in kept:
+            file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def replace_file(path: str) -> Iterator[TextIO]:
+    """Writes a text file so that a kill leaves the old one or the new one, never a part.
+
+    Raises:
+      RunError: the folder cannot be written.
+    """
+    try:
+        with open(path + ".new", "w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; free it, or choose another --workdir.") from error
+    os.replace(path + ".new", path)

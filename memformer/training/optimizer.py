@@ -1,0 +1,114 @@
+"""Optimiser of a run: AdamW with a mask, clipping, and the schedules of the field."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+__all__ = ["decay_mask", "make_optimizer", "make_schedule", "update_ema"]
+
+# parameters that scale, shift, gate or set a rate of forgetting are not pulled to zero
+NO_DECAY = ("bias", "scale", "norm", "decay", "a_log", "dt", "initial_state", "gamma")
+
+
+def make_schedule(options: Mapping[str, Any], steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
+    """Learning rate of each step (counted from 0), `options` being the run's `optimizer` section.
+
+    - constant: lr
+    - cosine: linear warm-up, then a cosine to end_factor lr at the last step
+    - warmup_stable_decay: warm-up, lr, then linear to end_factor lr over the last decay_fraction
+    - rsqrt: lr min(1, sqrt(warmup_steps / step)) after the warm-up
+    - exponential: lr step_factor^floor(step / step_every)
+    All but exponential and constant start with `warmup_steps` of a linear climb; with 0 there is none.
+
+    Example:
+      >>> options = {"learning_rate": 1.0, "schedule": "exponential", "warmup_steps": 0,
+      ...            "step_factor": 0.5, "step_every": 10}
+      >>> float(make_schedule(options, 100)(25))
+      0.25
+    """
+    rate, name, warmup = options["learning_rate"], options["schedule"], options["warmup_steps"]
+    after = max(steps - warmup, 1)
+    if name == "constant":
+        body = optax.constant_schedule(rate)
+    elif name == "exponential":
+        body = optax.exponential_decay(rate, options["step_every"], options["step_factor"], staircase=True)
+    elif name == "cosine":
+        body = optax.cosine_decay_schedule(rate, after, options["end_factor"])
+    elif name == "warmup_stable_decay":
+        falling = max(int(steps * options["decay_fraction"]), 1)
+        fall = optax.linear_schedule(rate, rate * options["end_factor"], falling)
+        body = optax.join_schedules([optax.constant_schedule(rate), fall], [max(after - falling, 0)])
+    elif name == "rsqrt":
+        base = max(warmup, 1)
+
+        def body(count: jax.typing.ArrayLike) -> jax.Array:
+            return rate * jnp.sqrt(base / (jnp.asarray(count, jnp.float32) + base))
+    else:
+        raise ValueError(f"optimizer.schedule {name!r} is not known")
+    if warmup:
+        body = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), body], [warmup])
+    return _promoting(body)
+
+
+def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs optax as it is written, with JAX's usual promotion of dtypes, under stricter settings too."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return call
+
+
+def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
+    """True for the parameters that weight decay applies to: matrices that are no norm, bias or decay rate.
+
+    Example:
+      >>> decay_mask({"layers.0.norm.scale": jnp.ones(4), "head.kernel": jnp.ones((4, 4))})
+      {'layers.0.norm.scale': False, 'head.kernel': True}
+    """
+
+    def decays(name: str, value: jax.Array) -> bool:
+        last = name.lower().split(".")[-1]
+        parts = name.lower().split(".")
+        if value.ndim < 2 or any(last == word or last.endswith("_" + word) for word in NO_DECAY):
+            return False
+        return not any("norm" in part for part in parts[-2:])
+
+    return {name: decays(name, value) for name, value in params.items()}
+
+
+def make_optimizer(
+    options: Mapping[str, Any], steps: int
+) -> tuple[optax.GradientTransformation, Callable[[jax.typing.ArrayLike], jax.Array]]:
+    """Returns the transformation of a run's `optimizer` section and its learning-rate schedule.
+
+    Source: AdamW, Loshchilov and Hutter, 2019 (https://arxiv.org/abs/1711.05101), algorithm 2.
+    """
+    schedule = make_schedule(options, steps)
+    adamw = optax.adamw(
+        schedule,
+        b1=options["b1"],
+        b2=options["b2"],
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+        mask=decay_mask,
+    )
+    clip = optax.clip_by_global_norm(options["clip_norm"]) if options["clip_norm"] else optax.identity()
+    tx = optax.chain(clip, adamw)
+    return optax.GradientTransformation(tx.init, _promoting(tx.update)), schedule
+
+
+def update_ema(ema: dict[str, jax.Array], params: dict[str, jax.Array], decay: float, step: jax.Array) -> dict:
+    """ema <- d ema + (1 - d) params with d = min(decay, (1 + step) / (10 + step)), in float32.
+
+    The early d keeps the average from holding on to the initial parameters.
+    """
+    count = step.astype(jnp.float32)
+    d = jnp.minimum(jnp.float32(decay), (1 + count) / (10 + count))
+    return {name: d * ema[name] + (1 - d) * value.astype(jnp.float32) for name, value in params.items()}

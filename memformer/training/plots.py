@@ -1,0 +1,108 @@
+"""The pictures of a run: its learning curve, and accuracy by length. Matplotlib is imported when drawn."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["plot_learning_curve", "plot_lengths"]
+
+# Okabe and Ito's colours, told apart by colour-blind readers too
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def _axes(count: int, width: float = 7.0) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # no pyplot: nothing global, and no window system is looked for
+    figure = Figure(figsize=(width, 3.2 * count), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
+    for axis in axes:
+        axis.grid(True, color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def plot_learning_curve(
+    records: Sequence[Mapping[str, Any]], path: str, *, title: str, chance: float | None = None
+) -> None:
+    """Loss above, accuracy below (where the run has one), training and evaluation, against steps.
+
+    Args:
+      records: of metrics.jsonl.
+      path: PNG to write.
+      title: above the plot.
+      chance: accuracy of guessing, drawn dotted.
+    """
+    names = [n for n in ("loss", "accuracy") if any(n in r for r in records)]
+    if not names:
+        return
+    figure, axes = _axes(len(names))
+    for axis, name in zip(axes, names, strict=True):
+        for kind, label, style in (("train", "training", "-"), ("eval", "held out", "o--")):
+            points = [(r["step"], r[name]) for r in records if r["kind"] == kind and r.get(name) is not None]
+            if points:
+                colour = COLOURS[0] if kind == "train" else COLOURS[1]
+                axis.plot(*zip(*points, strict=True), style, color=colour, label=label, markersize=4, linewidth=1.4)
+        axis.set_ylabel("loss (nats)" if name == "loss" else name)
+        if name == "accuracy":
+            axis.set_ylim(0, 1.02)
+            if chance is not None:
+                axis.axhline(chance, color="0.4", linestyle=":", label="constant guess")
+        elif any(r.get("loss") for r in records):
+            axis.set_yscale("log")
+        _mark_lengths(axis, records)
+    axes[0].legend(frameon=False)
+    axes[0].set_title(title)
+    axes[-1].set_xlabel("step")
+    figure.savefig(path, dpi=120)
+
+
+def _mark_lengths(axis: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    """A thin line where a curriculum changed the length."""
+    last = None
+    for record in records:
+        length = record.get("length")
+        if record["kind"] == "train" and length != last:
+            if last is not None:
+                axis.axvline(record["step"], color="0.7", linewidth=0.8)
+                place = (record["step"], 0.03)
+                axis.annotate(f" {length}", place, xycoords=("data", "axes fraction"), fontsize=8, color="0.35")
+            last = length
+
+
+def plot_lengths(
+    results: Mapping[str, Mapping[int, float]],
+    path: str,
+    *,
+    title: str,
+    chance: Mapping[int, float] | None = None,
+    trained: Sequence[int] = (),
+) -> None:
+    """Accuracy against length, one line a model.
+
+    Args:
+      results: label -> length -> accuracy.
+      path: PNG to write.
+      title: above the plot.
+      chance: length -> accuracy of the best constant guess.
+      trained: shortest and longest length of training, shaded.
+    """
+    figure, (axis,) = _axes(1)
+    if trained:
+        axis.axvspan(min(trained) * 0.93, max(trained) * 1.07, color="0.9", label="trained on", linewidth=0)
+    for index, (label, points) in enumerate(results.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        axis.plot(list(points), list(points.values()), "o-", color=colour, label=label, linewidth=1.6)
+    if chance:
+        axis.plot(list(chance), list(chance.values()), ":", color="0.4", label="constant guess")
+    lengths = sorted({n for points in results.values() for n in points})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [str(n) for n in lengths])
+    axis.minorticks_off()
+    axis.set_ylim(0, 1.03)
+    axis.set_xlabel("length")
+    axis.set_ylabel("accuracy")
+    axis.set_title(title)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)

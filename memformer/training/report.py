@@ -1,0 +1,71 @@
+"""The end of a run: the table that is printed, result.json and the learning curve."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from memformer.tasks import Task
+from memformer.training.evaluation import Scorer, format_score
+from memformer.training.metrics import format_table, read_records, replace_file, say
+from memformer.training.plots import plot_learning_curve
+from memformer.training.step import Arrays
+
+__all__ = ["final_scores", "write_report"]
+
+
+def final_scores(
+    score: Scorer, weights: tuple[Arrays, Arrays], task: Task, options: Mapping[str, Any]
+) -> dict[int, dict[str, float]]:
+    """Scores on the test split at the task's length and at `train.final_lengths`, by length."""
+    lengths = sorted({task.length, *options["final_lengths"]})
+    batches = options["final_batches"]
+    return {n: score(weights, task.with_length(n), split="test", batches=batches) for n in lengths}
+
+
+def write_report(folder: str, result: dict[str, Any], task: Task) -> None:
+    """Prints the run's table and writes result.json and curve.png into its folder.
+
+    Args:
+      folder: the run's folder, with its metrics.jsonl.
+      result: as `Trainer.train` returns it.
+      task: at the length of the end.
+    """
+    say("")
+    say(f"{result['task']}, test split:")
+    say(result_table([result]))
+    if jax.process_index():
+        return
+    with replace_file(os.path.join(folder, "result.json")) as file:
+        json.dump(result, file, indent=2)
+    records = read_records(os.path.join(folder, "metrics.jsonl"))
+    title = f"{result['memory']} on {result['task']}"
+    chance = task.chance if "accuracy" in task.scores else None
+    plot_learning_curve(records, os.path.join(folder, "curve.png"), title=title, chance=chance)
+
+
+def result_table(results: list[dict[str, Any]]) -> str:
+    """One row a run: memory, steps, loss and scores, then the first score at each other length.
+
+    Example:
+      >>> lengths = {"8": {"loss": 0.1, "accuracy": 0.97}, "16": {"loss": 0.2, "accuracy": 0.95}}
+      >>> print(result_table([{"memory": "delta_rule", "steps": 70, "length": 8, "lengths": lengths}]))
+      memory      steps    loss  accuracy  at 16
+      delta_rule     70  0.1000     97.0%  95.0%
+    """
+    first = results[0]
+    own = str(first["length"])
+    names = list(first["lengths"][own])
+    others = [n for n in first["lengths"] if n != own]
+    shown = names[1] if len(names) > 1 else names[0]
+    header = ["memory", "steps", *names, *(f"at {n}" for n in others)]
+    rows = []
+    for result in results:
+        by_length = result["lengths"]
+        scores = [format_score(name, by_length[own][name]) for name in names]
+        rows.append(
+            [result["memory"], result["steps"], *scores, *(format_score(shown, by_length[n][shown]) for n in others)]
+        )
+    return format_table(header, rows)

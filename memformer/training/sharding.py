@@ -1,0 +1,149 @@
+"""The mesh of a run, and the one table from logical axis names to mesh axes."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from memformer.training.config import RunError
+
+__all__ = ["AXES", "RULES", "global_batch", "make_mesh", "mesh_scope", "partition_spec", "state_shardings"]
+
+AXES = ("data", "fsdp", "context", "tensor")
+
+# logical axis -> mesh axes. Parameters lie split over fsdp and tensor; activations over data and
+# fsdp (batch), context (time) and tensor (heads, hidden units, vocabulary).
+RULES = (
+    ("embed", "fsdp"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("experts", "tensor"),
+    ("layers", None),
+    ("activation_batch", ("data", "fsdp")),
+    ("activation_time", "context"),
+    ("activation_embed", None),
+    ("activation_heads", "tensor"),
+    ("activation_mlp", "tensor"),
+    ("activation_vocab", "tensor"),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of the axes data, fsdp, context, tensor over `devices` (all of them by default).
+
+    Args:
+      sizes: axis name to size; one may be -1 and takes the devices that the others leave.
+      devices: the devices to use; a mesh smaller than their number is an error.
+
+    Raises:
+      RunError: sizes that these devices cannot form; names, sizes and the devices found are said.
+
+    Example:
+      >>> make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1]).axis_names
+      ('data', 'fsdp', 'context', 'tensor')
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    asked = ", ".join(f"{name}={sizes.get(name)}" for name in AXES)
+    found = f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}"
+    if set(sizes) != set(AXES):
+        raise RunError(f"config.mesh must have the axes {', '.join(AXES)}, got {', '.join(sizes)}.")
+    free = [name for name in AXES if sizes[name] == -1]
+    if len(free) > 1 or any(sizes[name] < 1 and sizes[name] != -1 for name in AXES):
+        raise RunError(f"config.mesh sizes must be at least 1, with at most one -1 (the rest), got {asked}.")
+    fixed = math.prod(sizes[name] for name in AXES if name not in free)
+    if len(devices) % fixed if free else fixed != len(devices):
+        need = f"a multiple of {fixed}" if free else str(fixed)
+        raise RunError(
+            f"config.mesh ({asked}) needs {need} devices, but {found} were found. Change the sizes with "
+            f"--config.mesh.{free[0] if free else 'data'}=..., or run where there are as many devices "
+            "(on CPU, JAX_NUM_CPU_DEVICES=8 makes eight)."
+        )
+    shape = [len(devices) // fixed if name in free else sizes[name] for name in AXES]
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+@contextlib.contextmanager
+def mesh_scope(mesh: Mesh) -> Iterator[None]:
+    """Under it models are built, traced and run: sets the mesh and the rules, which layers read."""
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
+        yield
+
+
+def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """How an array whose axes have these logical names lies on the mesh.
+
+    An axis that the mesh axes do not divide stays whole, and a mesh axis serves one array axis only
+    (the first that names it).
+
+    Raises:
+      ValueError: a logical name without a rule, or as many names as axes there are not.
+
+    Example:
+      >>> mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+      >>> partition_spec(("embed", "mlp"), (8, 16), mesh)
+      PartitionSpec('fsdp', 'tensor')
+    """
+    if names is None:
+        return PartitionSpec()
+    if len(names) != len(shape):
+        raise ValueError(f"logical axis names {tuple(names)} must be as many as the axes of shape {tuple(shape)}")
+    rules, used, entries = dict(RULES), set(), []
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in rules:
+            raise ValueError(f"logical axis {name!r} has no rule; RULES has {', '.join(rules)}")
+        axes = rules.get(name) if name is not None else None
+        axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        fits = size % math.prod(mesh.shape[a] for a in axes) == 0 and not used.intersection(axes)
+        axes = axes if fits else ()
+        used.update(axes)
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*entries)
+
+
+def state_shardings(state: Any, params: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+    """A sharding for every leaf of an (abstract) train state.
+
+    A leaf that sits under a parameter's name and has its rank (the parameter, a moment of the
+    optimiser, an average) lies as the parameter does; everything else is on every device.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
+        name = getattr(path[-1], "key", None) if path else None
+        found = params.get(name) if isinstance(name, str) else None
+        return found if found is not None and len(found.spec) <= leaf.ndim and leaf.ndim > 0 else whole
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Sharding of one array [B, T, ...] of a batch."""
+    names = ("activation_batch", "activation_time") + (None,) * (len(shape) - 2)
+    return NamedSharding(mesh, partition_spec(names[: len(shape)], shape, mesh))
+
+
+def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Puts this process's rows of a batch on its devices, as arrays of the whole batch.
+
+    Raises:
+      RunError: a batch size that the data and fsdp axes do not divide.
+    """
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = len(batch["inputs"]) * jax.process_count()
+    if rows % shards:
+        raise RunError(
+            f"train.batch_size must be a multiple of mesh data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}, "
+            f"got {rows}. Set --config.train.batch_size or a smaller mesh, such as --config.mesh.data=1."
+        )
+    put = jax.make_array_from_process_local_data
+    result = {}
+    for name, array in batch.items():
+        shape = (rows, *array.shape[1:])
+        result[name] = put(batch_sharding(shape, mesh), array, shape)
+    return result

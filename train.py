@@ -1,0 +1,27 @@
+"""Trains a model: python train.py --config=configs/swap.py --config.model.memory=delta_rule --workdir=runs/x"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from memformer.training.config import parse_flags, report_errors
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "A file of configs/; any key is overridden as --config.section.key=value.",
+    lock_config=False,
+    accept_new_attributes=True,
+)
+WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder; by default runs/<task>-<memory>.")
+flags.mark_flag_as_required("config")
+
+
+def main(_: list[str]) -> None:
+    with report_errors():
+        from memformer.training.loop import train
+
+        train(CONFIG.value, WORKDIR.value)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)
