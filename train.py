@@ -13,13 +13,18 @@ CONFIG = config_flags.DEFINE_config_file(
     accept_new_attributes=True,
 )
 WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder; by default runs/<task>-<memory>.")
+PROCESSES = flags.DEFINE_string(
+    "processes", "", "For one process of several: auto (TPU pods, SLURM), or host:port,processes,index."
+)
 flags.mark_flag_as_required("config")
 
 
 def main(_: list[str]) -> None:
     with report_errors():
+        from memformer.training.distributed import join_processes
         from memformer.training.loop import train
 
+        join_processes(PROCESSES.value)
         train(CONFIG.value, WORKDIR.value)
 
 

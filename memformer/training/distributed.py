@@ -1,0 +1,41 @@
+"""One run over several processes: a process a host on TPU pods and clusters, or several on one machine."""
+
+import jax
+
+from memformer.training.config import RunError
+
+__all__ = ["join_processes"]
+
+
+def join_processes(where: str) -> None:
+    """Makes this process one of several; call before anything else of JAX.
+
+    All processes run the same command, and share the run's folder. Afterwards `jax.devices()` are those of
+    all processes.
+
+    Args:
+      where: "" for a single process; "auto" where the cluster tells (TPU pods, SLURM, Open MPI, Kubernetes);
+        otherwise "host:port,processes,index": where process 0 listens, how many there are, which one this is.
+
+    Raises:
+      RunError: another text, or nobody who tells.
+
+    Example:
+      >>> join_processes("")
+    """
+    if not where:
+        return
+    address, *numbers = where.split(",")
+    if where != "auto" and (
+        len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or ":" not in address
+    ):
+        raise RunError(
+            f"--processes must be auto or host:port,processes,index such as 10.0.0.1:1234,2,0, got {where!r}."
+        )
+    try:
+        if where == "auto":
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
+    except ValueError as error:
+        raise RunError(f"--processes={where} cannot be joined: {error}") from error
