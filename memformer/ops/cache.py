@@ -104,7 +104,8 @@ def make_timeline(cache: Cache | None, segments: Segments | None, dims: Dims, *,
       ranks: whether ranks are needed.
     """
     shape = (dims["B"], dims["T"])
-    rank = jnp.arange(dims["T"], dtype=jnp.int32)[None]
+    # From 1, as counts of valid tokens are.
+    rank = jnp.arange(1, dims["T"] + 1, dtype=jnp.int32)[None]
     if cache is None and segments is None:
         return Timeline(token_rank=rank if ranks else None)
     if segments is None:
