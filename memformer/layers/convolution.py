@@ -56,12 +56,11 @@ class ShortConvolution(nnx.Module):
             raise ValueError(f"convolution width must be at least 1, got {width}")
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=())
         self.weights = nnx.Param(named(init, None, "heads")(rngs.params(), (width, channels), dtypes.param))
-        self.dtypes = dtypes
+        self.channels, self.width, self.dtypes = channels, width, dtypes
 
     def init_state(self, batch: int) -> Float[Array, "B W C"]:
         """No inputs yet: zeros."""
-        width, channels = self.weights.shape
-        return jnp.zeros((batch, width - 1, channels), self.dtypes.compute)
+        return jnp.zeros((batch, self.width - 1, self.channels), self.dtypes.compute)
 
     def __call__(
         self, x: Float[Array, "B T C"], *, segments: Segments | None = None, state: Array | None = None
@@ -81,7 +80,7 @@ class ShortConvolution(nnx.Module):
     def _slide(self, x: Array, state: Array, index: Array | None) -> tuple[Array, Array]:
         """The sum over shifted copies, and [state, x]."""
         weights = self.weights[...].astype(x.dtype)
-        width, time = weights.shape[0], x.shape[1]
+        width, time = self.width, x.shape[1]
         history = jnp.concatenate([state, x], axis=1)
         # The state belongs to the first segment.
         place = None if index is None else jnp.pad(index, ((0, 0), (width - 1, 0)))
@@ -96,7 +95,7 @@ class ShortConvolution(nnx.Module):
 
     def _last(self, history: Array, index: Array, segments: Segments) -> Array:
         """The W - 1 inputs up to the last valid token, zero where they are not the last segment's."""
-        width = self.weights.shape[0]
+        width = self.width
         count = jnp.sum(segments.valid, axis=1, dtype=jnp.int32)
         take = count[:, None] + jnp.arange(width - 1, dtype=jnp.int32)[None, :]
         place = jnp.pad(index, ((0, 0), (width - 1, 0)))
