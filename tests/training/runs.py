@@ -35,25 +35,25 @@ SMALL = {
 }
 
 
-def start(folder: pathlib.Path, settings=(), environment=(), module=("train.py",)) -> subprocess.Popen:
-    """A small swap run in `folder`; what it says goes to <folder>.log."""
+def start(folder: pathlib.Path, settings=(), *, environment=(), log="", flags=()) -> subprocess.Popen:
+    """A small swap run in `folder`; what it says goes to `log`, by default <folder>.log."""
     values = {**SMALL, **dict(settings)}
-    command = [sys.executable, *module, f"--config={ROOT / 'configs' / 'swap.py'}", f"--workdir={folder}"]
+    command = [sys.executable, "train.py", *flags, "--config=configs/swap.py", f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in values.items()]
-    with open(f"{folder}.log", "ab") as log:
+    with open(log or f"{folder}.log", "ab") as file:
         return subprocess.Popen(
             command,
             cwd=ROOT,
-            stdout=log,
-            stderr=log,
+            stdout=file,
+            stderr=file,
             env={**os.environ, "JAX_NUM_CPU_DEVICES": "1", **dict(environment)},
         )
 
 
-def finish(process: subprocess.Popen, folder: pathlib.Path, seconds: float = 180) -> str:
-    """Waits for a clean end; returns all that was said."""
+def finish(process: subprocess.Popen, log: str, seconds: float = 180) -> str:
+    """Waits for a clean end; returns all that `log` holds."""
     code = process.wait(seconds)
-    said = pathlib.Path(f"{folder}.log").read_text()
+    said = pathlib.Path(log).read_text()
     assert code == 0, said
     return said
 

@@ -21,7 +21,7 @@ def settings(tmp_path_factory):
 def unbroken(settings, tmp_path_factory):
     """The folder of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    runs.finish(runs.start(folder, settings), folder)
+    runs.finish(runs.start(folder, settings), f"{folder}.log")
     assert runs.last_step(folder) == STEPS
     return folder
 
@@ -56,7 +56,7 @@ def test_killed_five_times(settings, unbroken, tmp_path):
             freeze_in_a_save(process, folder)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-    said = runs.finish(runs.start(folder, settings), folder)
+    said = runs.finish(runs.start(folder, settings), f"{folder}.log")
     assert said.count("going on from step") >= 4
     runs.assert_same_run(folder, unbroken)
     assert not half_written(folder)
@@ -68,14 +68,14 @@ def test_terminated_then_damaged(settings, unbroken, tmp_path):
     process = runs.start(folder, settings)
     runs.wait_until(lambda: runs.last_step(folder) >= 8, process)
     process.send_signal(signal.SIGTERM)
-    runs.finish(process, folder)
+    runs.finish(process, f"{folder}.log")
     steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir())
     assert 8 <= steps[-1] < STEPS and steps[-2] == 3 * ((steps[-1] - 1) // 3)
 
     state = folder / "checkpoints" / str(steps[-1]) / "state"
     largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
-    said = runs.finish(runs.start(folder, settings), folder)
+    said = runs.finish(runs.start(folder, settings), f"{folder}.log")
     assert f"Checkpoint {steps[-1]} in" in said and "passed over" in said
     assert f"going on from step {steps[-2]}" in said
     runs.assert_same_run(folder, unbroken)
