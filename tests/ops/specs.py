@@ -16,12 +16,15 @@ To add an op, or another setting of one, append a row to SPECS; write no test.
   scope            name of the op in the scope memformer.<scope>.<implementation>.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 import memformer as mf
+from memformer.ops.cache import DeltaCache, KVCache
 
 HEADS, WIDTH, VALUE = 2, 8, 4
 
@@ -84,6 +87,59 @@ def matrix_state(columns=VALUE, positive=False):
     return build
 
 
+def attention_arrays(rng, batch, length, write=False):
+    """Arguments of the ops with a cache: two query heads share one key head."""
+    arrays = {
+        "q": 2 * rng.standard_normal((batch, length, HEADS, WIDTH)),
+        "k": unit(rng, batch, length, 1, WIDTH),
+        "v": rng.standard_normal((batch, length, 1, VALUE)),
+    }
+    if write:
+        arrays["w"] = unit(rng, batch, length, 1, WIDTH)
+        arrays["alpha"] = rng.uniform(0.5, 1.5, (batch, length, 1))
+        arrays["beta"] = rng.uniform(0.0, 1.0, (batch, length, 1))
+    return arrays
+
+
+def cache_state(kind, held=3):
+    """A cache of a few tokens; one slot of the first row is not valid."""
+
+    def build(rng, batch):
+        k, values = unit(rng, batch, held, 1, WIDTH), rng.standard_normal((batch, held, 1, VALUE))
+        valid = np.ones((batch, held), bool)
+        valid[0, 1] = False
+        return kind(k, values, valid, np.int32(held))
+
+    return build
+
+
+def observe_cache(cache):
+    """Sums over the valid slots: where a slot lies does not matter."""
+    values = cache.v if isinstance(cache, KVCache) else cache.u
+    seen = cache.valid[:, :, None, None]
+    k, values = (jnp.where(seen, x, jnp.zeros((), x.dtype)) for x in (cache.k, values))
+    k, values = (
+        k.astype("float32" if k.dtype == jnp.bfloat16 else k.dtype),
+        values.astype("float32" if values.dtype == jnp.bfloat16 else values.dtype),
+    )
+    return {
+        "k": jnp.sum(k, axis=1),
+        "values": jnp.sum(values, axis=1),
+        "pairs": jnp.einsum("bsgk,bsgv->bgkv", k.astype(values.dtype), values),
+    }
+
+
+def _attention(name, **options):
+    return Spec(
+        name, mf.softmax_attention, attention_arrays, cache_state(KVCache), "softmax_attention", options, observe_cache
+    )
+
+
+def _deltaformer(name, **options):
+    arrays = functools.partial(attention_arrays, write=True)
+    return Spec(name, mf.deltaformer, arrays, cache_state(DeltaCache), "deltaformer", options, observe_cache)
+
+
 def _delta_rule(name, **kind):
     return Spec(name, mf.delta_rule, recurrent_arrays(**kind), matrix_state(), "delta_rule")
 
@@ -115,4 +171,6 @@ SPECS = (
     _product("delta_product", decay=None),
     _product("delta_product_head_decay", decay="head"),
     _product("delta_product_channel_decay", decay="channel"),
+    _attention("softmax_attention"),
+    _deltaformer("deltaformer_linear_softmax", write_kernel="linear"),
 )
