@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_dict
 
 __all__ = [
@@ -298,6 +298,8 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     The flag itself must accept new keys (`accept_new_attributes`): those of `OPEN_SECTIONS` are checked by
     what reads them, which knows what each task and memory takes.
     """
+    # what JAX and Orbax tell at INFO is for their developers
+    flags.FLAGS.set_default("verbosity", logging.WARNING)
     with report_errors():
         _check_overrides(argv)
         return flags.FLAGS(argv)

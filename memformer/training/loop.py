@@ -113,7 +113,6 @@ class Trainer:
         self._score = Scorer(scorer, run.mesh, self._options["batch_size"], run.config["seed"])
         self._solved, self._evaluated = False, -1
         self._held_out: dict[str, float] = {}
-        self._last: dict[str, float] = {}
         self._step = 0
         self._first = True
         self._signal: int | None = None
@@ -151,7 +150,8 @@ class Trainer:
                 self._state, self._step = found.state, found.step
                 self._curriculum.length = found.data["length"]
                 self._solved, self._evaluated = found.data["solved"], found.data["evaluated"]
-                self._held_out, self._last = found.data["held_out"], found.data["last"]
+                scores = found.data["held_out"]
+                self._held_out = {name: math.nan if value is None else value for name, value in scores.items()}
                 return
         self._state = init_state(run.model, run.tx, run.mesh, seed=run.config["seed"], ema=self._ema)
 
@@ -204,7 +204,7 @@ class Trainer:
         timed = self._step - self._ticked
         seconds = (now - self._since) / timed if timed else math.nan
         values = means(report, self._run.task.scores)
-        self._last = dict(values)
+        shown = [f"{name} {format_score(name, value)}" for name, value in values.items()]
         values["length"] = self._curriculum.length
         if float(report["aux"]):
             values["auxiliary_loss"] = float(report["aux"]) / steps
@@ -218,7 +218,6 @@ class Trainer:
         if mfu is not None:
             values["mfu"] = mfu
         self._log.write("train", self._step, values)
-        shown = [f"{name} {format_score(name, values[name])}" for name in self._last]
         self._log.show(self._step, "  ".join([*shown, f"length {values['length']}", f"{1e3 * seconds:.0f} ms"]))
         self._decide(values.get("accuracy", math.nan))
         self._tick()
@@ -273,12 +272,11 @@ class Trainer:
             "length": self._curriculum.length,
             "solved": self._solved,
             "evaluated": self._evaluated,
-            "held_out": self._held_out,
-            "last": self._last,
+            "held_out": {name: value if math.isfinite(value) else None for name, value in self._held_out.items()},
         }
-        metrics = {name: value for name, value in self._held_out.items() if math.isfinite(value)}
+        scored = math.isfinite(self._held_out.get("loss", math.nan))
         with run_errors(f"cannot save step {self._step}"):
-            self._checkpoints.save(self._step, self._state, data, self._run.config, metrics)
+            self._checkpoints.save(self._step, self._state, data, self._run.config, self._held_out if scored else {})
         self._tick()
 
     def _tick(self) -> None:

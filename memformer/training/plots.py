@@ -52,7 +52,8 @@ def plot_learning_curve(
         elif any(r.get("loss") for r in records):
             axis.set_yscale("log")
         _mark_lengths(axis, records)
-    axes[0].legend(frameon=False)
+    # the last panel has every line
+    axes[-1].legend(frameon=False, loc="lower right" if len(names) > 1 else "best")
     axes[0].set_title(title)
     axes[-1].set_xlabel("step")
     figure.savefig(path, dpi=120)

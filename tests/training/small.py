@@ -1,0 +1,41 @@
+"""Small runs that the trainer's tests share."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.models import ModelOutput
+from memformer.training.config import default_config
+
+
+class Counting(nnx.Module):
+    """A model that compiles in a moment: the mean of what was read so far, through one hidden layer."""
+
+    def __init__(self, width, vocab_size, num_classes, rngs):
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width)))
+        self.hidden = nnx.Linear(width, width, rngs=rngs)
+        self.head = nnx.Linear(width, num_classes, rngs=rngs)
+
+    def __call__(self, inputs, *, segment_ids=None, positions=None, state=None):
+        x = jnp.cumsum(jnp.take(self.table[...], inputs, axis=0), axis=1)
+        x = x / (positions[..., None].astype(jnp.float32) + 1.0)
+        return ModelOutput(self.head(nnx.relu(self.hidden(x))), None, {})
+
+
+def build_counting(config, *, vocab_size, num_classes, features, rngs):
+    """Takes the place of `build_model`."""
+    return Counting(config["width"], vocab_size, num_classes, rngs)
+
+
+def small_config(memory="delta_rule", **changed):
+    """A run of seconds: swap with 3 objects at length 8, width 16, 8 steps; `changed` by dotted key, dots as __."""
+    config = default_config()
+    config.task = {"name": "swap", "objects": 3, "length": 8}
+    config.model.update({"memory": memory, "width": 16, "heads": 2, "depth": 2})
+    config.model.memory_options = {"delta_rule": {"conv_width": 0}}
+    config.optimizer.learning_rate = 1e-2
+    config.mesh.data = 1
+    config.train.update({"steps": 8, "batch_size": 8, "log_every": 2, "eval_every": 4, "eval_batches": 2})
+    config.train.update({"checkpoint_every": 4, "final_batches": 2, "tensorboard": False})
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changed.items()})
+    return config

@@ -1,0 +1,190 @@
+"""Runs of seconds: what they write, exact resume, curriculum, early stop, steps that are not finite, errors."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from memformer.training import build, loop, metrics
+from memformer.training.build import build_run
+from memformer.training.checkpoint import Checkpoints
+from memformer.training.config import RunError
+from memformer.training.loop import train
+from memformer.training.metrics import read_records
+from memformer.training.sharding import mesh_scope
+from memformer.training.step import abstract_state
+from tests.training.small import build_counting, small_config
+
+MEASURED = ("step_seconds", "tokens_per_second")
+CLIMBING = {
+    "train__curriculum__enabled": True,
+    "train__curriculum__start": 4,
+    "train__curriculum__stop": 8,
+    "train__curriculum__accuracy": 0.0,
+}
+
+
+def make_light(monkeypatch):
+    """One device, and a model that compiles in a moment."""
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    monkeypatch.setattr(build, "build_model", build_counting)
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch):
+    make_light(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder and the result of one whole run."""
+    folder = str(tmp_path_factory.mktemp("whole"))
+    with pytest.MonkeyPatch.context() as patch:
+        make_light(patch)
+        result = train(small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8)), folder)
+    return folder, result
+
+
+def records_of(folder):
+    records = read_records(os.path.join(folder, "metrics.jsonl"))
+    return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
+
+
+def last_state(folder, config):
+    run = build_run(config.to_dict())
+    with mesh_scope(run.mesh), Checkpoints(os.path.join(folder, "checkpoints")) as checkpoints:
+        target = abstract_state(run.model, run.tx, run.mesh, config.optimizer.ema)
+        return checkpoints.restore(target)
+
+
+def test_what_a_run_leaves(finished):
+    folder, result = finished
+    assert {"config.json", "metrics.jsonl", "checkpoints", "curve.png", "result.json"} <= set(os.listdir(folder))
+    with open(os.path.join(folder, "result.json")) as file:
+        assert json.load(file) == result
+    assert result["steps"] == 8 and result["finished"] and set(result["lengths"]) == {"4", "8"}
+    records = read_records(os.path.join(folder, "metrics.jsonl"))
+    trained = [r for r in records if r["kind"] == "train"]
+    assert [r["step"] for r in trained] == [2, 4, 6, 8]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [4, 8]
+    wanted = {"loss", "accuracy", "tokens_per_second", "step_seconds", "learning_rate"}
+    wanted |= {"gradient_norm", "parameter_norm", "update_norm"}
+    assert all(wanted <= set(r) and r["gradient_norm"] > 0 and r["update_norm"] > 0 for r in trained)
+    # 3 start tokens and 8 swaps, 8 rows
+    assert trained[-1]["tokens_per_second"] * trained[-1]["step_seconds"] == pytest.approx(8 * 11)
+
+
+def test_curriculum_climbs_at_the_log_after_its_goal(finished):
+    lengths = [r["length"] for r in records_of(finished[0]) if r["kind"] == "train"]
+    assert lengths == [4, 8, 8, 8]
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_resumed_run_has_the_bits_of_an_unbroken_one(finished, tmp_path, monkeypatch, at):
+    config = small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8))
+    folder = str(tmp_path)
+    advance = loop.Trainer._advance
+
+    def advance_and_ask_to_stop(self):
+        advance(self)
+        if self._step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Trainer, "_advance", advance_and_ask_to_stop)
+    result = train(config, folder)
+    assert result["steps"] == at and not result["finished"]
+    monkeypatch.setattr(loop.Trainer, "_advance", advance)
+    # what a kill leaves: records beyond the checkpoint, and a torn line
+    with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
+        file.write(json.dumps({"kind": "train", "step": at + 1, "loss": -1.0}) + '\n{"kind": "tra')
+    again = train(config, folder)
+    whole_folder, whole = finished
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    assert records_of(folder) == records_of(whole_folder)
+    resumed, unbroken = last_state(folder, config), last_state(whole_folder, config)
+    assert resumed.step == unbroken.step == 8 and resumed.data == unbroken.data
+    for (path, a), b in zip(jax.tree.leaves_with_path(resumed.state), jax.tree.leaves(unbroken.state), strict=True):
+        assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), jax.tree_util.keystr(path)
+
+
+def test_a_finished_run_started_again_only_reports(finished, monkeypatch):
+    folder, whole = finished
+    monkeypatch.setattr(loop.Trainer, "_advance", lambda self: pytest.fail("a step was taken"))
+    before = records_of(folder)
+    again = train(small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8)), folder)
+    assert again["lengths"] == whole["lengths"] and records_of(folder) == before
+
+
+def test_folder_of_another_config(finished):
+    with pytest.raises(RunError, match="holds a run of another config: model.width .16 there, 32 now."):
+        train(small_config(**CLIMBING, optimizer__ema=0.9, model__width=32), finished[0])
+
+
+def test_checkpoint_of_another_model(finished, tmp_path):
+    """The folder's config.json was lost; the arrays tell."""
+    os.symlink(os.path.join(finished[0], "checkpoints"), tmp_path / "checkpoints")
+    with pytest.raises(RunError, match="cannot be used.*"):
+        train(small_config(**CLIMBING, optimizer__ema=0.9, model__width=32), str(tmp_path))
+
+
+def test_folder_that_cannot_be_used(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(RunError, match="cannot make the run's folder.*--workdir"):
+        train(small_config(), str(file / "run"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="config.json must be the config of the run"):
+        train(small_config(), str(tmp_path))
+
+
+def test_early_stop(tmp_path, capsys):
+    result = train(small_config(train__stop_accuracy=0.01, train__steps=50, train__tensorboard=True), str(tmp_path))
+    assert result["steps"] == 2 and result["finished"]
+    assert result["lengths"]["8"]["accuracy"] > 0.01
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("memory ")]
+    assert table == [["memory", "steps", "loss", "accuracy"]]
+    assert any("tfevents" in name for name in os.listdir(tmp_path / "tensorboard"))
+
+
+def test_abort_names_the_step_that_was_not_finite(tmp_path):
+    config = small_config(optimizer__learning_rate=1e38, optimizer__clip_norm=0.0, train__log_every=4)
+    with pytest.raises(RunError, match=r"stopped being finite at step [23]\b.*learning_rate"):
+        train(config, str(tmp_path))
+
+
+def test_skip_passes_over_steps_that_are_not_finite(tmp_path, monkeypatch):
+    config = small_config(train__on_nan="skip")
+    count = loop.make_train_step.__globals__["count_batch"]
+
+    def third_batch_is_bad(logits, targets, weights):
+        sums = count(logits, targets, weights)
+        bad = targets[0, 3] == 0
+        return {**sums, "loss": jax.numpy.where(bad, jax.numpy.inf, 1.0) * sums["loss"]}
+
+    monkeypatch.setitem(loop.make_train_step.__globals__, "count_batch", third_batch_is_bad)
+    train(config, str(tmp_path))
+    records = [r for r in records_of(str(tmp_path)) if r["kind"] == "train"]
+    assert 0 < sum(r.get("skipped_steps", 0) for r in records) < 8
+    state = last_state(str(tmp_path), config).state
+    assert all(np.all(np.isfinite(x)) for x in state["params"].values())
+
+
+def test_profile_and_compile_cache(tmp_path):
+    cache = tmp_path / "cache"
+    try:
+        train(small_config(train__profile=(2, 3), train__compile_cache=str(cache)), str(tmp_path / "run"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+    assert any(name.endswith(".pb") for _, _, names in os.walk(tmp_path / "run" / "profile") for name in names)
+    assert os.listdir(cache)
+
+
+def test_flops_and_peak():
+    model = {"memory": "softmax_attention, delta_rule", "depth": 2, "heads": 2, "width": 8, "key_width": None}
+    got = metrics.flops_a_token({**model, "value_width": None}, 100, 16)
+    assert got == 3 * (2 * 100 + 2 * (16 * 8) + 2 * (6 * 16))
+    assert metrics.peak_flops("NVIDIA A100-SXM4") == 312e12 and metrics.peak_flops("TPU v5 lite") == 197e12

@@ -1,0 +1,126 @@
+"""The compiled step: micro-batches, the moving average, dropout, other variables of a model."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from memformer.models import ModelOutput
+from memformer.training.config import default_config
+from memformer.training.sharding import global_batch, make_mesh, mesh_scope
+from memformer.training.step import init_state, make_functional, make_train_step
+
+OPTIONS = {"accumulate": 1, "log_every": 10, "on_nan": "abort"}
+
+
+class Toy(nnx.Module):
+    """A table of logits with dropout, an auxiliary loss and a count of its calls."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (4, 4)))
+        self.calls = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, inputs, *, segment_ids=None, positions=None, state=None):
+        self.calls[...] += 1
+        logits = self.dropout(jnp.take(self.table[...], inputs, axis=0))
+        return ModelOutput(logits, None, {"pull": 0.1 * jnp.sum(self.table[...] ** 2)})
+
+
+class Plain(nnx.Module):
+    """The table alone."""
+
+    def __init__(self, rngs):
+        self.table = nnx.Param(nnx.initializers.normal(1.0)(rngs.params(), (4, 4)))
+
+    def __call__(self, inputs, *, segment_ids=None, positions=None, state=None):
+        return ModelOutput(jnp.take(self.table[...], inputs, axis=0), None, {})
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(4, size=(8, 6)).astype(np.int32)
+    weights = rng.integers(3, size=(8, 6)).astype(np.float32)
+    ones = np.ones_like(ids)
+    return {
+        "inputs": ids,
+        "targets": ids[:, ::-1].copy(),
+        "loss_weights": weights,
+        "segment_ids": ones,
+        "positions": ones,
+    }
+
+
+def one_step(build, *, steps=1, ema=0.0, **options):
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+    model, tx = make_functional(build), optax.sgd(0.5)
+    with mesh_scope(mesh):
+        state = init_state(model, tx, mesh, seed=3, ema=ema)
+        first = jax.device_get(state)
+        step = make_train_step(model, tx, lambda count: jnp.float32(0.5), mesh, {**OPTIONS, **options}, ema)
+        for _ in range(steps):
+            state, report = step(state, global_batch(batch(), mesh))
+    return first, jax.device_get(state), jax.device_get(report)
+
+
+def test_a_step_is_gradient_descent_on_the_mean_loss():
+    first, state, report = one_step(Plain)
+    data = batch()
+
+    def loss(table):
+        losses = optax.softmax_cross_entropy_with_integer_labels(table[data["inputs"]], data["targets"])
+        return jnp.sum(losses * data["loss_weights"]) / np.sum(data["loss_weights"])
+
+    value, gradient = jax.value_and_grad(loss)(jnp.asarray(first["params"]["table"]))
+    np.testing.assert_allclose(report["loss"] / report["weight"], value, rtol=1e-6)
+    np.testing.assert_allclose(state["params"]["table"], first["params"]["table"] - 0.5 * gradient, atol=1e-6)
+    np.testing.assert_allclose(report["gradient_norm"], jnp.linalg.norm(gradient), rtol=1e-5)
+    np.testing.assert_allclose(report["update_norm"], 0.5 * report["gradient_norm"], rtol=1e-5)
+    assert report["tokens"] == 48 and state["step"] == 1
+
+
+def test_micro_batches_give_the_gradient_of_the_whole():
+    _, whole, report = one_step(Plain)
+    _, parts, split = one_step(Plain, accumulate=4)
+    np.testing.assert_allclose(parts["params"]["table"], whole["params"]["table"], atol=1e-6)
+    for name in ("loss", "weight", "correct", "tokens"):
+        np.testing.assert_allclose(split[name], report[name], rtol=1e-6, err_msg=name)
+
+
+def test_auxiliary_loss_joins_as_it_is():
+    class Pulled(Plain):
+        def __call__(self, inputs, **kwargs):
+            return super().__call__(inputs)._replace(aux={"pull": 0.1 * jnp.sum(self.table[...] ** 2)})
+
+    first, plain, _ = one_step(Plain)
+    for parts in (1, 2):
+        _, pulled, report = one_step(Pulled, accumulate=parts)
+        np.testing.assert_allclose(
+            pulled["params"]["table"], plain["params"]["table"] - 0.1 * first["params"]["table"], atol=1e-6
+        )
+        np.testing.assert_allclose(report["aux"], 0.1 * np.sum(first["params"]["table"] ** 2), rtol=1e-5)
+
+
+def test_other_variables_are_carried_and_dropout_differs_by_step():
+    first, state, report = one_step(Toy, steps=2, accumulate=2)
+    assert first["rest"]["calls"] == 0 and state["rest"]["calls"] == 4
+    _, once, first_report = one_step(Toy, steps=1, accumulate=2)
+    _, same, _ = one_step(Toy, steps=1, accumulate=2)
+    assert np.array_equal(once["params"]["table"], same["params"]["table"])
+    assert report["loss"] != 2 * first_report["loss"]
+
+
+def test_moving_average_is_kept_beside_the_parameters():
+    first, state, _ = one_step(Plain, ema=0.5)
+    want = 0.1 * first["params"]["table"] + 0.9 * state["params"]["table"]
+    np.testing.assert_allclose(state["ema"]["table"], want, atol=1e-6)
+
+
+def test_sums_start_anew_after_a_log():
+    _, _, report = one_step(Plain, steps=3, log_every=2)
+    assert report["steps"] == 1 and report["tokens"] == 48
+
+
+def test_defaults_reach_the_step():
+    assert set(OPTIONS) <= set(default_config().train)
