@@ -1,0 +1,1 @@
+"""Kernels in Pallas, one package a kind of accelerator."""

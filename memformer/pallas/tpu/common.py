@@ -1,0 +1,209 @@
+"""What the TPU kernels share: where they serve, how a call is cut, and products.
+
+Shapes inside the kernels: a program of the grid (batch, block of heads, chunk) holds P heads and one
+chunk of C tokens. Queries and keys may have fewer heads: R = H / G value heads share one, and a
+program reads max(1, P / R) of those.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from memformer.core.types import Array
+from memformer.pallas.tpu import tuning
+
+__all__ = ["CHUNKS", "Cut", "PASSES", "SUBLANES", "cut_call", "interpreted", "iotas", "product"]
+
+_interpret: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpret", default=None)
+
+SUBLANES = 8
+
+# Powers of two, for the ladder; 16 rows of bfloat16 fill a register.
+CHUNKS = (16, 32, 64, 128, 256)
+
+# bfloat16 passes of the MXU a product takes: 1, 3 (16 bits of each operand), 6 (all of float32).
+PASSES = {lax.Precision.DEFAULT: 1, lax.Precision.HIGH: 3, lax.Precision.HIGHEST: 6}
+
+
+@contextlib.contextmanager
+def interpreted(params: pltpu.InterpretParams | None = None):
+    """Runs the kernels traced inside in Pallas' TPU interpreter, on any backend (for tests).
+
+    Args:
+      params: settings of the interpreter; None detects races and poisons memory with NaN.
+    """
+    params = params or pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    token = _interpret.set(params)
+    try:
+        # Jax's own switch is part of the cache key of jit; ours is what check_backend can see.
+        with pltpu.force_tpu_interpret_mode(params):
+            yield
+    finally:
+        _interpret.reset(token)
+
+
+def device_kind() -> str | None:
+    """Kind of the TPU that this trace is for, "interpreter", or None where there is no TPU.
+
+    A mesh of another machine's devices (jax.sharding.use_abstract_mesh) says what ahead-of-time
+    compilation is for.
+    """
+    if _interpret.get() is not None:
+        return "interpreter"
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.device_kind if "TPU" in device.device_kind else None
+    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How one call is cut into programs, all static.
+
+    Attributes:
+      batch, heads, groups, chunks: sizes B, H, G and N.
+      chunk, key, value: sizes C, K and V.
+      block: P, heads a program.
+      passes: MXU passes of a product.
+      scale: factor on the read.
+      beta: whether writes have a strength (the delta rule).
+      decay: whether there is a log decay.
+      segments: whether there are segments.
+    """
+
+    batch: int
+    heads: int
+    groups: int
+    chunks: int
+    chunk: int
+    key: int
+    value: int
+    block: int
+    passes: int
+    scale: float
+    beta: bool
+    decay: bool
+    segments: bool
+
+    @property
+    def repeat(self) -> int:
+        """R: value heads that share a query and key head."""
+        return self.heads // self.groups
+
+    @property
+    def key_block(self) -> int:
+        """Query and key heads a program reads."""
+        return max(1, self.block // self.repeat)
+
+    @property
+    def carries(self) -> bool:
+        """Whether the state fades or resets on its way through a chunk."""
+        return self.decay or self.segments
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The numbers that every token and head has; see rows.py."""
+        kinds = (("beta", self.beta), ("enter", self.carries), ("leave", self.carries))
+        kinds += (("total", self.decay), ("segment", self.segments))
+        return tuple(name for name, there in kinds if there)
+
+    def row(self, name: str, head: int) -> int:
+        """Where the rows of a program hold this number of this head."""
+        return self.names.index(name) * self.block + head
+
+    def sharing(self) -> list[range]:
+        """Value heads of a program by the query and key head they share."""
+        each = self.block // self.key_block
+        return [range(g * each, (g + 1) * each) for g in range(self.key_block)]
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Batch, blocks of heads, chunks."""
+        return (self.batch, self.heads // self.block, self.chunks)
+
+
+def cut_call(
+    op: str, q: Array, v: Array, *, beta, decay, index, scale: float, chunk_size: int | None, precision: lax.Precision
+) -> Cut:
+    """Checks that the kernels serve this call, and chooses chunk and heads a program.
+
+    Args:
+      op: name for messages.
+      q: [B, T, G, K].
+      v: [B, T, H, V].
+      beta: strength of the write or None.
+      decay: log decay [B, T, H] or None.
+      index: segment of every token or None.
+      scale: factor on the read.
+      chunk_size: the caller's, or None.
+      precision: `jax.lax.Precision`.
+
+    Raises:
+      NotImplementedError: not a TPU; float64; decay per channel; a chunk size that no kernel has.
+    """
+    kind = device_kind()
+    if kind is None:
+        raise NotImplementedError(
+            f"the {op} kernel needs a TPU (or a trace for one under jax.sharding.use_abstract_mesh), and this is"
+            f" {jax.default_backend()!r}; implementation='chunked' serves here"
+        )
+    if any(x.dtype == jnp.float64 for x in (q, v)):
+        raise NotImplementedError(f"the {op} kernel has no float64; implementation='chunked' or 'recurrent' serves it")
+    if decay is not None and decay.ndim == 4:
+        raise NotImplementedError(
+            f"the {op} kernel takes no decay per key channel (its scores do not factor into one product a chunk);"
+            " implementation='chunked' serves it"
+        )
+    if chunk_size is not None and chunk_size not in CHUNKS:
+        raise NotImplementedError(f"the {op} kernel takes a chunk_size among {CHUNKS}, got {chunk_size}")
+    batch, length, groups, key = q.shape
+    heads, value = v.shape[2:]
+    chunk, block = tuning.choose(kind, length, heads, heads // groups, key, value, q.dtype.itemsize)
+    chunk = chunk_size or chunk
+    return Cut(
+        batch=batch,
+        heads=heads,
+        groups=groups,
+        chunks=-(-length // chunk),
+        chunk=chunk,
+        key=key,
+        value=value,
+        block=block,
+        passes=PASSES[precision],
+        scale=scale,
+        beta=beta is not None,
+        decay=decay is not None,
+        segments=index is not None,
+    )
+
+
+def product(a: Array, b: Array, contract: str, passes: int) -> Array:
+    """Matrix product in float32: contract "nn" is a b, "nt" a b^T, "tn" a^T b."""
+    axes = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
+
+    def dot(x, y, precision=None):
+        return lax.dot_general(x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+    if passes == 1:
+        return dot(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    if passes == 6:
+        return dot(a, b, lax.Precision.HIGHEST)
+    (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
+    return dot(a_high, b_high) + (dot(a_high, b_low) + dot(a_low, b_high))
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+    """x as a sum of two bfloat16 arrays, to 16 bits."""
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def iotas(shape: tuple[int, int]) -> tuple[Array, Array]:
+    """Row and column index of every entry."""
+    return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)

@@ -1,0 +1,40 @@
+"""The one table of block sizes, by kind of TPU; figures come from benchmarks/tpu_static.py."""
+
+__all__ = ["VMEM_LIMIT", "choose"]
+
+# Bytes of VMEM a kernel may ask for: below what every chip since v5e has (64 MiB on the smallest, tpu7x).
+VMEM_LIMIT = 56 * 2**20
+
+# Bytes of VMEM that the blocks of one program may take, double buffering included.
+BLOCKS = 12 * 2**20
+
+# Chunk and most heads a program.
+SIZES = {
+    "TPU v5 lite": (128, 4),
+    "TPU v5": (128, 4),
+    "TPU v6 lite": (128, 4),
+    "TPU7x": (128, 4),
+    "interpreter": (16, 2),
+}
+
+
+def choose(kind: str, length: int, heads: int, repeat: int, key: int, value: int, itemsize: int) -> tuple[int, int]:
+    """Chunk and heads a program.
+
+    Args:
+      kind: device kind.
+      length: T.
+      heads: H.
+      repeat: value heads that share a key head.
+      key, value: widths K and V.
+      itemsize: bytes of an element of the inputs.
+    """
+    chunk, most = SIZES.get(kind, SIZES["TPU v5"])
+    while chunk > 16 and chunk // 2 >= length:
+        chunk //= 2
+    key, value = (-(-width // 128) * 128 for width in (key, value))
+    # The backward pass holds q, k, dq, dk and v, do, dv; a state that enters, and two that are carried.
+    one = 2 * itemsize * chunk * (4 * key + 3 * value) + 4 * 4 * key * value
+    most = max(1, min(most, BLOCKS // one))
+    fits = [p for p in range(1, most + 1) if heads % p == 0 and (p % repeat == 0 or repeat % p == 0)]
+    return chunk, fits[-1]

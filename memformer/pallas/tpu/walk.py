@@ -1,0 +1,225 @@
+"""The walk over the chunks that every memory with a matrix state takes: two Pallas calls and their rule.
+
+A memory is what it does with one chunk of one head, forward and backward; the walk brings the blocks,
+keeps the state in VMEM from chunk to chunk, and saves for the backward pass the inputs and the state
+that enters each chunk, nothing else.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from memformer.core.chunking import pad_time, vary_like
+from memformer.core.types import Array
+from memformer.pallas.tpu import tuning
+from memformer.pallas.tpu.common import Cut
+from memformer.pallas.tpu.rows import TokenGradients, Tokens, token_rows
+
+__all__ = ["Memory", "run"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """A memory, by what it does with one chunk of one head.
+
+    Attributes:
+      name: of its kernels.
+      forward: (cut, tokens, head, q, k, v, state) to (o [C, V], the state that leaves).
+      backward: (cut, tokens, gradients, head, q, k, v, state, do, ds) to (dq, dk, dv, ds of the state
+        that enters), and adds to gradients what the rows get.
+    """
+
+    name: str
+    forward: Callable[..., tuple[Array, Array]]
+    backward: Callable[..., tuple[Array, Array, Array, Array]]
+
+
+def run(
+    memory: Memory, cut: Cut, q: Array, k: Array, v: Array, beta, decay, index, state: Array | None
+) -> tuple[Array, Array]:
+    """q, k [B, T, G, K], v [B, T, H, V], beta and decay [B, T, H], index [B, T]: o [B, T, H, V] and the last state."""
+
+    def by_head(x):
+        return jnp.swapaxes(pad_time(x, cut.chunk), 1, 2)
+
+    # bfloat16 where all three are.
+    dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
+    arrays = (by_head(x.astype(dtype)) for x in (q, k, v))
+    rows = token_rows(cut, beta, decay, index)
+    if state is None:
+        state = vary_like(jnp.zeros((cut.batch, cut.heads, cut.key, cut.value), jnp.float32), q, k, v, *rows)
+    o, end = _walk(memory, cut, *arrays, rows, state.astype(jnp.float32))
+    return jnp.swapaxes(o, 1, 2)[:, : q.shape[1]], end
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _walk(memory: Memory, cut: Cut, q, k, v, rows, start):
+    return tuple(_forward(memory, cut, False, q, k, v, rows, start))
+
+
+def _walk_forward(memory, cut, q, k, v, rows, start):
+    o, end, states = _forward(memory, cut, True, q, k, v, rows, start)
+    return (o, end), (q, k, v, rows, states)
+
+
+def _walk_backward(memory, cut, saved, cotangents):
+    dq, dk, dv, drows, dstart = _backward(memory, cut, *saved, *cotangents)
+    return _sum_parts(cut, dq), _sum_parts(cut, dk), dv, drows, dstart
+
+
+_walk.defvjp(_walk_forward, _walk_backward)
+
+
+def _forward_kernel(q_ref, k_ref, v_ref, rows, start_ref, o_ref, end_ref, *refs, memory: Memory, cut: Cut):
+    *states_ref, s_ref = refs
+    n = pl.program_id(2)
+
+    @pl.when(n == 0)
+    def _():
+        s_ref[...] = start_ref[0]
+
+    tokens = Tokens(cut, rows)
+    for g, heads in enumerate(cut.sharing()):
+        q, k = q_ref[0, g], k_ref[0, g]
+        for h in heads:
+            state = s_ref[h]
+            for ref in states_ref:
+                ref[0, 0, h] = state
+            o, s_ref[h] = memory.forward(cut, tokens, h, q, k, v_ref[0, h], state)
+            o_ref[0, h] = o.astype(o_ref.dtype)
+
+    @pl.when(n == cut.chunks - 1)
+    def _():
+        end_ref[0] = s_ref[...]
+
+
+def _forward(memory: Memory, cut: Cut, save: bool, q, k, v, rows, start):
+    """q, k [B, G, T, K], v [B, H, T, V], rows, start [B, H, K, V]: o, the last state, states that enter chunks."""
+    block = _blocks(cut)
+    like = (q, k, v, *rows, start)
+    out_specs = [block.value, block.state]
+    out_shape = [_result(v.shape, v.dtype, *like), _result(start.shape, jnp.float32, *like)]
+    if save:
+        out_specs.append(block.states)
+        states = (cut.batch, cut.chunks, cut.heads, cut.key, cut.value)
+        out_shape.append(_result(states, jnp.float32, *like))
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, memory=memory, cut=cut),
+        grid=cut.grid,
+        in_specs=[block.key, block.key, block.value, (block.rows,) * len(rows), block.state],
+        out_specs=out_specs,
+        out_shape=out_shape,
+        scratch_shapes=[pltpu.VMEM((cut.block, cut.key, cut.value), jnp.float32)],
+        compiler_params=_compiler_params(),
+        name=f"memformer_{memory.name}_forward",
+    )(q, k, v, rows, start)
+
+
+def _backward_kernel(
+    q_ref, k_ref, v_ref, rows, states_ref, do_ref, dend_ref, dq_ref, dk_ref, dv_ref, drows, dstart_ref, ds_ref,
+    *, memory: Memory, cut: Cut,
+):  # fmt: skip
+    n = pl.program_id(2)
+
+    @pl.when(n == 0)
+    def _():
+        ds_ref[...] = dend_ref[0]
+
+    tokens, gradients = Tokens(cut, rows), TokenGradients(cut)
+    for g, heads in enumerate(cut.sharing()):
+        q, k = q_ref[0, g], k_ref[0, g]
+        shared = []
+        for h in heads:
+            inputs = (q, k, v_ref[0, h], states_ref[0, 0, h], do_ref[0, h], ds_ref[h])
+            *dqk, dv, ds_ref[h] = memory.backward(cut, tokens, gradients, h, *inputs)
+            shared.append(dqk)
+            dv_ref[0, h] = dv.astype(dv_ref.dtype)
+        dq, dk = (functools.reduce(jnp.add, parts) for parts in zip(*shared, strict=True))
+        dq_ref[0, g], dk_ref[0, g] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
+    gradients.store(drows)
+
+    @pl.when(n == cut.chunks - 1)
+    def _():
+        dstart_ref[0] = ds_ref[...]
+
+
+def _backward(memory: Memory, cut: Cut, q, k, v, rows, states, do, dend):
+    """Gradients of q and k (one part a program that shares a head), v, rows and the initial state."""
+    block = _blocks(cut, reverse=True)
+    like = (q, k, v, *rows, states, do, dend)
+    parts = (cut.batch, cut.heads // min(cut.block, cut.repeat), *q.shape[2:])
+    rows_blocks = (block.rows,) * len(rows)
+    return pl.pallas_call(
+        functools.partial(_backward_kernel, memory=memory, cut=cut),
+        grid=cut.grid,
+        in_specs=[block.key, block.key, block.value, rows_blocks, block.states, block.value, block.state],
+        out_specs=[block.part, block.part, block.value, rows_blocks, block.state],
+        out_shape=[
+            _result(parts, q.dtype, *like),
+            _result(parts, k.dtype, *like),
+            _result(v.shape, v.dtype, *like),
+            tuple(_result(x.shape, jnp.float32, *like) for x in rows),
+            _result(dend.shape, jnp.float32, *like),
+        ],
+        scratch_shapes=[pltpu.VMEM((cut.block, cut.key, cut.value), jnp.float32)],
+        compiler_params=_compiler_params(),
+        name=f"memformer_{memory.name}_backward",
+    )(q, k, v, rows, states, do, dend)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What a program sees of every kind of array."""
+
+    key: pl.BlockSpec
+    part: pl.BlockSpec
+    value: pl.BlockSpec
+    rows: pl.BlockSpec
+    state: pl.BlockSpec
+    states: pl.BlockSpec
+
+
+def _blocks(cut: Cut, reverse: bool = False) -> _Blocks:
+    """Blocks for a walk from the first chunk to the last, or the other way."""
+    C, K, V, P = cut.chunk, cut.key, cut.value, cut.block
+    shared = max(1, cut.repeat // P)
+
+    def at(n):
+        return cut.chunks - 1 - n if reverse else n
+
+    def by_head(b, h, n):
+        return (b, h, at(n), 0)
+
+    return _Blocks(
+        key=pl.BlockSpec((1, cut.key_block, C, K), lambda b, h, n: (b, h // shared, at(n), 0)),
+        part=pl.BlockSpec((1, cut.key_block, C, K), by_head),
+        value=pl.BlockSpec((1, P, C, V), by_head),
+        rows=pl.BlockSpec((1, 1, 1, len(cut.names) * P, C), lambda b, h, n: (b, h, at(n), 0, 0)),
+        state=pl.BlockSpec((1, P, K, V), lambda b, h, n: (b, h, 0, 0)),
+        states=pl.BlockSpec((1, 1, P, K, V), lambda b, h, n: (b, at(n), h, 0, 0)),
+    )
+
+
+def _compiler_params() -> pltpu.CompilerParams:
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=tuning.VMEM_LIMIT
+    )
+
+
+def _sum_parts(cut: Cut, x: Array) -> Array:
+    """[B, parts, T, K] gradients of shared heads, summed to [B, G, T, K]."""
+    if x.shape[1] == cut.groups:
+        return x
+    x = x.reshape(cut.batch, cut.groups, -1, *x.shape[2:])
+    return jnp.sum(x, axis=2, dtype=jnp.float32).astype(x.dtype)
+
+
+def _result(shape: tuple[int, ...], dtype, *like: Array) -> jax.ShapeDtypeStruct:
+    """A result that varies over the mesh axes of shard_map as `like` do."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
