@@ -11,11 +11,15 @@ diagonal blocks are joined:
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from memformer.core.types import Array, Float
 
 __all__ = ["unit_lower_inverse"]
+
+# Blocks up to this size are inverted whole: products of smaller ones cost more in calls than in arithmetic.
+BASE = 8
 
 
 @jax.custom_jvp
@@ -61,20 +65,37 @@ def _product(a: Array, b: Array) -> Array:
 
 def _ladder(a: Array) -> Array:
     """Joins diagonal blocks until one is left. C must be a power of two."""
-    batch, size = a.shape[:-2], a.shape[-1]
-    # Diagonal blocks so far, as [..., blocks, b, b].
-    x = jnp.ones((*batch, size, 1, 1), a.dtype)
-    b = 1
-    while b < size:
-        pairs = size // (2 * b)
-        # The block just left of the diagonal in every odd block row.
-        grid = a.reshape(*batch, pairs, 2, b, pairs, 2, b)
-        below = jnp.diagonal(grid[..., :, 1, :, :, 0, :], axis1=-4, axis2=-2)
-        below = jnp.moveaxis(below, -1, -3)
+    size = a.shape[-1]
+    base = min(BASE, size)
+    x = _small(_blocks(a, base, 0, 1))
+    while base < size:
         first, second = x[..., 0::2, :, :], x[..., 1::2, :, :]
-        corner = -_product(_product(second, below), first)
+        corner = -_product(_product(second, _blocks(a, base, 1, 2)), first)
         top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         bottom = jnp.concatenate([corner, second], axis=-1)
         x = jnp.concatenate([top, bottom], axis=-2)
-        b *= 2
+        base *= 2
     return x[..., 0, :, :]
+
+
+def _blocks(a: Array, size: int, below: int, step: int) -> Array:
+    """[..., n, size, size]: every `step`-th block of the block diagonal that lies `below` the main one."""
+    rows = range(below, a.shape[-1] // size, step)
+    # Slices, because a gather of a diagonal is slow on a CPU.
+    parts = [a[..., r * size : (r + 1) * size, (r - below) * size : (r - below + 1) * size] for r in rows]
+    return jnp.stack(parts, axis=-3)
+
+
+def _small(a: Array) -> Array:
+    """The same doubling on whole small blocks: X <- X - X S_b X, S_b what joins neighbours of size b."""
+    place = np.arange(a.shape[-1])
+    x = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    b = 1
+    while b < a.shape[-1]:
+        block = place // b
+        joins = (block[:, None] % 2 == 1) & (block[:, None] - 1 == block[None, :])
+        s = a * lax.expand_dims(jnp.asarray(joins, a.dtype), range(a.ndim - 2))
+        # At b = 1 X is still the identity.
+        x = x - (s if b == 1 else _product(_product(x, s), x))
+        b *= 2
+    return x

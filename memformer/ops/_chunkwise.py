@@ -1,53 +1,86 @@
-"""The chunkwise form of every memory with a matrix state: linear attention and the delta rule.
+"""The chunkwise form of every memory with a matrix state: linear attention and the delta rule, with its backward.
 
-One chunk of C tokens with M writes a token, state S before it, G the cumulative log decay inside it:
+One chunk of C tokens, state S before it, G the cumulative log decay inside it (every exponent used is <= 0):
 
-    A = diag(beta) tril(K K^T * exp(G_r - G_i), -1)      U = (I + A)^-1 diag(beta) (V - (exp(G) K) S)
-    P = tril(Q K^T * exp(G_r - G_i))                     O = scale [(exp(G) Q) S + P U]
+    A = diag(beta) tril(K K^T * exp(G_r - G_i), -1)     X = (I + A)^-1
+    U = X diag(beta) (V - (exp(G) K) S)                 where writes add: U = V
+    P = tril(Q K^T * exp(G_r - G_i))                    O = (exp(G) Q) S + P U
     S' = exp(G_C) S + (exp(G_C - G) K)^T U
 
-Where writes add (no beta), U = V. Every exponent is at most 0 where it is used. Source: arXiv 2406.06484
-(chunkwise delta rule), 2412.06464 (per-head decay), 2510.26692 (per-channel decay).
+Chunks go through in groups. What does not need the state (scores, X, W = X diag(beta) exp(G) K, Y = X diag(beta) V) is
+computed for a group at once, then a short loop of two products a chunk carries the state (U = Y - W S), then the
+reads of the group at once: few large products, and a working set that stays in cache. The backward pass runs the same
+way from the end, from U, X and the states at the chunks' starts; it recomputes the scores.
+
+Source: arXiv 2406.06484 (chunkwise delta rule), 2412.06464 (decay a head), 2510.26692 (decay a channel).
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.chunking import chunk_time, unchunk_time, vary_like
+from memformer.core.chunking import vary_like
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
 from memformer.ops._arguments import Memory, zero_state
+from memformer.ops._scores import decayed_scores, repeat_tokens
 
 __all__ = ["chunkwise", "default_chunk", "prefers_recurrence"]
 
-# Rows of a block whose decayed scores are taken pair by pair where decay is per channel.
-BLOCK = 16
+
+class Plan(NamedTuple):
+    """What is static: tokens a chunk, chunks a group, factor on the read, precision of the products."""
+
+    size: int
+    group: int
+    scale: float
+    precision: lax.Precision | None
+
+    def product(self, a: Array, b: Array) -> Array:
+        """a @ b."""
+        return jnp.matmul(a, b, precision=self.precision)
 
 
-class Chunk(NamedTuple):
-    """One chunk, or all of them with a leading axis. L = C * M rows of keys.
-
-    Attributes:
-      q: [B, H, C, K].
-      k: [B, H, L, K].
-      v: [B, H, L, V].
-      beta: [B, H, L] or None.
-      decay: [B, H, C, 1 or K] or None.
-      index: [B, C] segment of each token, or None.
-      before: [B] segment that the carried state belongs to, or None.
-    """
+class Inputs(NamedTuple):
+    """Arrays [B, T, writes, H, width], or one group of them [N, B, H, C * writes, width]; None where absent."""
 
     q: Array
     k: Array
     v: Array
     beta: Array | None
     decay: Array | None
-    index: Array | None
-    before: Array | None
+
+
+class Features(NamedTuple):
+    """What a group is made of before the state comes in; [N, B, H, ...].
+
+    Attributes:
+      enter_q: exp(G) Q scale.
+      enter_k: exp(G) K, or None where writes add.
+      leave_k: exp(G_C - G) K.
+      keep: [N, B, H, 1 or K, 1] what of the carried state is kept, or None for all.
+      read: P scale.
+      match: A without beta, or None where writes add.
+    """
+
+    enter_q: Array
+    enter_k: Array | None
+    leave_k: Array
+    keep: Array | None
+    read: Array
+    match: Array | None
+
+
+class Saved(NamedTuple):
+    """What the backward pass gets of a group."""
+
+    inverse: Array | None
+    u: Array
+    states: Array
 
 
 def chunkwise(
@@ -64,145 +97,235 @@ def chunkwise(
     Returns:
       The output in the accumulation dtype, and the state.
     """
-    length = memory.q.shape[1]
-    precision = matmul_precision(precision, memory.q, memory.k, memory.v)
-    dtype = accumulation_dtype(memory.q, memory.k, memory.v)
-    chunks = _cut(memory, chunk_size)
-    start = zero_state(memory) if memory.state is None else memory.state
-
-    @jax.checkpoint
-    def step(state, chunk):
-        return _forward(state, _widen(chunk, dtype), scale, precision)
-
-    start = vary_like(start, *chunks)
-    state, output = lax.scan(step, start, chunks)
-    return unchunk_time(jnp.moveaxis(output, 2, 3), length), state
+    q, k, v, beta, decay, segments, state = memory
+    length = q.shape[1]
+    chunks = -(-length // chunk_size)
+    group = _group_size(memory, chunk_size, chunks)
+    plan = Plan(chunk_size, group, scale, matmul_precision(precision, q, k, v))
+    inputs = Inputs(
+        q[:, :, None],
+        k,
+        v,
+        None if beta is None else beta[..., None],
+        None if decay is None else decay[:, :, None],
+    )
+    state = zero_state(memory) if state is None else state
+    index = None if segments is None else segments.index
+    # All or none varies over an axis of a surrounding shard_map, cotangents too.
+    everything = (*inputs, state)
+    inputs = Inputs(*(None if x is None else vary_like(x, *everything) for x in inputs))
+    output, state = _run(plan, inputs, vary_like(state, *everything), index)
+    return output, state
 
 
 def default_chunk(memory: Memory) -> int:
-    """Tokens a chunk where the caller leaves the choice: 32 rows of keys was fastest on a CPU."""
-    return max(1, 32 // memory.k.shape[2])
+    """Tokens a chunk where the caller leaves the choice: 32 writes were fastest on a CPU, 64 fill a tensor core."""
+    most = (32 if jax.default_backend() == "cpu" else 64) // memory.k.shape[2]
+    return max(1, min(most, 1 << (memory.q.shape[1] - 1).bit_length()))
 
 
 def prefers_recurrence(memory: Memory) -> bool:
-    """True for a few tokens, where a chunk would be mostly padding."""
+    """True for a few tokens, where chunks have nothing to gain."""
     return memory.q.shape[1] <= 4
 
 
-def _cut(memory: Memory, size: int) -> Chunk:
-    def rows(x):
-        # [B, T, M, H, ...] to [N, B, H, C * M, ...].
-        if x is None:
-            return None
-        x = chunk_time(x, size)
-        x = x.reshape(*x.shape[:2], -1, *x.shape[4:])
-        return jnp.moveaxis(x, 3, 2)
-
-    def tokens(x):
-        return None if x is None else jnp.moveaxis(chunk_time(x, size), 3, 2)
-
-    index = before = None
-    if memory.segments is not None:
-        index = memory.segments.index
-        # Padding at the end belongs to the last segment, so that the state it leaves is the last segment's.
-        index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % size)), mode="edge")
-        index = chunk_time(index, size)
-        before = jnp.concatenate([jnp.zeros_like(index[:1, :, 0]), index[:-1, :, -1]])
-    return Chunk(
-        tokens(memory.q), rows(memory.k), rows(memory.v), rows(memory.beta), tokens(memory.decay), index, before
-    )
+def _group_size(memory: Memory, size: int, chunks: int) -> int:
+    """Chunks a group: what keeps a group's arrays in a CPU's cache; elsewhere what fills the device."""
+    batch, _, writes, heads, width = memory.k.shape
+    budget = 1 << 16 if jax.default_backend() == "cpu" else 1 << 24
+    most = max(1, min(64, budget // (batch * heads * size * writes * max(width, memory.v.shape[-1]))))
+    # Even groups, so that little of the last one is padding.
+    return -(-chunks // -(-chunks // most))
 
 
-def _widen(chunk: Chunk, dtype) -> Chunk:
-    wide = (x if x is None else x.astype(dtype) for x in chunk[:5])
-    return Chunk(*wide, chunk.index, chunk.before)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _run(plan: Plan, inputs: Inputs, state: Array, index: Array | None) -> tuple[Array, Array]:
+    def step(state, group):
+        state, output, _ = _forward(plan, state, *_open(plan, group))
+        return state, _close(output, 1)[:, :, 0]
+
+    state, output = lax.scan(step, state, _cut(plan, inputs, index))
+    return _join(output, inputs.q.shape[1]), state
 
 
-def _forward(state: Array, chunk: Chunk, scale: float, precision) -> tuple[Array, Array]:
-    def product(a, b):
-        return jnp.matmul(a, b, precision=precision)
+def _run_forward(plan, inputs, state, index):
+    def step(state, group):
+        state, output, saved = _forward(plan, state, *_open(plan, group))
+        return state, (_close(output, 1)[:, :, 0], saved)
 
-    q, k, v, beta = chunk.q, chunk.k, chunk.v, chunk.beta
-    steps = k.shape[-2] // q.shape[-2]
-    total = None if chunk.decay is None else jnp.cumsum(chunk.decay, axis=-2)
-    read, match = _scores(q, k, total, chunk.index, beta is not None, precision)
-    enter, leave, keep = _ends(total, chunk.index, chunk.before, k.dtype)
-    u = v
-    if beta is not None:
-        entering = k if enter is None else k * _each(enter, steps)
-        u = beta[..., None] * (v - product(entering, state))
-        u = product(unit_lower_inverse(beta[..., None] * match), u)
-    output = product(q if enter is None else q * enter, state) + product(read, u)
-    leaving = k if leave is None else k * _each(leave, steps)
-    state = (state if keep is None else state * keep) + product(jnp.swapaxes(leaving, -1, -2), u)
-    return state, scale * output
+    last, (output, saved) = lax.scan(step, state, _cut(plan, inputs, index))
+    return (_join(output, inputs.q.shape[1]), last), (inputs, index, saved)
 
 
-def _each(x: Array, steps: int) -> Array:
-    """Repeats tokens (axis -2) for every write of a token."""
-    return x if steps == 1 else jnp.repeat(x, steps, axis=-2)
+def _run_backward(plan, residuals, gradients):
+    inputs, index, saved = residuals
+    of_output, of_state = gradients
+    length = inputs.q.shape[1]
+
+    def step(of_state, group):
+        (cut, index), of_output, saved = group
+        wide, masks = _open(plan, (cut, index))
+        of_output = _rows(of_output[:, :, None], plan.group)
+        of_state, of_wide = _backward(plan, wide, masks, saved, of_output, of_state)
+        writes = (1, cut.k.shape[2], cut.k.shape[2], cut.k.shape[2], 1)
+        gradients = (
+            None if x is None else _close(g, n).astype(x.dtype) for x, g, n in zip(cut, of_wide, writes, strict=True)
+        )
+        return of_state, Inputs(*gradients)
+
+    of_output = _split(of_output, plan.size * plan.group)
+    groups = (_cut(plan, inputs, index), of_output, saved)
+    of_state, of_inputs = lax.scan(step, of_state, groups, reverse=True)
+    of_inputs = Inputs(*(None if x is None else _join(x, length) for x in of_inputs))
+    return of_inputs, of_state, None
 
 
-def _ends(total, index, before, dtype):
-    """How a row sees the carried state, how a write reaches the next one, what of the state is kept."""
+_run.defvjp(_run_forward, _run_backward)
+
+
+def _cut(plan: Plan, inputs: Inputs, index: Array | None):
+    """Groups along a leading axis: arrays [groups, B, T, ...], and segments with the one that each chunk starts in."""
+    tokens = plan.size * plan.group
+    cut = Inputs(*(None if x is None else _split(x, tokens) for x in inputs))
+    if index is None:
+        return cut, None
+    # Padding at the end belongs to the last segment, so that the state that is left is the last segment's.
+    index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % tokens)), mode="edge")
+    chunks = index.reshape(index.shape[0], -1, plan.size)
+    before = jnp.pad(chunks[:, :-1, -1], ((0, 0), (1, 0)))
+
+    def grouped(x):
+        x = jnp.moveaxis(x, 1, 0)
+        return x.reshape(-1, plan.group, *x.shape[1:])
+
+    return cut, (grouped(chunks), grouped(before))
+
+
+def _split(x: Array, tokens: int) -> Array:
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % tokens)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, tokens, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array, length: int) -> Array:
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _rows(x: Array, chunks: int) -> Array:
+    """[B, T, writes, H, width] of a group to [N, B, H, C * writes, width]."""
+    batch, _, _, heads, width = x.shape
+    return x.reshape(batch, chunks, -1, heads, width).transpose(1, 0, 3, 2, 4)
+
+
+def _close(x: Array, writes: int) -> Array:
+    """Back from `_rows`."""
+    _, batch, heads, _, width = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(batch, -1, writes, heads, width)
+
+
+def _open(plan: Plan, group):
+    """A group in the accumulation dtype, and its segments: which pairs share one, entering, leaving, staying."""
+    cut, segments = group
+    dtype = accumulation_dtype(cut.q, cut.k, cut.v)
+    wide = Inputs(*(None if x is None else _rows(x, plan.group).astype(dtype) for x in cut))
+    if segments is None:
+        return wide, None
+    index, before = segments
+    same = index[..., :, None] == index[..., None, :]
+    enter, leave, keep = index == before[..., None], index == index[..., -1:], index[..., -1:] == before[..., None]
+    return wide, (same[:, :, None], *(m[:, :, None, :, None].astype(dtype) for m in (enter, leave, keep)))
+
+
+def _features(plan: Plan, inputs: Inputs, masks) -> Features:
+    q, k = inputs.q * plan.scale, inputs.k
+    writes = k.shape[-2] // q.shape[-2]
+    matching = inputs.beta is not None
+    total = None if inputs.decay is None else jnp.cumsum(inputs.decay, axis=-2)
+    read, match = decayed_scores(q, k, total, None if masks is None else masks[0], matching, plan.precision)
     enter = leave = keep = None
     if total is not None:
         last = total[..., -1:, :]
         enter, leave, keep = jnp.exp(total), jnp.exp(last - total), jnp.exp(jnp.swapaxes(last, -1, -2))
-    if index is not None:
-        masks = (index == before[:, None], index == index[:, -1:], (index[:, -1:] == before[:, None]))
-        masks = tuple(m[:, None, :, None].astype(dtype) for m in masks)
-        enter, leave, keep = (m if x is None else m * x for m, x in zip(masks, (enter, leave, keep), strict=True))
-    return enter, leave, keep
+    if masks is not None:
+        factors = zip(masks[1:], (enter, leave, keep), strict=True)
+        enter, leave, keep = (mask if x is None else mask * x for mask, x in factors)
+    enter_k, leave_k = (k if x is None else k * repeat_tokens(x, writes) for x in (enter, leave))
+    return Features(q if enter is None else q * enter, enter_k if matching else None, leave_k, keep, read, match)
 
 
-def _scores(q, k, total, index, matching: bool, precision):
-    """Decayed, masked scores of queries (i <= r) and of keys (i < r, or None) against the keys of the chunk."""
-    tokens, steps = q.shape[-2], k.shape[-2] // q.shape[-2]
-    place = jnp.arange(tokens * steps)
-    reads = (place[None, :] // steps <= jnp.arange(tokens)[:, None])[None, None]
-    matches = (place[None, :] < place[:, None])[None, None]
-    if index is not None:
-        wide = jnp.repeat(index, steps, axis=-1)
-        reads = reads & (index[:, :, None] == wide[:, None, :])[:, None]
-        matches = matches & (wide[:, :, None] == wide[:, None, :])[:, None]
-    wide = None if total is None else _each(total, steps)
-    read = _decayed(q, k, total, wide, reads, precision)
-    return read, (_decayed(k, k, wide, wide, matches, precision) if matching else None)
+def _solve(plan: Plan, inputs: Inputs, features: Features):
+    """X, W and Y of the chunks."""
+    inverse = unit_lower_inverse(inputs.beta * features.match)
+    width = inputs.k.shape[-1]
+    both = plan.product(inverse, inputs.beta * jnp.concatenate([features.enter_k, inputs.v], axis=-1))
+    return inverse, both[..., :width], both[..., width:]
 
 
-def _decayed(rows, columns, total_rows, total_columns, mask, precision):
-    if total_rows is not None and total_rows.shape[-1] > 1:
-        return _decayed_by_channel(rows, columns, total_rows, total_columns, mask, precision)
-    scores = jnp.matmul(rows, jnp.swapaxes(columns, -1, -2), precision=precision)
-    if total_rows is not None:
-        gap = total_rows - jnp.swapaxes(total_columns, -1, -2)
-        scores = scores * jnp.exp(jnp.where(mask, gap, jnp.zeros((), gap.dtype)))
-    return jnp.where(mask, scores, jnp.zeros((), scores.dtype))
+def _forward(plan: Plan, state: Array, inputs: Inputs, masks) -> tuple[Array, Array, Saved]:
+    features = _features(plan, inputs, masks)
+    inverse = w = None
+    y = inputs.v
+    if inputs.beta is not None:
+        inverse, w, y = _solve(plan, inputs, features)
+
+    def step(state, chunk):
+        w, y, leave_k, keep = chunk
+        u = y if w is None else y - plan.product(w, state)
+        kept = state if keep is None else state * keep
+        return kept + plan.product(jnp.swapaxes(leave_k, -1, -2), u), (u, state)
+
+    last, (u, states) = lax.scan(step, state, (w, y, features.leave_k, features.keep))
+    output = plan.product(features.enter_q, states) + plan.product(features.read, u)
+    return last, output, Saved(inverse, u, states)
 
 
-def _decayed_by_channel(rows, columns, total_rows, total_columns, mask, precision):
-    """sum_k rows_rk columns_ik exp(G_rk - G_ik), block row by block row."""
-    size, wide = rows.shape[-2], columns.shape[-2]
-    # Rows and columns of one block of tokens.
-    height, breadth = -(-BLOCK * size // min(size, wide)), -(-BLOCK * wide // min(size, wide))
-    mask = jnp.broadcast_to(mask, (*rows.shape[:-1], wide))
-    blocks = []
-    for block in range(-(-size // height)):
-        top, left = slice(block * height, (block + 1) * height), slice(block * breadth, (block + 1) * breadth)
-        first = total_rows[..., block * height : block * height + 1, :]
-        earlier, before = columns[..., : left.start, :], total_columns[..., : left.start, :]
-        parts = [
-            jnp.matmul(
-                rows[..., top, :] * jnp.exp(total_rows[..., top, :] - first),
-                jnp.swapaxes(earlier * jnp.exp(first - before), -1, -2),
-                precision=precision,
-            )
-        ]
-        here = mask[..., top, left]
-        gap = total_rows[..., top, None, :] - total_columns[..., None, left, :]
-        weight = jnp.exp(jnp.where(here[..., None], gap, jnp.zeros((), gap.dtype)))
-        parts.append(jnp.sum(rows[..., top, None, :] * columns[..., None, left, :] * weight, axis=-1))
-        parts.append(jnp.zeros((*parts[1].shape[:-1], wide - min(left.stop, wide)), rows.dtype))
-        blocks.append(jnp.concatenate(parts, axis=-1))
-    return jnp.where(mask, jnp.concatenate(blocks, axis=-2), jnp.zeros((), rows.dtype))
+def _backward(plan: Plan, inputs: Inputs, masks, saved: Saved, of_output, of_state) -> tuple[Array, Inputs]:
+    """Gradients of a group's inputs, and of the state before it."""
+    features, pull = jax.vjp(lambda inputs: _features(plan, inputs, masks), inputs)
+    inverse, u, states = saved
+    w = None
+    if inverse is not None:
+        w = plan.product(inverse, inputs.beta * features.enter_k)
+    from_read = plan.product(_t(features.read), of_output)
+    from_output = plan.product(_t(features.enter_q), of_output)
+
+    def step(of_state, chunk):
+        w, leave_k, keep, from_read, from_output = chunk
+        of_u = from_read + plan.product(leave_k, of_state)
+        before = (of_state if keep is None else of_state * keep) + from_output
+        return before if w is None else before - plan.product(_t(w), of_u), (of_u, of_state)
+
+    chunks = (w, features.leave_k, features.keep, from_read, from_output)
+    of_start, (of_u, of_ends) = lax.scan(step, of_state, chunks, reverse=True)
+
+    of_keep = None
+    if features.keep is not None:
+        axes = [axis for axis, size in enumerate(features.keep.shape) if size == 1]
+        of_keep = jnp.sum(of_ends * states, axis=axes, keepdims=True)
+    of_features = Features(
+        enter_q=plan.product(of_output, _t(states)),
+        enter_k=None,
+        leave_k=plan.product(u, _t(of_ends)),
+        keep=of_keep,
+        read=plan.product(of_output, _t(u)),
+        match=None,
+    )
+    if inverse is None:
+        (of_inputs,) = pull(of_features)
+        return of_start, of_inputs._replace(v=of_inputs.v + of_u)
+    of_right = plan.product(_t(inverse), of_u)
+    of_a = -plan.product(of_right, _t(u))
+    scaled = inputs.beta * of_right
+    of_entering = plan.product(of_right, _t(states))
+    of_features = of_features._replace(enter_k=-inputs.beta * of_entering, match=inputs.beta * of_a)
+    (of_inputs,) = pull(of_features)
+    of_beta = (
+        jnp.sum(of_right * inputs.v, axis=-1, keepdims=True)
+        - jnp.sum(of_entering * features.enter_k, axis=-1, keepdims=True)
+        + jnp.sum(of_a * features.match, axis=-1, keepdims=True)
+    )
+    return of_start, of_inputs._replace(v=of_inputs.v + scaled, beta=of_inputs.beta + of_beta)
+
+
+def _t(x: Array) -> Array:
+    return jnp.swapaxes(x, -1, -2)

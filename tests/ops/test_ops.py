@@ -179,7 +179,7 @@ def test_odd_lengths(name):
 
 @each
 def test_packed_equals_unpacked(name, implementation):
-    """Each segment alone gives what it gives in the pack; the start is the first one's, the returned state the last one's."""
+    """Each segment alone gives what it gives in the pack; the first one starts, the last one is returned."""
     arrays, state = inputs(name)
     ids, places = packed_ids()
     arrays, state = cast(arrays, "float32"), cast(state, "float32")
