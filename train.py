@@ -16,6 +16,9 @@ WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder; by default runs/
 PROCESSES = flags.DEFINE_string(
     "processes", "", "For one process of several: auto (TPU pods, SLURM), or host:port,processes,index."
 )
+DRYRUN = flags.DEFINE_string(
+    "dryrun", "", "Say whether the run fits, and end: here (these devices), or on a TPU such as v5p:4x4x4."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -24,6 +27,11 @@ def main(_: list[str]) -> None:
         from memformer.training.distributed import join_processes
         from memformer.training.loop import train
 
+        if DRYRUN.value:
+            from memformer.training.dryrun import show_dry_run
+
+            show_dry_run(CONFIG.value, DRYRUN.value)
+            return
         join_processes(PROCESSES.value)
         train(CONFIG.value, WORKDIR.value)
 

@@ -1,7 +1,7 @@
 """From a config to the pieces of a run: task, mesh, model, optimiser. Training and evaluation share them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,12 +41,15 @@ class Run:
     schedule: Callable[[Any], jax.Array]
 
 
-def build_run(config: Mapping[str, Any], *, task: Task | None = None) -> Run:
+def build_run(
+    config: Mapping[str, Any], *, task: Task | None = None, devices: Sequence[jax.Device] | None = None
+) -> Run:
     """Builds the pieces of a run.
 
     Args:
       config: plain nested dicts, the sections of `default_config`.
       task: instead of the config's, whose vocabulary it must share (a variant to evaluate).
+      devices: of the mesh; None for all that are here (others can be compiled for).
 
     Raises:
       RunError: what no run can be built from, in one paragraph.
@@ -56,7 +59,7 @@ def build_run(config: Mapping[str, Any], *, task: Task | None = None) -> Run:
     with run_errors("config.task"):
         trained = make_task(config["task"])
     task = trained if task is None else task
-    mesh = make_mesh(config["mesh"])
+    mesh = make_mesh(config["mesh"], devices)
     sizes = {"vocab_size": trained.vocab_size, "num_classes": trained.num_classes, "features": trained.features}
     settings = model_settings(config["model"])
 
