@@ -126,7 +126,7 @@ def recurrence(memory: Memory, scale: float, precision=None) -> tuple[Float[Arra
     reset = None
     if memory.segments is not None:
         reset = jnp.diff(memory.segments.index, axis=1, prepend=jnp.zeros_like(memory.segments.index[:, :1])) != 0
-    inputs = (memory.q, memory.k, memory.v, memory.beta, memory.decay, reset)
+    inputs: tuple[Array, ...] = (memory.q, memory.k, memory.v, memory.beta, memory.decay, reset)
     inputs = tuple(None if x is None else jnp.moveaxis(x, 1, 0) for x in inputs)
 
     def write(state, k, v, beta):

@@ -136,7 +136,7 @@ def read_tiles(
     tokens, groups = k.shape[1:3]
     tiling, used = choose_tiling(reading, cache, tokens, CHUNK)
     marks = tiles.make_marks(with_edges(reading, timeline, q), used, tiling.size)
-    held = (None, None)
+    held: tuple[Array | None, Array | None] = (None, None)
     if cache is not None:
         held = (cache.k, cache.v)
         k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)

@@ -10,7 +10,7 @@ A call that does not fit is an error and leaves the buffer as it was.
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +78,7 @@ class DeltaCache:
 
 
 Cache: TypeAlias = KVCache | DeltaCache
+C = TypeVar("C", bound=Cache)
 
 
 class Timeline(NamedTuple):
@@ -126,7 +127,7 @@ def make_timeline(cache: Cache | None, segments: Segments | None, dims: Dims, *,
     return timeline._replace(token_rank=rank)
 
 
-def check_cache(cache: Any, kind: type, dims: Dims, module: str) -> Cache | None:
+def check_cache(cache: Any, kind: type[C], dims: Dims, module: str) -> C | None:
     """Checks the argument initial_state; binds S in `dims`.
 
     Raises:
@@ -206,7 +207,7 @@ def offset(cache: Cache | None, tokens: int) -> Array:
     return room(cache, tokens)[0] if cache.fixed else jnp.int32(cache.k.shape[1])
 
 
-def append(kind: type, cache: Cache | None, segments: Segments | None, k: Array, values: Array) -> Cache:
+def append(kind: type[C], cache: C | None, segments: Segments | None, k: Array, values: Array) -> C:
     """The state after a call.
 
     Args:
@@ -228,11 +229,11 @@ def append(kind: type, cache: Cache | None, segments: Segments | None, k: Array,
     if cache.fixed:
         _, full = room(cache, tokens)
         valid, length = jnp.where(full, cache.valid, valid), jnp.where(full, length - jnp.int32(tokens), length)
-    held = cache.v if kind is KVCache else cache.u
+    held = cache.v if isinstance(cache, KVCache) else cache.u
     return kind(place(cache, cache.k, k), place(cache, held, values), valid, length, cache.fixed)
 
 
-def empty(kind: type, shapes: tuple[int, ...], k_dtype: Any, value_dtype: Any) -> Cache:
+def empty(kind: type[C], shapes: tuple[int, ...], k_dtype: Any, value_dtype: Any) -> C:
     """A fixed buffer of zeros; `shapes` is (batch, capacity, groups, key_width, value_width)."""
     names = ("batch", "capacity", "groups", "key_width", "value_width")
     for name, size in zip(names, shapes, strict=True):

@@ -170,7 +170,7 @@ def _memory(lowered: jax.stages.Lowered, kind: str, state: int) -> tuple[int, in
     """Bytes of one device that the program needs, and that there are."""
     limit = next((gib * GIB for name, gib in MEMORY if name in kind), None)
     try:
-        need = lowered.compile().memory_analysis()
+        need: Any = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         found = OVERFLOW.search(str(error)) or OVERFLOW_TEMPORARIES.search(str(error))
         if found is None:

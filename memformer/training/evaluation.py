@@ -88,7 +88,7 @@ def evaluate_checkpoint(
     *,
     step: int | None = None,
     split: str = "test",
-    lengths: Sequence[int] | None = None,
+    lengths: Sequence[int | str] | None = None,
     batches: int = 16,
     batch_size: int | None = None,
     settings: Sequence[str] = (),
@@ -158,7 +158,7 @@ def _restore(workdir: str, step: int | None, settings: Sequence[str], batch_size
     run = build_run({**config, "task": saved["task"]}, task=task)
     with mesh_scope(run.mesh):
         target = abstract_state(run.model, run.tx, run.mesh, config["optimizer"]["ema"])
-        wanted = {name: target[name] for name in ("params", "rest", "ema") if name in target}
+        wanted: dict[str, Any] = {name: target[name] for name in ("params", "rest", "ema") if name in target}
         with run_errors(f"cannot restore the checkpoint in {folder}"):
             state = checkpoints.restore_parts(wanted, step)
     checkpoints.close()
@@ -168,7 +168,7 @@ def _restore(workdir: str, step: int | None, settings: Sequence[str], batch_size
     return config, step, (scorer, weights_of(state), task, trained_on)
 
 
-def _lengths(task: Task, lengths: Sequence[int] | None) -> dict[int, Task]:
+def _lengths(task: Task, lengths: Sequence[int | str] | None) -> dict[int, Task]:
     chosen = lengths or task.eval_lengths or (task.length,)
     with run_errors("--lengths"):
         return {int(length): task.with_length(int(length)) for length in chosen}
@@ -188,7 +188,7 @@ def _write(result: dict, scores: dict, visited: Mapping[int, Task], trained_on: 
             {result["memory"]: {n: values["accuracy"] for n, values in scores.items()}},
             os.path.splitext(out)[0] + ".png",
             title=f"{result['memory']} on {result['task']['name']}",
-            chance={n: task.chance for n, task in visited.items()},
+            chance={n: task.chance for n, task in visited.items() if task.chance is not None},
             trained=trained_on,
         )
 

@@ -86,19 +86,20 @@ def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mes
 
     Example:
       >>> mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
-      >>> partition_spec(("embed", "mlp"), (8, 16), mesh)
-      PartitionSpec('fsdp', 'tensor')
+      >>> tuple(partition_spec(("embed", "mlp"), (8, 16), mesh))
+      ('fsdp', 'tensor')
     """
     if names is None:
         return PartitionSpec()
     if len(names) != len(shape):
         raise ValueError(f"logical axis names {tuple(names)} must be as many as the axes of shape {tuple(shape)}")
-    rules, used, entries = dict(RULES), set(), []
+    rules, entries = dict(RULES), []
+    used: set[str] = set()
     for name, size in zip(names, shape, strict=True):
         if name is not None and name not in rules:
             raise ValueError(f"logical axis {name!r} has no rule; RULES has {', '.join(rules)}")
-        axes = rules.get(name) if name is not None else None
-        axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        rule = rules.get(name) if name is not None else None
+        axes: tuple[str, ...] = (rule,) if isinstance(rule, str) else tuple(rule or ())
         fits = size % math.prod(mesh.shape[a] for a in axes) == 0 and not used.intersection(axes)
         axes = axes if fits else ()
         used.update(axes)

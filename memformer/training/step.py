@@ -69,7 +69,7 @@ class Functional:
     def init(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         """Parameters and other variables, drawn from `key`."""
         with nnx.use_eager_sharding(False):
-            _, params, _, rest = nnx.split(self.build(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)
+            _, params, _, rest = nnx.split(self.build(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
         return _values(params), _values(rest)
 
     def module(self, params: Arrays, rest: Arrays, key: jax.Array) -> nnx.Module:
@@ -101,7 +101,7 @@ def make_functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     """Learns a model's structure without making its arrays."""
     with nnx.use_eager_sharding(False):
         module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
-    graphdef, params, streams, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    graphdef, params, streams, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
     paths = {_dotted(path): path for part in (params, streams, rest) for path, _ in nnx.to_flat_state(part)}
     axes = {}
     for path, variable in nnx.to_flat_state(params):
@@ -163,7 +163,7 @@ def make_train_step(
     mesh: Mesh,
     options: Mapping[str, Any],
     ema: float = 0.0,
-) -> Callable[[State, Batch], tuple[State, Arrays]]:
+) -> jax.stages.Wrapped:
     """The compiled step (state, batch) -> (state, report); the state given is overwritten.
 
     The gradient is that of the mean loss over the whole batch, whatever the shards and

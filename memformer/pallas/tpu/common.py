@@ -108,7 +108,7 @@ class Cut:
     @property
     def names(self) -> tuple[str, ...]:
         """The numbers that every token and head has; see rows.py."""
-        kinds = (("beta", self.beta), ("enter", self.carries), ("leave", self.carries))
+        kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("enter", self.carries), ("leave", self.carries))
         kinds += (("total", self.decay), ("segment", self.segments))
         return tuple(name for name, there in kinds if there)
 
@@ -204,6 +204,6 @@ def _halves(x: Array) -> tuple[Array, Array]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def iotas(shape: tuple[int, int]) -> tuple[Array, Array]:
+def iotas(shape: tuple[int, ...]) -> tuple[Array, Array]:
     """Row and column index of every entry."""
     return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)

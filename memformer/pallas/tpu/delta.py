@@ -17,7 +17,7 @@ Source: arXiv 2406.06484 (chunkwise delta rule), 2412.06464 (decay per head).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -134,6 +134,6 @@ def delta_rule(
     Raises:
       NotImplementedError: not a TPU; float64; decay per channel; a chunk size that no kernel has.
     """
-    options = {"scale": scale, "chunk_size": chunk_size, "precision": precision}
+    options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision}
     cut = cut_call("delta_rule", q, v, beta=beta, decay=decay, index=index, **options)
     return walk.run(_MEMORY, cut, q, k, v, beta, decay, index, state)

@@ -15,6 +15,7 @@ Source: arXiv 2312.06635 (chunkwise form), 2405.21060 (decay per head).
 """
 
 import functools
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -87,6 +88,6 @@ def linear_attention(
     Raises:
       NotImplementedError: not a TPU; float64; decay per channel; a chunk size that no kernel has.
     """
-    options = {"scale": scale, "chunk_size": chunk_size, "precision": precision}
+    options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision}
     cut = cut_call("linear_attention", q, v, beta=None, decay=decay, index=index, **options)
     return walk.run(_MEMORY, cut, q, k, v, None, decay, index, state)
