@@ -26,12 +26,13 @@ def join_processes(where: str) -> None:
     if not where:
         return
     address, *numbers = where.split(",")
-    if where != "auto" and (
-        len(numbers) != 2 or not all(number.isdecimal() for number in numbers) or ":" not in address
-    ):
-        raise RunError(
-            f"--processes must be auto or host:port,processes,index such as 10.0.0.1:1234,2,0, got {where!r}."
-        )
+    if where != "auto":
+        plain = ":" in address and len(numbers) == 2 and all(number.isdecimal() for number in numbers)
+        if not plain or int(numbers[1]) >= int(numbers[0]):
+            raise RunError(
+                "--processes must be auto, or host:port,processes,index with index below processes such as "
+                f"10.0.0.1:1234,2,0, got {where!r}."
+            )
     try:
         if where == "auto":
             jax.distributed.initialize()
