@@ -56,6 +56,11 @@ class KVCache:
     length: Int[Array, ""]
     fixed: bool = False
 
+    @property
+    def values(self) -> Float[Array, "B S G V"]:
+        """What is stored at the keys, by the name that all caches have."""
+        return self.v
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "u", "valid", "length"], meta_fields=["fixed"])
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,11 @@ class DeltaCache:
     valid: Bool[Array, "B S"]
     length: Int[Array, ""]
     fixed: bool = False
+
+    @property
+    def values(self) -> Float[Array, "B S G V"]:
+        """What is stored at the keys, by the name that all caches have."""
+        return self.u
 
 
 Cache: TypeAlias = KVCache | DeltaCache

@@ -1,0 +1,149 @@
+"""What the ops with a cache share: fixed buffers, memory of the compiled program, shards, rematerialisation, errors."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import memformer as mf
+from memformer.ops import deltaformer, softmax_attention
+from memformer.ops.cache import append
+from tests.numeric import assert_close
+
+OPS = {
+    "softmax_attention": (mf.softmax_attention, softmax_attention),
+    "deltaformer": (mf.deltaformer, deltaformer),
+}
+each_op = pytest.mark.parametrize("name", OPS)
+
+
+def arrays(batch, length, groups=1, seed=0):
+    """q, k, v with two query heads a key head."""
+    rng = np.random.default_rng(seed)
+    shapes = ((2 * groups, 16), (groups, 16), (groups, 16))
+    return [jnp.asarray(rng.standard_normal((batch, length, *s)), "float32") for s in shapes]
+
+
+@each_op
+def test_fixed_buffer_decodes_with_one_compilation(name):
+    op, module = OPS[name]
+    given = arrays(2, 20)
+    want, exact = op(*given)
+    traces = []
+
+    @jax.jit
+    def call(q, k, v, state):
+        traces.append(q.shape[1])
+        return op(q, k, v, initial_state=state)
+
+    state = module.init_cache(2, 24, 1, 16, 16)
+    outputs = []
+    for first, last in ((0, 9), *((t, t + 1) for t in range(9, 20))):
+        output, state = call(*(x[:, first:last] for x in given), state)
+        outputs.append(output)
+    assert traces == [9, 1]
+    assert_close(jnp.concatenate(outputs, axis=1), want, 2e-6, name)
+    assert state.fixed and int(state.length) == 20 and state.k.shape[1] == 24
+    assert np.array_equal(state.valid, np.broadcast_to(np.arange(24) < 20, (2, 24)))
+    assert_close([state.k[:, :20], state.values[:, :20]], [exact.k, exact.values], 2e-6, name)
+    assert not exact.fixed and int(exact.length) == 20
+
+
+@each_op
+def test_full_buffer_is_an_error_and_stays_as_it_was(name):
+    op, module = OPS[name]
+    given = arrays(1, 5)
+    _, state = op(*given, initial_state=module.init_cache(1, 8, 1, 16, 16))
+    message = "capacity of 8 slots, 5 of them in use: no room for 5 more tokens"
+    with pytest.raises(ValueError, match=message):
+        op(*given, initial_state=state)
+    with pytest.raises(ValueError, match="capacity of 4 slots"):
+        jax.jit(op)(*given, initial_state=module.init_cache(1, 4, 1, 16, 16))
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(jax.jit(op)(*given, initial_state=state))
+    after = jax.jit(append, static_argnums=(0, 2))(type(state), state, None, *given[1:])
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+@each_op
+def test_memory_is_linear_in_time(name):
+    """Forward and forward + backward at T = 4096 and four times that; no T x T array in the program."""
+    op, _ = OPS[name]
+
+    def loss(*given):
+        output, state = op(*given, implementation="chunked")
+        return jnp.sum(output) + jnp.sum(state.values)
+
+    for function in (op, jax.value_and_grad(loss, argnums=(0, 1, 2))):
+        sizes = []
+        for length in (4096, 16384):
+            given = [jax.ShapeDtypeStruct((1, length, h, 16), jnp.float32) for h in (2, 1, 1)]
+            program = jax.jit(function).lower(*given).compile()
+            sizes.append(program.memory_analysis().temp_size_in_bytes)
+            found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", program.as_text())
+            largest = max(int(np.prod([int(d) for d in shape.split(",")])) for shape in found)
+            assert largest <= 64 * length, f"{largest} elements in one array"
+        assert sizes[1] <= 4.6 * sizes[0], f"temporaries grow from {sizes[0]} to {sizes[1]} bytes"
+
+
+@each_op
+def test_shards_without_gathering(name):
+    """Batch and heads over a mesh: sharded inputs under jit, and shard_map, give what one device does."""
+    op, _ = OPS[name]
+    given = arrays(2, 20, groups=2)
+
+    def gradients(*given):
+        return jax.grad(lambda *x: jnp.sum(jnp.sin(op(*x, chunk_size=8)[0])), argnums=(0, 1, 2))(*given)
+
+    want = jax.jit(gradients)(*given)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    spec = P("data", None, "tensor")
+    sharded = jax.device_put(given, NamedSharding(mesh, spec))
+    program = jax.jit(gradients).lower(*sharded).compile()
+    text = program.as_text()
+    assert not re.search(r"all-gather|all-to-all|collective-permute|all-reduce", text)
+    got = program(*sharded)
+    assert_close(got, want, 2e-6, "jit")
+    assert all(x.sharding.is_equivalent_to(NamedSharding(mesh, spec), x.ndim) for x in got)
+    mapped = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec))
+    assert_close(mapped(*given), want, 2e-6, "shard_map")
+
+
+@each_op
+def test_rematerialisation(name):
+    op, _ = OPS[name]
+    given = arrays(1, 20)
+
+    def loss(op):
+        return jax.jit(jax.grad(lambda *x: jnp.sum(jnp.sin(op(*x)[0])), argnums=(0, 1, 2)))
+
+    short = lambda *x: op(*x, chunk_size=8)  # noqa: E731
+    assert_close(loss(jax.checkpoint(short))(*given), loss(short)(*given), 1e-6, name)
+
+
+@each_op
+def test_errors_name_the_argument(name):
+    op, module = OPS[name]
+    q, k, v = arrays(2, 5)
+
+    def refuses(message, *given, **options):
+        with pytest.raises(ValueError, match=message):
+            op(*(given or (q, k, v)), **options)
+
+    refuses("query heads must be a multiple of key/value heads: got H = 3, G = 2", *_three())
+    refuses("initial_state must be a .*Cache, as .* returns it or .*init_cache makes it, got tuple", initial_state=())
+    state = module.init_cache(2, 8, 1, 8, 16)
+    refuses(r"initial_state.k must be \[B, S, G, K\] .*got \(2, 8, 1, 8\)", initial_state=state)
+    refuses("precision must be None, 'default'", precision="best")
+    refuses("chunk_size must be a positive integer or None, got 1.5", chunk_size=1.5)
+    with pytest.raises(ValueError, match="capacity must be a positive integer"):
+        module.init_cache(2, 0, 1, 8, 16)
+
+
+def _three():
+    x = jnp.zeros((1, 5, 3, 4))
+    return x, x[:, :, :2], x[:, :, :2]
