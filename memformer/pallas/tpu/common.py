@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from memformer.core.types import Array
 from memformer.pallas.tpu import tuning
 
-__all__ = ["CHUNKS", "Cut", "PASSES", "SUBLANES", "cut_call", "interpreted", "iotas", "product"]
+__all__ = ["CHUNKS", "Cut", "PASSES", "SUBLANES", "cut_call", "interpreted", "interpreting", "iotas", "product"]
 
 _interpret: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpret", default=None)
 
@@ -47,17 +47,22 @@ def interpreted(params: pltpu.InterpretParams | None = None):
         _interpret.reset(token)
 
 
+def interpreting() -> bool:
+    """Whether kernels traced now run in the interpreter."""
+    return _interpret.get() is not None
+
+
 def device_kind() -> str | None:
     """Kind of the TPU that this trace is for, "interpreter", or None where there is no TPU.
 
     A mesh of another machine's devices (jax.sharding.use_abstract_mesh) says what ahead-of-time
     compilation is for.
     """
-    if _interpret.get() is not None:
+    if interpreting():
         return "interpreter"
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        return device.device_kind if "TPU" in device.device_kind else None
+        return device.device_kind if device.platform == "tpu" else None
     return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
 
 
@@ -68,7 +73,7 @@ class Cut:
     Attributes:
       batch, heads, groups, chunks: sizes B, H, G and N.
       chunk, key, value: sizes C, K and V.
-      block: P, heads a program.
+      most: heads a program at most.
       passes: MXU passes of a product.
       scale: factor on the read.
       beta: whether writes have a strength (the delta rule).
@@ -83,7 +88,7 @@ class Cut:
     chunk: int
     key: int
     value: int
-    block: int
+    most: int
     passes: int
     scale: float
     beta: bool
@@ -94,6 +99,16 @@ class Cut:
     def repeat(self) -> int:
         """R: value heads that share a query and key head."""
         return self.heads // self.groups
+
+    @property
+    def block(self) -> int:
+        """P: heads a program, whole groups or an even part of one."""
+        fits = (p for p in range(self.most, 0, -1) if self.heads % p == 0)
+        return next(p for p in fits if p % self.repeat == 0 or self.repeat % p == 0)
+
+    def local(self, q: Array, v: Array) -> "Cut":
+        """The cut of what one device holds: q [B, G, T, K], v [B, H, T, V]."""
+        return dataclasses.replace(self, batch=v.shape[0], heads=v.shape[1], groups=q.shape[1])
 
     @property
     def key_block(self) -> int:
@@ -163,7 +178,7 @@ def cut_call(
         raise NotImplementedError(f"the {op} kernel takes a chunk_size among {CHUNKS}, got {chunk_size}")
     batch, length, groups, key = q.shape
     heads, value = v.shape[2:]
-    chunk, block = tuning.choose(kind, length, heads, heads // groups, key, value, q.dtype.itemsize)
+    chunk, most = tuning.choose(kind, length, key, value, q.dtype.itemsize)
     chunk = chunk_size or chunk
     return Cut(
         batch=batch,
@@ -173,7 +188,7 @@ def cut_call(
         chunk=chunk,
         key=key,
         value=value,
-        block=block,
+        most=most,
         passes=PASSES[precision],
         scale=scale,
         beta=beta is not None,

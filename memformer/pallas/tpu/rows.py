@@ -1,7 +1,7 @@
 """What is one number a token and head: strength of the write, decay, segments.
 
-It all enters a kernel as one float32 array [B, H / P, N, names * P, C] (row name * P + head, names in
-the order of `Cut.names`); a transpose in the kernel makes columns of the rows.
+It is one float32 array [B, H, names, N, C], names in the order of `Cut.names`, and enters a kernel as
+[B, H / P, N, names * P, C]; a transpose in the kernel makes columns of the rows.
 
     beta     strength of the write
     enter    how a token sees the state that enters the chunk; the last token's is what the chunk keeps of it
@@ -16,11 +16,11 @@ from memformer.core.chunking import pad_time
 from memformer.core.types import Array
 from memformer.pallas.tpu.common import Cut, iotas
 
-__all__ = ["TokenGradients", "Tokens", "token_rows"]
+__all__ = ["TokenGradients", "Tokens", "pack", "token_rows", "unpack"]
 
 
 def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array | None) -> tuple[Array, ...]:
-    """The one array of rows, or none where a token has no numbers.
+    """The array of rows, or none where a token has no numbers.
 
     Args:
       cut: sizes.
@@ -49,10 +49,23 @@ def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array |
         leave *= (index == last[:, :, None]).astype(jnp.float32)[..., None]
         rows["segment"] = jnp.broadcast_to(index[..., None], shape).astype(jnp.float32)
     rows |= {"enter": enter, "leave": leave}
-    stacked = jnp.stack([rows[name] for name in cut.names], axis=3)
+    # [B, N, C, H, names] to [B, H, names, N, C].
+    stacked = jnp.stack([rows[name] for name in cut.names], axis=4)
+    return (stacked.transpose(0, 3, 4, 1, 2),)
+
+
+def pack(cut: Cut, rows: Array) -> Array:
+    """[B, H, names, N, C] to the array of the kernel."""
     blocks = cut.heads // cut.block
-    stacked = stacked.reshape(*shape[:3], len(cut.names), blocks, cut.block).transpose(0, 4, 1, 3, 5, 2)
-    return (stacked.reshape(cut.batch, blocks, cut.chunks, len(cut.names) * cut.block, cut.chunk),)
+    x = rows.reshape(cut.batch, blocks, cut.block, len(cut.names), cut.chunks, cut.chunk)
+    return x.transpose(0, 1, 4, 3, 2, 5).reshape(cut.batch, blocks, cut.chunks, -1, cut.chunk)
+
+
+def unpack(cut: Cut, packed: Array) -> Array:
+    """The inverse of `pack`."""
+    blocks = cut.heads // cut.block
+    x = packed.reshape(cut.batch, blocks, cut.chunks, len(cut.names), cut.block, cut.chunk)
+    return x.transpose(0, 1, 4, 3, 2, 5).reshape(cut.batch, cut.heads, len(cut.names), cut.chunks, cut.chunk)
 
 
 class Tokens:

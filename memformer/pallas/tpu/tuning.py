@@ -18,14 +18,12 @@ SIZES = {
 }
 
 
-def choose(kind: str, length: int, heads: int, repeat: int, key: int, value: int, itemsize: int) -> tuple[int, int]:
-    """Chunk and heads a program.
+def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> tuple[int, int]:
+    """Chunk, and heads a program at most.
 
     Args:
       kind: device kind.
       length: T.
-      heads: H.
-      repeat: value heads that share a key head.
       key, value: widths K and V.
       itemsize: bytes of an element of the inputs.
     """
@@ -35,6 +33,4 @@ def choose(kind: str, length: int, heads: int, repeat: int, key: int, value: int
     key, value = (-(-width // 128) * 128 for width in (key, value))
     # The backward pass holds q, k, dq, dk and v, do, dv; a state that enters, and two that are carried.
     one = 2 * itemsize * chunk * (4 * key + 3 * value) + 4 * 4 * key * value
-    most = max(1, min(most, BLOCKS // one))
-    fits = [p for p in range(1, most + 1) if heads % p == 0 and (p % repeat == 0 or repeat % p == 0)]
-    return chunk, fits[-1]
+    return chunk, max(1, min(most, BLOCKS // one))

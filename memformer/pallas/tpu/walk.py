@@ -18,7 +18,8 @@ from memformer.core.chunking import pad_time, vary_like
 from memformer.core.types import Array
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.common import Cut
-from memformer.pallas.tpu.rows import TokenGradients, Tokens, token_rows
+from memformer.pallas.tpu.partition import split_batch_and_heads
+from memformer.pallas.tpu.rows import TokenGradients, Tokens, pack, token_rows, unpack
 
 __all__ = ["Memory", "run"]
 
@@ -57,19 +58,28 @@ def run(
     return jnp.swapaxes(o, 1, 2)[:, : q.shape[1]], end
 
 
+# Rank of a result, and whether it has the few heads of q and k.
+_KEY, _VALUE, _STATES, _ROWS = (4, True), (4, False), (5, False), (5, False)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _walk(memory: Memory, cut: Cut, q, k, v, rows, start):
-    return tuple(_forward(memory, cut, False, q, k, v, rows, start))
+    call = split_batch_and_heads(_forward, (memory, cut, False), cut.repeat, results=(_VALUE, _VALUE))
+    return tuple(call(q, k, v, start, *rows))
 
 
 def _walk_forward(memory, cut, q, k, v, rows, start):
-    o, end, states = _forward(memory, cut, True, q, k, v, rows, start)
+    call = split_batch_and_heads(_forward, (memory, cut, True), cut.repeat, results=(_VALUE, _VALUE, _STATES))
+    o, end, states = call(q, k, v, start, *rows)
     return (o, end), (q, k, v, rows, states)
 
 
 def _walk_backward(memory, cut, saved, cotangents):
-    dq, dk, dv, drows, dstart = _backward(memory, cut, *saved, *cotangents)
-    return _sum_parts(cut, dq), _sum_parts(cut, dk), dv, drows, dstart
+    q, k, v, rows, states = saved
+    results = (_KEY, _KEY, _VALUE, _VALUE) + (_ROWS,) * len(rows)
+    call = split_batch_and_heads(_backward, (memory, cut), cut.repeat, results=results)
+    dq, dk, dv, dstart, *drows = call(q, k, v, states, *cotangents, *rows)
+    return dq, dk, dv, tuple(drows), dstart
 
 
 _walk.defvjp(_walk_forward, _walk_backward)
@@ -89,7 +99,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, rows, start_ref, o_ref, end_ref, *refs,
         for h in heads:
             state = s_ref[h]
             for ref in states_ref:
-                ref[0, 0, h] = state
+                ref[0, h, 0] = state
             o, s_ref[h] = memory.forward(cut, tokens, h, q, k, v_ref[0, h], state)
             o_ref[0, h] = o.astype(o_ref.dtype)
 
@@ -98,26 +108,30 @@ def _forward_kernel(q_ref, k_ref, v_ref, rows, start_ref, o_ref, end_ref, *refs,
         end_ref[0] = s_ref[...]
 
 
-def _forward(memory: Memory, cut: Cut, save: bool, q, k, v, rows, start):
-    """q, k [B, G, T, K], v [B, H, T, V], rows, start [B, H, K, V]: o, the last state, states that enter chunks."""
+def _forward(memory: Memory, cut: Cut, save: bool, q, k, v, start, *rows):
+    """q, k [B, G, T, K], v [B, H, T, V], start [B, H, K, V], rows [B, H, names, N, C], of one device.
+
+    Returns o, the last state and, to save them, the states that enter chunks [B, H, N, K, V].
+    """
+    cut = cut.local(q, v)
     block = _blocks(cut)
-    like = (q, k, v, *rows, start)
+    like = (q, k, v, start, *rows)
     out_specs = [block.value, block.state]
     out_shape = [_result(v.shape, v.dtype, *like), _result(start.shape, jnp.float32, *like)]
     if save:
         out_specs.append(block.states)
-        states = (cut.batch, cut.chunks, cut.heads, cut.key, cut.value)
+        states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
         out_shape.append(_result(states, jnp.float32, *like))
     return pl.pallas_call(
         functools.partial(_forward_kernel, memory=memory, cut=cut),
         grid=cut.grid,
-        in_specs=[block.key, block.key, block.value, (block.rows,) * len(rows), block.state],
+        in_specs=[block.key, block.key, block.value, [block.rows] * len(rows), block.state],
         out_specs=out_specs,
         out_shape=out_shape,
         scratch_shapes=[pltpu.VMEM((cut.block, cut.key, cut.value), jnp.float32)],
         compiler_params=_compiler_params(),
         name=f"memformer_{memory.name}_forward",
-    )(q, k, v, rows, start)
+    )(q, k, v, [pack(cut, x) for x in rows], start)
 
 
 def _backward_kernel(
@@ -135,7 +149,7 @@ def _backward_kernel(
         q, k = q_ref[0, g], k_ref[0, g]
         shared = []
         for h in heads:
-            inputs = (q, k, v_ref[0, h], states_ref[0, 0, h], do_ref[0, h], ds_ref[h])
+            inputs = (q, k, v_ref[0, h], states_ref[0, h, 0], do_ref[0, h], ds_ref[h])
             *dqk, dv, ds_ref[h] = memory.backward(cut, tokens, gradients, h, *inputs)
             shared.append(dqk)
             dv_ref[0, h] = dv.astype(dv_ref.dtype)
@@ -148,13 +162,16 @@ def _backward_kernel(
         dstart_ref[0] = ds_ref[...]
 
 
-def _backward(memory: Memory, cut: Cut, q, k, v, rows, states, do, dend):
-    """Gradients of q and k (one part a program that shares a head), v, rows and the initial state."""
+def _backward(memory: Memory, cut: Cut, q, k, v, states, do, dend, *rows):
+    """Gradients of q, k, v, the initial state and the rows."""
+    cut = cut.local(q, v)
     block = _blocks(cut, reverse=True)
-    like = (q, k, v, *rows, states, do, dend)
+    like = (q, k, v, states, do, dend, *rows)
+    # One part for every program that shares a head.
     parts = (cut.batch, cut.heads // min(cut.block, cut.repeat), *q.shape[2:])
-    rows_blocks = (block.rows,) * len(rows)
-    return pl.pallas_call(
+    rows = [pack(cut, x) for x in rows]
+    rows_blocks = [block.rows] * len(rows)
+    dq, dk, dv, drows, dstart = pl.pallas_call(
         functools.partial(_backward_kernel, memory=memory, cut=cut),
         grid=cut.grid,
         in_specs=[block.key, block.key, block.value, rows_blocks, block.states, block.value, block.state],
@@ -163,13 +180,14 @@ def _backward(memory: Memory, cut: Cut, q, k, v, rows, states, do, dend):
             _result(parts, q.dtype, *like),
             _result(parts, k.dtype, *like),
             _result(v.shape, v.dtype, *like),
-            tuple(_result(x.shape, jnp.float32, *like) for x in rows),
+            [_result(x.shape, jnp.float32, *like) for x in rows],
             _result(dend.shape, jnp.float32, *like),
         ],
         scratch_shapes=[pltpu.VMEM((cut.block, cut.key, cut.value), jnp.float32)],
         compiler_params=_compiler_params(),
         name=f"memformer_{memory.name}_backward",
     )(q, k, v, rows, states, do, dend)
+    return _sum_parts(cut, dq), _sum_parts(cut, dk), dv, dstart, *(unpack(cut, x) for x in drows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +219,7 @@ def _blocks(cut: Cut, reverse: bool = False) -> _Blocks:
         value=pl.BlockSpec((1, P, C, V), by_head),
         rows=pl.BlockSpec((1, 1, 1, len(cut.names) * P, C), lambda b, h, n: (b, h, at(n), 0, 0)),
         state=pl.BlockSpec((1, P, K, V), lambda b, h, n: (b, h, 0, 0)),
-        states=pl.BlockSpec((1, 1, P, K, V), lambda b, h, n: (b, at(n), h, 0, 0)),
+        states=pl.BlockSpec((1, P, 1, K, V), lambda b, h, n: (b, h, at(n), 0, 0)),
     )
 
 

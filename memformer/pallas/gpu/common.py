@@ -1,0 +1,215 @@
+"""What the GPU kernels share: where they serve, how a call is cut, and products on the tensor cores."""
+
+import contextlib
+import contextvars
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from memformer.core import compat
+from memformer.core.types import Array
+from memformer.pallas.gpu import tuning
+
+__all__ = ["Cut", "column", "cut_call", "interpreted", "interpreting", "iotas", "products", "row", "shared", "turned"]
+
+_interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
+
+# The grid coordinates of a program: batch row, value head, and block of value columns or chunk.
+AXES = ("batch_row", "head", "block")
+
+
+@contextlib.contextmanager
+def interpreted():
+    """Runs the kernels traced inside in Pallas' GPU interpreter with race detection, on any backend (for tests).
+
+    Raises:
+      NotImplementedError: this jax has no interpreter that can run them (before 0.11).
+    """
+    mode = compat.gpu_interpret_mode()
+    token = _interpret.set(True)
+    try:
+        with mode:
+            yield
+    finally:
+        _interpret.reset(token)
+
+
+def interpreting() -> bool:
+    """Whether kernels traced now run in the interpreter."""
+    return _interpret.get()
+
+
+def is_hopper() -> bool:
+    """Whether this trace is for an sm_90 GPU.
+
+    A mesh of another machine's devices (jax.sharding.use_abstract_mesh) says what ahead-of-time
+    compilation is for.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return any(name in device.device_kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+    return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """How one call is cut into programs, all static.
+
+    Attributes:
+      batch, heads, groups, chunks: sizes B, H, G and N.
+      chunk, key, value: sizes C, K and V, the widths as padded for the kernels.
+      scale: factor on the read.
+      beta: whether writes have a strength (the delta rule).
+      decay: whether there is a log decay.
+      segments: whether there are segments.
+    """
+
+    batch: int
+    heads: int
+    groups: int
+    chunks: int
+    chunk: int
+    key: int
+    value: int
+    scale: float
+    beta: bool
+    decay: bool
+    segments: bool
+
+    @property
+    def repeat(self) -> int:
+        """R: value heads that share a query and key head."""
+        return self.heads // self.groups
+
+    @property
+    def block(self) -> int:
+        """Value columns a program."""
+        return tuning.VALUE_BLOCK
+
+    @property
+    def carries(self) -> bool:
+        """Whether the state fades or resets on its way through a chunk."""
+        return self.decay or self.segments
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The numbers that every token and head has; see rows.py."""
+        kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("enter", self.carries), ("leave", self.carries))
+        kinds += (("total", self.decay), ("segment", self.segments))
+        return tuple(name for name, there in kinds if there)
+
+
+def cut_call(
+    op: str, q: Array, k: Array, v: Array, *, beta, decay, index, scale: float, chunk_size, precision: lax.Precision
+) -> Cut:
+    """Checks that the kernels serve this call, and chooses its blocks.
+
+    Args:
+      op: name for messages.
+      q, k: [B, T, G, K].
+      v: [B, T, H, V].
+      beta: strength of the write or None.
+      decay: log decay [B, T, H] or None.
+      index: segment of every token or None.
+      scale: factor on the read.
+      chunk_size: the caller's, or None.
+      precision: of the products.
+
+    Raises:
+      NotImplementedError: not an sm_90 GPU; inputs that are not bfloat16; a precision above bfloat16 products;
+        decay per channel; keys wider than the kernels hold; a chunk size that no kernel has.
+    """
+    else_chunked = "implementation='chunked' serves it"
+    if not (interpreting() or is_hopper()):
+        raise NotImplementedError(
+            f"the {op} kernel needs an sm_90 GPU (or a trace for one under jax.sharding.use_abstract_mesh), and this"
+            f" is {jax.default_backend()!r}; implementation='chunked' serves here"
+        )
+    if any(x.dtype != jnp.bfloat16 for x in (q, k, v)):
+        found = ", ".join(str(x.dtype) for x in (q, k, v))
+        raise NotImplementedError(
+            f"the {op} kernel takes bfloat16 q, k and v (its products are wgmma on bfloat16), got {found};"
+            f" {else_chunked}"
+        )
+    if precision != lax.Precision.DEFAULT:
+        raise NotImplementedError(f"the {op} kernel has products at default precision only; {else_chunked}")
+    if decay is not None and decay.ndim == 4:
+        raise NotImplementedError(
+            f"the {op} kernel takes no decay per key channel (its scores do not factor into one product a chunk);"
+            f" {else_chunked}"
+        )
+    if q.shape[-1] > tuning.KEYS[-1]:
+        raise NotImplementedError(
+            f"the {op} kernel holds states of at most {tuning.KEYS[-1]} key channels in registers, got"
+            f" {q.shape[-1]}; {else_chunked}"
+        )
+    if chunk_size not in (None, tuning.CHUNK):
+        raise NotImplementedError(f"the {op} kernel takes chunk_size {tuning.CHUNK}, got {chunk_size}; {else_chunked}")
+    batch, length, groups, key = q.shape
+    heads, value = v.shape[2:]
+    return Cut(
+        batch=batch,
+        heads=heads,
+        groups=groups,
+        chunks=-(-length // tuning.CHUNK),
+        chunk=tuning.CHUNK,
+        key=next(width for width in tuning.KEYS if width >= key),
+        value=-(-value // tuning.VALUE_BLOCK) * tuning.VALUE_BLOCK,
+        scale=scale,
+        beta=beta is not None,
+        decay=decay is not None,
+        segments=index is not None,
+    )
+
+
+def shared(*shape: int) -> plgpu.SMEM:
+    """A bfloat16 block of shared memory as wgmma reads it."""
+    return plgpu.SMEM(
+        shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    )
+
+
+def turned(ref):
+    """A block of shared memory, transposed."""
+    return compat.transpose_ref(ref)
+
+
+def products(*sums) -> tuple[Array, ...]:
+    """One float32 array for every sum of matrix products; all are in flight at once.
+
+    Args:
+      *sums: tuples of pairs of refs in shared memory; the result is the sum over the pairs of a @ b.
+    """
+
+    def run(*accumulators):
+        for accumulator, pairs in zip(accumulators, sums, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+        plgpu.wgmma_wait(0)
+        return tuple(accumulator[...] for accumulator in accumulators)
+
+    shapes = [(pairs[0][0].shape[0], pairs[0][1].shape[1]) for pairs in sums]
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def column(ref, width: int) -> Array:
+    """[C] numbers in shared memory as a [C, width] array, one a row."""
+    x = compat.load(ref, plgpu.Layout.WGMMA.reduce(1))
+    return lax.broadcast_in_dim(x, (ref.shape[0], width), (0,))
+
+
+def row(ref, height: int) -> Array:
+    """[C] numbers in shared memory as a [height, C] array, one a column."""
+    x = compat.load(ref, plgpu.Layout.WGMMA.reduce(0))
+    return lax.broadcast_in_dim(x, (height, ref.shape[0]), (1,))
+
+
+def iotas(size: int) -> tuple[Array, Array]:
+    """Row and column index of every entry of a square."""
+    shape = (size, size)
+    place = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+    return tuple(place)

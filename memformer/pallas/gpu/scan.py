@@ -1,0 +1,202 @@
+"""The scan over chunks: two Mosaic GPU kernels that carry a state, forward and backward.
+
+With S the state that enters a chunk, X = (I + A)^-1 (inverse.py), D the decay between tokens (0 where
+hidden), c and w the rows enter and leave (rows.py), s the scale, the forward scan computes
+
+    U = X beta (V - c K S)         O = s c Q S + s D (Q K^T) U        S' = c_C S + K^T (w U)
+
+and the backward scan, from the last chunk to the first, with S and dS now gradients
+
+    dU = (s D (Q K^T))^T dO + w K dS'      dR = X^T dU      dS = c_C dS' + Q^T (s c dO) - K^T (c beta dR)
+
+Where writes add, U = V, dR = dU and the last term is not there. A program is one warpgroup that walks
+one head and a block of value columns, which know nothing of each other: the state stays in registers as
+wgmma's accumulators, the next chunk is on its way (TMA) while one is computed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from memformer.core.types import Array
+from memformer.pallas.gpu.common import AXES, Cut, column, iotas, products, row, shared, turned
+
+__all__ = ["backward", "forward"]
+
+
+class _Tokens:
+    """The rows of one chunk in shared memory."""
+
+    def __init__(self, cut: Cut, ref):
+        self.cut, self.ref = cut, ref
+
+    def named(self, name: str):
+        return self.ref.at[self.cut.names.index(name)]
+
+    def times(self, names: tuple[str, ...], x: Array) -> Array:
+        """x [C, width], its rows multiplied by what of `names` is there."""
+        for name in names:
+            if name in self.cut.names:
+                x = x * column(self.named(name), x.shape[1])
+        return x
+
+    def keep(self, state: Array) -> Array:
+        """What stays of a state [K, V] over the chunk."""
+        if not self.cut.carries:
+            return state
+        return state * self.ref[self.cut.names.index("enter"), self.cut.chunk - 1]
+
+    def weigh(self, scores: Array, later: int) -> Array:
+        """s D times scores [C, C], 0 where hidden; `later` is the axis of the reading token."""
+        places = iotas(self.cut.chunk)
+        visible = places[later] >= places[1 - later]
+        size = self.cut.chunk
+        spread = (column, row) if later == 0 else (row, column)
+        if self.cut.segments:
+            segment = self.named("segment")
+            visible = visible & (spread[0](segment, size) == spread[1](segment, size))
+        weights = self.cut.scale
+        if self.cut.decay:
+            total = self.named("total")
+            gap = spread[0](total, size) - spread[1](total, size)
+            # Where hidden the gap may be positive and overflow.
+            weights = jnp.exp(jnp.where(visible, gap, 0.0)) * self.cut.scale
+        return jnp.where(visible, scores * weights, 0.0)
+
+
+class _Walk:
+    """Brings the blocks of one program, chunk by chunk, into one of two slots of shared memory."""
+
+    def __init__(self, cut: Cut, sources, slots, barrier):
+        self.cut, self.barrier = cut, barrier
+        self.pairs = tuple(zip(sources, slots, strict=True))
+
+    def issue(self, n, slot) -> None:
+        """Starts the copies of chunk n."""
+        b, h, block = (lax.axis_index(name) for name in AXES)
+        for (source, kind), target in self.pairs:
+            place = self.place(kind, n, b, h, block)
+            plgpu.copy_gmem_to_smem(source.at[place], target.at[slot], self.barrier.at[slot])
+
+    def place(self, kind: str, n, b, h, block):
+        """Where chunk n of this program lies in a key, value or chunked array."""
+        tokens = pl.ds(n * self.cut.chunk, self.cut.chunk)
+        if kind == "key":
+            return b, tokens, lax.div(h, jnp.int32(self.cut.repeat))
+        if kind == "value":
+            return b, tokens, h, pl.ds(block * self.cut.block, self.cut.block)
+        return b, h, n
+
+    def chunks(self, order, step, state: Array) -> Array:
+        """step(n, refs, state) for every chunk; order(i) is the i-th one."""
+        self.issue(order(0), 0)
+
+        def body(i, state):
+            slot = lax.rem(i, jnp.int32(2))
+
+            @pl.when(i + 1 < self.cut.chunks)
+            def _():
+                self.issue(order(i + 1), lax.rem(i + 1, jnp.int32(2)))
+
+            plgpu.barrier_wait(self.barrier.at[slot])
+            return step(order(i), [target.at[slot] for _, target in self.pairs], state)
+
+        return lax.fori_loop(0, self.cut.chunks, body, state)
+
+
+def _put(ref, x: Array) -> None:
+    ref[...] = x.astype(ref.dtype)
+
+
+def _forward_kernel(*refs, cut: Cut, save: bool):
+    takes = 3 + cut.beta + bool(cut.names)
+    inputs, start, refs = refs[:takes], refs[takes], refs[takes + 1 :]
+    (o_g, end_g), refs = refs[:2], refs[2:]
+    saved, refs = (refs[:2], refs[2:]) if save else ((), refs)
+    slots, (state_s, r_s, u_s, left_s, p_s, barrier) = refs[:takes], refs[takes:]
+    kinds = ("key", "key", "value", "chunk", "chunk")[:3] + ("chunk",) * (takes - 3)
+    walk = _Walk(cut, tuple(zip(inputs, kinds, strict=True)), slots, barrier)
+    b, h, block = (lax.axis_index(name) for name in AXES)
+    columns = pl.ds(block * cut.block, cut.block)
+
+    def step(n, chunk, state):
+        q, k, v, *rest = chunk
+        tokens = _Tokens(cut, rest[-1] if cut.names else None)
+        _put(state_s, state)
+        plgpu.commit_smem()
+        if save:
+            plgpu.copy_smem_to_gmem(state_s, saved[0].at[b, h, n, :, columns])
+        pairs = [((q, turned(k)),), ((q, state_s),)] + ([((k, state_s),)] if cut.beta else [])
+        scores, seen, *stored = products(*pairs)
+        _put(p_s, tokens.weigh(scores, 0))
+        u = v[...].astype(jnp.float32)
+        if cut.beta:
+            u = u - tokens.times(("enter",), stored[0])
+            _put(r_s, tokens.times(("beta",), u))
+            plgpu.commit_smem()
+            (u,) = products(((rest[0], r_s),))
+        _put(u_s, u)
+        if cut.carries:
+            _put(left_s, tokens.times(("leave",), u))
+        plgpu.commit_smem()
+        if save:
+            plgpu.copy_smem_to_gmem(u_s, saved[1].at[walk.place("value", n, b, h, block)])
+        read, written = products(((p_s, u_s),), ((turned(k), left_s if cut.carries else u_s),))
+        _put(r_s, read + tokens.times(("enter",), seen) * cut.scale)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(r_s, o_g.at[walk.place("value", n, b, h, block)])
+        plgpu.wait_smem_to_gmem(0)
+        return tokens.keep(state) + written
+
+    state = plgpu.load(start.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+    end_g[b, h, :, columns] = walk.chunks(lambda i: i, step, state)
+
+
+def forward(cut: Cut, save: bool, q, k, v, inverse, rows, start) -> tuple[Array, ...]:
+    """O, the last state, and if `save` the states that enter chunks and U.
+
+    Args:
+      cut: sizes.
+      save: whether the backward pass follows.
+      q, k: [B, T, G, K] bfloat16.
+      v: [B, T, H, V] bfloat16.
+      inverse: X [B, H, N, C, C] bfloat16, in a tuple; () where writes add.
+      rows: of the tokens.
+      start: [B, H, K, V] float32.
+    """
+    C, K, V = cut.chunk, cut.key, cut.block
+    out = [_like(v), jax.ShapeDtypeStruct(start.shape, jnp.float32)]
+    if save:
+        states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
+        out += [jax.ShapeDtypeStruct(states, jnp.bfloat16), _like(v)]
+    operands = (q, k, v, *inverse, *rows)
+    scratch = [*_slots(cut, inverse, rows), shared(K, V), *(shared(C, V),) * 3, shared(C, C)]
+    body = functools.partial(_forward_kernel, cut=cut, save=save)
+    return _call(cut, "forward", body, out, scratch, len(operands), (*operands, start))
+
+
+def _slots(cut: Cut, inverse, rows) -> list:
+    C, K, V = cut.chunk, cut.key, cut.block
+    slots = [shared(2, C, K), shared(2, C, K), shared(2, C, V)] + [shared(2, C, C)] * len(inverse)
+    return slots + [plgpu.SMEM((2, len(cut.names), C), jnp.float32)] * len(rows)
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _call(cut: Cut, name: str, body, out, scratch, copies: int, operands) -> tuple[Array, ...]:
+    memory = "delta_rule" if cut.beta else "linear_attention"
+    kernel = plgpu.kernel(
+        body,
+        out_type=out,
+        scratch_types=[*scratch, plgpu.Barrier(num_arrivals=copies, num_barriers=2)],
+        grid=(cut.batch, cut.heads, cut.value // cut.block),
+        grid_names=AXES,
+        kernel_name=f"memformer_{memory}_{name}",
+    )
+    return tuple(kernel(*operands))

@@ -1,0 +1,12 @@
+"""The one table of block sizes. No figure here was timed: they are what ptxas compiles without a spill."""
+
+__all__ = ["CHUNK", "KEYS", "VALUE_BLOCK"]
+
+# Tokens a chunk: wgmma has 64 rows, and the scores of 128 would take all registers of a warpgroup.
+CHUNK = 64
+
+# Key widths of the kernels; a narrower one is padded to the next.
+KEYS = (64, 128)
+
+# Value columns a program: more programs than heads keep 132 multiprocessors busy, fewer columns starve wgmma.
+VALUE_BLOCK = 64
