@@ -298,11 +298,13 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     The flag itself must accept new keys (`accept_new_attributes`): those of `OPEN_SECTIONS` are checked by
     what reads them, which knows what each task and memory takes.
     """
-    # what JAX and Orbax tell at INFO is for their developers
-    flags.FLAGS.set_default("verbosity", logging.WARNING)
     with report_errors():
         _check_overrides(argv)
-        return flags.FLAGS(argv)
+    rest = flags.FLAGS(argv)
+    if flags.FLAGS["verbosity"].using_default_value:
+        # what JAX and Orbax tell at INFO is for their developers
+        flags.FLAGS.verbosity = logging.WARNING
+    return rest
 
 
 def _check_overrides(argv: Sequence[str]) -> None:

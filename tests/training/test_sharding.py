@@ -1,0 +1,121 @@
+"""The mesh, the rules, and a sharded run against one device: same losses, nothing big gathered."""
+
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from memformer.training.build import build_run
+from memformer.training.config import RunError
+from memformer.training.data import make_loader
+from memformer.training.sharding import RULES, global_batch, make_mesh, mesh_scope, partition_spec
+from memformer.training.step import init_state, make_train_step
+from tests.training.small import small_config
+
+ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+ROWS = 512
+CUBE = {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+IMPOSSIBLE = [
+    ({**ONE, "data": 3}, r"data=3, .*needs 3 devices, but 8 cpu devices were found"),
+    ({**ONE, "data": -1, "tensor": 3}, "needs a multiple of 3 devices, but 8 cpu devices"),
+    ({**ONE, "data": -1, "fsdp": -1}, "at most one -1"),
+    ({**ONE, "data": 0}, "at least 1"),
+    ({"data": 8}, "must have the axes data, fsdp, context, tensor, got data"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "says"), IMPOSSIBLE, ids=[str(i) for i in range(len(IMPOSSIBLE))])
+def test_impossible_mesh(sizes, says):
+    with pytest.raises(RunError, match=says):
+        make_mesh(sizes)
+
+
+def test_free_axis_takes_the_rest():
+    assert dict(make_mesh({**ONE, "fsdp": -1, "tensor": 2}).shape) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+
+
+def test_specs():
+    mesh = make_mesh(CUBE)
+    cases = [
+        (("embed", "heads"), (8, 8), PartitionSpec("fsdp", "tensor")),
+        (("layers", "embed", "mlp"), (3, 8, 8), PartitionSpec(None, "fsdp", "tensor")),
+        # not divisible: whole
+        (("vocab", "embed"), (15, 8), PartitionSpec(None, "fsdp")),
+        # a mesh axis serves once
+        (("experts", "embed", "mlp"), (2, 8, 8), PartitionSpec("tensor", "fsdp", None)),
+        (("activation_batch", "activation_time"), (8, 5), PartitionSpec(("data", "fsdp"), "context")),
+        (None, (3,), PartitionSpec()),
+    ]
+    for names, shape, want in cases:
+        assert partition_spec(names, shape, mesh) == want, names
+    with pytest.raises(ValueError, match="has no rule"):
+        partition_spec(("width",), (8,), mesh)
+    with pytest.raises(ValueError, match="as many as"):
+        partition_spec(("embed",), (8, 8), mesh)
+
+
+def test_batch_must_divide():
+    run = build_run(small_config(mesh__data=8).to_dict())
+    batch = next(make_loader(run.task, "train", batch_size=6, seed=0))
+    with pytest.raises(RunError, match="multiple of mesh data x fsdp = 8 x 1, got 6"):
+        global_batch(batch, run.mesh)
+
+
+def prepared(memory, mesh, monkeypatch):
+    """A small run on as many devices as the mesh names: its pieces, compiled step, state and batches."""
+    config = small_config(memory, model__width=32, model__heads=4, model__depth=1, optimizer__learning_rate=1e-3)
+    config.mesh = mesh
+    config = config.to_dict()
+    devices = jax.devices()[: math.prod(mesh.values())]
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: devices)
+        run = build_run(config)
+    # so large a batch that any activation of it is larger than every weight
+    loader = make_loader(run.task, "train", batch_size=ROWS, seed=0)
+    with mesh_scope(run.mesh):
+        batches = [global_batch(next(loader), run.mesh) for _ in range(5)]
+        state = init_state(run.model, run.tx, run.mesh, seed=0)
+        step = make_train_step(run.model, run.tx, run.schedule, run.mesh, config["train"])
+        compiled = step.lower(state, batches[0]).compile()
+    return run, compiled, state, batches
+
+
+def losses(run, step, state, batches):
+    found = []
+    for batch in batches:
+        before = float(state["sums"]["loss"]) * (int(state["step"]) % 2)
+        state, report = step(state, batch)
+        found.append((float(report["loss"]) - before) / (ROWS * run.task.length))
+    return found
+
+
+@pytest.mark.parametrize("memory", ["delta_rule", "deltaformer"])
+def test_eight_devices_do_what_one_does(memory, monkeypatch):
+    one = prepared(memory, ONE, monkeypatch)
+    many = prepared(memory, CUBE, monkeypatch)
+    run, step, state, _ = many
+    name, kernel = next(item for item in state["params"].items() if item[0].endswith("projections.query.kernel"))
+    assert kernel.sharding == NamedSharding(run.mesh, PartitionSpec("fsdp", "tensor"))
+    leaves = jax.tree_util.tree_leaves_with_path(state["opt_state"])
+    moments = [x for path, x in leaves if getattr(path[-1], "key", None) == name]
+    assert len(moments) == 2 and all(m.sharding == kernel.sharding for m in moments)
+    largest = max(math.prod(x.shape) for x in run.model.params.values())
+    gathered = gathered_sizes(step.as_text())
+    assert gathered, "parameters split over fsdp must be gathered somewhere"
+    assert max(gathered) <= largest, f"gathered {max(gathered)} elements; the largest weight has {largest}"
+    np.testing.assert_allclose(losses(*many), losses(*one), rtol=1e-5)
+
+
+def gathered_sizes(text):
+    """Elements of each all-gather's result in a compiled program."""
+    results = re.findall(r" = (.*?) all-gather(?:-start)?\(", text)
+    shapes = [shape for result in results for shape in re.findall(r"\w+\[([\d,]*)\]", result)]
+    return [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+
+
+def test_every_rule_names_axes_of_the_mesh():
+    for _, axes in RULES:
+        assert set([axes] if isinstance(axes, str) else axes or ()) <= set(ONE)
