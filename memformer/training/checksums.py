@@ -26,6 +26,7 @@ class StateHandler(ocp.PyTreeCheckpointHandler):
     """Orbax's writer of arrays, which ends with the checksums of every file of the step."""
 
     def finalize(self, directory: epath.Path) -> None:
+        """Writes the checksums once all files of the step are there."""
         super().finalize(directory)
         files = {f"state/{name}": path for name, path in _files(directory)}
         for item in JSON_ITEMS:
