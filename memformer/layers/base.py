@@ -33,6 +33,7 @@ def check_size(what: str, value: Any) -> None:
 
 def check_groups(heads: int, groups: int | None) -> int:
     """The number of key/value heads (None is all), which must divide `heads`."""
+    check_size("heads", heads)
     groups = heads if groups is None else groups
     check_size("groups", groups)
     if heads % groups:

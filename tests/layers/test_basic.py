@@ -1,0 +1,215 @@
+"""The parts of a layer: norms, embedding, positions, short convolution, feedforward, decays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.core.chunking import find_segments
+from memformer.layers.basic import Dtypes, Embedding, LayerNorm, RMSNorm, constrain, dropout
+from memformer.layers.convolution import ShortConvolution
+from memformer.layers.feedforward import FEEDFORWARDS, MixtureOfExperts, feedforward_keys
+from memformer.layers.gates import FixedDecay, LogSigmoidDecay, StepDecay, StepSize
+from memformer.layers.positions import LearnedPositions, count_positions, next_position, rotate, sinusoid
+from tests.numeric import FORWARD, assert_close
+
+F32, BF16 = Dtypes(), Dtypes("bfloat16")
+
+
+def rngs():
+    return nnx.Rngs(0)
+
+
+def normal(*shape, seed=1):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("dtypes", [F32, BF16], ids=["float32", "bfloat16"])
+def test_norms_compute_in_float32(dtypes):
+    x = (normal(2, 3, 8) * 3 + 100).astype(dtypes.compute)
+    wide = np.asarray(x, np.float64)
+    rms = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True))
+    centred = wide - wide.mean(-1, keepdims=True)
+    layer = centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + 1e-6)
+    # bfloat16 keeps 8 bits of the result; the statistics lose nothing
+    tolerance = 1e-5 if dtypes is F32 else 4e-3
+    for norm, want in [(RMSNorm, rms), (LayerNorm, layer)]:
+        got = norm(8, dtypes=dtypes, rngs=rngs())(x)
+        assert got.dtype == dtypes.compute
+        assert_close(got.astype(jnp.float32), want, tolerance)
+
+
+def test_tied_logits_have_unit_size_and_are_float32():
+    embedding = Embedding(50, 64, dtypes=BF16, rngs=rngs())
+    x = embedding(jnp.arange(50)[None])
+    assert x.dtype == jnp.bfloat16 and 0.9 < float(jnp.std(x.astype(jnp.float32))) < 1.1
+    logits = embedding.attend(x)
+    assert logits.dtype == jnp.float32 and logits.shape == (1, 50, 50)
+    assert np.array_equal(np.argmax(logits[0], axis=-1), np.arange(50))
+
+
+def test_constrain_does_nothing_outside_a_mesh():
+    x = jnp.ones((2, 3))
+    assert constrain(x, "activation_batch", None) is x
+
+
+def test_constrain_shards_what_divides():
+    mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    rules = (("activation_batch", "data"), ("activation_time", "context"))
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        place = jax.jit(lambda x: constrain(x, "activation_batch", "activation_time"))
+        assert place(jnp.ones((2, 8))).sharding.spec == jax.P("data", "context")
+        # One token cannot be cut in four.
+        assert place(jnp.ones((2, 1))).sharding.spec == jax.P("data")
+
+
+def test_dropout_keeps_the_mean():
+    x = dropout(jnp.ones(10000), 0.25, jax.random.key(0))
+    assert set(np.unique(x)) == {0.0, np.float32(1 / 0.75)}
+    # Four standard deviations of the mean.
+    assert abs(float(jnp.mean(x)) - 1) < 4 * np.sqrt(0.25 / 0.75 / 10000)
+
+
+SEGMENTS = jnp.array([[0, 4, 4, 0, 4, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]])
+
+
+def test_positions_count_within_segments():
+    segments = find_segments(SEGMENTS, {})
+    start = jnp.array([10, 20, 30], jnp.int32)
+    positions = count_positions(segments, SEGMENTS.shape, start)
+    valid = np.asarray(segments.valid)
+    assert np.asarray(positions)[0][valid[0]].tolist() == [10, 11, 12, 0, 1]
+    assert np.asarray(positions)[1][valid[1]].tolist() == [20, 21]
+    assert next_position(positions, segments).tolist() == [2, 22, 30]
+    plain = count_positions(None, (3, 2), start)
+    assert plain.tolist() == [[10, 11], [20, 21], [30, 31]]
+    assert next_position(plain, None).tolist() == [12, 22, 32]
+
+
+def test_rotary_products_depend_on_distance_only():
+    q, k = normal(1, 1, 1, 8), normal(1, 1, 1, 8, seed=2)
+    at = lambda x, place: rotate(x, jnp.full((1, 1), place))  # noqa: E731
+    product = lambda i, j: jnp.sum(at(q, i) * at(k, j))  # noqa: E731
+    assert_close(product(107, 104), product(3, 0), 1e-5)
+    assert abs(float(product(3, 0) - product(4, 0))) > 1e-3
+    with pytest.raises(ValueError, match="rotary positions need an even key width, got 3"):
+        rotate(jnp.ones((1, 1, 1, 3)), jnp.zeros((1, 1), jnp.int32))
+
+
+def test_sinusoids_are_unit_pairs():
+    table = sinusoid(jnp.arange(50)[None], 8)[0]
+    assert_close(table[:, :4] ** 2 + table[:, 4:] ** 2, jnp.ones((50, 4)), 1e-6)
+    assert_close(table[0], jnp.array([0.0] * 4 + [1.0] * 4), 0.0)
+
+
+def test_learned_positions_outside_the_table_are_not_another_position():
+    layer = LearnedPositions(4, 3, dtypes=F32, rngs=rngs())
+    y = layer(jnp.zeros((1, 2, 4)), jnp.array([[2, 3]]))
+    assert np.all(np.isfinite(y[0, 0])) and np.all(np.isnan(y[0, 1]))
+
+
+@pytest.mark.parametrize("width", [1, 2, 4])
+def test_short_convolution_is_the_sum_over_the_last_inputs(width):
+    layer = ShortConvolution(3, width, dtypes=F32, rngs=rngs())
+    x = np.asarray(normal(2, 6, 3), np.float64)
+    weights = np.asarray(layer.weights[...], np.float64)
+    want = np.zeros_like(x)
+    for t in range(6):
+        for j in range(min(width, t + 1)):
+            want[:, t] += weights[j] * x[:, t - j]
+    y, state = layer(jnp.asarray(x, jnp.float32))
+    assert_close(y, want / (1 + np.exp(-want)), FORWARD["float32"])
+    assert_close(state, np.concatenate([np.zeros((2, width, 3)), x], axis=1)[:, 7:], 1e-6) if width > 1 else None
+    assert state.shape == (2, width - 1, 3)
+
+
+def test_short_convolution_backward_through_packing():
+    layer = ShortConvolution(2, 3, dtypes=F32, rngs=rngs())
+    ids = jnp.array([[0, 1, 0, 1, 2, 2]])
+    weights = normal(1, 6, 2, seed=3) * (ids != 0)[:, :, None].astype(jnp.float32)
+    packed = lambda x: jnp.sum(layer(x, segments=find_segments(ids, {}))[0] * weights)  # noqa: E731
+    apart = lambda x: sum(  # noqa: E731
+        jnp.sum(layer(x[:, at])[0] * weights[:, at]) for at in (np.array([1, 3]), np.array([4, 5]))
+    )
+    x = normal(1, 6, 2)
+    assert_close(jax.grad(packed)(x), jax.grad(apart)(x), FORWARD["float32"])
+
+
+@pytest.mark.parametrize("name", FEEDFORWARDS)
+def test_feedforward_layers_keep_shape_and_dtype(name):
+    layer = FEEDFORWARDS[name](8, hidden=6, dtypes=BF16, rngs=rngs())
+    y, aux = jax.jit(lambda x: layer(x))(jnp.ones((2, 3, 8), jnp.bfloat16))
+    assert y.shape == (2, 3, 8) and y.dtype == jnp.bfloat16
+    assert list(aux) == (["moe_balance"] if name == "moe" else [])
+    assert "hidden" in feedforward_keys(name)
+    with pytest.raises(ValueError, match="feedforward option hidden must be a positive integer or None, got 0"):
+        FEEDFORWARDS[name](8, hidden=0, dtypes=F32, rngs=rngs())
+
+
+def test_experts_are_the_weighted_sum_of_those_chosen():
+    layer = MixtureOfExperts(4, experts=3, active=2, hidden=5, dtypes=F32, rngs=rngs())
+    x = normal(1, 6, 4)
+    y, _ = jax.jit(lambda x: layer(x))(x)
+    x, router, gate, up, down = (
+        np.asarray(a, np.float64)
+        for a in (x[0], layer.router.kernel[...], layer.gate[...], layer.up[...], layer.down[...])
+    )
+    probability = np.exp(x @ router) / np.exp(x @ router).sum(-1, keepdims=True)
+    for t in range(6):
+        best = np.argsort(-probability[t])[:2]
+        want = 0
+        for e in best:
+            a = x[t] @ gate[e]
+            hidden = a / (1 + np.exp(-a)) * (x[t] @ up[e])
+            want = want + probability[t, e] / probability[t, best].sum() * (hidden @ down[e])
+        assert_close(y[0, t], want, FORWARD["float32"])
+    with pytest.raises(ValueError, match=r"active must be in \[1, experts\] = \[1, 3\], got 4"):
+        MixtureOfExperts(4, experts=3, active=4, dtypes=F32, rngs=rngs())
+
+
+def test_the_balance_loss_does_not_count_padding():
+    layer = MixtureOfExperts(4, experts=3, active=1, hidden=5, balance_weight=1.0, dtypes=F32, rngs=rngs())
+    x = normal(1, 6, 4)
+    alone = layer(x[:, :4])[1]["moe_balance"]
+    padded = layer(x, jnp.arange(6)[None] < 4)[1]["moe_balance"]
+    assert_close(padded, alone, FORWARD["float32"])
+    layer.router.kernel[...] = jnp.zeros_like(layer.router.kernel[...])
+    # Equal probabilities: E sum_e f_e / E = 1 whoever is chosen.
+    assert_close(layer(x)[1]["moe_balance"], jnp.float32(1.0), 1e-6)
+
+
+# Module and shape of its log decay.
+DECAYS = {
+    "head": (StepDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2)),
+    "channel": (StepDecay(8, 2, 3, 4, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2, 3)),
+    "log_sigmoid": (LogSigmoidDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2, 3)),
+    "fixed": (FixedDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2)),
+}
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_decays_are_negative_logs_in_float32(name):
+    layer, shape = DECAYS[name]
+    decay, _ = layer(normal(1, 5, 8).astype(jnp.bfloat16))
+    assert decay.shape == shape and decay.dtype == jnp.float32
+    assert np.all(decay < 0) and np.all(np.isfinite(decay))
+
+
+def test_fixed_decay_is_retnets():
+    decay, _ = DECAYS["fixed"][0](jnp.ones((1, 1, 8)))
+    assert_close(jnp.exp(decay[0, 0]), jnp.array([1 - 2.0**-5, 1 - 2.0**-6]), 1e-6)
+
+
+def test_step_sizes_stay_below_their_limit():
+    beta = StepSize(8, 2, 2.0, dtypes=BF16, rngs=rngs())(100 * normal(1, 50, 8).astype(jnp.bfloat16))
+    assert beta.dtype == jnp.float32 and float(beta.min()) >= 0 and 1.5 < float(beta.max()) <= 2
+
+
+@pytest.mark.parametrize("name", ["int32", "flot32", None])
+def test_a_dtype_that_does_not_float_is_refused(name):
+    if name is None:
+        assert Dtypes(jnp.float16).compute == jnp.float16
+        return
+    with pytest.raises(ValueError, match=f"compute dtype must be a floating dtype such as 'float32', got '{name}'"):
+        Dtypes(name)
