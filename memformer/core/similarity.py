@@ -12,6 +12,8 @@ The default scale is K^-0.5 for exp and softmax, and 1 for linear, relu and roun
 """
 
 import dataclasses
+import math
+import numbers
 
 import jax.numpy as jnp
 from jax import lax
@@ -33,7 +35,7 @@ class Kernel:
       decimals: for round only: how many decimals stay.
 
     Raises:
-      ValueError: for an unknown name, or decimals where nothing is rounded.
+      ValueError: for an unknown name, a scale that is no finite number, or decimals where nothing is rounded.
 
     Source: arXiv 2505.19488 section 2 (kernels as memories' capacity); DeltaFormer (NeurIPS 2025)
     for round.
@@ -52,6 +54,11 @@ class Kernel:
             raise ValueError(f"kernel name must be one of {', '.join(KERNELS)}, got {self.name!r}")
         if self.decimals and self.name != "round":
             raise ValueError(f"decimals is for the round kernel only, got decimals={self.decimals} with {self.name!r}")
+        if isinstance(self.decimals, bool) or not isinstance(self.decimals, int):
+            raise ValueError(f"decimals must be an integer, got {self.decimals!r}")
+        number = isinstance(self.scale, numbers.Real) and not isinstance(self.scale, bool)
+        if self.scale is not None and not (number and math.isfinite(self.scale)):
+            raise ValueError(f"scale must be a finite number or None, got {self.scale!r}")
 
     @property
     def normalized(self) -> bool:

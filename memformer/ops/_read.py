@@ -11,7 +11,7 @@ from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops import _tiles as tiles
 from memformer.ops.cache import Cache, KVCache, Timeline, offset, place
 
-__all__ = ["Reading", "choose_tiling", "lay_slots", "match_double", "read_row", "read_rows", "read_tiles", "row_mask"]
+__all__ = ["Reading", "choose_tiling", "lay_slots", "read_row", "read_rows", "read_tiles", "row_mask"]
 
 # Side of a tile where the caller names none.
 CHUNK = 256
@@ -135,20 +135,14 @@ def read_tiles(
     """The chunked form: tiles of scores, memory linear in time."""
     tokens, groups = k.shape[1:3]
     tiling, used = choose_tiling(reading, cache, tokens, CHUNK)
-    marks = tiles.make_marks(with_edges(reading, timeline, q), used, tiling.size)
+    marks = tiles.make_marks(tiling, with_edges(reading, timeline, q), used)
     held: tuple[Array | None, Array | None] = (None, None)
     if cache is not None:
         held = (cache.k, cache.v)
         k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
     k, v = tiles.join_keys(held[0], k, tiling.size), tiles.join_keys(held[1], v, tiling.size)
-    q, k, v = match_double(tiles.lay_queries(q, groups, tiling.size), k, v)
+    q, k, v = tiles.align(marks, tiles.lay_queries(q, groups, tiling.size), k, v)
     return tiles.unlay_queries(tiles.attend(tiling, marks, q, k, v), tokens)
-
-
-def match_double(*arrays: Array) -> tuple[Array, ...]:
-    """All in float64 if one is; narrower dtypes stay as they are."""
-    dtype = accumulation_dtype(*arrays)
-    return tuple(a.astype(dtype) for a in arrays) if dtype == jnp.float64 else arrays
 
 
 def with_edges(reading: Reading, timeline: Timeline, q: Array) -> Timeline:

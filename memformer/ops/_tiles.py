@@ -23,7 +23,10 @@ from memformer.core.similarity import Kernel, similarity, similarity_slope
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.cache import UNSEEN, Timeline
 
-__all__ = ["Marks", "Tiling", "attend", "join_keys", "lay_keys", "lay_queries", "make_marks"]
+__all__ = ["Marks", "Tiling", "align", "attend", "join_keys", "lay_keys", "lay_queries", "make_marks"]
+
+# A number beyond every segment and rank.
+_FAR = 1 << 30
 
 
 class Tiling(NamedTuple):
@@ -55,6 +58,8 @@ class Marks(NamedTuple):
       used: how many chunks of the state hold anything.
       query_segment, key_segment: seen where equal.
       query_rank, key_rank: their difference is held against the window.
+      first: of each row, the first column that any example sees.
+      last: of each column, one more than the last row in which any example sees it.
     """
 
     used: Int[Array, ""]
@@ -62,6 +67,8 @@ class Marks(NamedTuple):
     key_segment: Int[Array, "M B C"] | None
     query_rank: Int[Array, "N B C"] | None
     key_rank: Int[Array, "M B C"] | None
+    first: Int[Array, "N"] | None = None
+    last: Int[Array, "M"] | None = None
 
 
 class Sums(NamedTuple):
@@ -102,26 +109,58 @@ def join_keys(held: Array | None, new: Array, size: int) -> Float[Array, "M B G 
     return new if held is None else jnp.concatenate([lay_keys(held, size), new])
 
 
-def make_marks(timeline: Timeline, used: Array, size: int) -> Marks:
+def make_marks(tiling: Tiling, timeline: Timeline, used: Array) -> Marks:
     """Chunks of the numbers of a timeline. Padding is a key that nobody sees."""
 
     def chunks(x, fill):
         if x is None:
             return None
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size)), constant_values=fill)
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size), 1, 0)
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % tiling.size)), constant_values=fill)
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, tiling.size), 1, 0)
 
     def join(held, new):
-        return new if held is None else jnp.concatenate([held, new])
+        if held is None or new is None:
+            return new
+        return jnp.concatenate([held, jnp.broadcast_to(new, (new.shape[0], *held.shape[1:]))])
 
-    query_rank = chunks(timeline.token_rank, 0)
-    return Marks(
+    marks = Marks(
         jnp.asarray(used, jnp.int32),
         chunks(timeline.query_segment, UNSEEN),
         join(chunks(timeline.held_segment, UNSEEN), chunks(timeline.key_segment, UNSEEN)),
-        query_rank,
-        join(chunks(timeline.held_rank, 0), query_rank),
+        chunks(timeline.token_rank, _FAR),
+        join(chunks(timeline.held_rank, 0), chunks(timeline.token_rank, 0)),
     )
+    return _bound(tiling, marks) if tiling.causal else marks
+
+
+def _bound(tiling: Tiling, marks: Marks) -> Marks:
+    """Finds the tiles that nobody sees, behind a window or in an earlier segment, to leave them out."""
+    seen = None
+    if marks.query_segment is not None:
+        least = jnp.min(jnp.where(marks.query_segment < 0, jnp.int32(_FAR), marks.query_segment), axis=-1)
+        seen = jnp.max(marks.key_segment, axis=-1)[None] >= least[:, None]
+    if tiling.window is not None:
+        distance = jnp.min(marks.query_rank, axis=-1)[:, None] - jnp.max(marks.key_rank, axis=-1)[None]
+        seen = distance < tiling.window if seen is None else seen & (distance < tiling.window)
+    if seen is None:
+        return marks
+    seen = jnp.any(seen, axis=-1)
+    rows, columns = seen.shape
+    first = jnp.argmax(seen, axis=1).astype(jnp.int32)
+    last = rows - jnp.argmax(seen[::-1], axis=0).astype(jnp.int32)
+    return marks._replace(
+        first=jnp.where(jnp.any(seen, axis=1), first, columns), last=jnp.where(jnp.any(seen, axis=0), last, 0)
+    )
+
+
+def align(marks: Marks, *arrays: Array) -> tuple[Array, ...]:
+    """Arrays fit for one custom gradient: all in float64 if one is, all varying over the same axes of a shard_map.
+
+    Narrower dtypes stay as they are.
+    """
+    if accumulation_dtype(*arrays) == jnp.float64:
+        arrays = tuple(a.astype(jnp.float64) for a in arrays)
+    return tuple(vary_like(a, *arrays, *marks) for a in arrays)
 
 
 def take(x: Array | None, i: Array) -> Array | None:
@@ -208,8 +247,12 @@ def sum_tiles(tiling: Tiling, marks: Marks, i: Array, q: Array, k: Array, x: Arr
         total = sums.total * shrink + jnp.sum(weights, axis=-1)
         return Sums(top, total, sums.value * shrink[..., None] + weigh(tiling, weights, take(x, j)))
 
+    first = jnp.int32(0)
+    if marks.first is not None:
+        first = take(marks.first, i)
+        first = jnp.where(first < tiling.before, jnp.minimum(first, marks.used), first - tiling.before + marks.used)
     start = empty_sums(tiling, q, x, k, *marks)
-    return lax.fori_loop(jnp.int32(0), jnp.asarray(steps, jnp.int32), tile, start)
+    return lax.fori_loop(first, jnp.asarray(steps, jnp.int32), tile, start)
 
 
 def norm_of(sums: Sums) -> Float[Array, "B G R C"] | None:
@@ -267,7 +310,10 @@ def column_gradient(
         return dq, dk + parts[1], dx + parts[2]
 
     zeros = (vary_like(jnp.zeros(a.shape, dq.dtype), q, k, x, *rest, *marks) for a in (k, x))
-    return lax.fori_loop(jnp.asarray(rows[0], jnp.int32), jnp.asarray(rows[1], jnp.int32), row, (dq, *zeros))
+    first, last = (jnp.asarray(bound, jnp.int32) for bound in rows)
+    if marks.last is not None:
+        last = jnp.minimum(last, take(marks.last, j))
+    return lax.fori_loop(first, last, row, (dq, *zeros))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

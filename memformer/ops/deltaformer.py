@@ -13,7 +13,7 @@ from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Dims, Float, Int, check_array, check_groups, check_positive
 from memformer.ops import _tiles as tiles
-from memformer.ops._read import Reading, choose_tiling, lay_slots, match_double, read_row, row_mask
+from memformer.ops._read import Reading, choose_tiling, lay_slots, read_row, row_mask
 from memformer.ops.cache import DeltaCache, Timeline, append, check_cache, empty, make_timeline, place
 
 __all__ = ["DeltaCache", "deltaformer", "init_cache"]
@@ -173,12 +173,13 @@ def _tiled(readings, timeline: Timeline, cache: DeltaCache | None, inputs) -> tu
     write, used = choose_tiling(readings[0], cache, tokens, CHUNK)
     read = write._replace(kernel=readings[1].kernel, scale=readings[1].scale)
     size = write.size
-    marks = tiles.make_marks(timeline, used, size)
+    marks = tiles.make_marks(write, timeline, used)
     held_k, held_u = (None, None) if cache is None else (cache.k, cache.u)
     k = tiles.join_keys(held_k, k if cache is None else k.astype(held_k.dtype), size)
     target, beta = tiles.lay_keys(target, size), tiles.lay_keys(beta, size)
     held = target[:0] if held_u is None else tiles.lay_keys(held_u.astype(target.dtype), size)
-    q, w, k = match_double(tiles.lay_queries(q, groups, size), tiles.lay_queries(w, groups, size), k)
+    q, w = tiles.lay_queries(q, groups, size), tiles.lay_queries(w, groups, size)
+    q, w, k, target, beta, held = tiles.align(marks, q, w, k, target, beta, held)
     u = solve(write, marks, w, k, target, beta, held)
     output = tiles.attend(read, marks, q, k, u)
     return tiles.unlay_queries(output, tokens), tiles.unlay_keys(u[write.before :], tokens)
