@@ -1,0 +1,106 @@
+"""Softmax attention against the T x T formula: windows, encoders, huge scores, its own errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memformer as mf
+from memformer.ops import softmax_attention as module
+from tests.numeric import FORWARD, GRADIENT, assert_close
+
+LENGTH = 39
+# Padding before, inside and after a segment; the second row has none.
+IDS = np.array([[0] * 3 + [1] * 10 + [0] * 2 + [1] * 3 + [4] * 15 + [0] * 6, [2] * 20 + [3] * 19], np.int32)
+
+
+def arrays(scale=1.0):
+    rng = np.random.default_rng(1)
+    shapes = ((4, 8), (2, 8), (2, 6))
+    q, k, v = (jnp.asarray(rng.standard_normal((2, LENGTH, *s)), "float32") for s in shapes)
+    return scale * q, k, v
+
+
+def formula(q, k, v, *, causal, window, ids):
+    """The whole T x T, in the dtype that came; distances count tokens that are not padding."""
+    k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
+    rank = np.cumsum(ids != 0, axis=1)
+    distance = rank[:, :, None] - rank[:, None, :]
+    visible = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None] & (distance >= (0 if causal else -LENGTH))
+    if window is not None:
+        visible &= np.abs(distance) < window
+    scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1]).astype(q.dtype)
+    weights = jnp.where(visible[:, None], jnp.exp(scores), jnp.zeros((), q.dtype))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.einsum("bhts,bshv->bthv", weights / jnp.where(total > 0, total, jnp.ones_like(total)), v)
+
+
+@pytest.mark.parametrize(("causal", "window"), [(True, 7), (False, None), (False, 5)])
+def test_against_the_formula(causal, window):
+    def loss(function):
+        def value(given):
+            output = function(*given)
+            return jnp.sum(jnp.sin(output)), output
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+    given = arrays()
+    with jax.enable_x64(True):
+        wide = tuple(x.astype("float64") for x in given)
+        (_, want), want_gradient = loss(lambda *x: formula(*x, causal=causal, window=window, ids=IDS))(wide)
+        want, want_gradient = jax.tree.map(np.asarray, (want, want_gradient))
+    for kind in ({"implementation": "chunked", "chunk_size": 8}, {"implementation": "recurrent"}):
+        options = {"causal": causal, "window": window, "segment_ids": jnp.asarray(IDS), **kind}
+        (_, got), gradient = loss(lambda *x, options=options: mf.softmax_attention(*x, **options)[0])(given)
+        assert_close(got, want, FORWARD["float32"], "output")
+        assert_close(gradient, want_gradient, GRADIENT["float32"], "gradient")
+
+
+def test_window_and_encoder_without_segments():
+    """Nothing but the padding of the last chunk to hide."""
+    given = arrays()
+    for causal, window in ((True, 7), (False, None)):
+        want = formula(*given, causal=causal, window=window, ids=np.ones_like(IDS))
+        got, _ = mf.softmax_attention(*given, causal=causal, window=window, chunk_size=8)
+        assert_close(got, want, FORWARD["float32"], f"causal {causal}")
+
+
+def test_huge_scores_stay_finite():
+    """Scores of thousands: the largest takes all."""
+    q, k, v = arrays(scale=1e4)
+    output, gradient = jax.value_and_grad(
+        lambda q: (lambda o: (jnp.sum(o), o))(mf.softmax_attention(q, k, v, chunk_size=8)[0]), has_aux=True
+    )(q)
+    scores = np.einsum("bthk,bshk->bhts", q, np.repeat(k, 2, axis=2))
+    scores = np.where(np.tril(np.ones((LENGTH, LENGTH), bool)), scores, -np.inf)
+    best, ordered = np.argmax(scores, axis=-1), np.sort(scores, axis=-1)
+    clear = ordered[..., -1] - ordered[..., -2] > 100
+    assert np.mean(clear) > 0.9
+    rows, heads = np.arange(2)[:, None, None], np.arange(4)[None, :, None]
+    want = np.repeat(v, 2, axis=2)[rows, best, heads]
+    assert np.array_equal(np.swapaxes(output[1], 1, 2)[clear], want[clear])
+    assert np.all(np.isfinite(gradient))
+
+
+def test_window_leaves_tiles_out():
+    """The work of a window does not grow with the keys behind it: hidden keys may even be infinite."""
+    q, k, v = arrays()
+    spoiled = k.at[:, :8].set(jnp.inf)
+    want, _ = mf.softmax_attention(q, k, v, window=4, chunk_size=8)
+    got, _ = mf.softmax_attention(q, spoiled, v, window=4, chunk_size=8)
+    assert np.array_equal(got[:, 16:], want[:, 16:])
+
+
+def test_errors():
+    q, k, v = arrays()
+    _, state = mf.softmax_attention(q, k, v)
+    for message, options in (
+        ("window must be a positive integer or None, got 0", {"window": 0}),
+        ("initial_state must be None where causal is False", {"causal": False, "initial_state": state}),
+        ("scale must be a finite number or None, got 'big'", {"scale": "big"}),
+        ("segment_ids must be", {"segment_ids": jnp.ones((2, 3), "int32")}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mf.softmax_attention(q, k, v, **options)
+    with pytest.raises(ValueError, match="capacity"):
+        module.init_cache(1, -1, 1, 8, 8)
