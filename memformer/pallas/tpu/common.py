@@ -8,6 +8,8 @@ program reads max(1, P / R) of those.
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Generator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,18 @@ from jax.experimental.pallas import tpu as pltpu
 from memformer.core.types import Array
 from memformer.pallas.tpu import tuning
 
-__all__ = ["CHUNKS", "Cut", "PASSES", "SUBLANES", "cut_call", "interpreted", "interpreting", "iotas", "product"]
+__all__ = [
+    "CHUNKS",
+    "Cut",
+    "PASSES",
+    "SUBLANES",
+    "cut_call",
+    "interpreted",
+    "interpreting",
+    "iotas",
+    "lockstep",
+    "product",
+]
 
 _interpret: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpret", default=None)
 
@@ -131,10 +144,10 @@ class Cut:
         """Where the rows of a program hold this number of this head."""
         return self.names.index(name) * self.block + head
 
-    def sharing(self) -> list[range]:
-        """Value heads of a program by the query and key head they share."""
-        each = self.block // self.key_block
-        return [range(g * each, (g + 1) * each) for g in range(self.key_block)]
+    @property
+    def sharing(self) -> int:
+        """Value heads of a program that share a query and key head."""
+        return self.block // self.key_block
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -222,3 +235,21 @@ def _halves(x: Array) -> tuple[Array, Array]:
 def iotas(shape: tuple[int, ...]) -> tuple[Array, Array]:
     """Row and column index of every entry."""
     return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def lockstep(heads: Sequence[Generator[None, None, Any]]) -> list[Any]:
+    """Advances every head to its next yield, in turn, until all have returned; what they returned.
+
+    One head is a chain of products that wait for each other; steps of several heads side by side keep
+    the MXU busy, where the compiler, given one head after the other, does not look that far.
+    """
+    results: list[Any] = [None] * len(heads)
+    running = dict(enumerate(heads))
+    while running:
+        for i, head in list(running.items()):
+            try:
+                next(head)
+            except StopIteration as stop:
+                results[i] = stop.value
+                del running[i]
+    return results

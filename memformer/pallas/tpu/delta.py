@@ -17,6 +17,7 @@ Source: arXiv 2406.06484 (chunkwise delta rule), 2412.06464 (decay per head).
 """
 
 import functools
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,16 +44,20 @@ class _Chunk(NamedTuple):
     read: Array
 
 
-def _chunk(cut: Cut, tokens: Tokens, h: int, q, k, v, state) -> _Chunk:
+def _chunk(cut: Cut, tokens: Tokens, h: int, q, k, v, state) -> Generator[None, None, _Chunk]:
     mm = functools.partial(product, passes=cut.passes)
     weights = tokens.weights(h)
     beta = tokens.column("beta", h)
     match = _below(weights * mm(k, k, "nt"))
+    yield
     # One pass would lose what cancels when keys repeat.
-    inverse = unit_lower_inverse(beta * match, max(cut.passes, 3))
+    inverse = yield from unit_lower_inverse(beta * match, max(cut.passes, 3))
+    yield
     stored = mm(k, state, "nn")
     missing = v.astype(jnp.float32) - tokens.enter(h, stored)
+    yield
     u = mm(inverse, beta * missing, "nn")
+    yield
     read = cut.scale * weights * mm(q, k, "nt")
     return _Chunk(weights, match, inverse, stored, missing, u, read)
 
@@ -64,35 +69,50 @@ def _below(x: Array) -> Array:
 
 def _forward(cut: Cut, tokens: Tokens, h: int, q, k, v, state):
     mm = functools.partial(product, passes=cut.passes)
-    chunk = _chunk(cut, tokens, h, q, k, v, state)
-    o = cut.scale * tokens.enter(h, mm(q, state, "nn")) + mm(chunk.read, chunk.u, "nn")
+    chunk = yield from _chunk(cut, tokens, h, q, k, v, state)
+    yield
+    carried = cut.scale * tokens.enter(h, mm(q, state, "nn"))
+    yield
+    o = carried + mm(chunk.read, chunk.u, "nn")
+    yield
     return o, tokens.keep(h, state) + mm(k, tokens.leave(h, chunk.u), "tn")
 
 
 def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, q, k, v, state, do, ds):
     mm = functools.partial(product, passes=cut.passes)
-    chunk = _chunk(cut, tokens, h, q, k, v, state)
+    chunk = yield from _chunk(cut, tokens, h, q, k, v, state)
     beta = tokens.column("beta", h)
+    yield
     written = mm(k, ds, "nn")
+    yield
     du = mm(chunk.read, do, "tn") + tokens.leave(h, written)
+    yield
     dr = mm(chunk.inverse, du, "tn")
     dv = beta * dr
+    yield
     da = -mm(dr, chunk.u, "nt")
+    yield
     dread = mm(do, chunk.u, "nt")
     f = cut.scale * chunk.weights * dread
     m = _below(beta * chunk.weights * da)
     e = tokens.enter(h, dv)
     entered = tokens.enter(h, cut.scale * do.astype(jnp.float32))
+    yield
     dq = mm(f, k, "nn") + mm(entered, state, "nt")
+    yield
     dk = mm(f, q, "tn") + mm(m, k, "nn") + mm(m, k, "tn") - mm(e, state, "nt")
+    yield
     dk += mm(tokens.leave(h, chunk.u), ds, "nt")
 
+    yield
     matched = da * chunk.match
     dbeta = jnp.sum(dr * chunk.missing, axis=1, keepdims=True) + jnp.sum(matched, axis=1, keepdims=True)
     gradients.add("beta", h, dbeta)
+    yield
     if cut.carries:
         carried = cut.scale * mm(q, state, "nn")
         gradients.add_carry(h, do.astype(jnp.float32) * carried - dv * chunk.stored, chunk.u * written, state * ds)
+    yield
     if cut.decay:
         gradients.add_weights(h, dread * chunk.read + beta * matched)
     return dq, dk, dv, tokens.keep(h, ds) + mm(q, entered, "tn") - mm(k, e, "tn")

@@ -5,6 +5,8 @@ in lanes, row of a block in sublanes); then the ladder of core/triangular.py joi
 MXU, 8 to 16 to 32 and on, computing only the rows that change. No power of A is ever formed.
 """
 
+from collections.abc import Generator
+
 import jax.numpy as jnp
 
 from memformer.core.types import Array
@@ -13,8 +15,10 @@ from memformer.pallas.tpu.common import SUBLANES, iotas, product
 __all__ = ["unit_lower_inverse"]
 
 
-def unit_lower_inverse(a: Array, passes: int) -> Array:
+def unit_lower_inverse(a: Array, passes: int) -> Generator[None, None, Array]:
     """(I + a)^-1 for a [C, C] float32, zero on and above the diagonal; C a power of two of at least 8.
+
+    Yields between steps, for `common.lockstep`.
 
     Args:
       a: the matrix.
@@ -23,7 +27,8 @@ def unit_lower_inverse(a: Array, passes: int) -> Array:
     x = _substitute(a)
     block = SUBLANES
     while block < a.shape[0]:
-        x = _join(a, x, block, passes)
+        yield
+        x = yield from _join(a, x, block, passes)
         block *= 2
     return x
 
@@ -53,7 +58,7 @@ def _spread(folded: Array, i: int) -> Array:
     return jnp.take_along_axis(folded, column // SUBLANES * SUBLANES + i, axis=1, mode="promise_in_bounds")
 
 
-def _join(a: Array, x: Array, b: int, passes: int) -> Array:
+def _join(a: Array, x: Array, b: int, passes: int) -> Generator[None, None, Array]:
     """Pairs of diagonal blocks of b rows become blocks of 2 b: X2 keeps, -X2 A21 X1 comes below X1."""
     size = a.shape[0]
     _, column = iotas((b, size))
@@ -61,6 +66,7 @@ def _join(a: Array, x: Array, b: int, passes: int) -> Array:
     below = [jnp.where(column // b == start // b - 1, a[start : start + b], 0.0) for start in odd]
     second = [x[start : start + b] for start in odd]
     y = product(jnp.concatenate(below), x, "nn", passes)
+    yield
     zeros = jnp.zeros((b, size), jnp.float32)
     y = jnp.concatenate([part for p in range(len(second)) for part in (zeros, y[p * b : (p + 1) * b])])
     corner = product(jnp.concatenate(second), y, "nn", passes)

@@ -31,7 +31,11 @@ __all__ = ["linear_attention"]
 def _forward(cut: Cut, tokens: Tokens, h: int, q, k, v, state):
     mm = functools.partial(product, passes=cut.passes)
     read = cut.scale * tokens.weights(h) * mm(q, k, "nt")
-    o = cut.scale * tokens.enter(h, mm(q, state, "nn")) + mm(read, v, "nn")
+    yield
+    carried = cut.scale * tokens.enter(h, mm(q, state, "nn"))
+    yield
+    o = carried + mm(read, v, "nn")
+    yield
     return o, tokens.keep(h, state) + mm(k, tokens.leave(h, v), "tn")
 
 
@@ -39,16 +43,23 @@ def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, q, k,
     mm = functools.partial(product, passes=cut.passes)
     weights = tokens.weights(h)
     read = cut.scale * weights * mm(q, k, "nt")
+    yield
     dread = mm(do, v, "nt")
     f = cut.scale * weights * dread
+    yield
     written = mm(k, ds, "nn")
     entered = tokens.enter(h, cut.scale * do.astype(jnp.float32))
+    yield
     dv = mm(read, do, "tn") + tokens.leave(h, written)
+    yield
     dq = mm(f, k, "nn") + mm(entered, state, "nt")
+    yield
     dk = mm(f, q, "tn") + mm(tokens.leave(h, v), ds, "nt")
+    yield
     if cut.carries:
         carried = cut.scale * mm(q, state, "nn")
         gradients.add_carry(h, do.astype(jnp.float32) * carried, v.astype(jnp.float32) * written, state * ds)
+    yield
     if cut.decay:
         gradients.add_weights(h, dread * read)
     return dq, dk, dv, tokens.keep(h, ds) + mm(q, entered, "tn")

@@ -7,7 +7,7 @@ that enters each chunk, nothing else.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from memformer.core.chunking import pad_time, vary_like
 from memformer.core.types import Array
 from memformer.pallas.tpu import tuning
-from memformer.pallas.tpu.common import Cut
+from memformer.pallas.tpu.common import Cut, lockstep
 from memformer.pallas.tpu.partition import split_batch_and_heads
 from memformer.pallas.tpu.rows import TokenGradients, Tokens, pack, token_rows, unpack
 
@@ -30,14 +30,15 @@ class Memory:
 
     Attributes:
       name: of its kernels.
-      forward: (cut, tokens, head, q, k, v, state) to (o [C, V], the state that leaves).
+      forward: (cut, tokens, head, q, k, v, state) to (o [C, V], the state that leaves), as a generator
+        that yields between products (`common.lockstep`).
       backward: (cut, tokens, gradients, head, q, k, v, state, do, ds) to (dq, dk, dv, ds of the state
-        that enters), and adds to gradients what the rows get.
+        that enters), likewise, and adds to gradients what the rows get.
     """
 
     name: str
-    forward: Callable[..., tuple[Array, Array]]
-    backward: Callable[..., tuple[Array, Array, Array, Array]]
+    forward: Callable[..., Generator[None, None, tuple[Array, Array]]]
+    backward: Callable[..., Generator[None, None, tuple[Array, Array, Array, Array]]]
 
 
 def run(
@@ -94,14 +95,16 @@ def _forward_kernel(q_ref, k_ref, v_ref, rows, start_ref, o_ref, end_ref, *refs,
         s_ref[...] = start_ref[0]
 
     tokens = Tokens(cut, rows)
-    for g, heads in enumerate(cut.sharing()):
-        q, k = q_ref[0, g], k_ref[0, g]
-        for h in heads:
-            state = s_ref[h]
-            for ref in states_ref:
-                ref[0, h, 0] = state
-            o, s_ref[h] = memory.forward(cut, tokens, h, q, k, v_ref[0, h], state)
-            o_ref[0, h] = o.astype(o_ref.dtype)
+    heads = []
+    for h in range(cut.block):
+        state = s_ref[h]
+        for ref in states_ref:
+            ref[0, h, 0] = state
+        g = h // cut.sharing
+        heads.append(memory.forward(cut, tokens, h, q_ref[0, g], k_ref[0, g], v_ref[0, h], state))
+    for h, (o, state) in enumerate(lockstep(heads)):
+        o_ref[0, h] = o.astype(o_ref.dtype)
+        s_ref[h] = state
 
     @pl.when(n == cut.chunks - 1)
     def _():
@@ -145,15 +148,18 @@ def _backward_kernel(
         ds_ref[...] = dend_ref[0]
 
     tokens, gradients = Tokens(cut, rows), TokenGradients(cut)
-    for g, heads in enumerate(cut.sharing()):
-        q, k = q_ref[0, g], k_ref[0, g]
-        shared = []
-        for h in heads:
-            inputs = (q, k, v_ref[0, h], states_ref[0, h, 0], do_ref[0, h], ds_ref[h])
-            *dqk, dv, ds_ref[h] = memory.backward(cut, tokens, gradients, h, *inputs)
-            shared.append(dqk)
-            dv_ref[0, h] = dv.astype(dv_ref.dtype)
-        dq, dk = (functools.reduce(jnp.add, parts) for parts in zip(*shared, strict=True))
+    heads = []
+    for h in range(cut.block):
+        g = h // cut.sharing
+        inputs = (q_ref[0, g], k_ref[0, g], v_ref[0, h], states_ref[0, h, 0], do_ref[0, h], ds_ref[h])
+        heads.append(memory.backward(cut, tokens, gradients, h, *inputs))
+    shared = [[] for _ in range(cut.key_block)]
+    for h, (dq, dk, dv, ds) in enumerate(lockstep(heads)):
+        dv_ref[0, h] = dv.astype(dv_ref.dtype)
+        ds_ref[h] = ds
+        shared[h // cut.sharing].append((dq, dk))
+    for g, parts in enumerate(shared):
+        dq, dk = (functools.reduce(jnp.add, x) for x in zip(*parts, strict=True))
         dq_ref[0, g], dk_ref[0, g] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
     gradients.store(drows)
 
