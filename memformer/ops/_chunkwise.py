@@ -27,7 +27,7 @@ from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
 from memformer.ops._arguments import Memory, zero_state
-from memformer.ops._scores import decayed_scores, repeat_tokens
+from memformer.ops._scores import decayed_scores, repeat_tokens, total_decay
 
 __all__ = ["chunkwise", "default_chunk", "prefers_recurrence"]
 
@@ -240,12 +240,13 @@ def _features(plan: Plan, inputs: Inputs, masks) -> Features:
     q, k = inputs.q * plan.scale, inputs.k
     writes = k.shape[-2] // q.shape[-2]
     matching = inputs.beta is not None
-    total = None if inputs.decay is None else jnp.cumsum(inputs.decay, axis=-2)
+    total = None if inputs.decay is None else total_decay(inputs.decay)
     read, match = decayed_scores(q, k, total, None if masks is None else masks[0], matching, plan.precision)
     enter = leave = keep = None
     if total is not None:
         last = total[..., -1:, :]
-        enter, leave, keep = jnp.exp(total), jnp.exp(last - total), jnp.exp(jnp.swapaxes(last, -1, -2))
+        enter, leave = jnp.exp(total.whole + total.rest), jnp.exp(last.since(total))
+        keep = _t(enter[..., -1:, :])
     if masks is not None:
         factors = zip(masks[1:], (enter, leave, keep), strict=True)
         enter, leave, keep = (mask if x is None else mask * x for mask, x in factors)

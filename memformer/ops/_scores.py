@@ -5,15 +5,46 @@ the sum; per channel it does not, and splitting it as exp(G_r) exp(-G_i) over a 
 take their first row as the reference, and pairs inside one block are taken one by one.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from memformer.core.types import Array, Float
 
-__all__ = ["decayed_scores", "repeat_tokens"]
+__all__ = ["Total", "decayed_scores", "repeat_tokens", "total_decay"]
+
+# exp of this is 0 even in float64, and sums of it are exact.
+FORGOTTEN = -32768.0
 
 # Tokens of a block whose pairs are taken one by one where decay is per channel.
 BLOCK = 16
+
+
+class Total(NamedTuple):
+    """A cumulative log decay as a whole number and a small rest.
+
+    Whole numbers add exactly, so a token that forgets everything (-1e4, or -inf) does not blur the decays
+    beside it, as the difference of two large sums would.
+    """
+
+    whole: Array
+    rest: Array
+
+    def __getitem__(self, at) -> "Total":
+        return Total(self.whole[at], self.rest[at])
+
+    def since(self, other: "Total") -> Array:
+        """What was forgotten since `other`."""
+        return (self.whole - other.whole) + (self.rest - other.rest)
+
+
+def total_decay(decay: Float[Array, "*N C K"]) -> Total:
+    """The sum of the log decays up to each token (axis -2)."""
+    decay = jnp.maximum(decay, jnp.asarray(FORGOTTEN, decay.dtype))
+    whole = lax.stop_gradient(jnp.round(decay))
+    return Total(jnp.cumsum(whole, axis=-2), jnp.cumsum(decay - whole, axis=-2))
 
 
 def repeat_tokens(x: Array, writes: int) -> Array:
@@ -24,7 +55,7 @@ def repeat_tokens(x: Array, writes: int) -> Array:
 def decayed_scores(
     q: Float[Array, "*N B H C K"],
     k: Float[Array, "*N B H L K"],
-    total: Float[Array, "*N B H C 1"] | Float[Array, "*N B H C K"] | None,
+    total: Total | None,
     same: Array | None,
     matching: bool,
     precision,
@@ -33,7 +64,7 @@ def decayed_scores(
 
     Args:
       q, k: queries, and keys with L = C * writes rows.
-      total: cumulative log decay after each token, or None.
+      total: [*N, B, H, C, 1 or K] cumulative log decay up to each token, or None.
       same: [*N, B, 1, C, C], True for tokens of one segment, or None.
       matching: whether the scores among keys are wanted.
       precision: of the products.
@@ -51,20 +82,28 @@ def decayed_scores(
         same = jnp.repeat(same, writes, axis=-1)
         reads = reads & same
         matches = matches & repeat_tokens(same, writes)
-    wide = None if total is None else repeat_tokens(total, writes)
+    wide = None if total is None else Total(*(repeat_tokens(x, writes) for x in total))
     read = _scores(q, k, total, wide, reads, precision)
     return read, (_scores(k, k, wide, wide, matches, precision) if matching else None)
 
 
 def _scores(rows, columns, after_rows, after_columns, mask, precision):
     zero = jnp.zeros((), rows.dtype)
-    if after_rows is not None and after_rows.shape[-1] > 1:
+    if after_rows is not None and after_rows.rest.shape[-1] > 1:
         return _scores_by_channel(rows, columns, after_rows, after_columns, mask, precision)
+    mask_gap = mask & _apart(rows, columns)
     scores = jnp.matmul(rows, jnp.swapaxes(columns, -1, -2), precision=precision)
     if after_rows is not None:
-        gap = after_rows - jnp.swapaxes(after_columns, -1, -2)
-        scores = scores * jnp.exp(jnp.where(mask, gap, zero))
+        gap = after_rows.since(Total(*(jnp.swapaxes(x, -1, -2) for x in after_columns)))
+        scores = scores * jnp.exp(jnp.where(mask_gap, gap, zero))
     return jnp.where(mask, scores, zero)
+
+
+def _apart(rows, columns):
+    """False where a token meets itself: the gap is 0 there, and so is its gradient, to the last bit."""
+    sizes = rows.shape[-2], columns.shape[-2]
+    row, column = (np.arange(size) * min(sizes) // size for size in sizes)
+    return jnp.asarray(row[:, None] != column[None, :])[(None,) * (rows.ndim - 2)]
 
 
 def _scores_by_channel(rows, columns, after_rows, after_columns, mask, precision):
@@ -73,16 +112,17 @@ def _scores_by_channel(rows, columns, after_rows, after_columns, mask, precision
     tokens = min(size, wide)
     height, breadth = BLOCK * size // tokens, BLOCK * wide // tokens
     mask = jnp.broadcast_to(mask, (*rows.shape[:-1], wide))
+    mask_gap = mask & _apart(rows, columns)
     zero = jnp.zeros((), rows.dtype)
     blocks = []
     for top, left in zip(range(0, size, height), range(0, wide, breadth), strict=True):
         here, there = slice(top, top + height), slice(left, left + breadth)
         first = after_rows[..., top : top + 1, :]
-        upper = rows[..., here, :] * jnp.exp(after_rows[..., here, :] - first)
-        lower = columns[..., :left, :] * jnp.exp(first - after_columns[..., :left, :])
+        upper = rows[..., here, :] * jnp.exp(after_rows[..., here, :].since(first))
+        lower = columns[..., :left, :] * jnp.exp(first.since(after_columns[..., :left, :]))
         earlier = jnp.matmul(upper, jnp.swapaxes(lower, -1, -2), precision=precision)
-        gap = after_rows[..., here, None, :] - after_columns[..., None, there, :]
-        weight = jnp.exp(jnp.where(mask[..., here, there, None], gap, zero))
+        gap = after_rows[..., here, None, :].since(after_columns[..., None, there, :])
+        weight = jnp.exp(jnp.where(mask_gap[..., here, there, None], gap, zero))
         pairs = jnp.sum(rows[..., here, None, :] * columns[..., None, there, :] * weight, axis=-1)
         later = jnp.zeros((*pairs.shape[:-1], wide - left - pairs.shape[-1]), rows.dtype)
         blocks.append(jnp.concatenate([earlier, pairs, later], axis=-1))
