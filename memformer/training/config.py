@@ -115,6 +115,8 @@ def _model_defaults() -> ml_collections.ConfigDict:
             "feedforward": "swiglu",
             "feedforward_options": {},
             "positions": config_dict.placeholder(str),
+            "max_length": 2048,
+            "norm": "rms",
             "tie_embeddings": False,
             "scan_layers": False,
             "remat": config_dict.placeholder(str),
@@ -301,9 +303,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     with report_errors():
         _check_overrides(argv)
     rest = flags.FLAGS(argv)
-    if flags.FLAGS["verbosity"].using_default_value:
-        # what JAX and Orbax tell at INFO is for their developers
-        flags.FLAGS.verbosity = logging.WARNING
+    verbosity = flags.FLAGS["verbosity"]
+    if verbosity.using_default_value:
+        # what JAX and Orbax tell at INFO is for their developers; absl leaves alone what was set
+        verbosity.value, verbosity.using_default_value = logging.WARNING, False
     return rest
 
 

@@ -131,12 +131,13 @@ class Trainer:
         )
         self._compiled = make_train_step(run.model, run.tx, run.schedule, run.mesh, options, self._ema)
         self._say_start()
-        with self._signals(), contextlib.closing(self._log):
+        with self._signals(), contextlib.closing(self._log), self._checkpoints, contextlib.ExitStack() as stack:
             self._loader = self._load(self._step * options["batch_size"])
+            # the loader of the end: a curriculum changes it
+            stack.callback(lambda: self._loader.close())
             self._tick()
             while self._step < options["steps"] and not self._solved and not self._stop_asked():
                 self._advance()
-            self._loader.close()
             stopped = self._step < options["steps"] and not self._solved
             self._end(stopped)
         return self._report(stopped, time.monotonic() - started)
@@ -287,7 +288,6 @@ class Trainer:
         if not stopped:
             self._evaluate()
         self._save()
-        self._checkpoints.close()
 
     def _report(self, stopped: bool, seconds: float) -> dict[str, Any]:
         """Says how the run ended; scores it on the test split where it did."""

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from memformer.training.build import model_settings
 from memformer.training.config import (
     RunError,
     changed_keys,
@@ -115,3 +116,14 @@ def test_changed_keys():
     assert changed_keys(old.to_dict(), new) == []
     new["model"]["width"], new["task"]["objects"], new["optimizer"]["ema"] = 7, 6, 0.5
     assert changed_keys(old.to_dict(), new) == ["model.width", "optimizer.ema", "task.objects"]
+
+
+def test_options_go_to_the_memories_in_use():
+    options = {"delta_rule": {"conv_width": 0}, "gla": {"decay_rank": 4}, "softmax_attention": {"window": 8}}
+    one = model_settings({"memory": "gla", "memory_options": options})
+    assert one == {"memory": "gla", "memory_options": {"decay_rank": 4}}
+    several = model_settings({"memory": "delta_rule,delta_rule, gla", "memory_options": options})
+    assert several["memory"] == ("delta_rule", "delta_rule", "gla")
+    assert several["memory_options"] == {name: options[name] for name in ("delta_rule", "gla")}
+    with pytest.raises(RunError, match="a section of options for each memory by its name.*got conv_width = 4"):
+        model_settings({"memory": "gla", "memory_options": {"conv_width": 4}})

@@ -111,6 +111,24 @@ def test_resumed_run_has_the_bits_of_an_unbroken_one(finished, tmp_path, monkeyp
         assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), jax.tree_util.keystr(path)
 
 
+def test_a_run_goes_on_over_another_mesh(finished, tmp_path, monkeypatch):
+    config = small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8), train__steps=4)
+    train(config, str(tmp_path))
+    devices = jax.local_devices()
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+    config.train.steps, config.mesh = 8, {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+    # the schedule of the first half was that of four steps
+    result = train(config, str(tmp_path))
+    assert result["steps"] == 8 and [r["step"] for r in records_of(str(tmp_path)) if r["kind"] == "train"] == [
+        2,
+        4,
+        6,
+        8,
+    ]
+    losses = [r["loss"] for r in records_of(str(tmp_path)) if r["kind"] == "train"]
+    np.testing.assert_allclose(losses, [r["loss"] for r in records_of(finished[0]) if r["kind"] == "train"], rtol=0.02)
+
+
 def test_a_finished_run_started_again_only_reports(finished, monkeypatch):
     folder, whole = finished
     monkeypatch.setattr(loop.Trainer, "_advance", lambda self: pytest.fail("a step was taken"))
