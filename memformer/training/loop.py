@@ -20,7 +20,7 @@ from memformer.training.data import Loader, make_loader
 from memformer.training.evaluation import Scorer, format_score, weights_of
 from memformer.training.losses import means
 from memformer.training.metrics import RunLog, flops_a_token, peak_flops, replace_file, say
-from memformer.training.report import final_scores, write_report
+from memformer.training.report import draw_curve, final_scores, write_report
 from memformer.training.sharding import global_batch, mesh_scope
 from memformer.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -300,14 +300,15 @@ class Trainer:
             "parameters": self._run.model.size(),
             "seconds": round(seconds, 1),
         }
+        task = self._curriculum.task
+        draw_curve(self._folder, str(result["memory"]), task)
         if stopped:
             name = signal.Signals(self._signal).name if self._signal else "the scheduler"
             say(f"stopped by {name} after step {self._step}, saved; the same command goes on from there")
             return result
-        task = self._curriculum.task
         scores = final_scores(self._score, weights_of(self._state), task, self._options)
         result["lengths"] = {str(length): values for length, values in scores.items()}
-        write_report(self._folder, result, task)
+        write_report(self._folder, result)
         say(f"{self._step} steps in {seconds:.0f} s; curve, metrics and checkpoints in {self._folder}")
         return result
 

@@ -51,25 +51,33 @@ def plot_learning_curve(
                 axis.axhline(chance, color="0.4", linestyle=":", label="constant guess")
         elif any(r.get("loss") for r in records):
             axis.set_yscale("log")
-        _mark_lengths(axis, records)
-    # the last panel has every line
-    axes[-1].legend(frameon=False, loc="lower right" if len(names) > 1 else "best")
+        _mark_lengths(axis, records, labelled=axis is axes[0])
+    # the last panel has every line; outside, for there is no corner that curves leave free
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     axes[0].set_title(title)
     axes[-1].set_xlabel("step")
     figure.savefig(path, dpi=120)
 
 
-def _mark_lengths(axis: Any, records: Sequence[Mapping[str, Any]]) -> None:
+def _mark_lengths(axis: Any, records: Sequence[Mapping[str, Any]], *, labelled: bool) -> None:
     """A thin line where a curriculum changed the length."""
-    last = None
-    for record in records:
-        length = record.get("length")
-        if record["kind"] == "train" and length != last:
-            if last is not None:
-                axis.axvline(record["step"], color="0.7", linewidth=0.8)
-                place = (record["step"], 0.03)
-                axis.annotate(f" {length}", place, xycoords=("data", "axes fraction"), fontsize=8, color="0.35")
-            last = length
+    trained = [record for record in records if record["kind"] == "train"]
+    for before, after in zip(trained, trained[1:], strict=False):
+        if before.get("length") != after.get("length"):
+            axis.axvline(before["step"], color="0.6", linewidth=0.8)
+            if labelled:
+                axis.annotate(
+                    f"length {after['length']}",
+                    (before["step"], 0.95),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(3, 0),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color="0.35",
+                    rotation=90,
+                    va="top",
+                )
 
 
 def plot_lengths(

@@ -13,7 +13,7 @@ from memformer.training.metrics import format_table, read_records, replace_file,
 from memformer.training.plots import plot_learning_curve
 from memformer.training.step import Arrays
 
-__all__ = ["final_scores", "write_report"]
+__all__ = ["draw_curve", "final_scores", "result_table", "write_report"]
 
 
 def final_scores(
@@ -25,25 +25,28 @@ def final_scores(
     return {n: score(weights, task.with_length(n), split="test", batches=batches) for n in lengths}
 
 
-def write_report(folder: str, result: dict[str, Any], task: Task) -> None:
-    """Prints the run's table and writes result.json and curve.png into its folder.
+def write_report(folder: str, result: dict[str, Any]) -> None:
+    """Prints the run's table and writes result.json into its folder.
 
     Args:
-      folder: the run's folder, with its metrics.jsonl.
+      folder: the run's folder.
       result: as `Trainer.train` returns it.
-      task: at the length of the end.
     """
     say("")
     say(f"{result['task']}, test split:")
     say(result_table([result]))
+    if jax.process_index() == 0:
+        with replace_file(os.path.join(folder, "result.json")) as file:
+            json.dump(result, file, indent=2)
+
+
+def draw_curve(folder: str, memory: str, task: Task) -> None:
+    """Draws <folder>/curve.png from its metrics.jsonl; `task` is at the length of the end."""
     if jax.process_index():
         return
-    with replace_file(os.path.join(folder, "result.json")) as file:
-        json.dump(result, file, indent=2)
     records = read_records(os.path.join(folder, "metrics.jsonl"))
-    title = f"{result['memory']} on {result['task']}"
     chance = task.chance if "accuracy" in task.scores else None
-    plot_learning_curve(records, os.path.join(folder, "curve.png"), title=title, chance=chance)
+    plot_learning_curve(records, os.path.join(folder, "curve.png"), title=f"{memory} on {task.name}", chance=chance)
 
 
 def result_table(results: list[dict[str, Any]]) -> str:
