@@ -159,7 +159,8 @@ def _train_defaults() -> ml_collections.ConfigDict:
 
 
 def validate(config: Mapping[str, Any]) -> None:
-    """Raises `RunError` for the first value that no run could use."""
+    """Raises `RunError` for the first key that is unknown or missing, or value that no run could use."""
+    _check_keys(config, default_config().to_dict())
     train, optimizer = config["train"], config["optimizer"]
     for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "final_batches"):
         _expect(train[name] >= 1, f"train.{name}", "at least 1", train[name])
@@ -183,6 +184,21 @@ def validate(config: Mapping[str, Any]) -> None:
         _expect(optimizer[name] >= 0, f"optimizer.{name}", "0 or more", optimizer[name])
     _expect(0 <= optimizer["ema"] < 1, "optimizer.ema", "0 (none) or a decay below 1", optimizer["ema"])
     _expect(optimizer["step_every"] >= 1, "optimizer.step_every", "at least 1", optimizer["step_every"])
+
+
+def _check_keys(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "config") -> None:
+    for key in config:
+        message = unknown_key(known, key, prefix)
+        if message:
+            raise RunError(message)
+    for key, value in known.items():
+        if key not in config:
+            raise RunError(f"{prefix} has no {key}; a config file must start from default_config().")
+        open_section = f"{key}." in OPEN_SECTIONS
+        if isinstance(value, Mapping) and not open_section:
+            if not isinstance(config[key], Mapping):
+                raise RunError(f"{prefix}.{key} must be a section with {', '.join(value)}, got {config[key]!r}.")
+            _check_keys(config[key], value, f"{prefix}.{key}")
 
 
 def _expect(holds: bool, key: str, expected: str, came: Any) -> None:

@@ -121,6 +121,7 @@ class Trainer:
         """Runs to the last step, an early stop or a signal; returns the result. Call inside `mesh_scope`."""
         started = time.monotonic()
         self._start()
+        self._say_start()
         options, run = self._options, self._run
         self._log = RunLog(
             self._folder,
@@ -130,7 +131,6 @@ class Trainer:
             progress=options["progress"],
         )
         self._compiled = make_train_step(run.model, run.tx, run.schedule, run.mesh, options, self._ema)
-        self._say_start()
         with self._signals(), contextlib.closing(self._log), self._checkpoints, contextlib.ExitStack() as stack:
             self._loader = self._load(self._step * options["batch_size"])
             # the loader of the end: a curriculum changes it

@@ -164,12 +164,15 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def show(self, step: int, text: str, *, always: bool = False) -> None:
-        """Moves the progress line; without a terminal at most one line in five seconds."""
+        """Moves the progress line; without a terminal at most one line in five seconds. `always` makes a line stay."""
         if self._file is None or not self._progress:
             return
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(text)
+            if always:
+                self.note(f"step {step}/{self._total}  {text}")
+            else:
+                self._bar.set_postfix_str(text)
             return
         now = time.monotonic()
         if always or now - self._last_said >= 5 or step >= self._total:

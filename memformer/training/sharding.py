@@ -140,7 +140,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
     if rows % shards:
         raise RunError(
             f"train.batch_size must be a multiple of mesh data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}, "
-            f"got {rows}. Set --config.train.batch_size or a smaller mesh, such as --config.mesh.data=1."
+            f"got {rows}. Set --config.train.batch_size (eval.py: --batch_size) to such a multiple."
         )
     put = jax.make_array_from_process_local_data
     result = {}

@@ -56,6 +56,18 @@ def test_bad_value(key, value, says):
     assert says in str(error.value) and f"config.{section}." in str(error.value)
 
 
+def test_typo_or_gap_in_a_config_file():
+    config = default_config().to_dict()
+    with pytest.raises(RunError, match="config.train has no key step .*did you mean steps"):
+        validate({**config, "train": {**config["train"], "step": 3}})
+    with pytest.raises(RunError, match="config has no key trian .*did you mean train"):
+        validate({**config, "trian": {}})
+    with pytest.raises(RunError, match="config.optimizer has no learning_rate; .*default_config"):
+        validate({**config, "optimizer": {k: v for k, v in config["optimizer"].items() if k != "learning_rate"}})
+    with pytest.raises(RunError, match="config.mesh must be a section with context, data, fsdp, tensor, got 8"):
+        validate({**config, "mesh": 8})
+
+
 def test_curriculum_must_climb():
     config = default_config()
     config.train.curriculum.update({"enabled": True, "start": 64, "stop": 32})
