@@ -10,7 +10,7 @@ from memformer.core.chunking import Segments, find_segments, vary_like
 from memformer.core.numerics import accumulation_dtype, matmul_precision, repeat_heads
 from memformer.core.types import Array, Dims, Float, check_array, check_groups, check_positive
 
-__all__ = ["Memory", "check_memory", "recurrence"]
+__all__ = ["Memory", "check_memory", "recurrence", "spread_heads"]
 
 GROUPS = "value heads must be a multiple of query and key heads"
 
@@ -22,8 +22,8 @@ class Memory(NamedTuple):
     that it neither reads nor writes nor forgets.
 
     Attributes:
-      q: [B, T, H, K].
-      k: [B, T, M, H, K].
+      q: [B, T, G, K], or H heads (`spread_heads`).
+      k: [B, T, M, G, K] alike.
       v: [B, T, M, H, V].
       beta: [B, T, M, H], or None where writes add instead of replace.
       decay: log decay [B, T, H, 1] or [B, T, H, K], or None.
@@ -58,7 +58,7 @@ def check_memory(
     q = check_array("q", q, "B T G K", dims)
     k = check_array("k", k, f"B T {many}G K", dims)
     v = check_array("v", v, f"B T {many}H V", dims)
-    groups = check_groups("H", "G", dims, GROUPS)
+    check_groups("H", "G", dims, GROUPS)
     if beta is not None:
         beta = check_array("beta", beta, f"B T {many}H", dims)
     if decay is not None:
@@ -74,13 +74,16 @@ def check_memory(
     if not steps:
         k, v = k[:, :, None], v[:, :, None]
         beta = None if beta is None else beta[:, :, None]
-    q, k = repeat_heads(q, groups), _repeat(k, groups)
     memory = Memory(q, k, v, beta, decay, segments, initial_state)
     return _clear_padding(memory), dims
 
 
-def _repeat(k: Array, groups: int) -> Array:
-    return k if groups == 1 else jnp.repeat(k, groups, axis=3)
+def spread_heads(memory: Memory) -> Memory:
+    """Repeats query and key heads that several value heads share."""
+    groups = memory.v.shape[3] // memory.q.shape[2]
+    if groups == 1:
+        return memory
+    return memory._replace(q=repeat_heads(memory.q, groups), k=jnp.repeat(memory.k, groups, axis=3))
 
 
 def _clear_padding(memory: Memory) -> Memory:
@@ -121,6 +124,7 @@ def recurrence(memory: Memory, scale: float, precision=None) -> tuple[Float[Arra
     Returns:
       The output in the accumulation dtype, and the state.
     """
+    memory = spread_heads(memory)
     dtype = accumulation_dtype(memory.q, memory.k, memory.v)
     precision = matmul_precision(precision, memory.q, memory.k, memory.v)
     reset = None

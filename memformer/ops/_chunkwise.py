@@ -26,7 +26,7 @@ from memformer.core.chunking import vary_like
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
-from memformer.ops._arguments import Memory, zero_state
+from memformer.ops._arguments import Memory, spread_heads, zero_state
 from memformer.ops._scores import decayed_scores, repeat_tokens, total_decay
 
 __all__ = ["chunkwise", "default_chunk", "prefers_recurrence"]
@@ -97,6 +97,7 @@ def chunkwise(
     Returns:
       The output in the accumulation dtype, and the state.
     """
+    memory = spread_heads(memory)
     q, k, v, beta, decay, segments, state = memory
     length = q.shape[1]
     chunks = -(-length // chunk_size)

@@ -6,6 +6,7 @@ from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
 from memformer.ops._arguments import check_memory, recurrence, resolve_scale
 from memformer.ops._chunkwise import chunkwise, default_chunk, prefers_recurrence
+from memformer.ops._pallas import kernel
 
 __all__ = ["delta_rule"]
 
@@ -79,7 +80,8 @@ def delta_rule(
     candidates = {
         "recurrent": lambda: recurrence(memory, scale, precision),
         "chunked": lambda: chunkwise(memory, scale, chunk_size or default_chunk(memory), precision),
+        "pallas": lambda: kernel("delta_rule", memory, scale, chunk_size, precision),
     }
-    prefer = ("recurrent", "chunked") if prefers_recurrence(memory) else ("chunked", "recurrent")
+    prefer = ("recurrent", "chunked") if prefers_recurrence(memory) else ("pallas", "chunked", "recurrent")
     output, state = dispatch("delta_rule", implementation, candidates, prefer)
     return output.astype(v.dtype), state

@@ -7,6 +7,7 @@ from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
 from memformer.ops._arguments import check_memory, recurrence, resolve_scale
 from memformer.ops._chunkwise import chunkwise, default_chunk, prefers_recurrence
+from memformer.ops._pallas import kernel
 
 __all__ = ["linear_attention"]
 
@@ -85,8 +86,9 @@ def linear_attention(
     candidates = {
         "recurrent": lambda: recurrence(memory, scale, precision),
         "chunked": lambda: chunkwise(memory, scale, chunk_size or default_chunk(memory), precision),
+        "pallas": lambda: kernel("linear_attention", memory, scale, chunk_size, precision),
     }
-    prefer = ("recurrent", "chunked") if prefers_recurrence(memory) else ("chunked", "recurrent")
+    prefer = ("recurrent", "chunked") if prefers_recurrence(memory) else ("pallas", "chunked", "recurrent")
     output, state = dispatch("linear_attention", implementation, candidates, prefer)
     if normalize:
         # Padding reads 0 / 0, which is to be 0.

@@ -133,6 +133,7 @@ def delta_rule(
     state: Float[Array, "B H K V"] | None,
     chunk_size: int | None = None,
     precision: lax.Precision = lax.Precision.DEFAULT,
+    op: str = "delta_rule",
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule by TPU kernels; arguments checked, q, k, v, beta and decay 0 at padding.
 
@@ -147,6 +148,7 @@ def delta_rule(
       state: initial state, or None for zeros.
       chunk_size: tokens a chunk; None takes the table's.
       precision: of the products; the inverse runs at HIGH at least.
+      op: name of the public function, for messages.
 
     Returns:
       The output (bfloat16 where q, k and v are, else float32), and the state.
@@ -155,5 +157,5 @@ def delta_rule(
       NotImplementedError: not a TPU; float64; decay per channel; a chunk size that no kernel has.
     """
     options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision}
-    cut = cut_call("delta_rule", q, v, beta=beta, decay=decay, index=index, **options)
+    cut = cut_call(op, q, v, beta=beta, decay=decay, index=index, **options)
     return walk.run(_MEMORY, cut, q, k, v, beta, decay, index, state)

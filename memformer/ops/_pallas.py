@@ -1,0 +1,57 @@
+"""The Pallas kernels behind the ops with a matrix state."""
+
+import jax.numpy as jnp
+
+from memformer.core.numerics import matmul_precision
+from memformer.core.types import Array, Float
+from memformer.ops._arguments import Memory
+
+__all__ = ["kernel"]
+
+
+def kernel(
+    op: str, memory: Memory, scale: float, chunk_size: int | None, precision=None
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs a memory by the kernels of this machine's accelerator.
+
+    Args:
+      op: name for messages.
+      memory: checked arguments.
+      scale: factor on the read.
+      chunk_size: rows of keys a chunk, or None.
+      precision: of the products.
+
+    Returns:
+      The output in float32, or bfloat16 where q, k and v are, and the state.
+
+    Raises:
+      NotImplementedError: no kernel serves the call, or the machine.
+    """
+    # Imported late, so that `import memformer` stays quick.
+    from memformer.pallas.tpu.delta import delta_rule
+    from memformer.pallas.tpu.linear import linear_attention
+
+    q, k, v, beta, decay, segments, state = memory
+    writes = k.shape[2]
+    precision = matmul_precision(precision, q, k, v)
+    index = None if segments is None else segments.index
+    if decay is not None and decay.shape[-1] == 1:
+        decay = decay[..., 0]
+    if writes > 1:
+        # Every write becomes a token; the last of them reads, the first forgets.
+        q = _at(q, writes, writes - 1)
+        decay = None if decay is None else _at(decay, writes, 0)
+        index = None if index is None else jnp.repeat(index, writes, axis=1)
+    k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
+    options = {"decay": decay, "scale": scale, "index": index, "state": state, "chunk_size": chunk_size}
+    if beta is None:
+        return linear_attention(q, k, v, precision=precision, **options)
+    beta = beta.reshape(beta.shape[0], -1, beta.shape[3])
+    output, state = delta_rule(q, k, v, beta, precision=precision, op=op, **options)
+    return output[:, writes - 1 :: writes], state
+
+
+def _at(x: Array, writes: int, place: int) -> Array:
+    """[B, T, ...] to [B, T * writes, ...]: x at one write of every token, 0 at the others."""
+    wide = jnp.zeros((*x.shape[:2], writes, *x.shape[2:]), x.dtype)
+    return wide.at[:, :, place].set(x).reshape(x.shape[0], -1, *x.shape[2:])
