@@ -145,8 +145,7 @@ class Trainer:
     def _start(self) -> None:
         run = self._run
         with run_errors(f"the checkpoints in {self._folder} cannot be used"):
-            here = os.path.isdir(os.path.join(self._folder, "checkpoints"))
-            if here and self._checkpoints.latest_step() is not None:
+            if self._checkpoints.latest_step() is not None:
                 found = self._checkpoints.restore(abstract_state(run.model, run.tx, run.mesh, self._ema))
                 self._state, self._step = found.state, found.step
                 self._curriculum.length = found.data["length"]
@@ -196,7 +195,7 @@ class Trainer:
         if options["eval_every"] and self._step % options["eval_every"] == 0:
             self._evaluate()
         if options["checkpoint_every"] and self._step % options["checkpoint_every"] == 0:
-            self._save(report)
+            self._save()
 
     def _write(self, report: Mapping[str, Any]) -> None:
         """Records the steps since the last log, and lets them decide on the curriculum and the end."""
@@ -264,9 +263,9 @@ class Trainer:
         self._log.show(self._step, f"held out: {shown}", always=True)
         self._tick()
 
-    def _save(self, report: Mapping[str, Any] | None = None) -> None:
-        if report is not None:
-            self._check_finite(jax.device_get(report))
+    def _save(self) -> None:
+        # steps since the last log are not yet looked at
+        self._check_finite(jax.device_get(self._state["sums"]))
         self._log.sync()
         data = {
             "position": self._step * self._options["batch_size"],

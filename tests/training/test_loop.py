@@ -174,6 +174,16 @@ def test_abort_names_the_step_that_was_not_finite(tmp_path):
         train(config, str(tmp_path))
 
 
+def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
+    """Asked to stop between two logs, after the loss was lost."""
+    config = small_config(optimizer__learning_rate=1e38, optimizer__clip_norm=0.0, train__log_every=8)
+    config.train.update({"checkpoint_every": 0, "eval_every": 0})
+    monkeypatch.setattr(loop.Trainer, "_stop_asked", lambda self: self._step == 5)
+    with pytest.raises(RunError, match="stopped being finite at step"):
+        train(config, str(tmp_path))
+    assert not os.path.exists(tmp_path / "checkpoints")
+
+
 def test_skip_passes_over_steps_that_are_not_finite(tmp_path, monkeypatch):
     config = small_config(train__on_nan="skip")
     count = loop.make_train_step.__globals__["count_batch"]
