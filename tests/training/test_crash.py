@@ -6,7 +6,10 @@ import time
 import numpy as np
 import pytest
 
+from memformer.training.config import RunError
+from memformer.training.loop import train
 from tests.training import runs
+from tests.training.small import small_config
 
 STEPS = 90
 
@@ -79,3 +82,18 @@ def test_terminated_then_damaged(settings, unbroken, tmp_path):
     assert f"Checkpoint {steps[-1]} in" in said and "passed over" in said
     assert f"going on from step {steps[-2]}" in said
     runs.assert_same_run(folder, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: path.write_text(""), "must be a folder of checkpoints, and is a file"),
+        (lambda path: (path / "4" / "state").mkdir(parents=True), "4 is not complete.*move them away to start anew"),
+    ],
+)
+def test_checkpoints_that_cannot_be_used_are_no_fresh_start(tmp_path, harm, message):
+    """Said before the first step, not when the first checkpoint is due."""
+    harm(tmp_path / "checkpoints")
+    with pytest.raises(RunError, match=f"the checkpoints in .* cannot be used: .*{message}"):
+        train(small_config(mesh__data=-1), str(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists()
