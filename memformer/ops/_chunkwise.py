@@ -252,7 +252,7 @@ def _features(plan: Plan, inputs: Inputs, masks) -> Features:
     enter = leave = keep = None
     if total is not None:
         last = total[..., -1:, :]
-        enter, leave = jnp.exp(total.whole + total.rest), jnp.exp(last.since(total))
+        enter, leave = jnp.exp(total.whole + total.rest), jnp.exp(last.since(total))  # type: ignore[attr-defined]
         keep = _t(enter[..., -1:, :])
     if masks is not None:
         factors = zip(masks[1:], (enter, leave, keep), strict=True)

@@ -1,5 +1,7 @@
 """The Pallas kernels behind the ops with a matrix state."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from memformer.core.numerics import matmul_precision
@@ -43,7 +45,7 @@ def kernel(
         decay = None if decay is None else _at(decay, writes, 0)
         index = None if index is None else jnp.repeat(index, writes, axis=1)
     k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
-    options = {"decay": decay, "scale": scale, "index": index, "state": state, "chunk_size": chunk_size}
+    options: dict[str, Any] = {"decay": decay, "scale": scale, "index": index, "state": state, "chunk_size": chunk_size}
     if beta is None:
         return linear_attention(q, k, v, precision=precision, **options)
     beta = beta.reshape(beta.shape[0], -1, beta.shape[3])

@@ -32,7 +32,7 @@ class Total(NamedTuple):
     whole: Array
     rest: Array
 
-    def __getitem__(self, at) -> "Total":
+    def __getitem__(self, at) -> "Total":  # type: ignore[override]
         return Total(self.whole[at], self.rest[at])
 
     def since(self, other: "Total") -> Array:
