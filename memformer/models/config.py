@@ -39,9 +39,9 @@ class LanguageModelConfig:
       heads: H.
       key_width: K; None is D // H.
       value_width: V; None is K.
-      feedforward: "swiglu", "mlp", "moe" or None for blocks without one.
+      feedforward: "swiglu", "mlp", "moe" or None (or "none") for blocks without one.
       feedforward_options: options of the feedforward layer.
-      positions: None, "learned" or "sinusoidal" at the embedding (rotary is an option of a memory).
+      positions: None (or "none"), "learned" or "sinusoidal" at the embedding (rotary is an option of a memory).
       max_length: size of the table of learned positions.
       norm: "rms" or "layer".
       tie_embeddings: the read-out is the embedding's table.
@@ -82,6 +82,10 @@ class LanguageModelConfig:
     def __post_init__(self):
         if not isinstance(self.memory, str):
             object.__setattr__(self, "memory", tuple(self.memory))
+        for key in ("feedforward", "positions", "remat"):
+            # A command line has no other way to say it.
+            if getattr(self, key) == "none":
+                object.__setattr__(self, key, None)
         if not self.pattern:
             raise ValueError("memory must be a name or a tuple of at least one name, got ()")
         for name in self.pattern:

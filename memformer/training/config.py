@@ -112,7 +112,8 @@ def _model_defaults() -> ml_collections.ConfigDict:
             "heads": 4,
             "key_width": config_dict.placeholder(int),
             "value_width": config_dict.placeholder(int),
-            "feedforward": "swiglu",
+            # "none" for blocks of the memory alone
+            "feedforward": config_dict.FieldReference("swiglu", field_type=str),
             "feedforward_options": {},
             "positions": config_dict.placeholder(str),
             "max_length": 2048,

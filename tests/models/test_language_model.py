@@ -226,6 +226,12 @@ def test_model_keys_are_those_of_the_config():
     assert list(MODELS) == ["memory_lm"]
 
 
+def test_none_by_name():
+    """A command line can only say it in letters."""
+    config = LanguageModelConfig(feedforward="none", positions="none", remat="none")
+    assert (config.feedforward, config.positions, config.remat) == (None, None, None)
+
+
 # Config, and what the error must say.
 MISTAKES = {
     "type": ({"type": "rnn"}, "model type must be one of memory_lm, got 'rnn'"),
