@@ -30,7 +30,7 @@ def test_every_task_has_a_config():
 @pytest.mark.parametrize("name", NAMES)
 def test_config_builds(name):
     config = load(name).get_config()
-    validate(config)
+    validate(config.to_dict())
     assert set(config.keys()) == set(default_config().keys())
     task = make_task(config.task)
     # An override on the command line needs the key to be there.
@@ -54,7 +54,7 @@ def test_commands_of_the_docstring_name_what_is_there(name):
         for key, value in overrides:
             assert unknown_key(config, key) is None
             set_values(config, [f"{key}={value}"])
-        validate(config)
+        validate(config.to_dict())
         make_task(config.task)
 
 
