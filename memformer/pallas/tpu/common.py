@@ -48,9 +48,12 @@ def interpreted(params: pltpu.InterpretParams | None = None):
     """Runs the kernels traced inside in Pallas' TPU interpreter, on any backend (for tests).
 
     Args:
-      params: settings of the interpreter; None detects races and poisons memory with NaN.
+      params: settings of the interpreter; None gives "parallel" programs two cores, detects races, and
+        poisons memory with NaN.
     """
-    params = params or pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
+    params = params or pltpu.InterpretParams(
+        detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
+    )
     token = _interpret.set(params)
     try:
         # Jax's own switch is part of the cache key of jit; ours is what check_backend can see.
@@ -211,7 +214,10 @@ def cut_call(
 
 
 def product(a: Array, b: Array, contract: str, passes: int) -> Array:
-    """Matrix product in float32: contract "nn" is a b, "nt" a b^T, "tn" a^T b."""
+    """Matrix product in float32: contract "nn" is a b, "nt" a b^T, "tn" a^T b.
+
+    passes: 1 rounds operands to bfloat16, 3 keeps 16 bits (2 where one operand is bfloat16), 6 keeps float32.
+    """
     axes = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
 
     def dot(x, y, precision=None):
@@ -219,15 +225,15 @@ def product(a: Array, b: Array, contract: str, passes: int) -> Array:
 
     if passes == 1:
         return dot(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     if passes == 6:
-        return dot(a, b, lax.Precision.HIGHEST)
-    (a_high, a_low), (b_high, b_low) = _halves(a), _halves(b)
-    return dot(a_high, b_high) + (dot(a_high, b_low) + dot(a_low, b_high))
+        return dot(a.astype(jnp.float32), b.astype(jnp.float32), lax.Precision.HIGHEST)
+    return sum(dot(x, y) for i, x in enumerate(_parts(a)) for j, y in enumerate(_parts(b)) if i + j < 2)
 
 
-def _halves(x: Array) -> tuple[Array, Array]:
-    """x as a sum of two bfloat16 arrays, to 16 bits."""
+def _parts(x: Array) -> tuple[Array, ...]:
+    """x as a sum of bfloat16 arrays, to 16 bits: itself, or high and low half."""
+    if x.dtype == jnp.bfloat16:
+        return (x,)
     high = x.astype(jnp.bfloat16)
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 

@@ -50,16 +50,20 @@ def _chunk(cut: Cut, tokens: Tokens, h: int, q, k, v, state) -> Generator[None, 
     beta = tokens.column("beta", h)
     match = _below(weights * mm(k, k, "nt"))
     yield
-    # One pass would lose what cancels when keys repeat.
     inverse = yield from unit_lower_inverse(beta * match, max(cut.passes, 3))
     yield
     stored = mm(k, state, "nn")
     missing = v.astype(jnp.float32) - tokens.enter(h, stored)
     yield
-    u = mm(inverse, beta * missing, "nn")
+    u = _exact(cut, inverse, beta * missing, "nn")
     yield
     read = cut.scale * weights * mm(q, k, "nt")
     return _Chunk(weights, match, inverse, stored, missing, u, read)
+
+
+def _exact(cut: Cut, a: Array, b: Array, contract: str) -> Array:
+    """A product of what cancels when keys repeat: one pass would leave percents of noise in the state."""
+    return product(a, b, contract, max(cut.passes, 3))
 
 
 def _below(x: Array) -> Array:
@@ -73,9 +77,9 @@ def _forward(cut: Cut, tokens: Tokens, h: int, q, k, v, state):
     yield
     carried = cut.scale * tokens.enter(h, mm(q, state, "nn"))
     yield
-    o = carried + mm(chunk.read, chunk.u, "nn")
+    o = carried + _exact(cut, chunk.read, chunk.u, "nn")
     yield
-    return o, tokens.keep(h, state) + mm(k, tokens.leave(h, chunk.u), "tn")
+    return o, tokens.keep(h, state) + _exact(cut, k, tokens.leave(h, chunk.u), "tn")
 
 
 def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, q, k, v, state, do, ds):
@@ -87,7 +91,7 @@ def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, q, k,
     yield
     du = mm(chunk.read, do, "tn") + tokens.leave(h, written)
     yield
-    dr = mm(chunk.inverse, du, "tn")
+    dr = _exact(cut, chunk.inverse, du, "tn")
     dv = beta * dr
     yield
     da = -mm(dr, chunk.u, "nt")
@@ -115,7 +119,7 @@ def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, q, k,
     yield
     if cut.decay:
         gradients.add_weights(h, dread * chunk.read + beta * matched)
-    return dq, dk, dv, tokens.keep(h, ds) + mm(q, entered, "tn") - mm(k, e, "tn")
+    return dq, dk, dv, tokens.keep(h, ds) + mm(q, entered, "tn") - _exact(cut, k, e, "tn")
 
 
 _MEMORY = walk.Memory("delta_rule", _forward, _backward)

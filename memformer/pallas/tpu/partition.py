@@ -73,9 +73,12 @@ def _partition(function, static, operands, results, repeat, mesh, arguments, res
 
 def _rule(function, static, operands, results, repeat, mesh, operand_types, result_types):
     """The Shardy rule: b and g are shared by all arrays, every other axis stays whole."""
-    whole = ["r"] if repeat > 1 else []
+    # Factors in the order in which the rule names them, as Shardy wants.
+    whole: list[str] = []
 
     def axes(rank, few):
+        if not few and repeat > 1 and "r" not in whole:
+            whole.append("r")
         rest = [f"w{len(whole) + i}" for i in range(rank - 2)]
         whole.extend(rest)
         heads = "g" if few or repeat == 1 else "(g r)"
@@ -83,8 +86,7 @@ def _rule(function, static, operands, results, repeat, mesh, operand_types, resu
 
     left = ", ".join(axes(*x) for x in operands)
     right = ", ".join(axes(*x) for x in results)
-    groups = operand_types[0].shape[1]
-    sizes = {"r": repeat, "g": groups} if repeat > 1 else {}
+    sizes = {"r": repeat} if repeat > 1 else {}
     return f"{left} -> {right}", {"need_replication_factors": tuple(whole), **sizes}
 
 

@@ -1,0 +1,219 @@
+"""The TPU kernels in Pallas' TPU interpreter: races detected, fresh memory full of NaN, reads out of bounds an error.
+
+The shared suite of the ops (its rows, its oracle, its tolerances) runs with implementation="pallas".
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+
+import memformer as mf
+from memformer.pallas.tpu import common, partition, tuning
+from memformer.pallas.tpu.inverse import unit_lower_inverse
+from tests.numeric import assert_close, relative_rms
+from tests.ops import test_ops as suite
+
+KIND = "TPU v5"
+TPU = AbstractMesh((1,), ("one",), abstract_device=AbstractDevice(KIND, 1, "tpu"))
+
+# Row of the shared suite, dtype of the inputs.
+CASES = [
+    ("delta_rule", "float32"),
+    ("delta_rule_head_decay", "bfloat16"),
+    ("delta_rule_grouped", "float32"),
+    ("delta_product_head_decay", "float32"),
+    ("linear_attention", "float32"),
+    ("linear_attention_head_decay", "bfloat16"),
+    ("linear_attention_normalized", "float32"),
+]
+
+
+@pytest.fixture
+def interpreter(capfd):
+    """Runs kernels in the interpreter; fails on a race, and leaves no state to the next test."""
+    with common.interpreted():
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=["-".join(case) for case in CASES])
+def test_packed_against_oracle(name, dtype, interpreter):
+    arrays, state = suite.inputs(name)
+    ids = suite.packed_ids()[0]
+    got, _ = suite.evaluate(name, "pallas", suite.cast(arrays, dtype), suite.cast(state, "float32"), ids)
+    assert got["output"].dtype == jnp.dtype(dtype)
+    suite.check(got, suite.oracle(name, dtype), dtype, name)
+
+
+def test_the_interpreter_sees_a_race(capfd):
+    def kernel(o_ref):
+        o_ref[...] = jnp.ones_like(o_ref)
+
+    # Two programs that may run at once write one block.
+    params = pltpu.CompilerParams(dimension_semantics=("parallel",))
+    shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    block = pl.BlockSpec((8, 128), lambda i: (0, 0))
+    with common.interpreted():
+        pl.pallas_call(kernel, grid=(2,), out_specs=block, out_shape=shape, compiler_params=params)()
+    pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE" in capfd.readouterr().out
+
+
+def test_mapped(interpreter):
+    """vmap folds its axis into the batch; an argument that is not mapped is shared."""
+    arrays, _ = suite.inputs("delta_rule_grouped")
+    arrays = suite.cast({name: x[:, :20] for name, x in arrays.items()}, "float32")
+
+    def call(v, rest):
+        return jax.grad(lambda v: mf.delta_rule(v=v, **rest, implementation="pallas")[0].sum())(v)
+
+    rest = {name: x for name, x in arrays.items() if name != "v"}
+    v = jnp.stack([arrays["v"], 2 * arrays["v"]])
+    got = jax.jit(jax.vmap(call, in_axes=(0, None)))(v, rest)
+    want = jax.grad(lambda v: mf.delta_rule(v=v, **rest, implementation="chunked")[0].sum())(arrays["v"])
+    assert_close(got, jnp.stack([want, want]), 1e-5)
+
+
+def keys(kind, rng, length, width):
+    """Keys that make (I + A)^-1 hard: the cases of the adversarial table."""
+    if kind == "identical":
+        k = np.repeat(rng.standard_normal((1, width)), length, axis=0)
+    else:
+        k = 0.9 * rng.standard_normal(width) + 0.1 * rng.standard_normal((length, width))
+    return k / np.linalg.norm(k, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", ["identical", "close"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+def test_hard_keys(kind, dtype, tolerance, interpreter):
+    """A whole chunk of 128, where a power series of A would reach 1e30."""
+    rng = np.random.default_rng(3)
+    length, width = 128, 32
+    beta = {"identical": 2.0, "close": 1.0}[kind]
+    arrays = {
+        "q": suite.cast(rng.standard_normal((1, length, 2, width)), dtype),
+        "k": suite.cast(np.stack([keys(kind, rng, length, width)] * 2, axis=1)[None], dtype),
+        "v": suite.cast(rng.standard_normal((1, length, 2, 16)), dtype),
+        "beta": jnp.asarray(np.stack([np.ones(length), np.full(length, beta)], axis=-1)[None], "float32"),
+    }
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            output, state = mf.delta_rule(**arrays, implementation=implementation, chunk_size=chunk_size)
+            return jnp.sum(jnp.sin(output.astype(state.dtype))) + jnp.sum(state), (output, state)
+
+        chunk_size = 128 if implementation == "pallas" else None
+        (_, seen), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+        return *seen, gradients
+
+    got = run(arrays, "pallas")
+    with jax.enable_x64(True):
+        want = jax.tree.map(np.asarray, run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), "recurrent"))
+    assert_close(got[:2], want[:2], tolerance, kind)
+    assert_close(got[2], want[2], 3 * tolerance, f"{kind} gradient")
+
+
+def test_inverse_in_a_kernel(interpreter):
+    def kernel(a_ref, x_ref):
+        x_ref[...] = common.lockstep([unit_lower_inverse(a_ref[...], 6)])[0]
+
+    a = np.tril(np.random.default_rng(0).uniform(-1, 1, (64, 64)), -1)
+    got = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(a.shape, jnp.float32))(jnp.asarray(a, "float32"))
+    want = np.linalg.inv(np.eye(64) + a)
+    assert relative_rms(got, want) < 1e-5
+
+
+def test_long_state(interpreter):
+    """The error of a state in float32 does not grow over 8192 tokens."""
+    rng = np.random.default_rng(5)
+    length, width = 8192, 8
+    k = rng.standard_normal((1, length, 1, width))
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = {"q": k, "k": k, "v": rng.standard_normal((1, length, 1, width)), "beta": np.ones((1, length, 1))}
+    got, _ = mf.delta_rule(**suite.cast(arrays, "float32"), implementation="pallas", chunk_size=256)
+    with jax.enable_x64(True):
+        exact = suite.cast(suite.cast(arrays, "float32"), "float64")
+        want, _ = mf.delta_rule(**exact, implementation="recurrent")
+        want = np.asarray(want)
+    early, late = (relative_rms(got[:, part], want[:, part]) for part in (slice(0, 2048), slice(-2048, None)))
+    assert late < 2e-6 and late < 2 * early
+
+
+REFUSED = {
+    "no TPU": ({}, "needs a TPU"),
+    "per channel": ({"decay": np.zeros((1, 8, 2, 4))}, "per key channel"),
+    "chunk": ({"chunk_size": 48}, "chunk_size among"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_refusals_say_why(why):
+    options, message = REFUSED[why]
+    x = jnp.zeros((1, 8, 2, 4))
+    options = {name: jnp.asarray(v, "float32") if name == "decay" else v for name, v in options.items()}
+    for op in (
+        lambda **kind: mf.delta_rule(x, x, x, x[..., 0], **kind),
+        lambda **kind: mf.linear_attention(x, x, x, **kind),
+    ):
+        with common.interpreted() if why != "no TPU" else jax.named_scope("here"):
+            with pytest.raises(NotImplementedError, match=message):
+                op(implementation="pallas", **options)
+            # The library's own choice goes to what serves.
+            op(**{name: v for name, v in options.items() if name == "decay"})
+
+
+def exported(function, *shapes):
+    """The program that a TPU would get, by jax.export on this machine, without a TPU or its compiler."""
+    specs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    with jax.sharding.use_abstract_mesh(TPU):
+        return jax.export.export(jax.jit(function), platforms=["tpu"])(*specs).mlir_module()
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_no_fallback_in_disguise(implementation):
+    """The program for a TPU calls the kernels by name, forward and backward, also where the library chooses."""
+    wide, scalar = (1, 256, 2, 128), (1, 256, 2)
+
+    def both(q, k, v, beta):
+        a, _ = mf.delta_rule(q, k, v, beta, implementation=implementation)
+        b, _ = mf.linear_attention(q, k, v, implementation=implementation)
+        c, _ = mf.delta_product(q, k[:, :, None], v[:, :, None], beta[:, :, None], implementation=implementation)
+        return sum(x.astype(jnp.float32).sum() for x in (a, b, c))
+
+    text = exported(jax.grad(both, argnums=(0, 1, 2, 3)), wide, wide, wide, scalar)
+    assert text.count("tpu_custom_call") >= 6
+    for name in ("delta_rule_forward", "delta_rule_backward", "linear_attention_forward", "linear_attention_backward"):
+        assert f"memformer_{name}" in text
+    assert "while" not in text
+
+
+def test_split_over_devices():
+    """What the partitioner gets: batch and heads stay where they are, shared heads too, and nothing is gathered."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+
+    def local(scale, q, k, v):
+        return q * scale, v + jnp.repeat(k, v.shape[1] // k.shape[1], axis=1)
+
+    call = partition.split_batch_and_heads(local, (2.0,), 2, results=((4, True), (4, False)))
+    few, many = np.ones((4, 2, 8, 4), np.float32), np.ones((4, 4, 8, 4), np.float32)
+    place = jax.NamedSharding(mesh, PartitionSpec("data", "tensor"))
+    arrays = [jax.device_put(x, place) for x in (few, few, many)]
+    compiled = jax.jit(lambda *x: tuple(call(*x))).lower(*arrays).compile()
+    assert "all-" not in compiled.as_text() and "collective" not in compiled.as_text()
+    assert all(s.is_equivalent_to(place, 4) for s in compiled.output_shardings)
+    doubled, added = compiled(*arrays)
+    assert np.array_equal(doubled, 2 * few) and np.array_equal(added, 2 * many)
+
+
+def test_tuning_fits():
+    """Every row of the table gives a chunk that kernels have, and at least one head a program."""
+    for kind in tuning.SIZES:
+        for length, width in ((1, 16), (100, 128), (8192, 256)):
+            chunk, heads = tuning.choose(kind, length, width, width, 4)
+            assert chunk in common.CHUNKS and heads >= 1
+            assert chunk < 2 * length or chunk == 16
