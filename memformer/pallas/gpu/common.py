@@ -99,7 +99,12 @@ class Cut:
     def names(self) -> tuple[str, ...]:
         """The numbers that every token and head has; see rows.py."""
         kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("enter", self.carries), ("leave", self.carries))
-        kinds += (("total", self.decay), ("segment", self.segments))
+        kinds += (
+            ("total", self.decay),
+            ("-total", self.decay),
+            ("segment", self.segments),
+            ("-segment", self.segments),
+        )
         return tuple(name for name, there in kinds if there)
 
 
@@ -168,9 +173,7 @@ def cut_call(
 
 def shared(*shape: int) -> plgpu.SMEM:
     """A bfloat16 block of shared memory as wgmma reads it."""
-    return plgpu.SMEM(
-        shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    )
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
 def turned(ref):
@@ -199,13 +202,13 @@ def products(*sums) -> tuple[Array, ...]:
 def column(ref, width: int) -> Array:
     """[C] numbers in shared memory as a [C, width] array, one a row."""
     x = compat.load(ref, plgpu.Layout.WGMMA.reduce(1))
-    return lax.broadcast_in_dim(x, (ref.shape[0], width), (0,))
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (ref.shape[0], width), (0,)), plgpu.Layout.WGMMA)
 
 
 def row(ref, height: int) -> Array:
     """[C] numbers in shared memory as a [height, C] array, one a column."""
     x = compat.load(ref, plgpu.Layout.WGMMA.reduce(0))
-    return lax.broadcast_in_dim(x, (height, ref.shape[0]), (1,))
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (height, ref.shape[0]), (1,)), plgpu.Layout.WGMMA)
 
 
 def iotas(size: int) -> tuple[Array, Array]:

@@ -7,6 +7,9 @@ One float32 array [B, H, N, names, C], names in the order of `Cut.names`:
     leave    how a write reaches the state that leaves the chunk
     total    log decay since the start of the chunk
     segment  index of the token's segment
+
+and "-total", "-segment", their negatives: a row is loaded either for the rows of a matrix or for its columns, since
+the compiler merges two loads of one row, and then finds no layout for it.
 """
 
 import jax.numpy as jnp
@@ -48,4 +51,5 @@ def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array |
         leave *= (index == last[:, :, None]).astype(jnp.float32)[..., None]
         rows["segment"] = jnp.broadcast_to(index[..., None], shape).astype(jnp.float32)
     rows |= {"enter": enter, "leave": leave}
+    rows |= {f"-{name}": -rows[name] for name in ("total", "segment") if name in rows}
     return (jnp.stack([rows[name] for name in cut.names], axis=-1).transpose(0, 3, 1, 4, 2),)

@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from memformer.core import compat
 from memformer.core.types import Array
 from memformer.pallas.gpu.common import AXES, Cut, column, iotas, products, row, shared, turned
 
@@ -33,6 +34,9 @@ class _Tokens:
 
     def __init__(self, cut: Cut, ref):
         self.cut, self.ref = cut, ref
+        if cut.carries:
+            # Now, although it is needed last: commit_smem must come between this read and the next copy to this slot.
+            self.kept = ref[cut.names.index("enter"), cut.chunk - 1]
 
     def named(self, name: str):
         return self.ref.at[self.cut.names.index(name)]
@@ -46,23 +50,20 @@ class _Tokens:
 
     def keep(self, state: Array) -> Array:
         """What stays of a state [K, V] over the chunk."""
-        if not self.cut.carries:
-            return state
-        return state * self.ref[self.cut.names.index("enter"), self.cut.chunk - 1]
+        return state * self.kept if self.cut.carries else state
 
     def weigh(self, scores: Array, later: int) -> Array:
         """s D times scores [C, C], 0 where hidden; `later` is the axis of the reading token."""
         places = iotas(self.cut.chunk)
         visible = places[later] >= places[1 - later]
         size = self.cut.chunk
-        spread = (column, row) if later == 0 else (row, column)
+        of_reader, of_writer = (column, row) if later == 0 else (row, column)
         if self.cut.segments:
-            segment = self.named("segment")
-            visible = visible & (spread[0](segment, size) == spread[1](segment, size))
+            apart = of_reader(self.named("segment"), size) + of_writer(self.named("-segment"), size)
+            visible = visible & (apart == 0.0)
         weights = self.cut.scale
         if self.cut.decay:
-            total = self.named("total")
-            gap = spread[0](total, size) - spread[1](total, size)
+            gap = of_reader(self.named("total"), size) + of_writer(self.named("-total"), size)
             # Where hidden the gap may be positive and overflow.
             weights = jnp.exp(jnp.where(visible, gap, 0.0)) * self.cut.scale
         return jnp.where(visible, scores * weights, 0.0)
@@ -118,8 +119,7 @@ def _forward_kernel(*refs, cut: Cut, save: bool):
     (o_g, end_g), refs = refs[:2], refs[2:]
     saved, refs = (refs[:2], refs[2:]) if save else ((), refs)
     slots, (state_s, r_s, u_s, left_s, p_s, barrier) = refs[:takes], refs[takes:]
-    kinds = ("key", "key", "value", "chunk", "chunk")[:3] + ("chunk",) * (takes - 3)
-    walk = _Walk(cut, tuple(zip(inputs, kinds, strict=True)), slots, barrier)
+    walk = _Walk(cut, _sources(inputs), slots, barrier)
     b, h, block = (lax.axis_index(name) for name in AXES)
     columns = pl.ds(block * cut.block, cut.block)
 
@@ -130,10 +130,9 @@ def _forward_kernel(*refs, cut: Cut, save: bool):
         plgpu.commit_smem()
         if save:
             plgpu.copy_smem_to_gmem(state_s, saved[0].at[b, h, n, :, columns])
-        pairs = [((q, turned(k)),), ((q, state_s),)] + ([((k, state_s),)] if cut.beta else [])
-        scores, seen, *stored = products(*pairs)
+        scores, *stored = products(((q, turned(k)),), *([((k, state_s),)] if cut.beta else []))
         _put(p_s, tokens.weigh(scores, 0))
-        u = v[...].astype(jnp.float32)
+        u = compat.load(v, plgpu.Layout.WGMMA).astype(jnp.float32)
         if cut.beta:
             u = u - tokens.times(("enter",), stored[0])
             _put(r_s, tokens.times(("beta",), u))
@@ -145,14 +144,15 @@ def _forward_kernel(*refs, cut: Cut, save: bool):
         plgpu.commit_smem()
         if save:
             plgpu.copy_smem_to_gmem(u_s, saved[1].at[walk.place("value", n, b, h, block)])
-        read, written = products(((p_s, u_s),), ((turned(k), left_s if cut.carries else u_s),))
+        seen, read = products(((q, state_s),), ((p_s, u_s),))
         _put(r_s, read + tokens.times(("enter",), seen) * cut.scale)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r_s, o_g.at[walk.place("value", n, b, h, block)])
+        (written,) = products(((turned(k), left_s if cut.carries else u_s),))
         plgpu.wait_smem_to_gmem(0)
         return tokens.keep(state) + written
 
-    state = plgpu.load(start.at[b, h, :, columns], layout=plgpu.Layout.WGMMA, optimized=False)
+    state = compat.load(start.at[b, h, :, columns], plgpu.Layout.WGMMA, optimized=False)
     end_g[b, h, :, columns] = walk.chunks(lambda i: i, step, state)
 
 
@@ -177,6 +177,71 @@ def forward(cut: Cut, save: bool, q, k, v, inverse, rows, start) -> tuple[Array,
     scratch = [*_slots(cut, inverse, rows), shared(K, V), *(shared(C, V),) * 3, shared(C, C)]
     body = functools.partial(_forward_kernel, cut=cut, save=save)
     return _call(cut, "forward", body, out, scratch, len(operands), (*operands, start))
+
+
+def _backward_kernel(*refs, cut: Cut):
+    takes = 3 + cut.beta + bool(cut.names)
+    inputs, start, refs = refs[:takes], refs[takes], refs[takes + 1 :]
+    (dr_g, states_g, end_g), refs = refs[:3], refs[3:]
+    slots, (state_s, r_s, u_s, entered_s, p_s, barrier) = refs[:takes], refs[takes:]
+    walk = _Walk(cut, _sources(inputs), slots, barrier)
+    b, h, block = (lax.axis_index(name) for name in AXES)
+    columns = pl.ds(block * cut.block, cut.block)
+
+    def step(n, chunk, state):
+        q, k, do, *rest = chunk
+        tokens = _Tokens(cut, rest[-1] if cut.names else None)
+        _put(state_s, state)
+        _put(entered_s, tokens.times(("enter",), compat.load(do, plgpu.Layout.WGMMA).astype(jnp.float32)) * cut.scale)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(state_s, states_g.at[b, h, n, :, columns])
+        scores, written = products(((k, turned(q)),), ((k, state_s),))
+        _put(p_s, tokens.weigh(scores, 1))
+        plgpu.commit_smem()
+        (dr,) = products(((p_s, do),))
+        dr = dr + tokens.times(("leave",), written)
+        pairs = [(turned(q), entered_s)]
+        if cut.beta:
+            _put(u_s, dr)
+            plgpu.commit_smem()
+            (dr,) = products(((turned(rest[0]), u_s),))
+            # Into the same buffer: the product above has been waited for.
+            _put(u_s, tokens.times(("beta", "enter"), -dr))
+            pairs.append((turned(k), u_s))
+        _put(r_s, dr)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(r_s, dr_g.at[walk.place("value", n, b, h, block)])
+        (before,) = products(tuple(pairs))
+        plgpu.wait_smem_to_gmem(0)
+        return tokens.keep(state) + before
+
+    state = compat.load(start.at[b, h, :, columns], plgpu.Layout.WGMMA, optimized=False)
+    end_g[b, h, :, columns] = walk.chunks(lambda i: cut.chunks - 1 - i, step, state)
+
+
+def backward(cut: Cut, q, k, do, inverse, rows, dend) -> tuple[Array, ...]:
+    """dR, the gradients of the states that leave chunks, and that of the first state.
+
+    Args:
+      cut: sizes.
+      q, k: [B, T, G, K] bfloat16.
+      do: gradient of the output [B, T, H, V] bfloat16.
+      inverse, rows: as `forward` takes them.
+      dend: gradient of the last state, [B, H, K, V] float32.
+    """
+    C, K, V = cut.chunk, cut.key, cut.block
+    states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
+    out = [_like(do), jax.ShapeDtypeStruct(states, jnp.bfloat16), jax.ShapeDtypeStruct(dend.shape, jnp.float32)]
+    operands = (q, k, do, *inverse, *rows)
+    scratch = [*_slots(cut, inverse, rows), shared(K, V), *(shared(C, V),) * 3, shared(C, C)]
+    body = functools.partial(_backward_kernel, cut=cut)
+    return _call(cut, "backward", body, out, scratch, len(operands), (*operands, dend))
+
+
+def _sources(inputs) -> tuple:
+    """The arrays that come chunk by chunk, each with its kind."""
+    kinds = ("key", "key", "value") + ("chunk",) * (len(inputs) - 3)
+    return tuple(zip(inputs, kinds, strict=True))
 
 
 def _slots(cut: Cut, inverse, rows) -> list:
