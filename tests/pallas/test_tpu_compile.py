@@ -1,0 +1,31 @@
+"""The TPU kernels through the real TPU compiler, which the libtpu wheel holds; no TPU is needed."""
+
+import importlib.util
+
+import pytest
+
+from benchmarks import tpu_static
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu, the TPU compiler, is not installed here (extra tpu-compiler): no kernel is compiled",
+)
+
+# Together: odd sizes, shared heads, segments, decay, both dtypes, and every chip.
+SMALL = {
+    "delta odd": ("v5e:2x2", tpu_static.CASES["delta odd"]),
+    "delta float32": ("v5p:2x2x1", tpu_static.Case("delta_rule", 1, 100, 1, 1, 64, 96, "float32", decay=True)),
+    "delta shared heads": ("v6e:2x2", tpu_static.Case("delta_rule", 1, 256, 2, 1, 128, 128, segments=True)),
+    "linear odd": ("tpu7x:2x2x1", tpu_static.CASES["linear odd"]),
+    "linear float32": ("v5e:2x2", tpu_static.Case("linear_attention", 1, 256, 2, 1, 128, 128, "float32")),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_compiles(name):
+    """VMEM, layouts, lowerings: the compiler takes it, and what it makes calls the kernels."""
+    topology, case = SMALL[name]
+    tpu_static.prepare_compiler()
+    text = tpu_static.compile_case(case, topology).as_text()
+    for direction in ("forward", "backward"):
+        assert f"memformer_{case.op}_{direction}" in text
