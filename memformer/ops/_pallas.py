@@ -29,10 +29,7 @@ def kernel(
     Raises:
       NotImplementedError: no kernel serves the call, or the machine.
     """
-    # Imported late, so that `import memformer` stays quick.
-    from memformer.pallas.tpu.delta import delta_rule
-    from memformer.pallas.tpu.linear import linear_attention
-
+    delta_rule, linear_attention = _kernels()
     q, k, v, beta, decay, segments, state = memory
     writes = k.shape[2]
     precision = matmul_precision(precision, q, k, v)
@@ -51,6 +48,20 @@ def kernel(
     beta = beta.reshape(beta.shape[0], -1, beta.shape[3])
     output, state = delta_rule(q, k, v, beta, precision=precision, op=op, **options)
     return output[:, writes - 1 :: writes], state
+
+
+def _kernels():
+    """The kernels of the delta rule and of linear attention for this machine; a TPU's where it has no accelerator."""
+    # Imported late, so that `import memformer` stays quick.
+    from memformer.pallas.gpu.common import for_gpu
+
+    if for_gpu():
+        from memformer.pallas.gpu.delta import delta_rule
+        from memformer.pallas.gpu.linear import linear_attention
+    else:
+        from memformer.pallas.tpu.delta import delta_rule
+        from memformer.pallas.tpu.linear import linear_attention
+    return delta_rule, linear_attention
 
 
 def _at(x: Array, writes: int, place: int) -> Array:

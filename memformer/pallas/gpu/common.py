@@ -14,7 +14,8 @@ from memformer.core import compat
 from memformer.core.types import Array
 from memformer.pallas.gpu import tuning
 
-__all__ = ["Cut", "column", "cut_call", "interpreted", "interpreting", "iotas", "products", "row", "shared", "turned"]
+__all__ = ["Cut", "column", "cut_call", "for_gpu", "interpreted", "interpreting", "iotas", "products", "row"]
+__all__ += ["shared", "turned"]
 
 _interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
 
@@ -41,6 +42,14 @@ def interpreted():
 def interpreting() -> bool:
     """Whether kernels traced now run in the interpreter."""
     return _interpret.get()
+
+
+def for_gpu() -> bool:
+    """Whether this trace is for a GPU of any kind, or for the interpreter of one."""
+    if interpreting():
+        return True
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) in ("gpu", "cuda")
 
 
 def is_hopper() -> bool:
@@ -84,6 +93,10 @@ class Cut:
     def repeat(self) -> int:
         """R: value heads that share a query and key head."""
         return self.heads // self.groups
+
+    def local(self, q: Array, v: Array) -> "Cut":
+        """The cut of what one device holds: q [B, T, G, K], v [B, T, H, V]."""
+        return dataclasses.replace(self, batch=v.shape[0], heads=v.shape[2], groups=q.shape[2])
 
     @property
     def block(self) -> int:

@@ -24,6 +24,7 @@ def delta_rule(
     state: Float[Array, "B H K V"] | None,
     chunk_size: int | None = None,
     precision: lax.Precision = lax.Precision.DEFAULT,
+    op: str = "delta_rule",
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule by GPU kernels; arguments checked, q, k, v, beta and decay 0 at padding.
 
@@ -38,6 +39,7 @@ def delta_rule(
       state: initial state, or None for zeros.
       chunk_size: tokens a chunk; None takes the table's.
       precision: of the products.
+      op: the caller's name, for messages.
 
     Returns:
       The output in bfloat16, and the state in float32.
@@ -47,7 +49,7 @@ def delta_rule(
         decay per channel; keys wider than the kernels hold; a chunk size that no kernel has.
     """
     cut = cut_call(
-        "delta_rule",
+        op,
         q,
         k,
         v,

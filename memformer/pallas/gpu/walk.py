@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from memformer.core.chunking import pad_time, vary_like
 from memformer.core.types import Array
 from memformer.pallas.gpu import scan
-from memformer.pallas.gpu.common import Cut
+from memformer.pallas.gpu.common import Cut, interpreting
 from memformer.pallas.gpu.gradients import chunk_gradients
 from memformer.pallas.gpu.inverse import chunk_inverse
 from memformer.pallas.gpu.rows import token_rows
+from memformer.pallas.tpu.partition import split_batch_and_heads
 
 __all__ = ["run"]
 
@@ -38,20 +39,66 @@ def run(cut: Cut, q: Array, k: Array, v: Array, beta, decay, index, state: Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _walk(cut: Cut, q, k, v, rows, start):
-    return scan.forward(cut, False, q, k, v, chunk_inverse(cut, k, rows), rows, start)
+    return _forward(cut, False, q, k, v, chunk_inverse(cut, k, rows), rows, start)
 
 
 def _walk_forward(cut, q, k, v, rows, start):
     inverse = chunk_inverse(cut, k, rows)
-    o, end, states, u = scan.forward(cut, True, q, k, v, inverse, rows, start)
+    o, end, states, u = _forward(cut, True, q, k, v, inverse, rows, start)
     return (o, end), (q, k, v, rows, inverse, states, u)
 
 
 def _walk_backward(cut, saved, cotangents):
     q, k, v, rows, inverse, states, u = saved
     do, dend = cotangents
-    dr, dstates, dstart = scan.backward(cut, q, k, do, inverse, rows, dend)
+    dr, dstates, dstart = _backward(cut, q, k, do, inverse, rows, dend)
     return *chunk_gradients(cut, q, k, v, rows, states, u, do, dr, dstates), dstart
 
 
 _walk.defvjp(_walk_forward, _walk_backward)
+
+
+def _forward(cut: Cut, save: bool, q, k, v, inverse, rows, start) -> tuple[Array, ...]:
+    """scan.forward on every device's part."""
+    operands = (*_by_time(q, k, v), start, *inverse, *rows)
+    o, end, *saved = _split(_forward_part, (cut, save), operands, (4, 4, 5, 4) if save else (4, 4))
+    return (*_by_time(o), end, *saved[:1], *_by_time(*saved[1:]))
+
+
+def _forward_part(cut: Cut, save: bool, q, k, v, start, *rest) -> tuple[Array, ...]:
+    q, k, v = _by_time(q, k, v)
+    o, end, *saved = scan.forward(cut.local(q, v), save, q, k, v, *_grouped(cut, rest), start)
+    return (*_by_time(o), end, *saved[:1], *_by_time(*saved[1:]))
+
+
+def _backward(cut: Cut, q, k, do, inverse, rows, dend) -> tuple[Array, ...]:
+    """scan.backward on every device's part."""
+    dr, dstates, dstart = _split(_backward_part, (cut,), (*_by_time(q, k, do), dend, *inverse, *rows), (4, 5, 4))
+    return (*_by_time(dr), dstates, dstart)
+
+
+def _backward_part(cut: Cut, q, k, do, dend, *rest) -> tuple[Array, ...]:
+    q, k, do = _by_time(q, k, do)
+    dr, dstates, dstart = scan.backward(cut.local(q, do), q, k, do, *_grouped(cut, rest), dend)
+    return (*_by_time(dr), dstates, dstart)
+
+
+def _by_time(*arrays: Array) -> tuple[Array, ...]:
+    """Heads before time, or back: the partitioner's calls want heads second, the kernels read time second.
+
+    Around a call one of these undoes the other, and the compiler drops both.
+    """
+    return tuple(jnp.swapaxes(x, 1, 2) for x in arrays)
+
+
+def _grouped(cut: Cut, rest) -> tuple:
+    """The inverse and the rows, each in a tuple that may be empty."""
+    return tuple(rest[: int(cut.beta)]), tuple(rest[int(cut.beta) :])
+
+
+def _split(part, static, arrays, ranks) -> tuple[Array, ...]:
+    if interpreting():
+        # The interpreter's effects are more than the partitioner's calls can carry.
+        return tuple(part(*static, *arrays))
+    results = tuple((rank, False) for rank in ranks)
+    return tuple(split_batch_and_heads(part, static, static[0].repeat, results)(*arrays))
