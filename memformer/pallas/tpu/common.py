@@ -8,6 +8,7 @@ program reads max(1, P / R) of those.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -23,7 +24,6 @@ __all__ = [
     "CHUNKS",
     "Cut",
     "PASSES",
-    "SUBLANES",
     "cut_call",
     "interpreted",
     "interpreting",
@@ -33,8 +33,6 @@ __all__ = [
 ]
 
 _interpret: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpret", default=None)
-
-SUBLANES = 8
 
 # Powers of two, for the ladder; 16 rows of bfloat16 fill a register.
 CHUNKS = (16, 32, 64, 128, 256)
@@ -213,29 +211,34 @@ def cut_call(
     )
 
 
-def product(a: Array, b: Array, contract: str, passes: int) -> Array:
+def split(x: Array, passes: int) -> tuple[Array, ...]:
+    """x as the sum of arrays that `product` takes: one in bfloat16 (1 pass), two (3 passes), one in float32 (6)."""
+    if passes == 6:
+        return (x.astype(jnp.float32),)
+    high = x.astype(jnp.bfloat16)
+    if passes == 1 or x.dtype == jnp.bfloat16:
+        return (high,)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def product(a: Array | tuple[Array, ...], b: Array | tuple[Array, ...], contract: str, passes: int) -> Array:
     """Matrix product in float32: contract "nn" is a b, "nt" a b^T, "tn" a^T b.
 
-    passes: 1 rounds operands to bfloat16, 3 keeps 16 bits (2 where one operand is bfloat16), 6 keeps float32.
+    Args:
+      a: a matrix, or what `split` made of it.
+      b: another.
+      contract: which axes.
+      passes: 1 rounds operands to bfloat16, 3 keeps 16 bits (2 where one operand is bfloat16), 6 keeps float32.
     """
     axes = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
-
-    def dot(x, y, precision=None):
-        return lax.dot_general(x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-    if passes == 1:
-        return dot(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16))
-    if passes == 6:
-        return dot(a.astype(jnp.float32), b.astype(jnp.float32), lax.Precision.HIGHEST)
-    return sum(dot(x, y) for i, x in enumerate(_parts(a)) for j, y in enumerate(_parts(b)) if i + j < 2)
-
-
-def _parts(x: Array) -> tuple[Array, ...]:
-    """x as a sum of bfloat16 arrays, to 16 bits: itself, or high and low half."""
-    if x.dtype == jnp.bfloat16:
-        return (x,)
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    precision = lax.Precision.HIGHEST if passes == 6 else None
+    a, b = (x if isinstance(x, tuple) else split(x, passes) for x in (a, b))
+    parts = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2]
+    products = (
+        lax.dot_general(x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        for x, y in parts
+    )
+    return functools.reduce(jnp.add, products)
 
 
 def iotas(shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -1,0 +1,160 @@
+"""The GPU kernels in Pallas' GPU interpreter: races are errors, fresh memory is NaN. No GPU is needed.
+
+The interpreter came with jax 0.11 for what the kernels use; before, the program made for a GPU is looked at only.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
+
+import memformer as mf
+from memformer.pallas.gpu import common
+from tests.numeric import assert_close
+from tests.ops import test_ops as suite
+from tests.pallas.test_tpu import keys
+
+H200 = AbstractMesh((1,), ("one",), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda"))
+
+interprets = pytest.mark.skipif(
+    not hasattr(plgpu, "force_gpu_interpret_mode"),
+    reason=f"jax {jax.__version__} cannot interpret the GPU kernels (0.11 can): their program is made, not run",
+)
+
+# Rows of the shared suite. Together: decay, shared heads, segments, an initial state, V + 1 columns, two writes a token.
+ROWS = ["delta_rule", "delta_rule_grouped", "delta_product_head_decay", "linear_attention"]
+ROWS += ["linear_attention_normalized"]
+
+
+@pytest.fixture
+def interpreter():
+    """Runs kernels in the interpreter, and leaves no state to the next test."""
+    from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
+
+    with common.interpreted():
+        yield
+    reset_gpu_interpret_mode_state()
+
+
+@interprets
+@pytest.mark.parametrize("name", ROWS)
+def test_packed_against_oracle(name, interpreter):
+    arrays, state = suite.inputs(name)
+    ids = suite.packed_ids()[0]
+    got, _ = suite.evaluate(name, "pallas", suite.cast(arrays, "bfloat16"), suite.cast(state, "float32"), ids)
+    assert got["output"].dtype == jnp.bfloat16
+    suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
+
+
+@interprets
+@pytest.mark.parametrize(("kind", "beta"), [("identical", 2.0), ("close", 1.0)])
+def test_hard_keys(kind, beta, interpreter):
+    """Two chunks of keys where a power series of A would reach 1e18, at the widest key."""
+    rng = np.random.default_rng(3)
+    length, width = 128, 128
+    arrays = {
+        "q": suite.cast(rng.standard_normal((1, length, 1, width)), "bfloat16"),
+        "k": suite.cast(keys(kind, rng, length, width)[None, :, None], "bfloat16"),
+        "v": suite.cast(rng.standard_normal((1, length, 1, 16)), "bfloat16"),
+        "beta": jnp.full((1, length, 1), beta, jnp.float32),
+    }
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            output, state = mf.delta_rule(**arrays, implementation=implementation)
+            return jnp.sum(jnp.sin(output.astype(state.dtype))) + jnp.sum(state), (output, state)
+
+        (_, seen), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+        return *seen, gradients
+
+    got = run(arrays, "pallas")
+    with jax.enable_x64(True):
+        want = jax.tree.map(np.asarray, run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), "recurrent"))
+    assert_close(got[:2], want[:2], 2e-2, kind)
+    assert_close(got[2], want[2], 6e-2, f"{kind} gradient")
+
+
+@interprets
+def test_mapped(interpreter):
+    arrays, _ = suite.inputs("linear_attention")
+    arrays = suite.cast({name: x[:1, :20] for name, x in arrays.items()}, "bfloat16")
+    v = jnp.stack([arrays["v"], 2 * arrays["v"]])
+    call = jax.vmap(lambda v: mf.linear_attention(arrays["q"], arrays["k"], v, implementation="pallas")[0])
+    want = mf.linear_attention(**arrays, implementation="chunked")[0].astype(jnp.float32)
+    assert_close(call(v).astype(jnp.float32), jnp.stack([want, 2 * want]), 1e-2)
+
+
+@interprets
+def test_the_interpreter_sees_a_race(interpreter):
+    def kernel(x_ref, o_ref, block, barrier):
+        plgpu.copy_gmem_to_smem(x_ref, block, barrier)
+        # Read before the copy is waited for.
+        o_ref[...] = block[...]
+        plgpu.barrier_wait(barrier)
+
+    x = jnp.ones((64, 64), jnp.float32)
+    call = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier()],
+        grid=(1,),
+        grid_names=("one",),
+    )
+    with pytest.raises(Exception, match="RACE"):
+        jax.block_until_ready(call(x))
+
+
+REFUSED = {
+    "float32": ("float32", {}, "takes bfloat16 q, k and v"),
+    "per channel": ("bfloat16", {"decay": np.zeros((1, 8, 2, 4))}, "per key channel"),
+    "chunk": ("bfloat16", {"chunk_size": 32}, "takes chunk_size 64"),
+    "precision": ("bfloat16", {"precision": "highest"}, "default precision only"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_refusals_say_why(why):
+    dtype, options, message = REFUSED[why]
+    x = jnp.zeros((1, 8, 2, 4), dtype)
+    options = {name: jnp.asarray(v, "float32") if name == "decay" else v for name, v in options.items()}
+    for op in (
+        lambda **kind: mf.delta_rule(x, x, x, x[..., 0], **kind),
+        lambda **kind: mf.linear_attention(x, x, x, **kind),
+    ):
+        with jax.sharding.use_abstract_mesh(H200):
+            with pytest.raises(NotImplementedError, match=message):
+                jax.eval_shape(lambda op=op: op(implementation="pallas", **options))
+            # The library's own choice goes to what serves.
+            jax.eval_shape(lambda op=op: op(**options))
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200"])
+def test_other_gpus_take_the_chunked_form(kind):
+    x = jnp.zeros((1, 8, 2, 4), jnp.bfloat16)
+    mesh = AbstractMesh((1,), ("one",), abstract_device=AbstractDevice(kind, 1, "cuda"))
+    with jax.sharding.use_abstract_mesh(mesh):
+        with pytest.raises(NotImplementedError, match="needs an sm_90 GPU"):
+            jax.eval_shape(lambda: mf.linear_attention(x, x, x, implementation="pallas"))
+        jax.eval_shape(lambda: mf.linear_attention(x, x, x))
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_no_fallback_in_disguise(implementation):
+    """The program for an H200 calls the kernels by name, forward and backward, also where the library chooses."""
+    wide, scalar = (1, 256, 2, 128), (1, 256, 2)
+
+    def both(q, k, v, beta):
+        a, _ = mf.delta_rule(q, k, v, beta, implementation=implementation)
+        b, _ = mf.linear_attention(q, k, v, implementation=implementation)
+        return sum(x.astype(jnp.float32).sum() for x in (a, b))
+
+    function = jax.jit(jax.grad(both, argnums=(0, 1, 2, 3)))
+    specs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (wide, wide, wide, scalar)]
+    with jax.sharding.use_abstract_mesh(H200):
+        checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+        text = jax.export.export(function, platforms=["cuda"], disabled_checks=checks)(*specs).mlir_module()
+    for name in ("delta_rule_forward", "delta_rule_backward", "linear_attention_forward", "linear_attention_backward"):
+        assert f"memformer_{name}" in text
+    assert "while" not in text
