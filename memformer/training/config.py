@@ -319,7 +319,11 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     """
     with report_errors():
         _check_overrides(argv)
-    rest = flags.FLAGS(argv)
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            reason = str(error).replace("=None: Flag --", ": --").replace("have a value other than None", "be given")
+            raise RunError(f"{reason} See {os.path.basename(argv[0])} --help.") from error
     verbosity = flags.FLAGS["verbosity"]
     if verbosity.using_default_value:
         # what JAX and Orbax tell at INFO is for their developers; absl leaves alone what was set

@@ -170,6 +170,9 @@ def _restore(workdir: str, step: int | None, settings: Sequence[str], batch_size
 
 def _lengths(task: Task, lengths: Sequence[int | str] | None) -> dict[int, Task]:
     chosen = lengths or task.eval_lengths or (task.length,)
+    for length in chosen:
+        if not str(length).isdecimal():
+            raise RunError(f"--lengths must be whole numbers separated by commas, such as 16,64, got {length!r}.")
     with run_errors("--lengths"):
         return {int(length): task.with_length(int(length)) for length in chosen}
 

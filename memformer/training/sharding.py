@@ -50,7 +50,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     """
     devices = jax.devices() if devices is None else list(devices)
     asked = ", ".join(f"{name}={sizes.get(name)}" for name in AXES)
-    found = f"{len(devices)} {devices[0].platform} device{'s' if len(devices) > 1 else ''}"
+    several = len(devices) > 1
+    found = f"{len(devices)} {devices[0].platform} device{'s were' if several else ' was'} found"
     if set(sizes) != set(AXES):
         raise RunError(f"config.mesh must have the axes {', '.join(AXES)}, got {', '.join(sizes)}.")
     free = [name for name in AXES if sizes[name] == -1]
@@ -60,7 +61,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if len(devices) % fixed if free else fixed != len(devices):
         need = f"a multiple of {fixed}" if free else str(fixed)
         raise RunError(
-            f"config.mesh ({asked}) needs {need} devices, but {found} were found. Change the sizes with "
+            f"config.mesh ({asked}) needs {need} devices, but {found}. Change the sizes with "
             f"--config.mesh.{free[0] if free else 'data'}=..., or run where there are as many devices "
             "(on CPU, JAX_NUM_CPU_DEVICES=8 makes eight)."
         )

@@ -1,6 +1,10 @@
 """The run config: defaults, overrides and their typos, checks, comparing two runs."""
 
 import json
+import pathlib
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -109,6 +113,23 @@ def test_typo_on_the_command_line(tmp_path, capsys):
             parse_flags(argv)
         error = capsys.readouterr().err
         assert stop.value.code == 1 and says in error and error.count("\n") == 1, (argv, error)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("train.py", "--config must be given"),
+        ("eval.py", "--workdir must be given"),
+        ("train.py --config=configs/swap.py --config.train.steps=many", "invalid literal for int.*'many'"),
+        ("train.py --config=configs/swap.py --speed=9", "Unknown command line flag 'speed'"),
+    ],
+)
+def test_flags_that_cannot_be(command, says):
+    """One line and exit code 1, no traceback."""
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, *command.split()], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert re.match(f"error: .*{says}.* See {command.split()[0]} --help", done.stderr), done.stderr
 
 
 def test_errors_of_the_user_and_bugs_part(capsys):
