@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -37,8 +38,10 @@ def split_batch_and_heads(
 
     @custom_vmap
     def call(*arrays):
-        if interpreting():
-            # The interpreter's effects are more than the partitioner's calls can carry.
+        mesh = jax.sharding.get_abstract_mesh()
+        if interpreting() or (not mesh.empty and mesh.size == 1):
+            # The interpreter's effects are more than the partitioner's calls can carry; and the partitioner wants
+            # devices, where a mesh of one may stand for a machine that is not here.
             return tuple(function(*static, *arrays))
         operands = tuple((x.ndim, i < 2) for i, x in enumerate(arrays))
         return _partitioned(function, static, operands, results, repeat, *arrays)
