@@ -64,9 +64,10 @@ def test_batch_must_divide():
         global_batch(batch, run.mesh)
 
 
-def prepared(memory, mesh, monkeypatch):
+def prepared(memory, mesh, monkeypatch, **changes):
     """A small run on as many devices as the mesh names: its pieces, compiled step, state and batches."""
-    config = small_config(memory, model__width=32, model__heads=4, model__depth=1, optimizer__learning_rate=1e-3)
+    sizes = {"model__width": 32, "model__heads": 4, "model__depth": 1, "optimizer__learning_rate": 1e-3}
+    config = small_config(memory, **sizes, **changes)
     config.mesh = mesh
     config = config.to_dict()
     devices = jax.devices()[: math.prod(mesh.values())]
@@ -106,6 +107,16 @@ def test_eight_devices_do_what_one_does(memory, monkeypatch):
     gathered = gathered_sizes(step.as_text())
     assert gathered, "parameters split over fsdp must be gathered somewhere"
     assert max(gathered) <= largest, f"gathered {max(gathered)} elements; the largest weight has {largest}"
+    np.testing.assert_allclose(losses(*many), losses(*one), rtol=1e-5)
+
+
+def test_time_over_devices_does_what_one_does(monkeypatch):
+    """The context axis: correct, though a scan over time then moves activations between devices."""
+    even = {"task__start": "none"}
+    one = prepared("delta_rule", ONE, monkeypatch, **even)
+    many = prepared("delta_rule", {**ONE, "context": 2, "tensor": 2}, monkeypatch, **even)
+    batch = many[3][0]
+    assert batch["inputs"].sharding.spec == PartitionSpec(("data", "fsdp"), "context")
     np.testing.assert_allclose(losses(*many), losses(*one), rtol=1e-5)
 
 
