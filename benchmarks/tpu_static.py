@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import memformer as mf
 from memformer.pallas.tpu.common import Cut, cut_call
@@ -115,18 +115,27 @@ def shapes(case: Case) -> list[jax.ShapeDtypeStruct]:
 
 
 @functools.cache
-def _mesh(topology: str) -> Mesh:
+def _mesh(topology: str, split: tuple[int, int] = (1, 1)) -> Mesh:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    return Mesh(np.array(devices[:1]), ("one",))
+    devices = np.array(devices[: split[0] * split[1]]).reshape(split)
+    return Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
-def compile_case(case: Case, topology: str):
-    """Forward and backward, compiled for one chip of a topology such as "v5e:2x2"."""
-    mesh = _mesh(topology)
-    place = NamedSharding(mesh, PartitionSpec())
-    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in shapes(case)]
+def compile_case(case: Case, topology: str, split: tuple[int, int] = (1, 1)):
+    """Forward and backward, compiled for chips of a topology such as "v5e:2x2".
+
+    Args:
+      case: the call.
+      topology: name of the chips.
+      split: devices over batch and over heads.
+    """
+    mesh = _mesh(topology, split)
+    arguments = []
+    for x in shapes(case):
+        spec = PartitionSpec("data", None, "tensor") if len(x.shape) > 2 else PartitionSpec("data")
+        arguments.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)))
     # The mesh tells the library which chip it traces for.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with jax.set_mesh(mesh):
         return jax.jit(gradient(case)).lower(*arguments).compile()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
 from memformer.pallas.tpu import common, partition, tuning
@@ -199,17 +199,21 @@ def test_no_fallback_in_disguise(implementation):
 
 
 def test_split_over_devices():
-    """What the partitioner gets: batch and heads stay where they are, shared heads too, and nothing is gathered."""
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
+    """Under a mesh every device makes its own call: batch and heads, shared ones too, stay where they are."""
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    held = []
 
     def local(scale, q, k, v):
+        held.append((q.shape, v.shape))
         return q * scale, v + jnp.repeat(k, v.shape[1] // k.shape[1], axis=1)
 
-    call = partition.split_batch_and_heads(local, (2.0,), 2, results=((4, True), (4, False)))
+    call = partition.split_batch_and_heads(local, (2.0,), results=2)
     few, many = np.ones((4, 2, 8, 4), np.float32), np.ones((4, 4, 8, 4), np.float32)
-    place = jax.NamedSharding(mesh, PartitionSpec("data", "tensor"))
+    place = NamedSharding(mesh, PartitionSpec("data", "tensor"))
     arrays = [jax.device_put(x, place) for x in (few, few, many)]
-    compiled = jax.jit(lambda *x: tuple(call(*x))).lower(*arrays).compile()
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(lambda *x: tuple(call(*x))).lower(*arrays).compile()
+    assert held == [((2, 1, 8, 4), (2, 2, 8, 4))]
     assert "all-" not in compiled.as_text() and "collective" not in compiled.as_text()
     assert all(s.is_equivalent_to(place, 4) for s in compiled.output_shardings)
     doubled, added = compiled(*arrays)

@@ -29,3 +29,14 @@ def test_compiles(name):
     text = tpu_static.compile_case(case, topology).as_text()
     for direction in ("forward", "backward"):
         assert f"memformer_{case.op}_{direction}" in text
+
+
+def test_split_over_chips():
+    """On a mesh of chips each calls the kernels for its own rows and heads, and nothing moves between them."""
+    tpu_static.prepare_compiler()
+    case = tpu_static.Case("delta_rule", 2, 256, 4, 2, 128, 128)
+    text = tpu_static.compile_case(case, "v5e:2x2", split=(2, 2)).as_text()
+    assert "memformer_delta_rule_forward" in text and "bf16[1,2,256,128]" in text
+    # The loss is a sum over all chips; arrays stay.
+    for transfer in ("all-gather", "all-to-all", "collective-permute"):
+        assert transfer not in text

@@ -59,26 +59,21 @@ def run(
     return jnp.swapaxes(o, 1, 2)[:, : q.shape[1]], end
 
 
-# Rank of a result, and whether it has the few heads of q and k.
-_KEY, _VALUE, _STATES, _ROWS = (4, True), (4, False), (5, False), (5, False)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _walk(memory: Memory, cut: Cut, q, k, v, rows, start):
-    call = split_batch_and_heads(_forward, (memory, cut, False), cut.repeat, results=(_VALUE, _VALUE))
+    call = split_batch_and_heads(_forward, (memory, cut, False), results=2)
     return tuple(call(q, k, v, start, *rows))
 
 
 def _walk_forward(memory, cut, q, k, v, rows, start):
-    call = split_batch_and_heads(_forward, (memory, cut, True), cut.repeat, results=(_VALUE, _VALUE, _STATES))
+    call = split_batch_and_heads(_forward, (memory, cut, True), results=3)
     o, end, states = call(q, k, v, start, *rows)
     return (o, end), (q, k, v, rows, states)
 
 
 def _walk_backward(memory, cut, saved, cotangents):
     q, k, v, rows, states = saved
-    results = (_KEY, _KEY, _VALUE, _VALUE) + (_ROWS,) * len(rows)
-    call = split_batch_and_heads(_backward, (memory, cut), cut.repeat, results=results)
+    call = split_batch_and_heads(_backward, (memory, cut), results=4 + len(rows))
     dq, dk, dv, dstart, *drows = call(q, k, v, states, *cotangents, *rows)
     return dq, dk, dv, tuple(drows), dstart
 
