@@ -23,7 +23,7 @@ interprets = pytest.mark.skipif(
     reason=f"jax {jax.__version__} cannot interpret the GPU kernels (0.11 can): their program is made, not run",
 )
 
-# Rows of the shared suite. Together: decay, shared heads, segments, an initial state, V + 1 columns, two writes a token.
+# Rows of the shared suite. Together: decay, shared heads, segments, an initial state, V + 1 columns, two writes.
 ROWS = ["delta_rule", "delta_rule_grouped", "delta_product_head_decay", "linear_attention"]
 ROWS += ["linear_attention_normalized"]
 
@@ -140,6 +140,10 @@ def test_other_gpus_take_the_chunked_form(kind):
         jax.eval_shape(lambda: mf.linear_attention(x, x, x))
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11),
+    reason=f"jax {jax.__version__} exports no partitioned call without devices (0.10 does): see test_gpu_compile.py",
+)
 @pytest.mark.parametrize("implementation", [None, "pallas"])
 def test_no_fallback_in_disguise(implementation):
     """The program for an H200 calls the kernels by name, forward and backward, also where the library chooses."""

@@ -101,7 +101,7 @@ class Cut:
     @property
     def block(self) -> int:
         """Value columns a program."""
-        return tuning.VALUE_BLOCK
+        return tuning.VALUE_BLOCKS[self.key]
 
     @property
     def carries(self) -> bool:
@@ -176,7 +176,7 @@ def cut_call(
         chunks=-(-length // tuning.CHUNK),
         chunk=tuning.CHUNK,
         key=next(width for width in tuning.KEYS if width >= key),
-        value=-(-value // tuning.VALUE_BLOCK) * tuning.VALUE_BLOCK,
+        value=-(-value // 64) * 64,
         scale=scale,
         beta=beta is not None,
         decay=decay is not None,
@@ -184,9 +184,10 @@ def cut_call(
     )
 
 
-def shared(*shape: int) -> plgpu.SMEM:
-    """A bfloat16 block of shared memory as wgmma reads it."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
+def shared(cut: Cut, *shape: int) -> plgpu.SMEM:
+    """A bfloat16 block of shared memory as wgmma reads it: both operands with one swizzle."""
+    transforms = (plgpu.TilingTransform((8, cut.block)), plgpu.SwizzleTransform(2 * cut.block))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def turned(ref):

@@ -1,6 +1,7 @@
 """X = (I + A)^-1 of every chunk and head, all at once."""
 
 import jax.numpy as jnp
+from jax import lax
 
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array
@@ -11,7 +12,7 @@ __all__ = ["chunk_inverse"]
 
 
 def chunk_inverse(cut: Cut, k: Array, rows: tuple[Array, ...]) -> tuple[Array, ...]:
-    """X [B, H, N, C, C] bfloat16, in a tuple; () where writes add.
+    """X as the sum of two halves [B, H, N, C, C] bfloat16; () where writes add.
 
     Args:
       cut: sizes.
@@ -24,4 +25,7 @@ def chunk_inverse(cut: Cut, k: Array, rows: tuple[Array, ...]) -> tuple[Array, .
     ks = blocks(cut, k, cut.repeat)
     d = weights(cut, names) if cut.carries else weights(cut, names)[None, None, None]
     match = d * product("bhnrk,bhnik->bhnri", ks, ks)
-    return (unit_lower_inverse(names["beta"][..., None] * match).astype(jnp.bfloat16),)
+    x = unit_lower_inverse(names["beta"][..., None] * match)
+    # The compiler may take a cast to bfloat16 and back for nothing, but not this.
+    high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return high.astype(jnp.bfloat16), (x - high).astype(jnp.bfloat16)

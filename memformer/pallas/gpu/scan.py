@@ -9,7 +9,13 @@ and the backward scan, from the last chunk to the first, with S and dS now gradi
 
     dU = (s D (Q K^T))^T dO + w K dS'      dR = X^T dU      dS = c_C dS' + Q^T (s c dO) - K^T (c beta dR)
 
-Where writes add, U = V, dR = dU and the last term is not there. A program is one warpgroup that walks
+Where writes add, U = V, dR = dU and the last term is not there.
+
+What cancels when keys repeat (K S, X times what is missing, K^T U, and the same backward) takes its float32
+operands as sums of two bfloat16 halves, 16 bits: with identical keys and beta 2 a single bfloat16 operand was
+seen to lose 11% of the output in 128 tokens.
+
+A program is one warpgroup that walks
 one head and a block of value columns, which know nothing of each other: the state stays in registers as
 wgmma's accumulators, the next chunk is on its way (TMA) while one is computed.
 """
@@ -113,12 +119,20 @@ def _put(ref, x: Array) -> None:
     ref[...] = x.astype(ref.dtype)
 
 
+def _put_halves(refs, x: Array) -> None:
+    """x as the sum of two bfloat16 blocks, to 16 bits."""
+    high, low = refs
+    _put(high, x)
+    _put(low, x - x.astype(jnp.bfloat16).astype(jnp.float32))
+
+
 def _forward_kernel(*refs, cut: Cut, save: bool):
-    takes = 3 + cut.beta + bool(cut.names)
+    takes = 3 + 2 * cut.beta + bool(cut.names)
     inputs, start, refs = refs[:takes], refs[takes], refs[takes + 1 :]
     (o_g, end_g), refs = refs[:2], refs[2:]
     saved, refs = (refs[:2], refs[2:]) if save else ((), refs)
-    slots, (state_s, r_s, u_s, left_s, p_s, barrier) = refs[:takes], refs[takes:]
+    slots, (*blocks, p_s, barrier) = refs[:takes], refs[takes:]
+    state_s, (r_s, r_low), u_s, left_s = (blocks[i : i + 2] for i in range(0, 8, 2))
     walk = _Walk(cut, _sources(inputs), slots, barrier)
     b, h, block = (lax.axis_index(name) for name in AXES)
     columns = pl.ds(block * cut.block, cut.block)
@@ -126,29 +140,30 @@ def _forward_kernel(*refs, cut: Cut, save: bool):
     def step(n, chunk, state):
         q, k, v, *rest = chunk
         tokens = _Tokens(cut, rest[-1] if cut.names else None)
-        _put(state_s, state)
+        _put_halves(state_s, state)
         plgpu.commit_smem()
         if save:
-            plgpu.copy_smem_to_gmem(state_s, saved[0].at[b, h, n, :, columns])
-        scores, *stored = products(((q, turned(k)),), *([((k, state_s),)] if cut.beta else []))
+            plgpu.copy_smem_to_gmem(state_s[0], saved[0].at[b, h, n, :, columns])
+        scores, *stored = products(((q, turned(k)),), *([[(k, half) for half in state_s]] if cut.beta else []))
         _put(p_s, tokens.weigh(scores, 0))
         u = compat.load(v, plgpu.Layout.WGMMA).astype(jnp.float32)
         if cut.beta:
             u = u - tokens.times(("enter",), stored[0])
-            _put(r_s, tokens.times(("beta",), u))
+            _put_halves((r_s, r_low), tokens.times(("beta",), u))
             plgpu.commit_smem()
-            (u,) = products(((rest[0], r_s),))
-        _put(u_s, u)
+            (u,) = products(((rest[0], r_s), (rest[0], r_low), (rest[1], r_s)))
+        _put_halves(u_s, u)
         if cut.carries:
-            _put(left_s, tokens.times(("leave",), u))
+            _put_halves(left_s, tokens.times(("leave",), u))
         plgpu.commit_smem()
         if save:
-            plgpu.copy_smem_to_gmem(u_s, saved[1].at[walk.place("value", n, b, h, block)])
-        seen, read = products(((q, state_s),), ((p_s, u_s),))
+            plgpu.copy_smem_to_gmem(u_s[0], saved[1].at[walk.place("value", n, b, h, block)])
+        (seen,) = products([(q, half) for half in state_s])
+        (read,) = products([(p_s, half) for half in u_s])
         _put(r_s, read + tokens.times(("enter",), seen) * cut.scale)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r_s, o_g.at[walk.place("value", n, b, h, block)])
-        (written,) = products(((turned(k), left_s if cut.carries else u_s),))
+        (written,) = products([(turned(k), half) for half in (left_s if cut.carries else u_s)])
         plgpu.wait_smem_to_gmem(0)
         return tokens.keep(state) + written
 
@@ -164,26 +179,27 @@ def forward(cut: Cut, save: bool, q, k, v, inverse, rows, start) -> tuple[Array,
       save: whether the backward pass follows.
       q, k: [B, T, G, K] bfloat16.
       v: [B, T, H, V] bfloat16.
-      inverse: X [B, H, N, C, C] bfloat16, in a tuple; () where writes add.
+      inverse: X as two halves [B, H, N, C, C] bfloat16; () where writes add.
       rows: of the tokens.
       start: [B, H, K, V] float32.
     """
     C, K, V = cut.chunk, cut.key, cut.block
-    out = [_like(v), jax.ShapeDtypeStruct(start.shape, jnp.float32)]
+    operands = (q, k, v, *inverse, *rows)
+    result = functools.partial(_result, like=(*operands, start))
+    out = [result(v.shape, v.dtype), result(start.shape, jnp.float32)]
     if save:
         states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
-        out += [jax.ShapeDtypeStruct(states, jnp.bfloat16), _like(v)]
-    operands = (q, k, v, *inverse, *rows)
-    scratch = [*_slots(cut, inverse, rows), shared(K, V), *(shared(C, V),) * 3, shared(C, C)]
+        out += [result(states, jnp.bfloat16), result(v.shape, v.dtype)]
+    scratch = [*_slots(cut, inverse, rows), *(shared(cut, K, V),) * 2, *(shared(cut, C, V),) * 6, shared(cut, C, C)]
     body = functools.partial(_forward_kernel, cut=cut, save=save)
     return _call(cut, "forward", body, out, scratch, len(operands), (*operands, start))
 
 
 def _backward_kernel(*refs, cut: Cut):
-    takes = 3 + cut.beta + bool(cut.names)
+    takes = 3 + 2 * cut.beta + bool(cut.names)
     inputs, start, refs = refs[:takes], refs[takes], refs[takes + 1 :]
     (dr_g, states_g, end_g), refs = refs[:3], refs[3:]
-    slots, (state_s, r_s, u_s, entered_s, p_s, barrier) = refs[:takes], refs[takes:]
+    slots, (*state_s, r_s, u_s, u_low, entered_s, p_s, barrier) = refs[:takes], refs[takes:]
     walk = _Walk(cut, _sources(inputs), slots, barrier)
     b, h, block = (lax.axis_index(name) for name in AXES)
     columns = pl.ds(block * cut.block, cut.block)
@@ -191,23 +207,23 @@ def _backward_kernel(*refs, cut: Cut):
     def step(n, chunk, state):
         q, k, do, *rest = chunk
         tokens = _Tokens(cut, rest[-1] if cut.names else None)
-        _put(state_s, state)
+        (scores,) = products(((k, turned(q)),))
+        _put(p_s, tokens.weigh(scores, 1))
+        _put_halves(state_s, state)
         _put(entered_s, tokens.times(("enter",), compat.load(do, plgpu.Layout.WGMMA).astype(jnp.float32)) * cut.scale)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(state_s, states_g.at[b, h, n, :, columns])
-        scores, written = products(((k, turned(q)),), ((k, state_s),))
-        _put(p_s, tokens.weigh(scores, 1))
-        plgpu.commit_smem()
-        (dr,) = products(((p_s, do),))
+        plgpu.copy_smem_to_gmem(state_s[0], states_g.at[b, h, n, :, columns])
+        written, dr = products([(k, half) for half in state_s], ((p_s, do),))
         dr = dr + tokens.times(("leave",), written)
         pairs = [(turned(q), entered_s)]
         if cut.beta:
-            _put(u_s, dr)
+            high, low = turned(rest[0]), turned(rest[1])
+            _put_halves((u_s, u_low), dr)
             plgpu.commit_smem()
-            (dr,) = products(((turned(rest[0]), u_s),))
-            # Into the same buffer: the product above has been waited for.
-            _put(u_s, tokens.times(("beta", "enter"), -dr))
-            pairs.append((turned(k), u_s))
+            (dr,) = products(((high, u_s), (high, u_low), (low, u_s)))
+            # Into the same buffers: the product above has been waited for.
+            _put_halves((u_s, u_low), tokens.times(("beta", "enter"), -dr))
+            pairs += [(turned(k), u_s), (turned(k), u_low)]
         _put(r_s, dr)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(r_s, dr_g.at[walk.place("value", n, b, h, block)])
@@ -231,9 +247,10 @@ def backward(cut: Cut, q, k, do, inverse, rows, dend) -> tuple[Array, ...]:
     """
     C, K, V = cut.chunk, cut.key, cut.block
     states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
-    out = [_like(do), jax.ShapeDtypeStruct(states, jnp.bfloat16), jax.ShapeDtypeStruct(dend.shape, jnp.float32)]
     operands = (q, k, do, *inverse, *rows)
-    scratch = [*_slots(cut, inverse, rows), shared(K, V), *(shared(C, V),) * 3, shared(C, C)]
+    result = functools.partial(_result, like=(*operands, dend))
+    out = [result(do.shape, do.dtype), result(states, jnp.bfloat16), result(dend.shape, jnp.float32)]
+    scratch = [*_slots(cut, inverse, rows), *(shared(cut, K, V),) * 2, *(shared(cut, C, V),) * 4, shared(cut, C, C)]
     body = functools.partial(_backward_kernel, cut=cut)
     return _call(cut, "backward", body, out, scratch, len(operands), (*operands, dend))
 
@@ -246,12 +263,14 @@ def _sources(inputs) -> tuple:
 
 def _slots(cut: Cut, inverse, rows) -> list:
     C, K, V = cut.chunk, cut.key, cut.block
-    slots = [shared(2, C, K), shared(2, C, K), shared(2, C, V)] + [shared(2, C, C)] * len(inverse)
+    slots = [shared(cut, 2, C, K), shared(cut, 2, C, K), shared(cut, 2, C, V)] + [shared(cut, 2, C, C)] * len(inverse)
     return slots + [plgpu.SMEM((2, len(cut.names), C), jnp.float32)] * len(rows)
 
 
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+def _result(shape: tuple[int, ...], dtype, like: tuple[Array, ...]) -> jax.ShapeDtypeStruct:
+    """A result that varies over the mesh axes of shard_map as `like` do."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
 
 
 def _call(cut: Cut, name: str, body, out, scratch, copies: int, operands) -> tuple[Array, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from memformer.core.chunking import pad_time, vary_like
 from memformer.core.types import Array
 from memformer.pallas.gpu import scan
-from memformer.pallas.gpu.common import Cut, interpreting
+from memformer.pallas.gpu.common import Cut
 from memformer.pallas.gpu.gradients import chunk_gradients
 from memformer.pallas.gpu.inverse import chunk_inverse
 from memformer.pallas.gpu.rows import token_rows
@@ -61,7 +61,7 @@ _walk.defvjp(_walk_forward, _walk_backward)
 def _forward(cut: Cut, save: bool, q, k, v, inverse, rows, start) -> tuple[Array, ...]:
     """scan.forward on every device's part."""
     operands = (*_by_time(q, k, v), start, *inverse, *rows)
-    o, end, *saved = _split(_forward_part, (cut, save), operands, (4, 4, 5, 4) if save else (4, 4))
+    o, end, *saved = split_batch_and_heads(_forward_part, (cut, save), results=4 if save else 2)(*operands)
     return (*_by_time(o), end, *saved[:1], *_by_time(*saved[1:]))
 
 
@@ -73,7 +73,8 @@ def _forward_part(cut: Cut, save: bool, q, k, v, start, *rest) -> tuple[Array, .
 
 def _backward(cut: Cut, q, k, do, inverse, rows, dend) -> tuple[Array, ...]:
     """scan.backward on every device's part."""
-    dr, dstates, dstart = _split(_backward_part, (cut,), (*_by_time(q, k, do), dend, *inverse, *rows), (4, 5, 4))
+    operands = (*_by_time(q, k, do), dend, *inverse, *rows)
+    dr, dstates, dstart = split_batch_and_heads(_backward_part, (cut,), results=3)(*operands)
     return (*_by_time(dr), dstates, dstart)
 
 
@@ -84,7 +85,7 @@ def _backward_part(cut: Cut, q, k, do, dend, *rest) -> tuple[Array, ...]:
 
 
 def _by_time(*arrays: Array) -> tuple[Array, ...]:
-    """Heads before time, or back: the partitioner's calls want heads second, the kernels read time second.
+    """Heads before time, or back: what splits a call over devices wants heads second, the kernels read time second.
 
     Around a call one of these undoes the other, and the compiler drops both.
     """
@@ -92,13 +93,6 @@ def _by_time(*arrays: Array) -> tuple[Array, ...]:
 
 
 def _grouped(cut: Cut, rest) -> tuple:
-    """The inverse and the rows, each in a tuple that may be empty."""
-    return tuple(rest[: int(cut.beta)]), tuple(rest[int(cut.beta) :])
-
-
-def _split(part, static, arrays, ranks) -> tuple[Array, ...]:
-    if interpreting():
-        # The interpreter's effects are more than the partitioner's calls can carry.
-        return tuple(part(*static, *arrays))
-    results = tuple((rank, False) for rank in ranks)
-    return tuple(split_batch_and_heads(part, static, static[0].repeat, results)(*arrays))
+    """The halves of the inverse and the rows, in tuples that may be empty."""
+    halves = 2 * cut.beta
+    return tuple(rest[:halves]), tuple(rest[halves:])
