@@ -108,7 +108,7 @@ def shapes(case: Case) -> list[jax.ShapeDtypeStruct]:
     """The arguments of `gradient`."""
     keys = (case.batch, case.length, case.groups, case.key)
     values = (case.batch, case.length, case.heads, case.value)
-    arrays = [(keys, case.dtype), (keys, case.dtype), (values, case.dtype)]
+    arrays: list[tuple[tuple[int, ...], Any]] = [(keys, case.dtype), (keys, case.dtype), (values, case.dtype)]
     arrays += [(values[:3], jnp.float32)] * ((case.op == "delta_rule") + case.decay)
     arrays += [(values[:2], jnp.int32)] * case.segments
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
@@ -117,8 +117,9 @@ def shapes(case: Case) -> list[jax.ShapeDtypeStruct]:
 @functools.cache
 def _mesh(topology: str, split: tuple[int, int] = (1, 1)) -> Mesh:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    devices = np.array(devices[: split[0] * split[1]]).reshape(split)
-    return Mesh(devices, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    return Mesh(
+        np.array(devices[: split[0] * split[1]]).reshape(split), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2
+    )
 
 
 def compile_case(case: Case, topology: str, split: tuple[int, int] = (1, 1)):

@@ -157,7 +157,16 @@ class Cut:
 
 
 def cut_call(
-    op: str, q: Array, v: Array, *, beta, decay, index, scale: float, chunk_size: int | None, precision: lax.Precision
+    op: str,
+    q: Array | jax.ShapeDtypeStruct,
+    v: Array | jax.ShapeDtypeStruct,
+    *,
+    beta,
+    decay,
+    index,
+    scale: float,
+    chunk_size: int | None,
+    precision: lax.Precision,
 ) -> Cut:
     """Checks that the kernels serve this call, and chooses chunk and heads a program.
 
