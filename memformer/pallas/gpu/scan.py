@@ -29,6 +29,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core import compat
+from memformer.core.chunking import vary_like
 from memformer.core.types import Array
 from memformer.pallas.gpu.common import AXES, Cut, column, iotas, products, row, shared, turned
 
@@ -112,7 +113,8 @@ class _Walk:
             plgpu.barrier_wait(self.barrier.at[slot])
             return step(order(i), [target.at[slot] for _, target in self.pairs], state)
 
-        return lax.fori_loop(0, self.cut.chunks, body, state)
+        # Under shard_map what is loaded varies over mesh axes by its type, what is computed in a kernel does not.
+        return lax.fori_loop(0, self.cut.chunks, body, state * 1.0)
 
 
 def _put(ref, x: Array) -> None:
@@ -185,11 +187,10 @@ def forward(cut: Cut, save: bool, q, k, v, inverse, rows, start) -> tuple[Array,
     """
     C, K, V = cut.chunk, cut.key, cut.block
     operands = (q, k, v, *inverse, *rows)
-    result = functools.partial(_result, like=(*operands, start))
-    out = [result(v.shape, v.dtype), result(start.shape, jnp.float32)]
+    out = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(start.shape, jnp.float32)]
     if save:
         states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
-        out += [result(states, jnp.bfloat16), result(v.shape, v.dtype)]
+        out += [jax.ShapeDtypeStruct(states, jnp.bfloat16), jax.ShapeDtypeStruct(v.shape, v.dtype)]
     scratch = [*_slots(cut, inverse, rows), *(shared(cut, K, V),) * 2, *(shared(cut, C, V),) * 6, shared(cut, C, C)]
     body = functools.partial(_forward_kernel, cut=cut, save=save)
     return _call(cut, "forward", body, out, scratch, len(operands), (*operands, start))
@@ -248,8 +249,11 @@ def backward(cut: Cut, q, k, do, inverse, rows, dend) -> tuple[Array, ...]:
     C, K, V = cut.chunk, cut.key, cut.block
     states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
     operands = (q, k, do, *inverse, *rows)
-    result = functools.partial(_result, like=(*operands, dend))
-    out = [result(do.shape, do.dtype), result(states, jnp.bfloat16), result(dend.shape, jnp.float32)]
+    out = [
+        jax.ShapeDtypeStruct(do.shape, do.dtype),
+        jax.ShapeDtypeStruct(states, jnp.bfloat16),
+        jax.ShapeDtypeStruct(dend.shape, jnp.float32),
+    ]
     scratch = [*_slots(cut, inverse, rows), *(shared(cut, K, V),) * 2, *(shared(cut, C, V),) * 4, shared(cut, C, C)]
     body = functools.partial(_backward_kernel, cut=cut)
     return _call(cut, "backward", body, out, scratch, len(operands), (*operands, dend))
@@ -267,12 +271,6 @@ def _slots(cut: Cut, inverse, rows) -> list:
     return slots + [plgpu.SMEM((2, len(cut.names), C), jnp.float32)] * len(rows)
 
 
-def _result(shape: tuple[int, ...], dtype, like: tuple[Array, ...]) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes of shard_map as `like` do."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
-
-
 def _call(cut: Cut, name: str, body, out, scratch, copies: int, operands) -> tuple[Array, ...]:
     memory = "delta_rule" if cut.beta else "linear_attention"
     kernel = plgpu.kernel(
@@ -283,4 +281,5 @@ def _call(cut: Cut, name: str, body, out, scratch, copies: int, operands) -> tup
         grid_names=AXES,
         kernel_name=f"memformer_{memory}_{name}",
     )
-    return tuple(kernel(*operands))
+    # Under shard_map results vary as the operands do; the kernel's own types do not say so.
+    return tuple(vary_like(x, *operands) for x in kernel(*operands))
