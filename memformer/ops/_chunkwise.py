@@ -16,20 +16,21 @@ Source: arXiv 2406.06484 (chunkwise delta rule), 2412.06464 (decay a head), 2510
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.chunking import vary_like
+from memformer.core.chunking import pad_time, vary_like
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
 from memformer.ops._arguments import Memory, spread_heads, zero_state
 from memformer.ops._scores import decayed_scores, repeat_tokens, total_decay
 
-__all__ = ["chunkwise", "default_chunk", "prefers_recurrence"]
+__all__ = ["chunkwise", "default_chunk"]
 
 
 class Plan(NamedTuple):
@@ -39,6 +40,11 @@ class Plan(NamedTuple):
     group: int
     scale: float
     precision: lax.Precision | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a group."""
+        return self.size * self.group
 
     def product(self, a: Array, b: Array) -> Array:
         """a @ b."""
@@ -130,11 +136,6 @@ def default_chunk(memory: Memory) -> int:
     return max(1, min(rows // memory.k.shape[2], 1 << (memory.q.shape[1] - 1).bit_length()))
 
 
-def prefers_recurrence(memory: Memory) -> bool:
-    """True for a few tokens, where chunks have nothing to gain."""
-    return memory.q.shape[1] <= 4
-
-
 def _group_size(memory: Memory, size: int, chunks: int) -> int:
     """Chunks a group: one on a CPU, whose cache holds little more; elsewhere what fills the device."""
     if jax.default_backend() == "cpu":
@@ -147,57 +148,76 @@ def _group_size(memory: Memory, size: int, chunks: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _run(plan: Plan, inputs: Inputs, state: Array, index: Array | None) -> tuple[Array, Array]:
-    def step(state, group):
-        state, output, _ = _forward(plan, state, *_open(plan, group))
-        return state, _close(output, 1)[:, :, 0]
-
-    state, output = lax.scan(step, state, _cut(plan, inputs, index))
-    return _join(output, inputs.q.shape[1]), state
+    return _walk(plan, inputs, state, index, lambda saved: None)[:2]
 
 
 def _run_forward(plan, inputs, state, index):
-    def step(state, group):
-        state, output, saved = _forward(plan, state, *_open(plan, group))
-        return state, (_close(output, 1)[:, :, 0], saved)
+    output, state, saved = _walk(plan, inputs, state, index, lambda saved: saved)
+    return (output, state), (inputs, index, saved)
 
-    last, (output, saved) = lax.scan(step, state, _cut(plan, inputs, index))
-    return (_join(output, inputs.q.shape[1]), last), (inputs, index, saved)
+
+def _walk(plan: Plan, inputs: Inputs, state: Array, index: Array | None, keep: Callable):
+    """Output, state, and what `keep` keeps of each group for the backward pass."""
+    batch, length, _, heads, width = inputs.v.shape
+    flat, marks = _flatten(plan, inputs, index)
+    dtype = accumulation_dtype(inputs.q, inputs.k, inputs.v)
+
+    def step(carry, at):
+        state, output = carry
+        i, marks = at
+        state, new, saved = _forward(plan, state, *_open(plan, _group(plan, flat, inputs, i), marks))
+        return (state, _put(plan, output, _close(new, 1), i)), keep(saved)
+
+    padded = flat.v.shape[1]
+    output = vary_like(jnp.zeros((batch, padded, heads * width), dtype), state)
+    (state, output), saved = lax.scan(step, (state, output), (_places(plan, padded), marks))
+    return output[:, :length].reshape(batch, length, heads, width), state, saved
 
 
 def _run_backward(plan, residuals, gradients):
     inputs, index, saved = residuals
     of_output, of_state = gradients
-    length = inputs.q.shape[1]
+    batch, length, _, heads, width = inputs.v.shape
+    flat, marks = _flatten(plan, inputs, index)
+    of_output = pad_time(of_output.reshape(batch, length, -1), plan.tokens)
+    writes = inputs.k.shape[2]
 
-    def step(of_state, group):
-        (cut, index), of_output, saved = group
-        wide, masks = _open(plan, (cut, index))
-        of_output = _rows(of_output[:, :, None], plan.group)
-        of_state, of_wide = _backward(plan, wide, masks, saved, of_output, of_state)
-        writes = (1, cut.k.shape[2], cut.k.shape[2], cut.k.shape[2], 1)
-        gradients = (
-            None if x is None else _close(g, n).astype(x.dtype) for x, g, n in zip(cut, of_wide, writes, strict=True)
+    def step(carry, at):
+        of_state, of_inputs = carry
+        i, marks, saved = at
+        wide, masks = _open(plan, _group(plan, flat, inputs, i), marks)
+        rows = _rows(_take(plan, of_output, i).reshape(batch, plan.tokens, 1, heads, width), plan.group)
+        of_state, of_wide = _backward(plan, wide, masks, saved, rows, of_state)
+        counts = (1, writes, writes, writes, 1)
+        of_inputs = Inputs(
+            *(
+                None if x is None else _put(plan, x, _close(g, n).astype(x.dtype), i)
+                for x, g, n in zip(of_inputs, of_wide, counts, strict=True)
+            )
         )
-        return of_state, Inputs(*gradients)
+        return (of_state, of_inputs), None
 
-    of_output = _split(of_output, plan.size * plan.group)
-    groups = (_cut(plan, inputs, index), of_output, saved)
-    of_state, of_inputs = lax.scan(step, of_state, groups, reverse=True)
-    of_inputs = Inputs(*(None if x is None else _join(x, length) for x in of_inputs))
-    return of_inputs, of_state, None
+    empty = Inputs(*(None if x is None else vary_like(jnp.zeros(x.shape, x.dtype), of_state) for x in flat))
+    places = _places(plan, flat.q.shape[1])
+    (of_state, of_inputs), _ = lax.scan(step, (of_state, empty), (places, marks, saved), reverse=True)
+    pairs = zip(of_inputs, inputs, strict=True)
+    return Inputs(*(None if x is None else g[:, :length].reshape(x.shape) for g, x in pairs)), of_state, None
 
 
 _run.defvjp(_run_forward, _run_backward)
 
 
-def _cut(plan: Plan, inputs: Inputs, index: Array | None):
-    """Groups along a leading axis: arrays [groups, B, T, ...], and segments with the one that each chunk starts in."""
-    tokens = plan.size * plan.group
-    cut = Inputs(*(None if x is None else _split(x, tokens) for x in inputs))
+def _flatten(plan: Plan, inputs: Inputs, index: Array | None):
+    """Arrays [B, T, all the rest] with time in whole groups; segments by group, with the one each chunk starts in.
+
+    Groups are sliced where they lie: a scan over an axis of groups, or an axis of size 1 more, has the compiler copy
+    every input first.
+    """
+    flat = Inputs(*(None if x is None else pad_time(x.reshape(*x.shape[:2], -1), plan.tokens) for x in inputs))
     if index is None:
-        return cut, None
+        return flat, None
     # Padding at the end belongs to the last segment, so that the state that is left is the last segment's.
-    index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % tokens)), mode="edge")
+    index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % plan.tokens)), mode="edge")
     chunks = index.reshape(index.shape[0], -1, plan.size)
     before = jnp.pad(chunks[:, :-1, -1], ((0, 0), (1, 0)))
 
@@ -205,17 +225,27 @@ def _cut(plan: Plan, inputs: Inputs, index: Array | None):
         x = jnp.moveaxis(x, 1, 0)
         return x.reshape(-1, plan.group, *x.shape[1:])
 
-    return cut, (grouped(chunks), grouped(before))
+    return flat, (grouped(chunks), grouped(before))
 
 
-def _split(x: Array, tokens: int) -> Array:
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % tokens)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, tokens, *x.shape[2:]), 1, 0)
+def _places(plan: Plan, padded: int) -> Array:
+    return jnp.arange(padded // plan.tokens, dtype=jnp.int32)
 
 
-def _join(x: Array, length: int) -> Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+def _take(plan: Plan, x: Array, i: Array) -> Array:
+    return lax.dynamic_slice_in_dim(x, i * jnp.int32(plan.tokens), plan.tokens, axis=1)
+
+
+def _put(plan: Plan, x: Array, new: Array, i: Array) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, new.reshape(*new.shape[:2], -1), i * jnp.int32(plan.tokens), axis=1)
+
+
+def _group(plan: Plan, flat: Inputs, like: Inputs, i: Array) -> Inputs:
+    """Group i of the arrays, in the shapes of `like`."""
+    pairs = zip(flat, like, strict=True)
+    return Inputs(
+        *(None if x is None else _take(plan, x, i).reshape(x.shape[0], plan.tokens, *y.shape[2:]) for x, y in pairs)
+    )
 
 
 def _rows(x: Array, chunks: int) -> Array:
@@ -230,9 +260,8 @@ def _close(x: Array, writes: int) -> Array:
     return x.transpose(1, 0, 3, 2, 4).reshape(batch, -1, writes, heads, width)
 
 
-def _open(plan: Plan, group):
+def _open(plan: Plan, cut: Inputs, segments):
     """A group in the accumulation dtype, and its segments: which pairs share one, entering, leaving, staying."""
-    cut, segments = group
     dtype = accumulation_dtype(cut.q, cut.k, cut.v)
     wide = Inputs(*(None if x is None else _rows(x, plan.group).astype(dtype) for x in cut))
     if segments is None:

@@ -2,13 +2,31 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from memformer.core.numerics import matmul_precision
 from memformer.core.types import Array, Float
 from memformer.ops._arguments import Memory
 
-__all__ = ["kernel"]
+__all__ = ["kernel", "preference"]
+
+
+def preference(memory: Memory) -> tuple[str, ...]:
+    """Implementations in the order in which None tries them.
+
+    The recurrence for a few tokens, where chunks have nothing to gain. Kernels on a TPU, if one device runs the call
+    or a mesh (jax.set_mesh) says how to split it: the compiler cannot split a kernel. Not on a GPU, until those
+    kernels have run on one (`python -m benchmarks.gpu --verify`): there they are asked for by name.
+    """
+    if memory.q.shape[1] <= 4:
+        return ("recurrent", "chunked")
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform == "tpu" and (not mesh.empty or jax.device_count() == 1):
+        return ("pallas", "chunked", "recurrent")
+    return ("chunked", "recurrent")
 
 
 def kernel(

@@ -5,8 +5,8 @@ import jax
 from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
 from memformer.ops._arguments import check_memory, recurrence, resolve_scale
-from memformer.ops._chunkwise import chunkwise, default_chunk, prefers_recurrence
-from memformer.ops._pallas import kernel
+from memformer.ops._chunkwise import chunkwise, default_chunk
+from memformer.ops._pallas import kernel, preference
 
 __all__ = ["delta_rule"]
 
@@ -82,6 +82,5 @@ def delta_rule(
         "chunked": lambda: chunkwise(memory, scale, chunk_size or default_chunk(memory), precision),
         "pallas": lambda: kernel("delta_rule", memory, scale, chunk_size, precision),
     }
-    prefer = ("recurrent", "chunked") if prefers_recurrence(memory) else ("pallas", "chunked", "recurrent")
-    output, state = dispatch("delta_rule", implementation, candidates, prefer)
+    output, state = dispatch("delta_rule", implementation, candidates, preference(memory))
     return output.astype(v.dtype), state

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
 from memformer.ops._arguments import check_memory, recurrence, resolve_scale
-from memformer.ops._chunkwise import chunkwise, default_chunk, prefers_recurrence
-from memformer.ops._pallas import kernel
+from memformer.ops._chunkwise import chunkwise, default_chunk
+from memformer.ops._pallas import kernel, preference
 
 __all__ = ["linear_attention"]
 
@@ -88,8 +88,7 @@ def linear_attention(
         "chunked": lambda: chunkwise(memory, scale, chunk_size or default_chunk(memory), precision),
         "pallas": lambda: kernel("linear_attention", memory, scale, chunk_size, precision),
     }
-    prefer = ("recurrent", "chunked") if prefers_recurrence(memory) else ("pallas", "chunked", "recurrent")
-    output, state = dispatch("linear_attention", implementation, candidates, prefer)
+    output, state = dispatch("linear_attention", implementation, candidates, preference(memory))
     if normalize:
         # Padding reads 0 / 0, which is to be 0.
         total = output[..., -1:]
