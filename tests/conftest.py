@@ -34,10 +34,10 @@ def pytest_collection_modifyitems(items):
 _last_group: list[str] = []
 
 
-@pytest.fixture(autouse=True)
-def _forget_compiled(request):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
     """Drops compiled programs between groups: a process with thousands of them runs out of memory maps."""
-    group = _group(request.node)
+    group = _group(item)
     if _last_group and _last_group[-1] != group:
         jax.clear_caches()
     _last_group[:] = [group]
