@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.chunking import chunk_time, vary_like
+from memformer.core.chunking import chunk_time, unchunk_time, vary_like
 from memformer.core.numerics import accumulation_dtype
 from memformer.core.similarity import Kernel, similarity, similarity_slope
 from memformer.core.types import Array, Bool, Float, Int
@@ -88,8 +88,8 @@ def lay_queries(x: Float[Array, "B T H K"], groups: int, size: int) -> Float[Arr
 
 def unlay_queries(x: Float[Array, "N B G R C V"], length: int) -> Float[Array, "B T H V"]:
     """The reverse of `lay_queries`."""
-    x = jnp.transpose(x, (1, 0, 4, 2, 3, 5))
-    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], x.shape[5])[:, :length]
+    x = jnp.transpose(x, (0, 1, 4, 2, 3, 5))
+    return unchunk_time(x.reshape(*x.shape[:3], -1, x.shape[-1]), length)
 
 
 def lay_keys(x: Float[Array, "B T G *rest"], size: int) -> Float[Array, "N B G C *rest"]:
@@ -99,8 +99,7 @@ def lay_keys(x: Float[Array, "B T G *rest"], size: int) -> Float[Array, "N B G C
 
 def unlay_keys(x: Float[Array, "N B G C V"], length: int) -> Float[Array, "B T G V"]:
     """The reverse of `lay_keys`."""
-    x = jnp.transpose(x, (1, 0, 3, 2, 4))
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    return unchunk_time(jnp.swapaxes(x, 2, 3), length)
 
 
 def join_keys(held: Array | None, new: Array, size: int) -> Float[Array, "M B G C V"]:
