@@ -16,6 +16,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
+def variants(name: str) -> tuple[str, ...]:
+    """What may follow the file's name after a colon; () where nothing may."""
+    return getattr(load(name), "VARIANTS", ())
+
+
 def load(name: str):
     spec = importlib.util.spec_from_file_location(f"configs_{name}", ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -29,7 +34,11 @@ def test_every_task_has_a_config():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_builds(name):
-    config = load(name).get_config()
+    for arguments in [(variant,) for variant in variants(name)] or [()]:
+        check_config(load(name).get_config(*arguments))
+
+
+def check_config(config):
     validate(config.to_dict())
     assert set(config.keys()) == set(default_config().keys())
     task = make_task(config.task)
@@ -37,6 +46,9 @@ def test_config_builds(name):
     assert set(config.task.keys()) == {"name"} | {field.name for field in dataclasses.fields(task)}
     for length in config.train.final_lengths:
         task.with_length(length)
+    if config.model.type != "memory_lm":
+        assert model_settings(config.to_dict()["model"]) == config.model.to_dict()
+        return
     assert config.model.memory in config.model.memory_options
     for memory, options in config.model.memory_options.items():
         assert set(options.keys()) <= set(known_options(memory)), memory
@@ -46,10 +58,14 @@ def test_config_builds(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_of_the_docstring_name_what_is_there(name):
     text = load(name).__doc__
-    assert f"python train.py --config=configs/{name}.py --workdir=runs/" in text
-    assert all(pathlib.Path(path).stem in NAMES for path in re.findall(r"--config=(\S+)", text))
+    for variant in [f":{variant}" for variant in variants(name)] or [""]:
+        assert f"python train.py --config=configs/{name}.py{variant} --workdir=runs/" in text
+    for path, variant in re.findall(r"--config=([^\s:]+):?(\S*)", text):
+        assert pathlib.Path(path).stem in NAMES
+        assert not variant or variant in variants(pathlib.Path(path).stem)
     for command in re.sub(r"\\\n\s*", "", text).split("python ")[1:]:
-        config = load(name).get_config()
+        chosen = re.findall(r"--config=configs/\w+\.py:(\w+)", command.split("\n")[0])
+        config = load(name).get_config(*chosen)
         overrides = re.findall(r"--(?:config\.|set=)([\w.]+)=(\S+)", command.split("\n")[0])
         for key, value in overrides:
             assert unknown_key(config, key) is None

@@ -7,21 +7,49 @@ splits (their keys differ). Source: Salmon et al. 2011, "Parallel random numbers
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
-from typing import ClassVar, Protocol, TypeAlias
+from collections.abc import Callable, Collection, Mapping
+from typing import ClassVar, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-__all__ = ["SPLITS", "Example", "RandomAccessSource", "SyntheticSource", "Task", "check_at_least", "check_choice"]
+__all__ = [
+    "BATCH_KEYS",
+    "SPLITS",
+    "Example",
+    "Extra",
+    "RandomAccessSource",
+    "SyntheticSource",
+    "Task",
+    "check_at_least",
+    "check_choice",
+    "example",
+]
 
 Example: TypeAlias = dict[str, np.ndarray]
 
 # The number is the second word of the generator's key.
 SPLITS = {"train": 0, "validation": 1, "test": 2}
 
+# The arrays that every example has; all have time as their first axis.
+BATCH_KEYS = ("inputs", "targets", "loss_weights", "segment_ids", "positions")
+
 # Far more examples than any run draws, and well inside what Grain counts with (sys.maxsize).
 ENDLESS = 2**48
+
+
+class Extra(NamedTuple):
+    """An array of an example beside those that every task has, such as the sentence to translate.
+
+    Attributes:
+      shape: of one example, without the batch.
+      dtype: NumPy's name of it.
+      end: integers lie in [0, end); None for floats, which must be finite.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    end: int | None = None
 
 
 class RandomAccessSource(Protocol):
@@ -80,11 +108,14 @@ class Task:
 
     Attributes:
       name: the key in `TASKS`.
-      scores: metrics shown beside the loss, among "accuracy", "sequence_accuracy", "bits_per_byte".
+      scores: metrics shown beside the loss, keys of `memformer.training.losses.SCORES`.
+      loss: "classes", where a target is a class and the loss its cross entropy, or "bits", where a target is
+        [num_classes] zeros and ones and the loss the sum of their binary cross entropies.
     """
 
     name: ClassVar[str]
     scores: ClassVar[tuple[str, ...]] = ("accuracy",)
+    loss: ClassVar[str] = "classes"
 
     length: int
 
@@ -105,8 +136,13 @@ class Task:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of a target."""
+        """Number of classes of a target, or of its bits."""
         raise NotImplementedError(f"{type(self).__name__} has no num_classes")
+
+    @property
+    def extras(self) -> Mapping[str, Extra]:
+        """Further arrays of an example, each given to the model as the keyword argument of its name."""
+        return {}
 
     @property
     def steps(self) -> int:
@@ -116,7 +152,7 @@ class Task:
     @property
     def chance(self) -> float | None:
         """Accuracy of an answer that ignores the inputs; None where accuracy is not the score."""
-        return 1 / self.num_classes
+        return 1 / self.num_classes if self.loss == "classes" else None
 
     def source(self, split: str, seed: int) -> RandomAccessSource:
         """Examples of one split, by number."""
@@ -136,7 +172,7 @@ def example(inputs: np.ndarray, targets: ArrayLike, loss_weights: np.ndarray, us
 
     Args:
       inputs: ids [T], or features [T, F].
-      targets: classes [T].
+      targets: classes [T], or bits [T, num_classes].
       loss_weights: [T]; 0 is not scored. Padding must hold 0.
       used: number of steps that are not padding, all by default.
     """
@@ -145,7 +181,7 @@ def example(inputs: np.ndarray, targets: ArrayLike, loss_weights: np.ndarray, us
     inside = time < (steps if used is None else used)
     return {
         "inputs": np.asarray(inputs, np.float32 if np.ndim(inputs) == 2 else np.int32),
-        "targets": np.asarray(targets, np.int32),
+        "targets": np.asarray(targets, np.float32 if np.ndim(targets) == 2 else np.int32),
         "loss_weights": np.asarray(loss_weights, np.float32),
         "segment_ids": inside.astype(np.int32),
         "positions": np.where(inside, time, 0).astype(np.int32),

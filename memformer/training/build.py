@@ -76,7 +76,8 @@ def model_settings(model: Mapping[str, Any]) -> dict[str, Any]:
     """The `model` section as `build_model` takes it.
 
     `memory` becomes a name or the tuple of a pattern; `memory_options`, kept by memory name in a config,
-    becomes those of the memories in use: one config file then serves every memory.
+    becomes those of the memories in use: one config file then serves every memory. The keys of other
+    models than memory_lm pass as they are.
 
     Raises:
       RunError: options that are not kept by memory name.
@@ -87,6 +88,8 @@ def model_settings(model: Mapping[str, Any]) -> dict[str, Any]:
       {'memory': 'delta_rule', 'memory_options': {'conv_width': 4}}
     """
     settings = dict(model)
+    if model.get("type", "memory_lm") != "memory_lm":
+        return settings
     pattern = memory_pattern(model["memory"])
     by_name = model["memory_options"]
     for name, options in by_name.items():

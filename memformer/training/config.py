@@ -6,6 +6,7 @@ task's fields), `model`, `optimizer`, `train`, `mesh`, `checkpoint`.
 
 import ast
 import contextlib
+import dataclasses
 import difflib
 import os
 import re
@@ -57,8 +58,14 @@ class RunError(ValueError):
     """A mistake of the one who runs: one paragraph that says what was expected, what came, what to do."""
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config(model: str = "memory_lm") -> ml_collections.ConfigDict:
     """Returns the config of a run with every key and its default.
+
+    Args:
+      model: a name in `memformer.models.MODELS`, whose keys the section `model` then has.
+
+    Raises:
+      RunError: unknown model.
 
     Example:
       >>> default_config().optimizer.schedule
@@ -67,7 +74,7 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.task = ml_collections.ConfigDict({"name": "swap"})
-    config.model = _model_defaults()
+    config.model = _memory_lm_defaults() if model == "memory_lm" else _model_defaults(model)
     config.optimizer = ml_collections.ConfigDict(
         {
             "name": "adamw",
@@ -99,7 +106,20 @@ def default_config() -> ml_collections.ConfigDict:
     return config
 
 
-def _model_defaults() -> ml_collections.ConfigDict:
+def _model_defaults(model: str) -> ml_collections.ConfigDict:
+    # here, so that a typo in a flag is told before JAX is loaded
+    from memformer.models import MODELS
+
+    _one_of("model.type", model, tuple(MODELS))
+    section = ml_collections.ConfigDict({"type": model})
+    for field in dataclasses.fields(MODELS[model][0]):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        # a placeholder accepts a first value of any type from the command line
+        section[field.name] = config_dict.placeholder(object) if default is None else default
+    return section
+
+
+def _memory_lm_defaults() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "type": "memory_lm",
@@ -135,6 +155,8 @@ def _train_defaults() -> ml_collections.ConfigDict:
             "batch_size": 64,
             # micro-batches a step: same gradient, less memory
             "accumulate": 1,
+            # share of the uniform distribution in what the training loss is taken against
+            "label_smoothing": 0.0,
             "log_every": 10,
             # 0 = only at the end
             "eval_every": 100,
@@ -161,7 +183,7 @@ def _train_defaults() -> ml_collections.ConfigDict:
 
 def validate(config: Mapping[str, Any]) -> None:
     """Raises `RunError` for the first key that is unknown or missing, or value that no run could use."""
-    _check_keys(config, default_config().to_dict())
+    _check_keys(config, default_config(config.get("model", {}).get("type", "memory_lm")).to_dict())
     train, optimizer = config["train"], config["optimizer"]
     for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "final_batches"):
         _expect(train[name] >= 1, f"train.{name}", "at least 1", train[name])
@@ -170,6 +192,7 @@ def validate(config: Mapping[str, Any]) -> None:
     size, parts = train["batch_size"], train["accumulate"]
     _expect(size % parts == 0, "train.batch_size", f"a multiple of train.accumulate = {parts}", size)
     _expect(0 <= train["stop_accuracy"] <= 1, "train.stop_accuracy", "between 0 and 1", train["stop_accuracy"])
+    _expect(0 <= train["label_smoothing"] < 1, "train.label_smoothing", "0 or more, below 1", train["label_smoothing"])
     _one_of("train.on_nan", train["on_nan"], ("abort", "skip"))
     first, last = train["profile"]
     _expect(0 <= first <= last, "train.profile", "(first, last) with first <= last", train["profile"])

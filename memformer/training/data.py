@@ -12,13 +12,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from memformer.tasks.source import Example, RandomAccessSource, Task
+from memformer.tasks.source import BATCH_KEYS, Example, Extra, RandomAccessSource, Task
 
-__all__ = ["Batch", "Loader", "check_batch", "make_loader"]
+__all__ = ["Batch", "Loader", "batch_arrays", "check_batch", "make_loader"]
 
 Batch = dict[str, np.ndarray]
-
-BATCH_KEYS = ("inputs", "targets", "loss_weights", "segment_ids", "positions")
 
 # Batches made ahead by a background thread, so that a step never waits for its input.
 PREFETCH = 2
@@ -154,37 +152,50 @@ def _check_source(source: RandomAccessSource, task: Task, split: str, repeat: bo
 def check_batch(batch: Mapping[str, Any], task: Task, rows: int | None = None) -> None:
     """Raises ValueError unless `batch` is what a model of `task` may be fed.
 
-    Arrays are inputs int32 [B, T] or float32 [B, T, features], targets, segment_ids and positions
-    int32 [B, T], loss_weights float32 [B, T], with T = task.steps. Ids lie in the vocabulary,
-    targets among the classes; weights are finite and not negative, and zero on padding.
+    Arrays are inputs int32 [B, T] or float32 [B, T, features], targets int32 [B, T] or, where the task's
+    loss is "bits", float32 [B, T, num_classes], segment_ids and positions int32 [B, T], loss_weights
+    float32 [B, T], with T = task.steps, and the task's extras. Ids lie in the vocabulary, targets among
+    the classes (bits are 0 or 1); weights are finite and not negative, and zero on padding.
 
     Args:
       batch: as a loader hands it out.
       task: whose batch it is.
       rows: B, where known.
     """
-    if sorted(batch) != sorted(BATCH_KEYS):
-        raise ValueError(f"a batch must hold {', '.join(BATCH_KEYS)}, got {', '.join(batch)}")
-    shape = (len(batch["targets"]) if rows is None else rows, task.steps)
-    for key in BATCH_KEYS:
-        floats = key == "loss_weights" or (key == "inputs" and task.features)
-        want = (*shape, task.features) if key == "inputs" and task.features else shape
-        dtype = np.dtype(np.float32 if floats else np.int32)
+    arrays = batch_arrays(task)
+    if sorted(batch) != sorted(arrays):
+        raise ValueError(f"a batch must hold {', '.join(arrays)}, got {', '.join(batch)}")
+    size = len(batch["targets"]) if rows is None else rows
+    for key, extra in arrays.items():
+        want, dtype = (size, *extra.shape), np.dtype(extra.dtype)
         if batch[key].shape != want or batch[key].dtype != dtype:
             raise ValueError(f"{key} must be {dtype} {want}, got {batch[key].dtype} {batch[key].shape}")
-    if not task.features:
-        _check_range("inputs", batch["inputs"], task.vocab_size)
-    elif not np.all(np.isfinite(batch["inputs"])):
-        raise ValueError("inputs must be finite")
-    _check_range("targets", batch["targets"], task.num_classes)
-    _check_range("positions", batch["positions"], task.steps)
-    _check_range("segment_ids", batch["segment_ids"], task.steps + 1)
+        if extra.end is not None:
+            _check_range(key, batch[key], extra.end)
+        elif not np.all(np.isfinite(batch[key])):
+            raise ValueError(f"{key} must be finite")
+    if task.loss == "bits" and not np.all((batch["targets"] == 0) | (batch["targets"] == 1)):
+        raise ValueError(f"targets must be 0 or 1, got {batch['targets'].min()} to {batch['targets'].max()}")
     weights = batch["loss_weights"]
-    # Written so that a NaN fails too.
-    if not np.all((weights >= 0) & (weights < np.inf)):
-        raise ValueError(f"loss_weights must be finite and not negative, got {weights.min()} to {weights.max()}")
+    if np.any(weights < 0):
+        raise ValueError(f"loss_weights must not be negative, got {weights.min()} to {weights.max()}")
     if np.any(weights[batch["segment_ids"] == 0]):
         raise ValueError("loss_weights must be 0 where segment_ids is 0 (padding)")
+
+
+def batch_arrays(task: Task) -> dict[str, Extra]:
+    """Shape (without the batch), dtype and range of each array of the task's batches."""
+    time = (task.steps,)
+    ids, features = Extra(time, "int32", task.vocab_size), Extra((*time, task.features), "float32")
+    classes, bits = Extra(time, "int32", task.num_classes), Extra((*time, task.num_classes), "float32")
+    own = (
+        features if task.features else ids,
+        bits if task.loss == "bits" else classes,
+        Extra(time, "float32"),
+        Extra(time, "int32", task.steps + 1),
+        Extra(time, "int32", task.steps),
+    )
+    return {**dict(zip(BATCH_KEYS, own, strict=True)), **task.extras}
 
 
 def _check_range(name: str, values: np.ndarray, end: int) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 
 from memformer.training.build import Run, build_run
 from memformer.training.config import RunError
+from memformer.training.data import batch_arrays
 from memformer.training.metrics import flops_a_token, say
 from memformer.training.sharding import batch_sharding, mesh_scope
 from memformer.training.step import abstract_state, make_train_step
@@ -151,19 +152,12 @@ def _topology(name: str) -> list[jax.Device]:
 
 
 def _abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
-    shape = (run.config["train"]["batch_size"], run.task.steps)
-    features = run.task.features
-    kinds = {
-        "inputs": ((*shape, features), jnp.float32) if features else (shape, jnp.int32),
-        "targets": (shape, jnp.int32),
-        "loss_weights": (shape, jnp.float32),
-        "segment_ids": (shape, jnp.int32),
-        "positions": (shape, jnp.int32),
-    }
-    return {
-        name: jax.ShapeDtypeStruct(array, dtype, sharding=batch_sharding(array, run.mesh))
-        for name, (array, dtype) in kinds.items()
-    }
+    arrays = {}
+    for name, extra in batch_arrays(run.task).items():
+        shape = (run.config["train"]["batch_size"], *extra.shape)
+        sharding = batch_sharding(name, shape, run.mesh)
+        arrays[name] = jax.ShapeDtypeStruct(shape, np.dtype(extra.dtype), sharding=sharding)
+    return arrays
 
 
 def _memory(lowered: jax.stages.Lowered, kind: str, state: int) -> tuple[int, int | None]:
@@ -197,9 +191,9 @@ def _advice(run: Run, state: int, working: int, limit: int | None) -> tuple[str,
             f"the step takes much: more micro-batches with --config.train.accumulate (now {train['accumulate']}, "
             f"{micro} rows each), or a smaller --config.train.batch_size"
         )
-        if model["remat"] is None:
+        if model.get("remat", "") is None:
             advice.append("keep less for the backward pass with --config.model.remat=full")
-        if model["dtype"] == "float32":
+        if model.get("dtype") == "float32":
             advice.append("halve the activations with --config.model.dtype=bfloat16")
     return tuple(advice)
 

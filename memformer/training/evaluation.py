@@ -10,20 +10,21 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from memformer.tasks import SPLITS, Task, make_task
-from memformer.training.build import build_run
+from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError, run_errors, set_values
 from memformer.training.data import make_loader
 from memformer.training.losses import means
-from memformer.training.metrics import format_table, replace_file, say
+from memformer.training.metrics import format_table, model_name, replace_file, say
 from memformer.training.plots import plot_lengths
 from memformer.training.sharding import global_batch, mesh_scope
-from memformer.training.step import Arrays, abstract_state, make_eval_step
+from memformer.training.step import Arrays, Functional, abstract_state, make_eval_step
 
-__all__ = ["Scorer", "evaluate_checkpoint", "fits_model", "weights_of"]
+__all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "weights_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +115,21 @@ def evaluate_checkpoint(
     """
     if split not in SPLITS:
         raise RunError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}.")
-    config, step, restored = _restore(workdir, step, settings, batch_size)
-    scorer, weights, task, trained_on = restored
+    loaded = load_run(workdir, step=step, settings=settings, batch_size=batch_size)
+    config, run, task = loaded.config, loaded.run, loaded.task
+    scorer = Scorer(make_eval_step(run.model, run.mesh), run.mesh, config["train"]["batch_size"], config["seed"])
+    curriculum, trained = config["train"]["curriculum"], loaded.trained.length
+    trained_on = (curriculum["start"], curriculum["stop"]) if curriculum["enabled"] else (trained,)
     visited = _lengths(task, lengths)
     scores = {}
     for length, variant in visited.items():
-        scores[length] = scorer(weights, variant, split=split, batches=batches)
+        scores[length] = scorer(loaded.weights, variant, split=split, batches=batches)
     result = {
         "checkpoint": os.path.abspath(workdir),
-        "step": step,
+        "step": loaded.step,
         "split": split,
         "task": config["task"],
-        "memory": config["model"]["memory"],
+        "memory": model_name(config["model"]),
         "examples": batches * scorer.batch_size,
         "lengths": {str(length): values for length, values in scores.items()},
     }
@@ -133,7 +137,66 @@ def evaluate_checkpoint(
     return result
 
 
-def _restore(workdir: str, step: int | None, settings: Sequence[str], batch_size: int | None) -> tuple:
+@dataclasses.dataclass(frozen=True)
+class LoadedRun:
+    """A run read back from its folder.
+
+    Attributes:
+      folder: of the run.
+      step: of the checkpoint.
+      config: its config with the settings asked for.
+      run: task (as asked for), mesh and model, without arrays.
+      trained: the task it was trained on.
+      weights: what evaluation uses of the checkpoint: parameters (averaged where there are) and other variables.
+    """
+
+    folder: str
+    step: int
+    config: dict[str, Any]
+    run: Run
+    trained: Task
+    weights: tuple[Arrays, Arrays]
+
+    @property
+    def task(self) -> Task:
+        """The task to evaluate."""
+        return self.run.task
+
+    @property
+    def model(self) -> Functional:
+        """The model as pure functions."""
+        return self.run.model
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The run's result.json, or None where the run has not ended."""
+        path = os.path.join(self.folder, "result.json")
+        if not os.path.exists(path):
+            return None
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+    def module(self) -> nnx.Module:
+        """The model with its weights, ready to be called; dropout is off."""
+        module = self.model.module(*self.weights, jax.random.key(0))
+        module.eval()
+        return module
+
+
+def load_run(
+    workdir: str, *, step: int | None = None, settings: Sequence[str] = (), batch_size: int | None = None
+) -> LoadedRun:
+    """Rebuilds the model of a run from its folder alone.
+
+    Args:
+      workdir: folder of a run (with its checkpoints).
+      step: which checkpoint; None is the newest that restores.
+      settings: texts "task.objects=5", "mesh.data=1": what to change in the run's config.
+      batch_size: rows a batch; None is the run's.
+
+    Raises:
+      RunError: a missing or damaged checkpoint, a task the model cannot read, an unknown key.
+    """
     folder = os.path.join(workdir, "checkpoints")
     if not os.path.isdir(folder):
         raise RunError(
@@ -142,8 +205,10 @@ def _restore(workdir: str, step: int | None, settings: Sequence[str], batch_size
         )
     with run_errors(f"cannot read the checkpoint in {folder}"):
         checkpoints = Checkpoints(folder)
-        step = checkpoints.latest_step() if step is None else step
-        saved = checkpoints.config(step)
+        chosen = checkpoints.latest_step() if step is None else step
+        if chosen is None:
+            raise RunError(f"no checkpoint to evaluate: {folder} holds no step.")
+        saved = checkpoints.config(chosen)
     config = ml_collections.ConfigDict(saved)
     # the devices here need not be those of training
     config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
@@ -160,12 +225,9 @@ def _restore(workdir: str, step: int | None, settings: Sequence[str], batch_size
         target = abstract_state(run.model, run.tx, run.mesh, config["optimizer"]["ema"])
         wanted: dict[str, Any] = {name: target[name] for name in ("params", "rest", "ema") if name in target}
         with run_errors(f"cannot restore the checkpoint in {folder}"):
-            state = checkpoints.restore_parts(wanted, step)
+            state = checkpoints.restore_parts(wanted, chosen)
     checkpoints.close()
-    scorer = Scorer(make_eval_step(run.model, run.mesh), run.mesh, config["train"]["batch_size"], config["seed"])
-    curriculum = config["train"]["curriculum"]
-    trained_on = (curriculum["start"], curriculum["stop"]) if curriculum["enabled"] else (trained.length,)
-    return config, step, (scorer, weights_of(state), task, trained_on)
+    return LoadedRun(workdir, chosen, config, run, trained, weights_of(state))
 
 
 def _lengths(task: Task, lengths: Sequence[int | str] | None) -> dict[int, Task]:

@@ -19,7 +19,7 @@ from memformer.training.curriculum import Curriculum
 from memformer.training.data import Loader, make_loader
 from memformer.training.evaluation import Scorer, format_score, weights_of
 from memformer.training.losses import means
-from memformer.training.metrics import RunLog, flops_a_token, peak_flops, replace_file, say
+from memformer.training.metrics import RunLog, flops_a_token, model_name, peak_flops, replace_file, say
 from memformer.training.report import draw_curve, final_scores, write_report
 from memformer.training.sharding import global_batch, mesh_scope
 from memformer.training.step import abstract_state, init_state, make_eval_step, make_train_step
@@ -38,7 +38,7 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
 
     Args:
       config: a config of `default_config`'s sections.
-      workdir: the run's folder; "" is runs/<task>-<memory>.
+      workdir: the run's folder; "" is runs/<task>-<memory>, or runs/<task>-<type> of a model without memories.
 
     Returns:
       The content of result.json: the last step, loss, scores, scores by length, and whether it finished.
@@ -51,8 +51,8 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
         jax.config.update("jax_compilation_cache_dir", plain["train"]["compile_cache"])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     run = build_run(plain)
-    memory = str(plain["model"]["memory"]).replace(", ", "-").replace(",", "-")
-    folder = _open_folder(workdir or os.path.join("runs", f"{run.task.name}-{memory}"), run.config)
+    name = model_name(plain["model"]).replace(", ", "-").replace(",", "-")
+    folder = _open_folder(workdir or os.path.join("runs", f"{run.task.name}-{name}"), run.config)
     trainer = Trainer(run, folder)
     with mesh_scope(run.mesh):
         return trainer.train()
@@ -292,7 +292,7 @@ class Trainer:
         """Says how the run ended; scores it on the test split where it did."""
         result: dict[str, Any] = {
             "task": self._run.task.name,
-            "memory": self._run.config["model"]["memory"],
+            "memory": model_name(self._run.config["model"]),
             "steps": self._step,
             "finished": not stopped,
             "length": self._curriculum.length,

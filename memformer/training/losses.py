@@ -1,7 +1,7 @@
 """The loss and what is counted beside it, as sums that add up over steps, shards and batches."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,25 @@ import numpy as np
 
 from memformer.core.types import Array, Float, Int
 
-__all__ = ["count_batch", "means"]
+__all__ = ["SCORES", "count_batch", "means", "smoothing_loss"]
 
 
 def count_batch(
     logits: Float[Array, "B T vocab"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array, "B T"] | Float[Array, "B T vocab"],
     weights: Float[Array, "B T"],
 ) -> dict[str, Float[Array, ""]]:
-    """Cross entropy and hits of one batch, as float32 sums.
+    """Loss and hits of one batch, as float32 sums.
 
-    `loss` = sum of w (logsumexp(z) - z[target]) in nats, `weight` = sum of w, `correct` = w of hits,
-    `sequences` = rows with a scored position, `sequences_correct` = rows without a miss.
+    `loss` = sum of w l in nats, where l is logsumexp(z) - z[target] for classes, and for bits y the sum over
+    bits of log(1 + exp z) - y z; `weight` = sum of w, `correct` = w of hits (for bits: every bit on its side
+    of 1/2), `errors` = misses of scored positions (for bits: wrong bits), `sequences` = rows with a scored
+    position, `sequences_correct` = rows without a miss.
 
-    The target's logit and the winner are picked by comparison with the class index, not by a gather:
-    with classes split over devices each shard then answers for its own and [B, T] is summed.
+    Args:
+      logits: z.
+      targets: classes, or zeros and ones of the logits' shape.
+      weights: w; 0 is not scored.
 
     Example:
       >>> sums = count_batch(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2), int), jnp.ones((1, 2)))
@@ -32,48 +36,98 @@ def count_batch(
     """
     logits = logits.astype(jnp.float32)
     weights = weights.astype(jnp.float32)
-    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    exponents = jnp.sum(jnp.exp(logits - jax.lax.stop_gradient(top)), axis=-1)
-    normaliser = jnp.log(exponents) + jax.lax.stop_gradient(top[..., 0])
-    picked = jnp.sum(jnp.where(classes == targets[..., None], logits, jnp.float32(0)), axis=-1)
-    # the lowest class index that attains the maximum, as argmax has it
-    winner = jnp.min(jnp.where(logits == top, classes, jnp.iinfo(targets.dtype).max), axis=-1)
     scored = weights > 0
+    if targets.ndim == 3:
+        losses, misses = _bit_losses(logits, targets)
+    else:
+        losses, misses = _class_losses(logits, targets)
     # a weight of 0 must also hide a target that is no class
-    losses = jnp.where(scored, normaliser - picked, jnp.float32(0))
-    hit = (winner == targets) & scored
+    losses = jnp.where(scored, losses, jnp.float32(0))
+    misses = jnp.where(scored, misses, jnp.float32(0))
+    hit = scored & (misses == 0)
     row_scored = jnp.any(scored, axis=1)
     row_right = row_scored & jnp.all(hit | ~scored, axis=1)
     return {
         "loss": jnp.sum(losses * weights),
         "weight": jnp.sum(weights),
         "correct": jnp.sum(jnp.where(hit, weights, jnp.float32(0))),
+        "errors": jnp.sum(misses),
         "sequences": jnp.sum(row_scored.astype(jnp.float32)),
         "sequences_correct": jnp.sum(row_right.astype(jnp.float32)),
     }
 
 
+def _class_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Cross entropy and misses.
+
+    The target's logit and the winner are picked by comparison with the class index, not by a gather:
+    with classes split over devices each shard then answers for its own and [B, T] is summed.
+    """
+    classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
+    picked = jnp.sum(jnp.where(classes == targets[..., None], logits, jnp.float32(0)), axis=-1)
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    # the lowest class index that attains the maximum, as argmax has it
+    winner = jnp.min(jnp.where(logits == top, classes, jnp.iinfo(targets.dtype).max), axis=-1)
+    return _normaliser(logits) - picked, (winner != targets).astype(jnp.float32)
+
+
+def _bit_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
+    losses = jax.nn.softplus(logits) - targets * logits
+    wrong = (logits > 0) != (targets > 0.5)
+    return jnp.sum(losses, axis=-1), jnp.sum(wrong.astype(jnp.float32), axis=-1)
+
+
+def _normaliser(logits: Array) -> Array:
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
+
+
+def smoothing_loss(logits: Float[Array, "B T vocab"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
+    """Sum of w times the cross entropy against the uniform distribution, in nats.
+
+    With e of it and 1 - e of `count_batch`'s loss, a class is to be given the probability
+    1 - e + e / classes: label smoothing (1512.00567, section 7).
+
+    Example:
+      >>> round(float(smoothing_loss(jnp.zeros((1, 2, 4)), jnp.ones((1, 2)))), 3)
+      2.773
+    """
+    logits, weights = logits.astype(jnp.float32), weights.astype(jnp.float32)
+    losses = _normaliser(logits) - jnp.mean(logits, axis=-1)
+    return jnp.sum(jnp.where(weights > 0, losses, jnp.float32(0)) * weights)
+
+
+# Score to (the sum that is divided, the sum it is divided by, what then happens to the quotient).
+SCORES: dict[str, tuple[str, str, Callable[[float], float]]] = {
+    "accuracy": ("correct", "weight", float),
+    "sequence_accuracy": ("sequences_correct", "sequences", float),
+    # one position is taken for one byte
+    "bits_per_byte": ("loss", "weight", lambda nats: nats / math.log(2)),
+    "perplexity": ("loss", "weight", lambda nats: math.exp(min(nats, 700.0))),
+    "bits_per_sequence": ("loss", "sequences", lambda nats: nats / math.log(2)),
+    "bit_errors": ("errors", "sequences", float),
+}
+
+
 def means(sums: Mapping[str, float | np.ndarray], scores: tuple[str, ...] = ("accuracy",)) -> dict[str, float]:
     """Loss and the named scores from the sums of `count_batch`.
 
-    `bits_per_byte` takes one position for one byte.
+    Raises:
+      ValueError: a score that is not in `SCORES`.
 
     Example:
       >>> means({"loss": 2.0, "weight": 4.0, "correct": 1.0}, ("accuracy",))
       {'loss': 0.5, 'accuracy': 0.25}
     """
-    weight = float(sums["weight"])
-    loss = float(sums["loss"]) / weight if weight else math.nan
-    result = {"loss": loss}
+    result = {"loss": _quotient(sums, "loss", "weight")}
     for score in scores:
-        if score == "accuracy":
-            result[score] = float(sums["correct"]) / weight if weight else math.nan
-        elif score == "sequence_accuracy":
-            rows = float(sums["sequences"])
-            result[score] = float(sums["sequences_correct"]) / rows if rows else math.nan
-        elif score == "bits_per_byte":
-            result[score] = loss / math.log(2)
-        else:
-            raise ValueError(f"scores must be of accuracy, sequence_accuracy, bits_per_byte, got {score!r}")
+        if score not in SCORES:
+            raise ValueError(f"scores must be of {', '.join(SCORES)}, got {score!r}")
+        above, below, finish = SCORES[score]
+        result[score] = finish(_quotient(sums, above, below))
     return result
+
+
+def _quotient(sums: Mapping[str, float | np.ndarray], above: str, below: str) -> float:
+    divisor = float(sums[below])
+    return float(sums[above]) / divisor if divisor else math.nan

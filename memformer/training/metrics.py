@@ -21,6 +21,7 @@ __all__ = [
     "flops_a_token",
     "format_table",
     "memory_pattern",
+    "model_name",
     "peak_flops",
     "read_records",
     "replace_file",
@@ -65,8 +66,11 @@ def flops_a_token(model: Mapping[str, Any], matrix_parameters: int, steps: int) 
 
     where mix, the reading and writing of a memory, is 2 S (K + V) / 2 for a memory that looks back over S
     tokens (a causal half of `steps`), twice that for deltaformer (which also looks back as it writes), and
-    6 K V for a matrix state. Rematerialisation is not counted, as is usual for MFU.
+    6 K V for a matrix state. Of models other than memory_lm the parameters alone count. Rematerialisation is
+    not counted, as is usual for MFU.
     """
+    if model.get("type", "memory_lm") != "memory_lm":
+        return 6.0 * matrix_parameters
     heads = model["heads"]
     key = model["key_width"] or model["width"] // heads
     value = model["value_width"] or key
@@ -88,6 +92,17 @@ def memory_pattern(memory: str | Sequence[str]) -> tuple[str, ...]:
       ('delta_rule', 'softmax_attention')
     """
     return tuple(part.strip() for part in memory.split(",")) if isinstance(memory, str) else tuple(memory)
+
+
+def model_name(model: Mapping[str, Any]) -> str:
+    """What tables and folders call the model of a config: its memory, or its type where it is no memory_lm.
+
+    Example:
+      >>> model_name({"type": "ntm"}), model_name({"memory": "delta_rule, softmax_attention"})
+      ('ntm', 'delta_rule, softmax_attention')
+    """
+    kind = model.get("type", "memory_lm")
+    return str(model["memory"]) if kind == "memory_lm" else str(kind)
 
 
 def read_records(path: str) -> list[dict[str, Any]]:

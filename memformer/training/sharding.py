@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from memformer.tasks.source import BATCH_KEYS
 from memformer.training.config import RunError
 
 __all__ = ["AXES", "RULES", "global_batch", "make_mesh", "mesh_scope", "partition_spec", "state_shardings"]
@@ -124,9 +125,9 @@ def state_shardings(state: Any, params: Mapping[str, NamedSharding], mesh: Mesh)
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
-def batch_sharding(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
-    """Sharding of one array [B, T, ...] of a batch."""
-    names = ("activation_batch", "activation_time") + (None,) * (len(shape) - 2)
+def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Sharding of one array of a batch, [B, T, ...], or [B, ...] of an extra one."""
+    names = ("activation_batch", "activation_time" if name in BATCH_KEYS else None) + (None,) * (len(shape) - 2)
     return NamedSharding(mesh, partition_spec(names[: len(shape)], shape, mesh))
 
 
@@ -147,5 +148,5 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
     result = {}
     for name, array in batch.items():
         shape = (rows, *array.shape[1:])
-        result[name] = put(batch_sharding(shape, mesh), array, shape)
+        result[name] = put(batch_sharding(name, shape, mesh), array, shape)
     return result

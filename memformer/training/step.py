@@ -22,7 +22,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from memformer.training.losses import count_batch
+from memformer.training.losses import count_batch, smoothing_loss
 from memformer.training.optimizer import update_ema
 from memformer.training.sharding import partition_spec, state_shardings
 
@@ -36,6 +36,7 @@ SUMS = (
     "loss",
     "weight",
     "correct",
+    "errors",
     "sequences",
     "sequences_correct",
     "tokens",
@@ -175,7 +176,7 @@ def make_train_step(
       tx: optimiser.
       schedule: learning rate by step, reported.
       mesh: where it runs.
-      options: the run's `train` section: accumulate, log_every, on_nan.
+      options: the run's `train` section: accumulate, label_smoothing, log_every, on_nan.
       ema: decay of the averaged parameters, 0 for none.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, ema))
@@ -227,7 +228,7 @@ def _gradients(
 ) -> tuple[Arrays, Arrays, Arrays]:
     """Gradient of the batch's mean loss (and auxiliary losses), its counts, the model's new variables."""
     weight = jnp.maximum(jnp.sum(batch["loss_weights"]), jnp.float32(1e-8))
-    parts = options["accumulate"]
+    parts, smoothing = options["accumulate"], options["label_smoothing"]
 
     def loss(params: Arrays, rest: Arrays, part: Batch, part_key: jax.Array):
         module = model.module(params, rest, part_key)
@@ -237,7 +238,10 @@ def _gradients(
         aux = sum((x.astype(jnp.float32) for x in output.aux.values()), jnp.zeros((), jnp.float32))
         counts["aux"] = aux / parts
         changed = _values(nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))) if rest else {}
-        return counts["loss"] / weight + counts["aux"], (counts, changed)
+        objective = counts["loss"]
+        if smoothing:
+            objective = (1 - smoothing) * objective + smoothing * smoothing_loss(output.logits, part["loss_weights"])
+        return objective / weight + counts["aux"], (counts, changed)
 
     gradient = jax.grad(loss, has_aux=True)
     rest = state.get("rest", {})
@@ -265,7 +269,9 @@ def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
 
 
 def _call(module: nnx.Module, batch: Batch) -> Any:
-    return module(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+    """The model's output; whatever a batch holds besides inputs and scoring is an argument of its name."""
+    arguments = {name: x for name, x in batch.items() if name not in ("inputs", "targets", "loss_weights")}
+    return module(batch["inputs"], **arguments)
 
 
 def make_eval_step(model: Functional, mesh: Mesh) -> Callable[[Arrays, Arrays, Batch], Arrays]:

@@ -5,10 +5,12 @@ import itertools
 
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from memformer.tasks import Swap
-from memformer.tasks.source import Task, example
+from memformer.tasks.source import Extra, Task, example
 from memformer.training.data import check_batch, make_loader
+from memformer.training.sharding import global_batch, make_mesh
 
 SWAP = Swap(length=8)
 
@@ -181,8 +183,8 @@ def put(value, row=0, column=-1):
         ({"targets": put(5)}, r"targets must lie in \[0, 5\)"),
         ({"positions": put(13)}, r"positions must lie in \[0, 13\)"),
         ({"segment_ids": put(-1)}, r"segment_ids must lie in \[0, 14\), got -1"),
-        ({"loss_weights": put(np.nan)}, "loss_weights must be finite and not negative"),
-        ({"loss_weights": put(-0.5)}, "loss_weights must be finite and not negative"),
+        ({"loss_weights": put(np.nan)}, "loss_weights must be finite"),
+        ({"loss_weights": put(-0.5)}, "loss_weights must not be negative"),
         ({"segment_ids": put(0)}, r"loss_weights must be 0 where segment_ids is 0 \(padding\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else next(iter(value)),
@@ -196,3 +198,48 @@ def test_a_bad_batch_is_refused(changes, message):
         batch = spoiled(**changes)
     with pytest.raises(ValueError, match=message):
         check_batch(batch, SWAP, 6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers(Task):
+    """Bits to answer about a picture."""
+
+    name = "answers"
+    loss = "bits"
+    length: int = 3
+    features = 2
+    num_classes = 4
+    extras = {"picture": Extra((4, 6), "float32"), "source": Extra((8,), "int32", 9)}
+
+    def batch(self, rows: int):
+        bits = np.random.default_rng(0).integers(2, size=(rows, 3, 4)).astype(np.float32)
+        one = example(np.zeros((3, 2)), bits[0], np.ones(3))
+        batch = {key: np.stack([array] * rows) for key, array in one.items()}
+        extras = {"picture": np.zeros((rows, 4, 6), np.float32), "source": np.full((rows, 8), 8, np.int32)}
+        return {**batch, "targets": bits, **extras}
+
+
+def test_extras_and_bits_are_checked():
+    task = Answers()
+    batch = task.batch(2)
+    check_batch(batch, task, 2)
+    bad = {
+        "source must lie in": {"source": batch["source"] + 1},
+        "source must be int32": {"source": batch["source"][:, 1:]},
+        "picture must be finite": {"picture": batch["picture"] * np.float32(np.nan)},
+        "targets must be 0 or 1": {"targets": batch["targets"] / 2},
+        "targets must be float32": {"targets": batch["targets"][..., 0]},
+    }
+    for message, change in bad.items():
+        with pytest.raises(ValueError, match=message):
+            check_batch({**batch, **change}, task, 2)
+    del batch["picture"]
+    with pytest.raises(ValueError, match="a batch must hold .*picture"):
+        check_batch(batch, task, 2)
+
+
+def test_only_arrays_of_time_are_split_over_context():
+    mesh = make_mesh({"data": 2, "fsdp": 1, "context": 4, "tensor": 1})
+    arrays = global_batch({**Answers().batch(4), "positions": np.zeros((4, 8), np.int32)}, mesh)
+    assert arrays["positions"].sharding.spec == PartitionSpec(("data", "fsdp"), "context")
+    assert all("context" not in arrays[name].sharding.spec for name in ("source", "picture"))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from memformer.training.losses import count_batch, means
+from memformer.training.losses import count_batch, means, smoothing_loss
 
 
 def example():
@@ -52,14 +52,42 @@ def test_weight_zero_hides_a_target_that_is_no_class():
     assert count_batch(logits, hidden, weights) == count_batch(logits, targets, weights)
 
 
+def test_bits_are_counted_one_by_one():
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(rng.normal(size=(2, 3, 4)), jnp.float32)
+    targets = jnp.asarray(rng.integers(2, size=(2, 3, 4)), jnp.float32)
+    # a row of which the first position is right and the only one scored
+    targets = targets.at[1, 0].set(jnp.where(logits[1, 0] > 0, 1.0, 0.0))
+    weights = np.asarray([[1, 2, 0], [1, 0, 0]], np.float32)
+    sums = jax.jit(count_batch)(logits, targets, weights)
+    losses = np.asarray(jnp.sum(optax.sigmoid_binary_cross_entropy(logits, targets), -1))
+    wrong = np.sum((np.asarray(logits) > 0) != (np.asarray(targets) > 0.5), -1)
+    np.testing.assert_allclose(sums["loss"], np.sum(losses * weights), rtol=1e-6)
+    assert float(sums["errors"]) == np.sum(wrong * (weights > 0)) > 0
+    assert float(sums["correct"]) == np.sum(weights[wrong == 0])
+    assert (float(sums["sequences"]), float(sums["sequences_correct"])) == (2.0, 1.0)
+    got = means(jax.tree.map(float, sums), ("bits_per_sequence", "bit_errors"))
+    assert got["bits_per_sequence"] == pytest.approx(np.sum(losses * weights) / np.log(2) / 2, rel=1e-6)
+    assert got["bit_errors"] == float(sums["errors"]) / 2
+
+
+def test_smoothing_is_the_loss_against_smoothed_classes():
+    logits, targets, weights = example()
+    smooth = optax.smooth_labels(jax.nn.one_hot(targets, 5, dtype=jnp.float32), 0.1)
+    want = jnp.sum(optax.softmax_cross_entropy(logits, smooth) * weights)
+    got = 0.9 * count_batch(logits, targets, weights)["loss"] + 0.1 * smoothing_loss(logits, weights)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_means():
     sums = {"loss": 2.0, "weight": 4.0, "correct": 3.0, "sequences": 2.0, "sequences_correct": 1.0}
-    got = means(sums, ("accuracy", "sequence_accuracy", "bits_per_byte"))
+    got = means(sums, ("accuracy", "sequence_accuracy", "bits_per_byte", "perplexity"))
     assert got == {
         "loss": 0.5,
         "accuracy": 0.75,
         "sequence_accuracy": 0.5,
         "bits_per_byte": pytest.approx(0.72135, 1e-4),
+        "perplexity": pytest.approx(1.64872, 1e-4),
     }
     assert np.isnan(means({**sums, "weight": 0.0})["loss"])
     with pytest.raises(ValueError, match="scores must be of"):

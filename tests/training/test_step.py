@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import nnx
 
 from memformer.models import ModelOutput
@@ -11,7 +12,7 @@ from memformer.training.config import default_config
 from memformer.training.sharding import global_batch, make_mesh, mesh_scope
 from memformer.training.step import init_state, make_functional, make_train_step
 
-OPTIONS = {"accumulate": 1, "log_every": 10, "on_nan": "abort"}
+OPTIONS = {"accumulate": 1, "label_smoothing": 0.0, "log_every": 10, "on_nan": "abort"}
 
 
 class Toy(nnx.Module):
@@ -64,16 +65,20 @@ def one_step(build, *, steps=1, ema=0.0, **options):
     return first, jax.device_get(state), jax.device_get(report)
 
 
-def test_a_step_is_gradient_descent_on_the_mean_loss():
-    first, state, report = one_step(Plain)
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_step_is_gradient_descent_on_the_mean_loss(smoothing):
+    first, state, report = one_step(Plain, label_smoothing=smoothing)
     data = batch()
 
-    def loss(table):
-        losses = optax.softmax_cross_entropy_with_integer_labels(table[data["inputs"]], data["targets"])
+    def loss(table, smoothing):
+        wanted = optax.smooth_labels(jax.nn.one_hot(data["targets"], 4, dtype=jnp.float32), smoothing)
+        losses = optax.softmax_cross_entropy(table[data["inputs"]], wanted)
         return jnp.sum(losses * data["loss_weights"]) / np.sum(data["loss_weights"])
 
-    value, gradient = jax.value_and_grad(loss)(jnp.asarray(first["params"]["table"]))
-    np.testing.assert_allclose(report["loss"] / report["weight"], value, rtol=1e-6)
+    table = jnp.asarray(first["params"]["table"])
+    gradient = jax.grad(loss)(table, smoothing)
+    # what is reported stays the plain cross entropy
+    np.testing.assert_allclose(report["loss"] / report["weight"], loss(table, 0.0), rtol=1e-6)
     np.testing.assert_allclose(state["params"]["table"], first["params"]["table"] - 0.5 * gradient, atol=1e-6)
     np.testing.assert_allclose(report["gradient_norm"], jnp.linalg.norm(gradient), rtol=1e-5)
     np.testing.assert_allclose(report["update_norm"], 0.5 * report["gradient_norm"], rtol=1e-5)
