@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from memformer.tasks.captions import Captions
 from memformer.tasks.formal_languages import ModularArithmetic, Parity, scaled_accuracy
 from memformer.tasks.group_words import GroupWords
 from memformer.tasks.reachability import Reachability
@@ -19,6 +20,7 @@ __all__ = [
     "MQAR",
     "SPLITS",
     "TASKS",
+    "Captions",
     "Example",
     "GroupWords",
     "ModularArithmetic",
@@ -41,6 +43,7 @@ TASKS: dict[str, type[Task]] = {
     "modular_arithmetic": ModularArithmetic,
     "mqar": MQAR,
     "text": Text,
+    "captions": Captions,
 }
 
 

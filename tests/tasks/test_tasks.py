@@ -22,6 +22,7 @@ SPECS = [
     ({"name": "mqar"}, 512),
     ({"name": "mqar", "vocab_size": 256, "length": 128, "pairs": 32}, 256),
     ({"name": "text", "length": 64}, 256),
+    ({"name": "captions"}, 16),
 ]
 SYNTHETIC = [spec for spec in SPECS if spec[0]["name"] != "text"]
 
@@ -76,7 +77,7 @@ def test_numbers_splits_and_seeds_draw_apart(settings, other):
     if "min_length" in {field.name for field in dataclasses.fields(task)}:
         task = task.with_length(other)
     drawn = [
-        task.source(split, seed)[i]["inputs"].tobytes()
+        b"".join(array.tobytes() for array in task.source(split, seed)[i].values())
         for split in SPLITS
         for seed in (0, 1, 2**64 - 1)
         for i in (1, 2, 2**32 + 1, 2**48 - 1)
@@ -111,7 +112,7 @@ def test_misuse_is_named(settings, other):
 
 
 def test_unknown_task_names_the_known():
-    with pytest.raises(ValueError, match="task.name must be one of 'swap', .*'text', got 'swaps'"):
+    with pytest.raises(ValueError, match="task.name must be one of 'swap', .*'text', .*got 'swaps'"):
         make_task({"name": "swaps"})
     with pytest.raises(ValueError, match="task.name must be one of .*, got None"):
         make_task({})
