@@ -1,0 +1,76 @@
+"""Additive attention: a small network scores each place of a memory against the reader's state."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.core.numerics import masked_softmax, matmul_precision
+from memformer.core.types import Array, Bool, Float
+from memformer.layers.base import check_size
+from memformer.layers.basic import Dtypes, linear, named
+
+__all__ = ["AdditiveAttention"]
+
+
+class AdditiveAttention(nnx.Module):
+    """One reader's soft choice among the S places of a memory.
+
+        e_i = v . tanh(W s + U m_i);   a = softmax(e);   read = sum_i a_i m_i
+
+    Args:
+      state_width: D of the reader's state s.
+      memory_width: F of the memory m.
+      width: A, of the scoring network.
+      dtypes: the dtype policy; scores and softmax are float32.
+      rngs: random streams.
+
+    Raises:
+      ValueError: a size that is no positive integer.
+
+    Source: arXiv 1409.0473, appendix A.1.2; over the places of a picture, arXiv 1502.03044 section 3.1.2.
+
+    Example:
+      >>> layer = AdditiveAttention(4, 6, 8, dtypes=Dtypes(), rngs=nnx.Rngs(0))
+      >>> memory = jnp.ones((2, 5, 6))
+      >>> read, weights = layer(jnp.ones((2, 4)), memory, layer.prepare(memory))
+      >>> read.shape, weights[0, 0].round(3)
+      ((2, 6), Array(0.2, dtype=float32))
+    """
+
+    def __init__(self, state_width: int, memory_width: int, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        for name, size in (("state_width", state_width), ("memory_width", memory_width), ("width", width)):
+            check_size(name, size)
+        same: dict[str, Any] = {"dtypes": dtypes, "rngs": rngs}
+        self.query = linear(state_width, width, ("embed", None), **same)
+        self.key = linear(memory_width, width, ("embed", None), bias=True, **same)
+        init = named(nnx.initializers.normal(width**-0.5), None)
+        self.score = nnx.Param(init(rngs.params(), (width,), dtypes.param))
+        self.dtypes = dtypes
+
+    def prepare(self, memory: Float[Array, "B S F"]) -> Float[Array, "B S A"]:
+        """U m_i: computed once a memory, not once a step."""
+        return self.key(memory)
+
+    def __call__(
+        self,
+        state: Float[Array, "B D"],
+        memory: Float[Array, "B S F"],
+        keys: Float[Array, "B S A"],
+        visible: Bool[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B F"], Float[Array, "B S"]]:
+        """Returns (read, weights).
+
+        Args:
+          state: the reader's.
+          memory: what is read.
+          keys: `prepare` of the memory.
+          visible: places that may be read, None for all; where none may, read and weights are 0.
+        """
+        hidden = jnp.tanh(self.query(state)[:, None] + keys)
+        score = self.score[...].astype(hidden.dtype)
+        precision = matmul_precision(None, hidden, memory)
+        scores = jnp.einsum("bsa,a->bs", hidden, score, precision=precision, preferred_element_type=self.dtypes.wide)
+        weights = jax.nn.softmax(scores, axis=-1) if visible is None else masked_softmax(scores, visible)
+        return jnp.einsum("bs,bsf->bf", weights.astype(memory.dtype), memory, precision=precision), weights
