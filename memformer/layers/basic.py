@@ -164,8 +164,9 @@ class LayerNorm(nnx.LayerNorm):
       (1, 2)
     """
 
-    def __init__(self, size: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        super().__init__(size, dtype=dtypes.wide, param_dtype=dtypes.param, use_fast_variance=False, rngs=rngs)
+    def __init__(self, size: int, *, epsilon: float = 1e-6, dtypes: Dtypes, rngs: nnx.Rngs):
+        same: dict[str, Any] = {"dtype": dtypes.wide, "param_dtype": dtypes.param, "rngs": rngs}
+        super().__init__(size, epsilon=epsilon, use_fast_variance=False, **same)
 
     def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
         """The same shape and dtype as x; `mask` marks the entries that count."""

@@ -1,5 +1,6 @@
 """Feedforward layers: memories whose keys and values are parameters."""
 
+import functools
 import inspect
 from typing import Any
 
@@ -13,7 +14,14 @@ from memformer.layers.basic import Dtypes, constrain, linear, named
 
 __all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "SwiGLU", "feedforward_keys"]
 
-ACTIVATIONS = {"gelu": nnx.gelu, "relu": nnx.relu, "silu": nnx.silu}
+ACTIVATIONS = {
+    # by a tanh
+    "gelu": nnx.gelu,
+    # by the error function, as BERT has it
+    "gelu_exact": functools.partial(nnx.gelu, approximate=False),
+    "relu": nnx.relu,
+    "silu": nnx.silu,
+}
 
 
 def _hidden(width: int, hidden: int | None, factor: float) -> int:
@@ -30,7 +38,8 @@ class MLP(nnx.Module):
     Args:
       width: D.
       hidden: number of keys; None is 4 D.
-      activation: "gelu", "relu" or "silu".
+      activation: "gelu" (by a tanh), "gelu_exact" (by the error function), "relu" or "silu".
+      bias: both maps add one, as in the first Transformers.
       dtypes: the dtype policy.
       rngs: random streams.
 
@@ -46,7 +55,14 @@ class MLP(nnx.Module):
     """
 
     def __init__(
-        self, width: int, *, hidden: int | None = None, activation: str = "gelu", dtypes: Dtypes, rngs: nnx.Rngs
+        self,
+        width: int,
+        *,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        bias: bool = False,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
     ):
         hidden = _hidden(width, hidden, 4)
         if activation not in ACTIVATIONS:
@@ -54,8 +70,8 @@ class MLP(nnx.Module):
                 f"feedforward option activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
         self.activation = activation
-        self.up = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs)
-        self.down = linear(hidden, width, ("mlp", "embed"), dtypes=dtypes, rngs=rngs)
+        self.up = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs, bias=bias)
+        self.down = linear(hidden, width, ("mlp", "embed"), dtypes=dtypes, rngs=rngs, bias=bias)
 
     def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
         """Returns (y, {}); `valid` is for layers whose losses weigh tokens."""
@@ -181,7 +197,7 @@ def feedforward_keys(name: str) -> tuple[str, ...]:
 
     Example:
       >>> feedforward_keys("mlp")
-      ('hidden', 'activation')
+      ('hidden', 'activation', 'bias')
     """
     parameters = inspect.signature(FEEDFORWARDS[name].__init__).parameters
     return tuple(key for key in parameters if key not in ("self", "width", "dtypes", "rngs"))

@@ -1,0 +1,301 @@
+"""Transformer blocks: attention to itself and to a memory, feedforward; norms before or after."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.core.numerics import accumulation_dtype, masked_softmax, matmul_precision
+from memformer.core.types import Array, Bool, Float, Int
+from memformer.layers.basic import LayerNorm, constrain, dropout, linear
+from memformer.layers.feedforward import MLP
+from memformer.layers.positions import rotate
+from memformer.layers.stack import TransformerShape
+from memformer.ops.softmax_attention import KVCache, init_cache, softmax_attention
+
+__all__ = [
+    "CrossAttention",
+    "DecoderBlock",
+    "EncoderBlock",
+    "SelfAttention",
+    "visible_memory",
+]
+
+
+class _Attention(nnx.Module):
+    """Projections to H queries, keys and values, and back, with biases."""
+
+    def __init__(self, shape: TransformerShape, *, rngs: nnx.Rngs):
+        same: dict[str, Any] = {"dtypes": shape.dtypes, "rngs": rngs, "bias": True}
+        self.shape = shape
+        self.query = linear(shape.width, shape.width, ("embed", "heads"), **same)
+        self.key = linear(shape.width, shape.width, ("embed", "heads"), **same)
+        self.value = linear(shape.width, shape.width, ("embed", "heads"), **same)
+        self.out = linear(shape.width, shape.width, ("heads", "embed"), **same)
+
+    def _heads(self, x: Array) -> Array:
+        x = x.reshape(*x.shape[:2], self.shape.heads, self.shape.key_width)
+        return constrain(x, "activation_batch", "activation_time", "activation_heads", None)
+
+    def _weights(self, q: Array, k: Array, visible: Array | None) -> Array:
+        """softmax(q k^T / sqrt(K)) over the visible keys, [B, H, T, S] in float32."""
+        wide = accumulation_dtype(q, k)
+        precision = matmul_precision(None, q, k)
+        scores = jnp.einsum("bthk,bshk->bhts", q, k, precision=precision, preferred_element_type=wide)
+        scores = scores * self.shape.key_width**-0.5
+        if visible is None:
+            return jax.nn.softmax(scores, axis=-1)
+        return masked_softmax(scores, visible[:, None])
+
+    def _output(self, o: Array) -> Array:
+        y = self.out(o.reshape(*o.shape[:2], -1))
+        return constrain(y, "activation_batch", "activation_time", "activation_embed")
+
+
+class SelfAttention(_Attention):
+    """Multi-head attention of a sequence to itself, by `memformer.ops.softmax_attention`: memory linear in T.
+
+    Args:
+      shape: the block's shape; positions "rotary" turns queries and keys.
+      rngs: random streams.
+
+    Source: arXiv 1706.03762 section 3.2.
+
+    Example:
+      >>> layer = SelfAttention(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0))
+      >>> y, cache = layer(jnp.ones((1, 3, 8)), causal=True)
+      >>> y.shape, cache.k.shape
+      ((1, 3, 8), (1, 3, 2, 4))
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        causal: bool,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: KVCache | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Returns (y, cache); `state`, the cache of an earlier call, asks for causal True."""
+        q, k = self._turned(x, positions)
+        v = self._heads(self.value(x))
+        o, state = softmax_attention(q, k, v, causal=causal, segment_ids=segment_ids, initial_state=state)
+        return self._output(o), state
+
+    def weights(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        causal: bool,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B H T T"]:
+        """The weights that the call reads with, [query, key] in float32: T x T numbers a head, for plots.
+
+        A token sees those of its own segment id; a padding row is 0.
+        """
+        q, k = self._turned(x, positions)
+        ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        visible = visible_memory(ids, ids, x.shape[1])
+        if causal:
+            visible = visible & jnp.tril(jnp.ones((1, *visible.shape[1:]), bool))
+        return self._weights(q, k, visible)
+
+    def _turned(self, x: Array, positions: Array | None) -> tuple[Array, Array]:
+        q, k = self._heads(self.query(x)), self._heads(self.key(x))
+        if self.shape.positions != "rotary":
+            return q, k
+        if positions is None:
+            raise ValueError("positions must be given where the shape's positions are 'rotary', got None")
+        return rotate(q, positions), rotate(k, positions)
+
+
+class CrossAttention(_Attention):
+    """Multi-head attention of T tokens to a memory of S vectors; scores are T x S, softmax in float32.
+
+    `memformer.ops.softmax_attention` serves sequences that write where they read (S = T); here the memory is
+    another sequence, short enough for its scores to be kept, and the weights are wanted for plots.
+
+    Args:
+      shape: the block's shape.
+      rngs: random streams.
+
+    Source: arXiv 1706.03762 section 3.2.3.
+
+    Example:
+      >>> layer = CrossAttention(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0))
+      >>> y, weights = layer(jnp.ones((1, 3, 8)), layer.prepare(jnp.ones((1, 5, 8))))
+      >>> y.shape, weights.shape
+      ((1, 3, 8), (1, 2, 3, 5))
+    """
+
+    def prepare(self, memory: Float[Array, "B S D"]) -> dict[str, Array]:
+        """Keys and values of the memory, {"k": [B, S, H, K], "v": [B, S, H, K]}: computed once a memory."""
+        return {"k": self._heads(self.key(memory)), "v": self._heads(self.value(memory))}
+
+    def __call__(
+        self, x: Float[Array, "B T D"], memory: Mapping[str, Array], visible: Bool[Array, "B T S"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"]]:
+        """Returns (y, weights); `memory` is from `prepare`, `visible` None shows every token all of it."""
+        q, v = self._heads(self.query(x)), memory["v"]
+        weights = self._weights(q, memory["k"], visible)
+        o = jnp.einsum("bhts,bshv->bthv", weights.astype(v.dtype), v, precision=matmul_precision(None, q, v))
+        return self._output(o), weights
+
+
+def visible_memory(
+    segment_ids: Int[Array, "B T"] | None, memory_segment_ids: Int[Array, "B S"] | None, tokens: int
+) -> Bool[Array, "B T S"] | None:
+    """Which of a memory's slots each token sees; None where it is all.
+
+    A slot of id 0 is padding and seen by none. Where both have ids, a token sees the slots of its own id
+    (packed pairs); where the tokens have none, all slots that are not padding.
+
+    Args:
+      segment_ids: of the tokens, 0 = padding, or None.
+      memory_segment_ids: of the memory, likewise.
+      tokens: T.
+
+    Example:
+      >>> visible_memory(None, jnp.array([[4, 0]]), 1)
+      Array([[[ True, False]]], dtype=bool)
+    """
+    if memory_segment_ids is None:
+        return None
+    valid = (memory_segment_ids != 0)[:, None]
+    if segment_ids is None:
+        return jnp.broadcast_to(valid, (valid.shape[0], tokens, valid.shape[2]))
+    return valid & (segment_ids[:, :, None] == memory_segment_ids[:, None])
+
+
+def _residual(
+    shape: TransformerShape, norm: LayerNorm, sublayer: Callable[[Array], tuple[Array, Any]], x: Array, key: Any
+) -> tuple[Array, Any]:
+    """x + dropout(sublayer(norm(x))), or norm(x + dropout(sublayer(x))); and what else the sublayer returns."""
+    pre = shape.norm_place == "pre"
+    y, rest = sublayer(norm(x) if pre else x)
+    x = x + dropout(y, shape.dropout, key)
+    return (x if pre else norm(x)), rest
+
+
+def _feedforward(shape: TransformerShape, rngs: nnx.Rngs) -> MLP:
+    return MLP(shape.width, hidden=shape.hidden, activation=shape.activation, bias=True, dtypes=shape.dtypes, rngs=rngs)
+
+
+class EncoderBlock(nnx.Module):
+    """Self-attention in both directions, then the feedforward layer, each with its norm and residual.
+
+    Args:
+      shape: the block's shape.
+      rngs: random streams.
+
+    Source: arXiv 1706.03762 section 3.1; norms before: arXiv 2002.04745.
+
+    Example:
+      >>> block = EncoderBlock(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0))
+      >>> block(jnp.ones((1, 3, 8))).shape
+      (1, 3, 8)
+    """
+
+    def __init__(self, shape: TransformerShape, *, rngs: nnx.Rngs):
+        self.shape = shape
+        self.attention = SelfAttention(shape, rngs=rngs)
+        self.attention_norm = shape.norm(rngs)
+        self.feedforward = _feedforward(shape, rngs)
+        self.feedforward_norm = shape.norm(rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        key: Array | None = None,
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The same shape as x; `key` draws the dropout, None drops nothing."""
+        keys = (None, None) if key is None else jax.random.split(key, 2)
+        where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
+
+        def attend(x: Array) -> tuple[Array, Any]:
+            return self.attention(x, causal=False, **where)
+
+        x, _ = _residual(self.shape, self.attention_norm, attend, x, keys[0])
+        x, _ = _residual(self.shape, self.feedforward_norm, self.feedforward, x, keys[1])
+        return constrain(x, "activation_batch", "activation_time", "activation_embed")
+
+    def weights(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B H T T"]:
+        """The attention weights of this block for its input x."""
+        x = self.attention_norm(x) if self.shape.norm_place == "pre" else x
+        return self.attention.weights(x, causal=False, segment_ids=segment_ids, positions=positions)
+
+
+class DecoderBlock(nnx.Module):
+    """Causal self-attention, attention to a memory, the feedforward layer, each with its norm and residual.
+
+    Args:
+      shape: the block's shape.
+      rngs: random streams.
+
+    Source: arXiv 1706.03762 section 3.1.
+
+    Example:
+      >>> block = DecoderBlock(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0))
+      >>> x, state, weights = block(jnp.ones((1, 3, 8)), block.start(jnp.ones((1, 5, 8))))
+      >>> x.shape, weights.shape
+      ((1, 3, 8), (1, 2, 3, 5))
+    """
+
+    def __init__(self, shape: TransformerShape, *, rngs: nnx.Rngs):
+        self.shape = shape
+        self.attention = SelfAttention(shape, rngs=rngs)
+        self.attention_norm = shape.norm(rngs)
+        self.cross = CrossAttention(shape, rngs=rngs)
+        self.cross_norm = shape.norm(rngs)
+        self.feedforward = _feedforward(shape, rngs)
+        self.feedforward_norm = shape.norm(rngs)
+
+    def start(self, memory: Float[Array, "B S D"], capacity: int | None = None) -> dict[str, Any]:
+        """The state before the first token: the memory's keys and values, and a cache for `capacity` tokens.
+
+        None leaves the cache to grow with the calls.
+        """
+        state: dict[str, Any] = {"memory": self.cross.prepare(memory), "cache": None}
+        if capacity is not None:
+            sizes = (self.shape.heads, self.shape.key_width, self.shape.key_width)
+            state["cache"] = init_cache(memory.shape[0], capacity, *sizes, self.shape.dtypes.compute)
+        return state
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: Mapping[str, Any],
+        key: Array | None = None,
+        *,
+        visible: Bool[Array, "B T S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Array, dict[str, Any], Float[Array, "B H T S"]]:
+        """Returns (x, state, weights over the memory); `state` is from `start` or an earlier call."""
+        keys = (None, None, None) if key is None else jax.random.split(key, 3)
+        where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
+
+        def attend(x: Array) -> tuple[Array, Any]:
+            return self.attention(x, causal=True, state=state["cache"], **where)
+
+        def consult(x: Array) -> tuple[Array, Any]:
+            return self.cross(x, state["memory"], visible)
+
+        x, cache = _residual(self.shape, self.attention_norm, attend, x, keys[0])
+        x, weights = _residual(self.shape, self.cross_norm, consult, x, keys[1])
+        x, _ = _residual(self.shape, self.feedforward_norm, self.feedforward, x, keys[2])
+        x = constrain(x, "activation_batch", "activation_time", "activation_embed")
+        return x, {"memory": state["memory"], "cache": cache}, weights

@@ -1,0 +1,323 @@
+"""The two halves of a Transformer, each usable alone: vectors to vectors, and ids with a memory to logits."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.core.chunking import find_segments
+from memformer.core.types import Array, Dims, Float, Int, check_array
+from memformer.layers.base import State, check_size
+from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
+from memformer.layers.positions import count_positions, next_position
+from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack
+from memformer.layers.transformer import DecoderBlock, EncoderBlock, visible_memory
+from memformer.models.config import POSITIONS
+from memformer.models.language_model import ModelOutput
+
+__all__ = ["TransformerDecoder", "TransformerEncoder"]
+
+
+class _Stack(nnx.Module):
+    """What both halves do before their blocks: positions, dropout, keys."""
+
+    def __init__(self, shape: TransformerShape, depth: int, block: Any, *, rngs: nnx.Rngs):
+        check_size("depth", depth)
+        self.shape, self.depth = shape, depth
+        self.positions: Any = nnx.data(None)
+        if shape.positions in POSITIONS:
+            self.positions = POSITIONS[shape.positions](shape.width, shape.max_length, dtypes=shape.dtypes, rngs=rngs)
+        self.blocks = build_stack(block, shape, depth, rngs=rngs)
+        # Post-norm blocks end with a norm of their own.
+        self.norm: Any = shape.norm(rngs) if shape.norm_place == "pre" else nnx.data(None)
+        # Set by model.train() and model.eval().
+        self.deterministic = True
+        self.dropout_stream: Any = rngs.dropout.fork() if shape.dropout else nnx.data(None)
+
+    def _keys(self) -> Array | None:
+        """A key for each block and one for the input, or None where nothing is dropped."""
+        if self.deterministic or not self.shape.dropout:
+            return None
+        return stochastic_keys(self.dropout_stream(), self.depth + 1)
+
+    def _place(self, x: Array, positions: Array) -> Array:
+        return x if self.positions is None else self.positions(x, positions)
+
+    def _drop(self, x: Array, keys: Array | None) -> Array:
+        x = dropout(x, self.shape.dropout, None if keys is None else keys[-1])
+        return constrain(x, "activation_batch", "activation_time", "activation_embed")
+
+    def _finish(self, x: Array) -> Array:
+        return x if self.norm is None else self.norm(x)
+
+    def _check_length(self, what: str, length: int) -> None:
+        if self.shape.positions == "learned" and length > self.shape.max_length:
+            raise ValueError(
+                f"{what} must be at most max_length = {self.shape.max_length} (learned positions), got {length}"
+            )
+
+
+class TransformerEncoder(_Stack):
+    """Vectors in, vectors out, each seeing all of its segment: positions, dropout, blocks, final norm (pre).
+
+    Args:
+      shape: of the blocks.
+      depth: blocks.
+      embedding_norm: a layer norm after the positions, as BERT has it.
+      rngs: random streams; "params", and "dropout" where there is dropout.
+
+    Example:
+      >>> encoder = TransformerEncoder(TransformerShape(width=8, heads=2), 2, rngs=nnx.Rngs(0))
+      >>> encoder(jnp.ones((1, 5, 8))).shape
+      (1, 5, 8)
+    """
+
+    def __init__(self, shape: TransformerShape, depth: int, *, embedding_norm: bool = False, rngs: nnx.Rngs):
+        super().__init__(shape, depth, EncoderBlock, rngs=rngs)
+        self.embedding_norm: Any = shape.norm(rngs) if embedding_norm else nnx.data(None)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """The encoder's output.
+
+        Args:
+          x: vectors.
+          segment_ids: packed sequences, 0 = padding; what stands at padding is unspecified and seen by nobody.
+          positions: None counts within each segment.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or longer than the learned positions.
+        """
+        x, keys, where = self._enter(x, segment_ids, positions)
+
+        def step(block: EncoderBlock, x: Array, key: Array | None) -> tuple[Array, None]:
+            return block(x, key, **where), None
+
+        x, _ = run_stack(self.blocks, step, x, None if keys is None else keys[:-1])
+        return self._finish(x)
+
+    def weights(
+        self,
+        x: Float[Array, "B S D"],
+        *,
+        segment_ids: Int[Array, "B S"] | None = None,
+        positions: Int[Array, "B S"] | None = None,
+    ) -> Float[Array, "B L H S S"]:
+        """Attention weights of the L blocks, [layer, head, query, key] in float32; the same arguments."""
+        x, keys, where = self._enter(x, segment_ids, positions)
+
+        def step(block: EncoderBlock, x: Array, key: Array | None) -> tuple[Array, Array]:
+            return block(x, key, **where), block.weights(x, **where)
+
+        _, weights = run_stack(self.blocks, step, x, None if keys is None else keys[:-1])
+        return jnp.moveaxis(weights, 0, 1)
+
+    def _enter(
+        self, x: Array, segment_ids: Array | None, positions: Array | None
+    ) -> tuple[Array, Array | None, dict[str, Any]]:
+        """The input of the first block, the keys, and the blocks' keyword arguments."""
+        dims: Dims = {"D": self.shape.width}
+        x = check_array("x", x, "B S D", dims)
+        self._check_length("the source's length", dims["S"])
+        segments = find_segments(segment_ids, {"B": dims["B"], "T": dims["S"]})
+        if positions is None:
+            positions = count_positions(segments, (dims["B"], dims["S"]))
+        positions = check_array("positions", positions, "B S", dims, kind=jnp.integer)
+        x, keys = self._place(x, positions), self._keys()
+        x = x if self.embedding_norm is None else self.embedding_norm(x)
+        return self._drop(x, keys), keys, {"segment_ids": segment_ids, "positions": positions}
+
+
+class TransformerDecoder(_Stack):
+    """Ids in, logits of the next ids out, with attention to a memory [B, S, D] that anything may have made.
+
+    Its state holds, for each block, the memory's keys and values and a cache of the tokens so far: every
+    array has the batch first (scalars are shared), so rows can be gathered, as a beam search does.
+
+    Args:
+      shape: of the blocks; the memory has their width.
+      depth: blocks.
+      vocab_size: of the ids.
+      num_classes: of the logits; None is vocab_size.
+      tie_embeddings: the read-out is the embedding's table.
+      rngs: random streams; "params", and "dropout" where there is dropout.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+
+    Example:
+      >>> shape = TransformerShape(width=8, heads=2)
+      >>> decoder = TransformerDecoder(shape, 2, vocab_size=7, rngs=nnx.Rngs(0))
+      >>> memory = jnp.ones((1, 5, 8))
+      >>> decoder(jnp.array([[1, 2, 3]]), memory=memory).logits.shape
+      (1, 3, 7)
+      >>> state = decoder.start(memory, capacity=3)
+      >>> decoder(jnp.array([[1]]), state=state).logits.shape
+      (1, 1, 7)
+    """
+
+    def __init__(
+        self,
+        shape: TransformerShape,
+        depth: int,
+        *,
+        vocab_size: int,
+        num_classes: int | None = None,
+        tie_embeddings: bool = True,
+        rngs: nnx.Rngs,
+    ):
+        num_classes = vocab_size if num_classes is None else num_classes
+        check_size("vocab_size", vocab_size)
+        check_size("num_classes", num_classes)
+        if tie_embeddings and num_classes != vocab_size:
+            raise ValueError(
+                f"tie_embeddings needs the same ids in and out, got vocab_size = {vocab_size} and num_classes = "
+                f"{num_classes}; set tie_embeddings to False"
+            )
+        super().__init__(shape, depth, DecoderBlock, rngs=rngs)
+        self.vocab_size, self.num_classes = vocab_size, num_classes
+        self.embedding = Embedding(vocab_size, shape.width, dtypes=shape.dtypes, rngs=rngs)
+        self.head: Any = nnx.data(None)
+        if not tie_embeddings:
+            self.head = linear(shape.width, num_classes, ("embed", "vocab"), dtypes=shape.dtypes, rngs=rngs)
+            self.head.preferred_element_type = shape.dtypes.wide
+
+    def start(
+        self,
+        memory: Float[Array, "B S D"],
+        memory_segment_ids: Int[Array, "B S"] | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> State:
+        """The state before the first token: everything that depends on the memory alone is computed here.
+
+        Args:
+          memory: what the blocks consult.
+          memory_segment_ids: 0 = padding; None for none.
+          capacity: tokens there will be room for (decoding then compiles once); None grows call by call.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or a capacity beyond the learned positions.
+        """
+        dims: Dims = {"D": self.shape.width}
+        memory = check_array("memory", memory, "B S D", dims).astype(self.shape.dtypes.compute)
+        if memory_segment_ids is not None:
+            memory_segment_ids = check_array("memory_segment_ids", memory_segment_ids, "B S", dims, kind=jnp.integer)
+        if capacity is not None:
+            check_size("capacity", capacity)
+            self._check_length("capacity", capacity)
+        blocks = [layer_of(self.blocks, index) for index in range(self.depth)]
+        return {
+            "layers": tuple(block.start(memory, capacity) for block in blocks),
+            "memory_segment_ids": memory_segment_ids,
+            "position": jnp.zeros(dims["B"], jnp.int32),
+        }
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        memory: Float[Array, "B S D"] | None = None,
+        memory_segment_ids: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> ModelOutput:
+        """Logits at each position; a call with the returned state continues the sequences.
+
+        Args:
+          inputs: ids; position t reads ids up to t.
+          memory: for the first call (state None); later ones have it in their state.
+          memory_segment_ids: of the memory, 0 = padding. With segment_ids too, a token sees the part of the
+            memory that has its own id; without, all that is not padding.
+          segment_ids: packed sequences, 0 = padding.
+          positions: None counts within each segment, on from the state's.
+          state: of the last call, or of `start`.
+
+        Raises:
+          ValueError: both or neither of memory and state, an array of another shape or dtype, or more
+            tokens than learned positions.
+        """
+        x, state, _ = self._run(inputs, memory, memory_segment_ids, segment_ids, positions, state)
+        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        return ModelOutput(constrain(logits, "activation_batch", "activation_time", "activation_vocab"), state, {})
+
+    def alignments(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        memory: Float[Array, "B S D"],
+        memory_segment_ids: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B L H T S"]:
+        """Weights of each token over the memory, [layer, head, token, slot] in float32; each row sums to 1.
+
+        Row t is what the decoder consulted when it read inputs[t], that is, when it predicted the id after it.
+        """
+        _, _, weights = self._run(inputs, memory, memory_segment_ids, segment_ids, None, None)
+        return weights
+
+    def _run(self, inputs, memory, memory_segment_ids, segment_ids, positions, state):
+        """(the normalised output of the blocks, the state, the weights over the memory)."""
+        if (memory is None) == (state is None):
+            raise ValueError(
+                "give the memory (or source) in the first call and the state alone in later ones, got "
+                + ("neither" if memory is None else "both")
+            )
+        dims: Dims = {}
+        inputs = check_array("inputs", inputs, "B T", dims, kind=jnp.integer)
+        self._check_length("the inputs' length", dims["T"])
+        segments = find_segments(segment_ids, dims)
+        if positions is None:
+            positions = count_positions(segments, (dims["B"], dims["T"]), None if state is None else state["position"])
+        positions = check_array("positions", positions, "B T", dims, kind=jnp.integer)
+        if state is not None:
+            memory_segment_ids = state["memory_segment_ids"]
+        where = {
+            "visible": visible_memory(segment_ids, memory_segment_ids, dims["T"]),
+            "segment_ids": segment_ids,
+            "positions": positions,
+        }
+        keys = self._keys()
+        x = self._drop(self._place(self.embedding(inputs), positions), keys)
+        if state is None:
+            x, layers, weights = self._first(x, memory, memory_segment_ids, keys, where)
+        else:
+            x, layers, weights = self._next(x, state["layers"], keys, where)
+        state = {
+            "layers": layers,
+            "memory_segment_ids": memory_segment_ids,
+            "position": next_position(positions, segments),
+        }
+        return self._finish(x), state, weights
+
+    def _first(self, x, memory, memory_segment_ids, keys, where):
+        """All blocks in one scan; the states are taken apart after it."""
+        dims: Dims = {"B": x.shape[0], "D": self.shape.width}
+        memory = check_array("memory", memory, "B S D", dims).astype(x.dtype)
+        if memory_segment_ids is not None:
+            check_array("memory_segment_ids", memory_segment_ids, "B S", dims, kind=jnp.integer)
+
+        def step(block: DecoderBlock, x: Array, key: Array | None) -> tuple[Array, Any]:
+            x, state, weights = block(x, block.start(memory), key, **where)
+            return x, (state, weights)
+
+        x, (states, weights) = run_stack(self.blocks, step, x, None if keys is None else keys[:-1])
+        layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(self.depth))
+        return x, layers, jnp.moveaxis(weights, 0, 1)
+
+    def _next(self, x, layers, keys, where):
+        """Block by block: each state stays an array of its own, with the batch first, and is written in place."""
+        after, weights = [], []
+        for index, state in enumerate(layers):
+            key = None if keys is None else keys[index]
+            x, state, weight = layer_of(self.blocks, index)(x, state, key, **where)
+            after.append(state)
+            weights.append(weight)
+        return x, tuple(after), jnp.stack(weights, axis=1)

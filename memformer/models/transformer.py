@@ -1,0 +1,180 @@
+"""The encoder-decoder Transformer."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.core.types import Array, Float, Int, check_array
+from memformer.layers.base import State, check_size
+from memformer.layers.basic import Embedding
+from memformer.layers.stack import TransformerShape
+from memformer.models.language_model import ModelOutput
+from memformer.models.stacks import TransformerDecoder, TransformerEncoder
+
+__all__ = ["Transformer", "TransformerConfig", "TransformerDecoder", "TransformerEncoder", "TransformerShape"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerConfig(TransformerShape):
+    """The shape of an encoder-decoder Transformer: `TransformerShape` and these.
+
+    Attributes:
+      encoder_depth: blocks over the source.
+      decoder_depth: blocks over the target.
+      tie_embeddings: source, target and read-out share one table (a joint vocabulary); False gives three.
+
+    Example:
+      >>> TransformerConfig(width=64, encoder_depth=3).decoder_depth
+      2
+    """
+
+    encoder_depth: int = 2
+    decoder_depth: int = 2
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("encoder_depth", "decoder_depth"):
+            check_size(key, getattr(self, key))
+
+
+class Transformer(nnx.Module):
+    """Reads a source in both directions and writes a target from left to right.
+
+        memory = encoder(E source + positions)
+        logits_t = E decoder(E inputs_{<= t} + positions, memory)
+
+    Args:
+      config: the shape.
+      vocab_size: of source and input ids.
+      num_classes: of the logits; None is vocab_size.
+      features: must be 0: source and inputs are ids.
+      rngs: random streams; "params", and "dropout" where there is dropout.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+
+    Source: arXiv 1706.03762. As in tensor2tensor's later versions the norm may stand before a sublayer, and
+    dropout falls on the embedding and on each sublayer's output, not on attention weights.
+
+    Example:
+      >>> model = Transformer(TransformerConfig(width=8, heads=2), vocab_size=7, rngs=nnx.Rngs(0))
+      >>> source, inputs = jnp.array([[4, 5, 6, 0]]), jnp.array([[1, 2, 3]])
+      >>> model(inputs, source=source, source_segment_ids=jnp.array([[1, 1, 1, 0]])).logits.shape
+      (1, 3, 7)
+      >>> state = model.start(source, jnp.array([[1, 1, 1, 0]]), capacity=3)
+      >>> output = model(inputs[:, :1], state=state)
+      >>> model(inputs[:, 1:2], state=output.state).logits.shape
+      (1, 1, 7)
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        *,
+        vocab_size: int,
+        num_classes: int | None = None,
+        features: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        if features:
+            raise ValueError(f"features must be 0: a transformer's source and inputs are ids, got {features}")
+        self.config, self.features = config, 0
+        self.decoder = TransformerDecoder(
+            config,
+            config.decoder_depth,
+            vocab_size=vocab_size,
+            num_classes=num_classes,
+            tie_embeddings=config.tie_embeddings,
+            rngs=rngs,
+        )
+        self.vocab_size, self.num_classes = vocab_size, self.decoder.num_classes
+        self.encoder = TransformerEncoder(config, config.encoder_depth, rngs=rngs)
+        self.source_embedding: Any = nnx.data(None)
+        if not config.tie_embeddings:
+            self.source_embedding = Embedding(vocab_size, config.width, dtypes=config.dtypes, rngs=rngs)
+
+    def encode(
+        self, source: Int[Array, "B S"], source_segment_ids: Int[Array, "B S"] | None = None
+    ) -> Float[Array, "B S D"]:
+        """The encoder's output: what the decoder consults.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or longer than the learned positions.
+        """
+        source = check_array("source", source, "B S", {}, kind=jnp.integer)
+        embedding = self.decoder.embedding if self.source_embedding is None else self.source_embedding
+        return self.encoder(embedding(source), segment_ids=source_segment_ids)
+
+    def start(
+        self,
+        source: Int[Array, "B S"],
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        capacity: int | None = None,
+    ) -> State:
+        """The state before the first token of the target: source encoded, its keys and values computed.
+
+        Args:
+          source: ids.
+          source_segment_ids: 0 = padding; None for none.
+          capacity: tokens of the target there will be room for; None grows call by call.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or a capacity beyond the learned positions.
+        """
+        return self.decoder.start(self.encode(source, source_segment_ids), source_segment_ids, capacity=capacity)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        source: Int[Array, "B S"] | None = None,
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> ModelOutput:
+        """Logits of the id after each input; a call with the returned state continues the targets.
+
+        Args:
+          inputs: the target so far, from its start token on.
+          source: for the first call (state None); later ones have it in their state.
+          source_segment_ids: 0 = padding. Packed pairs have one id in source and target.
+          segment_ids: of the inputs, 0 = padding.
+          positions: of the inputs; None counts within each segment, on from the state's.
+          state: of the last call, or of `start`.
+
+        Raises:
+          ValueError: both or neither of source and state, an array of another shape or dtype, or more
+            tokens than learned positions.
+        """
+        memory = None if source is None else self.encode(source, source_segment_ids)
+        return self.decoder(
+            inputs,
+            memory=memory,
+            memory_segment_ids=source_segment_ids,
+            segment_ids=segment_ids,
+            positions=positions,
+            state=state,
+        )
+
+    def alignments(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        source: Int[Array, "B S"],
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B L H T S"]:
+        """Weights of each target position over the source, [layer, head, position, source] in float32.
+
+        Row t belongs to the prediction of the id after inputs[t].
+        """
+        return self.decoder.alignments(
+            inputs,
+            memory=self.encode(source, source_segment_ids),
+            memory_segment_ids=source_segment_ids,
+            segment_ids=segment_ids,
+        )
