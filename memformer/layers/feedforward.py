@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from memformer.layers.basic import Dtypes, constrain, linear, named
 
 __all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "SwiGLU", "feedforward_keys"]
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # by a tanh
     "gelu": nnx.gelu,
     # by the error function, as BERT has it

@@ -99,7 +99,7 @@ class SelfAttention(_Attention):
         """
         q, k = self._turned(x, positions)
         ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        visible = visible_memory(ids, ids, x.shape[1])
+        visible = _same_segment(ids, ids)
         if causal:
             visible = visible & jnp.tril(jnp.ones((1, *visible.shape[1:]), bool))
         return self._weights(q, k, visible)
@@ -165,10 +165,14 @@ def visible_memory(
     """
     if memory_segment_ids is None:
         return None
+    if segment_ids is not None:
+        return _same_segment(segment_ids, memory_segment_ids)
     valid = (memory_segment_ids != 0)[:, None]
-    if segment_ids is None:
-        return jnp.broadcast_to(valid, (valid.shape[0], tokens, valid.shape[2]))
-    return valid & (segment_ids[:, :, None] == memory_segment_ids[:, None])
+    return jnp.broadcast_to(valid, (valid.shape[0], tokens, valid.shape[2]))
+
+
+def _same_segment(ids: Array, memory_ids: Array) -> Array:
+    return (memory_ids != 0)[:, None] & (ids[:, :, None] == memory_ids[:, None])
 
 
 def _residual(
