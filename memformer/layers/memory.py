@@ -14,6 +14,7 @@ from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import Dtypes, check_options
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention
+from memformer.layers.recurrent import GRUMemory, LSTMMemory, RecurrentMemory, RNNMemory
 
 __all__ = ["MEMORIES", "Memory", "build_memory", "check_memory", "known_options"]
 
@@ -32,7 +33,7 @@ class Memory:
       source: paper.
     """
 
-    layer: type[MemoryLayer]
+    layer: type[MemoryLayer] | type[RecurrentMemory]
     options: Mapping[str, Any]
     kernel: str
     update: str
@@ -143,6 +144,33 @@ MEMORIES: dict[str, Memory] = {
         "u_t = alpha_t v_t - beta_t sum_{i<t} kappa1(k_i, w_t) u_i; o_t = sum_{i<=t} kappa2(k_i, q_t) u_i",
         "DeltaFormer, NeurIPS 2025; arXiv 2505.19488",
     ),
+    "rnn": Memory(
+        RNNMemory,
+        {},
+        "none: read whole",
+        "replace",
+        "vector of units",
+        "h_t = tanh(W x_t + U h_{t-1} + b); o_t = h_t",
+        "Elman 1990",
+    ),
+    "lstm": Memory(
+        LSTMMemory,
+        {},
+        "none: read whole through a gate",
+        "decay (a unit, by the last read too), add",
+        "two vectors of units (h, c)",
+        "c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(g_t); h_t = sigmoid(o_t) tanh(c_t); o_t = h_t",
+        "Hochreiter and Schmidhuber 1997",
+    ),
+    "gru": Memory(
+        GRUMemory,
+        {},
+        "none: read whole",
+        "delta (a unit, by the last read too)",
+        "vector of units",
+        "n_t = tanh(W x_t + r_t (U h_{t-1} + b)); h_t = h_{t-1} + (1 - z_t) (n_t - h_{t-1}); o_t = h_t",
+        "arXiv 1406.1078",
+    ),
 }
 
 _FIXED = ("self", "width", "heads", "key_width", "value_width", "dtypes", "rngs", "head_counts", "writes", "options")
@@ -160,7 +188,9 @@ def known_options(name: str) -> tuple[str, ...]:
     """
     check_memory(name)
     layer = MEMORIES[name].layer
-    names = [*inspect.signature(layer.__init__).parameters, *inspect.signature(MemoryLayer.__init__).parameters]
+    names = [*inspect.signature(layer.__init__).parameters]
+    if issubclass(layer, MemoryLayer):
+        names += inspect.signature(MemoryLayer.__init__).parameters
     return tuple(dict.fromkeys(n for n in names if n not in _FIXED))
 
 
@@ -180,7 +210,7 @@ def build_memory(
     options: Mapping[str, Any] | None = None,
     dtypes: Dtypes | None = None,
     rngs: nnx.Rngs,
-) -> MemoryLayer:
+) -> MemoryLayer | RecurrentMemory:
     """The layer of one row of `MEMORIES`.
 
     Args:

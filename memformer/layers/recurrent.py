@@ -1,0 +1,372 @@
+"""Recurrent layers: RNN, LSTM and GRU, stacks of them in one or both directions, and as memories of a block."""
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.core.types import Array, Float, Int, check_array
+from memformer.layers.base import check_choice, check_size
+from memformer.layers.basic import Dtypes, constrain, dropout, linear, named, stochastic_keys
+from memformer.ops.recurrent import LSTMState, gru, lstm, rnn
+
+__all__ = [
+    "CELLS",
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUMemory",
+    "LSTMMemory",
+    "RNNMemory",
+    "RecurrentLayer",
+    "RecurrentMemory",
+    "RecurrentStack",
+    "recurrent_stack",
+]
+
+# Of weights. A step needs all units at once, so they are never split over devices by unit.
+NAMES = ("embed", None)
+
+
+def orthogonal_gates(gates: int) -> nnx.Initializer:
+    """An initializer of [D, gates * D]: one orthogonal matrix a gate, made in float32."""
+
+    def init(key, shape, dtype=jnp.float32, out_sharding=None):
+        square = (shape[0], shape[0])
+        each = [nnx.initializers.orthogonal()(k, square, jnp.float32) for k in jax.random.split(key, gates)]
+        return jnp.concatenate(each, axis=1).astype(dtype)
+
+    return init
+
+
+class RecurrentLayer(nnx.Module):
+    """A recurrent op with its weights: orthogonal from the state, LeCun normal from the input.
+
+    Weights lie as `memformer.ops.recurrent` says: `w_in` [F, gates * D] and `w_state` [D, gates * D] are PyTorch's
+    weight_ih and weight_hh transposed, and `bias` is the sum of its two.
+
+    Args:
+      in_features: F.
+      width: D, the number of units.
+      dtypes: the dtype policy; the state is float32 in any case.
+      rngs: random streams.
+
+    Raises:
+      ValueError: a size that is no positive integer.
+    """
+
+    gates: ClassVar[int]
+
+    def __init__(self, in_features: int, width: int, *, dtypes: Dtypes | None = None, rngs: nnx.Rngs):
+        check_size("in_features", in_features)
+        check_size("width", width)
+        self.in_features, self.width, self.dtypes = in_features, width, Dtypes() if dtypes is None else dtypes
+        self.w_in = self._param((in_features, self.gates * width), nnx.initializers.lecun_normal(), NAMES, rngs)
+        self.w_state = self._param((width, self.gates * width), orthogonal_gates(self.gates), NAMES, rngs)
+        self.bias = self._param((self.gates * width,), self._init_bias, (None,), rngs)
+
+    def _param(self, shape: tuple[int, ...], init: Any, names: tuple[str | None, ...], rngs: nnx.Rngs) -> nnx.Param:
+        return nnx.Param(named(init, *names)(rngs.params(), shape, self.dtypes.param))
+
+    def _init_bias(self, key, shape, dtype, out_sharding=None):
+        return jnp.zeros(shape, dtype)
+
+    def _recall(self, x: Array, segment_ids: Array | None, state: Any) -> tuple[Array, Any]:
+        raise NotImplementedError(f"{type(self).__name__} has no op")
+
+    def init_state(self, batch: int) -> Any:
+        """The state before the first token: zeros [B, D] in float32."""
+        check_size("batch", batch)
+        return jnp.zeros((batch, self.width), self.dtypes.wide)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T F"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: Any = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Returns (y, state); a call with that state continues the last segment.
+
+        Args:
+          x: the layer's input.
+          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          positions: not read: a recurrent layer knows the order.
+          state: of the last call, or of `init_state`.
+
+        Raises:
+          ValueError: an array of another shape or dtype.
+        """
+        check_array("x", x, "B T F", {"F": self.in_features})
+        return self._recall(x.astype(self.dtypes.compute), segment_ids, state)
+
+    def step(self, x: Float[Array, "B F"], state: Any) -> tuple[Float[Array, "B D"], Any]:
+        """One token: (y, state)."""
+        y, state = self(x[:, None], state=state)
+        return y[:, 0], state
+
+
+class RNN(RecurrentLayer):
+    """The plain recurrent network, `memformer.ops.recurrent.rnn`, with weights.
+
+    Example:
+      >>> y, h = RNN(3, 4, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 3)))
+      >>> y.shape, h.shape
+      ((2, 5, 4), (2, 4))
+    """
+
+    gates = 1
+
+    def _recall(self, x, segment_ids, state):
+        weights = (self.w_in[...], self.w_state[...], self.bias[...])
+        return rnn(x, *weights, segment_ids=segment_ids, initial_state=state)
+
+
+class LSTM(RecurrentLayer):
+    """Long short-term memory, `memformer.ops.recurrent.lstm`, with weights; the forget bias begins at 1.
+
+    Source: forget bias, Jozefowicz et al. 2015.
+
+    Example:
+      >>> layer = LSTM(3, 4, rngs=nnx.Rngs(0))
+      >>> y, (h, c) = layer(jnp.ones((2, 5, 3)))
+      >>> y.shape, c.shape
+      ((2, 5, 4), (2, 4))
+      >>> y, state = layer.step(jnp.ones((2, 3)), (h, c))
+      >>> y.shape
+      (2, 4)
+    """
+
+    gates = 4
+
+    def _init_bias(self, key, shape, dtype, out_sharding=None):
+        forget = slice(self.width, 2 * self.width)
+        return jnp.zeros(shape, dtype).at[forget].set(1)
+
+    def _recall(self, x, segment_ids, state):
+        weights = (self.w_in[...], self.w_state[...], self.bias[...])
+        return lstm(x, *weights, segment_ids=segment_ids, initial_state=state)
+
+    def init_state(self, batch: int) -> LSTMState:
+        """The state before the first token: (h, c) of zeros [B, D] in float32."""
+        zeros = super().init_state(batch)
+        return LSTMState(zeros, zeros)
+
+
+class GRU(RecurrentLayer):
+    """The gated recurrent unit, `memformer.ops.recurrent.gru`, with weights.
+
+    `bias_state` [D] is PyTorch's bias_hh of n; `bias` is the sum of its two for r and z, and bias_ih for n.
+
+    Example:
+      >>> y, h = GRU(3, 4, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 3)))
+      >>> y.shape, h.shape
+      ((2, 5, 4), (2, 4))
+    """
+
+    gates = 3
+
+    def __init__(self, in_features: int, width: int, *, dtypes: Dtypes | None = None, rngs: nnx.Rngs):
+        super().__init__(in_features, width, dtypes=dtypes, rngs=rngs)
+        self.bias_state = self._param((width,), self._init_bias, (None,), rngs)
+
+    def _recall(self, x, segment_ids, state):
+        weights = (self.w_in[...], self.w_state[...], self.bias[...], self.bias_state[...])
+        return gru(x, *weights, segment_ids=segment_ids, initial_state=state)
+
+
+CELLS: dict[str, type[RecurrentLayer]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
+
+
+class RecurrentStack(nnx.Module):
+    """Recurrent layers one on another, in one direction or both.
+
+    With both, each layer is two: one reads each segment from its first token to its last, one from its last to its
+    first, and the outputs stand side by side, [B, T, 2 * D], forward first. The state of the backward ones is that
+    after the first token of the row's first segment: with one sequence a row, what was read of all of it.
+
+    Args:
+      kind: "rnn", "lstm" or "gru".
+      in_features: F of the first layer.
+      width: D, units a layer and direction.
+      layers: how many.
+      bidirectional: both directions.
+      dropout: rate on what each layer but the first reads, where a key is given.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Raises:
+      ValueError: an unknown kind, or a number out of range.
+
+    Example:
+      >>> stack = recurrent_stack("gru", 3, 4, 2, bidirectional=True, rngs=nnx.Rngs(0))
+      >>> y, state = stack(jnp.ones((2, 5, 3)))
+      >>> y.shape, len(state), state[0][1].shape
+      ((2, 5, 8), 2, (2, 4))
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        in_features: int,
+        width: int,
+        layers: int = 1,
+        *,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        dtypes: Dtypes | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_choice("kind", kind, tuple(CELLS))
+        check_size("layers", layers)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.bidirectional, self.dropout = bidirectional, dropout
+        self.out_features = width * (2 if bidirectional else 1)
+        sizes = [in_features] + [self.out_features] * (layers - 1)
+
+        def row() -> nnx.List:
+            return nnx.List([CELLS[kind](size, width, dtypes=dtypes, rngs=rngs) for size in sizes])
+
+        self.forward = row()
+        self.backward: Any = row() if bidirectional else nnx.data(None)
+
+    def init_state(self, batch: int) -> tuple:
+        """The state before the first token, one of each layer.
+
+        Raises:
+          ValueError: both directions: what comes later has no state before it.
+        """
+        self._check_state(not self.bidirectional)
+        return tuple(layer.init_state(batch) for layer in self.forward)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T F"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: tuple | None = None,
+        key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple]:
+        """Returns (y, state): a tuple of the layers' states, or of pairs (forward, backward).
+
+        Args:
+          x: the first layer's input.
+          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          positions: not read: a recurrent layer knows the order.
+          state: of the last call, or of `init_state`; one direction only.
+          key: a random key for dropout; None keeps everything.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or a state where both directions are read.
+        """
+        self._check_state(state is None or not self.bidirectional)
+        keys = stochastic_keys(key, len(self.forward))
+        # Time turned about is right for packed rows too: each segment is met from its end, and resets at its border.
+        turned = None if segment_ids is None else jnp.flip(segment_ids, 1)
+        states = []
+        for i, layer in enumerate(self.forward):
+            if i:
+                x = dropout(x, self.dropout, None if keys is None else keys[i])
+            y, new = layer(x, segment_ids=segment_ids, state=None if state is None else state[i])
+            if self.bidirectional:
+                back, last = self.backward[i](jnp.flip(x, 1), segment_ids=turned)
+                y, new = jnp.concatenate([y, jnp.flip(back, 1)], axis=-1), (new, last)
+            x = y
+            states.append(new)
+        return x, tuple(states)
+
+    def step(self, x: Float[Array, "B F"], state: tuple) -> tuple[Float[Array, "B D"], tuple]:
+        """One token: (y, state)."""
+        y, state = self(x[:, None], state=state)
+        return y[:, 0], state
+
+    def _check_state(self, fits: bool) -> None:
+        if not fits:
+            raise ValueError("a bidirectional stack reads whole sequences: give no state")
+
+
+recurrent_stack = RecurrentStack
+
+
+class RecurrentMemory(nnx.Module):
+    """A recurrent layer as the memory of a block: y = Wo h, with heads * value_width units.
+
+    Heads only count units; the weights from the state join them all.
+
+    Args:
+      width: D of x and y.
+      heads: H.
+      key_width: stands in for value_width where that is None; a recurrent state has no keys. None is D // H.
+      value_width: V, units a head; None is key_width.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Raises:
+      ValueError: a width not divisible by heads where no width of a head is given, or a size that is none.
+    """
+
+    cell: ClassVar[type[RecurrentLayer]]
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        key_width: int | None = None,
+        value_width: int | None = None,
+        dtypes: Dtypes | None = None,
+        rngs: nnx.Rngs,
+    ):
+        dtypes = Dtypes() if dtypes is None else dtypes
+        for name, size in (("width", width), ("heads", heads)):
+            check_size(name, size)
+        if key_width is None and value_width is None and width % heads:
+            raise ValueError(f"width must be a multiple of heads where key_width is None, got {width} and {heads}")
+        each = value_width or key_width or width // heads
+        check_size("value_width", each)
+        self.layer = self.cell(width, heads * each, dtypes=dtypes, rngs=rngs)
+        self.out = linear(heads * each, width, (None, "embed"), dtypes=dtypes, rngs=rngs)
+
+    def init_state(self, batch: int, capacity: int, dtype: Any = None) -> dict[str, Any]:
+        """The state before the first token; its size does not depend on capacity, nor its dtype on dtype.
+
+        Raises:
+          ValueError: a batch or capacity that is no positive integer.
+        """
+        check_size("capacity", capacity)
+        return {"memory": self.layer.init_state(batch)}
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: Any = None,
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
+        """Returns (y, state), with the arguments of `memformer.layers.base.MemoryLayer`."""
+        h, memory = self.layer(x, segment_ids=segment_ids, state=None if state is None else state["memory"])
+        y = self.out(h)
+        return constrain(y, "activation_batch", "activation_time", "activation_embed"), {"memory": memory}
+
+
+class RNNMemory(RecurrentMemory):
+    """`RNN` as a memory."""
+
+    cell = RNN
+
+
+class LSTMMemory(RecurrentMemory):
+    """`LSTM` as a memory."""
+
+    cell = LSTM
+
+
+class GRUMemory(RecurrentMemory):
+    """`GRU` as a memory."""
+
+    cell = GRU
