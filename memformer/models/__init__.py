@@ -10,12 +10,14 @@ from memformer.layers.basic import check_options
 from memformer.models.config import LanguageModelConfig
 from memformer.models.generate import generate
 from memformer.models.language_model import MemoryLM, ModelOutput
+from memformer.models.transformer import Transformer, TransformerConfig
 
 __all__ = ["MODELS", "LanguageModelConfig", "MemoryLM", "ModelOutput", "build_model", "generate", "model_keys"]
 
 # Name to (frozen dataclass of its keys, module class).
 MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
     "memory_lm": (LanguageModelConfig, MemoryLM),
+    "transformer": (TransformerConfig, Transformer),
 }
 
 
