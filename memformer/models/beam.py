@@ -22,7 +22,7 @@ class _Search(NamedTuple):
     `ended` and `ended_scores` those with an end token, best first.
     """
 
-    count: Array
+    taken: Array
     state: Any
     last: Array
     live: Array
@@ -107,7 +107,7 @@ def beam_search(
     first = _Search(jnp.int32(0), state, last, blank, none.at[:, 0].set(0.0), blank, none)
 
     def going(search: _Search) -> Array:
-        return (search.count < max_steps) & ~jnp.all(_done(search.ended_scores))
+        return (search.taken < max_steps) & ~jnp.all(_done(search.ended_scores))
 
     def advance(search: _Search) -> _Search:
         logits, state = step(search.last.reshape(-1), search.state)
@@ -148,18 +148,18 @@ def _advance(search: _Search, logits: Array, state: Any, end: int, penalty: floa
     # every beam has one end token, so 2 K candidates hold K that go on
     values, places = lax.top_k(scores, min(2 * beams, beams * vocab))
     parents, tokens = places // vocab, (places % vocab).astype(jnp.int32)
-    grown = _pick(search.live, parents).at[:, :, search.count].set(tokens)
+    grown = _pick(search.live, parents).at[:, :, search.taken].set(tokens)
 
     ends = tokens == end
     counted = ends & (jnp.arange(values.shape[1]) < beams)[None] & ~_done(search.ended_scores)[:, None]
-    new = jnp.where(counted, values / length_divisor(search.count + 1, penalty), -jnp.inf)
+    new = jnp.where(counted, values / length_divisor(search.taken + 1, penalty), -jnp.inf)
     ended_scores, order = lax.top_k(jnp.concatenate([search.ended_scores, new], axis=1), beams)
     ended = _pick(jnp.concatenate([search.ended, grown], axis=1), order)
 
     live_scores, order = lax.top_k(jnp.where(ends, -jnp.inf, values), beams)
     rows = (jnp.arange(batch)[:, None] * beams + _pick(parents, order)).reshape(-1)
     state = jax.tree.map(lambda x: jnp.take(x, rows, axis=0) if jnp.ndim(x) else x, state)
-    return _Search(search.count + 1, state, _pick(tokens, order), _pick(grown, order), live_scores, ended, ended_scores)
+    return _Search(search.taken + 1, state, _pick(tokens, order), _pick(grown, order), live_scores, ended, ended_scores)
 
 
 def decode(
