@@ -12,7 +12,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
-from memformer.pallas.tpu import common, partition, tuning
+from memformer.pallas import partition
+from memformer.pallas.tpu import common, tuning
 from memformer.pallas.tpu.inverse import unit_lower_inverse
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite

@@ -17,7 +17,7 @@ from memformer.pallas.gpu.common import Cut
 from memformer.pallas.gpu.gradients import chunk_gradients
 from memformer.pallas.gpu.inverse import chunk_inverse
 from memformer.pallas.gpu.rows import token_rows
-from memformer.pallas.tpu.partition import split_batch_and_heads
+from memformer.pallas.partition import split_batch_and_heads
 
 __all__ = ["run"]
 

@@ -16,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.chunking import pad_time, vary_like
 from memformer.core.types import Array
+from memformer.pallas.partition import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.common import Cut, lockstep
-from memformer.pallas.tpu.partition import split_batch_and_heads
 from memformer.pallas.tpu.rows import TokenGradients, Tokens, pack, token_rows, unpack
 
 __all__ = ["Memory", "run"]
@@ -115,11 +115,11 @@ def _forward(memory: Memory, cut: Cut, save: bool, q, k, v, start, *rows):
     block = _blocks(cut)
     like = (q, k, v, start, *rows)
     out_specs = [block.value, block.state]
-    out_shape = [_result(v.shape, v.dtype, *like), _result(start.shape, jnp.float32, *like)]
+    out_shape = [varying_result(v.shape, v.dtype, *like), varying_result(start.shape, jnp.float32, *like)]
     if save:
         out_specs.append(block.states)
         states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
-        out_shape.append(_result(states, jnp.float32, *like))
+        out_shape.append(varying_result(states, jnp.float32, *like))
     return pl.pallas_call(
         functools.partial(_forward_kernel, memory=memory, cut=cut),
         grid=cut.grid,
@@ -178,11 +178,11 @@ def _backward(memory: Memory, cut: Cut, q, k, v, states, do, dend, *rows):
         in_specs=[block.key, block.key, block.value, rows_blocks, block.states, block.value, block.state],
         out_specs=[block.part, block.part, block.value, rows_blocks, block.state],
         out_shape=[
-            _result(parts, q.dtype, *like),
-            _result(parts, k.dtype, *like),
-            _result(v.shape, v.dtype, *like),
-            [_result(x.shape, jnp.float32, *like) for x in rows],
-            _result(dend.shape, jnp.float32, *like),
+            varying_result(parts, q.dtype, *like),
+            varying_result(parts, k.dtype, *like),
+            varying_result(v.shape, v.dtype, *like),
+            [varying_result(x.shape, jnp.float32, *like) for x in rows],
+            varying_result(dend.shape, jnp.float32, *like),
         ],
         scratch_shapes=[pltpu.VMEM((cut.block, cut.key, cut.value), jnp.float32)],
         compiler_params=_compiler_params(),
@@ -236,9 +236,3 @@ def _sum_parts(cut: Cut, x: Array) -> Array:
         return x
     x = x.reshape(cut.batch, cut.groups, -1, *x.shape[2:])
     return jnp.sum(x, axis=2, dtype=jnp.float32).astype(x.dtype)
-
-
-def _result(shape: tuple[int, ...], dtype, *like: Array) -> jax.ShapeDtypeStruct:
-    """A result that varies over the mesh axes of shard_map as `like` do."""
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from memformer.core.types import Array
 
-__all__ = ["split_batch_and_heads"]
+__all__ = ["split_batch_and_heads", "varying_result"]
 
 # Mesh axes, by the names of the library's own meshes, that batch and heads lie on.
 BATCH, HEADS = ("data", "fsdp"), ("tensor",)
@@ -67,3 +67,9 @@ def _spec(mesh: AbstractMesh, free: Sequence[str], arrays: Sequence[Array]) -> P
         return names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
     return PartitionSpec(fitting(BATCH, batch), fitting(HEADS, heads))
+
+
+def varying_result(shape: tuple[int, ...], dtype, *like: Array) -> jax.ShapeDtypeStruct:
+    """A result of a kernel that varies over the mesh axes of shard_map as `like` do."""
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))
