@@ -7,16 +7,21 @@ from typing import Any
 from flax import nnx
 
 from memformer.layers.basic import check_options
+from memformer.models.captioner import Captioner, CaptionerConfig
 from memformer.models.config import LanguageModelConfig
 from memformer.models.generate import generate
 from memformer.models.language_model import MemoryLM, ModelOutput
 from memformer.models.transformer import Transformer, TransformerConfig
+from memformer.models.segment_memory import ARMTConfig, RMTConfig, SegmentMemory
 
 __all__ = ["MODELS", "LanguageModelConfig", "MemoryLM", "ModelOutput", "build_model", "generate", "model_keys"]
 
 # Name to (frozen dataclass of its keys, module class).
 MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
     "memory_lm": (LanguageModelConfig, MemoryLM),
+    "captioner": (CaptionerConfig, Captioner),
+    "armt": (ARMTConfig, SegmentMemory),
+    "rmt": (RMTConfig, SegmentMemory),
     "transformer": (TransformerConfig, Transformer),
 }
 

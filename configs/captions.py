@@ -1,0 +1,43 @@
+"""Captions of pictures, as Show, Attend and Tell (arXiv 1502.03044) gives them: an LSTM that looks at a part of the
+picture for each word; and a Transformer over patches.
+
+Generated pictures of placed shapes:
+
+    python train.py --config=configs/captions.py:shapes --workdir=runs/captions-shapes
+
+The same by a Transformer over patches of 4 x 4 pixels:
+
+    python train.py --config=configs/captions.py:transformer --workdir=runs/captions-transformer
+
+The 785 stamps of Tux Paint (first `apt-get install tuxpaint-stamps-default`):
+
+    python train.py --config=configs/captions.py:stamps --workdir=runs/captions-stamps
+"""
+
+from memformer.training.config import default_config
+
+VARIANTS = ("shapes", "transformer", "stamps")
+
+
+def get_config(variant="shapes"):
+    """Returns the run's config."""
+    if variant not in VARIANTS:
+        raise ValueError(f"configs/captions.py has the variants {', '.join(VARIANTS)}, got {variant!r}")
+    config = default_config("captioner")
+    config.task = {"name": "captions", "length": 9, "pictures": "shapes", "size": 32, "folder": ""}
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.train.steps = 4000
+    config.train.batch_size = 64
+    config.train.log_every = 50
+    config.train.eval_every = 500
+    config.train.eval_batches = 8
+    if variant == "transformer":
+        config.model.update({"decoder": "transformer", "grid": "patches", "width": 64})
+        config.optimizer.learning_rate = 1e-3
+    if variant == "stamps":
+        config.task.update({"length": 12, "pictures": "stamps", "size": 64})
+        config.model.update({"channels": (24, 48, 96, 96), "dropout": 0.5})
+        config.optimizer.weight_decay = 0.05
+        config.train.batch_size = 32
+    return config

@@ -1,0 +1,330 @@
+"""Captions of pictures by attention over a grid: an LSTM that looks anew for each word, or a Transformer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memformer.core.chunking import Segments, find_segments
+from memformer.core.types import Array, Dims, Float, Int, check_array
+from memformer.layers.additive import AdditiveAttention
+from memformer.layers.base import State, check_choice, check_size
+from memformer.layers.basic import Dtypes, Embedding, LayerNorm, constrain, dropout, linear, stochastic_keys
+from memformer.layers.positions import count_positions, next_position, sinusoid
+from memformer.layers.recurrent import LSTM
+from memformer.layers.stack import TransformerShape
+from memformer.layers.transformer import DecoderBlock
+from memformer.models.language_model import ModelOutput
+from memformer.models.picture import ConvGrid, PatchGrid
+from memformer.ops.recurrent import LSTMState
+
+__all__ = ["Captioner", "CaptionerConfig", "doubly_stochastic"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionerConfig:
+    """The shape of a captioner.
+
+    Attributes:
+      decoder: "lstm" with soft attention, or "transformer".
+      grid: what the decoder looks at: "conv" or "patches" (with a Transformer encoder over them).
+      channels: of the convolutions; all but the last halve the picture.
+      patch: side of a patch in pixels.
+      encoder_depth: Transformer blocks over the patches.
+      width: D, of word vectors, of the LSTM's state, of its attention network, and of Transformer blocks.
+      depth: Transformer blocks of the decoder.
+      heads: of Transformer blocks.
+      doubly_stochastic: weight of the loss that asks the attention to visit all of the picture; 0 is none.
+      dropout: rate before the read-out, and inside Transformer blocks; active after `model.train()`.
+      dtype: of activations.
+      param_dtype: of parameters.
+
+    Raises:
+      ValueError: names the key, what was expected and what came.
+
+    Example:
+      >>> CaptionerConfig(decoder="transformer", grid="patches", width=64).blocks.key_width
+      16
+    """
+
+    decoder: str = "lstm"
+    grid: str = "conv"
+    channels: tuple[int, ...] = (32, 64, 64)
+    patch: int = 4
+    encoder_depth: int = 2
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    doubly_stochastic: float = 1.0
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        check_choice("decoder", self.decoder, ("lstm", "transformer"))
+        check_choice("grid", self.grid, ("conv", "patches"))
+        object.__setattr__(self, "channels", tuple(self.channels))
+        for key in ("patch", "encoder_depth", "width", "depth", "heads"):
+            check_size(key, getattr(self, key))
+        if not self.doubly_stochastic >= 0:
+            raise ValueError(f"doubly_stochastic must be at least 0 (0 is none), got {self.doubly_stochastic!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        object.__setattr__(self, "dtype", self.dtypes.compute.name)
+        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """The dtype policy."""
+        return Dtypes(self.dtype, self.param_dtype)
+
+    @property
+    def blocks(self) -> TransformerShape:
+        """The shape of Transformer blocks; places and positions are added before them."""
+        return TransformerShape(
+            width=self.width,
+            heads=self.heads,
+            positions=None,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )
+
+
+def doubly_stochastic(weights: Float[Array, "B T S"], segments: Segments | None = None) -> Float[Array, ""]:
+    """How far the attention is from visiting every place of a picture once.
+
+        mean over captions and places i of (1 - sum_t a_ti)^2
+
+    Args:
+      weights: attention a over S places at each step; steps that are padding do not count.
+      segments: of packed captions (`memformer.core.chunking.find_segments`); None is one caption a row.
+
+    Source: arXiv 1502.03044 equation 14, its sum over places as a mean.
+
+    Example:
+      >>> float(doubly_stochastic(jnp.full((1, 2, 4), 0.25)))
+      0.25
+    """
+    one = jnp.ones((), weights.dtype)
+    if segments is None:
+        return jnp.mean(jnp.square(one - jnp.sum(weights, axis=1)))
+    # [B, T, captions]: a row holds at most one caption a step
+    belongs = segments.index[:, :, None] == jnp.arange(weights.shape[1], dtype=jnp.int32)[None, None]
+    belongs = (belongs & segments.valid[:, :, None]).astype(weights.dtype)
+    visits = jnp.einsum("bts,btn->bns", weights, belongs, precision=lax.Precision.HIGHEST)
+    present = jnp.max(belongs, axis=1)
+    missed = jnp.mean(jnp.square(one - visits), axis=-1)
+    return jnp.sum(missed * present) / jnp.maximum(jnp.sum(present), one)
+
+
+class _LSTMDecoder(nnx.Module):
+    """The decoder of arXiv 1502.03044, section 3.1.2.
+
+    (h_0, c_0) = tanh(W mean_i a_i);  read_t = attention(h_{t-1}, a);  z_t = sigmoid(w . h_{t-1}) read_t
+    (h_t, c_t) = LSTM([E y_{t-1}; z_t], h_{t-1}, c_{t-1});  logits_t = L (E y_{t-1} + L_h h_t + L_z z_t)
+    """
+
+    def __init__(self, config: CaptionerConfig, memory_width: int, *, rngs: nnx.Rngs):
+        same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
+        width = config.width
+        self.first = linear(memory_width, 2 * width, ("embed", None), bias=True, wide=True, **same)
+        self.attention = AdditiveAttention(width, memory_width, width, **same)
+        self.gate = linear(width, 1, ("embed", None), bias=True, wide=True, **same)
+        self.lstm = LSTM(width + memory_width, width, **same)
+        self.from_state = linear(width, width, ("embed", None), bias=True, **same)
+        self.from_read = linear(memory_width, width, ("embed", None), **same)
+
+    def start(self, memory: Float[Array, "B S F"], capacity: int | None) -> State:
+        h, c = jnp.split(jnp.tanh(self.first(jnp.mean(memory, axis=1))), 2, axis=-1)
+        first = LSTMState(h, c)
+        return {"memory": memory, "keys": self.attention.prepare(memory), "first": first, "now": first}
+
+    def __call__(self, x, state, keys, *, segment_ids, segments, positions) -> tuple[Array, State, Array]:
+        """(x [B, T, D] before the read-out, state, weights [B, T, S])."""
+        marks = None
+        if segments is not None:
+            anew = jnp.diff(segments.index, axis=1, prepend=jnp.zeros_like(segments.index[:, :1])) != 0
+            marks = anew.T[..., None], segments.valid.T[..., None]
+
+        def step(now: LSTMState, inputs: tuple) -> tuple[LSTMState, tuple]:
+            word, marks = inputs
+            if marks is not None:
+                now = jax.tree.map(lambda first, now: jnp.where(marks[0], first, now), state["first"], now)
+            read, weights = self.attention(now.h.astype(word.dtype), state["memory"], state["keys"])
+            seen = (nnx.sigmoid(self.gate(now.h)) * read).astype(word.dtype)
+            h, after = self.lstm.step(jnp.concatenate([word, seen], axis=-1), now)
+            if marks is not None:
+                after = jax.tree.map(lambda new, old: jnp.where(marks[1], new, old), after, now)
+                weights = jnp.where(marks[1], weights, jnp.zeros_like(weights))
+            return after, (h, seen, weights)
+
+        now, outputs = lax.scan(step, state["now"], (jnp.swapaxes(x, 0, 1), marks))
+        h, seen, weights = (jnp.swapaxes(part, 0, 1) for part in outputs)
+        return x + self.from_state(h) + self.from_read(seen), {**state, "now": now}, weights
+
+
+class _TransformerDecoder(nnx.Module):
+    """Causal blocks that attend to the grid; what is called attention is that of the last block, over its heads."""
+
+    def __init__(self, config: CaptionerConfig, memory_width: int, *, rngs: nnx.Rngs):
+        same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
+        self.enter = linear(memory_width, config.width, (None, "embed"), bias=True, **same)
+        self.blocks = nnx.List([DecoderBlock(config.blocks, rngs=rngs) for _ in range(config.depth)])
+        self.norm = LayerNorm(config.width, **same)
+
+    def start(self, memory: Float[Array, "B S F"], capacity: int | None) -> State:
+        memory = self.enter(memory)
+        layers = tuple(block.start(memory, capacity) for block in self.blocks)
+        return {"layers": layers, "position": jnp.zeros(memory.shape[0], jnp.int32)}
+
+    def __call__(self, x, state, keys, *, segment_ids, segments, positions) -> tuple[Array, State, Array]:
+        """(x [B, T, D] before the read-out, state, weights [B, T, S])."""
+        if positions is None:
+            positions = count_positions(segments, x.shape[:2], state["position"])
+        positions = check_array("positions", positions, "B T", {"B": x.shape[0], "T": x.shape[1]}, kind=jnp.integer)
+        x, layers = x + sinusoid(positions, x.shape[-1]).astype(x.dtype), []
+        for i, block in enumerate(self.blocks):
+            key = None if keys is None else keys[i]
+            x, new, weights = block(x, state["layers"][i], key, segment_ids=segment_ids, positions=positions)
+            layers.append(new)
+        weights = jnp.mean(weights, axis=1)
+        if segments is not None:
+            weights = jnp.where(segments.valid[..., None], weights, jnp.zeros_like(weights))
+        return self.norm(x), {"layers": tuple(layers), "position": next_position(positions, segments)}, weights
+
+
+class Captioner(nnx.Module):
+    """Says what a picture shows, word by word, looking at a part of it for each word.
+
+    Args:
+      config: the shape.
+      vocab_size: of the words.
+      num_classes: of the logits; None is vocab_size.
+      features: must be 0: inputs are words.
+      rngs: random streams; "params", and "dropout" where there is dropout.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+
+    Source: arXiv 1502.03044; over patches with a Transformer, arXiv 2101.10804.
+
+    Example:
+      >>> model = Captioner(CaptionerConfig(channels=(8, 16), width=16), vocab_size=7, rngs=nnx.Rngs(0))
+      >>> picture, words = jnp.ones((1, 16, 16, 3)), jnp.array([[1, 4, 5]])
+      >>> model(words, picture=picture).logits.shape, model.alignments(words, picture=picture).shape
+      ((1, 3, 7), (1, 3, 8, 8))
+    """
+
+    def __init__(
+        self,
+        config: CaptionerConfig,
+        *,
+        vocab_size: int,
+        num_classes: int | None = None,
+        features: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        num_classes = vocab_size if num_classes is None else num_classes
+        check_size("vocab_size", vocab_size)
+        check_size("num_classes", num_classes)
+        if features:
+            raise ValueError(f"features must be 0: a captioner reads words, got {features}")
+        self.config, self.vocab_size, self.num_classes = config, vocab_size, num_classes
+        same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
+        self.grid: Any
+        if config.grid == "conv":
+            self.grid = ConvGrid(config.channels, **same)
+        else:
+            self.grid = PatchGrid(config.blocks, patch=config.patch, depth=config.encoder_depth, rngs=rngs)
+        self.embedding = Embedding(vocab_size, config.width, **same)
+        decoder = _LSTMDecoder if config.decoder == "lstm" else _TransformerDecoder
+        self.decoder: Any = decoder(config, self.grid.width, rngs=rngs)
+        self.head = linear(config.width, num_classes, ("embed", "vocab"), bias=True, **same)
+        self.head.preferred_element_type = config.dtypes.wide
+        # Set by model.train() and model.eval().
+        self.deterministic = True
+        self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
+
+    def start(self, picture: Float[Array, "B Y X 3"], capacity: int | None = None) -> State:
+        """The state before the first word: the grid, and for a Transformer room for `capacity` words.
+
+        Raises:
+          ValueError: a picture of another shape or dtype, or too small for its grid.
+        """
+        return self.decoder.start(self._look(picture, None)[0], capacity)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+        picture: Float[Array, "B Y X 3"] | None = None,
+    ) -> ModelOutput:
+        """Logits of the next word after each; a call with the returned state continues the captions.
+
+        Packed captions of one row are captions of its one picture.
+
+        Args:
+          inputs: words, the start token first.
+          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          positions: of a Transformer's words; None counts within each segment, on from the state's.
+          state: of the last call, or of `start`; None needs `picture`.
+          picture: in [0, 1]; None where there is a state.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or both or neither of state and picture.
+        """
+        output, weights, segments, _ = self._run(inputs, segment_ids, positions, state, picture)
+        if state is not None or not self.config.doubly_stochastic:
+            return output
+        loss = doubly_stochastic(weights, segments)
+        return output._replace(aux={"doubly_stochastic": loss * jnp.asarray(self.config.doubly_stochastic, loss.dtype)})
+
+    def alignments(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        picture: Float[Array, "B Y X 3"],
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T R C"]:
+        """Where the model looks when it says the word after each input: weights over the grid's rows and columns.
+
+        Each map sums to 1, that of padding to 0. A Transformer's are its last block's, the mean over heads.
+        """
+        _, weights, _, sides = self._run(inputs, segment_ids, None, None, picture)
+        return weights.reshape(*weights.shape[:2], *sides)
+
+    def _look(self, picture: Array, key: Array | None) -> tuple[Array, tuple[int, int]]:
+        picture = check_array("picture", picture, "B Y X channels", {"channels": 3})
+        grid = self.grid(picture, key)
+        batch, rows, columns, width = grid.shape
+        return grid.reshape(batch, rows * columns, width), (rows, columns)
+
+    def _run(self, inputs, segment_ids, positions, state, picture) -> tuple:
+        """(output without aux, weights [B, T, S], segments, the grid's sides or None)."""
+        if (state is None) == (picture is None):
+            raise ValueError(
+                "give picture for the first words of a caption, or state to go on with one; got both or none"
+            )
+        dims: Dims = {}
+        inputs = check_array("inputs", inputs, "B T", dims, kind=jnp.integer)
+        segments = find_segments(segment_ids, dims)
+        dropping = self.config.dropout and not self.deterministic
+        keys = stochastic_keys(self.dropout_stream() if dropping else None, self.config.depth + 2)
+        sides = None
+        if picture is not None:
+            memory, sides = self._look(picture, None if keys is None else keys[-1])
+            if memory.shape[0] != dims["B"]:
+                raise ValueError(f"picture must have as many rows as inputs, {dims['B']}, got {memory.shape[0]}")
+            state = self.decoder.start(memory, None)
+        where = {"segment_ids": segment_ids, "segments": segments, "positions": positions}
+        x, state, weights = self.decoder(self.embedding(inputs), state, keys, **where)
+        x = dropout(x, self.config.dropout, None if keys is None else keys[-2])
+        logits = constrain(self.head(x), "activation_batch", "activation_time", "activation_vocab")
+        return ModelOutput(logits, state, {}), weights, segments, sides
