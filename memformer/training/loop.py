@@ -159,7 +159,7 @@ class Trainer:
         run, mesh = self._run, dict(self._run.mesh.shape)
         devices = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
         say(
-            f"{run.task.name}, {run.config['model']['memory']}: {run.model.size():,} parameters, "
+            f"{run.task.name}, {model_name(run.config['model'])}: {run.model.size():,} parameters, "
             f"{devices} ({jax.devices()[0].device_kind}), folder {self._folder}"
         )
         if self._step:
