@@ -1,0 +1,174 @@
+"""BERT's tokenizer: words and punctuation apart, then the longest pieces that the vocabulary has."""
+
+import pathlib
+import re
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+
+__all__ = ["WordPiece"]
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
+# A longer word is one unknown piece.
+LONGEST_WORD = 100
+# CJK ideographs, each a word of its own.
+IDEOGRAPHS = (
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
+
+
+class WordPiece:
+    """Text to ids of a BERT vocabulary.
+
+    Text is cleaned of control characters, lowered and freed of accents (where `lower`), cut at spaces,
+    punctuation and ideographs; each word is cut from the left into the longest pieces of the vocabulary, those
+    inside a word written ##piece. A word that cannot be cut whole is [UNK].
+
+    Args:
+      vocabulary: the pieces; a piece's id is its place.
+      lower: an uncased vocabulary.
+
+    Raises:
+      ValueError: a vocabulary without [PAD], [UNK], [CLS], [SEP] or [MASK].
+
+    Source: BERT, arXiv 1810.04805; greedy longest match, arXiv 1609.08144 section 4.1.
+
+    Example:
+      >>> tokenizer = WordPiece([*SPECIAL, "at", "##tend", "!"])
+      >>> tokenizer.pieces("Áttend!")
+      ['at', '##tend', '!']
+      >>> tokenizer.encode("attend !")
+      ([2, 5, 6, 7, 3], [0, 0, 0, 0, 0])
+    """
+
+    def __init__(self, vocabulary: Sequence[str], *, lower: bool = True):
+        self.vocabulary, self.lower = tuple(vocabulary), lower
+        self.ids = {piece: place for place, piece in enumerate(self.vocabulary)}
+        missing = [piece for piece in SPECIAL if piece not in self.ids]
+        if missing:
+            raise ValueError(f"vocabulary must have the pieces {', '.join(SPECIAL)}; missing: {', '.join(missing)}")
+
+    @classmethod
+    def from_file(cls, path: str | pathlib.Path, *, lower: bool = True) -> "WordPiece":
+        """Reads a vocab.txt, one piece a line."""
+        # only a line feed ends a line: some pieces are other separators of Unicode
+        lines = pathlib.Path(path).read_bytes().decode("utf-8").split("\n")
+        return cls([line.rstrip("\r") for line in lines[: -1 if not lines[-1] else None]], lower=lower)
+
+    def words(self, text: str) -> list[str]:
+        """Words, punctuation marks and ideographs of a text; special pieces stay whole.
+
+        Example:
+          >>> WordPiece(SPECIAL).words("Don't [MASK]")
+          ['don', "'", 't', '[MASK]']
+        """
+        found: list[str] = []
+        for part in _SPECIAL.split(text):
+            if part in SPECIAL:
+                found.append(part)
+            else:
+                found.extend("".join(map(_spaced, self._clean(part))).split())
+        return found
+
+    def _clean(self, text: str) -> str:
+        text = "".join(map(_visible, text))
+        if not self.lower:
+            return text
+        apart = unicodedata.normalize("NFD", text)
+        return "".join(c for c in apart if unicodedata.category(c) != "Mn").lower()
+
+    def pieces(self, text: str) -> list[str]:
+        """The pieces of a text, without [CLS] and [SEP]."""
+        return [piece for word in self.words(text) for piece in self._cut(word)]
+
+    def _cut(self, word: str) -> list[str]:
+        if word in SPECIAL:
+            return [word]
+        if len(word) > LONGEST_WORD:
+            return ["[UNK]"]
+        cut: list[str] = []
+        start = 0
+        while start < len(word):
+            for end in range(len(word), start, -1):
+                piece = word[start:end] if start == 0 else "##" + word[start:end]
+                if piece in self.ids:
+                    break
+            else:
+                return ["[UNK]"]
+            cut.append(piece)
+            start = end
+        return cut
+
+    def encode(self, text: str, pair: str | None = None, *, length: int | None = None) -> tuple[list[int], list[int]]:
+        """Ids of [CLS] text [SEP] (pair [SEP]), and the kind of each: 0, and 1 from the pair on.
+
+        Args:
+          text: the (first) text.
+          pair: the second, or None.
+          length: ids at most, None for all; what is longer loses the end of the text (without a pair only).
+
+        Raises:
+          ValueError: a length below 3, or one with a pair.
+        """
+        pieces = self.pieces(text)
+        if length is not None:
+            if length < 3 or pair is not None:
+                raise ValueError(f"length must be at least 3 and is for texts without a pair, got {length!r}")
+            pieces = pieces[: length - 2]
+        first = ["[CLS]", *pieces, "[SEP]"]
+        second = [] if pair is None else [*self.pieces(pair), "[SEP]"]
+        return [self.ids[piece] for piece in first + second], [0] * len(first) + [1] * len(second)
+
+    def batch(self, texts: Sequence[str], *, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [B, T] and segment_ids [B, T] (1, and 0 at padding) of texts, padded to the longest.
+
+        Args:
+          texts: one a row.
+          length: ids at most a text; None for all.
+
+        Raises:
+          ValueError: no text.
+
+        Example:
+          >>> ids, segments = WordPiece([*SPECIAL, "a", "b"]).batch(["a b", "b"])
+          >>> segments
+          array([[1, 1, 1, 1],
+                 [1, 1, 1, 0]], dtype=int32)
+        """
+        rows = [self.encode(text, length=length)[0] for text in texts]
+        if not rows:
+            raise ValueError("texts must hold at least one text")
+        ids = np.full((len(rows), max(map(len, rows))), self.ids["[PAD]"], np.int32)
+        segments = np.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], segments[i, : len(row)] = row, 1
+        return ids, segments
+
+
+def _visible(character: str) -> str:
+    """A space for every white character, nothing for control characters."""
+    if character in "\t\n\r" or unicodedata.category(character) == "Zs":
+        return " "
+    # control, format, private: not what a later Unicode may assign
+    if character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
+        return ""
+    return character
+
+
+def _spaced(character: str) -> str:
+    """Punctuation and ideographs with spaces around them."""
+    code = ord(character)
+    # every mark of ASCII counts, also those that Unicode calls symbols, such as $ and ^
+    mark = 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
+    mark = mark or unicodedata.category(character).startswith("P")
+    alone = mark or any(low <= code <= high for low, high in IDEOGRAPHS)
+    return f" {character} " if alone else character
