@@ -9,6 +9,7 @@ from flax import nnx
 from memformer.layers.basic import check_options
 from memformer.models.captioner import Captioner, CaptionerConfig
 from memformer.models.config import LanguageModelConfig
+from memformer.models.encoder import Encoder, EncoderConfig
 from memformer.models.generate import generate
 from memformer.models.language_model import MemoryLM, ModelOutput
 from memformer.models.transformer import Transformer, TransformerConfig
@@ -23,6 +24,7 @@ MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
     "armt": (ARMTConfig, SegmentMemory),
     "rmt": (RMTConfig, SegmentMemory),
     "transformer": (TransformerConfig, Transformer),
+    "encoder": (EncoderConfig, Encoder),
 }
 
 
