@@ -12,8 +12,8 @@ from memformer.models.config import LanguageModelConfig
 from memformer.models.encoder import Encoder, EncoderConfig
 from memformer.models.generate import generate
 from memformer.models.language_model import MemoryLM, ModelOutput
-from memformer.models.transformer import Transformer, TransformerConfig
 from memformer.models.segment_memory import ARMTConfig, RMTConfig, SegmentMemory
+from memformer.models.transformer import Transformer, TransformerConfig
 
 __all__ = ["MODELS", "LanguageModelConfig", "MemoryLM", "ModelOutput", "build_model", "generate", "model_keys"]
 
