@@ -1,15 +1,20 @@
-"""Measurements of trained models that need more than loss and accuracy: python -m memformer.lab NAME RUN_FOLDER...
+"""Measurements that need more than loss and accuracy: python -m memformer.lab NAME [RUN_FOLDER...]
 
-A laboratory module has `measure(runs, study)`: it reads finished runs, states the claim and what came out, and
-hands tables and figures to the study, which writes them.
+A laboratory module has `measure(runs, study)`, which reads finished runs of train.py, or, where it needs none,
+`measure(study, quick=)`. It states the claim and what came out, and hands tables and figures to the study, which
+writes them.
 """
 
 from collections.abc import Callable, Sequence
 
+from memformer.lab import snr
 from memformer.lab.study import Study
 from memformer.training.evaluation import LoadedRun
 
-__all__ = ["LABS", "Study"]
+__all__ = ["LABS", "SIMULATIONS", "Study"]
 
-# In the order of docs/results.md.
+# Both in the order of docs/results.md; simulations come first.
+SIMULATIONS: dict[str, Callable[..., None]] = {
+    "snr": snr.measure,
+}
 LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {}

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from memformer.lab import LABS
+from memformer.lab import LABS, SIMULATIONS
 from memformer.training.config import RunError
 from memformer.training.metrics import replace_file
 
@@ -44,7 +44,8 @@ def render_page(folder: str) -> str:
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(here.glob("*.json"))}
     if not found:
         raise RunError(f"no results to write a page from: {folder} holds no JSON of a study.")
-    order = [*(name for name in LABS if name in found), *(name for name in found if name not in LABS)]
+    known = (*SIMULATIONS, *LABS)
+    order = [*(name for name in known if name in found), *(name for name in found if name not in known)]
     commands = _training_commands(here.resolve().parents[1] / "configs")
     return "\n".join([HEAD, *(_section(found[name], here.name, commands) for name in order)])
 
@@ -72,10 +73,10 @@ def _section(study: Mapping[str, Any], folder: str, commands: Mapping[str, str])
         took = "" if run["seconds"] is None else f", {run['seconds']:.0f} s"
         command = commands.get(run["folder"], run["folder"])
         lines.append(f"- `{command}`: {run['parameters']:,} parameters, {run['step']} steps{took}, seed {run['seed']}")
-    folders = " ".join(run["folder"] for run in study["runs"])
+    folders = "".join(f" {run['folder']}" for run in study["runs"])
     versions = ", ".join(f"{name} {version}" for name, version in study["versions"].items())
     lines += [
-        f"- `python -m memformer.lab {study['name']} {folders}`: {study['seconds']:.0f} s; {study['date']}, {versions}"
+        f"- `python -m memformer.lab {study['name']}{folders}`: {study['seconds']:.0f} s; {study['date']}, {versions}"
     ]
     return "\n".join(lines) + "\n"
 
