@@ -12,6 +12,7 @@ from memformer.models.config import LanguageModelConfig
 from memformer.models.encoder import Encoder, EncoderConfig
 from memformer.models.generate import generate
 from memformer.models.language_model import MemoryLM, ModelOutput
+from memformer.models.ntm import NTM, NTMConfig
 from memformer.models.segment_memory import ARMTConfig, RMTConfig, SegmentMemory
 from memformer.models.transformer import Transformer, TransformerConfig
 
@@ -25,6 +26,7 @@ MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
     "rmt": (RMTConfig, SegmentMemory),
     "transformer": (TransformerConfig, Transformer),
     "encoder": (EncoderConfig, Encoder),
+    "ntm": (NTMConfig, NTM),
 }
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from memformer.tasks.bits import AssociativeRecall, Copy, DynamicNGrams, PrioritySort, RepeatCopy
 from memformer.tasks.captions import Captions
 from memformer.tasks.formal_languages import ModularArithmetic, Parity, scaled_accuracy
 from memformer.tasks.group_words import GroupWords
@@ -20,13 +21,18 @@ __all__ = [
     "MQAR",
     "SPLITS",
     "TASKS",
+    "AssociativeRecall",
     "Captions",
+    "Copy",
+    "DynamicNGrams",
     "Example",
     "GroupWords",
     "ModularArithmetic",
     "Parity",
+    "PrioritySort",
     "RandomAccessSource",
     "Reachability",
+    "RepeatCopy",
     "Swap",
     "SyntheticSource",
     "Task",
@@ -44,6 +50,11 @@ TASKS: dict[str, type[Task]] = {
     "mqar": MQAR,
     "text": Text,
     "captions": Captions,
+    "copy": Copy,
+    "repeat_copy": RepeatCopy,
+    "associative_recall": AssociativeRecall,
+    "dynamic_ngrams": DynamicNGrams,
+    "priority_sort": PrioritySort,
 }
 
 
