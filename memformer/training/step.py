@@ -232,6 +232,7 @@ def _gradients(
 
     def loss(params: Arrays, rest: Arrays, part: Batch, part_key: jax.Array):
         module = model.module(params, rest, part_key)
+        module.train()
         output = _call(module, part)
         counts = count_batch(output.logits, part["targets"], part["loss_weights"])
         counts["tokens"] = jnp.sum((part["segment_ids"] > 0).astype(jnp.float32))
