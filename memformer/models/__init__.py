@@ -14,6 +14,7 @@ from memformer.models.generate import generate
 from memformer.models.language_model import MemoryLM, ModelOutput
 from memformer.models.ntm import NTM, NTMConfig
 from memformer.models.segment_memory import ARMTConfig, RMTConfig, SegmentMemory
+from memformer.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from memformer.models.transformer import Transformer, TransformerConfig
 
 __all__ = ["MODELS", "LanguageModelConfig", "MemoryLM", "ModelOutput", "build_model", "generate", "model_keys"]
@@ -24,6 +25,7 @@ MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
     "captioner": (CaptionerConfig, Captioner),
     "armt": (ARMTConfig, SegmentMemory),
     "rmt": (RMTConfig, SegmentMemory),
+    "seq2seq": (Seq2SeqConfig, Seq2Seq),
     "transformer": (TransformerConfig, Transformer),
     "encoder": (EncoderConfig, Encoder),
     "ntm": (NTMConfig, NTM),
