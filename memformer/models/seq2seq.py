@@ -1,0 +1,281 @@
+"""Sequence to sequence by LSTMs: all of the source in one last state, or additive attention over its states."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from memformer.core.chunking import find_segments
+from memformer.core.types import Array, Dims, Float, Int, check_array
+from memformer.layers.additive import AdditiveAttention
+from memformer.layers.base import State, check_choice, check_size
+from memformer.layers.basic import Dtypes, Embedding, constrain, dropout, linear, stochastic_keys
+from memformer.layers.recurrent import RecurrentStack
+from memformer.models.language_model import ModelOutput
+from memformer.ops.recurrent import LSTMState
+
+__all__ = ["Seq2Seq", "Seq2SeqConfig"]
+
+ATTENTIONS = ("none", "additive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Seq2SeqConfig:
+    """The shape of an LSTM encoder-decoder.
+
+    Attributes:
+      attention: "none", the decoder starts from the encoder's last state and has nothing else; or "additive", it
+        looks at the states of a bidirectional encoder anew for each token.
+      width: D, of token vectors, of each LSTM and of the attention network.
+      depth: LSTM layers of encoder and of decoder.
+      dropout: rate on token vectors, between the encoder's layers and before the read-out; active after
+        `model.train()`.
+      dtype: of activations.
+      param_dtype: of parameters.
+
+    Raises:
+      ValueError: names the key, what was expected and what came.
+
+    Example:
+      >>> Seq2SeqConfig(attention="additive", width=64).depth
+      1
+    """
+
+    attention: str = "additive"
+    width: int = 128
+    depth: int = 1
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        check_choice("attention", self.attention, ATTENTIONS)
+        for key in ("width", "depth"):
+            check_size(key, getattr(self, key))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
+        object.__setattr__(self, "dtype", self.dtypes.compute.name)
+        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """The dtype policy."""
+        return Dtypes(self.dtype, self.param_dtype)
+
+
+class Seq2Seq(nnx.Module):
+    """Reads a source and writes a target token by token.
+
+        m_1 ... m_S = LSTM(E source)                        (both directions with attention)
+        s_0 = tanh(W_0 m_S), or of the backward m_1 with attention
+        e_tj = v . tanh(W s_{t-1} + U m_j);  a_t = softmax(e_t);  r_t = sum_j a_tj m_j
+        s_t = LSTM([E y_{t-1}; r_t], s_{t-1});  logits_t = E tanh(W_o [E y_{t-1}; s_t; r_t])
+
+    Without attention there is no r_t. W_0 gives h and c of every layer of the decoder; e_tj reads the h of its last
+    layer. One table E serves source, target and read-out.
+
+    Args:
+      config: the shape.
+      vocab_size: of source and input ids.
+      num_classes: of the logits; None is vocab_size, and it must be that.
+      features: must be 0: source and inputs are ids.
+      rngs: random streams; "params", and "dropout" where there is dropout.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+
+    Source: without attention arXiv 1409.3215, with s_0 as in arXiv 1406.1078; with attention arXiv 1409.0473,
+    appendix A, its gated units as LSTMs and its maxout layer as a tanh layer.
+
+    Example:
+      >>> model = Seq2Seq(Seq2SeqConfig(width=8), vocab_size=7, rngs=nnx.Rngs(0))
+      >>> source, inputs = jnp.array([[4, 5, 6, 0]]), jnp.array([[1, 2, 3]])
+      >>> model(inputs, source=source, source_segment_ids=jnp.array([[1, 1, 1, 0]])).logits.shape
+      (1, 3, 7)
+      >>> state = model.start(source, jnp.array([[1, 1, 1, 0]]))
+      >>> output = model(inputs[:, :1], state=state)
+      >>> model(inputs[:, 1:2], state=output.state).logits.shape
+      (1, 1, 7)
+    """
+
+    def __init__(
+        self,
+        config: Seq2SeqConfig,
+        *,
+        vocab_size: int,
+        num_classes: int | None = None,
+        features: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        check_size("vocab_size", vocab_size)
+        if features:
+            raise ValueError(f"features must be 0: source and inputs of a seq2seq model are ids, got {features}")
+        if num_classes not in (None, vocab_size):
+            raise ValueError(f"num_classes must be vocab_size = {vocab_size}: one table serves both, got {num_classes}")
+        self.config, self.vocab_size, self.num_classes, self.features = config, vocab_size, vocab_size, 0
+        same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
+        width, depth, attends = config.width, config.depth, config.attention == "additive"
+        read = 2 * width if attends else 0
+        self.embedding = Embedding(vocab_size, width, **same)
+        self.encoder = RecurrentStack(
+            "lstm", width, width, depth, bidirectional=attends, dropout=config.dropout, **same
+        )
+        self.first = linear(width, 2 * depth * width, ("embed", None), bias=True, wide=True, **same)
+        self.attention: Any = AdditiveAttention(width, read, width, **same) if attends else nnx.data(None)
+        self.decoder = RecurrentStack("lstm", width + read, width, depth, **same)
+        self.out = linear(2 * width + read, width, ("embed", None), bias=True, **same)
+        # Set by model.train() and model.eval().
+        self.deterministic = True
+        self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
+
+    def start(
+        self,
+        source: Int[Array, "B S"],
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        capacity: int | None = None,
+    ) -> State:
+        """The state before the first token of the target: the source read, of packed ones each row's first.
+
+        Args:
+          source: ids.
+          source_segment_ids: 0 = padding; None for none.
+          capacity: not needed, a recurrent state has room for any number of tokens; only checked.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or a capacity that is no positive integer.
+        """
+        if capacity is not None:
+            check_size("capacity", capacity)
+        memory = self._encode(source, source_segment_ids, None)
+        segments = memory["segments"]
+        place = jnp.argmax(segments != 0, axis=1)[:, None]
+        segment = jnp.take_along_axis(segments, place, axis=1)
+        decoder = jax.tree.map(lambda x: x[:, 0], self._first(memory, segment))
+        return self._state(memory, decoder, segment[:, 0])
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        source: Int[Array, "B S"] | None = None,
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> ModelOutput:
+        """Logits of the id after each input; a call with the returned state continues each row's last target.
+
+        Args:
+          inputs: the target so far, from its start token on.
+          source: for the first call (state None); later ones have what they need of it in their state.
+          source_segment_ids: 0 = padding. Packed pairs have one id in source and target.
+          segment_ids: of the inputs, 0 = padding; with a state they tell padding only.
+          positions: not read: a recurrent decoder knows the order.
+          state: of the last call, or of `start`.
+
+        Raises:
+          ValueError: both or neither of source and state, or an array of another shape or dtype.
+        """
+        return self._run(inputs, source, source_segment_ids, segment_ids, state)[0]
+
+    def alignments(
+        self,
+        inputs: Int[Array, "B T"],
+        *,
+        source: Int[Array, "B S"],
+        source_segment_ids: Int[Array, "B S"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B L H T S"]:
+        """Weights of each target position over the source, of one layer and one head, in float32.
+
+        Row t belongs to the prediction of the id after inputs[t]; rows of padding are 0.
+
+        Raises:
+          ValueError: a model without attention.
+        """
+        if self.attention is None:
+            raise ValueError("alignments need attention: this model has attention='none'")
+        return self._run(inputs, source, source_segment_ids, segment_ids, None)[1][:, None, None]
+
+    def _encode(self, source: Array, segment_ids: Array | None, keys: Array | None) -> dict[str, Array]:
+        """What the decoder may look at: states of the encoder, which segment they are of, and their products."""
+        dims: Dims = {}
+        source = check_array("source", source, "B S", dims, kind=jnp.integer)
+        if segment_ids is None:
+            segments = jnp.ones(source.shape, jnp.int32)
+        else:
+            segments = check_array("source_segment_ids", segment_ids, "B S", dims, kind=jnp.integer)
+        x = dropout(self.embedding(source), self.config.dropout, None if keys is None else keys[0])
+        x = constrain(x, "activation_batch", "activation_time", "activation_embed")
+        states, _ = self.encoder(x, segment_ids=segments, key=None if keys is None else keys[1])
+        memory = {"segments": segments, "states": states}
+        return memory if self.attention is None else {**memory, "keys": self.attention.prepare(states)}
+
+    def _first(self, memory: dict[str, Array], ids: Int[Array, "B T"]) -> tuple[LSTMState, ...]:
+        """The decoder's first state, had its target begun at each position: [B, T, D] of the source with that id."""
+        belongs = memory["segments"][:, None, :] == ids[:, :, None]
+        states = memory["states"]
+        if self.attention is None:
+            place = belongs.shape[2] - 1 - jnp.argmax(jnp.flip(belongs, 2), axis=2)
+        else:
+            # the backward direction has read all of a source at its first token
+            place, states = jnp.argmax(belongs, axis=2), states[..., self.config.width :]
+        whole = jnp.take_along_axis(states, place[..., None], axis=1)
+        parts = jnp.split(jnp.tanh(self.first(whole)), 2 * self.config.depth, axis=-1)
+        return tuple(LSTMState(h, c) for h, c in zip(parts[::2], parts[1::2], strict=True))
+
+    def _state(self, memory: dict[str, Array], decoder: tuple[LSTMState, ...], segment: Array) -> State:
+        # without attention the decoder's state is all that goes on
+        return {"decoder": decoder, "segment": segment, "memory": {} if self.attention is None else memory}
+
+    def _run(self, inputs, source, source_segment_ids, segment_ids, state) -> tuple[ModelOutput, Array]:
+        """(output, attention weights [B, T, S])."""
+        if (state is None) == (source is None):
+            raise ValueError("give source for the first tokens of a target, or state to go on; got both or neither")
+        dims: Dims = {}
+        inputs = check_array("inputs", inputs, "B T", dims, kind=jnp.integer)
+        find_segments(segment_ids, dims)
+        ids = jnp.ones(inputs.shape, jnp.int32) if segment_ids is None else segment_ids
+        dropping = self.config.dropout and not self.deterministic
+        keys = stochastic_keys(self.dropout_stream() if dropping else None, 4)
+        if state is not None:
+            ids = jnp.where(ids != 0, state["segment"][:, None], 0)
+            memory, decoder, fresh = state["memory"], state["decoder"], None
+            segment = state["segment"]
+        else:
+            memory = self._encode(source, source_segment_ids, keys)
+            check_array("source", source, "B S", dims, kind=jnp.integer)
+            fresh = self._first(memory, ids)
+            decoder = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), fresh)
+            segment = jnp.zeros(dims["B"], ids.dtype)
+        x = dropout(self.embedding(inputs), self.config.dropout, None if keys is None else keys[2])
+        (decoder, segment), (outputs, weights) = self._decode(x, ids, memory, fresh, (decoder, segment))
+        outputs = jnp.tanh(self.out(jnp.concatenate([x, outputs], axis=-1)))
+        outputs = dropout(outputs, self.config.dropout, None if keys is None else keys[3])
+        logits = constrain(self.embedding.attend(outputs), "activation_batch", "activation_time", "activation_vocab")
+        return ModelOutput(logits, self._state(memory, decoder, segment), {}), weights
+
+    def _decode(self, x, ids, memory, fresh, now) -> tuple:
+        """The decoder's state and its segment, then [s_t; r_t] and the weights (None without attention), by time."""
+
+        def step(now: tuple, inputs: tuple) -> tuple:
+            (state, segment), (word, each, first) = now, inputs
+            valid = each != 0
+            if first is not None:
+                begins = valid & (each != segment)
+                state = jax.tree.map(lambda new, old: jnp.where(begins[:, None], new, old), first, state)
+            read, weights = (), None
+            if self.attention is not None:
+                visible = (memory["segments"] == each[:, None]) & valid[:, None]
+                query = state[-1].h.astype(word.dtype)
+                seen, weights = self.attention(query, memory["states"], memory["keys"], visible)
+                read = (seen,)
+            y, after = self.decoder.step(jnp.concatenate([word, *read], axis=-1), state)
+            after = jax.tree.map(lambda new, old: jnp.where(valid[:, None], new, old), after, state)
+            return (after, jnp.where(valid, each, segment)), (jnp.concatenate([y, *read], axis=-1), weights)
+
+        now, outputs = lax.scan(step, now, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (x, ids, fresh)))
+        return now, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
