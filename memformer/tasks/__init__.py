@@ -16,6 +16,7 @@ from memformer.tasks.recall import MQAR
 from memformer.tasks.source import SPLITS, Example, RandomAccessSource, SyntheticSource, Task
 from memformer.tasks.swap import Swap
 from memformer.tasks.text import Text
+from memformer.tasks.translation import Translation
 
 __all__ = [
     "MQAR",
@@ -37,6 +38,7 @@ __all__ = [
     "SyntheticSource",
     "Task",
     "Text",
+    "Translation",
     "make_task",
     "scaled_accuracy",
 ]
@@ -49,6 +51,7 @@ TASKS: dict[str, type[Task]] = {
     "modular_arithmetic": ModularArithmetic,
     "mqar": MQAR,
     "text": Text,
+    "translation": Translation,
     "captions": Captions,
     "copy": Copy,
     "repeat_copy": RepeatCopy,

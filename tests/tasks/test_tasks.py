@@ -23,6 +23,7 @@ SPECS = [
     ({"name": "mqar", "vocab_size": 256, "length": 128, "pairs": 32}, 256),
     ({"name": "text", "length": 64}, 256),
     ({"name": "captions"}, 16),
+    ({"name": "translation", "corpus": "slice", "vocab_size": 800, "length": 96}, 128),
 ]
 SYNTHETIC = [spec for spec in SPECS if spec[0]["name"] != "text"]
 
