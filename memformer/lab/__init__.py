@@ -7,7 +7,7 @@ writes them.
 
 from collections.abc import Callable, Sequence
 
-from memformer.lab import snr
+from memformer.lab import compression, snr
 from memformer.lab.study import Study
 from memformer.training.evaluation import LoadedRun
 
@@ -16,5 +16,6 @@ __all__ = ["LABS", "SIMULATIONS", "Study"]
 # Both in the order of docs/results.md; simulations come first.
 SIMULATIONS: dict[str, Callable[..., None]] = {
     "snr": snr.measure,
+    "compression": compression.measure,
 }
 LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {}
