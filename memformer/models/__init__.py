@@ -13,6 +13,7 @@ from memformer.models.encoder import Encoder, EncoderConfig
 from memformer.models.generate import generate
 from memformer.models.language_model import MemoryLM, ModelOutput
 from memformer.models.ntm import NTM, NTMConfig
+from memformer.models.recurrent import RecurrentConfig, RecurrentLM
 from memformer.models.segment_memory import ARMTConfig, RMTConfig, SegmentMemory
 from memformer.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from memformer.models.transformer import Transformer, TransformerConfig
@@ -29,6 +30,7 @@ MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
     "transformer": (TransformerConfig, Transformer),
     "encoder": (EncoderConfig, Encoder),
     "ntm": (NTMConfig, NTM),
+    "recurrent_lm": (RecurrentConfig, RecurrentLM),
 }
 
 

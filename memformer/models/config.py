@@ -13,7 +13,7 @@ from memformer.layers.feedforward import FEEDFORWARDS
 from memformer.layers.memory import check_memory
 from memformer.layers.positions import LearnedPositions, SinusoidalPositions
 
-__all__ = ["POSITIONS", "REMAT", "LanguageModelConfig"]
+__all__ = ["POSITIONS", "REMAT", "LanguageModelConfig", "check_input"]
 
 POSITIONS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}
 
@@ -23,6 +23,24 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+def check_input(vocab_size: int, features: int) -> None:
+    """Raises ValueError unless inputs are either ids or feature vectors.
+
+    Example:
+      >>> check_input(7, 2)
+      Traceback (most recent call last):
+      ...
+      ValueError: give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got
+      vocab_size = 7 and features = 2
+    """
+    if bool(vocab_size) == bool(features):
+        raise ValueError(
+            f"give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got "
+            f"vocab_size = {vocab_size} and features = {features}"
+        )
+    check_size("features" if features else "vocab_size", features or vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -211,6 +211,9 @@ def _run(cell: Cell, gates: int, x, w_in, w_state, bias, bias_state, segment_ids
     states = tuple(
         zeros if part is None else check_array(name, part, "B D", dims).astype(dtype) for name, part in initial.items()
     )
+    if segments is not None:
+        # What stands at padding enters nothing, NaN included.
+        x = jnp.where(segments.valid[..., None], x, jnp.zeros((), x.dtype))
     by_time = jnp.moveaxis(x, 1, 0)
     entering = _dot(by_time, w_in, dtype, x.dtype, precision) + bias.astype(dtype)[None, None]
     # The gates' biases from the state: only the GRU's last is multiplied before it is added.

@@ -1,0 +1,165 @@
+"""Recurrent layers and stacks: both directions under packing, states, steps, and PyTorch's with the same weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.layers.basic import Dtypes
+from memformer.layers.recurrent import CELLS, LSTM, recurrent_stack
+from tests.numeric import FORWARD, assert_close
+
+B, T, F, D = 2, 7, 3, 4
+KINDS = tuple(CELLS)
+
+
+def inputs(time=T, batch=B):
+    return jax.random.normal(jax.random.key(1), (batch, time, F))
+
+
+@functools.cache
+def built(kind, layers=2, bidirectional=False):
+    """A stack and its jitted call."""
+    stack = recurrent_stack(kind, F, D, layers, bidirectional=bidirectional, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(stack)
+
+    @jax.jit
+    def call(x, segment_ids=None, state=None):
+        return nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
+
+    return stack, call
+
+
+# Left padding, a gap inside a segment, two segments side by side, padding at the end.
+PACKED = jnp.array([[0, 5, 5, 0, 5, 5, 3, 3, 3, 3, 0], [2, 2, 2, 2, 0, 0, 6, 0, 6, 6, 6]])
+PIECES = [(0, 5), (0, 3), (1, 2), (1, 6)]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one direction", "both"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_gives_what_unpacked_gives(kind, bidirectional):
+    _, call = built(kind, bidirectional=bidirectional)
+    x = inputs(PACKED.shape[1])
+    got, _ = call(x, PACKED)
+    assert got.shape == (B, PACKED.shape[1], D * (1 + bidirectional))
+    assert not np.any(got[PACKED == 0])
+    places = [np.flatnonzero(np.asarray(PACKED[row]) == segment) for row, segment in PIECES]
+    alone = jnp.stack([x[row, place] for (row, _), place in zip(PIECES, places, strict=True)])
+    want, _ = call(alone)
+    got = jnp.stack([got[row, place] for (row, _), place in zip(PIECES, places, strict=True)])
+    assert_close(got, want, FORWARD["float32"])
+
+
+def test_the_second_direction_reads_from_the_end():
+    stack, call = built("lstm", layers=1, bidirectional=True)
+    x = inputs()
+    y, ((_, last),) = call(x)
+    want, state = stack.backward[0](x[:, ::-1])
+    assert_close((y[..., D:], last), (want[:, ::-1], state), FORWARD["float32"])
+    # Its last state is what it has read of all of a sequence, wherever padding stands.
+    padded = jnp.pad(x, ((0, 0), (2, 3), (0, 0)), constant_values=9.0)
+    _, ((_, last),) = call(padded, jnp.pad(jnp.ones((B, T), jnp.int32), ((0, 0), (2, 3))))
+    assert_close(last, state, FORWARD["float32"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_are_the_whole_sequence(kind):
+    stack, call = built(kind)
+    x = inputs()
+    want, end = call(x)
+    state, got = stack.init_state(B), []
+    step = jax.jit(lambda x, state: stack.step(x, state))
+    for t in range(T):
+        y, state = step(x[:, t], state)
+        got.append(y)
+    assert_close((jnp.stack(got, axis=1), state), (want, end), FORWARD["float32"])
+
+
+def test_dropout_lies_between_layers_and_needs_a_key():
+    stack = recurrent_stack("gru", F, D, 2, dropout=0.5, rngs=nnx.Rngs(0))
+    plain, _ = built("gru")
+    x = inputs()
+    assert_close(stack(x)[0], plain(x)[0], FORWARD["float32"])
+    dropped, states = stack(x, key=jax.random.key(0))
+    assert np.abs(dropped - stack(x)[0]).max() > 0.01
+    assert_close(states[0], plain(x)[1][0], FORWARD["float32"])
+
+
+def test_beginnings():
+    layer = LSTM(F, 16, rngs=nnx.Rngs(0))
+    i, f, g, o = np.split(np.asarray(layer.bias[...]), 4)
+    assert np.all(f == 1) and not np.any([i, g, o])
+    for gate in np.split(np.asarray(layer.w_state[...]), 4, axis=1):
+        np.testing.assert_allclose(gate @ gate.T, np.eye(16), atol=1e-5)
+    half = LSTM(F, 4, dtypes=Dtypes("bfloat16", "bfloat16"), rngs=nnx.Rngs(0))
+    y, state = half(inputs())
+    assert y.dtype == jnp.bfloat16 and {s.dtype for s in state} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("bfloat16")}
+
+
+# Arguments, and what the error must say.
+MISTAKES = {
+    "kind": ({"kind": "elman"}, "kind must be one of 'rnn', 'lstm', 'gru', got 'elman'"),
+    "layers": ({"layers": 0}, "layers must be a positive integer, got 0"),
+    "width": ({"width": 0}, "width must be a positive integer, got 0"),
+    "dropout": ({"dropout": 1}, r"dropout must be in \[0, 1\), got 1"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake):
+    changed, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        recurrent_stack(**{"kind": "rnn", "in_features": F, "width": D, "rngs": nnx.Rngs(0), **changed})
+
+
+def test_a_state_is_refused_where_both_directions_are_read():
+    stack, _ = built("rnn", bidirectional=True)
+    with pytest.raises(ValueError, match="a bidirectional stack reads whole sequences: give no state"):
+        stack.init_state(B)
+    with pytest.raises(ValueError, match=r"x must be \[B, T, F\] with F = 3, got \(2, 7, 4\)"):
+        stack(jnp.zeros((B, T, 4)))
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one direction", "both"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pytorch_with_the_same_weights(kind, bidirectional):
+    torch = pytest.importorskip("torch", reason="parity with PyTorch needs the extra 'peers'")
+    torch.manual_seed(0)
+    peer = getattr(torch.nn, kind.upper())(F, D, 2, batch_first=True, bidirectional=bidirectional).double()
+    with jax.enable_x64(True):
+        stack = recurrent_stack(
+            kind, F, D, 2, bidirectional=bidirectional, dtypes=Dtypes("float64", "float64"), rngs=nnx.Rngs(0)
+        )
+        for row, end in [(stack.forward, "")] + [(stack.backward, "_reverse")] * bidirectional:
+            for place, layer in enumerate(row):
+                copy_from_torch(layer, {p: value(peer, f"{p}_l{place}{end}") for p in PARTS})
+        x = np.random.default_rng(0).normal(size=(B, T, F))
+        y, states = stack(jnp.asarray(x))
+        y_peer, last = peer(torch.from_numpy(x))
+        assert_close(y, y_peer.detach().numpy(), FORWARD["float64"])
+        # PyTorch stacks [layer, direction] in one axis, of h and (LSTM) of c.
+        ours = [jax.tree.leaves(state) for pair in states for state in (pair if bidirectional else (pair,))]
+        theirs = last if isinstance(last, tuple) else (last,)
+        want = [part.detach().numpy() for part in theirs]
+        assert_close([np.stack(part) for part in zip(*ours, strict=True)], want, FORWARD["float64"])
+
+
+PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def value(module, name):
+    return getattr(module, name).detach().numpy()
+
+
+def copy_from_torch(layer, parts):
+    """Gives a layer the weights of PyTorch's, by what the docstrings say."""
+    layer.w_in[...], layer.w_state[...] = jnp.asarray(parts["weight_ih"].T), jnp.asarray(parts["weight_hh"].T)
+    both = parts["bias_ih"] + parts["bias_hh"]
+    if layer.gates == 3:
+        both[2 * D :] = parts["bias_ih"][2 * D :]
+        layer.bias_state[...] = jnp.asarray(parts["bias_hh"][2 * D :])
+    layer.bias[...] = jnp.asarray(both)

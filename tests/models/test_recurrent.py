@@ -1,0 +1,106 @@
+"""RecurrentLM: ids and features, decoding, packing, both directions, dropout, training, mistakes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from memformer.models import build_model
+from memformer.tasks import Parity
+from tests.numeric import FORWARD, assert_close
+
+VOCAB, TIME, WIDTH = 7, 6, 8
+IDS = jax.random.randint(jax.random.key(5), (2, TIME), 0, VOCAB)
+
+
+def build(vocab_size=VOCAB, features=0, num_classes=None, **config):
+    config = {"type": "recurrent_lm", "width": WIDTH, "depth": 2, **config}
+    sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "features": features}
+    return build_model(config, rngs=nnx.Rngs(0), **sizes)
+
+
+def functional(model):
+    graph, parameters = nnx.split(model)
+    return jax.jit(lambda *args, **kwargs: nnx.merge(graph, parameters)(*args, **kwargs))
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+def test_decoding_and_packing_agree_with_the_whole_sequence(cell):
+    model = build(cell=cell)
+    call = functional(model)
+    want = call(IDS)
+    assert want.logits.shape == (2, TIME, VOCAB) and want.logits.dtype == jnp.float32 and want.aux == {}
+    state, got = model.init_state(2, TIME), []
+    for t in range(TIME):
+        output = call(IDS[:, t : t + 1], state=state)
+        state = output.state
+        got.append(output.logits)
+    assert_close((jnp.concatenate(got, axis=1), state), (want.logits, want.state), FORWARD["float32"])
+    packed = call(jnp.concatenate([IDS[:1], IDS[1:]], axis=1), segment_ids=jnp.array([[1] * TIME + [2] * TIME]))
+    assert_close(packed.logits.reshape(2, TIME, VOCAB), want.logits, FORWARD["float32"])
+
+
+def test_features_both_directions_and_bfloat16():
+    model = build(vocab_size=0, features=3, num_classes=2, bidirectional=True, dtype="bfloat16")
+    x = jax.random.normal(jax.random.key(0), (2, TIME, 3))
+    output = functional(model)(x)
+    assert output.logits.shape == (2, TIME, 2) and output.logits.dtype == jnp.float32
+    changed = functional(model)(x.at[:, -1].add(1.0)).logits
+    assert np.all(np.any(np.asarray(output.logits != changed), axis=(0, 2))), "the first token must see the last"
+    with pytest.raises(ValueError, match="reads whole sequences: give no state"):
+        model.init_state(2, TIME)
+
+
+def test_dropout_only_in_training():
+    model, plain = build(dropout=0.5), build()
+    assert_close(model(IDS).logits, plain(IDS).logits, FORWARD["float32"])
+    model.train()
+    assert np.abs(model(IDS).logits - model(IDS).logits).max() > 1e-3
+
+
+def test_an_lstm_learns_parity():
+    """Guessing has a loss of 0.69; the parity of up to 12 bits must be learned in 150 steps."""
+    source = Parity(length=12).source("train", 0)
+    model = build_model({"type": "recurrent_lm", "width": 32}, vocab_size=2, num_classes=2, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(model)
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def step(parameters, state, batch):
+        def loss(parameters):
+            logits = nnx.merge(graph, parameters)(batch["inputs"], segment_ids=batch["segment_ids"]).logits
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
+            return jnp.sum(each * batch["loss_weights"]) / jnp.sum(batch["loss_weights"])
+
+        value, gradient = jax.value_and_grad(loss)(parameters)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = tx.update(gradient, state)
+        return optax.apply_updates(parameters, updates), state, value
+
+    state, losses = tx.init(parameters), []
+    for n in range(150):
+        examples = [source[64 * n + i] for i in range(64)]
+        parameters, state, value = step(parameters, state, jax.tree.map(lambda *a: np.stack(a), *examples))
+        losses.append(float(value))
+    assert np.mean(losses[-10:]) < 0.1, losses[-10:]
+
+
+MISTAKES = {
+    "cell": ({"cell": "elman"}, "cell must be one of 'rnn', 'lstm', 'gru', got 'elman'"),
+    "width": ({"width": 0}, "width must be a positive integer, got 0"),
+    "depth": ({"depth": 1.5}, "depth must be a positive integer, got 1.5"),
+    "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    "dtype": ({"dtype": "int8"}, "dtype must be a floating dtype .* got 'int8'"),
+    "key": ({"memory": "lstm"}, "model 'recurrent_lm' has no key 'memory'; known keys: cell, .*width"),
+    "both inputs": ({"features": 2}, "give vocab_size for inputs of ids, or features for float inputs"),
+    "classes": ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_named(mistake):
+    config, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        build(**config)
