@@ -17,7 +17,7 @@ from memformer.layers.memory import build_memory
 from memformer.layers.positions import count_positions, next_position
 from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig
 
-__all__ = ["Block", "MemoryLM", "ModelOutput"]
+__all__ = ["Block", "MemoryLM", "ModelOutput", "check_sizes"]
 
 
 class ModelOutput(NamedTuple):
@@ -108,7 +108,7 @@ class MemoryLM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_classes = vocab_size if num_classes is None else num_classes
-        _check_sizes(config, vocab_size, num_classes, features)
+        check_sizes(config, vocab_size, num_classes, features)
         self.config, self.vocab_size, self.num_classes, self.features = config, vocab_size, num_classes, features
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         width = config.width
@@ -227,7 +227,8 @@ class MemoryLM(nnx.Module):
         return constrain(logits, "activation_batch", "activation_time", "activation_vocab")
 
 
-def _check_sizes(config: LanguageModelConfig, vocab_size: int, num_classes: int, features: int) -> None:
+def check_sizes(config: LanguageModelConfig, vocab_size: int, num_classes: int, features: int) -> None:
+    """Raises ValueError unless a model of this shape can have such inputs and outputs."""
     if bool(vocab_size) == bool(features):
         raise ValueError(
             f"give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got "

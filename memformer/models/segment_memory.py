@@ -1,0 +1,353 @@
+"""Segment recurrence: a Transformer that reads a sequence segment by segment and carries a memory between them."""
+
+import dataclasses
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.core import FrozenDict
+from jax import lax
+
+from memformer.core.chunking import chunk_time, find_segments, unchunk_time
+from memformer.core.types import Array, Bool, Float, Int, check_array
+from memformer.layers.base import State, check_choice, check_size
+from memformer.layers.basic import NORMS, Dtypes, Embedding, constrain, linear, named
+from memformer.layers.gates import StepSize
+from memformer.layers.positions import count_positions, next_position
+from memformer.models.config import REMAT, LanguageModelConfig
+from memformer.models.language_model import Block, ModelOutput, check_sizes
+from memformer.ops.associative import NEIGHBOURS, AssociativeMemory, associative_read, associative_write, dpfp
+
+__all__ = ["ARMTConfig", "AssociativeLayer", "RMTConfig", "SegmentMemory"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RMTConfig:
+    """The shape of a recurrent memory Transformer: memory tokens only.
+
+    Attributes:
+      segment_length: L, tokens that attend to each other.
+      memory_tokens: M, read before a segment and written after it.
+      width: D.
+      depth: layers.
+      heads: of the attention within a segment (rotary positions).
+      feedforward: "swiglu", "mlp", "moe" or None (or "none").
+      feedforward_options: options of the feedforward layer.
+      norm: "rms" or "layer".
+      remat: None, or what the backward pass keeps of a segment: "full" (the memory before it only), "dots",
+        "projections"; see `LanguageModelConfig`.
+      dtype: of activations; memories are float32.
+      param_dtype: of parameters.
+
+    Raises:
+      ValueError: names the key, what was expected and what came.
+
+    Example:
+      >>> RMTConfig(segment_length=6, width=32).memory_tokens
+      4
+    """
+
+    segment_length: int = 128
+    memory_tokens: int = 4
+    width: int = 128
+    depth: int = 4
+    heads: int = 4
+    feedforward: str | None = "swiglu"
+    feedforward_options: Mapping[str, Any] = FrozenDict()
+    norm: str = "rms"
+    remat: str | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self):
+        check_size("segment_length", self.segment_length)
+        check_size("memory_tokens", self.memory_tokens)
+        # Checks the rest, and turns what is mutable or a dtype into what is hashable.
+        blocks = self.blocks
+        for key in ("feedforward", "feedforward_options", "remat", "dtype", "param_dtype"):
+            object.__setattr__(self, key, getattr(blocks, key))
+
+    @property
+    def blocks(self) -> LanguageModelConfig:
+        """The shape of the blocks that read a segment."""
+        same = (
+            "width",
+            "depth",
+            "heads",
+            "feedforward",
+            "feedforward_options",
+            "norm",
+            "remat",
+            "dtype",
+            "param_dtype",
+        )
+        return LanguageModelConfig(memory="softmax_attention", **{key: getattr(self, key) for key in same})
+
+    @property
+    def dtypes(self) -> Dtypes:
+        """The dtype policy."""
+        return Dtypes(self.dtype, self.param_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ARMTConfig(RMTConfig):
+    """The shape of an associative recurrent memory Transformer.
+
+    Attributes:
+      key_width: of the keys and queries before the feature map, which gives 6 times as many features.
+      correction: z grows by what is new of a key only (gamma); False: by all of it, however often it is written.
+
+    Raises:
+      ValueError: names the key, what was expected and what came.
+
+    Example:
+      >>> ARMTConfig(segment_length=6, width=32, correction=False).key_width
+      64
+    """
+
+    key_width: int = 64
+    correction: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_size("key_width", self.key_width)
+        check_choice("correction", self.correction, (False, True))
+
+
+class AssociativeLayer(nnx.Module):
+    """The associative memory of one layer: read by its input, written by its memory tokens' output.
+
+    Args:
+      config: of the model.
+      rngs: random streams.
+    """
+
+    def __init__(self, config: ARMTConfig, *, rngs: nnx.Rngs):
+        width, same = config.width, {"dtypes": config.dtypes, "rngs": rngs}
+        self.query = linear(width, config.key_width, ("embed", None), **same)
+        self.key = linear(width, config.key_width, ("embed", None), **same)
+        # As in the paper's code: at the start nothing is stored, and the model is a Transformer.
+        self.value = linear(width, width, ("embed", None), init=nnx.initializers.zeros, **same)
+        self.beta = StepSize(width, 1, 1.0, **same)
+        self.features, self.width, self.correction = 2 * NEIGHBOURS * config.key_width, width, config.correction
+        self.wide = config.dtypes.wide
+
+    def init_state(self, batch: int) -> AssociativeMemory:
+        """An empty memory."""
+        shape = (batch, self.features, self.width)
+        return AssociativeMemory(jnp.zeros(shape, self.wide), jnp.zeros(shape[:2], self.wide))
+
+    def read(self, memory: AssociativeMemory, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What the memory adds to the layer's input."""
+        return associative_read(memory, dpfp(self.query(x))).astype(x.dtype)
+
+    def write(self, memory: AssociativeMemory, tokens: Float[Array, "B M D"]) -> AssociativeMemory:
+        """The memory after the segment whose memory tokens left the layer as `tokens`."""
+        v, beta = self.value(tokens).astype(self.wide), self.beta(tokens)[:, :, 0]
+        return associative_write(memory, dpfp(self.key(tokens)), v, beta, correction=self.correction)
+
+
+class SegmentMemory(nnx.Module):
+    """A causal sequence model that reads segments of L tokens in turn; a memory is all that passes between them.
+
+        RMT:   [.., y_s, m_s] = blocks([m_(s-1), x_s, m_(s-1)])
+        ARMT:  in each layer: h <- h + read(h), h <- block(h), write(h of the memory tokens); [x_s, m] enter the first
+
+    In RMT the outputs of M memory tokens are read by the next segment. In ARMT memory tokens begin anew in every
+    segment and are written, layer by layer, to an associative memory that all tokens of later segments read. Memory
+    tokens stand behind the segment, where causal attention lets them see all of it. Segments are one `lax.scan`:
+    the program does not grow with their number, and gradients pass through all of them.
+
+    A segment is L tokens of one sequence, counted from the sequence's first; its last may be shorter. A call, and a
+    packed sequence in it, therefore starts a segment: sequences of a packed batch must begin at multiples of L (pad
+    them to that), without padding inside, and a sequence can be continued with its state after a multiple of L tokens.
+
+    Args:
+      config: `ARMTConfig` or `RMTConfig`.
+      vocab_size: of the input ids; 0 where inputs are feature vectors.
+      num_classes: of the logits; None is vocab_size.
+      features: F of float inputs [B, T, F]; 0 where inputs are ids.
+      rngs: random streams.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+
+    Source: arXiv 2207.06881 (RMT), 2407.04841 (ARMT).
+
+    Example:
+      >>> config = ARMTConfig(segment_length=2, width=16, depth=1, heads=2, key_width=4)
+      >>> model = SegmentMemory(config, vocab_size=7, rngs=nnx.Rngs(0))
+      >>> model(jnp.array([[1, 2, 3, 4, 5]])).logits.shape
+      (1, 5, 7)
+    """
+
+    def __init__(
+        self,
+        config: RMTConfig,
+        *,
+        vocab_size: int,
+        num_classes: int | None = None,
+        features: int = 0,
+        rngs: nnx.Rngs,
+    ):
+        num_classes = vocab_size if num_classes is None else num_classes
+        blocks = config.blocks
+        check_sizes(blocks, vocab_size, num_classes, features)
+        self.config, self.vocab_size, self.num_classes, self.features = config, vocab_size, num_classes, features
+        same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
+        width = config.width
+        self.embedding: Any
+        if features:
+            self.embedding = linear(features, width, (None, "embed"), bias=True, **same)
+        else:
+            self.embedding = Embedding(vocab_size, width, **same)
+        # Unit entries, as token vectors have.
+        init = named(nnx.initializers.normal(1.0), None, "embed")
+        self.tokens = nnx.Param(init(rngs.params(), (config.memory_tokens, width), config.dtypes.param))
+        self.blocks = nnx.List([Block(blocks, "softmax_attention", rngs=rngs) for _ in range(config.depth)])
+        self.memories: Any = nnx.data(None)
+        if isinstance(config, ARMTConfig):
+            self.memories = nnx.List([AssociativeLayer(config, rngs=rngs) for _ in range(config.depth)])
+        self.norm = NORMS[config.norm](width, **same)
+        self.head = linear(width, num_classes, ("embed", "vocab"), **same)
+        self.head.preferred_element_type = config.dtypes.wide
+
+    def init_state(self, batch: int, capacity: int | None = None, dtype: Any = None) -> State:
+        """The state before the first token, whatever the `capacity` (of models whose state grows) and `dtype`.
+
+        Raises:
+          ValueError: a batch that is no positive integer.
+        """
+        check_size("batch", batch)
+        return {"memory": self._empty(batch), "position": jnp.zeros(batch, jnp.int32)}
+
+    def _empty(self, batch: int) -> Any:
+        if self.memories is not None:
+            return tuple(layer.init_state(batch) for layer in self.memories)
+        return jnp.broadcast_to(self._tokens()[None], (batch, *self.tokens.shape))
+
+    def _tokens(self) -> Array:
+        return self.tokens[...].astype(self.config.dtypes.compute)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "B T"] | Float[Array, "B T F"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        state: State | None = None,
+    ) -> ModelOutput:
+        """Logits at each position; a call with the returned state continues the sequences.
+
+        Args:
+          inputs: ids, or float features.
+          segment_ids: of packed sequences, 0 = padding; each sequence begins at a multiple of segment_length.
+          positions: within each sequence; None counts, on from the state's. Modulo segment_length they must be
+            the tokens' places in their segments.
+          state: of the last call, or of `init_state`; None is the beginning.
+
+        Raises:
+          ValueError: an array of another shape or dtype, or sequences that do not start with a segment (under jit
+            the running program fails with the same words).
+        """
+        length = self.config.segment_length
+        dims = {"F": self.features} if self.features else {}
+        kind = jnp.floating if self.features else jnp.integer
+        inputs = check_array("inputs", inputs, "B T F" if self.features else "B T", dims, kind=kind)
+        x = self.embedding(inputs.astype(self.config.dtypes.compute) if self.features else inputs)
+        x = constrain(x, "activation_batch", "activation_time", "activation_embed")
+        free = segment_ids is None and positions is None and state is None
+        if segment_ids is None and dims["T"] % length:
+            segment_ids = jnp.ones((dims["B"], dims["T"]), jnp.int32)
+        segments = find_segments(segment_ids, dims)
+        if positions is None:
+            positions = count_positions(segments, (dims["B"], dims["T"]), None if state is None else state["position"])
+        positions = check_array("positions", positions, "B T", dims, kind=jnp.integer)
+        if not free:
+            _check_alignment(segments, positions, length)
+        memory = self._empty(dims["B"]) if state is None else state["memory"]
+        xs: tuple = (chunk_time(x, length), None, None)
+        if segments is not None:
+            xs = (xs[0], chunk_time(segments.valid, length), _starts(segments.index, length))
+        segment = self._segment
+        if self.config.remat is not None:
+            segment = jax.checkpoint(segment, policy=REMAT[self.config.remat], prevent_cse=False)
+        memory, (y, aux) = lax.scan(segment, memory, xs)
+        logits = self.head(self.norm(unchunk_time(y, dims["T"])))
+        logits = constrain(logits, "activation_batch", "activation_time", "activation_vocab")
+        state = {"memory": memory, "position": next_position(positions, segments)}
+        return ModelOutput(logits, state, jax.tree.map(jnp.mean, aux))
+
+    def _segment(self, memory: Any, xs: tuple) -> tuple[Any, tuple]:
+        """One step of the scan: the memory before a segment to that after it, and what the segment's tokens became."""
+        x, valid, starts = xs
+        if starts is not None:
+            memory = _choose(starts, self._empty(len(x)), memory)
+        after, y, aux = self._read_segment(memory, x, valid)
+        if valid is not None:
+            after = _choose(jnp.any(valid, axis=1), after, memory)
+        return after, (y, aux)
+
+    def _read_segment(self, memory: Any, x: Array, valid: Array | None) -> tuple[Any, Array, dict]:
+        """Runs the blocks over the segment and its memory tokens; they stand at the same positions in every segment."""
+        count, recurrent = self.config.memory_tokens, self.memories is None
+        tokens = memory if recurrent else jnp.broadcast_to(self._tokens()[None], (len(x), *self.tokens.shape))
+        front = count if recurrent else 0
+        h = jnp.concatenate([tokens, x, tokens] if recurrent else [x, tokens], axis=1)
+        ids = None
+        if valid is not None:
+            ids = jnp.pad(valid.astype(jnp.int32), ((0, 0), (front, count)), constant_values=1)
+        positions = jnp.broadcast_to(jnp.arange(h.shape[1], dtype=jnp.int32)[None], h.shape[:2])
+        after, losses = [], []
+        for i, block in enumerate(self.blocks):
+            if not recurrent:
+                h = h + self.memories[i].read(memory[i], h)
+            h, _, aux = block(h, None, None, segment_ids=ids, positions=positions)
+            losses.append(aux)
+            if not recurrent:
+                after.append(self.memories[i].write(memory[i], h[:, -count:]))
+        aux = jax.tree.map(lambda *a: sum(a[1:], start=a[0]) / len(a), *losses)
+        y = h[:, front : front + x.shape[1]]
+        return self.norm(h[:, -count:]) if recurrent else tuple(after), y, aux
+
+
+def _choose(rows: Bool[Array, "B"], yes: Any, no: Any) -> Any:
+    """`yes` in the rows that hold, `no` in the others."""
+    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b), yes, no)
+
+
+def _starts(index: Int[Array, "B T"], length: int) -> Bool[Array, "N B"]:
+    """Rows whose sequence begins with segment n: it ends in another sequence than the one before."""
+    last = jnp.concatenate([index[:, length - 1 :: length], index[:, -1:]], axis=1)[:, : -(-index.shape[1] // length)]
+    before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
+    return (last != before).T
+
+
+def _check_alignment(segments: Any, positions: Int[Array, "B T"], length: int) -> None:
+    """Raises at once where the arrays are known, or else has the running program raise."""
+    place = jnp.arange(positions.shape[1], dtype=positions.dtype)[None] % length
+    wrong = positions % length != place
+    if segments is not None:
+        # The sequence that the segment of a token begins with.
+        first = jnp.repeat(segments.index[:, ::length], length, axis=1)[:, : positions.shape[1]]
+        wrong = segments.valid & (wrong | ((segments.index != first) & (place != 0)))
+    wrong = jnp.any(wrong)
+    if not isinstance(wrong, jax.core.Tracer):
+        _raise_alignment(length, wrong)
+        return
+    lax.cond(wrong, lambda: jax.debug.callback(partial(_raise_alignment, length), wrong), lambda: None)
+
+
+def _raise_alignment(length: int, wrong: Any) -> None:
+    # Under vmap both branches of the condition run: only `wrong` tells.
+    if np.any(wrong):
+        raise ValueError(
+            f"segment_ids, positions and state must let every sequence start a memory segment of segment_length = "
+            f"{length} tokens: packed sequences begin at multiples of {length} in their row (pad them with id 0 at "
+            f"their ends, not inside), and a state continues a sequence after a multiple of {length} tokens. Some "
+            f"token's position modulo {length} is not its place in its segment"
+        )
