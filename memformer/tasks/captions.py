@@ -48,7 +48,8 @@ class Captions(Task):
     `pictures` = "stamps": the 785 captioned stamps of the package tuxpaint-stamps-default, split by picture
     (`memformer.tasks.stamps.split_stamps` says what that does and does not keep apart). Training pictures are drawn
     at random, endlessly, moved by up to an eighth of the side, and mirrored where their options allow it; validation
-    and test are each picture once. Words of one training caption only, and words that none has, are "<unknown>".
+    and test are each picture once. Words of one training caption only, and words that none has, are "<unknown>": read,
+    but not scored, so that no model is praised for saying it.
 
     Attributes:
       length: time steps of an example.
@@ -179,7 +180,7 @@ class Captions(Task):
         inputs, targets = np.zeros((2, self.length), np.int32)
         inputs[:used] = [START, *ids][:used]
         targets[:used] = [*ids, END][:used]
-        weights = (np.arange(self.length) < used).astype(np.float32)
+        weights = ((np.arange(self.length) < used) & (targets != UNKNOWN)).astype(np.float32)
         return {**example(inputs, targets, weights, used), "picture": picture}
 
     def _root(self) -> str:

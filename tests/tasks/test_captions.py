@@ -160,6 +160,7 @@ def test_stamp_words_are_those_of_several_training_captions(stamps):
     source = task.source(split, 0)
     rare = next(i for i in range(len(source)) if len(task.reference(split, 0, i)) == 4)
     assert task.decode(source[rare]["targets"])[-1] == "<unknown>"
+    assert source[rare]["loss_weights"][:6].tolist() == [1, 1, 1, 0, 1, 0]
     assert task.reference(split, 0, rare)[-1].startswith("number")
 
 
