@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.core import FrozenDict
 from jax import lax
 
 from memformer.core.chunking import chunk_time, find_segments, unchunk_time
@@ -57,7 +56,7 @@ class RMTConfig:
     depth: int = 4
     heads: int = 4
     feedforward: str | None = "swiglu"
-    feedforward_options: Mapping[str, Any] = FrozenDict()
+    feedforward_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     norm: str = "rms"
     remat: str | None = None
     dtype: str = "float32"
