@@ -1,4 +1,4 @@
-"""The Pallas kernels behind the ops with a matrix state."""
+"""The Pallas kernels behind the ops."""
 
 from typing import Any
 
@@ -8,18 +8,20 @@ import jax.numpy as jnp
 from memformer.core.numerics import matmul_precision
 from memformer.core.types import Array, Float
 from memformer.ops._arguments import Memory
+from memformer.ops._read import Reading
+from memformer.ops.cache import Cache, Timeline
 
-__all__ = ["kernel", "preference"]
+__all__ = ["attention_kernel", "deltaformer_kernel", "kernel", "preference"]
 
 
-def preference(memory: Memory) -> tuple[str, ...]:
+def preference(tokens: int, few: int = 4) -> tuple[str, ...]:
     """Implementations in the order in which None tries them.
 
-    The recurrence for a few tokens, where chunks have nothing to gain. Kernels on a TPU, if one device runs the call
+    The recurrence up to `few` tokens, where chunks have nothing to gain. Kernels on a TPU, if one device runs the call
     or a mesh (jax.set_mesh) says how to split it: the compiler cannot split a kernel. Not on a GPU, until those
     kernels have run on one (`python -m benchmarks.gpu --verify`): there they are asked for by name.
     """
-    if memory.q.shape[1] <= 4:
+    if tokens <= few:
         return ("recurrent", "chunked")
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
@@ -66,6 +68,67 @@ def kernel(
     beta = beta.reshape(beta.shape[0], -1, beta.shape[3])
     output, state = delta_rule(q, k, v, beta, precision=precision, op=op, **options)
     return output[:, writes - 1 :: writes], state
+
+
+def attention_kernel(
+    reading: Reading, timeline: Timeline, cache: Cache | None, q: Array, k: Array, v: Array
+) -> Float[Array, "B T H V"]:
+    """Runs softmax attention by a TPU's kernels.
+
+    Raises:
+      NotImplementedError: a window; an encoder; no kernel serves the call, or the machine.
+    """
+    if reading.window is not None or not reading.causal:
+        raise NotImplementedError(
+            "the softmax_attention kernel is causal and has no window; implementation='chunked' serves both"
+        )
+    from memformer.pallas.tpu.deltaformer import Sight, attention
+
+    return attention(
+        q,
+        k,
+        v,
+        kernel=reading.kernel,
+        scale=reading.scale,
+        sight=Sight(timeline.held_segment, timeline.key_segment, timeline.query_segment),
+        held=None if cache is None else (cache.k, cache.values),
+        chunk_size=reading.chunk_size,
+        precision=reading.precision,
+    )
+
+
+def deltaformer_kernel(
+    readings: tuple[Reading, Reading],
+    timeline: Timeline,
+    cache: Cache | None,
+    inputs: tuple[Array, ...],
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
+    """Runs DeltaFormer by a TPU's kernels.
+
+    Args:
+      readings: of the write and of the read.
+      timeline: who sees whom.
+      cache: the state.
+      inputs: q, k, w, v, alpha and beta.
+
+    Returns:
+      The output in float32 or bfloat16, and u.
+
+    Raises:
+      NotImplementedError: no kernel serves the call, or the machine.
+    """
+    from memformer.pallas.tpu.deltaformer import Sight, deltaformer
+
+    write, read = readings
+    return deltaformer(
+        *inputs,
+        kernels=(write.kernel, read.kernel),
+        scales=(write.scale, read.scale),
+        sight=Sight(timeline.held_segment, timeline.key_segment, timeline.query_segment),
+        held=None if cache is None else (cache.k, cache.values),
+        chunk_size=write.chunk_size,
+        precision=write.precision,
+    )
 
 
 def _kernels():

@@ -82,5 +82,5 @@ def delta_rule(
         "chunked": lambda: chunkwise(memory, scale, chunk_size or default_chunk(memory), precision),
         "pallas": lambda: kernel("delta_rule", memory, scale, chunk_size, precision),
     }
-    output, state = dispatch("delta_rule", implementation, candidates, preference(memory))
+    output, state = dispatch("delta_rule", implementation, candidates, preference(memory.q.shape[1]))
     return output.astype(v.dtype), state

@@ -13,6 +13,7 @@ from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Dims, Float, Int, check_array, check_groups, check_positive
 from memformer.ops import _tiles as tiles
+from memformer.ops._pallas import deltaformer_kernel, preference
 from memformer.ops._read import Reading, choose_tiling, lay_slots, read_row, row_mask
 from memformer.ops.cache import DeltaCache, Timeline, append, check_cache, empty, make_timeline, place
 
@@ -94,27 +95,24 @@ def deltaformer(
     w = k if w is None else check_array("w", w, "B T G K", dims)
     dtype = accumulation_dtype(q, k, v, w)
     target = v.astype(dtype)
+    one = jnp.ones((dims["B"], dims["T"], dims["G"]), dtype)
     if alpha is not None:
-        target = target * check_array("alpha", alpha, "B T G", dims).astype(dtype)[..., None]
-    if beta is None:
-        beta = jnp.ones((dims["B"], dims["T"], dims["G"]), dtype)
-    beta = check_array("beta", beta, "B T G", dims).astype(dtype)
+        alpha = check_array("alpha", alpha, "B T G", dims).astype(dtype)
+        target = target * alpha[..., None]
+    beta = one if beta is None else check_array("beta", beta, "B T G", dims).astype(dtype)
     check_positive("chunk_size", chunk_size)
     kernels = resolve_kernel("write_kernel", write_kernel), resolve_kernel("read_kernel", read_kernel)
     segments = find_segments(segment_ids, dims)
     cache = check_cache(initial_state, DeltaCache, dims, "deltaformer")
     precision = matmul_precision(precision, q, k, v, w)
     write, read = (Reading(x, x.scale_for(dims["K"]), True, None, chunk_size, precision) for x in kernels)
-    output, u = dispatch(
-        "deltaformer",
-        implementation,
-        {"recurrent": _rows, "chunked": _tiled},
-        ("recurrent",) if dims["T"] == 1 else ("chunked",),
-        (write, read),
-        make_timeline(cache, segments, dims, ranks=False),
-        cache,
-        (q, k, w, target, beta),
-    )
+    call = (write, read), make_timeline(cache, segments, dims, ranks=False), cache
+    candidates = {
+        "recurrent": lambda: _rows(*call, (q, k, w, target, beta)),
+        "chunked": lambda: _tiled(*call, (q, k, w, target, beta)),
+        "pallas": lambda: deltaformer_kernel(*call, (q, k, w, v, one if alpha is None else alpha, beta)),
+    }
+    output, u = dispatch("deltaformer", implementation, candidates, preference(dims["T"], few=1))
     return output.astype(v.dtype), append(DeltaCache, cache, segments, k, u)
 
 

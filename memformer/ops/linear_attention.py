@@ -88,7 +88,7 @@ def linear_attention(
         "chunked": lambda: chunkwise(memory, scale, chunk_size or default_chunk(memory), precision),
         "pallas": lambda: kernel("linear_attention", memory, scale, chunk_size, precision),
     }
-    output, state = dispatch("linear_attention", implementation, candidates, preference(memory))
+    output, state = dispatch("linear_attention", implementation, candidates, preference(memory.q.shape[1]))
     if normalize:
         # Padding reads 0 / 0, which is to be 0.
         total = output[..., -1:]

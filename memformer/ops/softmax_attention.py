@@ -9,6 +9,7 @@ from memformer.core.dispatch import dispatch
 from memformer.core.numerics import matmul_precision
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Dims, Float, Int, check_array, check_groups, check_positive
+from memformer.ops._pallas import attention_kernel, preference
 from memformer.ops._read import Reading, read_rows, read_tiles
 from memformer.ops.cache import KVCache, append, check_cache, empty, make_timeline
 
@@ -96,8 +97,8 @@ def softmax_attention(
     output = dispatch(
         "softmax_attention",
         implementation,
-        {"recurrent": read_rows, "chunked": read_tiles},
-        ("recurrent",) if dims["T"] == 1 else ("chunked",),
+        {"recurrent": read_rows, "chunked": read_tiles, "pallas": attention_kernel},
+        preference(dims["T"], few=1),
         reading,
         timeline,
         cache,

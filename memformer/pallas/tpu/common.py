@@ -24,6 +24,7 @@ __all__ = [
     "CHUNKS",
     "Cut",
     "PASSES",
+    "check_backend",
     "cut_call",
     "interpreted",
     "interpreting",
@@ -78,6 +79,23 @@ def device_kind() -> str | None:
     if device is not None:
         return device.device_kind if device.platform == "tpu" else None
     return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+
+
+def check_backend(op: str, *arrays: Array | jax.ShapeDtypeStruct) -> str:
+    """The kind of TPU that this trace is for.
+
+    Raises:
+      NotImplementedError: not a TPU; an array in float64.
+    """
+    kind = device_kind()
+    if kind is None:
+        raise NotImplementedError(
+            f"the {op} kernel needs a TPU (or a trace for one under jax.sharding.use_abstract_mesh), and this is"
+            f" {jax.default_backend()!r}; implementation='chunked' serves here"
+        )
+    if any(x.dtype == jnp.float64 for x in arrays):
+        raise NotImplementedError(f"the {op} kernel has no float64; implementation='chunked' or 'recurrent' serves it")
+    return kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,14 +202,7 @@ def cut_call(
     Raises:
       NotImplementedError: not a TPU; float64; decay per channel; a chunk size that no kernel has.
     """
-    kind = device_kind()
-    if kind is None:
-        raise NotImplementedError(
-            f"the {op} kernel needs a TPU (or a trace for one under jax.sharding.use_abstract_mesh), and this is"
-            f" {jax.default_backend()!r}; implementation='chunked' serves here"
-        )
-    if any(x.dtype == jnp.float64 for x in (q, v)):
-        raise NotImplementedError(f"the {op} kernel has no float64; implementation='chunked' or 'recurrent' serves it")
+    kind = check_backend(op, q, v)
     if decay is not None and decay.ndim == 4:
         raise NotImplementedError(
             f"the {op} kernel takes no decay per key channel (its scores do not factor into one product a chunk);"

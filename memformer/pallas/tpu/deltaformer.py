@@ -1,0 +1,184 @@
+"""DeltaFormer and softmax attention on TPU: the arrays of a call laid out for write.py and attention.py."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from memformer.core.chunking import pad_time, vary_like
+from memformer.core.similarity import Kernel
+from memformer.core.types import Array, Float
+from memformer.pallas.tpu import tuning
+from memformer.pallas.tpu.attention import attend
+from memformer.pallas.tpu.common import PASSES, check_backend
+from memformer.pallas.tpu.tiles import Plan
+from memformer.pallas.tpu.write import write
+
+__all__ = ["Sight", "attention", "deltaformer"]
+
+
+class Sight(NamedTuple):
+    """Who sees whom: segments of the slots held, of the tokens as keys, and as queries; None where all are one.
+
+    A query sees slots of its own number; numbers below 0 see nothing and are not seen.
+    """
+
+    held: Array | None = None
+    key: Array | None = None
+    query: Array | None = None
+
+
+def _plan(op: str, kernel: Kernel, scale: float, k: Array, v: Array, held: int, segments: bool, chunk_size, precision):
+    """Checks that the kernels serve this call, and cuts it.
+
+    Raises:
+      NotImplementedError: not a TPU; float64; a chunk size that no kernel has.
+    """
+    kind = check_backend(op, k, v)
+    passes = PASSES[precision]
+    size, sub, most = tuning.choose_tiles(kind, k.shape[1], k.shape[3], v.shape[3], 2 if passes == 1 else 4)
+    if chunk_size is not None:
+        if chunk_size % sub and sub % chunk_size:
+            raise NotImplementedError(
+                f"the {op} kernel takes a chunk_size that divides {sub} or is a multiple of it, got {chunk_size}"
+            )
+        most = max(1, most * size // chunk_size)
+        size, sub = chunk_size, min(sub, chunk_size)
+    before = -(-held // size)
+    return Plan(kernel, scale, size, sub, most, before, True, False, segments, passes)
+
+
+def _by_head(plan: Plan, x: Array) -> Array:
+    """[B, T, heads, ...] to [B, heads, T, ...], T padded to whole blocks."""
+    return jnp.swapaxes(pad_time(x, plan.size), 1, 2)
+
+
+def _marks(plan: Plan, sight: Sight) -> tuple[Array, ...]:
+    """Segments of queries and of all slots; padding sees nothing and is not seen."""
+    if not plan.segments:
+        return ()
+
+    def pad(x, fill):
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % plan.size)), constant_values=fill)
+
+    query, key = pad(sight.query, -2), pad(sight.key, -1)
+    if sight.held is not None:
+        held = pad(sight.held, -1)
+        key = jnp.concatenate([jnp.broadcast_to(held, (key.shape[0], held.shape[1])), key], axis=1)
+    return query, key
+
+
+def _join(plan: Plan, held: Array | None, new: Array) -> Array:
+    """Blocks of the state, then those of the call, [B, G, S, ...]."""
+    new = _by_head(plan, new)
+    return new if held is None else jnp.concatenate([_by_head(plan, held).astype(new.dtype), new], axis=2)
+
+
+def _operand(plan: Plan, x: Array) -> Array:
+    """x as products of scores take it."""
+    return x.astype(jnp.bfloat16 if plan.passes == 1 else jnp.float32)
+
+
+def attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    *,
+    kernel: Kernel,
+    scale: float,
+    sight: Sight,
+    held: tuple[Array, Array] | None,
+    chunk_size: int | None = None,
+    precision: lax.Precision = lax.Precision.DEFAULT,
+    op: str = "softmax_attention",
+) -> Float[Array, "B T H V"]:
+    """Reads v, and what the state holds, at the queries; each sees slots up to its own.
+
+    Args:
+      q: queries.
+      k: keys.
+      v: values.
+      kernel: the similarity kernel.
+      scale: factor on inner products.
+      sight: segments.
+      held: keys and values of the state, [B, S, G, K] and [B, S, G, V], or None.
+      chunk_size: rows of a block, or None.
+      precision: of the products.
+      op: name of the public function, for messages.
+
+    Returns:
+      The output, bfloat16 where v is and one pass is asked for, else float32.
+
+    Raises:
+      NotImplementedError: not a TPU; float64; a chunk size that no kernel has.
+    """
+    slots = 0 if held is None else held[0].shape[1]
+    plan = _plan(op, kernel, scale, k, v, slots, sight.key is not None, chunk_size, precision)
+    keys, values = (None, None) if held is None else held
+    marks = _marks(plan, sight)
+    arrays = [_join(plan, keys, _operand(plan, k)), _by_head(plan, _operand(plan, q)), _join(plan, values, v)]
+    arrays = [vary_like(x, *arrays, *marks) for x in arrays]
+    dtype = jnp.bfloat16 if v.dtype == jnp.bfloat16 and plan.passes == 1 else jnp.float32
+    o = attend(plan, dtype, *arrays, marks)
+    return jnp.swapaxes(o, 1, 2)[:, : q.shape[1]]
+
+
+def deltaformer(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T G K"],
+    w: Float[Array, "B T G K"],
+    v: Float[Array, "B T G V"],
+    alpha: Float[Array, "B T G"],
+    beta: Float[Array, "B T G"],
+    *,
+    kernels: tuple[Kernel, Kernel],
+    scales: tuple[float, float],
+    sight: Sight,
+    held: tuple[Array, Array] | None,
+    chunk_size: int | None = None,
+    precision: lax.Precision = lax.Precision.DEFAULT,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
+    """DeltaFormer by TPU kernels; arguments checked.
+
+    Args:
+      q: queries.
+      k: keys.
+      w: what is erased before a write.
+      v: values.
+      alpha: strength of the write.
+      beta: strength of the erasure.
+      kernels: of the write and of the read.
+      scales: theirs.
+      sight: segments.
+      held: keys and u of the state, [B, S, G, K] and [B, S, G, V], or None.
+      chunk_size: rows of a block, or None.
+      precision: of the products; the triangular solve runs at HIGH at least.
+
+    Returns:
+      The output in float32 or bfloat16, and u in float32.
+
+    Raises:
+      NotImplementedError: not a TPU; float64; a chunk size that no kernel has.
+    """
+    length, slots = k.shape[1], 0 if held is None else held[0].shape[1]
+    shared = (k, v, slots, sight.key is not None, chunk_size, precision)
+    plan = _plan("deltaformer", kernels[0], scales[0], *shared)
+    held_k, held_u = (None, None) if held is None else held
+    marks = _marks(plan, sight)
+    k = _join(plan, held_k, _operand(plan, k))
+    batch, groups = k.shape[0], k.shape[1]
+    start = jnp.zeros((batch, groups, 0, v.shape[3]), jnp.float32)
+    start = start if held_u is None else _by_head(plan, held_u).astype(jnp.float32)
+    q, w, v, alpha, beta = (
+        _by_head(plan, x)
+        for x in (_operand(plan, q), _operand(plan, w), v, alpha.astype("float32"), beta.astype("float32"))
+    )
+    arrays = (k, w, v, alpha, beta, start, q)
+    k, w, v, alpha, beta, start, q = (vary_like(x, *arrays, *marks) for x in arrays)
+    u = write(plan, k, w, v, alpha, beta, start, marks)
+    read = dataclasses.replace(plan, kernel=kernels[1], scale=scales[1])
+    everything = u if held_u is None else jnp.concatenate([start, u], axis=2)
+    dtype = jnp.bfloat16 if v.dtype == jnp.bfloat16 and plan.passes == 1 else jnp.float32
+    o = attend(read, dtype, k, q, everything, marks)
+    return tuple(jnp.swapaxes(x, 1, 2)[:, :length] for x in (o, u))

@@ -1,0 +1,272 @@
+"""Attention by tiles on TPU: what the read and the write of DeltaFormer share.
+
+Time is cut into blocks of R tokens, for rows (queries) and columns (keys) alike; the slots of a state come first, in
+blocks of their own. A program holds all keys and values of one head (or a part of them) in VMEM and walks over blocks
+of columns. Inside a block, sub-blocks of rows take their steps in turn (`common.lockstep`).
+
+What is one number a token lies in arrays [B, heads, N, 8, R], one sublane a name (`NAMES`): a register holds eight.
+"""
+
+import dataclasses
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from memformer.core.similarity import Kernel, similarity
+from memformer.core.types import Array
+from memformer.pallas.tpu import tuning
+from memformer.pallas.tpu.common import iotas, product
+
+__all__ = [
+    "LOW",
+    "NAMES",
+    "Plan",
+    "Sums",
+    "add_tile",
+    "block_at",
+    "compiler_params",
+    "find_first",
+    "find_last",
+    "norm_of",
+    "own_mask",
+    "pack_rows",
+    "same_segment",
+    "spread",
+    "start_sums",
+    "sums_scratch",
+    "to_columns",
+    "to_row",
+    "weights_of",
+]
+
+# segment  index of the token's segment; start  log-sum-exp over the state's slots; the others by their names.
+NAMES = ("segment", "alpha", "beta", "norm", "mean", "start")
+
+# A hidden score; running maxima start at half of it, so that its exponential is 0.
+LOW = float(jnp.finfo(jnp.float32).min)
+
+# A number beyond every segment.
+_FAR = 1 << 23
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one call is cut, all static.
+
+    Attributes:
+      kernel: the similarity kernel.
+      scale: factor on inner products.
+      size: R, rows of a block.
+      sub: rows of a sub-block: what the write inverts at once; divides R.
+      most: blocks of one head that VMEM holds at most.
+      before: blocks of slots before the call's own tokens.
+      own: whether queries see slots of the call (those up to their own).
+      strict: whether their own slot is left out.
+      segments: whether there are segments.
+      passes: MXU passes of a product.
+    """
+
+    kernel: Kernel
+    scale: float
+    size: int
+    sub: int
+    most: int
+    before: int
+    own: bool
+    strict: bool
+    segments: bool
+    passes: int
+
+    @property
+    def value_passes(self) -> int:
+        """Passes of products with values: where no weight is normalised, sums cancel and one pass is too few."""
+        return self.passes if self.kernel.normalized else max(self.passes, 3)
+
+    @property
+    def exact(self) -> int:
+        """Passes of products inside the triangular solve."""
+        return max(self.passes, 3)
+
+    @property
+    def subs(self) -> tuple[slice, ...]:
+        """The sub-blocks of a block."""
+        return tuple(slice(top, top + self.sub) for top in range(0, self.size, self.sub))
+
+
+class Sums(NamedTuple):
+    """A block of rows so far, in VMEM: running maximum in every lane, sums of exponentials by lane, weighted values."""
+
+    top: Any
+    total: Any
+    value: Any
+
+
+def sums_scratch(plan: Plan, value: int) -> list[Any]:
+    """Scratch for `Sums`."""
+    lanes = min(plan.size, 128)
+    row = pltpu.VMEM((plan.size, lanes), jnp.float32)
+    return [row, row, pltpu.VMEM((plan.size, value), jnp.float32)]
+
+
+def start_sums(sums: Sums) -> None:
+    """Nothing seen yet."""
+    sums.top[...] = jnp.full(sums.top.shape, LOW / 2, jnp.float32)
+    sums.total[...] = jnp.zeros(sums.total.shape, jnp.float32)
+    sums.value[...] = jnp.zeros(sums.value.shape, jnp.float32)
+
+
+def spread(x: Array, width: int) -> Array:
+    """[R, lanes] of equal lanes to [R, width]."""
+    lanes = x.shape[1]
+    if width <= lanes:
+        return x[:, :width]
+    if width % lanes:
+        return jnp.broadcast_to(x[:, :1], (x.shape[0], width))
+    return jnp.concatenate([x] * (width // lanes), axis=1)
+
+
+def _fold(x: Array, lanes: int) -> Array:
+    """Sums of columns that fall on one lane."""
+    if x.shape[1] % lanes:
+        _, column = iotas((x.shape[0], lanes))
+        return jnp.where(column == 0, jnp.sum(x, axis=1, keepdims=True), 0.0)
+    return sum(x[:, left : left + lanes] for left in range(0, x.shape[1], lanes))
+
+
+def add_tile(plan: Plan, sums: Sums, rows: slice, q: Array, k: Array, x: Array, mask) -> Generator[None, None, None]:
+    """Adds to the sums of some rows what they read in one tile.
+
+    Args:
+      plan: as ever.
+      sums: of the block.
+      rows: which of them.
+      q: [rows, K].
+      k: [columns, K].
+      x: [columns, V].
+      mask: [rows, columns] what is seen, or None for everything.
+    """
+    scores = product(q, k, "nt", plan.passes) * plan.scale
+    yield
+    if not plan.kernel.normalized:
+        weights = weights_of(plan, scores, mask, None)
+        yield
+        sums.value[rows] += product(weights, x, "nn", plan.value_passes)
+        return
+    if mask is not None:
+        scores = jnp.where(mask, scores, LOW)
+    before = sums.top[rows]
+    top = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+    yield
+    weights = jnp.exp(scores - spread(top, scores.shape[1]))
+    shrink = jnp.exp(before - top)
+    sums.top[rows] = top
+    sums.total[rows] = sums.total[rows] * shrink + _fold(weights, shrink.shape[1])
+    yield
+    read = product(weights, x, "nn", plan.passes)
+    sums.value[rows] = sums.value[rows] * spread(shrink, read.shape[1]) + read
+
+
+def norm_of(top: Array, total: Array) -> Array:
+    """Log-sum-exp of rows, in every lane; a large negative number where a row saw nothing."""
+    total = jnp.sum(total, axis=1, keepdims=True)
+    return top + jnp.log(jnp.where(total > 0, total, 1.0))
+
+
+def weights_of(plan: Plan, scores: Array, mask, norm: Array | None) -> Array:
+    """Values of the kernel in one tile, normalised by the log-sum-exp `norm` where it is softmax; 0 where hidden."""
+    if plan.kernel.normalized:
+        return jnp.exp((scores if mask is None else jnp.where(mask, scores, LOW)) - norm)
+    if mask is None:
+        return similarity(plan.kernel, scores)
+    # Hidden scores are cleared before the kernel too: their exponential may be infinite.
+    return jnp.where(mask, similarity(plan.kernel, jnp.where(mask, scores, 0.0)), 0.0)
+
+
+def own_mask(plan: Plan, rows: slice, columns: slice, *, transposed: bool = False) -> Array:
+    """What rows of a block see of columns of the same block, as if all were one segment."""
+    shape = (rows.stop - rows.start, columns.stop - columns.start)
+    row, column = iotas(shape[::-1] if transposed else shape)
+    if transposed:
+        row, column = column, row
+    gap = (row + rows.start) - (column + columns.start)
+    return gap > 0 if plan.strict else gap >= 0
+
+
+def same_segment(mask, row: Array | None, column: Array | None):
+    """`mask` (or None) and the segments equal; None where there is nothing to hide."""
+    if row is None:
+        return mask
+    same = row == column
+    return same if mask is None else mask & same
+
+
+def to_columns(rows: Array) -> Array:
+    """[8, R] to [R, 8]."""
+    return rows.T
+
+
+def to_row(column: Array) -> Array:
+    """[R, 1], or [R, lanes] of equal lanes, to [8, R] of equal sublanes."""
+    return jnp.broadcast_to(column[:, :1], (column.shape[0], 128)).T[:8]
+
+
+def block_at(plan: Plan, i):
+    """Rows of block i in an array that holds all of them."""
+    start = i * plan.size
+    return pl.ds(start if isinstance(i, int) else pl.multiple_of(start, plan.size), plan.size)
+
+
+def pack_rows(plan: Plan, heads: int, **numbers: Array | None) -> Array:
+    """[B, heads, N, 8, R] float32 from [B, T] or [B, heads, T] arrays by their names; T a multiple of R."""
+    numbers = {name: x for name, x in numbers.items() if x is not None}
+    first = next(iter(numbers.values()))
+    batch, length = first.shape[0], first.shape[-1]
+    shape = (batch, heads, length // plan.size, plan.size)
+
+    def lay(name):
+        x = numbers.get(name)
+        if x is None:
+            return jnp.zeros(shape, jnp.float32)
+        x = x.astype(jnp.float32)
+        x = jnp.broadcast_to(x[:, None] if x.ndim == 2 else x, (batch, heads, length))
+        return x.reshape(shape)
+
+    names = (*NAMES, *[""] * (8 - len(NAMES)))
+    return jnp.stack([lay(name) for name in names], axis=3)
+
+
+def _seen(plan: Plan, query: Array, key: Array) -> Array:
+    """[B, N, M] which blocks of columns a block of rows has not left behind: segments grow with time."""
+    query, key = (x.reshape(x.shape[0], -1, plan.size) for x in (query, key))
+    least = jnp.min(jnp.where(query < 0, jnp.int32(_FAR), query), axis=-1)
+    return jnp.max(key, axis=-1)[:, None] >= least[:, :, None]
+
+
+def find_first(plan: Plan, query: Array, key: Array) -> Array:
+    """[B, N] first block of columns that each block of rows sees, M where it sees none.
+
+    Args:
+      plan: as ever.
+      query: [B, T] segments of rows, negative where blind.
+      key: [B, S] segments of columns, negative where unseen.
+    """
+    seen = _seen(plan, query, key)
+    first = jnp.argmax(seen, axis=2).astype(jnp.int32)
+    return jnp.where(jnp.any(seen, axis=2), first, jnp.int32(seen.shape[2]))
+
+
+def find_last(plan: Plan, query: Array, key: Array) -> Array:
+    """[B, M] one more than the last block of rows that sees each block of columns, 0 where none does."""
+    seen = _seen(plan, query, key)
+    last = seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1).astype(jnp.int32)
+    return jnp.where(jnp.any(seen, axis=1), last, jnp.int32(0))
+
+
+def compiler_params(axes: int) -> pltpu.CompilerParams:
+    """Batch and heads in any order, the other axes of the grid in turn."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel",) * 2 + ("arbitrary",) * (axes - 2), vmem_limit_bytes=tuning.VMEM_LIMIT
+    )
