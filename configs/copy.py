@@ -1,0 +1,27 @@
+"""Copy (arXiv 1410.5401, section 4.1): trained on 1 to 20 vectors of 8 bits, tested on up to 120.
+
+    python train.py --config=configs/copy.py:ntm --workdir=runs/copy-ntm
+    python train.py --config=configs/copy.py:ntm_feedforward --workdir=runs/copy-feedforward
+    python train.py --config=configs/copy.py:lstm --workdir=runs/copy-lstm
+"""
+
+from memformer.training.config import default_config
+
+VARIANTS = ("ntm", "ntm_feedforward", "lstm")
+
+
+def get_config(variant="ntm"):
+    """Returns the run's config; `variant` is one of `VARIANTS`."""
+    config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
+    config.task = {"name": "copy", "length": 20, "min_length": 1, "bits": 8}
+    if variant == "ntm_feedforward":
+        config.model.controller = "feedforward"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.weight_decay = 0.0
+    config.train.steps = 4000
+    config.train.batch_size = 32
+    config.train.log_every = 50
+    config.train.eval_every = 500
+    config.train.checkpoint_every = 1000
+    config.train.final_lengths = (10, 20, 30, 50, 70, 100, 120)
+    return config

@@ -1,0 +1,29 @@
+"""Dynamic 6-grams (arXiv 1410.5401, section 4.4): 200 bits, the odds of all 32 contexts drawn anew each time.
+
+    python train.py --config=configs/dynamic_ngrams.py:ntm --workdir=runs/dynamic_ngrams-ntm
+    python train.py --config=configs/dynamic_ngrams.py:lstm --workdir=runs/dynamic_ngrams-lstm
+"""
+
+from memformer.training.config import default_config
+
+VARIANTS = ("ntm", "lstm")
+
+
+def get_config(variant="ntm"):
+    """Returns the run's config; `variant` is one of `VARIANTS`."""
+    config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
+    config.task = {"name": "dynamic_ngrams", "length": 200, "context": 5}
+    if variant == "lstm":
+        config.model.width = 100
+    else:
+        config.model.slots, config.model.slot_width = 64, 8
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.0
+    config.train.steps = 3000
+    config.train.batch_size = 16
+    config.train.log_every = 50
+    config.train.eval_every = 500
+    config.train.checkpoint_every = 1000
+    config.train.final_lengths = (200,)
+    config.train.final_batches = 32
+    return config

@@ -1,0 +1,33 @@
+"""Priority sort (arXiv 1410.5401, section 4.5), the smaller of it: the 8 highest of 10 vectors of 8 bits, in order.
+
+    python train.py --config=configs/priority_sort.py:ntm --workdir=runs/priority_sort-ntm
+    python train.py --config=configs/priority_sort.py:lstm --workdir=runs/priority_sort-lstm
+
+The paper's sizes:
+
+    python train.py --config=configs/priority_sort.py:ntm --config.task.length=20 --config.task.answers=16 \
+        --config.model.slots=128 --workdir=runs/priority_sort-paper
+"""
+
+from memformer.training.config import default_config
+
+VARIANTS = ("ntm", "lstm")
+
+
+def get_config(variant="ntm"):
+    """Returns the run's config; `variant` is one of `VARIANTS`."""
+    config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
+    config.task = {"name": "priority_sort", "length": 10, "answers": 8, "bits": 8}
+    if variant == "lstm":
+        config.model.width = 100
+    else:
+        config.model.slots = 32
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.weight_decay = 0.0
+    config.train.steps = 6000
+    config.train.batch_size = 32
+    config.train.log_every = 50
+    config.train.eval_every = 500
+    config.train.checkpoint_every = 1000
+    config.train.final_lengths = (10,)
+    return config

@@ -1,0 +1,232 @@
+"""The Neural Turing Machine: against one in numpy, gradients, packing, continuing, and a copy that it learns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.test_util import check_grads
+
+from memformer.models import build_model
+from memformer.tasks import make_task
+from memformer.training.data import make_loader
+from memformer.training.losses import count_batch, means
+from tests.numeric import FORWARD, assert_close
+
+B, T, F, CLASSES = 2, 7, 3, 4
+SHAPE = {"type": "ntm", "width": 6, "slots": 5, "slot_width": 3}
+VARIANTS = {
+    "lstm": {},
+    "feedforward, heads": {"controller": "feedforward", "read_heads": 2, "write_heads": 3, "initial_focus": "learned"},
+}
+INPUTS = np.random.default_rng(1).normal(size=(B, T, F)).astype(np.float32)
+
+
+def build(variant="lstm", seed=0, **config):
+    options = {**SHAPE, **VARIANTS[variant], **config}
+    model = build_model(options, vocab_size=0, num_classes=CLASSES, features=F, rngs=nnx.Rngs(seed))
+    # weights as small as they begin leave every gate half open: nothing would be told apart
+    graph, parameters = nnx.split(model)
+    parameters = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(3), x.shape, x.dtype), parameters)
+    return nnx.merge(graph, parameters)
+
+
+def functional(model):
+    """Parameters of a model, and its jitted call on them."""
+    graph, parameters = nnx.split(model)
+    return parameters, jax.jit(lambda parameters, *args, **kwargs: nnx.merge(graph, parameters)(*args, **kwargs))
+
+
+@functools.cache
+def plain(variant):
+    return functional(build(variant))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def in_numpy(model, x):
+    """Logits, write weights and last memory of one sequence [T, F], by the equations, in float64."""
+    config = model.config
+    p = {k: np.asarray(v, np.float64) for k, v in {
+        "x": model.entering.kernel, "x0": model.entering.bias, "r": model.recurrent.kernel, "h": model.heads.kernel,
+        "h0": model.heads.bias, "y": model.head.kernel, "y0": model.head.bias, "reads": model.initial_reads,
+    }.items()}  # fmt: skip
+    width, heads, reading = config.slot_width, config.heads, config.read_heads
+    memory, reads = np.full((config.slots, width), 1e-6), p["reads"]
+    weights = np.tile(np.eye(config.slots)[0], (heads, 1))
+    if model.initial_weights is not None:
+        weights = softmax(np.asarray(model.initial_weights, np.float64))
+    h = c = np.zeros(config.width)
+    logits, written = [], []
+    for t in range(len(x)):
+        if config.controller == "feedforward":
+            h = np.tanh(x[t] @ p["x"] + p["x0"] + reads @ p["r"])
+        else:
+            i, f, g, o = np.split(x[t] @ p["x"] + p["x0"] + np.concatenate([reads, h]) @ p["r"], 4)
+            c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
+            h = sigmoid(o) * np.tanh(c)
+        told = np.clip(h @ p["h"] + p["h0"], -20, 20)
+        keys, told = np.tanh(told[: heads * width]).reshape(heads, width), told[heads * width :]
+        scalars, told = told[: heads * 6].reshape(heads, 6), told[heads * 6 :]
+        erases, adds = np.split(told.reshape(-1, width), 2)
+        after = []
+        for head in range(heads):
+            beta, gate, shift = (
+                np.log1p(np.exp(scalars[head, 0])),
+                sigmoid(scalars[head, 1]),
+                softmax(scalars[head, 2:5]),
+            )
+            cosines = memory @ keys[head] / np.linalg.norm(keys[head]) / np.sqrt((memory**2).sum(1) + 1e-12)
+            w = gate * softmax(beta * cosines) + (1 - gate) * weights[head]
+            w = shift[0] * np.roll(w, -1) + shift[1] * w + shift[2] * np.roll(w, 1)
+            w = w ** (1 + np.log1p(np.exp(scalars[head, 5])))
+            after.append(w / w.sum())
+        weights = np.array(after)
+        reads = (weights[:reading] @ memory).ravel()
+        for w, e in zip(weights[reading:], sigmoid(erases), strict=True):
+            memory = memory * (1 - np.outer(w, e))
+        for w, a in zip(weights[reading:], np.tanh(adds), strict=True):
+            memory = memory + np.outer(w, a)
+        logits.append(np.clip(np.concatenate([h, reads]) @ p["y"] + p["y0"], -20, 20))
+        written.append(weights[reading:])
+    return np.array(logits), np.array(written), memory.T
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_it_is_the_equations(variant):
+    model = build(variant)
+    parameters, call = plain(variant)
+    output = call(parameters, INPUTS)
+    trace = jax.jit(model.trace)(INPUTS)
+    want = [in_numpy(model, row.astype(np.float64)) for row in INPUTS]
+    assert output.logits.shape == (B, T, CLASSES) and output.logits.dtype == jnp.float32 and output.aux == {}
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(output.state))
+    logits, written, memory = (np.stack(each) for each in zip(*want, strict=True))
+    assert_close(output.logits, logits, FORWARD["float32"])
+    assert_close(output.state.memory, memory, FORWARD["float32"])
+    assert_close(trace.logits, logits, FORWARD["float32"])
+    assert_close(trace.write_weights, written, FORWARD["float32"])
+    config = model.config
+    shapes = [(config.read_heads, 5), (config.write_heads, 5), (config.read_heads, 3), (config.write_heads, 3)]
+    assert [x.shape[2:] for x in trace[1:]] == shapes
+    assert_close(trace.reads[:, -1].reshape(B, -1), output.state.reads, FORWARD["float32"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_those_of_finite_differences(variant):
+    with jax.enable_x64(True):
+        graph, parameters = nnx.split(build(variant, dtype="float64", param_dtype="float64"))
+        segments = jnp.array([[1, 1, 0, 1], [1, 1, 2, 2]])
+
+        @jax.jit
+        def loss(parameters, inputs):
+            output = nnx.merge(graph, parameters)(inputs, segment_ids=segments)
+            return jnp.sum(jnp.sin(output.logits)) + jnp.sum(jnp.cos(output.state.memory))
+
+        inputs = jnp.asarray(INPUTS[:, :4], jnp.float64)
+        check_grads(loss, (parameters, inputs), order=1, modes=("rev",), atol=1e-6, rtol=1e-6)
+        gradients = jax.tree_util.tree_leaves_with_path(jax.grad(loss)(parameters, inputs))
+        for path, leaf in gradients:
+            assert np.any(leaf) and leaf.dtype == jnp.float64, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_continuing_and_packing_agree_with_the_whole_sequence(variant):
+    parameters, call = plain(variant)
+    want = call(parameters, INPUTS)
+    state, got = build(variant).init_state(B, T), []
+    for t in range(T):
+        output = call(parameters, INPUTS[:, t : t + 1], state=state)
+        state = output.state
+        got.append(output.logits)
+    assert_close(jnp.concatenate(got, axis=1), want.logits, FORWARD["float32"])
+    assert_close(state, want.state, FORWARD["float32"])
+    segments = jnp.array([[0, 1, 1, 1, 2, 2, 2], [4, 4, 0, 4, 3, 3, 3]])
+    packed = call(parameters, INPUTS, segment_ids=segments)
+    places = [
+        (r, np.flatnonzero(np.asarray(segments[r]) == segment)) for r, segment in [(0, 1), (0, 2), (1, 4), (1, 3)]
+    ]
+    alone = call(parameters, np.stack([INPUTS[row, place] for row, place in places]))
+    assert_close(jnp.stack([packed.logits[row, place] for row, place in places]), alone.logits, FORWARD["float32"])
+    # the state of a row is its last segment's
+    assert_close(packed.state, jax.tree.map(lambda x: x[jnp.array([1, 3])], alone.state), FORWARD["float32"])
+    # padding leaves the state of a call alone, and a call may begin within a segment
+    padded = call(parameters, INPUTS, segment_ids=jnp.zeros((B, T), jnp.int32), state=state)
+    assert_close(padded.state, state, FORWARD["float32"])
+
+
+def test_ids_enter_as_one_hot_vectors():
+    ids = np.array([[0, 2, 1, 1]])
+    model = build_model(SHAPE, vocab_size=3, rngs=nnx.Rngs(0))
+    twin = build_model(SHAPE, vocab_size=0, num_classes=3, features=3, rngs=nnx.Rngs(0))
+    assert_close(model(ids).logits, twin(np.eye(3, dtype=np.float32)[ids]).logits, FORWARD["float32"])
+
+
+def test_a_trained_memory_may_have_more_slots():
+    graph, parameters = nnx.split(build(slots=5))
+    longer, same = nnx.split(build(slots=9, seed=1))
+    assert jax.tree.map(jnp.shape, parameters) == jax.tree.map(jnp.shape, same)
+    assert nnx.merge(longer, parameters)(INPUTS).state.memory.shape == (B, 3, 9)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"controller": "gru"}, "controller must be one of 'lstm', 'feedforward', got 'gru'"),
+        ({"slots": 0}, "slots must be a positive integer, got 0"),
+        ({"write_heads": True}, "write_heads must be a positive integer, got True"),
+        ({"initial_focus": "last"}, "initial_focus must be one of 'first', 'learned', got 'last'"),
+        ({"clip": 0.0}, "clip must be above 0, got 0.0"),
+        ({"dtype": "int8"}, "dtype must be a floating dtype"),
+        ({"head": 2}, "model 'ntm' has no key 'head'; known keys: controller, "),
+    ],
+)
+def test_misuse_is_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        build(**config)
+
+
+def test_inputs_are_checked():
+    with pytest.raises(ValueError, match=r"inputs must be \[B, T, F\] with F = 3, got \(2, 7, 4\)"):
+        build()(jnp.zeros((B, T, 4)))
+    with pytest.raises(ValueError, match="give vocab_size for inputs of ids, or features"):
+        build_model(SHAPE, vocab_size=0, num_classes=2, rngs=nnx.Rngs(0))
+
+
+def test_it_learns_to_copy():
+    """Up to 4 vectors of 4 bits: from guessing (10 bits a sequence) to below 0.5 in 500 batches."""
+    task = make_task({"name": "copy", "length": 4, "bits": 4})
+    shape = {"type": "ntm", "controller": "feedforward", "width": 32, "slots": 8, "slot_width": 8}
+    model = build_model(shape, vocab_size=0, num_classes=4, features=task.features, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(model)
+    tx = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(5e-3))
+
+    @jax.jit
+    def step(parameters, opt_state, batch):
+        def loss(parameters):
+            output = nnx.merge(graph, parameters)(batch["inputs"], segment_ids=batch["segment_ids"])
+            sums = count_batch(output.logits, batch["targets"], batch["loss_weights"])
+            return sums["loss"] / sums["weight"], sums
+
+        gradients, sums = jax.grad(loss, has_aux=True)(parameters)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            updates, opt_state = tx.update(gradients, opt_state)
+        return optax.apply_updates(parameters, updates), opt_state, sums
+
+    opt_state, history = tx.init(parameters), []
+    loader = make_loader(task, "train", batch_size=16, seed=0, prefetch=0)
+    for _ in range(500):
+        parameters, opt_state, sums = step(parameters, opt_state, next(loader))
+        history.append(means(jax.device_get(sums), task.scores)["bits_per_sequence"])
+    assert 8 < history[0] < 14, history[0]
+    assert np.mean(history[-20:]) < 0.5, history[::50]

@@ -1,0 +1,139 @@
+"""Addressing, step by step: against loops in numpy, by worked examples, and by finite differences."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from memformer.ops.addressing import (
+    Focus,
+    address,
+    content_weights,
+    interpolate,
+    read_slots,
+    sharpen,
+    shift_weights,
+    write_slots,
+)
+from tests.numeric import FORWARD, assert_close
+
+B, H, K, S = 2, 3, 4, 5
+
+
+def softmax(x):
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def draw(seed=0, dtype=np.float32):
+    """A focus of three heads, weights, a memory, and what two write heads write."""
+    rng = np.random.default_rng(seed)
+    before = rng.dirichlet(np.ones(S), (B, H))
+    focus = Focus(
+        key=rng.normal(size=(B, H, K)),
+        strength=rng.uniform(0, 5, (B, H)),
+        gate=rng.uniform(0, 1, (B, H)),
+        shifts=rng.dirichlet(np.ones(3), (B, H)),
+        sharpness=1 + rng.uniform(0, 3, (B, H)),
+    )
+    memory = rng.normal(size=(B, K, S))
+    erase, add = rng.uniform(0, 1, (B, 2, K)), rng.normal(size=(B, 2, K))
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), (focus, before, memory, erase, add))
+
+
+# What the paper's equations say, one number at a time.
+
+
+def by_content(key, strength, memory):
+    cosines = [key @ memory[:, s] / np.linalg.norm(key) / np.linalg.norm(memory[:, s]) for s in range(S)]
+    return softmax(strength * np.array(cosines))
+
+
+def shifted(weights, shifts):
+    return np.array([sum(shifts[j + 1] * weights[(i - j) % S] for j in (-1, 0, 1)) for i in range(S)])
+
+
+def sharpened(weights, sharpness):
+    return weights**sharpness / (weights**sharpness).sum()
+
+
+def each_head(function, *arrays):
+    arrays = [np.asarray(a, np.float64) for a in arrays]
+    return np.array([[function(*(a[b, h] for a in arrays)) for h in range(H)] for b in range(B)])
+
+
+def test_each_step_is_its_equation():
+    focus, before, memory, _, _ = draw()
+    by_head = np.broadcast_to(np.asarray(memory, np.float64)[:, None], (B, H, K, S))
+    content = each_head(by_content, focus.key, focus.strength, by_head)
+    assert_close(content_weights(focus.key, focus.strength, memory), content, FORWARD["float32"])
+    mixed = each_head(lambda g, c, w: g * c + (1 - g) * w, focus.gate, content, before)
+    assert_close(interpolate(jnp.asarray(content, jnp.float32), before, focus.gate), mixed, FORWARD["float32"])
+    moved = each_head(shifted, mixed, focus.shifts)
+    assert_close(shift_weights(jnp.asarray(mixed, jnp.float32), focus.shifts), moved, FORWARD["float32"])
+    sharp = each_head(sharpened, moved, focus.sharpness)
+    assert_close(sharpen(jnp.asarray(moved, jnp.float32), focus.sharpness), sharp, FORWARD["float32"])
+    assert_close(address(focus, before, memory), sharp, FORWARD["float32"])
+
+
+def test_reading_and_writing_are_their_equations():
+    _, weights, memory, erase, add = draw()
+    w, m, e, a = (np.asarray(x, np.float64) for x in (weights, memory, erase, add))
+    reads = [[sum(w[b, h, s] * m[b, :, s] for s in range(S)) for h in range(H)] for b in range(B)]
+    assert_close(read_slots(weights, memory), np.array(reads), FORWARD["float32"])
+    want = m.copy()
+    for b in range(B):
+        for s in range(S):
+            for h in range(2):
+                want[b, :, s] *= 1 - w[b, h, s] * e[b, h]
+            for h in range(2):
+                want[b, :, s] += w[b, h, s] * a[b, h]
+    assert_close(write_slots(memory, weights[:, :2], erase, add), want, FORWARD["float32"])
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_all_heads_erase_before_any_adds(order):
+    weights, erase = jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1))
+    add = jnp.array([[[5.0], [7.0]]])[:, order]
+    # were each head to erase and add in turn, the second would erase what the first added
+    assert float(write_slots(jnp.full((1, 1, 1), 3.0), weights, erase, add)[0, 0, 0]) == 12.0
+
+
+@pytest.mark.parametrize("shifts, place", [([1, 0, 0], 4), ([0, 1, 0], 0), ([0, 0, 1], 1)])
+def test_shifts_go_round(shifts, place):
+    first = jnp.eye(S)[None, :1]
+    moved = shift_weights(first, jnp.array([[shifts]], jnp.float32))
+    assert moved[0, 0].tolist() == [float(s == place) for s in range(S)]
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 21.0, 1e4])
+def test_weights_of_zero_and_any_sharpness_are_finite(sharpness):
+    def first(weights, sharpness):
+        return sharpen(weights, sharpness)[0, 0, 0]
+
+    weights = jnp.array([[[0.0, 0.4, 0.6]]])
+    got = sharpen(weights, jnp.array([[sharpness]]))[0, 0]
+    want = np.array([0.0, 0.4, 0.6]) ** min(sharpness, 700.0)
+    assert_close(got, want / want.sum(), FORWARD["float32"])
+    assert all(np.isfinite(g).all() for g in jax.grad(first, (0, 1))(weights, jnp.array([[sharpness]])))
+
+
+def test_an_empty_memory_is_no_place_of_its_own():
+    def total(key, memory):
+        return jnp.sum(content_weights(key, jnp.full((1, 1), 3.0), memory) * jnp.arange(4.0)[None, None])
+
+    key, memory = jnp.ones((1, 1, K)), jnp.zeros((1, K, 4))
+    assert_close(content_weights(key, jnp.full((1, 1), 3.0), memory), np.full((1, 1, 4), 0.25), FORWARD["float32"])
+    assert all(np.isfinite(g).all() for g in jax.grad(total, (0, 1))(key, memory))
+    assert np.isfinite(jax.grad(total)(jnp.zeros((1, 1, K)), memory)).all()
+
+
+def test_gradients_are_those_of_finite_differences():
+    def step(focus, before, memory, erase, add):
+        weights = address(focus, before, memory)
+        return read_slots(weights, memory), write_slots(memory, weights[:, 1:], erase, add)
+
+    with jax.enable_x64(True):
+        arguments = draw(dtype=np.float64)
+        check_grads(jax.jit(step), arguments, order=1, modes=("rev",), atol=1e-6, rtol=1e-6)
