@@ -24,21 +24,22 @@ def get_config(variant="attention"):
     if variant not in VARIANTS:
         raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
     config = default_config("transformer" if variant == "transformer" else "seq2seq")
-    config.task = {"name": "translation", "length": 40, "vocab_size": 4000, "corpus": "auto", "folder": ""}
-    config.model.width = 192
+    config.task = {"name": "translation", "length": 40, "vocab_size": 3000, "corpus": "auto", "folder": ""}
+    config.model.width = 128
     config.model.dropout = 0.1
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_steps = 200
     if variant == "transformer":
         config.model.heads = 4
         config.model.hidden = 512
+        config.optimizer.learning_rate = 2e-3
         config.optimizer.b2 = 0.98
         config.train.label_smoothing = 0.1
     else:
         config.model.attention = "additive" if variant == "attention" else "none"
-    config.train.steps = 2000
+    config.train.steps = 4000
     config.train.batch_size = 32
     config.train.eval_every = 500
     config.train.eval_batches = 16
-    config.train.checkpoint_every = 500
+    config.train.checkpoint_every = 1000
     return config
