@@ -23,5 +23,5 @@ def get_config(variant="ntm"):
     config.train.log_every = 50
     config.train.eval_every = 500
     config.train.checkpoint_every = 1000
-    config.train.final_lengths = (10, 20, 30, 50, 70, 100, 120)
+    config.train.final_lengths = (5, 10, 15, 20, 30, 50, 70, 90, 120)
     return config
