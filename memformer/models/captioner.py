@@ -155,7 +155,7 @@ class _LSTMDecoder(nnx.Module):
             if marks is not None:
                 now = jax.tree.map(lambda first, now: jnp.where(marks[0], first, now), state["first"], now)
             read, weights = self.attention(now.h.astype(word.dtype), state["memory"], state["keys"])
-            seen = (nnx.sigmoid(self.gate(now.h)) * read).astype(word.dtype)
+            seen = nnx.sigmoid(self.gate(now.h)).astype(word.dtype) * read
             h, after = self.lstm.step(jnp.concatenate([word, seen], axis=-1), now)
             if marks is not None:
                 after = jax.tree.map(lambda new, old: jnp.where(marks[1], new, old), after, now)
