@@ -1,0 +1,202 @@
+"""ARMT and RMT: state, packing, what a segment can see, gradients through segments, mistakes, a small training run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.models import build_model
+from tests.numeric import FORWARD, assert_close
+
+LENGTH, VOCAB = 3, 11
+TYPES = {
+    "armt": {"type": "armt", "key_width": 4},
+    "armt without gamma": {"type": "armt", "key_width": 4, "correction": False},
+    "rmt": {"type": "rmt"},
+}
+SMALL = {"segment_length": LENGTH, "memory_tokens": 2, "width": 8, "depth": 1, "heads": 2}
+SMALL["feedforward_options"] = {"hidden": 8}
+IDS = jax.random.randint(jax.random.key(1), (2, 3 * LENGTH), 0, VOCAB)
+
+
+@functools.cache
+def functional(name, **config):
+    """Parameters, none of them zero, and the jitted call of a model."""
+    sizes = {"features": config.pop("features", 0)}
+    sizes |= {"vocab_size": 0, "num_classes": 5} if sizes["features"] else {"vocab_size": VOCAB}
+    model = build_model({**SMALL, **TYPES[name], **config}, rngs=nnx.Rngs(0), **sizes)
+    graph, parameters = nnx.split(model)
+    leaves, tree = jax.tree.flatten(parameters)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    noise = [x + 0.3 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+
+    @jax.jit
+    def call(parameters, *args, **kwargs):
+        return nnx.merge(graph, parameters)(*args, **kwargs)
+
+    return jax.tree.unflatten(tree, noise), call
+
+
+def whole(name):
+    parameters, call = functional(name)
+    return call(parameters, IDS)
+
+
+@pytest.mark.parametrize("name, depth", [("armt", 2), ("rmt", 1)])
+def test_segments_one_by_one_equal_the_whole(name, depth):
+    parameters, call = functional(name, depth=depth)
+    want = call(parameters, IDS)
+    assert want.logits.shape == (2, 3 * LENGTH, VOCAB) and want.logits.dtype == jnp.float32 and want.aux == {}
+    state, got = None, []
+    for start in range(0, 3 * LENGTH, LENGTH):
+        output = call(parameters, IDS[:, start : start + LENGTH], state=state)
+        state = output.state
+        got.append(output.logits)
+    assert_close(jnp.concatenate(got, axis=1), want.logits, FORWARD["float32"])
+    assert_close(jax.tree.leaves(state), jax.tree.leaves(want.state), FORWARD["float32"])
+
+
+@pytest.mark.parametrize("name", ["armt", "rmt"])
+def test_packed_and_padded_sequences_equal_those_alone(name):
+    parameters, call = functional(name)
+    # a sequence of two segments, the last one short; padding for a whole segment; a new sequence with an old id
+    segments = jnp.array([[7, 7, 7, 7, 7, 0, 2, 2, 2], [0, 0, 0, 5, 5, 5, 7, 7, 0]])
+    packed = call(parameters, IDS, segment_ids=segments)
+    pieces = [(0, slice(0, 5)), (0, slice(6, 9)), (1, slice(3, 6)), (1, slice(6, 8))]
+    for row, place in pieces:
+        ids = jnp.pad(IDS[row : row + 1, place], ((0, 1), (0, 3 * LENGTH - place.stop + place.start)))
+        known = jnp.pad(
+            jnp.ones((1, place.stop - place.start), int), ((0, 1), (0, 3 * LENGTH - place.stop + place.start))
+        )
+        alone = call(parameters, ids, segment_ids=known).logits[0, : place.stop - place.start]
+        assert_close(packed.logits[row, place], alone, FORWARD["float32"], f"row {row}, {place}: ")
+    short = call(parameters, IDS[:, : 2 * LENGTH - 1]).logits
+    assert_close(short, whole(name).logits[:, : 2 * LENGTH - 1], FORWARD["float32"])
+    # the state is that of the last sequence: row 0 ended with `2 2 2` alone
+    again = call(parameters, IDS[:, :LENGTH], state=packed.state, segment_ids=jnp.array([[2, 2, 2], [0, 0, 0]]))
+    joined = jnp.concatenate([IDS[:, 6:], IDS[:, :LENGTH]], axis=1)
+    assert_close(again.logits[0], call(parameters, joined).logits[0, LENGTH:], FORWARD["float32"])
+    assert_close(jax.tree.map(lambda x: x[1], again.state), jax.tree.map(lambda x: x[1], packed.state), 0.0)
+
+
+def test_first_segment_does_not_read():
+    parameters, call = functional("armt")
+    want = whole("armt").logits
+
+    def other(path, x):
+        return -x if "query" in jax.tree_util.keystr(path) and "memories" in jax.tree_util.keystr(path) else x
+
+    got = call(jax.tree_util.tree_map_with_path(other, parameters), IDS).logits
+    assert_close(got[:, :LENGTH], want[:, :LENGTH], 0.0)
+    assert np.all(np.abs(got - want)[:, LENGTH:].max(axis=(1, 2)) > 1e-3)
+
+
+def test_armt_begins_as_a_transformer_and_rmt_reads_its_tokens():
+    """Values start at zero, so an untrained ARMT passes nothing on; RMT does from the start."""
+    changed = IDS.at[:, 0].set((IDS[:, 0] + 1) % VOCAB)
+    for name, passes in (("armt", False), ("rmt", True)):
+        model = build_model({**SMALL, **TYPES[name]}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+        graph, parameters = nnx.split(model)
+        call = jax.jit(lambda p, ids, graph=graph: nnx.merge(graph, p)(ids).logits)
+        later = np.abs(call(parameters, IDS) - call(parameters, changed))[:, LENGTH:]
+        assert (later.max() > 0) == passes, name
+
+
+@pytest.mark.parametrize("name", ["armt without gamma", "rmt"])
+def test_gradient_passes_through_all_segments(name):
+    """Against finite differences in float64; gamma, which has no gradient, is left out."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        parameters, call = functional(name, features=2, dtype="float64", param_dtype="float64")
+        parameters = jax.tree.map(lambda x: x.astype(jnp.float64), parameters)
+        x = jax.random.normal(jax.random.key(3), (1, 3 * LENGTH, 2), jnp.float64)
+
+        @jax.jit
+        def loss(parameters, x):
+            return jnp.sum(jnp.sin(call(parameters, x).logits[:, 2 * LENGTH :]))
+
+        slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))(parameters, x)
+        # the loss is of the last segment, so what reaches the first came through two memories
+        assert np.all(np.abs(slopes[1][0, :LENGTH]).max(axis=-1) > 1e-8)
+        leaves, tree = jax.tree.flatten((parameters, x))
+        keys = jax.random.split(jax.random.key(4), len(leaves))
+        way = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+        step = 1e-6
+        ends = [loss(*tree.unflatten([a + s * step * b for a, b in zip(leaves, way, strict=True)])) for s in (1, -1)]
+        along = sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(slopes), way, strict=True))
+        assert_close(along, (ends[0] - ends[1]) / (2 * step), 1e-6)
+
+
+def test_gamma_has_no_gradient_and_remat_changes_nothing():
+    parameters, call = functional("armt")
+    _, other = functional("armt", remat="full")
+    gradients = [
+        jax.jit(jax.grad(lambda p, f=f: jnp.mean(jax.nn.log_softmax(f(p, IDS).logits)[:, :, 0])))(parameters)
+        for f in (call, other)
+    ]
+    assert_close(jax.tree.leaves(gradients[1]), jax.tree.leaves(gradients[0]), 1e-4)
+    assert "remat" in str(jax.make_jaxpr(lambda: other(parameters, IDS).logits)())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients[0]):
+        assert np.any(leaf), jax.tree_util.keystr(path)
+
+
+def test_bfloat16_policy():
+    parameters, call = functional("armt", dtype="bfloat16")
+    output = call(parameters, IDS)
+    assert output.logits.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(output.state["memory"])} == {jnp.dtype("float32")}
+    assert np.abs(output.logits - whole("armt").logits).max() < 0.2
+
+
+def test_state_before_the_first_token():
+    for name in ("armt", "rmt"):
+        model = build_model({**SMALL, **TYPES[name]}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+        parameters, call = functional(name)
+        state = nnx.merge(nnx.graphdef(model), parameters).init_state(2, capacity=100)
+        assert_close(call(parameters, IDS, state=state).logits, whole(name).logits, FORWARD["float32"])
+
+
+UNALIGNED = [
+    {"segment_ids": jnp.array([[1] * 4 + [2] * 5] * 2)},
+    {"segment_ids": jnp.array([[0] + [1] * 8] * 2)},
+    {"segment_ids": jnp.array([[1, 1, 0] + [1] * 6] * 2)},
+    {"segment_ids": jnp.array([[1, 1, 2] + [3] * 6] * 2), "positions": jnp.arange(9)[None].repeat(2, 0)},
+    {"positions": 1 + jnp.arange(9)[None].repeat(2, 0)},
+    {"state": "after four tokens"},
+]
+
+
+@pytest.mark.parametrize("case", UNALIGNED, ids=lambda case: "-".join(case))
+def test_sequences_that_do_not_start_a_segment_are_named(case):
+    parameters, call = functional("rmt")
+    if "state" in case:
+        case = {"state": call(parameters, IDS[:, :4]).state}
+    model = build_model({**SMALL, **TYPES["rmt"]}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="every sequence start a memory segment of segment_length = 3 tokens"):
+        model(IDS, **case)
+
+
+def test_under_jit_the_program_fails_with_the_same_words():
+    parameters, call = functional("rmt")
+    with pytest.raises(Exception, match="a memory segment of segment_length = 3 tokens"):
+        jax.block_until_ready(call(parameters, IDS, segment_ids=jnp.array([[1] * 4 + [2] * 5] * 2)))
+    jax.effects_barrier()
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"segment_length": 0}, "segment_length must be a positive integer, got 0"),
+        ({"memory_tokens": 0}, "memory_tokens must be a positive integer, got 0"),
+        ({"key_width": 0}, "key_width must be a positive integer, got 0"),
+        ({"correction": "no"}, "correction must be one of False, True, got 'no'"),
+        ({"remat": "half"}, "remat must be one of None, 'full'"),
+        ({"segments": 3}, "model 'armt' has no key 'segments'; known keys: segment_length"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        build_model({**SMALL, **TYPES["armt"], **config}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
