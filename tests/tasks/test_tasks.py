@@ -30,7 +30,7 @@ SPECS = [
     ({"name": "captions"}, 16),
     ({"name": "translation", "corpus": "slice", "vocab_size": 800, "length": 96}, 128),
 ]
-SYNTHETIC = [spec for spec in SPECS if spec[0]["name"] != "text"]
+SYNTHETIC = [spec for spec in SPECS if spec[0]["name"] not in ("text", "translation")]
 
 
 def label(value):
