@@ -18,8 +18,9 @@ __all__ = ["BytePairs", "split_words", "train_bpe"]
 
 BYTES = 256
 
-# GPT-2's rule in the classes that `re` has: letters, digits or other marks with at most one space before, or space.
-WORD = re.compile(r" ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
+# GPT-2's rule in the classes that `re` has: English endings; letters, digits or other marks with at most one space
+# before; space.
+WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
 
 # Merges stop at words, so a language has few different ones: those of the largest corpus here are 40,000.
 CACHED_WORDS = 2**17

@@ -154,7 +154,7 @@ def test_gradients_are_those_of_finite_differences(attention):
         for seed in range(3):
             keys = iter(jax.random.split(jax.random.key(seed), 40))
             way = jax.tree.map(lambda x: jax.random.normal(next(keys), x.shape, x.dtype), parameters)  # noqa: B023
-            ahead, behind = (jax.tree.map(lambda p, d: p + s * d, parameters, way) for s in (1e-5, -1e-5))
+            ahead, behind = (jax.tree.map(lambda p, d: p + s * d, parameters, way) for s in (1e-5, -1e-5))  # noqa: B023
             want = (loss(ahead) - loss(behind)) / 2e-5
             got = sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), gradients, way)))
             assert_close(got, want, GRADIENT["float32"])

@@ -1,0 +1,149 @@
+"""Translation: what an example holds, splits, reading SWORD's modules, which verses are used, mistakes."""
+
+import logging
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from memformer.tasks import translation
+from memformer.tasks.source import SPLITS
+from memformer.tasks.translation import END, PADDING, SPECIAL, START, Translation
+from memformer.tasks.verses import MODULES, Verse, find_modules, read_modules, read_slice, strip_markup
+
+TASK = Translation(corpus="slice", vocab_size=800, length=64)
+
+
+def write_modules(folder, verses):
+    """SWORD modules with one book a testament; (english, spanish) with their markup."""
+    for language, module in enumerate(MODULES):
+        (folder / module).mkdir(parents=True)
+        for place, testament in enumerate(("ot", "nt")):
+            texts = [pair[language].encode() for pair in verses[place]]
+            book = b"".join(texts)
+            packed = zlib.compress(book)
+            starts = np.cumsum([0, *map(len, texts)])
+            rows = [struct.pack("<IIH", 0, start, len(t)) for start, t in zip(starts, texts, strict=False)]
+            path = folder / module / testament
+            path.with_suffix(".bzz").write_bytes(b"..." + packed)
+            path.with_suffix(".bzs").write_bytes(struct.pack("<III", 3, len(packed), len(book)))
+            path.with_suffix(".bzv").write_bytes(b"".join(rows))
+    return str(folder)
+
+
+@pytest.fixture
+def modules(tmp_path):
+    many = [(f"verse <w>{i}</w>", f"versículo {i}") for i in range(60)]
+    old = [('<chapter sID="1"/>', ""), ("In <note>a</note>the", "EN el"), ("only English", "<title>t</title>")]
+    return write_modules(tmp_path, [old, many])
+
+
+def test_an_example_is_the_verse_in_both_languages():
+    for split in SPLITS:
+        source = TASK.source(split, 0)
+        assert len(source) == len(TASK.pairs(split))
+        for i, (verse, english, spanish) in list(enumerate(TASK.pairs(split)))[:20]:
+            one = source[i]
+            steps = len(spanish) + 1
+            assert TASK.decode(one["source"]) == verse.english and TASK.decode(one["targets"]) == verse.spanish
+            assert one["inputs"][0] == START and one["targets"][steps - 1] == END
+            np.testing.assert_array_equal(one["inputs"][1:steps], one["targets"][: steps - 1])
+            assert one["source"][len(english)] == END and one["source_segment_ids"].sum() == len(english) + 1
+            np.testing.assert_array_equal(one["loss_weights"], np.arange(64) < steps)
+            np.testing.assert_array_equal(one["segment_ids"], np.arange(64) < steps)
+            assert not np.any(one["source"][len(english) + 1 :]) and not np.any(one["inputs"][steps:])
+
+
+def test_splits_share_no_source_and_hold_every_verse():
+    long = TASK.with_length(400)
+    english = {split: {pair.verse.english for pair in long.pairs(split)} for split in SPLITS}
+    assert not english["train"] & english["test"] and not english["train"] & english["validation"]
+    assert not english["test"] & english["validation"]
+    assert sum(len(long.pairs(split)) for split in SPLITS) == len(read_slice()) == 514
+
+
+def test_the_vocabulary_does_not_depend_on_the_length_and_serves_all():
+    assert TASK.with_length(20).byte_pairs is TASK.byte_pairs
+    assert TASK.byte_pairs.size == TASK.vocab_size - SPECIAL
+    assert all(pair.length <= 20 for pair in TASK.with_length(20).pairs("train"))
+    text = "Y dijo Dios: Sea la luz ¿ñ?"
+    assert TASK.decode(TASK.encode(text)) == text
+
+
+def test_decode_stops_at_the_end_and_leaves_out_what_says_nothing():
+    ids = TASK.encode("luz")
+    assert TASK.decode([START, *ids, END, *ids]) == "luz"
+    assert TASK.decode([*ids, PADDING, *ids]) == "luz"
+    # a slice has fewer pairs than this vocabulary has ids
+    wide = Translation(corpus="slice", vocab_size=20000)
+    assert wide.byte_pairs.size < 20000 - SPECIAL and wide.decode([19999]) == ""
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("<w a='b'>In</w>  the\nbeginning ", "In the beginning"),
+        ("x<note type='n'>no <b>n</b></note>y<title>\nno</title>z", "xyz"),
+        ("<note/>a<title t='1'/>b<note>c</note>", "ab"),
+    ],
+)
+def test_markup_is_stripped(text, want):
+    assert strip_markup(text) == want
+
+
+def test_modules_are_read(modules):
+    verses = read_modules(modules)
+    assert verses[0] == Verse("In the", "EN el") and verses[1] == Verse("verse 0", "versículo 0") and len(verses) == 61
+    task = Translation(folder=modules, vocab_size=300)
+    assert "61 verses of sword-text-kjv" in task.origin
+    assert sum(len(task.source(split, 0)) for split in SPLITS) == 61
+
+
+def test_modules_are_looked_for_where_they_usually_are(modules, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("SWORD_PATH", modules)
+    assert find_modules() == modules
+    monkeypatch.delenv("SWORD_PATH")
+    shared = tmp_path_factory.mktemp("share")
+    write_modules(shared / "sword", [[("a", "b")], [("c", "d")]])
+    monkeypatch.setenv("XDG_DATA_DIRS", f"/nowhere:{shared}")
+    assert find_modules() == str(shared / "sword")
+
+
+def test_without_modules_the_slice_is_used_and_that_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(translation, "find_modules", lambda folder: None)
+    translation._warn.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        task = Translation(vocab_size=800)
+        assert task.origin == "514 verses of Genesis 1 to 20, kept in the package"
+    assert "apt-get install sword-text-kjv sword-text-sparv" in caplog.text
+    with pytest.raises(ValueError, match=r"holds no verses: install them \(apt-get install sword-text-kjv"):
+        Translation(corpus="installed").source("train", 0)
+
+
+def test_damaged_modules_are_named(modules, tmp_path):
+    path = tmp_path / MODULES[0] / "ot.bzz"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="the verses cannot be read .* install the packages"):
+        read_modules(modules)
+
+
+MISTAKES = {
+    "corpus": ({"corpus": "web"}, "corpus must be one of 'auto', 'installed', 'slice', got 'web'"),
+    "vocab_size": ({"vocab_size": 200}, "vocab_size must be an integer of at least 259"),
+    "length": ({"length": 1}, "length must be an integer of at least 2"),
+    "folder": ({"folder": 3}, "folder must be a text"),
+    "both": ({"corpus": "slice", "folder": "/x"}, "folder must be '' where corpus is 'slice'"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named(name):
+    fields, message = MISTAKES[name]
+    with pytest.raises(ValueError, match=message):
+        Translation(**fields)
+
+
+def test_another_folder_without_verses_is_named(tmp_path):
+    with pytest.raises(ValueError, match="task.folder .* holds no verses"):
+        Translation(folder=str(tmp_path)).source("train", 0)
