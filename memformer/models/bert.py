@@ -52,8 +52,10 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
     Raises:
       ValueError: a file that is not of this format, or cut short.
     """
-    data = np.memmap(path, np.uint8, mode="r")
-    wrong = f"{pathlib.Path(path).name} is not a whole safetensors file"
+    path = pathlib.Path(path)
+    wrong = f"{path.name} is not a whole safetensors file"
+    # an empty file cannot be mapped
+    data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     size = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or size > len(data) - 8:
         raise ValueError(f"{wrong}: its header should have {size} bytes, the file has {len(data)}")

