@@ -171,7 +171,7 @@ class NTM(nnx.Module):
         fed_back = reads + width if config.controller == "lstm" else reads
         self.entering = linear(vocab_size or features, entering, (None, None), bias=True, **same)
         self.recurrent = linear(fed_back, entering, (None, None), **same)
-        self.heads = linear(width, _head_size(config), (None, None), bias=True, **same)
+        self.heads: Any = linear(width, _head_size(config), (None, None), bias=True, **same)
         self.head = linear(width + reads, num_classes, (None, "vocab"), bias=True, **same)
         self.head.preferred_element_type = config.dtypes.wide
         small = named(nnx.initializers.normal(0.1), None)

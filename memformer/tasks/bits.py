@@ -19,11 +19,11 @@ __all__ = ["AssociativeRecall", "Copy", "DynamicNGrams", "PrioritySort", "Repeat
 class _Bits(Task):
     """A question of float channels, and an answer of bits after it."""
 
-    scores = ("bits_per_sequence", "bit_errors", "sequence_accuracy", "accuracy")
+    scores: ClassVar[tuple[str, ...]] = ("bits_per_sequence", "bit_errors", "sequence_accuracy", "accuracy")
     loss = "bits"
 
     @property
-    def chance(self) -> float:
+    def chance(self) -> float | None:
         """Share of the answer's vectors that fair coins get right."""
         return 0.5**self.num_classes
 
