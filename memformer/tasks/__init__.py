@@ -11,8 +11,10 @@ from memformer.tasks.bits import AssociativeRecall, Copy, DynamicNGrams, Priorit
 from memformer.tasks.captions import Captions
 from memformer.tasks.formal_languages import ModularArithmetic, Parity, scaled_accuracy
 from memformer.tasks.group_words import GroupWords
+from memformer.tasks.lookup import Lookup
 from memformer.tasks.reachability import Reachability
 from memformer.tasks.recall import MQAR
+from memformer.tasks.reference import Reference
 from memformer.tasks.source import SPLITS, Example, RandomAccessSource, SyntheticSource, Task
 from memformer.tasks.swap import Swap
 from memformer.tasks.text import Text
@@ -28,11 +30,13 @@ __all__ = [
     "DynamicNGrams",
     "Example",
     "GroupWords",
+    "Lookup",
     "ModularArithmetic",
     "Parity",
     "PrioritySort",
     "RandomAccessSource",
     "Reachability",
+    "Reference",
     "RepeatCopy",
     "Swap",
     "SyntheticSource",
@@ -51,6 +55,8 @@ TASKS: dict[str, type[Task]] = {
     "modular_arithmetic": ModularArithmetic,
     "mqar": MQAR,
     "text": Text,
+    "reference": Reference,
+    "lookup": Lookup,
     "translation": Translation,
     "captions": Captions,
     "copy": Copy,

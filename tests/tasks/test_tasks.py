@@ -27,6 +27,9 @@ SPECS = [
     ({"name": "dynamic_ngrams"}, 64),
     ({"name": "priority_sort"}, 40),
     ({"name": "text", "length": 64}, 256),
+    ({"name": "reference"}, 24),
+    ({"name": "reference", "families": "held_out", "length": 15}, 16),
+    ({"name": "lookup"}, 33),
     ({"name": "captions"}, 16),
     ({"name": "translation", "corpus": "slice", "vocab_size": 800, "length": 96}, 128),
 ]

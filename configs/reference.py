@@ -1,0 +1,28 @@
+"""Who does "it" refer to? A small Transformer encoder on twin sentences; the noun is asked for at "it".
+
+    python train.py --config=configs/reference.py --workdir=runs/reference
+    python -m memformer.lab reference runs/reference
+
+Validation and test have noun pairs that no training sentence has.
+"""
+
+from memformer.training.config import default_config
+
+
+def get_config():
+    """Returns the run's config."""
+    config = default_config("encoder")
+    config.task = {"name": "reference", "length": 16, "families": "trained"}
+    config.model.width = 64
+    config.model.heads = 4
+    config.model.depth = 3
+    config.model.hidden = 128
+    config.model.positions = "rotary"
+    config.model.norm_place = "pre"
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.train.steps = 1500
+    config.train.batch_size = 64
+    config.train.eval_every = 250
+    config.train.eval_batches = 8
+    return config
