@@ -7,7 +7,7 @@ writes them.
 
 from collections.abc import Callable, Sequence
 
-from memformer.lab import compression, snr
+from memformer.lab import captions, compression, convergence, ntm, snr, translation
 from memformer.lab.study import Study
 from memformer.training.evaluation import LoadedRun
 
@@ -17,5 +17,10 @@ __all__ = ["LABS", "SIMULATIONS", "Study"]
 SIMULATIONS: dict[str, Callable[..., None]] = {
     "snr": snr.measure,
     "compression": compression.measure,
+    "convergence": convergence.measure,
 }
-LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {}
+LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {
+    "translation": translation.measure,
+    "captions": captions.measure,
+    "ntm": ntm.measure,
+}
