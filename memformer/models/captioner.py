@@ -243,8 +243,7 @@ class Captioner(nnx.Module):
         self.embedding = Embedding(vocab_size, config.width, **same)
         decoder = _LSTMDecoder if config.decoder == "lstm" else _TransformerDecoder
         self.decoder: Any = decoder(config, self.grid.width, rngs=rngs)
-        self.head = linear(config.width, num_classes, ("embed", "vocab"), bias=True, **same)
-        self.head.preferred_element_type = config.dtypes.wide
+        self.head = linear(config.width, num_classes, ("embed", "vocab"), bias=True, wide=True, **same)
         # Set by model.train() and model.eval().
         self.deterministic = True
         self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
