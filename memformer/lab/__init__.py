@@ -7,7 +7,7 @@ writes them.
 
 from collections.abc import Callable, Sequence
 
-from memformer.lab import captions, compression, convergence, ntm, snr, translation
+from memformer.lab import captions, compression, convergence, lookup, ntm, reference, snr, translation
 from memformer.lab.study import Study
 from memformer.training.evaluation import LoadedRun
 
@@ -23,4 +23,6 @@ LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {
     "translation": translation.measure,
     "captions": captions.measure,
     "ntm": ntm.measure,
+    "reference": reference.measure,
+    "lookup": lookup.measure,
 }

@@ -1,0 +1,25 @@
+"""The plain recurrent language model on bytes: one LSTM between embedding and read-out; bits per byte, held-out files.
+
+    python train.py --config=configs/text_recurrent.py --workdir=runs/text-recurrent
+
+The text is that of configs/text.py, the Python standard library's own sources. A GRU or a plain RNN:
+
+    python train.py --config=configs/text_recurrent.py --config.model.cell=gru --workdir=runs/text-gru
+"""
+
+from memformer.training.config import default_config
+
+
+def get_config():
+    """Returns the run's config."""
+    config = default_config("recurrent_lm")
+    config.task = {"name": "text", "length": 128, "folder": "", "suffix": ".py"}
+    config.model.cell = "lstm"
+    config.model.width = 256
+    config.optimizer.learning_rate = 4e-3
+    config.optimizer.warmup_steps = 50
+    config.train.steps = 800
+    config.train.batch_size = 32
+    config.train.eval_every = 200
+    config.train.eval_batches = 16
+    return config
