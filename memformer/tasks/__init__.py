@@ -15,6 +15,7 @@ from memformer.tasks.lookup import Lookup
 from memformer.tasks.reachability import Reachability
 from memformer.tasks.recall import MQAR
 from memformer.tasks.reference import Reference
+from memformer.tasks.segments import Remember, Rewrite
 from memformer.tasks.source import SPLITS, Example, RandomAccessSource, SyntheticSource, Task
 from memformer.tasks.swap import Swap
 from memformer.tasks.text import Text
@@ -37,7 +38,9 @@ __all__ = [
     "RandomAccessSource",
     "Reachability",
     "Reference",
+    "Remember",
     "RepeatCopy",
+    "Rewrite",
     "Swap",
     "SyntheticSource",
     "Task",
@@ -64,6 +67,8 @@ TASKS: dict[str, type[Task]] = {
     "associative_recall": AssociativeRecall,
     "dynamic_ngrams": DynamicNGrams,
     "priority_sort": PrioritySort,
+    "remember": Remember,
+    "rewrite": Rewrite,
 }
 
 

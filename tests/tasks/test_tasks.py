@@ -31,6 +31,8 @@ SPECS = [
     ({"name": "reference", "families": "held_out", "length": 15}, 16),
     ({"name": "lookup"}, 33),
     ({"name": "captions"}, 16),
+    ({"name": "remember", "length": 6, "key_size": 2}, 100),
+    ({"name": "rewrite", "length": 6, "queries": 3}, 100),
     ({"name": "translation", "corpus": "slice", "vocab_size": 800, "length": 96}, 128),
 ]
 SYNTHETIC = [spec for spec in SPECS if spec[0]["name"] not in ("text", "translation")]
