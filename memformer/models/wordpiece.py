@@ -84,7 +84,8 @@ class WordPiece:
         if not self.lower:
             return text
         apart = unicodedata.normalize("NFD", text)
-        return "".join(c for c in apart if unicodedata.category(c) != "Mn").lower()
+        # one by one: lowering a word whole would make a sigma at its end another letter
+        return "".join(c.lower() for c in apart if unicodedata.category(c) != "Mn")
 
     def pieces(self, text: str) -> list[str]:
         """The pieces of a text, without [CLS] and [SEP]."""

@@ -5,7 +5,7 @@ import pytest
 
 from memformer.models.wordpiece import LONGEST_WORD, SPECIAL, WordPiece
 
-TOKENIZER = WordPiece([*SPECIAL, "un", "##aff", "##able", "##a", "aff", "run", "##s", "!", "東", "$", "ß", "a"])
+TOKENIZER = WordPiece([*SPECIAL, "un", "##aff", "##able", "##a", "aff", "run", "##s", "!", "東", "$", "ß", "a", "##σ"])
 
 # text, its pieces
 PIECES = {
@@ -17,6 +17,7 @@ PIECES = {
     "punctuation apart": ("runs!un", ["run", "##s", "!", "un"]),
     "symbols of ASCII apart": ("un$a", ["un", "$", "a"]),
     "ideographs apart": ("a東un", ["a", "東", "un"]),
+    "a sigma at the end": ("AΣ", ["a", "##σ"]),
     "lower, not folded": ("ß", ["ß"]),
     "spaces of every kind": ("un\ta\u00a0a\u3000a\r\n", ["un", "a", "a", "a"]),
     "control characters are nothing": ("u\x00n\u200b \ufffd", ["un"]),
