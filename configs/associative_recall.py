@@ -2,6 +2,8 @@
 
     python train.py --config=configs/associative_recall.py:ntm --workdir=runs/associative_recall-ntm
     python train.py --config=configs/associative_recall.py:lstm --workdir=runs/associative_recall-lstm
+
+Guessing costs 18 bits a sequence. The paper's memory is 128 slots of 20.
 """
 
 from memformer.training.config import default_config

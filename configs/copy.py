@@ -1,8 +1,11 @@
 """Copy (arXiv 1410.5401, section 4.1): trained on 1 to 20 vectors of 8 bits, tested on up to 120.
 
     python train.py --config=configs/copy.py:ntm --workdir=runs/copy-ntm
-    python train.py --config=configs/copy.py:ntm_feedforward --workdir=runs/copy-feedforward
+    python train.py --config=configs/copy.py:ntm_feedforward --workdir=runs/copy-ntm_feedforward
     python train.py --config=configs/copy.py:lstm --workdir=runs/copy-lstm
+
+The memory is the paper's, 128 slots of 20; the LSTM has one layer of 256 units where the paper has three. Guessing
+costs 84 bits a sequence.
 """
 
 from memformer.training.config import default_config
@@ -18,7 +21,8 @@ def get_config(variant="ntm"):
         config.model.controller = "feedforward"
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 4000
+    # the LSTM would need far more, and gets what it gets in the same time
+    config.train.steps = 4000 if variant == "lstm" else 2500
     config.train.batch_size = 32
     config.train.log_every = 50
     config.train.eval_every = 500

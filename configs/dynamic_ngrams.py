@@ -2,6 +2,9 @@
 
     python train.py --config=configs/dynamic_ngrams.py:ntm --workdir=runs/dynamic_ngrams-ntm
     python train.py --config=configs/dynamic_ngrams.py:lstm --workdir=runs/dynamic_ngrams-lstm
+
+The optimal predictor pays 127.7 bits for the 195 that are predicted, a fair coin 195. The paper's memory is
+128 slots of 20, and its runs see a million sequences.
 """
 
 from memformer.training.config import default_config
@@ -16,14 +19,14 @@ def get_config(variant="ntm"):
     if variant == "lstm":
         config.model.width = 100
     else:
-        config.model.slots, config.model.slot_width = 64, 8
+        config.model.slots, config.model.slot_width = 40, 8
     config.optimizer.learning_rate = 2e-3
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 3000
-    config.train.batch_size = 16
+    config.train.steps = 1500
+    config.train.batch_size = 32
     config.train.log_every = 50
     config.train.eval_every = 500
     config.train.checkpoint_every = 1000
     config.train.final_lengths = (200,)
-    config.train.final_batches = 32
+    config.train.final_batches = 16
     return config
