@@ -246,8 +246,8 @@ class Seq2Seq(nnx.Module):
             memory, decoder, fresh = state["memory"], state["decoder"], None
             segment = state["segment"]
         else:
-            memory = self._encode(source, source_segment_ids, keys)
             check_array("source", source, "B S", dims, kind=jnp.integer)
+            memory = self._encode(source, source_segment_ids, keys)
             fresh = self._first(memory, ids)
             decoder = jax.tree.map(lambda x: jnp.zeros_like(x[:, 0]), fresh)
             segment = jnp.zeros(dims["B"], ids.dtype)
@@ -267,7 +267,8 @@ class Seq2Seq(nnx.Module):
             if first is not None:
                 begins = valid & (each != segment)
                 state = jax.tree.map(lambda new, old: jnp.where(begins[:, None], new, old), first, state)
-            read, weights = (), None
+            read: tuple[Array, ...] = ()
+            weights = None
             if self.attention is not None:
                 visible = (memory["segments"] == each[:, None]) & valid[:, None]
                 query = state[-1].h.astype(word.dtype)
@@ -277,5 +278,6 @@ class Seq2Seq(nnx.Module):
             after = jax.tree.map(lambda new, old: jnp.where(valid[:, None], new, old), after, state)
             return (after, jnp.where(valid, each, segment)), (jnp.concatenate([y, *read], axis=-1), weights)
 
-        now, outputs = lax.scan(step, now, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (x, ids, fresh)))
-        return now, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
+        by_time = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (x, ids, fresh))
+        last, outputs = lax.scan(step, now, by_time)
+        return last, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
