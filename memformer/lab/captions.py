@@ -267,14 +267,14 @@ def _draw_masses(study: Study, masses: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _draw_maps(study: Study, run: LoadedRun, name: str, pictures: int = 4) -> None:
-    """Pictures of the test split, and each again for every word of the caption that the model itself says."""
-    task, model = run.task, run.module()
+def _draw_maps(study: Study, run: LoadedRun, name: str, rows: int = 4) -> None:
+    """Held-out pictures, and each again for every word of the caption that the model itself says."""
+    task, model, seed = run.task, run.module(), run.config["seed"]
     if not isinstance(task, Captions):
         raise RunError(f"{run.folder} is no run of captions.")
-    source, seed = task.source("test", run.config["seed"]), run.config["seed"]
-    numbers = _choose(task, seed, pictures)
-    picture = np.stack([source[i]["picture"] for i in numbers])
+    splits = ("validation", "test") if task.pictures == "shapes" else ("test",)
+    chosen = [(split, i) for split in splits for i in _choose(task, split, seed, rows // len(splits))]
+    picture = np.stack([task.source(split, seed)[i]["picture"] for split, i in chosen])
     tokens, _ = decode(
         model, start=START, end=END, beams=BEAMS, max_steps=task.length, length_penalty=0.0, picture=picture
     )
@@ -282,39 +282,41 @@ def _draw_maps(study: Study, run: LoadedRun, name: str, pictures: int = 4) -> No
     inputs = np.concatenate([np.full((len(said), 1), START, np.int32), tokens[:, 0, :-1]], axis=1)
     maps = np.asarray(model.alignments(jnp.asarray(inputs), picture=jnp.asarray(picture)))
     columns = 1 + max(len(words) for words in said)
-    figure, axes = new_figure(pictures, columns, width=max(4.0, 1.0 * columns), height=1.22 * pictures)
+    figure, axes = new_figure(len(said), columns, width=max(4.0, 1.0 * columns), height=1.22 * len(said))
     for row, words in enumerate(said):
-        wanted = task.reference("test", seed, numbers[row])
+        split, number = chosen[row]
+        verdict = "right" if tuple(words) == task.reference(split, seed, number) else "wrong"
         for axis in axes[row]:
             axis.axis("off")
         axes[row, 0].imshow(picture[row], interpolation="nearest")
-        axes[row, 0].set_title("right" if tuple(words) == wanted else "wrong", fontsize=9, style="italic")
+        pair = "new pair: " if task.pictures == "shapes" and split == "test" else ""
+        axes[row, 0].set_title(pair + verdict, fontsize=9, style="italic")
         for step, word in enumerate(words):
             axes[row, step + 1].imshow(_light(picture[row], maps[row, step]), interpolation="nearest")
             axes[row, step + 1].set_title(word, fontsize=9)
     study.save_figure(
         figure,
         f"maps-{name.split(',')[0].lower()}-{task.pictures}",
-        f"{name}: test pictures, and for each word of the caption that beam search says the picture lit by the "
-        "attention (dark: none). Claim: the light falls on what the word names.",
+        f"{name}: held-out pictures, and for each word of the caption that beam search says the picture lit where the "
+        "attention lies (dark blue: nowhere). Claim: the light falls on what the word names.",
     )
 
 
-def _choose(task: Captions, seed: int, count: int) -> list[int]:
-    """The first test pictures that show most: of shapes those with two, of stamps those with known longer captions."""
+def _choose(task: Captions, split: str, seed: int, count: int) -> list[int]:
+    """Pictures that show most: of shapes those with two, of stamps those whose words the model could know."""
     known, chosen = set(task.words), []
-    for number in range(70):
-        words = task.reference("test", seed, number)
+    for number in range(40 if task.pictures == "shapes" else len(task.source(split, seed))):
+        words = task.reference(split, seed, number)
         if len(words) >= (7 if task.pictures == "shapes" else 3) and known >= set(words):
             chosen.append(number)
     return chosen[:: max(1, len(chosen) // count)][:count]
 
 
 def _light(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The picture where attention is greatest, black where it is none."""
+    """The picture where attention is greatest, dark blue where it is none (black shapes must be seen in both)."""
     cell = picture.shape[0] // weights.shape[0], picture.shape[1] // weights.shape[1]
-    light = np.kron(weights / weights.max(), np.ones(cell))
-    return picture * (0.12 + 0.88 * light[:, :, None])
+    light = np.kron(weights / weights.max(), np.ones(cell))[:, :, None]
+    return picture * light + np.array([0.1, 0.15, 0.4]) * (1 - light)
 
 
 def _outcome(scores: Sequence[Mapping[str, Any]], masses: Sequence[Mapping[str, Any]]) -> str:
