@@ -28,7 +28,7 @@ def get_config(variant="attention"):
     config.model.width = 128
     config.model.dropout = 0.1
     config.optimizer.learning_rate = 3e-3
-    config.optimizer.warmup_steps = 150
+    config.optimizer.warmup_steps = 200
     if variant == "transformer":
         config.model.heads = 4
         config.model.hidden = 512
@@ -37,9 +37,9 @@ def get_config(variant="attention"):
         config.train.label_smoothing = 0.1
     else:
         config.model.attention = "additive" if variant == "attention" else "none"
-    config.train.steps = 2500
+    config.train.steps = 4000
     config.train.batch_size = 32
     config.train.eval_every = 500
     config.train.eval_batches = 16
-    config.train.checkpoint_every = 500
+    config.train.checkpoint_every = 1000
     return config
