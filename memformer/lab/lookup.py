@@ -1,7 +1,8 @@
 """Content-addressable lookup: accuracy and attention on the right pair, by where it stands, for runs of one head."""
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -69,25 +70,19 @@ def ask(model: Any, task: Lookup, seed: int, count: int = EXAMPLES) -> Answers:
 
 def measure(runs: Sequence[LoadedRun], study: Study) -> None:
     """Measures runs of configs/lookup.py, one trained on pairs in random order, others beside it."""
-    for run in runs:
-        if not isinstance(run.task, Lookup) or not hasattr(run.module(), "attention_weights"):
-            raise RunError(f"lookup measures runs of the task lookup by an encoder, {run.folder} is none.")
-    by_order = {run.task.asked: run for run in runs}
+    tasks = [_task_of(run) for run in runs]
+    by_order = {task.asked: run for task, run in zip(tasks, runs, strict=True)}
     if set(by_order) != {"anywhere", "first"}:
         raise RunError("lookup measures two runs: configs/lookup.py:anywhere and configs/lookup.py:first.")
     table, answers = [], {}
     for trained, run in by_order.items():
-        task = run.task
         for asked in ("first", "anywhere"):
-            variant = Lookup(task.length, task.key_width, task.values, task.noise, asked)
-            one = ask(run.module(), variant, run.config["seed"])
+            one = ask(run.module(), dataclasses.replace(_task_of(run), asked=asked), run.config["seed"])
             table.append(_row(trained, asked, one))
             if asked == "anywhere":
                 answers[trained] = one
-    task = runs[0].task
-    study.add_table(
-        f"{task.length - 1} pairs, test examples; guessing a value is right in {1 / task.values:.1%}", table
-    )
+    pairs, guess = tasks[0].length - 1, 1 / tasks[0].values
+    study.add_table(f"{pairs} pairs, test examples; guessing a value is right in {guess:.1%}", table)
     free, bound = answers["anywhere"], answers["first"]
     _plot_places(study, free, bound)
     _plot_map(study, by_order["anywhere"])
@@ -106,9 +101,15 @@ def measure(runs: Sequence[LoadedRun], study: Study) -> None:
     )
     study.outcome = (
         f"Trained on pairs in random order: {free.right.mean():.1%} right, {free.mass.mean():.2f} of the attention on "
-        f"the right pair, at no place below {low.min():.2f} (even shares: {1 / task.length:.2f}). Trained where the "
+        f"the right pair, at no place below {low.min():.2f} (even shares: {1 / (pairs + 1):.2f}). Trained where the "
         f"right pair stands first, and then shuffled: {bound.right.mean():.1%} and {bound.mass.mean():.2f}."
     )
+
+
+def _task_of(run: LoadedRun) -> Lookup:
+    if not isinstance(run.task, Lookup) or not hasattr(run.module(), "attention_weights"):
+        raise RunError(f"lookup measures runs of the task lookup by an encoder, {run.folder} is none.")
+    return run.task
 
 
 def _row(trained: str, asked: str, one: Answers) -> dict[str, Any]:
@@ -145,12 +146,12 @@ def _plot_places(study: Study, free: Answers, bound: Answers) -> None:
 
 def _plot_map(study: Study, run: LoadedRun) -> None:
     """The question's attention in examples that are one example, its pairs in other orders."""
-    task, rng = run.task, np.random.default_rng(0)
+    task, model, rng = _task_of(run), cast(Any, run.module()), np.random.default_rng(0)
     first = task.source("test", run.config["seed"])[0]["inputs"]
     pairs = task.length - 1
     orders = np.stack([rng.permutation(pairs) for _ in range(12)])
     inputs = np.stack([np.concatenate([first[order], first[-1:]]) for order in orders])
-    weights = np.asarray(run.module().attention_weights(inputs))[:, -1, :, -1].mean(axis=1)
+    weights = np.asarray(model.attention_weights(inputs))[:, -1, :, -1].mean(axis=1)
     figure, axes = new_figure(height=3.6)
     axis = axes[0, 0]
     image = axis.imshow(weights, cmap="cividis", vmin=0, vmax=1, aspect="auto")

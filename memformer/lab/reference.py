@@ -106,8 +106,9 @@ def measure(runs: Sequence[LoadedRun], study: Study) -> None:
     values = study.values
     study.outcome = (
         f"{values['accuracy, new noun pairs']:.1%} on new noun pairs, both twins right in "
-        f"{values['twin consistency, new noun pairs']:.1%}; on a family of sentences left out of training "
-        f'{values["accuracy, new family"]:.1%}. In layer {layer + 1}, head {head + 1}, "it" gives '
+        f"{values['twin consistency, new noun pairs']:.1%}; on a family left out of training, where the same words "
+        f"point the other way than they do for these nouns, {values['accuracy, new family']:.1%}. "
+        f'In layer {layer + 1}, head {head + 1}, "it" gives '
         f"{masses['referent']:.2f} of its attention to the referent and {masses['other noun']:.2f} to the other noun, "
         f"and looks more at the referent in both of {masses['more to the referent in both twins']} of the twins."
     )
