@@ -131,6 +131,13 @@ def test_every_row_names_only_known_options():
         assert set(row.options) <= set(known_options(name))
 
 
+def test_recurrent_units_are_heads_times_value_width():
+    for widths, units in (({}, 8), ({"key_width": 3}, 6), ({"key_width": 3, "value_width": 5}, 10)):
+        layer = build_memory("lstm", WIDTH, heads=HEADS, rngs=nnx.Rngs(0), **widths)
+        assert layer.init_state(BATCH, 1)["memory"].c.shape == (BATCH, units)
+        assert layer.out.kernel.shape == (units, WIDTH)
+
+
 def test_kernels_come_by_name_or_by_fields():
     kernels = {"write_kernel": {"name": "round", "decimals": 2}, "read_kernel": "relu"}
     layer = build_memory("deltaformer", WIDTH, heads=HEADS, options=kernels, rngs=nnx.Rngs(0))
@@ -141,6 +148,12 @@ def test_kernels_come_by_name_or_by_fields():
 MISTAKES = {
     "unknown memory": ("delta", {}, "memory must be one of softmax_attention, .* got 'delta'"),
     "unknown option": ("gla", {"decy": 1}, "memory_options of 'gla' has no key 'decy'; known keys: .*decay"),
+    "recurrent option": (
+        "lstm",
+        {"conv_width": 4},
+        "memory_options of 'lstm' has no key 'conv_width'; known keys: none",
+    ),
+    "units": ("gru", {"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),
     "width not divisible": ("gla", {"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),
     "heads": ("gla", {"heads": 0}, "heads must be a positive integer, got 0"),
     "groups": ("softmax_attention", {"groups": 3}, "groups must divide heads, got groups = 3 and heads = 2"),

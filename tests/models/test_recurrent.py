@@ -7,7 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
-from memformer.models import build_model
+from memformer.models import build_model, generate
 from memformer.tasks import Parity
 from tests.numeric import FORWARD, assert_close
 
@@ -40,6 +40,15 @@ def test_decoding_and_packing_agree_with_the_whole_sequence(cell):
     assert_close((jnp.concatenate(got, axis=1), state), (want.logits, want.state), FORWARD["float32"])
     packed = call(jnp.concatenate([IDS[:1], IDS[1:]], axis=1), segment_ids=jnp.array([[1] * TIME + [2] * TIME]))
     assert_close(packed.logits.reshape(2, TIME, VOCAB), want.logits, FORWARD["float32"])
+
+
+def test_generates_what_its_logits_say():
+    model = build(cell="gru")
+    got = generate(model, [[4], [1, 2, 3]], max_new_tokens=3)
+    ids = [1, 2, 3]
+    for _ in range(3):
+        ids.append(int(model(jnp.array([ids])).logits[0, -1].argmax()))
+    assert got[1].tolist() == ids[3:]
 
 
 def test_features_both_directions_and_bfloat16():
