@@ -10,22 +10,25 @@ costs 84 bits a sequence.
 
 from memformer.training.config import default_config
 
-# Steps of each: the memory is used after 500 to 1000, and read without fault at length 120 some thousands later.
-STEPS = {"ntm": 6500, "ntm_feedforward": 2500, "lstm": 6500}
-VARIANTS = tuple(STEPS)
+VARIANTS = ("ntm", "ntm_feedforward", "lstm")
+
+# Steps: the memory is used after 500 to 1000, and read without fault at length 120 some thousands later.
+STEPS = {"ntm": 6500, "ntm_feedforward": 2500}
 
 
 def get_config(variant="ntm"):
     """Returns the run's config; `variant` is one of `VARIANTS`."""
     config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
     config.task = {"name": "copy", "length": 20, "min_length": 1, "bits": 8}
-    if variant == "ntm_feedforward":
-        config.model.controller = "feedforward"
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "constant"
     config.optimizer.weight_decay = 0.0
-    config.optimizer.clip_norm = 10.0
-    config.train.steps = STEPS[variant]
+    if variant == "lstm":
+        config.train.steps = 4000
+    else:
+        config.model.controller = "feedforward" if variant == "ntm_feedforward" else "lstm"
+        config.optimizer.schedule = "constant"
+        config.optimizer.clip_norm = 10.0
+        config.train.steps = STEPS[variant]
     config.train.batch_size = 32
     config.train.log_every = 50
     config.train.eval_every = 500
