@@ -7,7 +7,7 @@ writes them.
 
 from collections.abc import Callable, Sequence
 
-from memformer.lab import captions, compression, convergence, lookup, ntm, reference, snr, translation
+from memformer.lab import captions, compression, convergence, lookup, ntm, reference, segments, snr, translation
 from memformer.lab.study import Study
 from memformer.training.evaluation import LoadedRun
 
@@ -25,4 +25,5 @@ LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {
     "ntm": ntm.measure,
     "reference": reference.measure,
     "lookup": lookup.measure,
+    "segments": segments.measure,
 }

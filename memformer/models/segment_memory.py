@@ -126,7 +126,8 @@ class AssociativeLayer(nnx.Module):
     """
 
     def __init__(self, config: ARMTConfig, *, rngs: nnx.Rngs):
-        width, same = config.width, {"dtypes": config.dtypes, "rngs": rngs}
+        width = config.width
+        same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         self.query = linear(width, config.key_width, ("embed", None), **same)
         self.key = linear(width, config.key_width, ("embed", None), **same)
         # As in the paper's code: at the start nothing is stored, and the model is a Transformer.

@@ -9,6 +9,12 @@ import pytest
 from flax import nnx
 
 from memformer.models import build_model
+from memformer.tasks import Rewrite
+from memformer.training.config import default_config
+from memformer.training.data import make_loader
+from memformer.training.optimizer import make_optimizer
+from memformer.training.sharding import make_mesh, mesh_scope
+from memformer.training.step import init_state, make_functional, make_train_step
 from tests.numeric import FORWARD, assert_close
 
 LENGTH, VOCAB = 3, 11
@@ -200,3 +206,28 @@ def test_under_jit_the_program_fails_with_the_same_words():
 def test_bad_settings_are_named(config, message):
     with pytest.raises(ValueError, match=message):
         build_model({**SMALL, **TYPES["armt"], **config}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+
+
+def test_training_carries_values_between_segments():
+    """Two pairs and four questions: a model whose segments pass nothing on stays at log 16 = 2.77."""
+    steps, task = 150, Rewrite(length=2, queries=4)
+    shape = {"type": "armt", "segment_length": task.segment_length, "width": 32, "heads": 2, "key_width": 16}
+    config = default_config()
+    config.optimizer.update({"learning_rate": 5e-3, "schedule": "constant", "warmup_steps": 20, "b2": 0.99})
+    tx, schedule = make_optimizer(config.optimizer, steps)
+
+    def make(rngs):
+        return build_model({**shape, "depth": 2, "memory_tokens": 1}, vocab_size=task.vocab_size, rngs=rngs)
+
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+    with mesh_scope(mesh):
+        model = make_functional(make)
+        state = init_state(model, tx, mesh, seed=0)
+        step = make_train_step(model, tx, schedule, mesh, {**config.train.to_dict(), "log_every": 50})
+        loader = make_loader(task, "train", batch_size=32, seed=0)
+        for _ in range(steps):
+            state, report = step(state, next(loader))
+        loader.close()
+    # of the last 50 steps
+    loss = float(report["loss"] / report["weight"])
+    assert loss < 1.7, loss

@@ -1,0 +1,124 @@
+"""How far a memory between segments reaches: exact match of one question against the number of pairs before it."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from memformer.lab.study import Study, new_figure
+from memformer.tasks import Remember, Rewrite
+from memformer.training.config import RunError
+from memformer.training.data import make_loader
+from memformer.training.evaluation import LoadedRun
+from memformer.training.losses import count_batch
+from memformer.training.plots import COLOURS
+
+__all__ = ["measure", "run_name"]
+
+# Rows a batch; sequences a number of pairs, fewer of them where there are many pairs.
+ROWS, SEQUENCES, FEWER, MANY = 64, 512, 256, 100
+CLAIM = (
+    "Trained on up to 50 pairs, ARMT answers exactly after 500; without the gamma correction it does not go past "
+    "what it was trained on, and memory tokens alone (RMT) hold less (arXiv 2407.04841)."
+)
+
+
+def run_name(model: dict[str, Any]) -> str:
+    """What tables and plots call a model.
+
+    Example:
+      >>> run_name({"type": "armt", "correction": False})
+      'ARMT without gamma'
+    """
+    if model["type"] == "rmt":
+        return "RMT"
+    return "ARMT" if model["correction"] else "ARMT without gamma"
+
+
+def measure(runs: Sequence[LoadedRun], study: Study) -> None:
+    """Asks each run of configs/remember.py or configs/rewrite.py one question behind 2 to 500 pairs.
+
+    Raises:
+      RunError: a run of another task.
+    """
+    found = [(run, _exact_by_pairs(run, _task_of(run))) for run in runs]
+    rows = []
+    for run, exact in found:
+        row = {"task": run.task.name, "model": run_name(run.config["model"]), "trained on": _trained(run)}
+        rows.append(row | {f"{pairs} pairs": f"{100 * share:.1f}%" for pairs, share in exact.items()})
+    study.claim = CLAIM
+    study.add_table("Exact match of one question (test split), by the pairs before it", rows)
+    study.outcome = "; ".join(_say(run, exact) for run, exact in found) + "."
+    study.values = {
+        f"{run.task.name} {run_name(run.config['model'])}": {str(n): round(x, 4) for n, x in exact.items()}
+        for run, exact in found
+    }
+    _draw(found, study)
+
+
+def _task_of(run: LoadedRun) -> Remember:
+    if not isinstance(run.task, Remember):
+        raise RunError(f"segments measures runs of remember and rewrite, got {run.folder} of {run.task.name}.")
+    return dataclasses.replace(run.task, queries=1)
+
+
+def _trained(run: LoadedRun) -> int:
+    """The most pairs that the run was trained on: where its curriculum came to."""
+    return run.trained.length if run.result is None else run.result["length"]
+
+
+def _exact_by_pairs(run: LoadedRun, task: Remember) -> dict[int, float]:
+    """Share of sequences whose answer is right in every symbol, by the number of pairs."""
+
+    @jax.jit
+    def count(params: Any, rest: Any, batch: Any) -> Any:
+        module = run.model.module(params, rest, jax.random.key(0))
+        module.eval()
+        output = module(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
+        return count_batch(output.logits, batch["targets"], batch["loss_weights"])
+
+    exact = {}
+    for pairs in task.eval_lengths:
+        loader = make_loader(task.with_length(pairs), "test", batch_size=ROWS, seed=run.config["seed"])
+        batches = (FEWER if pairs >= MANY else SEQUENCES) // ROWS
+        sums = [jax.device_get(count(*run.weights, next(loader))) for _ in range(batches)]
+        loader.close()
+        exact[pairs] = float(np.sum([s["sequences_correct"] for s in sums]) / np.sum([s["sequences"] for s in sums]))
+    return exact
+
+
+def _say(run: LoadedRun, exact: dict[int, float]) -> str:
+    trained, most = _trained(run), max(exact)
+    near = max(n for n in exact if n <= max(trained, min(exact)))
+    name = run_name(run.config["model"])
+    told = f"{exact[near]:.1%} at {near} and {exact[most]:.1%} at {most}"
+    return f"{run.task.name}: {name}, trained to {trained} pairs, {told}"
+
+
+def _draw(found: Sequence[tuple[LoadedRun, dict[int, float]]], study: Study) -> None:
+    tasks = [task for task in (Remember.name, Rewrite.name) if any(run.task.name == task for run, _ in found)]
+    figure, axes = new_figure(1, len(tasks), width=3.9 * len(tasks) + 0.4)
+    colours = dict(zip(("ARMT", "ARMT without gamma", "RMT"), COLOURS, strict=False))
+    markers = {"ARMT": "o", "ARMT without gamma": "s", "RMT": "^"}
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for run, exact in found:
+            if run.task.name == task:
+                name = run_name(run.config["model"])
+                axis.plot(list(exact), list(exact.values()), color=colours[name], marker=markers[name], label=name)
+        trained = max(_trained(run) for run, _ in found if run.task.name == task)
+        axis.axvspan(axis.get_xlim()[0], trained, color="0.93", zorder=0)
+        axis.axhline(found[0][0].task.chance, color="0.4", linestyle=":", label="guess")
+        axis.set_xscale("log")
+        axis.set_ylim(0, 1.03)
+        ticks = [2, 5, 10, 20, 50, 100, 200, 500]
+        axis.set_xticks(ticks, [str(n) for n in ticks])
+        axis.minorticks_off()
+        axis.set_title(task)
+        axis.set_xlabel("pairs before the question")
+    axes[0, 0].set_ylabel("exact match")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    caption = f"Exact match of one question behind n pairs; grey: numbers of pairs in training. Claim: {CLAIM}"
+    study.save_figure(figure, "pairs", caption)
