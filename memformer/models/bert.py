@@ -1,11 +1,13 @@
 """Weights of a trained BERT, read into an Encoder: config.json, vocab.txt and model.safetensors of a folder."""
 
+import functools
 import importlib.util
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -186,6 +188,8 @@ def embed_sentences(
 ) -> Float[Array, "B D"]:
     """A vector of unit length for each sentence: inner products of two are their cosine.
 
+    Compiles once for each number of sentences and length of the longest.
+
     Args:
       model: from `load_bert`.
       tokenizer: of the same weights.
@@ -193,4 +197,9 @@ def embed_sentences(
       length: pieces at most a sentence; the rest is cut off.
     """
     ids, segments = tokenizer.batch(sentences, length=length)
-    return model.embed(jnp.asarray(ids), segment_ids=jnp.asarray(segments))
+    return _embed(*nnx.split(model), jnp.asarray(ids), jnp.asarray(segments))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graph: Any, parameters: Any, ids: Array, segments: Array) -> Array:
+    return nnx.merge(graph, parameters).embed(ids, segment_ids=segments)

@@ -136,6 +136,8 @@ class Encoder(nnx.Module):
             check_size("num_classes", num_classes)
             self.head = linear(config.width, num_classes, ("embed", "vocab"), bias=True, **same)
             self.head.preferred_element_type = config.dtypes.wide
+        # Set by model.train() and model.eval(), as the blocks' own.
+        self.deterministic = True
 
     def __call__(
         self,

@@ -95,6 +95,8 @@ class Transformer(nnx.Module):
         self.source_embedding: Any = nnx.data(None)
         if not config.tie_embeddings:
             self.source_embedding = Embedding(vocab_size, config.width, dtypes=config.dtypes, rngs=rngs)
+        # Set by model.train() and model.eval(), as both halves' own.
+        self.deterministic = True
 
     def encode(
         self, source: Int[Array, "B S"], source_segment_ids: Int[Array, "B S"] | None = None
