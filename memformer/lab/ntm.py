@@ -32,7 +32,10 @@ STYLES = {
     "LSTM": (COLOURS[1], "s"),
 }
 
-# Vectors of the copy whose heads are shown, as in the paper's figure 6 or the memory's slots, if fewer.
+# Wrong bits a sequence, below which a task counts as learnt (arXiv 1807.08518).
+LEARNT = 0.1
+
+# Vectors of the copy whose heads are shown; fewer where the memory has no room for them.
 SHOWN = 100
 
 
@@ -87,7 +90,6 @@ def _scores(run: LoadedRun, length: int) -> dict[str, float]:
 
 def _row(task: str, name: str, run: LoadedRun) -> dict[str, Any]:
     scores = _scores(run, run.task.length)
-    result: dict[str, Any] = run.result or {}
     return {
         "task": task,
         "model": name,
@@ -95,8 +97,22 @@ def _row(task: str, name: str, run: LoadedRun) -> dict[str, Any]:
         "sequences": run.step * run.config["train"]["batch_size"],
         "bits a sequence": round(scores["bits_per_sequence"], 3),
         "wrong bits a sequence": round(scores["bit_errors"], 4) if "bit_errors" in scores else "",
-        "seconds": round(result["seconds"]),
+        "seconds": round(_seconds(run)),
     }
+
+
+def _seconds(run: LoadedRun) -> float:
+    """Time in training steps, of all parts of a run that was resumed."""
+    seconds, before = 0.0, 0
+    for record in _trained(run):
+        seconds += (record["step"] - before) * (record["step_seconds"] or 0.0)
+        before = record["step"]
+    return seconds
+
+
+def _trained(run: LoadedRun) -> list[dict[str, Any]]:
+    records = read_records(os.path.join(run.folder, "metrics.jsonl"))
+    return [record for record in records if record["kind"] == "train"]
 
 
 def _by_length(task: str, name: str, run: LoadedRun) -> list[dict[str, Any]]:
@@ -136,33 +152,39 @@ def _add_optimum(study: Study, runs: Sequence[LoadedRun]) -> float | None:
 
 def _draw_learning(study: Study, named: Sequence[tuple[str, str, LoadedRun]], optimum: float | None) -> None:
     tasks = [task for task in TASKS if any(task == other for other, _, _ in named)]
-    figure, axes = new_figure(1, len(tasks), width=max(5.5, 3.0 * len(tasks)), height=3.6)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    columns = min(3, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, axes = new_figure(rows, columns, width=max(5.5, 3.2 * columns), height=0.6 + 2.9 * rows)
+    for axis in axes.flat[len(tasks) :]:
+        axis.set_visible(False)
+    for axis, task in zip(axes.flat, tasks, strict=False):
         for other, name, run in named:
-            if other != task:
-                continue
-            records = read_records(os.path.join(run.folder, "metrics.jsonl"))
-            size = run.config["train"]["batch_size"]
-            points = [(r["step"] * size / 1e3, r["bits_per_sequence"]) for r in records if r["kind"] == "train"]
-            axis.plot(*zip(*points, strict=True), color=STYLES[name][0], label=name, linewidth=1.3)
+            if other == task:
+                size = run.config["train"]["batch_size"]
+                points = [(r["step"] * size / 1e3, r["bits_per_sequence"]) for r in _trained(run)]
+                axis.plot(*zip(*points, strict=True), color=STYLES[name][0], linewidth=1.3)
+        asked = next(run.task for other, _, run in named if other == task)
         if task == "dynamic_ngrams" and optimum is not None:
-            axis.axhline(optimum, color="0.4", linestyle=":", label=f"optimal predictor, {optimum:.1f}")
-            axis.legend(frameon=False, fontsize="small")
-        run = next(run for other, _, run in named if other == task)
-        if isinstance(run.task, Copy):
-            axis.axhline(run.task.guessing_bits, color="0.4", linestyle=":")
-            axis.annotate("guessing", (0.98, run.task.guessing_bits), xycoords=("axes fraction", "data"), ha="right",
-                          va="bottom", fontsize=8, color="0.35")  # fmt: skip
-        if task != "dynamic_ngrams":
+            _mark(axis, optimum, f"optimal predictor, {optimum:.1f}")
+        else:
             axis.set_ylim(bottom=0)
-        axis.set_title(task.replace("_", " "))
+        if isinstance(asked, Copy):
+            _mark(axis, asked.guessing_bits, "guessing")
+        axis.set_title(task.replace("_", " "), fontsize=11)
         axis.set_xlabel("sequences seen (thousands)")
-    axes[0, 0].set_ylabel("bits a sequence (training)")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("bits a sequence (training)")
     _legend(figure, {name for _, name, _ in named})
     caption = (
         "Cost a sequence against sequences seen. Claim: the NTM reaches zero (on n-grams: the optimum) long before "
     )
     study.save_figure(figure, "learning", caption + "the LSTM.")
+
+
+def _mark(axis: Any, height: float, text: str) -> None:
+    axis.axhline(height, color="0.4", linestyle=":")
+    where = {"xycoords": ("axes fraction", "data"), "xytext": (0, 2), "textcoords": "offset points"}
+    axis.annotate(text, (0.98, height), ha="right", va="bottom", fontsize=8, color="0.35", **where)
 
 
 def _draw_lengths(study: Study, rows: Sequence[dict[str, Any]], trained: dict[str, int]) -> None:
@@ -179,7 +201,7 @@ def _draw_lengths(study: Study, rows: Sequence[dict[str, Any]], trained: dict[st
         axis.annotate("trained", (trained[task] / 2, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top",
                       fontsize=8, color="0.35")  # fmt: skip
         axis.set_yscale("symlog", linthresh=1)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, max(2.0, axis.get_ylim()[1]))
         axis.set_xlim(left=0)
         axis.set_title(task.replace("_", " "))
         axis.set_xlabel(f"length ({TASKS[task]})")
@@ -242,17 +264,23 @@ def _draw_heads(study: Study, run: LoadedRun) -> None:
 
 
 def _outcome(rows: Sequence[dict[str, Any]], lengths: Sequence[dict[str, Any]], optimum: float | None) -> str:
+    def list_(chosen: Sequence[dict[str, Any]], score: str) -> str:
+        return ", ".join(f"{row[score]:.3g} ({row['model']})" for row in chosen)
+
     parts = []
-    for row in rows:
-        if row["task"] == "copy":
-            parts.append(f"copy, {row['model']}: {row['wrong bits a sequence']} wrong bits a sequence")
-    far = max((row["length"] for row in lengths if row["task"] == "copy"), default=0)
-    for row in lengths:
-        if row["task"] == "copy" and row["length"] == far:
-            parts.append(f"at {far} vectors, {row['model']}: {row['wrong bits a sequence']}")
-    for row in rows:
-        if row["task"] == "dynamic_ngrams":
-            parts.append(f"6-grams, {row['model']}: {row['bits a sequence']:.1f} bits (optimum {optimum:.1f})")
-        elif row["task"] != "copy":
-            parts.append(f"{row['task'].replace('_', ' ')}, {row['model']}: {row['wrong bits a sequence']} wrong bits")
-    return "; ".join(parts) + "."
+    for task in dict.fromkeys(row["task"] for row in rows):
+        name, own = task.replace("_", " "), [row for row in rows if row["task"] == task]
+        if task == "dynamic_ngrams":
+            parts.append(f"{name} {list_(own, 'bits a sequence')} bits against {optimum:.1f} of the optimum")
+            continue
+        parts.append(f"{name} {list_(own, 'wrong bits a sequence')}")
+        far = max((row["length"] for row in lengths if row["task"] == task), default=0)
+        beyond = [row for row in lengths if row["task"] == task and row["length"] == far]
+        if beyond:
+            parts[-1] += f", at {far} {TASKS[task]} {list_(beyond, 'wrong bits a sequence')}"
+    unlearnt = [
+        f"{row['task'].replace('_', ' ')} ({row['model']})"
+        for row in rows
+        if row["task"] != "dynamic_ngrams" and row["wrong bits a sequence"] > LEARNT
+    ]
+    return f"Wrong bits a sequence: {'; '.join(parts)}. Not learnt in these runs: {', '.join(unlearnt) or 'none'}."

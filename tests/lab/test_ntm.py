@@ -23,7 +23,7 @@ SHAPES = {
 def a_run(folder, task, shape, lengths, finished=True):
     """What `load_run` gives of a run, as far as the laboratory looks at it."""
     folder.mkdir()
-    records = [{"kind": "train", "step": n, "bits_per_sequence": 10.0 - n} for n in (1, 2, 3)]
+    records = [{"kind": "train", "step": n, "bits_per_sequence": 10.0 - n, "step_seconds": 2.0} for n in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     scores = {str(n): {"bits_per_sequence": float(n), "bit_errors": n / 2} for n in lengths}
     model = build_model(shape, vocab_size=0, num_classes=task.num_classes, features=task.features, rngs=nnx.Rngs(0))
@@ -53,12 +53,15 @@ def test_it_tells_tables_figures_and_an_outcome(tmp_path):
         ("LSTM", 3.0, 6),
         ("NTM, LSTM controller", 20.0, 6),
     ]
+    assert first[0]["seconds"] == 6
     # the length of training is a mixture of lengths, and stands in the first table alone
     assert [row["length"] for row in second] == [2, 7, 2, 7]
     source = grams.source("test", 0)
     costs = [optimal_bits(np.append(source[i]["inputs"][:, 0], source[i]["targets"][-1, 0])) for i in range(6)]
     assert study.values["optimal bits of dynamic n-grams"] == {"sequences": 6, "bits": round(float(np.mean(costs)), 2)}
-    assert "at 7 vectors, LSTM: 3.5" in study.outcome and f"(optimum {np.mean(costs):.1f})" in study.outcome
+    assert "copy 1.5 (NTM, LSTM controller), 1.5 (LSTM), at 7 vectors 3.5 (NTM" in study.outcome
+    assert f"dynamic ngrams 20 (NTM, LSTM controller) bits against {np.mean(costs):.1f} of" in study.outcome
+    assert study.outcome.endswith("Not learnt in these runs: copy (NTM, LSTM controller), copy (LSTM).")
     assert study.values["wrong bits of the copy shown"]["length"] == 4
     for label in ("learning", "lengths", "heads"):
         assert (tmp_path / "out" / f"ntm-{label}.png").stat().st_size > 1000
