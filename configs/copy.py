@@ -5,7 +5,11 @@
     python train.py --config=configs/copy.py:lstm --workdir=runs/copy-lstm
 
 The memory is the paper's, 128 slots of 20; the LSTM has one layer of 256 units where the paper has three. Guessing
-costs 84 bits a sequence.
+costs 84 bits a sequence. Expected on two cores beside other work, test split, wrong bits a sequence:
+
+    ntm               15 minutes, 208,000 sequences     0.0, and 0.0 at 120 vectors (0.26 bits)
+    ntm_feedforward    5 minutes,  80,000 sequences     0.0, and 3.9 at 120 vectors
+    lstm               6 minutes, 128,000 sequences    11.4, and 462 at 120 vectors
 """
 
 from memformer.training.config import default_config

@@ -4,7 +4,8 @@
     python train.py --config=configs/dynamic_ngrams.py:lstm --workdir=runs/dynamic_ngrams-lstm
 
 The optimal predictor pays 127.7 bits for the 195 that are predicted, a fair coin 195. The paper's memory is
-128 slots of 20, and its runs see a million sequences.
+128 slots of 20, this one 40 of 8. Eight minutes each on two cores beside other work, 48,000 sequences: the NTM
+ends at 150.3 bits and the LSTM at 159.1, neither at the optimum (127.9 on the same 512 sequences).
 """
 
 from memformer.training.config import default_config

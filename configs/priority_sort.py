@@ -3,6 +3,9 @@
     python train.py --config=configs/priority_sort.py:ntm --workdir=runs/priority_sort-ntm
     python train.py --config=configs/priority_sort.py:lstm --workdir=runs/priority_sort-lstm
 
+Four minutes on two cores beside other work: 96,000 sequences are too few, the NTM ends at 49.9 bits of the 64 that
+guessing costs, 18.8 of them wrong. The LSTM's run was not made.
+
 The paper's sizes:
 
     python train.py --config=configs/priority_sort.py:ntm --config.task.length=20 --config.task.answers=16 \

@@ -3,6 +3,9 @@
     python train.py --config=configs/repeat_copy.py:ntm --workdir=runs/repeat_copy-ntm
     python train.py --config=configs/repeat_copy.py:lstm --workdir=runs/repeat_copy-lstm
 
+Four minutes on two cores beside other work: 96,000 sequences are too few, the NTM ends at 20.0 bits and 6.8 wrong
+bits a sequence. The LSTM's run was not made.
+
 The paper's sizes (1 to 10 vectors of 8 bits, 1 to 10 times) are three times as many steps a sequence:
 
     python train.py --config=configs/repeat_copy.py:ntm --config.task.length=10 --config.task.repeats=10 \
