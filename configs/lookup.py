@@ -9,6 +9,9 @@ The control was trained where the pair asked for always stands first, and reads 
 Both on pairs in random order:
 
     python -m memformer.lab lookup runs/lookup-anywhere runs/lookup-first
+
+Three minutes each on two cores beside other work. Expected: 100.0% each on pairs as trained; on pairs in random order
+100.0% and 12.7% (a guess is right in 6.2%).
 """
 
 from memformer.training.config import default_config

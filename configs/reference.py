@@ -3,7 +3,10 @@
     python train.py --config=configs/reference.py --workdir=runs/reference
     python -m memformer.lab reference runs/reference
 
-Validation and test have noun pairs that no training sentence has.
+Validation and test have noun pairs that no training sentence has. Three minutes on two cores beside other work;
+accuracy is 82% at step 500 and 100.0% at the end. The family of sentences left out of training:
+
+    python eval.py --workdir=runs/reference --set=task.families=held_out
 """
 
 from memformer.training.config import default_config
