@@ -19,6 +19,8 @@ __all__ = ["group_lengths", "measure"]
 BEAMS, LENGTH_PENALTY = 4, 0.6
 # Rows a batch, and groups of test verses by length.
 ROWS, GROUPS = 32, 5
+# At most so many test verses are translated, spread evenly over the split: beams take their time.
+VERSES = 512
 # The verse of the alignment plots is the first test verse with so many words.
 SHOWN = (9, 13)
 
@@ -36,7 +38,7 @@ def group_lengths(lengths: Sequence[int], groups: int) -> list[tuple[int, int]]:
 
     Example:
       >>> group_lengths([3, 4, 4, 5, 7, 9], 3)
-      [(3, 4), (5, 6), (7, 9)]
+      [(3, 3), (4, 6), (7, 9)]
     """
     low, high = min(lengths), max(lengths)
     edges = [low]
@@ -55,7 +57,7 @@ def measure(runs: Sequence[LoadedRun], study: Study) -> None:
       RunError: a run of another task, runs that differ in it, or no sacrebleu.
     """
     task = _task_of(runs)
-    pairs = task.pairs("test")
+    pairs = _spread(task.pairs("test"))
     told = [Told(_name(run), run, _translate(run.module(), task, pairs)) for run in runs]
     groups = group_lengths([_size(pair) for pair in pairs], GROUPS)
     rows = [_row(one, pairs, first, last) for one in told for first, last in groups]
@@ -102,15 +104,25 @@ def _size(pair: Pair) -> int:
     return len(pair.source)
 
 
+def _spread(pairs: Sequence[Pair]) -> list[Pair]:
+    return [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, VERSES).astype(int))]
+
+
+def _places(task: Translation, pairs: Sequence[Pair]) -> list[int]:
+    """Where each pair stands in the split; of equal verses any."""
+    known = {pair: place for place, pair in enumerate(task.pairs("test"))}
+    return [known[pair] for pair in pairs]
+
+
 def _translate(model: Any, task: Translation, pairs: Sequence[Pair]) -> list[str]:
     """The best translation of each verse; verses are taken by length, so that a batch is done at once."""
-    source = task.source("test", 0)
+    source, places = task.source("test", 0), _places(task, pairs)
     order = sorted(range(len(pairs)), key=lambda i: _size(pairs[i]))
     said = [""] * len(pairs)
     for first in range(0, len(order), ROWS):
         # the last batch is filled up, so that one program serves all
         numbers = [order[min(i, len(order) - 1)] for i in range(first, first + ROWS)]
-        batch = [source[i] for i in numbers]
+        batch = [source[places[i]] for i in numbers]
         tokens, _ = decode(
             model,
             start=START,
@@ -208,7 +220,7 @@ def _draw_alignments(study: Study, told: Sequence[Told], task: Translation, pair
     if not looking:
         return
     number = _choose(pairs, 1)[0]
-    one, pair = task.source("test", 0)[number], pairs[number]
+    one, pair = task.source("test", 0)[_places(task, [pairs[number]])[0]], pairs[number]
     spell = [[task.decode([i]) for i in ids] + ["(end)"] for ids in (pair.source, pair.target)]
     batch = {key: jnp.asarray(one[key][None]) for key in ("inputs", "source", "source_segment_ids", "segment_ids")}
     figure, axes = new_figure(
