@@ -94,8 +94,9 @@ def sharpen(weights: Float[Array, "B H S"], sharpness: Float[Array, "B H"]) -> F
     Computed as a softmax of gamma log w, which no gamma overflows.
 
     Example:
-      >>> sharpen(jnp.array([[[0.25, 0.75]]]), jnp.array([[2.0]])).round(3)
-      Array([[[0.1, 0.9]]], dtype=float32)
+      >>> sharp = sharpen(jnp.array([[[0.25, 0.75]]]), jnp.array([[2.0]]))
+      >>> [round(float(weight), 3) for weight in sharp[0, 0]]
+      [0.1, 0.9]
     """
     # a weight of exactly 0 stays next to nothing, and its gradient finite
     least = jnp.asarray(1e-16, weights.dtype)
