@@ -20,7 +20,7 @@ from memformer.training.metrics import flops_a_token, say
 from memformer.training.sharding import batch_sharding, mesh_scope
 from memformer.training.step import abstract_state, make_train_step
 
-__all__ = ["DryRun", "dry_run", "show_dry_run"]
+__all__ = ["DryRun", "dry_run", "find_devices", "lower_step", "show_dry_run"]
 
 GIB = 1 << 30
 # Memory of one device in GiB, from the makers' data sheets; the first name found wins.
@@ -106,14 +106,12 @@ def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
       RunError: a config that cannot be built, an unknown topology, or no libtpu to compile for it.
     """
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-    devices = jax.devices() if where == "here" else _topology(where)
+    devices = find_devices(where)
     run = build_run(config, devices=devices)
     started = time.monotonic()
     with mesh_scope(run.mesh):
-        state = abstract_state(run.model, run.tx, run.mesh, config["optimizer"]["ema"])
-        step = make_train_step(run.model, run.tx, run.schedule, run.mesh, config["train"], config["optimizer"]["ema"])
-        held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-        total, limit = _memory(step.lower(state, _abstract_batch(run)), devices[0].device_kind, held)
+        lowered, held = lower_step(run)
+        total, limit = _memory(lowered, devices[0].device_kind, held)
     tokens = config["train"]["batch_size"] * run.task.steps
     flops = tokens * flops_a_token(config["model"], run.model.size(without=("embedding", "positions")), run.task.steps)
     return DryRun(
@@ -128,9 +126,27 @@ def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
     )
 
 
+def lower_step(run: Run) -> tuple[jax.stages.Lowered, int]:
+    """The train step of a run, to be compiled inside `mesh_scope(run.mesh)`, and the bytes of a device's state."""
+    train, ema = run.config["train"], run.config["optimizer"]["ema"]
+    state = abstract_state(run.model, run.tx, run.mesh, ema)
+    step = make_train_step(run.model, run.tx, run.schedule, run.mesh, train, ema)
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    return step.lower(state, _abstract_batch(run)), held
+
+
 def show_dry_run(config: Mapping[str, Any], where: str) -> None:
     """Prints what `dry_run` found."""
     say(str(dry_run(config, where)))
+
+
+def find_devices(where: str) -> list[jax.Device]:
+    """The devices of this machine ("here"), or those of a TPU topology by its name, which can be compiled for.
+
+    Raises:
+      RunError: an unknown topology, or no libtpu to compile for it.
+    """
+    return jax.devices() if where == "here" else _topology(where)
 
 
 def _topology(name: str) -> list[jax.Device]:
@@ -140,6 +156,7 @@ def _topology(name: str) -> list[jax.Device]:
             f"{jax.__version__}' brings the one that fits this jax (no TPU is needed)."
         )
     # libtpu would ask the metadata server of a TPU machine, and complain of each answer it lacks
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     for variable, value in (("SKIP_MDS_QUERY", "1"), ("WORKER_HOSTNAMES", "localhost"), ("ACCELERATOR_TYPE", "v5p-8")):
         os.environ.setdefault(f"TPU_{variable}", value)
     try:
