@@ -24,6 +24,7 @@ __all__ = [
     "CHUNKS",
     "Cut",
     "PASSES",
+    "abreast",
     "check_backend",
     "cut_call",
     "interpreted",
@@ -106,6 +107,7 @@ class Cut:
       batch, heads, groups, chunks: sizes B, H, G and N.
       chunk, key, value: sizes C, K and V.
       most: heads a program at most.
+      remat: what the backward pass finds saved, see tuning.py.
       passes: MXU passes of a product.
       scale: factor on the read.
       beta: whether writes have a strength (the delta rule).
@@ -121,6 +123,7 @@ class Cut:
     key: int
     value: int
     most: int
+    remat: str
     passes: int
     scale: float
     beta: bool
@@ -155,8 +158,8 @@ class Cut:
     @property
     def names(self) -> tuple[str, ...]:
         """The numbers that every token and head has; see rows.py."""
-        kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("enter", self.carries), ("leave", self.carries))
-        kinds += (("total", self.decay), ("segment", self.segments))
+        kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("write", self.beta or self.carries))
+        kinds += (("enter", self.carries), ("total", self.decay), ("segment", self.segments))
         return tuple(name for name, there in kinds if there)
 
     def row(self, name: str, head: int) -> int:
@@ -169,9 +172,9 @@ class Cut:
         return self.block // self.key_block
 
     @property
-    def grid(self) -> tuple[int, int, int]:
-        """Batch, blocks of heads, chunks."""
-        return (self.batch, self.heads // self.block, self.chunks)
+    def pairs(self) -> list[tuple[int, ...]]:
+        """The heads of a program, two and two."""
+        return [tuple(range(h, min(h + 2, self.block))) for h in range(0, self.block, 2)]
 
 
 def cut_call(
@@ -185,6 +188,7 @@ def cut_call(
     scale: float,
     chunk_size: int | None,
     precision: lax.Precision,
+    sizes: tuning.Tuning | None = None,
 ) -> Cut:
     """Checks that the kernels serve this call, and chooses chunk and heads a program.
 
@@ -198,6 +202,7 @@ def cut_call(
       scale: factor on the read.
       chunk_size: the caller's, or None.
       precision: `jax.lax.Precision`.
+      sizes: in place of the table's.
 
     Raises:
       NotImplementedError: not a TPU; float64; decay per channel; a chunk size that no kernel has.
@@ -212,17 +217,20 @@ def cut_call(
         raise NotImplementedError(f"the {op} kernel takes a chunk_size among {CHUNKS}, got {chunk_size}")
     batch, length, groups, key = q.shape
     heads, value = v.shape[2:]
-    chunk, most = tuning.choose(kind, length, key, value, q.dtype.itemsize)
-    chunk = chunk_size or chunk
+    sizes = sizes or tuning.choose(kind, length, key, value, q.dtype.itemsize)
+    chunk = chunk_size or sizes.chunk
+    # Blocks of value columns are heads that share queries and keys.
+    blocks = value // sizes.values if value % sizes.values == 0 else 1
     return Cut(
         batch=batch,
-        heads=heads,
+        heads=heads * blocks,
         groups=groups,
         chunks=-(-length // chunk),
         chunk=chunk,
         key=key,
-        value=value,
-        most=most,
+        value=value // blocks,
+        most=sizes.heads,
+        remat=sizes.remat,
         passes=PASSES[precision],
         scale=scale,
         beta=beta is not None,
@@ -266,16 +274,33 @@ def iotas(shape: tuple[int, ...]) -> tuple[Array, Array]:
     return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def lockstep(heads: Sequence[Generator[None, None, Any]]) -> list[Any]:
+def abreast(heads: Sequence[Generator[None, None, Any]], count: int, wait: int) -> Generator[None, None, None]:
+    """Waits, then takes the heads through their steps, `count` of them side by side, then the next."""
+    for _ in range(wait):
+        yield
+    for first in range(0, len(heads), count):
+        running = list(heads[first : first + count])
+        while running:
+            running = [head for head in running if next(head, True) is None]
+            yield
+
+
+def lockstep(heads: Sequence[Generator[None, None, Any]], apart: int = 0) -> list[Any]:
     """Advances every head to its next yield, in turn, until all have returned; what they returned.
+
+    Each starts `apart` turns after the one before it: fewer of their large values are alive at once.
 
     One head is a chain of products that wait for each other; steps of several heads side by side keep
     the MXU busy, where the compiler, given one head after the other, does not look that far.
     """
     results: list[Any] = [None] * len(heads)
     running = dict(enumerate(heads))
+    turn = 0
     while running:
+        turn += 1
         for i, head in list(running.items()):
+            if turn <= i * apart:
+                break
             try:
                 next(head)
             except StopIteration as stop:

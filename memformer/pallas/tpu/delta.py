@@ -1,69 +1,56 @@
 """The delta rule on TPU.
 
-Per chunk and head, with S the state that enters, D the decay between tokens (0 where hidden), c and w
-the rows enter and leave (rows.py), s the scale:
+Per chunk and head, with S the state that enters, D the decay between tokens (0 where hidden), c and b
+the rows enter and write (rows.py), beta on columns, s the scale:
 
-    A = beta D (K K^T), i < r      X = (I + A)^-1       U = X beta (V - c K S)
-    P = s D (Q K^T), i <= r        O = s c Q S + P U    S' = c_C S + K^T (w U)
+    M = D (K K^T), i < r           X = (I + M beta)^-1  W = X (V - c K S)
+    P = s D (Q K^T), i <= r        O = s c Q S + P beta W    S' = c_C S + K^T (b W)
 
-and backward, where all of this is computed again:
+The writes of MATH.md are U = beta W. M, P and X need no state: they are prepared one chunk ahead.
+Backward, where all of this is computed again:
 
-    dU = P^T dO + w K dS'          dR = X^T dU          dV = beta dR          E = c dV
-    dP = dO U^T                    dA = -dR U^T         F = s D dP            M = beta D dA, i < r
-    dQ = F K + s c dO S^T          dK = F^T Q + (M + M^T) K - E S^T + w U dS'^T
+    dW = (P beta)^T dO + b K dS'   dV = X^T dW          E = c dV
+    dP = dO W^T                    dM = -dV W^T         F = s D beta dP       N = D beta dM, i < r
+    dQ = F K + s c dO S^T          dK = F^T Q + (N + N^T) K - E S^T + b W dS'^T
     dS = c_C dS' + Q^T (s c dO) - K^T E
+    J = P dP + M dM                dbeta = columns of J, summed
+    dlog D: rows of J beta, summed, less its columns
 
 Source: arXiv 2406.06484 (chunkwise delta rule), 2412.06464 (decay per head).
 """
 
 import functools
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.types import Array, Float
 from memformer.pallas.tpu import walk
-from memformer.pallas.tpu.common import Cut, cut_call, iotas, product
-from memformer.pallas.tpu.inverse import unit_lower_inverse
+from memformer.pallas.tpu.common import Cut, cut_call, iotas, product, split
+from memformer.pallas.tpu.inverse import unit_lower_inverses
 from memformer.pallas.tpu.rows import TokenGradients, Tokens
+from memformer.pallas.tpu.tuning import Tuning
 
 __all__ = ["delta_rule"]
 
 
-class _Chunk(NamedTuple):
-    """What both directions need: D, D (K K^T) below the diagonal, X, K S, V - c K S, U and P."""
-
-    weights: Array
-    match: Array
-    inverse: Array
-    stored: Array
-    missing: Array
-    u: Array
-    read: Array
+def _kept(cut: Cut, backward: bool) -> list[tuple[tuple[int, ...], Any]]:
+    """X split; forward P split, backward D (K K^T) below the diagonal, P and D."""
+    square = (cut.chunk, cut.chunk)
+    exact = [(square, jnp.float32)]
+    parts = [(square, jnp.bfloat16)] * 2 if _fine(cut) == 3 else exact
+    return parts + (exact * 3 if backward else parts)
 
 
-def _chunk(cut: Cut, tokens: Tokens, h: int, q, k, v, state) -> Generator[None, None, _Chunk]:
-    mm = functools.partial(product, passes=cut.passes)
-    weights = tokens.weights(h)
-    beta = tokens.column("beta", h)
-    match = _below(weights * mm(k, k, "nt"))
-    yield
-    inverse = yield from unit_lower_inverse(beta * match, max(cut.passes, 3))
-    yield
-    stored = mm(k, state, "nn")
-    missing = v.astype(jnp.float32) - tokens.enter(h, stored)
-    yield
-    u = _exact(cut, inverse, beta * missing, "nn")
-    yield
-    read = cut.scale * weights * mm(q, k, "nt")
-    return _Chunk(weights, match, inverse, stored, missing, u, read)
+def _fine(cut: Cut) -> int:
+    """Passes of a product of what cancels when keys repeat: one would leave percents of noise in the state."""
+    return max(cut.passes, 3)
 
 
-def _exact(cut: Cut, a: Array, b: Array, contract: str) -> Array:
-    """A product of what cancels when keys repeat: one pass would leave percents of noise in the state."""
-    return product(a, b, contract, max(cut.passes, 3))
+def _exact(cut: Cut, a, b, contract: str) -> Array:
+    return product(a, b, contract, _fine(cut))
 
 
 def _below(x: Array) -> Array:
@@ -71,58 +58,87 @@ def _below(x: Array) -> Array:
     return jnp.where(row > column, x, 0.0)
 
 
-def _forward(cut: Cut, tokens: Tokens, h: int, q, k, v, state):
-    mm = functools.partial(product, passes=cut.passes)
-    chunk = yield from _chunk(cut, tokens, h, q, k, v, state)
-    yield
-    carried = cut.scale * tokens.enter(h, mm(q, state, "nn"))
-    yield
-    o = carried + _exact(cut, chunk.read, chunk.u, "nn")
-    yield
-    return o, tokens.keep(h, state) + _exact(cut, k, tokens.leave(h, chunk.u), "tn")
+def _prepare(cut: Cut, tokens: Tokens, heads, q, k, kept) -> Generator[None, None, None]:
+    parts = 2 if _fine(cut) == 3 else 1
+    a = []
+    for h, one_q, one_k, refs in zip(heads, q, k, kept, strict=True):
+        weights, beta = tokens.weights(h), tokens.row("beta", h)
+        match = _below(weights * product(one_k, one_k, "nt", cut.passes))
+        a.append(beta * match)
+        yield
+        read = cut.scale * weights * product(one_q, one_k, "nt", cut.passes)
+        backward = len(refs) == parts + 3
+        rest = (match, read, weights) if backward else split(beta * read, _fine(cut))
+        for ref, x in zip(refs[parts:], rest, strict=True):
+            ref[...] = x
+        yield
+    inverses = yield from unit_lower_inverses(a, _fine(cut))
+    for refs, inverse in zip(kept, inverses, strict=True):
+        for ref, part in zip(refs, split(inverse, _fine(cut)), strict=False):
+            ref[...] = part
 
 
-def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, q, k, v, state, do, ds):
+def _forward(cut: Cut, tokens: Tokens, h: int, prepared, q, k, v, state):
     mm = functools.partial(product, passes=cut.passes)
-    chunk = yield from _chunk(cut, tokens, h, q, k, v, state)
-    beta = tokens.column("beta", h)
+    half = len(prepared) // 2
+    inverse, read = (tuple(ref[...] for ref in refs) for refs in (prepared[:half], prepared[half:]))
+    missing = v.astype(jnp.float32) - tokens.enter(h, mm(k, state[...], "nn"))
     yield
-    written = mm(k, ds, "nn")
+    w = _exact(cut, inverse, missing, "nn")
     yield
-    du = mm(chunk.read, do, "tn") + tokens.leave(h, written)
+    o = cut.scale * tokens.enter(h, mm(q, state[...], "nn"))
     yield
-    dr = _exact(cut, chunk.inverse, du, "tn")
-    dv = beta * dr
+    o += _exact(cut, read, w, "nn")
     yield
-    da = -mm(dr, chunk.u, "nt")
+    return o, tokens.keep(h, state[...]) + _exact(cut, k, tokens.write(h, w), "tn")
+
+
+def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, prepared, q, k, v, state, do, ds):
+    mm = functools.partial(product, passes=cut.passes)
+    *inverse, match, read, weights = prepared
+    inverse = tuple(ref[...] for ref in inverse)
+    beta = tokens.row("beta", h)
+    stored = mm(k, state[...], "nn")
+    missing = v.astype(jnp.float32) - tokens.enter(h, stored)
     yield
-    dread = mm(do, chunk.u, "nt")
-    f = cut.scale * chunk.weights * dread
-    m = _below(beta * chunk.weights * da)
+    w = _exact(cut, inverse, missing, "nn")
+    yield
+    written = mm(k, ds[...], "nn")
+    gradients.add("write", h, jnp.sum(w * written, axis=1, keepdims=True))
+    yield
+    dw = mm(beta * read[...], do, "tn") + tokens.write(h, written)
+    yield
+    dv = _exact(cut, inverse, dw, "tn")
+    yield
+    dmatch = -mm(dv, w, "nt")
+    yield
+    dread = mm(do, w, "nt")
+    f = cut.scale * beta * weights[...] * dread
+    m = _below(beta * weights[...] * dmatch)
     e = tokens.enter(h, dv)
     entered = tokens.enter(h, cut.scale * do.astype(jnp.float32))
     yield
-    dq = mm(f, k, "nn") + mm(entered, state, "nt")
+    dq = mm(f, k, "nn") + mm(entered, state[...], "nt")
     yield
-    dk = mm(f, q, "tn") + mm(m, k, "nn") + mm(m, k, "tn") - mm(e, state, "nt")
+    dk = mm(f, q, "tn") + mm(m, k, "nn") + mm(m, k, "tn") - mm(e, state[...], "nt")
     yield
-    dk += mm(tokens.leave(h, chunk.u), ds, "nt")
-
+    dk += mm(tokens.write(h, w), ds[...], "nt")
     yield
-    matched = da * chunk.match
-    dbeta = jnp.sum(dr * chunk.missing, axis=1, keepdims=True) + jnp.sum(matched, axis=1, keepdims=True)
-    gradients.add("beta", h, dbeta)
+    change = dread * read[...] + dmatch * match[...]
+    gradients.add_row("beta", h, jnp.sum(change, axis=0, keepdims=True))
+    if cut.decay:
+        change = beta * change
+        gradients.add("total", h, jnp.sum(change, axis=1, keepdims=True))
+        gradients.add_row("total", h, -jnp.sum(change, axis=0, keepdims=True))
     yield
     if cut.carries:
-        carried = cut.scale * mm(q, state, "nn")
-        gradients.add_carry(h, do.astype(jnp.float32) * carried - dv * chunk.stored, chunk.u * written, state * ds)
+        carried = cut.scale * mm(q, state[...], "nn")
+        gradients.add_carry(h, do.astype(jnp.float32) * carried - dv * stored, state[...] * ds[...])
     yield
-    if cut.decay:
-        gradients.add_weights(h, dread * chunk.read + beta * matched)
-    return dq, dk, dv, tokens.keep(h, ds) + mm(q, entered, "tn") - _exact(cut, k, e, "tn")
+    return dq, dk, dv, tokens.keep(h, ds[...]) + mm(q, entered, "tn") - _exact(cut, k, e, "tn")
 
 
-_MEMORY = walk.Memory("delta_rule", _forward, _backward)
+_MEMORY = walk.Memory("delta_rule", _forward, _backward, _prepare, _kept, count=2, wait=8)
 
 
 def delta_rule(
@@ -137,6 +153,7 @@ def delta_rule(
     state: Float[Array, "B H K V"] | None,
     chunk_size: int | None = None,
     precision: lax.Precision = lax.Precision.DEFAULT,
+    sizes: Tuning | None = None,
     op: str = "delta_rule",
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule by TPU kernels; arguments checked, q, k, v, beta and decay 0 at padding.
@@ -152,6 +169,7 @@ def delta_rule(
       state: initial state, or None for zeros.
       chunk_size: tokens a chunk; None takes the table's.
       precision: of the products; the inverse runs at HIGH at least.
+      sizes: chunk, heads and value columns of a program, and what is saved, in place of the table's.
       op: name of the public function, for messages.
 
     Returns:
@@ -160,6 +178,6 @@ def delta_rule(
     Raises:
       NotImplementedError: not a TPU; float64; decay per channel; a chunk size that no kernel has.
     """
-    options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision}
+    options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision, "sizes": sizes}
     cut = cut_call(op, q, v, beta=beta, decay=decay, index=index, **options)
     return walk.run(_MEMORY, cut, q, k, v, beta, decay, index, state)

@@ -24,22 +24,23 @@ from memformer.core.types import Array, Float
 from memformer.pallas.tpu import walk
 from memformer.pallas.tpu.common import Cut, cut_call, product
 from memformer.pallas.tpu.rows import TokenGradients, Tokens
+from memformer.pallas.tpu.tuning import Tuning
 
 __all__ = ["linear_attention"]
 
 
-def _forward(cut: Cut, tokens: Tokens, h: int, q, k, v, state):
+def _forward(cut: Cut, tokens: Tokens, h: int, prepared, q, k, v, state):
     mm = functools.partial(product, passes=cut.passes)
     read = cut.scale * tokens.weights(h) * mm(q, k, "nt")
     yield
-    carried = cut.scale * tokens.enter(h, mm(q, state, "nn"))
+    carried = cut.scale * tokens.enter(h, mm(q, state[...], "nn"))
     yield
     o = carried + mm(read, v, "nn")
     yield
-    return o, tokens.keep(h, state) + mm(k, tokens.leave(h, v), "tn")
+    return o, tokens.keep(h, state[...]) + mm(k, tokens.write(h, v), "tn")
 
 
-def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, q, k, v, state, do, ds):
+def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, prepared, q, k, v, state, do, ds):
     mm = functools.partial(product, passes=cut.passes)
     weights = tokens.weights(h)
     read = cut.scale * weights * mm(q, k, "nt")
@@ -47,22 +48,25 @@ def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, q, k,
     dread = mm(do, v, "nt")
     f = cut.scale * weights * dread
     yield
-    written = mm(k, ds, "nn")
+    written = mm(k, ds[...], "nn")
     entered = tokens.enter(h, cut.scale * do.astype(jnp.float32))
     yield
-    dv = mm(read, do, "tn") + tokens.leave(h, written)
+    dv = mm(read, do, "tn") + tokens.write(h, written)
     yield
-    dq = mm(f, k, "nn") + mm(entered, state, "nt")
+    dq = mm(f, k, "nn") + mm(entered, state[...], "nt")
     yield
-    dk = mm(f, q, "tn") + mm(tokens.leave(h, v), ds, "nt")
+    dk = mm(f, q, "tn") + mm(tokens.write(h, v), ds[...], "nt")
     yield
     if cut.carries:
-        carried = cut.scale * mm(q, state, "nn")
-        gradients.add_carry(h, do.astype(jnp.float32) * carried, v.astype(jnp.float32) * written, state * ds)
+        carried = cut.scale * mm(q, state[...], "nn")
+        gradients.add("write", h, jnp.sum(v.astype(jnp.float32) * written, axis=1, keepdims=True))
+        gradients.add_carry(h, do.astype(jnp.float32) * carried, state[...] * ds[...])
     yield
     if cut.decay:
-        gradients.add_weights(h, dread * read)
-    return dq, dk, dv, tokens.keep(h, ds) + mm(q, entered, "tn")
+        change = dread * read
+        gradients.add("total", h, jnp.sum(change, axis=1, keepdims=True))
+        gradients.add_row("total", h, -jnp.sum(change, axis=0, keepdims=True))
+    return dq, dk, dv, tokens.keep(h, ds[...]) + mm(q, entered, "tn")
 
 
 _MEMORY = walk.Memory("linear_attention", _forward, _backward)
@@ -79,6 +83,7 @@ def linear_attention(
     state: Float[Array, "B H K V"] | None,
     chunk_size: int | None = None,
     precision: lax.Precision = lax.Precision.DEFAULT,
+    sizes: Tuning | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Linear attention by TPU kernels; arguments checked, q, k, v and decay 0 at padding.
 
@@ -92,6 +97,7 @@ def linear_attention(
       state: initial state, or None for zeros.
       chunk_size: tokens a chunk; None takes the table's.
       precision: of the products.
+      sizes: chunk, heads and value columns of a program, and what is saved, in place of the table's.
 
     Returns:
       The output (bfloat16 where q, k and v are, else float32), and the state.
@@ -99,6 +105,6 @@ def linear_attention(
     Raises:
       NotImplementedError: not a TPU; float64; decay per channel; a chunk size that no kernel has.
     """
-    options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision}
+    options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision, "sizes": sizes}
     cut = cut_call("linear_attention", q, v, beta=None, decay=decay, index=index, **options)
     return walk.run(_MEMORY, cut, q, k, v, None, decay, index, state)

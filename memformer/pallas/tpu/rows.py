@@ -4,8 +4,8 @@ It is one float32 array [B, H, names, N, C], names in the order of `Cut.names`, 
 [B, H / P, N, names * P, C]; a transpose in the kernel makes columns of the rows.
 
     beta     strength of the write
+    write    beta, times how a write reaches the state that leaves the chunk
     enter    how a token sees the state that enters the chunk; the last token's is what the chunk keeps of it
-    leave    how a write reaches the state that leaves the chunk
     total    log decay since the start of the chunk
     segment  index of the token's segment
 """
@@ -48,7 +48,7 @@ def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array |
         enter *= (index == before[:, :, None]).astype(jnp.float32)[..., None]
         leave *= (index == last[:, :, None]).astype(jnp.float32)[..., None]
         rows["segment"] = jnp.broadcast_to(index[..., None], shape).astype(jnp.float32)
-    rows |= {"enter": enter, "leave": leave}
+    rows |= {"enter": enter, "write": leave if beta is None else leave * rows["beta"]}
     # [B, N, C, H, names] to [B, H, names, N, C].
     stacked = jnp.stack([rows[name] for name in cut.names], axis=4)
     return (stacked.transpose(0, 3, 4, 1, 2),)
@@ -91,9 +91,9 @@ class Tokens:
         """x [C, V], each token as it sees the state that enters."""
         return self.column("enter", head) * x.astype(jnp.float32) if self.cut.carries else x
 
-    def leave(self, head: int, x: Array) -> Array:
+    def write(self, head: int, x: Array) -> Array:
         """x [C, V], each token as it reaches the state that leaves."""
-        return self.column("leave", head) * x.astype(jnp.float32) if self.cut.carries else x
+        return self.column("write", head) * x.astype(jnp.float32) if "write" in self.cut.names else x
 
     def keep(self, head: int, state: Array) -> Array:
         """What stays of the state [K, V] over the chunk."""
@@ -121,26 +121,23 @@ class TokenGradients:
         self._columns = jnp.zeros((cut.chunk, count), jnp.float32)
 
     def add(self, name: str, head: int, piece: Array) -> None:
-        """Adds a column [C, 1] of gradients."""
+        """Adds a column [C, 1] of gradients; none where there is no such number."""
+        if name not in self.cut.names:
+            return
         _, column = iotas(self._columns.shape)
         self._columns += jnp.where(column == self.cut.row(name, head), piece, 0.0)
 
-    def _add_row(self, name: str, head: int, piece: Array) -> None:
+    def add_row(self, name: str, head: int, piece: Array) -> None:
+        """Adds a row [1, C] of gradients."""
         row, _ = iotas(self._rows.shape)
         self._rows += jnp.where(row == self.cut.row(name, head), piece, 0.0)
 
-    def add_carry(self, head: int, entered: Array, left: Array, kept: Array) -> None:
-        """Adds the gradients of `Tokens.enter`, `leave` and `keep`, yet to be summed: [C, V], [C, V], [K, V]."""
+    def add_carry(self, head: int, entered: Array, kept: Array) -> None:
+        """Adds the gradients of `Tokens.enter` and `keep`, yet to be summed: [C, V], [K, V]."""
         self.add("enter", head, jnp.sum(entered, axis=1, keepdims=True))
-        self.add("leave", head, jnp.sum(left, axis=1, keepdims=True))
         _, column = iotas((1, self.cut.chunk))
-        kept = jnp.sum(jnp.sum(kept, axis=1, keepdims=True), axis=0, keepdims=True)
-        self._add_row("enter", head, jnp.where(column == self.cut.chunk - 1, kept, 0.0))
-
-    def add_weights(self, head: int, change: Array) -> None:
-        """Adds what `Tokens.weights` passes to the log decay: [C, C], weights times their gradients."""
-        self.add("total", head, jnp.sum(change, axis=1, keepdims=True))
-        self._add_row("total", head, -jnp.sum(change, axis=0, keepdims=True))
+        kept = jnp.sum(jnp.sum(kept, axis=0, keepdims=True), axis=1, keepdims=True)
+        self.add_row("enter", head, jnp.where(column == self.cut.chunk - 1, kept, 0.0))
 
     def store(self, refs) -> None:
         """Writes the sums."""

@@ -1,6 +1,8 @@
 """The one table of block sizes, by kind of TPU; figures come from benchmarks/tpu_static.py."""
 
-__all__ = ["VMEM_LIMIT", "choose", "choose_tiles"]
+import dataclasses
+
+__all__ = ["REMAT", "TABLE", "Tuning", "VMEM_LIMIT", "choose", "choose_tiles"]
 
 # Bytes of VMEM a kernel may ask for: below what every chip since v5e has (64 MiB on the smallest, tpu7x).
 VMEM_LIMIT = 56 * 2**20
@@ -8,19 +10,45 @@ VMEM_LIMIT = 56 * 2**20
 # Bytes of VMEM that the blocks of one program may take, double buffering included.
 BLOCKS = 12 * 2**20
 
-# Chunk, and most heads a program in bfloat16. Seen on v5p, bundles a chunk and head of the delta rule forward, with
-# 2, 4, 8 heads: 1300, 1057, 903 (backward with 4, 8: 1539, 1355). The others have not been tried with 8.
-SIZES = {
-    "TPU v5 lite": (128, 4),
-    "TPU v5": (128, 8),
-    "TPU v6 lite": (128, 4),
-    "TPU7x": (128, 4),
-    "interpreter": (16, 4),
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the kernels of a memory with a matrix state cut a call.
+
+    Attributes:
+      chunk: tokens a chunk.
+      heads: heads a program, at most; a divisor of the heads there are is taken.
+      values: value columns a program; wider values are cut into blocks, each with an inverse of its own.
+      remat: what is saved for the backward pass beside the inputs: "states", the state that enters each chunk,
+        or "inputs", nothing: the forward kernel runs once more.
+    """
+
+    chunk: int
+    heads: int
+    values: int
+    remat: str = "states"
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat must be one of {REMAT}, got {self.remat!r}")
+
+
+REMAT = ("states", "inputs")
+
+# By kind of TPU and widest of K and V, in bfloat16. Bundles a chunk and head of the delta rule forward, decay a head,
+# K = V = 128, with 8 heads: 642 on v5p, 580 on v6e; before chunks were prepared ahead, 2, 4, 8 heads took 1300, 1057,
+# 903 on v5p, and 4 heads 927 on v6e. v5e and tpu7x follow their like. Wide heads: two, so that a pair fills a product.
+TABLE = {
+    "TPU v5 lite": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
+    "TPU v5": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
+    "TPU v6 lite": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
+    "TPU7x": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
+    "interpreter": {128: Tuning(16, 4, 128), 256: Tuning(16, 2, 256)},
 }
 
 
-def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> tuple[int, int]:
-    """Chunk, and heads a program at most.
+def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> Tuning:
+    """The table's choice, cut down to what the call has and VMEM holds.
 
     Args:
       kind: device kind.
@@ -28,15 +56,17 @@ def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> tuple
       key, value: widths K and V.
       itemsize: bytes of an element of the inputs.
     """
-    chunk, most = SIZES.get(kind, SIZES["TPU v5"])
+    row = TABLE.get(kind, TABLE["TPU v5"])
+    sizes = row[128 if max(key, value) <= 128 else 256]
+    chunk = sizes.chunk
     while chunk > 16 and chunk // 2 >= length:
         chunk //= 2
-    # float32 products take six passes: half the heads make as long a program.
-    most = max(1, most * 2 // itemsize)
-    key, value = (-(-width // 128) * 128 for width in (key, value))
+    key, value = (-(-width // 128) * 128 for width in (key, min(value, sizes.values)))
     # The backward pass holds q, k, dq, dk and v, do, dv; a state that enters, and two that are carried.
     one = 2 * itemsize * chunk * (4 * key + 3 * value) + 4 * 4 * key * value
-    return chunk, max(1, min(most, BLOCKS // one))
+    # float32 products take six passes: half the heads make as long a program.
+    heads = max(1, min(sizes.heads * 2 // itemsize, BLOCKS // one))
+    return dataclasses.replace(sizes, chunk=chunk, heads=heads)
 
 
 # Attention and DeltaFormer: rows of a block, and of the sub-blocks that the write inverts.
