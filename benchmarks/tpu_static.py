@@ -2,24 +2,31 @@
 
     python -m benchmarks.tpu_static [NAME ...] [--topology v5p:2x2x1] [--out FILE.json]
 
-Needs the libtpu wheel that belongs to this jax (0.0.42.* for jax 0.10.2): it holds the compiler that runs
-on TPU machines, and compiles for v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1 without one. For every kernel of a
-case, from the compiler's final schedule:
+Needs the libtpu wheel that belongs to this jax (0.0.42.* for jax 0.10.2, 0.0.50.* for 0.12.0.1): it holds the compiler
+that runs on TPU machines, and compiles for v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1 without one. For every kernel of a
+case, from the compiler's final schedule of its main loop (the longest run of bundles without a branch; what starts
+and ends a walk is left out):
 
-    bundles   instruction bundles (one a cycle at best) a chunk and head
+    bundles   instruction bundles (one a cycle at best) a chunk and head; of attention, a tile
     floor     bundles that the products alone would take at the chip's peak, in one bfloat16 pass
     share     floor / bundles: the part of the MXU's time that goes into products that the equations need
     mxu       share of the MXU's issue slots in use, passes and padding included
     fills, spills   vector registers reloaded and stored for want of registers, a chunk and head
     vmem      MiB of VMEM the kernel holds
-    bytes     HBM traffic over that of reading the inputs and writing the outputs once
+    hbm       KiB read and written a chunk and head
+    moved     bundles that moving these would take at the memory's peak
+    bytes     hbm over that of reading the inputs and writing the outputs once
 
-The figures hold no DMA waits: they compare versions of a kernel and kernels with floors, and are no times.
+Cases of other projects (`splash`, `tokamax KDA`) have no floor here, and bundles of their whole main loop. The figures
+hold no DMA waits: they compare versions of a kernel and kernels with floors, and are no times. --out adds the rows to
+those that the file has of other cases and chips.
 """
 
 import argparse
 import dataclasses
+import datetime
 import functools
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -40,8 +47,13 @@ from memformer.pallas.tpu.common import Cut, cut_call
 
 __all__ = ["CASES", "Case", "compile_case", "prepare_compiler"]
 
-# Products of one core: multiply-adds a cycle, times two.
+# Products of one core: multiply-adds a cycle, times two. With the clocks below they are the vendor's 197, 459, 918 and
+# 2307 TFLOP/s a chip (docs.cloud.google.com/tpu; v5p and tpu7x have two cores).
 FLOPS_A_CYCLE = {"v5e": 2**17, "v5p": 2**17, "v6e": 2**19, "tpu7x": 2**19}
+
+# GHz of one core by these sheets, and GB/s of memory a core.
+CLOCK = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 2.2}
+BANDWIDTH = {"v5e": 819, "v5p": 2765 / 2, "v6e": 1640, "tpu7x": 7380 / 2}
 
 TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
@@ -155,56 +167,145 @@ def floor_flops(case: Case, chunk: int, backward: bool) -> int:
     return inverse + 2 * keys + 2 * values + 3 * states
 
 
-def traffic(case: Case, chunk: int, backward: bool) -> float:
-    """Bytes of a kernel over those of its inputs and outputs, q to dv, alone."""
+def traffic(case: Case, chunk: int, backward: bool) -> tuple[float, float]:
+    """Bytes a chunk and head moves, and those of its inputs and outputs, q to dv, alone."""
     K, V, itemsize = case.key, case.value, jnp.dtype(case.dtype).itemsize
     shared = case.groups / case.heads
-    rows = 4 * ((case.op == "delta_rule") + 2 * (case.decay or case.segments) + case.decay + case.segments)
+    delta, carries = case.op == "delta_rule", case.decay or case.segments
+    rows = 4 * (delta + (delta or carries) + carries + case.decay + case.segments)
+    # A memory that prepares reads the rows twice.
+    rows *= 2 if delta else 1
     state = 4 * K * V / chunk
     passes = 2 if backward else 1
     # Backward also reads dO, and writes dq, dk, dv.
     floor = itemsize * (passes * 2 * shared * K + (3 * V if backward else 2 * V))
-    return (floor + passes * rows + state) / floor
+    return chunk * (floor + passes * rows + state), chunk * floor
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What the schedule of a kernel's main loop uses: bundles, and by unit the slots there are and those in use."""
+
+    kernel: str
+    bundles: int
+    slots: dict[str, int]
+    used: dict[str, int]
+
+    @property
+    def mxu(self) -> float:
+        """Share of the MXU's slots in use."""
+        matrix = [unit for unit in ("MXU", "MATMUL", "MATPUSH") if unit in self.slots]
+        return max(self.used[unit] / self.slots[unit] for unit in matrix) / self.bundles
+
+
+def loops(dumps: pathlib.Path, before: set[pathlib.Path], names: str) -> list[Loop]:
+    """The main loop of every kernel that was compiled since, and whose name matches."""
+    found = []
+    for path in sorted(set(dumps.glob("*final_hlo-static-per-bundle-utilization.txt")) - before):
+        kernel = re.sub(r"^\d+-|\.?\d*-\d+-final.*", "", path.name)
+        if not re.search(names, kernel):
+            continue
+        lines = path.read_text().splitlines()
+        units = [unit.strip() for unit in lines[1].split(",")]
+        used = np.array([list(map(int, line.split())) for line in lines[4:] if line.strip()])
+        stem = path.name.split("-final_hlo")[0].rsplit("-", 1)[0]
+        bundles = next(p for p in dumps.glob(f"{stem}-*final_bundles.txt") if "schedule" not in p.name)
+        first, last = _longest(bundles.read_text().splitlines(), len(used))
+        total = dict(zip(units, used[first:last].sum(0).tolist(), strict=True))
+        slots = dict(zip(units, map(int, lines[2].split()), strict=True))
+        found.append(Loop(kernel, last - first, slots, total))
+    return found
+
+
+def _longest(lines: list[str], count: int) -> tuple[int, int]:
+    """The longest run of bundles without a branch."""
+    bundles = [line for line in lines if re.match(r"\s*(0x[0-9a-f]+|0)\s*(LB|PB|PF)?\s*:", line)]
+    if len(bundles) != count:
+        raise ValueError(f"{len(bundles)} bundles in the schedule, {count} in its table of use")
+    ends = {0, count}
+    ends |= {i for i, line in enumerate(bundles) if re.match(r"\s*\S+\s+(LB|PB|PF)", line)}
+    ends |= {i + 1 for i, line in enumerate(bundles) if "sbr.rel" in line}
+    places = sorted(ends)
+    return max(zip(places, places[1:], strict=False), key=lambda run: run[1] - run[0])
 
 
 def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]]:
     """Compiles one case and reads its kernels' schedules."""
+    chip = topology.split(":")[0]
+    before = set(dumps.glob("*"))
+    if name in OTHERS:
+        compiled, names = OTHERS[name](topology)
+        return [_row(name, topology, loop, 1) for loop in loops(dumps, before, names)]
     case = CASES[name]
     plan = cut(case, topology)
-    chunk, heads = plan.chunk, plan.block
-    before = set(dumps.glob("*"))
     text = compile_case(case, topology).as_text()
     rows = []
-    for path in sorted(set(dumps.glob("*memformer*final_hlo-static-per-bundle-utilization.txt")) - before):
-        lines = path.read_text().splitlines()
-        units = [unit.strip() for unit in lines[1].split(",")]
-        slots = dict(zip(units, map(int, lines[2].split()), strict=True))
-        used = np.array([list(map(int, line.split())) for line in lines[4:] if line.strip()])
-        total = dict(zip(units, used.sum(0).tolist(), strict=True))
-        kernel = re.sub(r"^\d+-|\.\d+-\d+-final.*", "", path.name)
-        backward = "backward" in kernel
-        call = next(line for line in text.splitlines() if f"%{kernel}" in line and "custom-call(" in line)
-        matrix = [unit for unit in ("MXU", "MATMUL", "MATPUSH") if unit in units]
-        floor = floor_flops(case, chunk, backward) / FLOPS_A_CYCLE[topology.split(":")[0]]
+    for loop in loops(dumps, before, "memformer"):
+        backward = "backward" in loop.kernel
+        call = next(line for line in text.splitlines() if f"%{loop.kernel}" in line and "custom-call(" in line)
         memory = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', call)
+        floor = floor_flops(case, plan.chunk, backward) / FLOPS_A_CYCLE[chip]
+        moved, least = traffic(case, plan.chunk, backward)
         rows.append(
-            {
-                "case": name,
-                "topology": topology,
-                "kernel": kernel,
-                "chunk": chunk,
-                "heads": heads,
-                "bundles": round(len(used) / heads),
+            _row(name, topology, loop, plan.block)
+            | {
+                "chunk": plan.chunk,
+                "heads": plan.block,
                 "floor": round(floor),
-                "share": round(floor * heads / len(used), 3),
-                "mxu": round(max(total[unit] / slots[unit] for unit in matrix) / len(used), 3),
-                "fills": round(total.get("VLOAD:FILL", 0) / heads),
-                "spills": round(total.get("VSTORE:SPILL", 0) / heads),
+                "share": round(floor * plan.block / loop.bundles, 3),
                 "vmem": round(int(memory.group(1)) / 2**20, 1) if memory else None,
-                "bytes": round(traffic(case, chunk, backward), 2),
+                "hbm": round(moved / 2**10, 1),
+                "moved": round(moved / BANDWIDTH[chip] * CLOCK[chip]),
+                "bytes": round(moved / least, 2),
             }
         )
     return rows
+
+
+def _row(name: str, topology: str, loop: Loop, heads: int) -> dict[str, Any]:
+    return {
+        "case": name,
+        "topology": topology,
+        "kernel": loop.kernel,
+        "bundles": round(loop.bundles / heads),
+        "mxu": round(loop.mxu, 3),
+        "fills": round(loop.used.get("VLOAD:FILL", 0) / heads),
+        "spills": round(loop.used.get("VSTORE:SPILL", 0) / heads),
+    }
+
+
+def splash(topology: str):
+    """JAX's own attention kernel: causal, [1, 8192, 16, 128] bfloat16, forward."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((8192, 8192))] * 16)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(mask)
+    return _compile(topology, kernel, [(16, 8192, 128)] * 3), "splash"
+
+
+def tokamax_kda(topology: str):
+    """tokamax' Kimi delta attention (decay per channel): [1, 8192, 32, 128] bfloat16, forward."""
+    from tokamax._src.ops.kda import api  # type: ignore[import-not-found]
+
+    wide, scalar = (32, 1, 8192, 128), (32, 1, 8192)
+    call = functools.partial(api.kimi_delta_attention, implementation="mosaic")
+    return _compile(topology, call, [wide, wide, wide, (*wide, jnp.float32), (*scalar, jnp.float32)]), "kda"
+
+
+def _compile(topology: str, function, arrays):
+    """One function of another project; a last entry of a shape that is no number is its dtype."""
+    mesh = _mesh(topology)
+    specs = []
+    for shape in arrays:
+        dtype = jnp.bfloat16 if isinstance(shape[-1], int) else shape[-1]
+        sizes = tuple(size for size in shape if isinstance(size, int))
+        specs.append(jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec())))
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda *x: function(*x)).lower(*specs).compile()
+
+
+# Kernels of other projects, by name: compiled, and which kernels are theirs.
+OTHERS = {"splash": splash, "tokamax KDA": tokamax_kda}
 
 
 def cut(case: Case, topology: str) -> Cut:
@@ -220,7 +321,7 @@ def cut(case: Case, topology: str) -> Cut:
 def main(arguments: list[str]) -> None:
     """Prints the table, and writes it where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help=f"cases: {', '.join(CASES)}")
+    parser.add_argument("names", nargs="*", help=f"cases: {', '.join([*CASES, *OTHERS])}")
     parser.add_argument("--topology", action="append", help=f"default: {', '.join(TOPOLOGIES)}")
     parser.add_argument("--out", help="JSON file")
     options = parser.parse_args(arguments)
@@ -234,8 +335,21 @@ def main(arguments: list[str]) -> None:
                     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
                 for path in pathlib.Path(folder).glob("*"):
                     path.unlink()
-    if options.out:
-        pathlib.Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
+                if options.out:
+                    _write(pathlib.Path(options.out), rows)
+
+
+def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Puts the rows in place of those the file has of the same case and chip."""
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+    new = {(row["case"], row["topology"]) for row in rows}
+    old = json.loads(path.read_text()) if path.exists() else []
+    rows = [row for row in old if (row["case"], row["topology"]) not in new] + [about | row for row in rows]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
 if __name__ == "__main__":

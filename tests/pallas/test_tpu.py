@@ -3,6 +3,9 @@
 The shared suite of the ops (its rows, its oracle, its tolerances) runs with implementation="pallas".
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +17,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 import memformer as mf
 from memformer.pallas import partition
 from memformer.pallas.tpu import common, tuning
-from memformer.pallas.tpu.inverse import unit_lower_inverse
+from memformer.pallas.tpu import delta as kernels
+from memformer.pallas.tpu.inverse import unit_lower_inverses
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
 
@@ -49,6 +53,57 @@ def test_packed_against_oracle(name, dtype, interpreter):
     got, _ = suite.evaluate(name, "pallas", suite.cast(arrays, dtype), suite.cast(state, "float32"), ids)
     assert got["output"].dtype == jnp.dtype(dtype)
     suite.check(got, suite.oracle(name, dtype), dtype, name)
+
+
+@pytest.mark.parametrize("sizes", [tuning.Tuning(16, 3, 8), tuning.Tuning(16, 2, 16, "inputs")], ids=repr)
+def test_sizes_by_argument(sizes, interpreter):
+    """Blocks of value columns, an odd number of heads, nothing saved: the same numbers."""
+    rng = np.random.default_rng(7)
+    wide, beta = jnp.asarray(rng.standard_normal((3, 1, 40, 3, 16)), "float32"), jnp.full((1, 40, 3), 0.5)
+    keys = wide[1] / jnp.linalg.norm(wide[1], axis=-1, keepdims=True)
+    state = jnp.asarray(rng.standard_normal((1, 3, 16, 16)), "float32")
+
+    def run(q, k, v, beta, state, by_kernel):
+        if by_kernel:
+            options = {"decay": -0.1 * beta, "scale": 1.0, "index": None, "precision": jax.lax.Precision.HIGHEST}
+            o, end = kernels.delta_rule(q, k, v, beta, state=state, sizes=sizes, **options)
+        else:
+            o, end = mf.delta_rule(q, k, v, beta, decay=-0.1 * beta, scale=1.0, initial_state=state)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(end * end), (o, end)
+
+    arguments = (wide[0], keys, wide[2], beta, state)
+    (got, want) = (
+        jax.jit(jax.value_and_grad(functools.partial(run, by_kernel=by_kernel), range(5), has_aux=True))(*arguments)
+        for by_kernel in (True, False)
+    )
+    assert_close(got, want, 1e-5)
+
+
+def saved_bytes(sizes, length, heads, width):
+    """Bytes of what the backward pass of the kernel is given."""
+    wide = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
+    scalar = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
+
+    def save(q, k, v, beta, decay):
+        options = {"scale": 1.0, "index": None, "state": None, "sizes": sizes}
+        return jax.vjp(lambda *x: kernels.delta_rule(*x[:4], decay=x[4], **options), q, k, v, beta, decay)[1]
+
+    with jax.sharding.use_abstract_mesh(TPU):
+        kept = jax.tree.leaves(jax.eval_shape(save, wide, wide, wide, scalar, scalar))
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in kept)
+
+
+def test_what_is_saved():
+    """Per token at most inputs, outputs and one state a chunk; by name, the inputs alone."""
+    length, heads, width = 1024, 2, 128
+    # q, k, v, o in bfloat16, beta and decay in float32.
+    arrays, numbers = 4 * 2 * width, 4 * 2
+    states = 4 * width * width / 128
+    bound = length * heads * (arrays + numbers + states)
+    assert length * heads * states < saved_bytes(tuning.Tuning(128, 2, 128), length, heads, width) <= bound
+    assert saved_bytes(tuning.Tuning(128, 2, 128, "inputs"), length, heads, width) <= bound - length * heads * states
+    with pytest.raises(ValueError, match="remat must be one of"):
+        tuning.Tuning(128, 2, 128, "nothing")
 
 
 def test_the_interpreter_sees_a_race(capfd):
@@ -98,15 +153,14 @@ def keys(kind, rng, length, width):
 @pytest.mark.parametrize("kind", ["identical", "close"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
 def test_hard_keys(kind, dtype, tolerance, interpreter):
-    """A whole chunk of 128, where a power series of A would reach 1e30."""
+    """A whole chunk of 128, where a power series of A would reach 1e30; one head at beta 1, one at 2."""
     rng = np.random.default_rng(3)
     length, width = 128, 32
-    beta = {"identical": 2.0, "close": 1.0}[kind]
     arrays = {
         "q": suite.cast(rng.standard_normal((1, length, 2, width)), dtype),
         "k": suite.cast(np.stack([keys(kind, rng, length, width)] * 2, axis=1)[None], dtype),
         "v": suite.cast(rng.standard_normal((1, length, 2, 16)), dtype),
-        "beta": jnp.asarray(np.stack([np.ones(length), np.full(length, beta)], axis=-1)[None], "float32"),
+        "beta": jnp.asarray(np.stack([np.ones(length), np.full(length, 2.0)], axis=-1)[None], "float32"),
     }
 
     def run(arrays, implementation):
@@ -125,14 +179,17 @@ def test_hard_keys(kind, dtype, tolerance, interpreter):
     assert_close(got[2], want[2], 3 * tolerance, f"{kind} gradient")
 
 
-def test_inverse_in_a_kernel(interpreter):
-    def kernel(a_ref, x_ref):
-        x_ref[...] = common.lockstep([unit_lower_inverse(a_ref[...], 6)])[0]
+@pytest.mark.parametrize("heads", [1, 2])
+def test_inverse_in_a_kernel(heads, interpreter):
+    """One matrix, and two whose blocks share products."""
 
-    a = np.tril(np.random.default_rng(0).uniform(-1, 1, (64, 64)), -1)
+    def kernel(a_ref, x_ref):
+        for h, x in enumerate(common.lockstep([unit_lower_inverses([a_ref.at[h] for h in range(heads)], 6)])[0]):
+            x_ref[h] = x
+
+    a = np.tril(np.random.default_rng(0).uniform(-1, 1, (heads, 64, 64)), -1)
     got = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(a.shape, jnp.float32))(jnp.asarray(a, "float32"))
-    want = np.linalg.inv(np.eye(64) + a)
-    assert relative_rms(got, want) < 1e-5
+    assert relative_rms(got, np.linalg.inv(np.eye(64) + a)) < 1e-5
 
 
 def test_long_state(interpreter):
@@ -223,8 +280,8 @@ def test_split_over_devices():
 
 def test_tuning_fits():
     """Every row of the table gives a chunk that kernels have, and at least one head a program."""
-    for kind in tuning.SIZES:
-        for length, width in ((1, 16), (100, 128), (8192, 256)):
-            chunk, heads = tuning.choose(kind, length, width, width, 4)
-            assert chunk in common.CHUNKS and heads >= 1
-            assert chunk < 2 * length or chunk == 16
+    for kind in tuning.TABLE:
+        for length, width in ((1, 16), (100, 128), (8192, 256), (8192, 1024)):
+            sizes = tuning.choose(kind, length, width, width, 4)
+            assert sizes.chunk in common.CHUNKS and sizes.heads >= 1
+            assert sizes.chunk < 2 * length or sizes.chunk == 16

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks import tpu_static
+from benchmarks import tpu_static, tpu_train_step
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -40,3 +40,15 @@ def test_split_over_chips():
     # The loss is a sum over all chips; arrays stay.
     for transfer in ("all-gather", "all-to-all", "collective-permute"):
         assert transfer not in text
+
+
+@pytest.mark.parametrize("memory", ["gated_delta_rule", "linear_attention"])
+def test_train_step(memory):
+    """Under a (data, fsdp, tensor) mesh the step calls the kernels, and no activation is gathered for them."""
+    tpu_static.prepare_compiler()
+    model = {"width": 256, "heads": 4, "depth": 2, "remat": "full", "dtype": "bfloat16", "scan_layers": True}
+    config = tpu_train_step.step_config(memory, (2, 2, 2), 448, **model)
+    step = tpu_train_step.compile_step(config, "v5p:2x2x2")
+    kernel = {"gated_delta_rule": "delta_rule"}.get(memory, memory)
+    assert step.kernels == (f"memformer_{kernel}_backward", f"memformer_{kernel}_forward")
+    assert not step.gathers
