@@ -19,8 +19,6 @@ __all__ = ["group_lengths", "measure"]
 BEAMS, LENGTH_PENALTY = 4, 0.6
 # Rows a batch, and groups of test verses by length.
 ROWS, GROUPS = 32, 5
-# At most so many test verses are translated, spread evenly over the split: beams take their time.
-VERSES = 512
 # The verse of the alignment plots is the first test verse with so many words.
 SHOWN = (9, 13)
 
@@ -57,7 +55,7 @@ def measure(runs: Sequence[LoadedRun], study: Study) -> None:
       RunError: a run of another task, runs that differ in it, or no sacrebleu.
     """
     task = _task_of(runs)
-    pairs = _spread(task.pairs("test"))
+    pairs = task.pairs("test")
     told = [Told(_name(run), run, _translate(run.module(), task, pairs)) for run in runs]
     groups = group_lengths([_size(pair) for pair in pairs], GROUPS)
     rows = [_row(one, pairs, first, last) for one in told for first, last in groups]
@@ -104,25 +102,15 @@ def _size(pair: Pair) -> int:
     return len(pair.source)
 
 
-def _spread(pairs: Sequence[Pair]) -> list[Pair]:
-    return [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, VERSES).astype(int))]
-
-
-def _places(task: Translation, pairs: Sequence[Pair]) -> list[int]:
-    """Where each pair stands in the split; of equal verses any."""
-    known = {pair: place for place, pair in enumerate(task.pairs("test"))}
-    return [known[pair] for pair in pairs]
-
-
 def _translate(model: Any, task: Translation, pairs: Sequence[Pair]) -> list[str]:
     """The best translation of each verse; verses are taken by length, so that a batch is done at once."""
-    source, places = task.source("test", 0), _places(task, pairs)
+    source = task.source("test", 0)
     order = sorted(range(len(pairs)), key=lambda i: _size(pairs[i]))
     said = [""] * len(pairs)
     for first in range(0, len(order), ROWS):
         # the last batch is filled up, so that one program serves all
         numbers = [order[min(i, len(order) - 1)] for i in range(first, first + ROWS)]
-        batch = [source[places[i]] for i in numbers]
+        batch = [source[i] for i in numbers]
         tokens, _ = decode(
             model,
             start=START,
@@ -165,7 +153,7 @@ def _words(texts: Sequence[str]) -> int:
 def _whole(told: Told, pairs: Sequence[Pair], groups: Sequence[tuple[int, int]]) -> dict[str, Any]:
     row = _row(told, pairs, groups[0][0], groups[-1][1])
     lengths: dict[str, Any] = (told.run.result or {}).get("lengths", {})
-    scores = next(iter(lengths.values()), {})
+    scores: dict[str, Any] = next(iter(lengths.values()), {})
     return {
         "model": told.name,
         "parameters": told.run.model.size(),
@@ -220,7 +208,7 @@ def _draw_alignments(study: Study, told: Sequence[Told], task: Translation, pair
     if not looking:
         return
     number = _choose(pairs, 1)[0]
-    one, pair = task.source("test", 0)[_places(task, [pairs[number]])[0]], pairs[number]
+    one, pair = task.source("test", 0)[number], pairs[number]
     spell = [[task.decode([i]) for i in ids] + ["(end)"] for ids in (pair.source, pair.target)]
     batch = {key: jnp.asarray(one[key][None]) for key in ("inputs", "source", "source_segment_ids", "segment_ids")}
     figure, axes = new_figure(

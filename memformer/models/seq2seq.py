@@ -279,5 +279,6 @@ class Seq2Seq(nnx.Module):
             return (after, jnp.where(valid, each, segment)), (jnp.concatenate([y, *read], axis=-1), weights)
 
         by_time = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (x, ids, fresh))
-        last, outputs = lax.scan(step, now, by_time)
+        result: tuple[Any, Any] = lax.scan(step, now, by_time)
+        last, outputs = result
         return last, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), outputs)
