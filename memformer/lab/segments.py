@@ -1,6 +1,7 @@
 """How far a memory between segments reaches: exact match of one question against the number of pairs before it."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,12 +14,13 @@ from memformer.training.config import RunError
 from memformer.training.data import make_loader
 from memformer.training.evaluation import LoadedRun
 from memformer.training.losses import count_batch
+from memformer.training.metrics import read_records
 from memformer.training.plots import COLOURS
 
 __all__ = ["measure", "run_name"]
 
-# Rows a batch; sequences a number of pairs, fewer of them where there are many pairs.
-ROWS, SEQUENCES, FEWER, MANY = 64, 512, 256, 100
+# Rows a batch: two of them for each number of pairs, one where there are many.
+ROWS, MANY = 256, 100
 CLAIM = (
     "Trained on up to 50 pairs, ARMT answers exactly after 500; without the gamma correction it does not go past "
     "what it was trained on, and memory tokens alone (RMT) hold less (arXiv 2407.04841)."
@@ -66,26 +68,32 @@ def _task_of(run: LoadedRun) -> Remember:
 
 def _trained(run: LoadedRun) -> int:
     """The most pairs that the run was trained on: where its curriculum came to."""
-    return run.trained.length if run.result is None else run.result["length"]
+    records = read_records(os.path.join(run.folder, "metrics.jsonl"))
+    return max(record["length"] for record in records if record["kind"] == "train")
 
 
 def _exact_by_pairs(run: LoadedRun, task: Remember) -> dict[int, float]:
     """Share of sequences whose answer is right in every symbol, by the number of pairs."""
+    size = task.segment_length
 
+    # One segment a call, with the state of the last: one program serves any number of pairs.
     @jax.jit
-    def count(params: Any, rest: Any, batch: Any) -> Any:
-        module = run.model.module(params, rest, jax.random.key(0))
-        module.eval()
-        output = module(batch["inputs"], segment_ids=batch["segment_ids"], positions=batch["positions"])
-        return count_batch(output.logits, batch["targets"], batch["loss_weights"])
+    def read(params: Any, rest: Any, state: Any, inputs: Any) -> Any:
+        output = run.model.module(params, rest, jax.random.key(0))(inputs, state=state)
+        return output.logits, output.state
 
     exact = {}
     for pairs in task.eval_lengths:
         loader = make_loader(task.with_length(pairs), "test", batch_size=ROWS, seed=run.config["seed"])
-        batches = (FEWER if pairs >= MANY else SEQUENCES) // ROWS
-        sums = [jax.device_get(count(*run.weights, next(loader))) for _ in range(batches)]
+        right = []
+        for _ in range(1 if pairs >= MANY else 2):
+            batch, state = next(loader), run.module().init_state(ROWS)
+            for start in range(0, batch["inputs"].shape[1], size):
+                logits, state = read(*run.weights, state, batch["inputs"][:, start : start + size])
+            sums = count_batch(logits, batch["targets"][:, -size:], batch["loss_weights"][:, -size:])
+            right.append(float(sums["sequences_correct"]) / ROWS)
         loader.close()
-        exact[pairs] = float(np.sum([s["sequences_correct"] for s in sums]) / np.sum([s["sequences"] for s in sums]))
+        exact[pairs] = float(np.mean(right))
     return exact
 
 
@@ -99,7 +107,7 @@ def _say(run: LoadedRun, exact: dict[int, float]) -> str:
 
 def _draw(found: Sequence[tuple[LoadedRun, dict[int, float]]], study: Study) -> None:
     tasks = [task for task in (Remember.name, Rewrite.name) if any(run.task.name == task for run, _ in found)]
-    figure, axes = new_figure(1, len(tasks), width=3.9 * len(tasks) + 0.4)
+    figure, axes = new_figure(1, len(tasks), width=4.0 * len(tasks) + 1.2)
     colours = dict(zip(("ARMT", "ARMT without gamma", "RMT"), COLOURS, strict=False))
     markers = {"ARMT": "o", "ARMT without gamma": "s", "RMT": "^"}
     for axis, task in zip(axes[0], tasks, strict=True):
@@ -120,5 +128,6 @@ def _draw(found: Sequence[tuple[LoadedRun, dict[int, float]]], study: Study) -> 
     axes[0, 0].set_ylabel("exact match")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    caption = f"Exact match of one question behind n pairs; grey: numbers of pairs in training. Claim: {CLAIM}"
+    grey = "grey: up to the most pairs that any of the runs was trained on"
+    caption = f"Exact match of one question behind n pairs; {grey}. Claim: {CLAIM}"
     study.save_figure(figure, "pairs", caption)
