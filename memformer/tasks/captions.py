@@ -63,9 +63,9 @@ class Captions(Task):
 
     Example:
       >>> task = Captions()
-      >>> one = task.source("train", 0)[3]
+      >>> one = task.source("train", 0)[4]
       >>> one["picture"].shape, " ".join(task.decode(one["targets"]))
-      ((32, 32, 3), 'a red triangle above a blue circle')
+      ((32, 32, 3), 'a yellow circle right of a purple square')
     """
 
     name = "captions"

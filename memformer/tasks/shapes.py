@@ -83,7 +83,7 @@ def draw(rng: np.random.Generator, *, held_out: bool) -> tuple[str, tuple[Figure
     Example:
       >>> relation, figures = draw(np.random.default_rng(0), held_out=False)
       >>> caption(relation, figures)
-      ('a', 'red', 'circle', 'above', 'a', 'red', 'ring')
+      ('a', 'black', 'circle', 'above', 'a', 'yellow', 'cross')
     """
     pairs = [SEEN[rng.integers(len(SEEN))], SEEN[rng.integers(len(SEEN))]]
     alone = rng.random() < 0.25
