@@ -2,6 +2,9 @@
 
     python train.py --config=configs/text_recurrent.py --workdir=runs/text-recurrent
 
+1.6 million bytes read, 16 minutes on two cores with ten other runs beside. Reached: 2.30 bits per byte on held-out
+files, 2.62 on the test files (8 batches).
+
 The text is that of configs/text.py, the Python standard library's own sources. A GRU or a plain RNN:
 
     python train.py --config=configs/text_recurrent.py --config.model.cell=gru --workdir=runs/text-gru
@@ -18,7 +21,7 @@ def get_config():
     config.model.width = 256
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_steps = 50
-    config.train.steps = 800
+    config.train.steps = 400
     config.train.batch_size = 32
     config.train.eval_every = 200
     config.train.eval_batches = 16
