@@ -290,7 +290,7 @@ def _draw_maps(study: Study, run: LoadedRun, name: str, rows: int = 4) -> None:
             axis.axis("off")
         axes[row, 0].imshow(picture[row], interpolation="nearest")
         pair = "new pair: " if task.pictures == "shapes" and split == "test" else ""
-        axes[row, 0].set_title(pair + verdict, fontsize=9, style="italic")
+        axes[row, 0].set_title(pair + verdict, fontsize=7.5, style="italic")
         for step, word in enumerate(words):
             axes[row, step + 1].imshow(_light(picture[row], maps[row, step]), interpolation="nearest")
             axes[row, step + 1].set_title(word, fontsize=9)
