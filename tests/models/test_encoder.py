@@ -157,7 +157,7 @@ def test_sentence_vectors_do_not_read_padding():
 MISTAKES = {
     "state": (lambda: built("post, no positions")[0](IDS, state={}), "state must be None"),
     "types": (lambda: built("post, no positions")[0](IDS, token_types=IDS), "token_types must be None"),
-    "no read-out": (lambda: build(num_classes=0)(IDS), "num_classes = 0"),
+    "no read-out": (lambda: nnx.eval_shape(lambda: build(num_classes=0))(IDS), "num_classes = 0"),
     "both": (lambda: build(features=3), "give vocab_size"),
     "depth": (lambda: build(depth=0), "depth must be a positive integer"),
     "negative types": (lambda: build(token_types=-1), "token_types must be an integer"),
