@@ -1,4 +1,4 @@
-"""BLEU by sacrebleu, where that is installed (the extra `test` brings it)."""
+"""BLEU by sacrebleu, where that is installed (the extras `lab` and `test` bring it)."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
