@@ -77,25 +77,21 @@ def measure(runs: Sequence[LoadedRun], study: Study) -> None:
     Raises:
       RunError: a run of another task or model, or none on generated shapes.
     """
-    for run in runs:
-        if not isinstance(run.task, Captions) or not isinstance(run.module(), Captioner):
-            raise RunError(f"captions measures runs of configs/captions.py, {run.folder} is none.")
-    generated = [run for run in runs if run.task.pictures == "shapes"]
-    if not generated:
+    tasks = [_task(run) for run in runs]
+    if all(task.pictures != "shapes" for task in tasks):
         raise RunError("captions needs a run on generated shapes, whose places are known: configs/captions.py:shapes.")
     scores: list[dict[str, Any]] = []
     masses: list[dict[str, Any]] = []
-    for run in runs:
-        task, name = run.task, _name(run)
-        splits = ("validation", "test") if run in generated else ("test",)
-        for split in splits:
-            told = _tell(run, split)
+    for run, task in zip(runs, tasks, strict=True):
+        name = _name(run, task)
+        for split in _splits(task):
+            told = _tell(run, task, split)
             scores += _score(name, task, split, told)
-            if run in generated:
+            if task.pictures == "shapes":
                 masses += _place(name, task, run.config["seed"], split, told)
-        _draw_maps(study, run, name)
-    if any(run not in generated for run in runs):
-        scores += _nearest(next(run.task for run in runs if run not in generated))
+        _draw_maps(study, run, task, name)
+    for task in [task for task in tasks if task.pictures == "stamps"][:1]:
+        scores += _nearest(task)
     study.add_table(f"Captions of held-out pictures, beam search with {BEAMS} beams", scores)
     study.add_table("Attention on the cells of the grid that a shape touches, while a word is asked for", masses)
     _draw_masses(study, masses)
@@ -107,9 +103,20 @@ def measure(runs: Sequence[LoadedRun], study: Study) -> None:
     study.outcome = _outcome(scores, masses)
 
 
-def _name(run: LoadedRun) -> str:
+def _task(run: LoadedRun) -> Captions:
+    """The run's task, or RunError where it is not what is measured here."""
+    if not isinstance(run.task, Captions) or not isinstance(run.module(), Captioner):
+        raise RunError(f"captions measures runs of configs/captions.py, {run.folder} is none.")
+    return run.task
+
+
+def _splits(task: Captions) -> tuple[str, ...]:
+    return ("validation", "test") if task.pictures == "shapes" else ("test",)
+
+
+def _name(run: LoadedRun, task: Captions) -> str:
     decoder = "LSTM" if run.config["model"]["decoder"] == "lstm" else "Transformer"
-    return f"{decoder}, {run.task.pictures}" if isinstance(run.task, Captions) else decoder
+    return f"{decoder}, {task.pictures}"
 
 
 def _compile(model: Any) -> Callable[[Mapping[str, np.ndarray]], tuple[dict, jax.Array]]:
@@ -127,10 +134,8 @@ def _compile(model: Any) -> Callable[[Mapping[str, np.ndarray]], tuple[dict, jax
     return call
 
 
-def _tell(run: LoadedRun, split: str) -> Told:
-    task, seed, model = run.task, run.config["seed"], run.module()
-    if not isinstance(task, Captions):
-        raise RunError(f"{run.folder} is no run of captions.")
+def _tell(run: LoadedRun, task: Captions, split: str) -> Told:
+    seed, model = run.config["seed"], run.module()
     source = task.source(split, seed)
     count = PICTURES if source.endless else len(source)
     call, said, sums, maps = _compile(model), [], [], []
@@ -267,12 +272,10 @@ def _draw_masses(study: Study, masses: Sequence[Mapping[str, Any]]) -> None:
     )
 
 
-def _draw_maps(study: Study, run: LoadedRun, name: str, rows: int = 4) -> None:
+def _draw_maps(study: Study, run: LoadedRun, task: Captions, name: str, rows: int = 4) -> None:
     """Held-out pictures, and each again for every word of the caption that the model itself says."""
-    task, model, seed = run.task, run.module(), run.config["seed"]
-    if not isinstance(task, Captions):
-        raise RunError(f"{run.folder} is no run of captions.")
-    splits = ("validation", "test") if task.pictures == "shapes" else ("test",)
+    seed, splits = run.config["seed"], _splits(task)
+    model: Any = run.module()
     chosen = [(split, i) for split in splits for i in _choose(task, split, seed, rows // len(splits))]
     picture = np.stack([task.source(split, seed)[i]["picture"] for split, i in chosen])
     tokens, _ = decode(

@@ -74,7 +74,8 @@ class ConvGrid(nnx.Module):
     def _convolution(self, index: int, sizes: Sequence[int], count: int, rngs: nnx.Rngs) -> nnx.Conv:
         stride = 1 if index == count - 1 else 2
         return nnx.Conv(
-            *sizes,
+            sizes[0],
+            sizes[1],
             kernel_size=(3, 3),
             strides=(stride, stride),
             use_bias=False,

@@ -148,7 +148,7 @@ class Captions(Task):
             raise ValueError("pictures must be 'shapes' for regions: where the things of a stamp lie is not known")
 
         def cover(rng: np.random.Generator, _: int) -> Example:
-            _, figures = shapes.draw(rng, held_out=split == "test")
+            figures = shapes.draw(rng, held_out=split == "test")[1]
             return {"regions": np.stack([shapes.cover(figure, self.size) for figure in figures])}
 
         return SyntheticSource(cover, split, seed)[index]["regions"]

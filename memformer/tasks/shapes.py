@@ -95,15 +95,16 @@ def draw(rng: np.random.Generator, *, held_out: bool) -> tuple[str, tuple[Figure
     large, small = rng.uniform(*LARGE), rng.uniform(*SMALL)
     if alone:
         radius = (large, small)[rng.integers(2)]
-        return "", (Figure(*pairs[0], *rng.uniform(radius, 1 - radius, 2), radius),)
+        x, y = rng.uniform(radius, 1 - radius, 2)
+        return "", (Figure(*pairs[0], x, y, radius),)
     relation = tuple(RELATIONS)[rng.integers(len(RELATIONS))]
     direction = np.array(RELATIONS[relation])
     distance = rng.uniform(large + small + GAP, 1 - large - small)
     # Sideways it is less than half of that: which relation holds is never in doubt.
     offset = np.where(direction, direction * distance, rng.uniform(-0.4, 0.4) * distance)
     first = rng.uniform(np.maximum(large, small - offset), np.minimum(1 - large, 1 - small - offset))
-    second = first + offset
-    return relation, (Figure(*pairs[0], *first, large), Figure(*pairs[1], *second, small))
+    (x, y), (right, down) = first, offset
+    return relation, (Figure(*pairs[0], x, y, large), Figure(*pairs[1], x + right, y + down, small))
 
 
 def caption(relation: str, figures: Sequence[Figure]) -> tuple[str, ...]:
