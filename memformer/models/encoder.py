@@ -11,6 +11,7 @@ from memformer.core.types import Array, Dims, Float, Int, check_array
 from memformer.layers.base import check_size
 from memformer.layers.basic import Embedding, constrain, linear, named
 from memformer.layers.stack import TransformerShape
+from memformer.models.config import check_input
 from memformer.models.language_model import ModelOutput
 from memformer.models.stacks import TransformerEncoder
 
@@ -113,12 +114,7 @@ class Encoder(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_classes = vocab_size if num_classes is None else num_classes
-        if bool(vocab_size) == bool(features):
-            raise ValueError(
-                f"give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got "
-                f"vocab_size = {vocab_size} and features = {features}"
-            )
-        check_size("features" if features else "vocab_size", features or vocab_size)
+        check_input(vocab_size, features)
         self.config, self.vocab_size, self.num_classes, self.features = config, vocab_size, num_classes, features
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         self.embedding: Any
@@ -134,8 +130,7 @@ class Encoder(nnx.Module):
         self.head: Any = nnx.data(None)
         if num_classes:
             check_size("num_classes", num_classes)
-            self.head = linear(config.width, num_classes, ("embed", "vocab"), bias=True, **same)
-            self.head.preferred_element_type = config.dtypes.wide
+            self.head = linear(config.width, num_classes, ("embed", "vocab"), bias=True, wide=True, **same)
         # Set by model.train() and model.eval(), as the blocks' own.
         self.deterministic = True
 

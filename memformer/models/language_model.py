@@ -15,7 +15,7 @@ from memformer.layers.basic import NORMS, Embedding, check_options, constrain, d
 from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import count_positions, next_position
-from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig
+from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig, check_input
 
 __all__ = ["Block", "MemoryLM", "ModelOutput", "check_sizes"]
 
@@ -229,13 +229,8 @@ class MemoryLM(nnx.Module):
 
 def check_sizes(config: LanguageModelConfig, vocab_size: int, num_classes: int, features: int) -> None:
     """Raises ValueError unless a model of this shape can have such inputs and outputs."""
-    if bool(vocab_size) == bool(features):
-        raise ValueError(
-            f"give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got "
-            f"vocab_size = {vocab_size} and features = {features}"
-        )
+    check_input(vocab_size, features)
     check_size("num_classes", num_classes)
-    check_size("features" if features else "vocab_size", features or vocab_size)
     if config.tie_embeddings and (features or num_classes != vocab_size):
         raise ValueError(
             f"tie_embeddings needs ids in and the same ids out, got vocab_size = {vocab_size}, num_classes = "

@@ -12,6 +12,7 @@ from memformer.core.chunking import find_segments
 from memformer.core.types import Array, Float, Int, check_array
 from memformer.layers.base import check_choice, check_size
 from memformer.layers.basic import Dtypes, linear, named
+from memformer.models.config import check_input
 from memformer.models.language_model import ModelOutput
 from memformer.ops.addressing import Focus, address, read_slots, write_slots
 
@@ -157,11 +158,7 @@ class NTM(nnx.Module):
         features: int = 0,
         rngs: nnx.Rngs,
     ):
-        if bool(vocab_size) == bool(features):
-            raise ValueError(
-                f"give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got "
-                f"vocab_size = {vocab_size} and features = {features}"
-            )
+        check_input(vocab_size, features)
         num_classes = vocab_size if num_classes is None else num_classes
         check_size("num_classes", num_classes)
         self.config, self.vocab_size, self.features, self.num_classes = config, vocab_size, features, num_classes
