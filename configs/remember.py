@@ -6,7 +6,7 @@
 
 The ARMT goes to 10 pairs at step 540 and ends its 1000 steps there, at 92.4% (test split, mixed numbers of pairs up to
 10; 19 minutes of one core with much other work beside); `--config.train.steps=2000` goes on with it, to 50 pairs from
-step 1640 or so. The other two have not been run. Scores by pairs: `python -m memformer.lab segments RUN_FOLDER...`.
+step 1660. The other two have not been run. Scores by pairs: `python -m memformer.lab segments RUN_FOLDER...`.
 """
 
 from memformer.training.config import default_config
