@@ -33,20 +33,19 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, plan: Plan, blocks: int):
     o_ref, norm_ref, *sums = refs[2 * plan.segments :]
     sums = Sums(*sums)
     i, part = pl.program_id(2), pl.program_id(3)
-    segment = tiles.to_columns(rows)[:, :1] if plan.segments else None
+    segment = rows[:1] if plan.segments else None
 
     @pl.when(part == 0)
     def _():
         tiles.start_sums(sums)
 
+    q, k, x = q_ref.at[0, 0], k_ref.at[0, 0], x_ref.at[0, 0]
+
+    def key_of(j):
+        return tiles.to_columns(keys[0, 0, j])[:, :1] if plan.segments else None
+
     def block(j, carry):
-        k, x = k_ref[0, 0, tiles.block_at(plan, j)], x_ref[0, 0, tiles.block_at(plan, j)]
-        key = keys[0, 0, j][:1] if plan.segments else None
-        steps = []
-        for rows in plan.subs:
-            mask = tiles.same_segment(None, None if key is None else segment[rows], key)
-            steps.append(tiles.add_tile(plan, sums, rows, q_ref[0, 0, rows], k, x, mask))
-        lockstep(steps)
+        tiles.add_block(plan, sums, q, k, x, j, segment, key_of(j))
         return carry
 
     start = part * plan.most
@@ -59,25 +58,24 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, plan: Plan, blocks: int):
         @pl.when(part == before // plan.most)
         def _():
             j = before - start
-            k, x = k_ref[0, 0, tiles.block_at(plan, j)], x_ref[0, 0, tiles.block_at(plan, j)]
-            key = keys[0, 0, j][:1] if plan.segments else None
-            steps = []
+            key, steps = key_of(j), []
             for rows in plan.subs:
                 seen = slice(0, rows.stop)
-                mask = tiles.own_mask(plan, rows, seen)
-                mask = tiles.same_segment(mask, *((None,) * 2 if key is None else (segment[rows], key[:, seen])))
-                steps.append(tiles.add_tile(plan, sums, rows, q_ref[0, 0, rows], k[seen], x[seen], mask))
-            lockstep(steps)
+                mask = tiles.own_mask(plan, rows, seen, transposed=True)
+                mask = tiles.same_segment(mask, *((None,) * 2 if key is None else (segment[:, rows], key[seen])))
+                at = tiles.block_at(plan, j, 0, rows.stop)
+                steps.append(tiles.add_tile(plan, sums, rows, q, k, x, at, mask))
+            lockstep(steps, apart=1)
 
     @pl.when(part == blocks - 1)
     def _():
-        value, norm = sums.value[...], jnp.zeros((plan.size, 1), jnp.float32)
+        value, norm = sums.value[...], jnp.zeros((1, plan.size), jnp.float32)
         if plan.kernel.normalized:
-            total = jnp.sum(sums.total[...], axis=1, keepdims=True)
+            total = jnp.sum(sums.total[...], axis=0, keepdims=True)
             value = value / jnp.where(total > 0, total, 1.0)
             norm = tiles.norm_of(sums.top[...], sums.total[...])
-        o_ref[0, 0] = value.astype(o_ref.dtype)
-        norm_ref[0, 0, 0] = tiles.to_row(norm)[:1]
+        o_ref[0, 0] = value.T.astype(o_ref.dtype)
+        norm_ref[0, 0, 0] = norm
 
 
 def _read(plan: Plan, dtype: Any, k, q, x, first, *numbers):
@@ -135,7 +133,7 @@ def read(plan: Plan, dtype: Any, k: Array, q: Array, x: Array, marks: tuple[Arra
       marks: segments of queries [B, T] and of keys [B, S], or nothing.
 
     Returns:
-      The output [B, H, T, V], and the log-sum-exp of the rows [B, H, T].
+      The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T].
     """
     groups = k.shape[1]
     first = jnp.zeros((q.shape[0], q.shape[2] // plan.size), jnp.int32)

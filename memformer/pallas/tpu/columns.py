@@ -49,7 +49,6 @@ class Refs(NamedTuple):
     dx: Any
     dbeta: Any
     mean: Any
-    own: Any
 
 
 class _Rows(NamedTuple):
@@ -79,7 +78,7 @@ def _tile(
     plan: Plan, refs: Refs, rows: _Rows, columns: slice, mask, write: bool, dx: bool
 ) -> Generator[None, None, tuple[Array, Array | None]]:
     """One tile: adds to dk and dx, returns ds [columns, R] and what the rows' dbeta gets, [1, R] or None."""
-    scores = product(refs.k[0, 0, columns], rows.q, "nt", plan.passes) * plan.scale
+    scores = product(refs.k[0, 0, columns], rows.q, "nt", plan.passes) * plan.factor
     yield
     change = product(refs.x[0, 0, columns], rows.g, "nt", plan.passes)
     yield
@@ -216,7 +215,6 @@ def _columns(plan: Plan, call: _Call, k, q, x, g, rows, last, *rest):
         dtype = jnp.bfloat16 if plan.value_passes == 1 else jnp.float32
         scratch["g"] = pltpu.VMEM((length, value), dtype)
         scratch["mean"] = pltpu.VMEM((blocks, 8, size), jnp.float32)
-        scratch["own"] = pltpu.VMEM((size, size), jnp.float32)
     return pl.pallas_call(
         functools.partial(
             _kernel, plan=plan, blocks=blocks, total=total, write=call.write, solve=call.solve,
@@ -264,6 +262,7 @@ def column_gradients(
       In float32 dk [B, G, S, K], dq [B, H, T, K], dx [B, G, S, V] (where it solves dP instead), and for the write
       dbeta [B, H, T].
     """
+    plan = plan.backward
     heads, groups = q.shape[1], k.shape[1]
     total, blocks = k.shape[2] // plan.size, q.shape[2] // plan.size
     last = jnp.full((k.shape[0], total), blocks, jnp.int32)

@@ -37,16 +37,14 @@ def _plan(op: str, kernel: Kernel, scale: float, k: Array, v: Array, held: int, 
     """
     kind = check_backend(op, k, v)
     passes = PASSES[precision]
-    size, sub, most = tuning.choose_tiles(kind, k.shape[1], k.shape[3], v.shape[3], 2 if passes == 1 else 4)
-    if chunk_size is not None:
-        if chunk_size % sub and sub % chunk_size:
-            raise NotImplementedError(
-                f"the {op} kernel takes a chunk_size that divides {sub} or is a multiple of it, got {chunk_size}"
-            )
-        most = max(1, most * size // chunk_size)
-        size, sub = chunk_size, min(sub, chunk_size)
+    itemsize = 2 if passes == 1 else 4
+    try:
+        cut = tuning.choose_tiles(kind, k.shape[1], k.shape[3], v.shape[3], itemsize, chunk_size)
+    except ValueError as error:
+        raise NotImplementedError(f"the {op} kernel cannot cut this call: {error}") from None
+    size, sub, tile, back, most = cut
     before = -(-held // size)
-    return Plan(kernel, scale, size, sub, most, before, True, False, segments, passes)
+    return Plan(kernel, scale, size, sub, tile, back, most, before, True, False, segments, passes)
 
 
 def _by_head(plan: Plan, x: Array) -> Array:

@@ -8,6 +8,7 @@ What is one number a token lies in arrays [B, heads, N, 8, R], one sublane a nam
 """
 
 import dataclasses
+import math
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
@@ -18,13 +19,14 @@ from jax.experimental.pallas import tpu as pltpu
 from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array
 from memformer.pallas.tpu import tuning
-from memformer.pallas.tpu.common import iotas, product
+from memformer.pallas.tpu.common import iotas, lockstep, product
 
 __all__ = [
     "LOW",
     "NAMES",
     "Plan",
     "Sums",
+    "add_block",
     "add_tile",
     "block_at",
     "compiler_params",
@@ -34,7 +36,6 @@ __all__ = [
     "own_mask",
     "pack_rows",
     "same_segment",
-    "spread",
     "start_sums",
     "sums_scratch",
     "to_columns",
@@ -61,6 +62,8 @@ class Plan:
       scale: factor on inner products.
       size: R, rows of a block.
       sub: rows of a sub-block: what the write inverts at once; divides R.
+      tile: rows and columns of a tile in the walk; both divide R.
+      back: R of the backward pass; divides R.
       most: blocks of one head that VMEM holds at most.
       before: blocks of slots before the call's own tokens.
       own: whether queries see slots of the call (those up to their own).
@@ -73,12 +76,25 @@ class Plan:
     scale: float
     size: int
     sub: int
+    tile: tuple[int, int]
+    back: int
     most: int
     before: int
     own: bool
     strict: bool
     segments: bool
     passes: int
+
+    @property
+    def backward(self) -> "Plan":
+        """The plan of the backward pass."""
+        times = self.size // self.back
+        return dataclasses.replace(self, size=self.back, most=self.most * times, before=self.before * times)
+
+    @property
+    def factor(self) -> float:
+        """What makes scores of inner products; exponentials of a softmax are to base 2, as the chip has them."""
+        return self.scale * math.log2(math.e) if self.kernel.normalized else self.scale
 
     @property
     def value_passes(self) -> int:
@@ -97,7 +113,13 @@ class Plan:
 
 
 class Sums(NamedTuple):
-    """A block of rows so far, in VMEM: running maximum in every lane, sums of exponentials by lane, weighted values."""
+    """A block of rows so far, in VMEM, rows in lanes.
+
+    Attributes:
+      top: running maximum, [8, R] of equal sublanes.
+      total: sums of exponentials, by sublane, [8, R].
+      value: weighted values, [V, R].
+    """
 
     top: Any
     total: Any
@@ -106,9 +128,8 @@ class Sums(NamedTuple):
 
 def sums_scratch(plan: Plan, value: int) -> list[Any]:
     """Scratch for `Sums`."""
-    lanes = min(plan.size, 128)
-    row = pltpu.VMEM((plan.size, lanes), jnp.float32)
-    return [row, row, pltpu.VMEM((plan.size, value), jnp.float32)]
+    row = pltpu.VMEM((8, plan.size), jnp.float32)
+    return [row, row, pltpu.VMEM((value, plan.size), jnp.float32)]
 
 
 def start_sums(sums: Sums) -> None:
@@ -118,67 +139,77 @@ def start_sums(sums: Sums) -> None:
     sums.value[...] = jnp.zeros(sums.value.shape, jnp.float32)
 
 
-def spread(x: Array, width: int) -> Array:
-    """[R, lanes] of equal lanes to [R, width]."""
-    lanes = x.shape[1]
-    if width <= lanes:
-        return x[:, :width]
-    if width % lanes:
-        return jnp.broadcast_to(x[:, :1], (x.shape[0], width))
-    return jnp.concatenate([x] * (width // lanes), axis=1)
-
-
-def _fold(x: Array, lanes: int) -> Array:
-    """Sums of columns that fall on one lane."""
-    if x.shape[1] % lanes:
-        _, column = iotas((x.shape[0], lanes))
-        return jnp.where(column == 0, jnp.sum(x, axis=1, keepdims=True), 0.0)
-    return sum(x[:, left : left + lanes] for left in range(0, x.shape[1], lanes))
-
-
-def add_tile(plan: Plan, sums: Sums, rows: slice, q: Array, k: Array, x: Array, mask) -> Generator[None, None, None]:
+def add_tile(plan: Plan, sums: Sums, rows: slice, q, k, x, columns, mask) -> Generator[None, None, None]:
     """Adds to the sums of some rows what they read in one tile.
 
     Args:
       plan: as ever.
       sums: of the block.
       rows: which of them.
-      q: [rows, K].
-      k: [columns, K].
-      x: [columns, V].
-      mask: [rows, columns] what is seen, or None for everything.
+      q: reference to [R, K].
+      k: reference to [S, K].
+      x: reference to [S, V].
+      columns: which of k and x.
+      mask: [columns, rows] what is seen, or None for everything.
     """
-    scores = product(q, k, "nt", plan.passes) * plan.scale
+    # Loaded where needed: whole blocks would not stay in registers.
+    scores = product(k[columns], q[rows], "nt", plan.passes) * plan.factor
     yield
     if not plan.kernel.normalized:
         weights = weights_of(plan, scores, mask, None)
         yield
-        sums.value[rows] += product(weights, x, "nn", plan.value_passes)
+        sums.value[:, rows] += product(x[columns], weights, "tn", plan.value_passes)
         return
     if mask is not None:
         scores = jnp.where(mask, scores, LOW)
-    before = sums.top[rows]
-    top = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+    before = sums.top[:, rows]
+    top = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
     yield
-    weights = jnp.exp(scores - spread(top, scores.shape[1]))
-    shrink = jnp.exp(before - top)
-    sums.top[rows] = top
-    sums.total[rows] = sums.total[rows] * shrink + _fold(weights, shrink.shape[1])
+    weights = jnp.exp2(scores - top[:1])
+    shrink = jnp.exp2(before - top)
+    sums.top[:, rows] = top
+    sums.total[:, rows] = sums.total[:, rows] * shrink + _fold(weights)
     yield
-    read = product(weights, x, "nn", plan.passes)
-    sums.value[rows] = sums.value[rows] * spread(shrink, read.shape[1]) + read
+    read = product(x[columns], weights, "tn", plan.passes)
+    sums.value[:, rows] = sums.value[:, rows] * shrink[:1] + read
+
+
+def _fold(x: Array) -> Array:
+    """[columns, rows] to [8, rows]: sums that need no exchange between sublanes."""
+    return jnp.sum(x.reshape(-1, 8, x.shape[1]), axis=0)
+
+
+def add_block(plan: Plan, sums: Sums, q, k, x, j, segment: Array | None, key: Array | None) -> None:
+    """Adds to the sums what all rows read of block j, which lies before them.
+
+    Args:
+      plan: as ever.
+      sums: of the block of rows.
+      q, k, x: references, as in `add_tile`.
+      j: which block of k and x.
+      segment: segments of the rows, [1, R], or None.
+      key: segments of the columns, [R, 1].
+    """
+    steps = []
+    for left in range(0, plan.size, plan.tile[1]):
+        for top in range(0, plan.size, plan.tile[0]):
+            rows = slice(top, top + plan.tile[0])
+            mask = None if key is None else segment[:, rows] == key[left : left + plan.tile[1]]
+            steps.append(add_tile(plan, sums, rows, q, k, x, block_at(plan, j, left, plan.tile[1]), mask))
+    # A turn apart, so that a tile finds the sums of the one before it.
+    lockstep(steps, apart=1)
 
 
 def norm_of(top: Array, total: Array) -> Array:
-    """Log-sum-exp of rows, in every lane; a large negative number where a row saw nothing."""
-    total = jnp.sum(total, axis=1, keepdims=True)
-    return top + jnp.log(jnp.where(total > 0, total, 1.0))
+    """[1, R] log-sum-exp of rows, to base 2; a large negative number where a row saw nothing."""
+    total = jnp.sum(total, axis=0, keepdims=True)
+    return top[:1] + jnp.log2(jnp.where(total > 0, total, 1.0))
 
 
 def weights_of(plan: Plan, scores: Array, mask, norm: Array | None) -> Array:
     """Values of the kernel in one tile, normalised by the log-sum-exp `norm` where it is softmax; 0 where hidden."""
     if plan.kernel.normalized:
-        return jnp.exp((scores if mask is None else jnp.where(mask, scores, LOW)) - norm)
+        return jnp.exp2((scores if mask is None else jnp.where(mask, scores, LOW)) - norm)
     if mask is None:
         return similarity(plan.kernel, scores)
     # Hidden scores are cleared before the kernel too: their exponential may be infinite.
@@ -186,11 +217,9 @@ def weights_of(plan: Plan, scores: Array, mask, norm: Array | None) -> Array:
 
 
 def own_mask(plan: Plan, rows: slice, columns: slice, *, transposed: bool = False) -> Array:
-    """What rows of a block see of columns of the same block, as if all were one segment."""
+    """[rows, columns] what rows of a block see of columns of the same block, as if all were one segment."""
     shape = (rows.stop - rows.start, columns.stop - columns.start)
-    row, column = iotas(shape[::-1] if transposed else shape)
-    if transposed:
-        row, column = column, row
+    row, column = iotas(shape[::-1])[::-1] if transposed else iotas(shape)
     gap = (row + rows.start) - (column + columns.start)
     return gap > 0 if plan.strict else gap >= 0
 
@@ -213,10 +242,11 @@ def to_row(column: Array) -> Array:
     return jnp.broadcast_to(column[:, :1], (column.shape[0], 128)).T[:8]
 
 
-def block_at(plan: Plan, i):
-    """Rows of block i in an array that holds all of them."""
+def block_at(plan: Plan, i, offset: int = 0, count: int | None = None):
+    """Rows of block i in an array that holds all of them, or `count` of them from `offset` on."""
     start = i * plan.size
-    return pl.ds(start if isinstance(i, int) else pl.multiple_of(start, plan.size), plan.size)
+    start = start if isinstance(i, int) else pl.multiple_of(start, plan.size)
+    return pl.ds(start + offset, plan.size if count is None else count)
 
 
 def pack_rows(plan: Plan, heads: int, **numbers: Array | None) -> Array:

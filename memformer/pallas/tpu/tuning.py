@@ -69,32 +69,45 @@ def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> Tunin
     return dataclasses.replace(sizes, chunk=chunk, heads=heads)
 
 
-# Attention and DeltaFormer: rows of a block, and of the sub-blocks that the write inverts.
-TILES = {
-    "TPU v5 lite": (256, 128),
-    "TPU v5": (256, 128),
-    "TPU v6 lite": (256, 128),
-    "TPU7x": (256, 128),
-    "interpreter": (32, 16),
+# Attention and DeltaFormer: rows of a block, of the sub-blocks that the write inverts, rows and columns of a tile, and
+# rows of a block backward. Seen in the write's main loop, bundles for 512 rows and columns: on v5p with tiles of
+# 256 x 128 1228, of 128 x 128 1428, of 256 x 64 1674; on v6e 128 x 256 968, 512 x 128 939 (more spills), 256 x 256 978.
+TILES: dict[str, tuple[int, int, tuple[int, int], int]] = {
+    "TPU v5 lite": (512, 128, (256, 128), 256),
+    "TPU v5": (512, 128, (256, 128), 256),
+    "TPU v6 lite": (512, 128, (128, 256), 256),
+    "TPU7x": (512, 128, (128, 256), 256),
+    "interpreter": (64, 16, (32, 16), 32),
 }
 
 # Bytes of VMEM that what lies there for a whole head may take.
 RESIDENT = 40 * 2**20
 
 
-def choose_tiles(kind: str, length: int, key: int, value: int, itemsize: int) -> tuple[int, int, int]:
-    """Rows of a block, rows of a sub-block, and how many blocks of one head VMEM holds.
+def choose_tiles(
+    kind: str, length: int, key: int, value: int, itemsize: int, chunk_size: int | None = None
+) -> tuple[int, int, tuple[int, int], int, int]:
+    """A row of the table that fits the call, and how many blocks of one head VMEM holds.
 
     Args:
       kind: device kind.
       length: T.
       key, value: widths K and V.
       itemsize: bytes of an operand of the products.
+      chunk_size: rows of a block where the caller names them.
+
+    Raises:
+      ValueError: chunk_size does not go with the table's sub-blocks.
     """
-    size, sub = TILES.get(kind, TILES["TPU v5"])
+    size, sub, tile, back = TILES.get(kind, TILES["TPU v5"])
     while size > sub and size // 2 >= length:
         size //= 2
+    if chunk_size is not None:
+        size, sub = chunk_size, min(sub, chunk_size)
+        if size % sub or sub % 16:
+            raise ValueError(f"chunk_size must be a multiple of {sub}, or of 16 and less, got {chunk_size}")
+    rows, columns = (side if size % side == 0 else sub for side in tile)
     key, value = (-(-width // 128) * 128 for width in (key, value))
     # The backward pass holds most: a query, its gradient in float32 and what is weighed, twice, and the numbers.
     token = 2 * itemsize * (key + value) + 8 * key + 128
-    return size, sub, RESIDENT // (token * size)
+    return size, sub, (rows, columns), back if size % back == 0 else size, max(1, RESIDENT // (token * size))

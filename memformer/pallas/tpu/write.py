@@ -59,24 +59,38 @@ def _invert(plan: Plan, own: Array, rows: slice) -> Generator[None, None, Array]
     return jnp.where(row == column, 0.0, inverse)
 
 
-def _own_forward(plan: Plan, sums: Sums, rows: slice, w, k, mask, beta) -> Generator[None, None, tuple]:
+def _own_forward(
+    plan: Plan, rows: slice, w, k, mask, beta, top, total, erased
+) -> Generator[None, None, tuple[Array, Array, Array, Array]]:
     """beta A of some rows against their own block, the log-sum-exp, what they read of earlier ones, and `_invert`."""
-    scores = product(w, k, "nt", plan.passes) * plan.scale
+    scores = product(w, k, "nt", plan.passes) * plan.factor
     yield
-    norm, erased = jnp.zeros((plan.sub, 1), jnp.float32), sums.value[rows]
+    norm = jnp.zeros(beta.shape, jnp.float32)
     if plan.kernel.normalized:
         hidden = jnp.where(mask, scores, tiles.LOW)
-        before = sums.top[rows]
+        before = top
         top = jnp.maximum(before, jnp.max(hidden, axis=1, keepdims=True))
         yield
-        total = jnp.sum(sums.total[rows] * jnp.exp(before - top), axis=1, keepdims=True)
-        total = total + jnp.sum(jnp.exp(hidden - tiles.spread(top, hidden.shape[1])), axis=1, keepdims=True)
-        norm = top[:, :1] + jnp.log(jnp.where(total > 0, total, 1.0))
-        erased = erased * jnp.exp(before[:, :1] - norm)
+        shrink = jnp.exp2(before - top)
+        total = total * shrink + jnp.sum(jnp.exp2(hidden - top), axis=1, keepdims=True)
+        norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
+        erased = erased * jnp.exp2(before - norm)
         yield
-    own = beta[rows] * tiles.weights_of(plan, scores, mask, norm)
+    own = beta * tiles.weights_of(plan, scores, mask, norm)
     inverse = yield from _invert(plan, own, rows)
     return own, norm, erased, inverse
+
+
+def _start(plan: Plan, sums: Sums, rows: Array, start_ref) -> None:
+    """The sums over the slots of the state, or nothing."""
+    tiles.start_sums(sums)
+    if start_ref is None:
+        return
+    sums.value[...] = start_ref[0, 0].T
+    if plan.kernel.normalized:
+        place = NAMES.index("start")
+        sums.top[...] = jnp.broadcast_to(rows[place : place + 1], sums.top.shape)
+        sums.total[...] = jnp.where(iotas(sums.total.shape)[0] == 0, 1.0, 0.0)
 
 
 def _forward_kernel(first_ref, k_ref, w_ref, v_ref, rows_ref, *refs, plan: Plan, held: bool):
@@ -85,38 +99,28 @@ def _forward_kernel(first_ref, k_ref, w_ref, v_ref, rows_ref, *refs, plan: Plan,
     u_ref, norm_ref, *refs = refs[plan.segments + held :]
     sums, near = Sums(*refs[:3]), refs[3] if plan.value_passes == 1 else u_ref.at[0, 0]
     i = pl.program_id(2)
-    numbers = tiles.to_columns(rows_ref[0, 0, 0])
-    tiles.start_sums(sums)
-    if held:
-        sums.value[...] = start_ref[0, 0]
-        if plan.kernel.normalized:
-            sums.top[...] = jnp.broadcast_to(_column(numbers, "start"), sums.top.shape)
-            sums.total[...] = jnp.where(iotas(sums.total.shape)[1] == 0, 1.0, 0.0)
+    _start(plan, sums, rows_ref[0, 0, 0], start_ref)
+    segment = rows_ref[0, 0, 0, :1] if plan.segments else None
 
     def block(j, carry):
-        at = tiles.block_at(plan, j)
-        k, u = k_ref[0, 0, at], near[at]
-        steps = []
-        for rows in plan.subs:
-            mask = None
-            if plan.segments:
-                mask = _column(numbers, "segment")[rows] == keys[0, 0, j][:1]
-            steps.append(tiles.add_tile(plan, sums, rows, w_ref[0, 0, rows], k, u, mask))
-        lockstep(steps)
+        key = tiles.to_columns(keys[0, 0, j])[:, :1] if plan.segments else None
+        tiles.add_block(plan, sums, w_ref.at[0, 0], k_ref.at[0, 0], near, j, segment, key)
         return carry
 
     lax.fori_loop(first_ref[pl.program_id(0), i], i, block, 0)
 
-    at = tiles.block_at(plan, i)
-    k, beta = k_ref[0, 0, at], _column(numbers, "beta")
-    key = keys[0, 0, i][:1] if plan.segments else None
+    numbers, top = tiles.to_columns(rows_ref[0, 0, 0]), tiles.to_columns(sums.top[...])[:, :1]
+    total = jnp.sum(tiles.to_columns(sums.total[...]), axis=1, keepdims=True)
+    at, erased, beta = tiles.block_at(plan, i), sums.value[...].T, _column(numbers, "beta")
+    k, key = k_ref[0, 0, at], keys[0, 0, i][:1] if plan.segments else None
     steps = []
     for rows in plan.subs:
         mask = _seen_of_own(plan, rows, numbers, key)
-        steps.append(_own_forward(plan, sums, rows, w_ref[0, 0, rows], k[: rows.stop], mask, beta))
+        columns = (x[rows] for x in (beta, top, total, erased))
+        steps.append(_own_forward(plan, rows, w_ref[0, 0, rows], k[: rows.stop], mask, *columns))
     parts = lockstep(steps)
     target = _column(numbers, "alpha") * v_ref[0, 0].astype(jnp.float32)
-    written = []
+    written: list[Array] = []
     for rows, (own, _, erased, inverse) in zip(plan.subs, parts, strict=True):
         left = target[rows] - beta[rows] * erased
         for earlier, u in zip(plan.subs, written, strict=False):
@@ -175,7 +179,7 @@ def _solve(plan: Plan, refs: Refs, i) -> None:
 
     def own(rows):
         w, k = refs.q[0, 0, at][rows], refs.k[0, 0, : rows.stop]
-        scores = product(w, k, "nt", plan.passes) * plan.scale
+        scores = product(w, k, "nt", plan.passes) * plan.factor
         yield
         own = beta[rows] * tiles.weights_of(plan, scores, _seen_of_own(plan, rows, numbers, key), norm[rows])
         return own, (yield from _invert(plan, own, rows))
