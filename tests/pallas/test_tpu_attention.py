@@ -1,0 +1,165 @@
+"""DeltaFormer's and attention's TPU kernels in the interpreter: races detected, fresh memory full of NaN.
+
+The shared suite of the ops runs with implementation="pallas"; what it has no row for is held against the recurrence.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memformer as mf
+from memformer.pallas.tpu import common, tuning
+from tests.numeric import FORWARD, GRADIENT, assert_close
+from tests.ops import test_ops as suite
+from tests.pallas.test_tpu import exported, interpreter, keys
+
+__all__ = ["interpreter"]
+
+# Row of the shared suite, dtype of the inputs, rows of a block.
+CASES = [("deltaformer_linear_softmax", "bfloat16", 32), ("softmax_attention", "float32", 48)]
+
+
+@pytest.mark.parametrize(("name", "dtype", "chunk_size"), CASES, ids=[case[0] for case in CASES])
+def test_packed_against_oracle(name, dtype, chunk_size, interpreter):
+    arrays, state = suite.inputs(name)
+    arrays, state = suite.cast(arrays, dtype), suite.cast(state, "float32")
+    got, _ = suite.evaluate(name, "pallas", arrays, state, suite.packed_ids()[0], chunk_size=chunk_size)
+    assert got["output"].dtype == jnp.dtype(dtype)
+    suite.check(got, suite.oracle(name, dtype), dtype, name)
+
+
+def given(length, heads=(1, 1), width=8, value=4, dtype="float32", seed=2):
+    """Arguments of DeltaFormer; keys and w have length 1."""
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal
+    arrays = {
+        "q": normal((1, length, heads[0], width)),
+        "k": normal((1, length, heads[1], width)),
+        "v": normal((1, length, heads[1], value)),
+        "w": normal((1, length, heads[1], width)),
+        "alpha": rng.uniform(0.5, 1.5, (1, length, heads[1])),
+        "beta": rng.uniform(0.0, 1.0, (1, length, heads[1])),
+    }
+    for name in ("k", "w"):
+        arrays[name] /= np.linalg.norm(arrays[name], axis=-1, keepdims=True)
+    return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
+
+
+def evaluate(arrays, implementation, **options):
+    """Output, u and gradients of all arrays through both."""
+
+    def loss(arrays):
+        output, cache = mf.deltaformer(**arrays, implementation=implementation, **options)
+        return jnp.sum(jnp.sin(output)).astype(cache.u.dtype) + jnp.sum(jnp.sin(cache.u)), (output, cache.u)
+
+    (_, seen), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+    return seen, gradients
+
+
+def oracle(arrays, **options):
+    """The same by the recurrence in float64."""
+    with jax.enable_x64(True):
+        exact = suite.cast(jax.tree.map(np.asarray, arrays), "float64")
+        return jax.tree.map(np.asarray, evaluate(exact, "recurrent", **options))
+
+
+@pytest.mark.parametrize(
+    ("write", "read"),
+    [("softmax", "relu"), ("relu", mf.Kernel("exp", scale=0.5)), (mf.Kernel("round", decimals=2), "linear")],
+    ids=lambda kernel: getattr(kernel, "name", kernel),
+)
+def test_kernels(write, read, interpreter):
+    """Each kernel in each place, one row more than a block."""
+    arrays, options = given(17), {"write_kernel": write, "read_kernel": read}
+    got, gradients = evaluate(arrays, "pallas", chunk_size=16, **options)
+    want, want_gradients = oracle(arrays, **options)
+    assert_close(got, want, FORWARD["float32"], "output and u")
+    assert_close(gradients, want_gradients, GRADIENT["float32"], "gradient")
+
+
+def test_a_call_too_long_for_vmem(interpreter, monkeypatch):
+    """Parts of a block each: what lies before a part is read by attention."""
+    monkeypatch.setattr(tuning, "RESIDENT", 1)
+    arrays = given(40, heads=(2, 1))
+    got, gradients = evaluate(arrays, "pallas", chunk_size=16)
+    want, want_gradients = oracle(arrays)
+    assert_close(got, want, FORWARD["float32"], "output and u")
+    assert_close(gradients, want_gradients, GRADIENT["float32"], "gradient")
+
+
+@pytest.mark.parametrize("kind", ["identical", "close"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
+def test_hard_keys(kind, dtype, tolerance, interpreter):
+    """A linear write of 128 equal or nearly equal keys, where a power series of A would reach 1e30.
+
+    The read is linear too: a softmax over equal keys does not depend on q, and its gradient is 0.
+    """
+    length, options = 128, {"write_kernel": "linear", "read_kernel": "linear"}
+    arrays = given(length, width=32, value=16, dtype=dtype)
+    arrays["k"] = suite.cast(keys(kind, np.random.default_rng(3), length, 32)[None, :, None], dtype)
+    del arrays["w"], arrays["alpha"]
+    arrays["beta"] = jnp.full((1, length, 1), {"identical": 2.0, "close": 1.0}[kind], "float32")
+    (output, u), gradients = evaluate(arrays, "pallas", chunk_size=128, **options)
+    want, want_gradients = oracle(arrays, **options)
+    assert_close((output, u), want, tolerance, kind)
+    assert_close(gradients, want_gradients, 3 * tolerance, f"{kind} gradient")
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Inputs, output, u and one log-sum-exp a row: nothing that grows with the square of the length."""
+
+    def backward(arrays):
+        return jax.vjp(lambda a: mf.deltaformer(**a, implementation="pallas")[0], arrays)[1]
+
+    def kept(length):
+        arrays = {name: jax.ShapeDtypeStruct(x.shape, "bfloat16") for name, x in given(length).items()}
+        with common.interpreted():
+            leaves = jax.tree.leaves(jax.eval_shape(backward, arrays))
+        return sum(x.size * x.dtype.itemsize for x in leaves) / length
+
+    # Bytes a token: k, w, q, v and the output in bfloat16; alpha, beta and two norms, and u in float32.
+    floor = 2 * (3 * 8 + 2 * 4) + 4 * (4 + 4)
+    assert kept(4096) <= 1.1 * floor
+    assert kept(8192) == kept(4096)
+
+
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_no_fallback_in_disguise(implementation):
+    """The program for a TPU calls the kernels by name, forward and backward, and holds no T x T array."""
+    length = 4096
+
+    def both(q, k, v):
+        a, _ = mf.deltaformer(q, k, v, implementation=implementation)
+        b, _ = mf.softmax_attention(q, k, v, implementation=implementation)
+        return jnp.sum(a.astype("float32")) + jnp.sum(b.astype("float32"))
+
+    few, many = (1, length, 1, 128), (1, length, 2, 128)
+    text = exported(jax.grad(both, argnums=(0, 1, 2)), many, few, few)
+    for name in ("write_forward", "write_backward", "attention_forward", "attention_backward"):
+        assert f"memformer_{name}" in text
+    assert text.count("tpu_custom_call") >= 6
+    assert f"{length}x{length}" not in text and "while" not in text
+
+
+REFUSED = {
+    "a window": (lambda x: mf.softmax_attention(x, x, x, window=3, implementation="pallas"), "no window"),
+    "an encoder": (lambda x: mf.softmax_attention(x, x, x, causal=False, implementation="pallas"), "causal"),
+    "chunk": (lambda x: mf.deltaformer(x, x, x, chunk_size=24, implementation="pallas"), "chunk_size"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_refusals_say_why(why):
+    call, message = REFUSED[why]
+    with common.interpreted(), pytest.raises(NotImplementedError, match=message):
+        call(jnp.zeros((1, 8, 2, 4)))
+
+
+def test_tuning_fits():
+    """Every row of the table cuts any call into blocks that fit each other."""
+    for kind in tuning.TILES:
+        for length, width, itemsize in ((1, 16, 2), (100, 128, 4), (8192, 256, 2)):
+            size, sub, tile, back, most = tuning.choose_tiles(kind, length, width, width, itemsize)
+            assert most >= 1 and size % sub == 0 and back % sub == 0
+            assert all(size % side == 0 for side in (*tile, back))
