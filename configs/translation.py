@@ -10,6 +10,11 @@ BLEU by length of the source, and what the models look at:
     python -m memformer.lab translation runs/translation-last_state runs/translation-attention \
         runs/translation-transformer
 
+Seen with the installed verses, seed 0, on one core each of two with much other work beside (1,074 test verses of at
+most 39 tokens, four beams): last state 33 min, BLEU 2.4 (3.3 for the shortest fifth of the sources, 2.4 for the
+longest); attention 45 min, BLEU 23.9 (25.3, 24.2); Transformer, 2500 steps, 40 min, BLEU 20.1 (23.6, 19.4). The last
+state alone has hardly learned to translate in so few steps: it writes verses, but others.
+
 The verses are those of the packages sword-text-kjv and sword-text-sparv; without them 514 verses of Genesis are
 used, which is enough to see a loss fall and no more.
 """
