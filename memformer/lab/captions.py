@@ -1,5 +1,6 @@
 """Captions of held-out pictures by beam search, and where the attention lies while each word is said."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from memformer.tasks.captions import END, START
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
 from memformer.training.losses import count_batch
+from memformer.training.metrics import say
 from memformer.training.plots import COLOURS
 
 __all__ = ["Told", "measure", "region_shares", "right_words"]
@@ -297,9 +299,15 @@ def _draw_maps(study: Study, run: LoadedRun, task: Captions, name: str, rows: in
         for step, word in enumerate(words):
             axes[row, step + 1].imshow(_light(picture[row], maps[row, step]), interpolation="nearest")
             axes[row, step + 1].set_title(word, fontsize=9)
+    if task.pictures == "stamps":
+        # the stamps are under the GPL: drawn beside the run, never among the results that are committed
+        path = os.path.join(run.folder, "captions-maps.png")
+        figure.savefig(path, dpi=100)
+        say(f"attention over stamps: {path}")
+        return
     study.save_figure(
         figure,
-        f"maps-{name.split(',')[0].lower()}-{task.pictures}",
+        f"maps-{name.split(',')[0].lower()}",
         f"{name}: held-out pictures, and for each word of the caption that beam search says the picture lit where the "
         "attention lies (dark blue: nowhere). Claim: the light falls on what the word names.",
     )

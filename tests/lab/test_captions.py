@@ -55,7 +55,7 @@ def test_the_study_of_a_run(run, tmp_path, monkeypatch):
     for row in masses:
         assert 0 < row["on the named shape"] < 1 and 0.02 < row["its share of the grid"] < 0.4
     assert {figure["file"] for figure in content["figures"]} == {
-        "captions-maps-lstm-shapes.png",
+        "captions-maps-lstm.png",
         "captions-masses.png",
     }
 
