@@ -7,8 +7,8 @@ Generated pictures of placed shapes; about 8 minutes on one core of two with oth
 
     python train.py --config=configs/captions.py:shapes --workdir=runs/captions-shapes
 
-The same by a Transformer over patches of 4 x 4 pixels; 14 minutes with much other work beside (3 to 4 of one core's
-time), loss on new pictures 0.0047, on the test split 0.37:
+The same by a Transformer over patches of 4 x 4 pixels; 14 minutes with much other work beside, loss on new pictures
+0.0047, on the test split 0.37:
 
     python train.py --config=configs/captions.py:transformer --workdir=runs/captions-transformer
 
