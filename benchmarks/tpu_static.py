@@ -285,8 +285,8 @@ def splash(topology: str):
 
 def tokamax_kda(topology: str):
     """tokamax' Kimi delta attention (decay per channel): [1, 8192, 32, 128] bfloat16, forward."""
-    from tokamax import config  # type: ignore[import-not-found]
-    from tokamax._src.ops.kda import api  # type: ignore[import-not-found]
+    from tokamax import config
+    from tokamax._src.ops.kda import api
 
     wide, scalar = (32, 1, 8192, 128), (32, 1, 8192)
     call = functools.partial(api.kimi_delta_attention, implementation="mosaic")

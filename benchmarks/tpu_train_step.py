@@ -71,7 +71,7 @@ def compile_step(config: dict[str, Any], topology: str) -> Step:
         compiled = lower_step(run)[0].compile()
     need: Any = compiled.memory_analysis()
     size = need.argument_size_in_bytes + need.output_size_in_bytes - need.alias_size_in_bytes + need.temp_size_in_bytes
-    text = compiled.as_text()
+    text = compiled.as_text() or ""
     gathered = re.findall(r"= \(?(\w+\[[\d,]*\]).* all-gather(?:-start)?\(", text)
     return Step(
         parameters=run.model.size(),

@@ -13,6 +13,7 @@ NAMES = (*SIMULATIONS, *LABS)
 
 
 def main() -> None:
+    """Reads the command line and does what it asks."""
     parser = argparse.ArgumentParser(prog="python -m memformer.lab", description=__doc__)
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(NAMES)}")
     parser.add_argument("runs", nargs="*", metavar="RUN_FOLDER", help="folders of finished runs of train.py")

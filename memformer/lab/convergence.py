@@ -94,7 +94,8 @@ def _stream(seed: int, steps: int, heads: int, batch: int, change: int | None, *
         k, q = l2norm(k), l2norm(q)
     maps = jax.random.normal(keys[2], (2, batch, heads, width, width)) / math.sqrt(width)
     late = jnp.arange(steps) >= (steps if change is None else change)
-    v = jnp.where(late[:, None, None], *(jnp.einsum("bthk,bhkv->bthv", k, w) for w in (maps[1], maps[0])))
+    before, after = (jnp.einsum("bthk,bhkv->bthv", k, w) for w in maps)
+    v = jnp.where(late[:, None, None], after, before)
     return q, k, v + NOISE * jax.random.normal(keys[3], v.shape), maps
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from memformer.lab.study import Study, new_figure
@@ -87,10 +88,12 @@ def _exact_by_pairs(run: LoadedRun, task: Remember) -> dict[int, float]:
         loader = make_loader(task.with_length(pairs), "test", batch_size=ROWS, seed=run.config["seed"])
         right = []
         for _ in range(1 if pairs >= MANY else 2):
-            batch, state = next(loader), run.module().init_state(ROWS)
+            module: Any = run.module()
+            batch, state = next(loader), module.init_state(ROWS)
             for start in range(0, batch["inputs"].shape[1], size):
                 logits, state = read(*run.weights, state, batch["inputs"][:, start : start + size])
-            sums = count_batch(logits, batch["targets"][:, -size:], batch["loss_weights"][:, -size:])
+            asked = (jnp.asarray(batch[name][:, -size:]) for name in ("targets", "loss_weights"))
+            sums = count_batch(logits, *asked)
             right.append(float(sums["sequences_correct"]) / ROWS)
         loader.close()
         exact[pairs] = float(np.mean(right))
