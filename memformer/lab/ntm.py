@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from memformer.lab.study import Study, new_figure
+from memformer.lab.study import Study, new_figure, training_seconds
 from memformer.tasks.bits import Copy, DynamicNGrams, optimal_bits
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
@@ -97,17 +97,8 @@ def _row(task: str, name: str, run: LoadedRun) -> dict[str, Any]:
         "sequences": run.step * run.config["train"]["batch_size"],
         "bits a sequence": round(scores["bits_per_sequence"], 3),
         "wrong bits a sequence": round(scores["bit_errors"], 4) if "bit_errors" in scores else "",
-        "seconds": round(_seconds(run)),
+        "seconds": round(training_seconds(run)),
     }
-
-
-def _seconds(run: LoadedRun) -> float:
-    """Time in training steps, of all parts of a run that was resumed."""
-    seconds, before = 0.0, 0
-    for record in _trained(run):
-        seconds += (record["step"] - before) * (record["step_seconds"] or 0.0)
-        before = record["step"]
-    return seconds
 
 
 def _trained(run: LoadedRun) -> list[dict[str, Any]]:

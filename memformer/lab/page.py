@@ -17,7 +17,7 @@ HEAD = """# Results
 
 What trained models of this repository do, beside what is claimed of them. Written by
 `python -m memformer.lab --write` from the JSONs in [results/](results): every number was measured by the commands
-beside it. Seconds are of two CPU cores with other work beside.
+beside it. Seconds are those of training steps, on two CPU cores with much other work beside.
 """
 
 
@@ -70,9 +70,9 @@ def _section(study: Mapping[str, Any], folder: str, commands: Mapping[str, str])
     for figure in study["figures"]:
         lines += [f"![{figure['caption']}]({folder}/{figure['file']})", "", f"*{figure['caption']}*", ""]
     for run in study["runs"]:
-        took = "" if run["seconds"] is None else f", {run['seconds']:.0f} s"
         command = commands.get(run["folder"], run["folder"])
-        lines.append(f"- `{command}`: {run['parameters']:,} parameters, {run['step']} steps{took}, seed {run['seed']}")
+        size = f"{run['parameters']:,} parameters, {run['step']} steps in {run['seconds']:.0f} s"
+        lines.append(f"- `{command}`: {size}, seed {run['seed']}")
     folders = "".join(f" {run['folder']}" for run in study["runs"])
     versions = ", ".join(f"{name} {version}" for name, version in study["versions"].items())
     lines += [

@@ -129,8 +129,9 @@ def _draw(found: Sequence[tuple[LoadedRun, dict[int, float]]], study: Study) -> 
         axis.set_title(task)
         axis.set_xlabel("pairs before the question")
     axes[0, 0].set_ylabel("exact match")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    # one legend for all panels: a task may have fewer models than the other
+    named = {name: line for axis in axes[0] for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=len(named), frameon=False)
     grey = "grey: up to the most pairs that any of the runs was trained on"
     caption = f"Exact match of one question behind n pairs; {grey}. Claim: {CLAIM}"
     study.save_figure(figure, "pairs", caption)

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 
 from memformer.training.evaluation import LoadedRun
-from memformer.training.metrics import format_table, model_name, replace_file, say
+from memformer.training.metrics import format_table, model_name, read_records, replace_file, say
 
-__all__ = ["Study", "new_figure"]
+__all__ = ["Study", "new_figure", "training_seconds"]
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
@@ -133,9 +133,18 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def training_seconds(run: LoadedRun) -> float:
+    """Time in training steps, of all parts of a run that was resumed; compiling and evaluating are left out."""
+    seconds, before = 0.0, 0
+    for record in read_records(os.path.join(run.folder, "metrics.jsonl")):
+        if record["kind"] == "train":
+            seconds += (record["step"] - before) * (record["step_seconds"] or 0.0)
+            before = record["step"]
+    return seconds
+
+
 def _describe(run: LoadedRun) -> dict[str, Any]:
     """Which run, without a path of this machine."""
-    result = run.result or {}
     return {
         "folder": f"runs/{os.path.basename(os.path.normpath(run.folder))}",
         "task": run.task.name,
@@ -143,7 +152,7 @@ def _describe(run: LoadedRun) -> dict[str, Any]:
         "parameters": run.model.size(),
         "seed": run.config["seed"],
         "step": run.step,
-        "seconds": result.get("seconds"),
+        "seconds": round(training_seconds(run), 1),
     }
 
 

@@ -11,21 +11,20 @@ import pytest
 
 from memformer.lab import Study
 from memformer.lab.page import render_page, write_page
-from memformer.lab.study import new_figure
+from memformer.lab.study import new_figure, training_seconds
 from memformer.training.config import RunError
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
 
 
-def a_run():
+def a_run(folder="/somewhere/else/runs/swap-x/"):
     return types.SimpleNamespace(
-        folder="/somewhere/else/runs/swap-x/",
+        folder=folder,
         task=types.SimpleNamespace(name="swap"),
         config={"seed": 3, "model": {"type": "ntm"}},
         model=types.SimpleNamespace(size=lambda: 1234),
         step=7,
-        result={"seconds": 12.3},
     )
 
 
@@ -59,6 +58,17 @@ def test_the_page_holds_what_the_study_says(tmp_path):
     assert path == tmp_path / "results.md"
     for part in ("## toy", "Claim: Up.", "| 1 | 0.1235 |", "(results/toy-line.png)", "runs/swap-x", "1,234", "seed 3"):
         assert part in text, part
+
+
+def test_seconds_of_a_resumed_run_are_those_of_all_its_steps(tmp_path):
+    records = [
+        {"kind": "train", "step": 2, "step_seconds": None},
+        {"kind": "eval", "step": 2},
+        {"kind": "train", "step": 6, "step_seconds": 0.5},
+        {"kind": "train", "step": 7, "step_seconds": 3.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert training_seconds(a_run(tmp_path)) == 5.0
 
 
 @pytest.mark.parametrize("missing", ["claim", "outcome", "tables"])
