@@ -5,8 +5,8 @@
     python train.py --config=configs/rewrite.py:rmt --workdir=runs/rewrite_rmt
 
 The ARMT learns which value belongs to which key after 540 steps and is at 50 pairs from step 900; without gamma that is
-step 1000 and step 1700. Both ran 1000 steps first (`--config.train.steps=1000`) and were then taken on to 2000 (15 and 20
-minutes of one core with much other work beside). RMT guesses to the end of its 1000 steps (9 minutes). One question
+step 1000 and step 1700. Both ran 1000 steps first (`--config.train.steps=1000`) and were then taken on to 2000 (15 and
+20 minutes of one core with much other work beside). RMT guesses to the end of its 1000 steps (9 minutes). One question
 behind n pairs, exact match by `python -m memformer.lab segments RUN_FOLDER...`:
 
     pairs                  2     10     50    100    200    500
