@@ -79,7 +79,7 @@ def test_missing_and_damaged_checkpoints(run, tmp_path):
     with pytest.raises(RunError, match="no checkpoint to evaluate: .*checkpoints is not there"):
         evaluate_checkpoint(str(tmp_path))
     os.mkdir(tmp_path / "checkpoints")
-    with pytest.raises(RunError, match="no checkpoints in"):
+    with pytest.raises(RunError, match="no checkpoint to evaluate: .* holds no step"):
         evaluate_checkpoint(str(tmp_path))
     copy = str(tmp_path / "copy")
     shutil.copytree(run[0], copy)
