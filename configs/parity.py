@@ -15,6 +15,12 @@ Recurrent networks find it from short strings; trained on 3 to 12 bits:
     python train.py --config=configs/parity.py --config.model.memory=lstm --config.task.length=12 \
         --config.optimizer.learning_rate=5e-3 --config.train.steps=600 --config.train.eval_batches=2 \
         --config.train.final_batches=2 --workdir=runs/parity_lstm
+    python train.py --config=configs/parity.py --config.model.memory=gru --config.task.length=12 \
+        --config.optimizer.learning_rate=5e-3 --config.train.steps=600 --config.train.eval_batches=2 \
+        --config.train.final_batches=2 --workdir=runs/parity_gru
+    python train.py --config=configs/parity.py --config.model.memory=rnn --config.task.length=12 \
+        --config.optimizer.learning_rate=5e-3 --config.train.steps=600 --config.train.eval_batches=2 \
+        --config.train.final_batches=2 --workdir=runs/parity_rnn
 
 Accuracy at 40, 64, 128, 256 bits (256 strings each), seen beside other work:
 

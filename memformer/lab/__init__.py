@@ -7,7 +7,18 @@ writes them.
 
 from collections.abc import Callable, Sequence
 
-from memformer.lab import captions, compression, convergence, lookup, ntm, reference, segments, snr, translation
+from memformer.lab import (
+    captions,
+    compression,
+    convergence,
+    lookup,
+    ntm,
+    recurrent,
+    reference,
+    segments,
+    snr,
+    translation,
+)
 from memformer.lab.study import Study
 from memformer.training.evaluation import LoadedRun
 
@@ -20,6 +31,7 @@ SIMULATIONS: dict[str, Callable[..., None]] = {
     "convergence": convergence.measure,
 }
 LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {
+    "recurrent": recurrent.measure,
     "translation": translation.measure,
     "captions": captions.measure,
     "ntm": ntm.measure,
