@@ -1,17 +1,15 @@
 """The Neural Turing Machine beside an LSTM: how fast each learns, how far it generalises, where the heads stand."""
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from memformer.lab.study import Study, new_figure, training_seconds
+from memformer.lab.study import Study, new_figure, training_records, training_seconds
 from memformer.tasks.bits import Copy, DynamicNGrams, optimal_bits
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
-from memformer.training.metrics import read_records
 from memformer.training.plots import COLOURS
 
 __all__ = ["measure"]
@@ -101,11 +99,6 @@ def _row(task: str, name: str, run: LoadedRun) -> dict[str, Any]:
     }
 
 
-def _trained(run: LoadedRun) -> list[dict[str, Any]]:
-    records = read_records(os.path.join(run.folder, "metrics.jsonl"))
-    return [record for record in records if record["kind"] == "train"]
-
-
 def _by_length(task: str, name: str, run: LoadedRun) -> list[dict[str, Any]]:
     """Scores at single lengths; that of training is a mixture where lengths vary."""
     result: dict[str, Any] = run.result or {}
@@ -152,7 +145,7 @@ def _draw_learning(study: Study, named: Sequence[tuple[str, str, LoadedRun]], op
         for other, name, run in named:
             if other == task:
                 size = run.config["train"]["batch_size"]
-                points = [(r["step"] * size / 1e3, r["bits_per_sequence"]) for r in _trained(run)]
+                points = [(r["step"] * size / 1e3, r["bits_per_sequence"]) for r in training_records(run)]
                 axis.plot(*zip(*points, strict=True), color=STYLES[name][0], linewidth=1.3)
         asked = next(run.task for other, _, run in named if other == task)
         if task == "dynamic_ngrams" and optimum is not None:

@@ -1,7 +1,6 @@
 """How far a memory between segments reaches: exact match of one question against the number of pairs before it."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memformer.lab.study import Study, new_figure
+from memformer.lab.study import Study, new_figure, training_records
 from memformer.tasks import Remember, Rewrite
 from memformer.training.config import RunError
 from memformer.training.data import make_loader
 from memformer.training.evaluation import LoadedRun
 from memformer.training.losses import count_batch
-from memformer.training.metrics import read_records
 from memformer.training.plots import COLOURS
 
 __all__ = ["measure", "run_name"]
@@ -69,8 +67,7 @@ def _task_of(run: LoadedRun) -> Remember:
 
 def _trained(run: LoadedRun) -> int:
     """The most pairs that the run was trained on: where its curriculum came to."""
-    records = read_records(os.path.join(run.folder, "metrics.jsonl"))
-    return max(record["length"] for record in records if record["kind"] == "train")
+    return max(record["length"] for record in training_records(run))
 
 
 def _exact_by_pairs(run: LoadedRun, task: Remember) -> dict[int, float]:

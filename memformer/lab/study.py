@@ -15,7 +15,7 @@ import jax
 from memformer.training.evaluation import LoadedRun
 from memformer.training.metrics import format_table, model_name, read_records, replace_file, say
 
-__all__ = ["Study", "new_figure", "training_seconds"]
+__all__ = ["Study", "new_figure", "training_records", "training_seconds"]
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
@@ -133,13 +133,18 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def training_records(run: LoadedRun) -> list[dict[str, Any]]:
+    """What the run logged of its training steps, in order."""
+    records = read_records(os.path.join(run.folder, "metrics.jsonl"))
+    return [record for record in records if record["kind"] == "train"]
+
+
 def training_seconds(run: LoadedRun) -> float:
     """Time in training steps, of all parts of a run that was resumed; compiling and evaluating are left out."""
     seconds, before = 0.0, 0
-    for record in read_records(os.path.join(run.folder, "metrics.jsonl")):
-        if record["kind"] == "train":
-            seconds += (record["step"] - before) * (record["step_seconds"] or 0.0)
-            before = record["step"]
+    for record in training_records(run):
+        seconds += (record["step"] - before) * (record["step_seconds"] or 0.0)
+        before = record["step"]
     return seconds
 
 
