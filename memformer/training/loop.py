@@ -49,7 +49,8 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     if plain["train"]["compile_cache"]:
         jax.config.update("jax_compilation_cache_dir", plain["train"]["compile_cache"])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        # Everything is kept: a limit in seconds would depend on the machine's speed.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     run = build_run(plain)
     name = model_name(plain["model"]).replace(", ", "-").replace(",", "-")
     folder = _open_folder(workdir or os.path.join("runs", f"{run.task.name}-{name}"), run.config)
