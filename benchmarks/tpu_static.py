@@ -60,7 +60,7 @@ TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call: delta_rule or linear_attention, its gradient included."""
+    """One call of an op, its gradient included; groups are heads of q and k, in attention-like ops of k and v."""
 
     op: str
     batch: int
@@ -72,6 +72,19 @@ class Case:
     dtype: Any = jnp.bfloat16
     decay: bool = False
     segments: bool = False
+    write: str | None = None
+
+    @property
+    def cached(self) -> bool:
+        """Whether the op's state is a cache."""
+        return self.op in ("deltaformer", "softmax_attention")
+
+    @property
+    def names(self) -> list[str]:
+        """Arrays of the call, in the order of `shapes`, segments left out."""
+        if self.op == "deltaformer":
+            return ["q", "k", "v", "w", "alpha", "beta"]
+        return ["q", "k", "v"] + ["beta"] * (self.op == "delta_rule") + ["decay"] * self.decay
 
 
 CASES = {
@@ -102,27 +115,36 @@ def prepare_compiler(dumps: pathlib.Path | None = None) -> None:
 
 def gradient(case: Case):
     """Value and gradients of every argument, through output and state."""
-    names = ["q", "k", "v"] + ["beta"] * (case.op == "delta_rule") + ["decay"] * case.decay
+    options = {} if case.write is None else {"write_kernel": case.write}
 
     def run(*arrays):
-        ids = arrays[len(names)] if case.segments else None
+        ids = arrays[len(case.names)] if case.segments else None
 
         def loss(arguments):
-            output, state = getattr(mf, case.op)(**arguments, segment_ids=ids, implementation="pallas")
-            return jnp.sum(output.astype(jnp.float32)) + jnp.sum(state)
+            call = functools.partial(getattr(mf, case.op), segment_ids=ids, implementation="pallas")
+            results = call(**arguments, **options)
+            # A cache has leaves that are no floats.
+            floats = [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
+            return sum((jnp.sum(x.astype(jnp.float32)) for x in floats), jnp.float32(0))
 
-        return jax.value_and_grad(loss)(dict(zip(names, arrays, strict=False)))
+        return jax.value_and_grad(loss)(dict(zip(case.names, arrays, strict=False)))
 
     return run
 
 
 def shapes(case: Case) -> list[jax.ShapeDtypeStruct]:
     """The arguments of `gradient`."""
-    keys = (case.batch, case.length, case.groups, case.key)
-    values = (case.batch, case.length, case.heads, case.value)
-    arrays: list[tuple[tuple[int, ...], Any]] = [(keys, case.dtype), (keys, case.dtype), (values, case.dtype)]
-    arrays += [(values[:3], jnp.float32)] * ((case.op == "delta_rule") + case.decay)
-    arrays += [(values[:2], jnp.int32)] * case.segments
+    rows = (case.batch, case.length)
+    few, many = (*rows, case.groups), (*rows, case.heads)
+    queries, values = (many, few) if case.cached else (few, many)
+    kinds: dict[str, tuple[tuple[int, ...], Any]] = {
+        "q": ((*queries, case.key), case.dtype),
+        "k": ((*few, case.key), case.dtype),
+        "w": ((*few, case.key), case.dtype),
+        "v": ((*values, case.value), case.dtype),
+    }
+    arrays = [kinds.get(name, (values, jnp.float32)) for name in case.names]
+    arrays += [(rows, jnp.int32)] * case.segments
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
 
 

@@ -11,14 +11,34 @@ pytestmark = pytest.mark.skipif(
     reason="libtpu, the TPU compiler, is not installed here (extra tpu-compiler): no kernel is compiled",
 )
 
-# Together: odd sizes, shared heads, segments, decay, both dtypes, and every chip.
+# Together: odd sizes, shared heads, segments, decay, both dtypes, every write kernel, and every chip.
 SMALL = {
     "delta odd": ("v5e:2x2", tpu_static.CASES["delta odd"]),
     "delta float32": ("v5p:2x2x1", tpu_static.Case("delta_rule", 1, 100, 1, 1, 64, 96, "float32", decay=True)),
     "delta shared heads": ("v6e:2x2", tpu_static.Case("delta_rule", 1, 256, 2, 1, 128, 128, segments=True)),
     "linear odd": ("tpu7x:2x2x1", tpu_static.CASES["linear odd"]),
     "linear float32": ("v5e:2x2", tpu_static.Case("linear_attention", 1, 256, 2, 1, 128, 128, "float32")),
+    "deltaformer odd": ("v5e:2x2", tpu_static.Case("deltaformer", 1, 200, 3, 3, 64, 96, write="softmax")),
+    "deltaformer float32": (
+        "v5p:2x2x1",
+        tpu_static.Case("deltaformer", 1, 100, 1, 1, 64, 96, "float32", write="linear"),
+    ),
+    "deltaformer shared heads": (
+        "tpu7x:2x2x1",
+        tpu_static.Case("deltaformer", 1, 256, 2, 1, 128, 128, segments=True, write="relu"),
+    ),
+    "deltaformer round": ("v6e:2x2", tpu_static.Case("deltaformer", 1, 128, 1, 1, 128, 128, write="round")),
+    "softmax odd": ("v6e:2x2", tpu_static.Case("softmax_attention", 1, 200, 4, 2, 64, 96, segments=True)),
+    "softmax float32": ("v5e:2x2", tpu_static.Case("softmax_attention", 1, 256, 1, 1, 128, 128, "float32")),
 }
+
+# DeltaFormer writes by kernels of its own and reads by those of attention.
+KERNELS = {"deltaformer": ("write", "attention"), "softmax_attention": ("attention",)}
+
+
+def kernels(op):
+    """Names of the kernels of an op, forward and backward."""
+    return [f"memformer_{part}_{way}" for part in KERNELS.get(op, (op,)) for way in ("forward", "backward")]
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -27,16 +47,16 @@ def test_compiles(name):
     topology, case = SMALL[name]
     tpu_static.prepare_compiler()
     text = tpu_static.compile_case(case, topology).as_text()
-    for direction in ("forward", "backward"):
-        assert f"memformer_{case.op}_{direction}" in text
+    assert all(name in text for name in kernels(case.op))
 
 
-def test_split_over_chips():
+@pytest.mark.parametrize("op", ["delta_rule", "deltaformer"])
+def test_split_over_chips(op):
     """On a mesh of chips each calls the kernels for its own rows and heads, and nothing moves between them."""
     tpu_static.prepare_compiler()
-    case = tpu_static.Case("delta_rule", 2, 256, 4, 2, 128, 128)
+    case = tpu_static.Case(op, 2, 256, 4, 2, 128, 128)
     text = tpu_static.compile_case(case, "v5e:2x2", split=(2, 2)).as_text()
-    assert "memformer_delta_rule_forward" in text and "bf16[1,2,256,128]" in text
+    assert all(name in text for name in kernels(op)) and "bf16[1,2,256,128]" in text
     # The loss is a sum over all chips; arrays stay.
     for transfer in ("all-gather", "all-to-all", "collective-permute"):
         assert transfer not in text
