@@ -120,6 +120,11 @@ class Task:
     length: int
 
     @property
+    def settled(self) -> Mapping[str, str]:
+        """Settings by name that left a choice to what is installed here, with what was chosen; a run keeps these."""
+        return {}
+
+    @property
     def eval_lengths(self) -> tuple[int, ...]:
         """Lengths that an evaluation by length visits."""
         return ()

@@ -90,6 +90,11 @@ class Translation(Task):
             raise ValueError(f"folder must be '' where corpus is 'slice', which has none, got {self.folder!r}")
 
     @property
+    def settled(self) -> Mapping[str, str]:
+        """Which verses "auto" means here: the vocabulary is learned from them."""
+        return {"corpus": "installed" if self._root() else "slice"}
+
+    @property
     def num_classes(self) -> int:
         """Targets have the ids of inputs."""
         return self.vocab_size

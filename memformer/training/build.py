@@ -25,7 +25,7 @@ class Run:
     """What a config describes, without arrays.
 
     Attributes:
-      config: the config as plain dicts.
+      config: the config as plain dicts, what it left to this machine (`Task.settled`) decided.
       task: as configured (a curriculum trains at other lengths).
       mesh: over all devices.
       model: as pure functions.
@@ -58,6 +58,7 @@ def build_run(
     validate(config)
     with run_errors("config.task"):
         trained = make_task(config["task"])
+        config["task"] = {**config["task"], **trained.settled}
     task = trained if task is None else task
     mesh = make_mesh(config["mesh"], devices)
     sizes = {"vocab_size": trained.vocab_size, "num_classes": trained.num_classes, "features": trained.features}

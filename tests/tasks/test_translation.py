@@ -11,6 +11,8 @@ from memformer.tasks import translation
 from memformer.tasks.source import SPLITS
 from memformer.tasks.translation import END, PADDING, SPECIAL, START, Translation
 from memformer.tasks.verses import MODULES, Verse, find_modules, read_modules, read_slice, strip_markup
+from memformer.training.build import build_run
+from memformer.training.config import RunError, default_config
 
 TASK = Translation(corpus="slice", vocab_size=800, length=64)
 
@@ -119,6 +121,20 @@ def test_without_modules_the_slice_is_used_and_that_is_said(monkeypatch, caplog)
     assert "apt-get install sword-text-kjv sword-text-sparv" in caplog.text
     with pytest.raises(ValueError, match=r"holds no verses: install them \(apt-get install sword-text-kjv"):
         Translation(corpus="installed").source("train", 0)
+
+
+def test_a_run_keeps_which_verses_it_was_trained_on(modules, monkeypatch):
+    """Taken to a machine without them it fails, instead of reading other words with the same weights."""
+    config = default_config("seq2seq").to_dict()
+    config["task"] = {"name": "translation", "length": 8, "vocab_size": 300, "corpus": "auto"}
+    with monkeypatch.context() as here:
+        here.setenv("SWORD_PATH", modules)
+        kept = build_run(config).config
+    assert kept["task"] == {"name": "translation", "length": 8, "vocab_size": 300, "corpus": "installed"}
+    monkeypatch.setattr(translation, "find_modules", lambda folder: None)
+    assert build_run(config).config["task"]["corpus"] == "slice"
+    with pytest.raises(RunError, match="holds no verses: install them"):
+        build_run(kept)
 
 
 def test_damaged_modules_are_named(modules, tmp_path):
