@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
 from memformer.pallas.tpu import common, tuning
@@ -104,6 +105,46 @@ def test_hard_keys(kind, dtype, tolerance, interpreter):
     want, want_gradients = oracle(arrays, **options)
     assert_close((output, u), want, tolerance, kind)
     assert_close(gradients, want_gradients, 3 * tolerance, f"{kind} gradient")
+
+
+def both(arrays, implementation):
+    """Gradients of q, k and v through DeltaFormer, its cache, and attention."""
+
+    def loss(q, k, v):
+        rest = {name: x for name, x in arrays.items() if name not in "qkv"}
+        seen, cache = mf.deltaformer(q, k, v, **rest, implementation=implementation)
+        plain, _ = mf.softmax_attention(q, k, v, implementation=implementation)
+        return sum(jnp.sum(jnp.sin(x)) for x in (seen, cache.u, plain))
+
+    return jax.grad(loss, argnums=(0, 1, 2))(*(arrays[name] for name in "qkv"))
+
+
+def test_mapped(interpreter):
+    """vmap folds its axis into the batch; what is not mapped is shared."""
+    arrays = given(16, heads=(2, 1))
+    mapped = {name: jnp.concatenate([arrays[name], 2 * arrays[name]]) for name in ("q", "v")}
+    axes = {name: 0 if name in mapped else None for name in arrays}
+    two = arrays | {name: x[:, None] for name, x in mapped.items()}
+    got = jax.jit(jax.vmap(lambda arrays: both(arrays, "pallas"), in_axes=(axes,)))(two)
+    for row in range(2):
+        want = both(arrays | {name: x[row : row + 1] for name, x in mapped.items()}, "chunked")
+        assert_close(jax.tree.map(lambda x, row=row: x[row], got), want, GRADIENT["float32"], f"row {row}")
+
+
+def test_split_over_devices(interpreter):
+    """Under a mesh each device calls the kernels for its own row and its own heads; nothing is gathered."""
+    arrays = given(16, heads=(4, 2))
+    arrays = {name: jnp.concatenate([x, 2 * x]) if name in "qv" else jnp.repeat(x, 2, 0) for name, x in arrays.items()}
+    want = both(arrays, "chunked")
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
+    sharded = {name: jax.device_put(x, place) for name, x in arrays.items()}
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(lambda arrays: both(arrays, "pallas")).lower(sharded).compile()
+        got = compiled(sharded)
+    assert_close(got, want, GRADIENT["float32"], "gradient")
+    assert all(x.sharding.is_equivalent_to(place, x.ndim) for x in got)
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
 def test_what_is_kept_for_the_backward_pass():
