@@ -16,13 +16,14 @@ from memformer.layers.stack import TransformerShape
 from memformer.layers.transformer import DecoderBlock, EncoderBlock, visible_memory
 from memformer.models.bert import embed_sentences, load_bert, minilm_folder
 from memformer.models.stacks import TransformerEncoder
+from memformer.models.transformer import Transformer, TransformerConfig
 from tests.models.bert import SENTENCES
 from tests.numeric import FORWARD, GRADIENT, assert_close
 
 # warnings of other packages while they load are theirs
 pytestmark = pytest.mark.filterwarnings("default")
 
-WIDTH, HEADS, HIDDEN, TIME, SOURCE = 8, 2, 12, 5, 6
+WIDTH, HEADS, HIDDEN, TIME, SOURCE, VOCAB = 8, 2, 12, 5, 6, 9
 FORMS = [(place, activation) for place in ("pre", "post") for activation in ("relu", "gelu")]
 MASK = np.array([[1] * TIME, [1] * (TIME - 2) + [0] * 2])
 SOURCE_MASK = np.array([[1] * SOURCE, [1] * (SOURCE - 2) + [0] * 2])
@@ -98,6 +99,17 @@ def copy_block(block, theirs):
     copy_linear(block.feedforward.down, theirs.linear2.weight, theirs.linear2.bias)
 
 
+def copy_half(ours, block, theirs):
+    """An encoder's or decoder's blocks, and its last norm where it has one."""
+    blocks = [block(ours.shape, rngs=nnx.Rngs(0)) for _ in theirs.layers]
+    for each, layer in zip(blocks, theirs.layers, strict=True):
+        copy_block(each, layer)
+    parts = [nnx.split(each) for each in blocks]
+    ours.blocks = nnx.merge(parts[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[1] for part in parts)))
+    if theirs.norm is not None:
+        copy_norm(ours.norm, theirs.norm)
+
+
 def draw(length, seed):
     return np.random.default_rng(seed).normal(size=(2, length, WIDTH)).astype(np.float32)
 
@@ -159,14 +171,7 @@ def test_encoder_of_three_layers(torch):
     theirs = torch.nn.TransformerEncoder(layer, 3, norm=torch.nn.LayerNorm(WIDTH), enable_nested_tensor=False)
     randomise(torch, theirs)
     encoder = TransformerEncoder(shape, 3, rngs=nnx.Rngs(0))
-    blocks = []
-    for theirs_of_layer in theirs.layers:
-        blocks.append(EncoderBlock(shape, rngs=nnx.Rngs(0)))
-        copy_block(blocks[-1], theirs_of_layer)
-    parts = [nnx.split(block) for block in blocks]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(state for _, state in parts))
-    encoder.blocks = nnx.merge(parts[0][0], stacked)
-    copy_norm(encoder.norm, theirs.norm)
+    copy_half(encoder, EncoderBlock, theirs)
     hidden = torch.tensor(MASK == 0)
     compare(
         torch,
@@ -175,6 +180,48 @@ def test_encoder_of_three_layers(torch):
         [draw(TIME, 3)],
         MASK,
     )
+
+
+@pytest.mark.parametrize("place", ["pre", "post"])
+def test_encoder_decoder(torch, place):
+    """The model as a whole, ids to logits: torch.nn.Transformer between tables of token vectors.
+
+    torch.nn.Transformer puts a norm behind encoder and decoder in both forms. Behind post-norm blocks, which end with
+    one, arXiv 1706.03762 has none, nor have we: there it is taken out.
+    """
+    shape, options = settings(place, "relu")
+    theirs = torch.nn.Transformer(num_encoder_layers=2, num_decoder_layers=3, **options)
+    if place == "post":
+        theirs.encoder.norm = theirs.decoder.norm = None
+    theirs.encoder.enable_nested_tensor = False
+    randomise(torch, theirs)
+    depths = {"encoder_depth": 2, "decoder_depth": 3, "tie_embeddings": False}
+    model = Transformer(TransformerConfig(**vars(shape), **depths), vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    copy_half(model.encoder, EncoderBlock, theirs.encoder)
+    copy_half(model.decoder, DecoderBlock, theirs.decoder)
+    ids = np.random.default_rng(4).integers(VOCAB, size=(2, SOURCE + TIME))
+    source, inputs = jnp.asarray(ids[:, :SOURCE]), jnp.asarray(ids[:, SOURCE:])
+    hidden, visible = torch.tensor(SOURCE_MASK == 0), jnp.asarray(SOURCE_MASK)
+    later = torch.nn.Transformer.generate_square_subsequent_mask(TIME)
+
+    graph, parameters = nnx.split(model)
+
+    def ours(source_table, table, head):
+        model = nnx.merge(graph, parameters, copy=True)
+        model.source_embedding.table[...], model.decoder.embedding.table[...] = source_table, table
+        model.decoder.head.kernel[...] = head
+        return model(inputs, source=source, source_segment_ids=visible).logits
+
+    def peer(source_table, table, head):
+        # token vectors enter times sqrt(D), as in the paper's section 3.4
+        before, after = (
+            e[torch.tensor(np.asarray(i))] * WIDTH**0.5 for e, i in ((source_table, source), (table, inputs))
+        )
+        masks = {"src_key_padding_mask": hidden, "memory_key_padding_mask": hidden}
+        return theirs(before, after, tgt_mask=later, tgt_is_causal=True, **masks) @ head
+
+    tables = [np.random.default_rng(seed).normal(size=(VOCAB, WIDTH)).astype(np.float32) for seed in (5, 6, 7)]
+    compare(torch, ours, peer, [tables[0], tables[1], tables[2].T.copy()], np.ones((2, TIME)))
 
 
 def test_bert_embeddings(torch, bert):
