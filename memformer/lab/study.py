@@ -45,6 +45,7 @@ class Study:
     Attributes:
       name: of the measurement and of its files.
       folder: where they go.
+      runs: folder of the runs that the measurement trains itself.
       claim: what literature or sense expects, one sentence.
       outcome: what came out beside it, one sentence made of measured numbers.
       values: numbers for the JSON.
@@ -54,6 +55,7 @@ class Study:
 
     name: str
     folder: str
+    runs: str = os.path.join("runs", "lab")
     claim: str = ""
     outcome: str = ""
     values: dict[str, Any] = dataclasses.field(default_factory=dict)

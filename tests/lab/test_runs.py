@@ -1,0 +1,60 @@
+"""Runs that a measurement trains itself: built from a table, finished once, read after that."""
+
+import os
+
+import pytest
+
+from memformer.lab import Study
+from memformer.lab.runs import accuracy_by_length, make_config, run_rows, train_runs
+from memformer.training.config import RunError
+from memformer.training.metrics import read_records
+
+BASE = {
+    "task": {"name": "swap", "objects": 3, "length": 4},
+    "model": {"memory": "softmax_attention", "width": 8, "heads": 1, "feedforward": None},
+    "train.steps": 2,
+    "train.batch_size": 8,
+    "train.final_batches": 1,
+    "train.final_lengths": (8,),
+}
+
+
+def test_the_last_change_of_a_key_holds():
+    config = make_config(BASE, {"task.length": 6, "model.memory_options": {"rnn": {}}}, {"train.steps": 9})
+    assert config.task.to_dict() == {"name": "swap", "objects": 3, "length": 6}
+    assert (config.train.steps, config.train.batch_size, config.model.width) == (9, 8, 8)
+    assert make_config({"model.type": "ntm"}).model.type == "ntm"
+
+
+@pytest.mark.parametrize("key", ["train.step", "optimiser.name", "model.wdith"])
+def test_an_unknown_key_is_named(key):
+    with pytest.raises(RunError, match=r"no key .*\(from config.*\); did you mean"):
+        make_config({key: 1})
+
+
+def test_a_finished_run_is_read_and_a_quick_one_trained_again(tmp_path):
+    study = Study("toy", str(tmp_path), runs=str(tmp_path / "runs"))
+    rows = {"one": {}, "two": {"seed": 1}}
+    first = train_runs(study, rows, base=BASE)
+    assert list(first) == ["one", "two"] and first["two"].config["seed"] == 1
+    assert list(accuracy_by_length(first["one"])) == [4, 8]
+    assert [row["steps"] for row in run_rows(first)] == [2, 2]
+    stamp = os.path.getmtime(tmp_path / "runs" / "toy" / "one" / "result.json")
+    train_runs(study, {"one": {}}, base=BASE)
+    assert os.path.getmtime(tmp_path / "runs" / "toy" / "one" / "result.json") == stamp
+    # more steps: the same run goes on
+    longer = train_runs(study, {"one": {"train.steps": 3}}, base=BASE)["one"]
+    assert longer.step == 3
+    steps = [r["step"] for r in read_records(os.path.join(longer.folder, "metrics.jsonl")) if r["kind"] == "train"]
+    assert steps == [2, 3]
+    quick = train_runs(study, {"one": {}}, base=BASE, quick=True, smaller={"train.steps": 1})["one"]
+    assert quick.step == 1 and "toy-quick" in quick.folder
+    with pytest.raises(RunError, match="model.width"):
+        train_runs(study, {"one": {"model.width": 16}}, base=BASE)
+
+
+def test_a_mistake_in_the_last_row_is_told_before_the_first_is_trained(tmp_path):
+    study = Study("toy", str(tmp_path), runs=str(tmp_path / "runs"))
+    with pytest.raises(RunError, match="lenght"):
+        train_runs(study, {"one": {}, "two": {"task.lenght": 4}}, base=BASE)
+    assert not (tmp_path / "runs").exists()
