@@ -4,10 +4,10 @@
 
 Needs the libtpu wheel that belongs to this jax (0.0.42.* for jax 0.10.2, 0.0.50.* for 0.12.0.1): it holds the compiler
 that runs on TPU machines, and compiles for v5e:2x2, v5p:2x2x1, v6e:2x2, tpu7x:2x2x1 without one. For every kernel of a
-case, from the compiler's final schedule of its main loop (the longest run of bundles without a branch; what starts
-and ends a walk is left out):
+case, from the compiler's final schedule of its main loop (the run without a branch that has most products; what starts
+and ends a walk is left out; attention and DeltaFormer have two, see benchmarks/tpu_attention.py):
 
-    bundles   instruction bundles (one a cycle at best) a chunk and head; of attention, a tile
+    bundles   instruction bundles (one a cycle at best) a chunk and head
     floor     bundles that the products alone would take at the chip's peak, in one bfloat16 pass
     share     floor / bundles: the part of the MXU's time that goes into products that the equations need
     mxu       share of the MXU's issue slots in use, passes and padding included
@@ -43,9 +43,11 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import memformer as mf
+from benchmarks import tpu_attention as attention
+from benchmarks.tpu_schedule import Loop, loops
 from memformer.pallas.tpu.common import Cut, cut_call
 
-__all__ = ["CASES", "Case", "compile_case", "prepare_compiler"]
+__all__ = ["CASES", "Case", "compile_case", "make_mesh", "prepare_compiler"]
 
 # Products of one core: multiply-adds a cycle, times two. With the clocks below they are the vendor's 197, 459, 918 and
 # 2307 TFLOP/s a chip (docs.cloud.google.com/tpu; v5p and tpu7x have two cores).
@@ -60,7 +62,10 @@ TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One call of an op, its gradient included; groups are heads of q and k, in attention-like ops of k and v."""
+    """One call of an op, its gradient included; groups are heads of q and k, in attention-like ops of k and v.
+
+    `steps` are delta_product's writes a token.
+    """
 
     op: str
     batch: int
@@ -73,6 +78,7 @@ class Case:
     decay: bool = False
     segments: bool = False
     write: str | None = None
+    steps: int = 0
 
     @property
     def cached(self) -> bool:
@@ -84,7 +90,7 @@ class Case:
         """Arrays of the call, in the order of `shapes`, segments left out."""
         if self.op == "deltaformer":
             return ["q", "k", "v", "w", "alpha", "beta"]
-        return ["q", "k", "v"] + ["beta"] * (self.op == "delta_rule") + ["decay"] * self.decay
+        return ["q", "k", "v"] + ["beta"] * self.op.startswith("delta_") + ["decay"] * self.decay
 
 
 CASES = {
@@ -99,6 +105,11 @@ CASES = {
     "linear decay": Case("linear_attention", 1, 8192, 16, 16, 128, 128, decay=True),
     "linear odd": Case("linear_attention", 1, 1000, 3, 3, 64, 96, decay=True, segments=True),
     "linear float32": Case("linear_attention", 1, 8192, 16, 16, 128, 128, jnp.float32, decay=True),
+    "deltaformer": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="softmax"),
+    "deltaformer linear": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="linear"),
+    "deltaformer wide": Case("deltaformer", 1, 4096, 4, 4, 256, 256, write="softmax"),
+    "softmax": Case("softmax_attention", 1, 8192, 16, 16, 128, 128),
+    "softmax segments": Case("softmax_attention", 1, 8192, 16, 4, 128, 128, segments=True),
 }
 
 
@@ -143,13 +154,18 @@ def shapes(case: Case) -> list[jax.ShapeDtypeStruct]:
         "w": ((*few, case.key), case.dtype),
         "v": ((*values, case.value), case.dtype),
     }
+    if case.op == "delta_product":
+        kinds["k"] = ((*rows, case.steps, case.heads, case.key), case.dtype)
+        kinds["v"] = ((*rows, case.steps, case.heads, case.value), case.dtype)
+        kinds["beta"] = ((*rows, case.steps, case.heads), jnp.float32)
     arrays = [kinds.get(name, (values, jnp.float32)) for name in case.names]
     arrays += [(rows, jnp.int32)] * case.segments
     return [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in arrays]
 
 
 @functools.cache
-def _mesh(topology: str, split: tuple[int, int] = (1, 1)) -> Mesh:
+def make_mesh(topology: str, split: tuple[int, int] = (1, 1)) -> Mesh:
+    """Chips of a topology, over batch and over heads."""
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     return Mesh(
         np.array(devices[: split[0] * split[1]]).reshape(split), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2
@@ -164,7 +180,7 @@ def compile_case(case: Case, topology: str, split: tuple[int, int] = (1, 1)):
       topology: name of the chips.
       split: devices over batch and over heads.
     """
-    mesh = _mesh(topology, split)
+    mesh = make_mesh(topology, split)
     arguments = []
     for x in shapes(case):
         spec = PartitionSpec("data", None, "tensor") if len(x.shape) > 2 else PartitionSpec("data")
@@ -204,84 +220,57 @@ def traffic(case: Case, chunk: int, backward: bool) -> tuple[float, float]:
     return chunk * (floor + passes * rows + state), chunk * floor
 
 
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """What the schedule of a kernel's main loop uses: bundles, and by unit the slots there are and those in use."""
-
-    kernel: str
-    bundles: int
-    slots: dict[str, int]
-    used: dict[str, int]
-
-    @property
-    def mxu(self) -> float:
-        """Share of the MXU's slots in use."""
-        matrix = [unit for unit in ("MXU", "MATMUL", "MATPUSH") if unit in self.slots]
-        return max(self.used[unit] / self.slots[unit] for unit in matrix) / self.bundles
-
-
-def loops(dumps: pathlib.Path, before: set[pathlib.Path], names: str) -> list[Loop]:
-    """The main loop of every kernel that was compiled since, and whose name matches."""
-    found = []
-    for path in sorted(set(dumps.glob("*final_hlo-static-per-bundle-utilization.txt")) - before):
-        kernel = re.sub(r"^\d+-|\.?\d*-\d+-final.*", "", path.name)
-        if not re.search(names, kernel):
-            continue
-        lines = path.read_text().splitlines()
-        units = [unit.strip() for unit in lines[1].split(",")]
-        used = np.array([list(map(int, line.split())) for line in lines[4:] if line.strip()])
-        stem = path.name.split("-final_hlo")[0].rsplit("-", 1)[0]
-        bundles = next(p for p in dumps.glob(f"{stem}-*final_bundles.txt") if "schedule" not in p.name)
-        first, last = _longest(bundles.read_text().splitlines(), len(used))
-        total = dict(zip(units, used[first:last].sum(0).tolist(), strict=True))
-        slots = dict(zip(units, map(int, lines[2].split()), strict=True))
-        found.append(Loop(kernel, last - first, slots, total))
-    return found
-
-
-def _longest(lines: list[str], count: int) -> tuple[int, int]:
-    """The longest run of bundles without a branch."""
-    bundles = [line for line in lines if re.match(r"\s*(0x[0-9a-f]+|0)\s*(LB|PB|PF)?\s*:", line)]
-    if len(bundles) != count:
-        raise ValueError(f"{len(bundles)} bundles in the schedule, {count} in its table of use")
-    ends = {0, count}
-    ends |= {i for i, line in enumerate(bundles) if re.match(r"\s*\S+\s+(LB|PB|PF)", line)}
-    ends |= {i + 1 for i, line in enumerate(bundles) if "sbr.rel" in line}
-    places = sorted(ends)
-    return max(zip(places, places[1:], strict=False), key=lambda run: run[1] - run[0])
-
-
 def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]]:
     """Compiles one case and reads its kernels' schedules."""
-    chip = topology.split(":")[0]
     before = set(dumps.glob("*"))
     if name in OTHERS:
         compiled, names = OTHERS[name](topology)
-        return [_row(name, topology, loop, 1) for loop in loops(dumps, before, names)]
+        return [_row(name, topology, loop, 1) for loop, *_ in loops(dumps, before, names)]
     case = CASES[name]
-    plan = cut(case, topology)
     text = compile_case(case, topology).as_text()
+    found = loops(dumps, before, "memformer")
+    if case.cached:
+        return [
+            _cached_row(name, topology, text, loop)
+            for kernel in found
+            for loop in kernel
+            if loop.depth in attention.PARTS
+        ]
+    plan = cut(case, topology)
     rows = []
-    for loop in loops(dumps, before, "memformer"):
+    for loop, *_ in found:
         backward = "backward" in loop.kernel
-        call = next(line for line in text.splitlines() if f"%{loop.kernel}" in line and "custom-call(" in line)
-        memory = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', call)
-        floor = floor_flops(case, plan.chunk, backward) / FLOPS_A_CYCLE[chip]
-        moved, least = traffic(case, plan.chunk, backward)
-        rows.append(
-            _row(name, topology, loop, plan.block)
-            | {
-                "chunk": plan.chunk,
-                "heads": plan.block,
-                "floor": round(floor),
-                "share": round(floor * plan.block / loop.bundles, 3),
-                "vmem": round(int(memory.group(1)) / 2**20, 1) if memory else None,
-                "hbm": round(moved / 2**10, 1),
-                "moved": round(moved / BANDWIDTH[chip] * CLOCK[chip]),
-                "bytes": round(moved / least, 2),
-            }
-        )
+        floor = floor_flops(case, plan.chunk, backward) * plan.block
+        sizes = {"chunk": plan.chunk, "heads": plan.block}
+        more = _against(topology, text, loop, plan.block, floor, traffic(case, plan.chunk, backward))
+        rows.append(_row(name, topology, loop, plan.block) | sizes | more)
     return rows
+
+
+def _cached_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, Any]:
+    """One stretch of a kernel of DeltaFormer or of attention."""
+    case, part, backward = CASES[name], attention.PARTS[loop.depth], "backward" in loop.kernel
+    with jax.sharding.use_abstract_mesh(make_mesh(topology).abstract_mesh):
+        rows = attention.block_rows(case, backward)
+    floor = attention.floor_flops(case, rows, part, backward)
+    more = _against(topology, text, loop, 1, floor, attention.traffic(case, loop.kernel, rows))
+    return _row(name, topology, loop, 1) | {"part": part, "chunk": rows, "heads": 1} | more
+
+
+def _against(topology: str, text: str, loop: Loop, heads: int, flops: float, moved: tuple[float, float]):
+    """A loop beside its floor, VMEM from the compiled program's text, and bytes."""
+    chip = topology.split(":")[0]
+    call = next(line for line in text.splitlines() if f"%{loop.kernel}" in line and "custom-call(" in line)
+    memory = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', call)
+    floor = flops / FLOPS_A_CYCLE[chip]
+    return {
+        "floor": round(floor / heads),
+        "share": round(floor / loop.bundles, 3),
+        "vmem": round(int(memory.group(1)) / 2**20, 1) if memory else None,
+        "hbm": round(moved[0] / 2**10, 1),
+        "moved": round(moved[0] / BANDWIDTH[chip] * CLOCK[chip]),
+        "bytes": round(moved[0] / moved[1], 2),
+    }
 
 
 def _row(name: str, topology: str, loop: Loop, heads: int) -> dict[str, Any]:
@@ -319,7 +308,7 @@ def tokamax_kda(topology: str):
 
 def _compile(topology: str, function, arrays):
     """One function of another project; a last entry of a shape that is no number is its dtype."""
-    mesh = _mesh(topology)
+    mesh = make_mesh(topology)
     specs = []
     for shape in arrays:
         dtype = jnp.bfloat16 if isinstance(shape[-1], int) else shape[-1]
@@ -336,7 +325,7 @@ OTHERS = {"splash": splash, "tokamax KDA": tokamax_kda}
 def cut(case: Case, topology: str) -> Cut:
     """How the library cuts this case for this chip."""
     q, _, v, *_ = shapes(case)
-    with jax.sharding.use_abstract_mesh(_mesh(topology).abstract_mesh):
+    with jax.sharding.use_abstract_mesh(make_mesh(topology).abstract_mesh):
         return cut_call(
             case.op, q, v, beta=None, decay=None, index=None, scale=1.0, chunk_size=None,
             precision=lax.Precision.DEFAULT,

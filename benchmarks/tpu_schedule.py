@@ -1,0 +1,85 @@
+"""What the TPU compiler's final schedules say of kernels: bundles of a loop, and which slots they use."""
+
+import dataclasses
+import pathlib
+import re
+
+import numpy as np
+
+__all__ = ["Loop", "loops"]
+
+# Units of matrix products, as one chip or another calls them.
+MATRIX = ("MXU", "MATMUL", "MATPUSH")
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Of one kernel's runs of bundles without a branch that lie in as many loops, the one with most products.
+
+    Attributes:
+      kernel: its name.
+      depth: loops around these bundles; the grid is one, 0 starts and ends the kernel.
+      bundles: how many.
+      slots: by unit, what one bundle has.
+      used: by unit, what all of them use.
+    """
+
+    kernel: str
+    depth: int
+    bundles: int
+    slots: dict[str, int]
+    used: dict[str, int]
+
+    @property
+    def mxu(self) -> float:
+        """Share of the MXU's slots in use."""
+        return max(self.used[unit] / self.slots[unit] for unit in MATRIX if unit in self.slots) / self.bundles
+
+
+def loops(dumps: pathlib.Path, before: set[pathlib.Path], names: str) -> list[list[Loop]]:
+    """For every kernel compiled since whose name matches, a loop of every depth; that with most products first.
+
+    Args:
+      dumps: where the compiler leaves its schedules.
+      before: files that were there.
+      names: regular expression.
+    """
+    found = []
+    for path in sorted(set(dumps.glob("*final_hlo-static-per-bundle-utilization.txt")) - before):
+        kernel = re.sub(r"^\d+-|\.?\d*-\d+-final.*", "", path.name)
+        if not re.search(names, kernel):
+            continue
+        lines = path.read_text().splitlines()
+        units = [unit.strip() for unit in lines[1].split(",")]
+        used = np.array([list(map(int, line.split())) for line in lines[4:] if line.strip()])
+        slots = dict(zip(units, map(int, lines[2].split()), strict=True))
+        stem = path.name.split("-final_hlo")[0].rsplit("-", 1)[0]
+        bundles = next(p for p in dumps.glob(f"{stem}-*final_bundles.txt") if "schedule" not in p.name)
+        each = []
+        products = used[:, [place for place, unit in enumerate(units) if unit in MATRIX]].sum(1)
+        for depth, (first, last) in _busiest(bundles.read_text().splitlines(), products).items():
+            total = dict(zip(units, used[first:last].sum(0).tolist(), strict=True))
+            each.append(Loop(kernel, depth, last - first, slots, total))
+        found.append(sorted(each, key=lambda loop: -loop.mxu * loop.bundles))
+    return found
+
+
+def _busiest(lines: list[str], products: np.ndarray) -> dict[int, tuple[int, int]]:
+    """By depth, first bundle and end of the run without a branch that has most products, the longest if none has."""
+    bundles = [line for line in lines if re.match(r"\s*(0x[0-9a-f]+|0)\s*(LB|PB|PF)?\s*:", line)]
+    count = len(products)
+    if len(bundles) != count:
+        raise ValueError(f"{len(bundles)} bundles in the schedule, {count} in its table of use")
+    depths = [re.sub(r"^[^:]*:([\s>]*).*", r"\1", line).count(">") for line in bundles]
+    ends = {0, count}
+    ends |= {i for i, line in enumerate(bundles) if re.match(r"\s*\S+\s+(LB|PB|PF)", line)}
+    ends |= {i + 1 for i, line in enumerate(bundles) if "sbr.rel" in line}
+    ends |= {i for i in range(1, count) if depths[i] != depths[i - 1]}
+    runs: dict[int, list[tuple[int, int]]] = {}
+    places = sorted(ends)
+    for first, last in zip(places, places[1:], strict=False):
+        runs.setdefault(depths[first], []).append((first, last))
+    return {
+        depth: max(each, key=lambda run: (products[run[0] : run[1]].sum(), run[1] - run[0]))
+        for depth, each in runs.items()
+    }
