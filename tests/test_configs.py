@@ -29,7 +29,8 @@ def load(name: str):
 
 
 def test_every_task_has_a_config():
-    assert {load(name).get_config().task.name for name in NAMES} == set(TASKS)
+    arguments = [(name, variant) for name in NAMES for variant in ([(v,) for v in variants(name)] or [()])]
+    assert {load(name).get_config(*variant).task.name for name, variant in arguments} == set(TASKS)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,7 +9,15 @@ from typing import Any
 
 from memformer.tasks.bits import AssociativeRecall, Copy, DynamicNGrams, PrioritySort, RepeatCopy
 from memformer.tasks.captions import Captions
-from memformer.tasks.formal_languages import ModularArithmetic, Parity, scaled_accuracy
+from memformer.tasks.formal_languages import (
+    CycleNavigation,
+    EvenPairs,
+    ModularArithmetic,
+    Parity,
+    ReverseString,
+    StackManipulation,
+    scaled_accuracy,
+)
 from memformer.tasks.group_words import GroupWords
 from memformer.tasks.lookup import Lookup
 from memformer.tasks.reachability import Reachability
@@ -28,7 +36,9 @@ __all__ = [
     "AssociativeRecall",
     "Captions",
     "Copy",
+    "CycleNavigation",
     "DynamicNGrams",
+    "EvenPairs",
     "Example",
     "GroupWords",
     "Lookup",
@@ -40,7 +50,9 @@ __all__ = [
     "Reference",
     "Remember",
     "RepeatCopy",
+    "ReverseString",
     "Rewrite",
+    "StackManipulation",
     "Swap",
     "SyntheticSource",
     "Task",
@@ -55,7 +67,11 @@ TASKS: dict[str, type[Task]] = {
     "reachability": Reachability,
     "group_words": GroupWords,
     "parity": Parity,
+    "even_pairs": EvenPairs,
+    "cycle_navigation": CycleNavigation,
     "modular_arithmetic": ModularArithmetic,
+    "reverse_string": ReverseString,
+    "stack_manipulation": StackManipulation,
     "mqar": MQAR,
     "text": Text,
     "reference": Reference,

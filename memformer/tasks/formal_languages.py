@@ -1,4 +1,7 @@
-"""Regular languages with one answer at the end: parity, and modular arithmetic without brackets.
+"""Formal languages: one answer at the end of a regular one, or a string to be given back.
+
+Regular: parity, even pairs, cycle navigation, modular arithmetic without brackets. Context-free, answered token by
+token: a string in reverse, and what a stack holds. They are the tasks of table 5 of DeltaFormer (NeurIPS 2025).
 
 Source: Grazzi et al. 2024, "Unlocking state-tracking in linear RNNs through negative eigenvalues"
 (arXiv 2411.12537), after Deletang et al. 2022 (arXiv 2207.02098). Trained on lengths 3 to 40, tested
@@ -11,7 +14,15 @@ import numpy as np
 
 from memformer.tasks.source import Example, SyntheticSource, Task, check_at_least, example
 
-__all__ = ["ModularArithmetic", "Parity", "scaled_accuracy"]
+__all__ = [
+    "CycleNavigation",
+    "EvenPairs",
+    "ModularArithmetic",
+    "Parity",
+    "ReverseString",
+    "StackManipulation",
+    "scaled_accuracy",
+]
 
 
 def scaled_accuracy(accuracy: float, chance: float) -> float:
@@ -97,6 +108,82 @@ class Parity(_OneAnswer):
 
 
 @dataclasses.dataclass(frozen=True)
+class EvenPairs(_OneAnswer):
+    """Are the pairs 01 and 10 of neighbours even in number? So they are where first and last bit are the same.
+
+    Attributes:
+      length: greatest number of bits.
+      min_length: least number of bits.
+
+    Raises:
+      ValueError: a setting out of range, named.
+
+    Example:
+      >>> e = EvenPairs(min_length=40).source("train", 0)[0]
+      >>> bool(e["inputs"][0] == e["inputs"][39]) == bool(e["targets"][39])
+      True
+    """
+
+    name = "even_pairs"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of input ids."""
+        return 2
+
+    @property
+    def num_classes(self) -> int:
+        """Odd, even."""
+        return 2
+
+    def _draw(self, rng: np.random.Generator, index: int) -> Example:
+        bits = rng.integers(2, size=rng.integers(self.min_length, self.length + 1))
+        return self._example(bits, int(bits[0] == bits[-1]))
+
+
+@dataclasses.dataclass(frozen=True)
+class CycleNavigation(_OneAnswer):
+    """Where on a cycle is one who started at place 0? Moves are 0 stay, 1 forward, 2 back, uniform.
+
+    Attributes:
+      length: greatest number of moves.
+      min_length: least number of moves.
+      places: of the cycle.
+
+    Raises:
+      ValueError: a setting out of range, named.
+
+    Example:
+      >>> e = CycleNavigation().source("train", 0)[0]
+      >>> moves = e["inputs"].tolist()
+      >>> (moves.count(1) - moves.count(2)) % 5 == e["targets"].sum()
+      True
+    """
+
+    name = "cycle_navigation"
+
+    places: int = 5
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least("places", self.places, 2)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of input ids."""
+        return 3
+
+    @property
+    def num_classes(self) -> int:
+        """Places."""
+        return self.places
+
+    def _draw(self, rng: np.random.Generator, index: int) -> Example:
+        moves = rng.integers(3, size=rng.integers(self.min_length, self.length + 1))
+        return self._example(moves, ((moves == 1).sum() - (moves == 2).sum()) % self.places)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModularArithmetic(_OneAnswer):
     """The value of an expression such as 3 + 1 * 4 - 2 =, modulo `modulus`.
 
@@ -150,6 +237,113 @@ class ModularArithmetic(_OneAnswer):
         tokens[0::2] = digits
         tokens[1:-1:2] = self.modulus + operators
         return self._example(tokens, _value(digits.tolist(), operators.tolist()) % self.modulus)
+
+
+class _OneString(_OneAnswer):
+    """The answer is a string, given at blanks behind the question: one blank for each of `room` tokens."""
+
+    scores = ("accuracy", "sequence_accuracy")
+
+    @property
+    def chance(self) -> float:
+        """Accuracy of guessing the bits."""
+        return 0.5
+
+    def _answered(self, tokens: np.ndarray, room: int, answer: np.ndarray) -> Example:
+        asked, used = len(tokens), len(tokens) + room
+        inputs, targets, weights = np.zeros(self.steps), np.zeros(self.steps), np.zeros(self.steps)
+        inputs[:asked], inputs[asked:used] = tokens, self.vocab_size - 1
+        targets[asked : asked + len(answer)], weights[asked : asked + len(answer)] = answer, 1
+        return example(inputs, targets, weights, used)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReverseString(_OneString):
+    """Give a string of bits back in reverse, a bit at each of as many blanks. Ids: 0, 1, blank.
+
+    Attributes:
+      length: greatest number of bits.
+      min_length: least number of bits.
+
+    Raises:
+      ValueError: a setting out of range, named.
+
+    Example:
+      >>> e = ReverseString(length=3).source("train", 0)[0]
+      >>> bool((e["inputs"][:3] == e["targets"][:2:-1]).all())
+      True
+    """
+
+    name = "reverse_string"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of input ids."""
+        return 3
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of a target."""
+        return 2
+
+    @property
+    def steps(self) -> int:
+        """The string and its blanks."""
+        return 2 * self.length
+
+    def _draw(self, rng: np.random.Generator, index: int) -> Example:
+        bits = rng.integers(2, size=rng.integers(self.min_length, self.length + 1))
+        return self._answered(bits, len(bits), bits[::-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class StackManipulation(_OneString):
+    """What a stack holds after actions on it: from its top down, then the class that stands for its bottom.
+
+    The first tokens are the stack, bottom first, the others are actions; how many are which is uniform. To take from
+    an empty stack does nothing. Ids: bits 0 and 1, 2 takes the top off, 3 and 4 put 0 or 1 on it, 5 is the blank.
+
+    Attributes:
+      length: greatest number of bits and actions.
+      min_length: least number of bits and actions.
+
+    Raises:
+      ValueError: a setting out of range, named.
+
+    Example:
+      >>> task = StackManipulation(length=3)
+      >>> task.vocab_size, task.num_classes, task.steps
+      (6, 3, 7)
+    """
+
+    name = "stack_manipulation"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of input ids."""
+        return 6
+
+    @property
+    def num_classes(self) -> int:
+        """Two bits and the bottom."""
+        return 3
+
+    @property
+    def steps(self) -> int:
+        """The question and its blanks, one more for the bottom."""
+        return 2 * self.length + 1
+
+    def _draw(self, rng: np.random.Generator, index: int) -> Example:
+        size = rng.integers(self.min_length, self.length + 1)
+        held = rng.integers(2, size=rng.integers(1, size + 1))
+        actions = rng.integers(2, 5, size=size - len(held))
+        stack = held.tolist()
+        for action in actions.tolist():
+            if action > 2:
+                stack.append(action - 3)
+            elif stack:
+                stack.pop()
+        return self._answered(np.concatenate([held, actions]), size + 1, np.array([*stack[::-1], 2]))
 
 
 def _value(digits: list[int], operators: list[int]) -> int:

@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from memformer.tasks import ModularArithmetic, Parity, make_task, scaled_accuracy
+from memformer.tasks import (
+    CycleNavigation,
+    EvenPairs,
+    ModularArithmetic,
+    Parity,
+    ReverseString,
+    StackManipulation,
+    make_task,
+    scaled_accuracy,
+)
 
 
 def answer(e) -> tuple[int, int]:
@@ -34,12 +43,65 @@ def test_value_is_that_of_python(modulus):
         assert value == eval(text[:-1]) % modulus, text
 
 
+def test_pairs_are_counted():
+    source = EvenPairs().source("train", 0)
+    for i in range(200):
+        time, even = answer(source[i])
+        bits = source[i]["inputs"][: time + 1]
+        assert even == ((bits[1:] != bits[:-1]).sum() % 2 == 0)
+
+
+def test_the_walk_is_that_of_a_walker():
+    source = CycleNavigation(places=7).source("train", 0)
+    for i in range(200):
+        time, place = answer(source[i])
+        here = 0
+        for move in source[i]["inputs"][: time + 1]:
+            here = (here + (0, 1, -1)[move]) % 7
+        assert place == here
+
+
+def strings(e, blank: int) -> tuple[list[int], int, list[int]]:
+    """(question, number of blanks, answer); what is scored begins at the first blank."""
+    inputs, scored = e["inputs"][: e["segment_ids"].sum()].tolist(), np.flatnonzero(e["loss_weights"])
+    asked = inputs.index(blank)
+    assert inputs[asked:] == [blank] * (len(inputs) - asked)
+    assert scored.tolist() == list(range(asked, asked + len(scored)))
+    return inputs[:asked], len(inputs) - asked, e["targets"][scored].tolist()
+
+
+def test_strings_come_back_in_reverse():
+    source = ReverseString().source("train", 0)
+    for i in range(200):
+        asked, blanks, told = strings(source[i], 2)
+        assert told == asked[::-1] and blanks == len(asked) and 3 <= blanks <= 40
+
+
+def test_a_stack_is_followed():
+    source, emptied = StackManipulation(length=12).source("train", 0), 0
+    for i in range(300):
+        asked, blanks, told = strings(source[i], 5)
+        stack = []
+        for token in asked:
+            if token == 2:
+                stack = stack[:-1]
+            else:
+                stack.append(token % 3 if token < 2 else token - 3)
+        assert told == [*reversed(stack), 2] and blanks == len(asked) + 1
+        # actions come after all bits
+        assert sorted(asked, key=lambda token: token > 1) == asked
+        emptied += not stack
+    assert emptied
+
+
 # task, lengths in use (tokens before the answer)
 LENGTHS = [
     (Parity(), range(3, 41)),
     (Parity().with_length(64), [64]),
     (Parity(length=50, min_length=40).with_length(50), range(40, 51)),
     (Parity(length=5, min_length=1), range(1, 6)),
+    (EvenPairs(), range(3, 41)),
+    (CycleNavigation().with_length(64), [64]),
     (ModularArithmetic(), range(3, 41, 2)),
     (ModularArithmetic(length=6, min_length=4), [5]),
     (ModularArithmetic(length=2, min_length=1), [1]),
@@ -57,7 +119,9 @@ def test_lengths_in_use(task, lengths):
     assert np.all(np.abs(share - 1) < 0.75)
 
 
-@pytest.mark.parametrize("task", [Parity(), ModularArithmetic()], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task", [Parity(), EvenPairs(), CycleNavigation(), ModularArithmetic()], ids=lambda task: task.name
+)
 def test_answers_are_near_chance(task):
     source = task.source("train", 0)
     classes = np.bincount([answer(source[i])[1] for i in range(3000)], minlength=task.num_classes) / 3000
@@ -76,6 +140,7 @@ def test_scaled_accuracy():
     [
         ({"name": "parity", "length": 2}, "length must be an integer of at least 3, got 2"),
         ({"name": "parity", "min_length": 0}, "min_length must be an integer of at least 1, got 0"),
+        ({"name": "cycle_navigation", "places": 1}, "places must be an integer of at least 2, got 1"),
         ({"name": "modular_arithmetic", "modulus": 1}, "modulus must be an integer of at least 2, got 1"),
     ],
     ids=str,
