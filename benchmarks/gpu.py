@@ -1,286 +1,355 @@
-"""The GPU kernels on an H200: verified, then timed beside what else can do the same.
+"""The GPU kernels on an H200: verified, then timed beside what else can do the same, in one run.
 
-    python -m benchmarks.gpu [--verify] [--static] [--peers] [--out FILE.json]
+    python -m benchmarks.gpu [--verify] [--time] [--static] [--limit SECONDS] [--peer-path FOLDER] [--out FILE.json]
 
-  --verify   the ops against the float64 recurrence, adversarial keys included; on a GPU by its kernels
-  --static   what ptxas says of every kernel: registers, spills, warnings. Needs no GPU, but the CUDA plugin wheels
-             (jax-cuda13-pjrt and jax-cuda13-plugin of jax's version) and ptxas on the PATH
-  --peers    also FLA's Triton ops, where torch and flash-linear-attention are installed
+  --verify   the ops' suite and more against float64 (gpu_verify.py), a line a case
+  --time     forward and forward+backward at the shapes of gpu_cases.TIMED (the default)
+  --static   what ptxas says of every kernel: registers, spills, warnings (gpu_static.py). Needs no GPU, but the CUDA
+             plugin wheels (extra gpu-compiler) and ptxas
 
-With neither --verify nor --static it times forward and forward+backward at the shapes of interest: medians of calls
-under jit, each waited for. Without an sm_90 GPU it runs on toy shapes by the forms that serve there, to show that it
-runs: those times mean nothing, and it says so.
+The exit status is 1 if a case verified was wrong or not reached, or a kernel spills or serializes its products.
+
+Beside our kernels run our chunked form and recurrence, cuDNN through jax.nn, PyTorch's attention, and FLA's Triton
+ops. torch and triton must be there already. FLA is pure Python; where no network is, carry its wheels in a folder:
+
+    pip download --no-deps -d .whl fla-core flash-linear-attention
+    pip install --no-deps --no-index --no-compile --target /tmp/site .whl/*.whl
+    python -m benchmarks.gpu --verify --time --limit 540 --peer-path /tmp/site --out gpu.json
+
+What is missing or fails is a row that says so. Each contestant runs in turns with the others of its case, in a process
+that may hang or die (workers.py); every row is in the file as soon as it is there. Other processes compile the peers'
+kernels ahead, while --verify runs or before the first row: their compiler keeps them on disk.
+
+The floor of a row is its FLOPs or its bytes (gpu_cases.floor), whichever takes longer at the rates that the same run
+measured of a matrix product and a copy. Without an sm_90 GPU toy shapes run by the forms that serve there, to show
+that all of this runs: those times mean nothing, and it says so.
 """
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
-import re
-import shutil
+import queue
 import statistics
-import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-import memformer as mf
-from memformer.pallas.gpu.common import is_hopper
+from benchmarks import gpu_cases, gpu_static
+from benchmarks.gpu_cases import ANCHORS, PASSES, SHIPPED, TIMED, TOY, Case
+from benchmarks.workers import Worker, WorkerError
 
-# Measured on an H200: bfloat16 product of 8192^3, and copy.
-FLOPS, BANDWIDTH = 788e12, 4.3e12
+JAX, TORCH = "benchmarks.gpu_worker", "benchmarks.gpu_peers"
 
+# Seconds that a request may take: to compile and run once, to be timed, to be verified.
+LOAD, TIME, VERIFY = 150.0, 60.0, 150.0
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One call."""
+# To compile a peer ahead: its library tries many variants of each kernel.
+AHEAD = 180.0
 
-    op: str
-    length: int
-    heads: int
-    groups: int
-    key: int = 128
-    value: int = 128
-    decay: bool = True
-    segments: bool = False
-    batch: int = 1
+# Processes that verify at one time: compilers take most of it.
+VERIFIERS = 6
 
-    @property
-    def name(self) -> str:
-        """As tables say it."""
-        what = f"{self.op}{' decay' * self.decay}{' segments' * self.segments}"
-        return f"{what} {self.batch}x{self.length} {self.groups}/{self.heads} {self.key}/{self.value}"
+# Turns of every contestant, and seconds of each.
+TURNS, TURN = 3, 0.15
 
 
-TIMED = (
-    *(Case("delta_rule", length, 64, 16) for length in (2048, 8192, 32768)),
-    *(Case("delta_rule", length, 32, 16) for length in (8192, 32768)),
-    Case("linear_attention", 8192, 96, 96),
-)
-TOY = (Case("delta_rule", 128, 2, 1, 16, 16), Case("linear_attention", 128, 2, 2, 16, 16))
-SHIPPED = tuple(
-    Case(op, 256, 2, 1, key, 128, decay, segments)
-    for op in ("delta_rule", "linear_attention")
-    for key in (64, 128)
-    for decay in (False, True)
-    for segments in (False, True)
-)
+class Report:
+    """What was measured, in a file that is whole after every row."""
+
+    def __init__(self, path: str | None, limit: float):
+        self.path = None if path is None else pathlib.Path(path)
+        self.end = time.monotonic() + limit
+        self.content: dict[str, Any] = {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+        self.lock = threading.Lock()
+
+    def left(self) -> float:
+        """Seconds until the limit."""
+        return self.end - time.monotonic()
+
+    def add(self, part: str, row: dict[str, Any]) -> None:
+        """Prints a row, and writes all of them."""
+        with self.lock:
+            self.content.setdefault(part, []).append(row)
+            print("  ".join(f"{key} {_short(value)}" for key, value in row.items() if key != "samples"), flush=True)
+            self.write()
+
+    def write(self) -> None:
+        """Writes the file: whole, or not at all."""
+        if self.path is not None:
+            part = self.path.with_name(f"{self.path.name}.part")
+            part.write_text(json.dumps(self.content, indent=1) + "\n")
+            part.replace(self.path)
 
 
-def inputs(case: Case, keys: str = "random") -> dict[str, np.ndarray]:
-    """Arguments of the op by name, float64; keys are "random" or "identical"."""
-    random = np.random.default_rng(0)
-    few = (case.batch, case.length, case.groups, case.key)
-    many = (case.batch, case.length, case.heads)
-    k = random.standard_normal(few)
-    k = np.broadcast_to(k[:, :1], few) if keys == "identical" else k
-    arrays = {
-        "q": random.standard_normal(few),
-        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
-        "v": random.standard_normal((*many, case.value)),
-    }
-    if case.op == "delta_rule":
-        arrays["beta"] = random.uniform(0.1, 0.9, many) if keys == "random" else np.full(many, 1.9)
-    if case.decay:
-        arrays["decay"] = -random.uniform(0.0, 0.1, many)
-    return arrays
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def rounded(arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """As the kernels take them."""
-    return {name: jnp.asarray(x, jnp.bfloat16 if name in "qkv" else jnp.float32) for name, x in arrays.items()}
+def run_verify(report: Report, names: Sequence[str], toy: bool) -> None:
+    """All cases, several at one time; what is not reached is a fault."""
+    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for name in names:
+        waiting.put(name)
+
+    def work() -> None:
+        worker = Worker(JAX)
+        while not waiting.empty():
+            try:
+                name = waiting.get_nowait()
+            except queue.Empty:
+                break
+            row: dict[str, Any] = {"case": name, "met": False, "failed": "not reached"}
+            if report.left() > 0:
+                try:
+                    row = worker.ask(min(VERIFY, max(report.left(), 1.0)), do="verify", case=name, toy=toy)
+                except WorkerError as error:
+                    row["failed"] = str(error)
+            report.add("verified", {"ok": "ok" if row["met"] else "FAULT", **row})
+        worker.close()
+
+    threads = [threading.Thread(target=work) for _ in range(1 if toy else VERIFIERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    rows = report.content.get("verified", [])
+    print(f"verified: {sum(row['met'] for row in rows)} of {len(rows)} cases", flush=True)
 
 
-def run(case: Case, implementation: str | None, gradient: bool):
-    """A function of the arrays: output and state, and with `gradient` the gradients of their weighted sum."""
+class Ahead:
+    """Processes that run every peer once, so that its compiler's cache on disk is full; one process for each op.
 
-    def call(arrays):
-        ids = 1 + jnp.arange(case.length, dtype=jnp.int32)[None] // 100 if case.segments else None
-        ids = None if ids is None else jnp.broadcast_to(ids, (case.batch, case.length))
-        return getattr(mf, case.op)(**arrays, segment_ids=ids, implementation=implementation)
-
-    def loss(arrays):
-        output, state = call(arrays)
-        return jnp.sum(jnp.sin(output.astype(state.dtype))) + jnp.sum(state), (output, state)
-
-    return jax.jit(jax.grad(loss, has_aux=True) if gradient else call)
-
-
-def relative_error(got: Any, want: Any) -> float:
-    """Largest relative root mean square of the leaves."""
-
-    def one(a, b):
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
-
-    return max(map(one, jax.tree.leaves(got), jax.tree.leaves(want)))
-
-
-def verify(implementation: str | None) -> list[dict[str, Any]]:
-    """Output, state and gradients against the float64 recurrence, on inputs rounded to bfloat16."""
-    rows = []
-    for case in SHIPPED if implementation else TOY:
-        for keys in ("random", "identical"):
-            arrays = rounded(inputs(case, keys))
-            of_arrays, seen = run(case, implementation, True)(arrays)
-            with jax.enable_x64(True):
-                wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
-                want, want_seen = jax.tree.map(np.asarray, run(case, "recurrent", True)(wide))
-            errors = {"error": relative_error(seen, want_seen), "gradient error": relative_error(of_arrays, want)}
-            met = errors["error"] <= 2e-2 and errors["gradient error"] <= 6e-2
-            rows.append({"case": case.name, "keys": keys, **errors, "met": met})
-    return rows
-
-
-def floor(case: Case, gradient: bool) -> float:
-    """Milliseconds that no implementation can do without: FLOPs of the recurrence or bytes, whichever takes longer."""
-    products = 3 if case.op == "delta_rule" else 2
-    flops = 2.0 * products * case.batch * case.length * case.heads * case.key * case.value
-    few, many = case.batch * case.length * case.groups * case.key, case.batch * case.length * case.heads * case.value
-    moved = 2.0 * (2 * few + 2 * many)
-    return 1e3 * max(flops * (3 if gradient else 1) / FLOPS, moved * (3 if gradient else 1) / BANDWIDTH)
-
-
-def clock(function, arguments, seconds: float) -> float:
-    """Median milliseconds of a call, warm."""
-    jax.block_until_ready(function(arguments))
-    samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(samples) < 5 or time.perf_counter() < end:
-        start = time.perf_counter()
-        jax.block_until_ready(function(arguments))
-        samples.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(samples)
-
-
-def fla(case: Case, gradient: bool, seconds: float) -> float:
-    """Median milliseconds of FLA's Triton op."""
-    import torch
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    given = {n: torch.tensor(np.asarray(x, np.float32), device="cuda") for n, x in inputs(case).items()}
-    given = {n: (x.bfloat16() if n in "qkv" else x).requires_grad_(gradient) for n, x in given.items()}
-    repeat = case.heads // case.groups
-
-    def call(_):
-        q, k = (given[name].repeat_interleave(repeat, 2) for name in "qk")
-        if case.op == "delta_rule":
-            output = chunk_gated_delta_rule(q, k, given["v"], g=given["decay"], beta=given["beta"])[0]
-        else:
-            output = chunk_simple_gla(q, k, given["v"], g=given["decay"])[0]
-        if gradient:
-            output.float().sum().backward()
-        torch.cuda.synchronize()
-
-    return clock(call, None, seconds)
-
-
-def measure(peers: bool, seconds: float) -> list[dict[str, Any]]:
-    """Rows of times, one a case, pass and contestant."""
-    chip = is_hopper()
-    rows = []
-    for case in TIMED if chip else TOY:
-        for gradient in (False, True):
-            contestants = {name: run(case, name, gradient) for name in (("pallas",) if chip else ()) + ("chunked",)}
-            if not (chip and gradient):
-                # Its backward keeps the state of every token.
-                contestants["recurrent"] = run(case, "recurrent", gradient)
-            arrays = rounded(inputs(case))
-            times = {name: clock(function, arrays, seconds) for name, function in contestants.items()}
-            if peers and chip:
-                times["FLA (Triton)"] = fla(case, gradient, seconds)
-            what = "forward+backward" if gradient else "forward"
-            common = {"case": case.name, "pass": what, "floor": floor(case, gradient)}
-            rows += [{**common, "implementation": name, "milliseconds": ms} for name, ms in times.items()]
-    return rows
-
-
-# XLA's description of the chip, from its data sheet.
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048
-  core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
-  device_memory_size: 150000000000 cuda_compute_capability { major: 9 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } device_description_str: "NVIDIA H200"
-"""
-
-
-def compile_for_h200(case: Case):
-    """Forward and backward of a case, compiled for an H200 that need not be there."""
-    from jax.experimental import topologies
-
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
-    mesh = jax.sharding.Mesh(np.array(topology.devices), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = jax.NamedSharding(mesh, jax.P())
-    arrays = {n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for n, x in rounded(inputs(case)).items()}
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return run(case, None, True).lower(arrays).compile()
-
-
-def static(cases: tuple[Case, ...] = SHIPPED) -> list[dict[str, Any]]:
-    """What ptxas says of the kernels of each case.
-
-    Raises:
-      FileNotFoundError: no ptxas on the PATH.
-      RuntimeError: the compiler failed.
+    What fails will say so when it is timed.
     """
-    ptxas = shutil.which("ptxas")
-    if ptxas is None:
-        raise FileNotFoundError("ptxas is not on the PATH: install CUDA's compiler")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={pathlib.Path(ptxas).resolve().parent.parent}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "XLA_FLAGS": flags}
-    rows = []
+
+    def __init__(self, cases: Iterable[Case], python: str, environment: dict[str, str]):
+        self.workers: list[Worker] = []
+        self.threads: list[threading.Thread] = []
+        self.stopped = threading.Event()
+        # Compiled kernels depend on heads, not on time.
+        kinds = {(case.op, case.heads, case.only_u, bool(case.segments)): case for case in cases}
+        for op in dict.fromkeys(case.op for case in kinds.values()):
+            self.workers.append(Worker(TORCH, python, environment))
+            of = [case for case in kinds.values() if case.op == op]
+            self.threads.append(threading.Thread(target=self._run, args=(self.workers[-1], of), daemon=True))
+            self.threads[-1].start()
+
+    def _run(self, worker: Worker, cases: Sequence[Case]) -> None:
+        for case in cases:
+            for what, gradient in PASSES:
+                for kind, name in gpu_cases.contestants(case, gradient):
+                    if kind != "torch" or self.stopped.is_set():
+                        continue
+                    start, error = time.monotonic(), ""
+                    try:
+                        worker.ask(AHEAD, do="load", case=dataclasses.asdict(case), gradient=gradient, name=name)
+                    except WorkerError as problem:
+                        error = f": {problem}"
+                    took = time.monotonic() - start
+                    print(f"ahead: {name} {case.name} {what} {took:.0f} s{error}", flush=True)
+
+    def finish(self, seconds: float) -> None:
+        """Waits so long at most, and ends them."""
+        end = time.monotonic() + seconds
+        for thread in self.threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        self.stopped.set()
+        for worker in self.workers:
+            worker.close()
+
+
+class Race:
+    """The contestants of one case and pass."""
+
+    def __init__(self, workers: dict[str, Worker], case: Case, gradient: bool):
+        self.workers, self.case, self.gradient = workers, case, gradient
+        self.rows: dict[tuple[str, str], dict[str, Any]] = {}
+        self.holds: dict[tuple[str, str], int] = {}
+
+    def load(self, who: tuple[str, str]) -> bool:
+        """Whether a contestant is loaded; its row says why not."""
+        worker, row = self.workers[who[0]], self.rows.setdefault(who, {})
+        if "error" in row:
+            return False
+        running = worker.process is not None and worker.process.poll() is None
+        if running and self.holds.get(who) == worker.starts:
+            return True
+        try:
+            case = dataclasses.asdict(self.case)
+            row |= worker.ask(LOAD, do="load", case=case, gradient=self.gradient, name=who[1])
+        except WorkerError as error:
+            row["error"] = str(error)
+            return False
+        self.holds[who] = worker.starts
+        return True
+
+    def turn(self, who: tuple[str, str], seconds: float) -> None:
+        """One turn of a contestant."""
+        row = self.rows[who]
+        if not self.load(who):
+            return
+        try:
+            taken = self.workers[who[0]].ask(TIME, do="time", name=who[1], seconds=seconds)
+        except WorkerError as error:
+            row["error"] = str(error)
+            return
+        row.setdefault("samples", []).extend(taken["samples"])
+        row["host"] = taken["host"]
+
+    def run(self, turns: int, seconds: float) -> list[dict[str, Any]]:
+        """Loads all, then gives each its turns; rows in the order of contestants."""
+        order = gpu_cases.contestants(self.case, self.gradient)
+        for who in order:
+            self.load(who)
+        for turn in range(turns):
+            # Each turn starts with another, so that none always follows the same.
+            for place in range(len(order)):
+                self.turn(order[(turn + place) % len(order)], seconds)
+        probes = {who: row.pop("probe") for who, row in self.rows.items() if "probe" in row}
+        wanted = probes.get(("jax", "chunked"))
+        for who, probe in probes.items():
+            if wanted is not None and "error" not in self.rows[who]:
+                self.rows[who]["differs"] = difference(probe, wanted)
+        return [self.rows[who] | {"name": who[1]} for who in order]
+
+
+def difference(got: dict[str, list[float]], want: dict[str, list[float]]) -> float:
+    """The largest relative RMS difference of the arrays of two contestants."""
+    if set(got) != set(want):
+        return float("nan")
+    pairs = [(np.asarray(got[key]), np.asarray(want[key])) for key in want]
+    return float(max(np.sqrt(np.mean((a - b) ** 2) / max(np.mean(b**2), 1e-60)) for a, b in pairs))
+
+
+def run_time(report: Report, cases: Iterable[Case], workers: dict[str, Worker], chip: bool) -> None:
+    """Every contestant of every case, forward and forward+backward."""
+    try:
+        peaks = workers["jax"].ask(LOAD, do="peaks")
+    except WorkerError as error:
+        report.content["error"] = str(error)
+        peaks = {"flops": 788e12, "bytes": 4.3e12}
+    report.content["peaks"] = peaks
+    print(f"product {peaks['flops'] / 1e12:.4g} TFLOP/s, copy {peaks['bytes'] / 1e12:.4g} TB/s", flush=True)
     for case in cases:
-        # The report is written by the compiler itself, to the standard output of a process of its own.
-        code = f"from benchmarks import gpu; gpu.compile_for_h200(gpu.Case(**{dataclasses.asdict(case)!r}))"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        text = done.stdout + done.stderr
-        if done.returncode:
-            raise RuntimeError(f"{case.name}: {text[-1500:]}")
-        for part in re.split(r"(?=Compiling entry function)", text)[1:]:
-            if "mosaic_gpu_kernel" not in part.splitlines()[0]:
+        for what, gradient in PASSES:
+            common: dict[str, Any] = {"case": case.name, "pass": what}
+            if report.left() <= 0:
+                report.add("rows", {**common, "implementation": "all", "error": "not reached"})
                 continue
-            stored, loaded = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)[0]
-            row: dict[str, Any] = {"case": case.name, "kernel": re.findall(r"'(\w+)_mosaic_gpu_kernel'", part)[0]}
-            row |= {"registers": int(re.findall(r"Used (\d+) registers", part)[0]), "spills": int(stored) + int(loaded)}
-            rows.append({**row, "serialized": len(re.findall(r"C751[0-24]", text))})
-    return rows
+            flops, moved = gpu_cases.floor(case, gradient)
+            least = 1e3 * max(flops / peaks["flops"], moved / peaks["bytes"])
+            for row in Race(workers, case, gradient).run(*((TURNS, TURN) if chip else (1, 0.002))):
+                report.add("rows", _row({**common, "implementation": row.pop("name"), "floor": least}, row))
+        for worker in workers.values():
+            if worker.process is not None:
+                worker.ask(TIME, do="drop")
 
 
-def main(arguments: list[str]) -> int:
-    """Prints rows, writes them where asked; 1 if something verified was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("verify", "static", "peers"):
-        parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing a contestant (default 1)")
-    parser.add_argument("--out", help="JSON file")
-    options = parser.parse_args(arguments)
-    chip = is_hopper()
-    if not (chip or options.static):
-        print("no sm_90 GPU here: toy shapes by the forms that serve; no time below means anything")
-    rows = []
-    if options.static:
-        rows = static()
-    elif options.verify:
-        rows = verify("pallas" if chip else None)
-    else:
-        rows = measure(options.peers, options.seconds if chip else 0.0)
+def _row(common: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the file from what a race found."""
+    samples = row.get("samples", [])
+    if "error" in row or not samples:
+        return common | {"error": row.get("error", "not timed")}
+    middle = statistics.median(samples)
+    figures = {
+        "milliseconds": middle,
+        "low": min(samples),
+        "high": max(samples),
+        "over floor": middle / common["floor"],
+    }
+    memory = row["memory"] if row["memory"] is None else round(row["memory"] / 2**20, 1)
+    rest = {"MiB": memory, "host": row["host"], "differs": row.get("differs"), "first": row["first"]}
+    return common | figures | rest | {"samples": samples}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: one line a case and pass, one column a contestant; milliseconds (times the floor)."""
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    lines = [f"| case | pass | floor | {' | '.join(names)} |", f"|{'---|' * (len(names) + 3)}"]
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        print("  ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
-    around = {"device": jax.devices()[0].device_kind, "meaningful": chip, "jax": jax.__version__, "rows": rows}
-    if options.out:
-        pathlib.Path(options.out).write_text(json.dumps({**around, "memformer": mf.__version__}, indent=1) + "\n")
-    return int(any(row.get("met") is False for row in rows))
+        found.setdefault((row["case"], row["pass"]), {})[row["implementation"]] = row
+    for (case, what), of in found.items():
+        cells = []
+        for name in names:
+            row = of.get(name, {})
+            text = f"{row['milliseconds']:.3f} ({row['over floor']:.1f})" if "milliseconds" in row else ""
+            cells.append("failed" if "error" in row else text)
+        least = next((row["floor"] for row in of.values() if "floor" in row), float("nan"))
+        lines.append(f"| {case} | {what} | {least:.3f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def run_static(report: Report, cases: Sequence[Case]) -> None:
+    """Registers, spills and warnings of all cases."""
+    for row in gpu_static.static(cases):
+        report.add("static", row)
+
+
+def arguments(given: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("verify", "time", "static"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds; what is not reached by then says so")
+    parser.add_argument("--only", default="", help="cases that have this in their name, of all that is run")
+    parser.add_argument("--peer-path", help="folder where the peers' packages lie, beside those installed")
+    parser.add_argument("--peer-python", default=sys.executable, help="python that has torch (default: this one)")
+    parser.add_argument("--out", help="JSON file")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str]) -> int:
+    """Prints rows, writes them where asked; 1 if something was wrong."""
+    options = arguments(given)
+    report = Report(options.out, options.limit)
+    extra = {}
+    if options.peer_path:
+        path = [options.peer_path, os.environ.get("PYTHONPATH", "")]
+        extra = {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    workers = {"jax": Worker(JAX), "torch": Worker(TORCH, options.peer_python, extra)}
+    try:
+        if options.static:
+            run_static(report, [case for case in SHIPPED if options.only in case.name])
+        if options.verify or options.time or not options.static:
+            run_device(report, options, workers, extra)
+    finally:
+        for worker in workers.values():
+            worker.close()
+        report.write()
+    wrong = [row for row in report.content.get("verified", []) if not row["met"]]
+    wrong += [row for row in report.content.get("static", []) if row["fault"]]
+    return int(bool(wrong))
+
+
+def run_device(report: Report, options: argparse.Namespace, workers: dict[str, Worker], extra: dict[str, str]) -> None:
+    """What --verify and --time ask for."""
+    about = workers["jax"].ask(LOAD, do="about")
+    chip = about["chip"]
+    report.content |= {"meaningful": chip, **about, "peers": workers["torch"].ask(LOAD, do="about")}
+    if not chip:
+        print("no sm_90 GPU here: toy shapes by the forms that serve; no time below means anything", flush=True)
+    cases = [case for case in (TIMED if chip else TOY) if options.only in case.name]
+    timed = options.time or not (options.verify or options.static)
+    ahead = Ahead(cases if chip and timed else [], options.peer_python, extra)
+    if options.verify:
+        from benchmarks import gpu_verify
+
+        run_verify(report, [name for name in gpu_verify.names(not chip) if options.only in name], not chip)
+    ahead.finish(min(AHEAD, 0.3 * report.left()))
+    if timed:
+        run_time(report, cases, workers, chip)
+        report.content |= {"goals": gpu_cases.goals(report.content.get("rows", [])), "anchors": ANCHORS}
+        print(table(report.content.get("rows", [])))
+        for goal in report.content["goals"]:
+            print("  ".join(f"{key} {_short(value)}" for key, value in goal.items()))
 
 
 if __name__ == "__main__":
