@@ -45,7 +45,7 @@ def _kept(cut: Cut, backward: bool) -> list[tuple[tuple[int, ...], Any]]:
 
 
 def _fine(cut: Cut) -> int:
-    """Passes of a product of what cancels when keys repeat: one would leave percents of noise in the state."""
+    """Passes of a product of what cancels when keys repeat: one leaves percents of noise in state and gradients."""
     return max(cut.passes, 3)
 
 
@@ -106,19 +106,20 @@ def _backward(cut: Cut, tokens: Tokens, gradients: TokenGradients, h: int, prepa
     written = mm(k, ds[...], "nn")
     gradients.add("write", h, jnp.sum(w * written, axis=1, keepdims=True))
     yield
-    dw = mm(beta * read[...], do, "tn") + tokens.write(h, written)
+    dw = _exact(cut, beta * read[...], do, "tn") + tokens.write(h, written)
     yield
     dv = _exact(cut, inverse, dw, "tn")
     yield
-    dmatch = -mm(dv, w, "nt")
+    # One half of W is enough here: dV keeps what cancels in the sum over the columns of M dM.
+    dmatch = -_exact(cut, dv, w if cut.passes > 1 else w.astype(jnp.bfloat16), "nt")
     yield
-    dread = mm(do, w, "nt")
+    dread = _exact(cut, do, w, "nt")
     f = cut.scale * beta * weights[...] * dread
     m = _below(beta * weights[...] * dmatch)
     e = tokens.enter(h, dv)
     entered = tokens.enter(h, cut.scale * do.astype(jnp.float32))
     yield
-    dq = mm(f, k, "nn") + mm(entered, state[...], "nt")
+    dq = _exact(cut, f, k, "nn") + mm(entered, state[...], "nt")
     yield
     dk = mm(f, q, "tn") + mm(m, k, "nn") + mm(m, k, "tn") - mm(e, state[...], "nt")
     yield

@@ -58,7 +58,8 @@ def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> Tunin
     """
     row = TABLE.get(kind, TABLE["TPU v5"])
     sizes = row[128 if max(key, value) <= 128 else 256]
-    chunk = sizes.chunk
+    # float32 inputs want 1e-4: one rounding of k . k is in every score of a chunk, and equal keys add it up over it.
+    chunk = max(16, sizes.chunk * 2 // itemsize)
     while chunk > 16 and chunk // 2 >= length:
         chunk //= 2
     key, value = (-(-width // 128) * 128 for width in (key, min(value, sizes.values)))
