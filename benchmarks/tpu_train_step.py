@@ -1,14 +1,17 @@
 """A train step of 1.3 billion parameters by the TPU kernels, compiled for chips that need not be there.
 
-    python -m benchmarks.tpu_train_step [MEMORY ...] [--topology v5e:4x4] [--out FILE.json]
+    python -m benchmarks.tpu_train_step [MEMORY ...] [--topology v5e:4x4] [--again] [--out FILE.json]
 
-For every memory and mesh: parameters, memory a device needs, which kernels the compiled program calls, and arrays of
-activations that it gathers (there should be none: every chip calls the kernels for its own rows and heads). Needs
-libtpu, as benchmarks/tpu_static.py does; a program takes minutes to compile on two cores.
+For every memory and mesh: parameters, memory a device needs and has, which kernels the compiled program calls, and
+arrays of activations that it gathers (there should be none: every chip calls the kernels for its own rows and heads).
+A row is written when it is done, and a second start takes up what is missing. Needs libtpu, as
+benchmarks/tpu_static.py does; a program takes minutes to compile on two cores.
 """
 
 import argparse
 import dataclasses
+import datetime
+import importlib.metadata
 import json
 import pathlib
 import re
@@ -16,18 +19,22 @@ import sys
 import time
 from typing import Any
 
+import jax
+
 from benchmarks.tpu_static import prepare_compiler
 from memformer.training.build import build_run
 from memformer.training.config import default_config
-from memformer.training.dryrun import find_devices, lower_step
+from memformer.training.dryrun import MEMORY, find_devices, lower_step
 from memformer.training.sharding import mesh_scope
 
-__all__ = ["MESHES", "Step", "compile_step", "step_config"]
+__all__ = ["MESHES", "OUT", "Step", "compile_step", "step_config"]
+
+OUT = pathlib.Path(__file__).parent / "results" / "tpu-train-step.json"
 
 # Devices over data, fsdp and tensor.
 MESHES = {"v5e:4x4": (2, 4, 2), "v5p:2x2x2": (2, 2, 2)}
 
-MEMORIES = ("delta_rule", "gated_delta_rule", "linear_attention", "retnet", "delta_product", "deltaformer")
+MEMORIES = ("gated_delta_rule", "deltaformer", "linear_attention", "delta_product", "softmax_attention", "delta_rule")
 
 # xlarge_1300m of memformer/models/presets.py; a length that is no other size of it, so that arrays over time are known.
 MODEL = {"width": 2048, "depth": 24, "heads": 16, "remat": "full", "dtype": "bfloat16", "scan_layers": True}
@@ -82,22 +89,46 @@ def compile_step(config: dict[str, Any], topology: str) -> Step:
     )
 
 
+def measure(memory: str, topology: str) -> dict[str, Any]:
+    """One row: the step, or why it did not compile."""
+    config = step_config(memory, MESHES[topology], LENGTH, **MODEL)
+    row: dict[str, Any] = {"memory": memory, "topology": topology, "ok": False}
+    row["mesh"] = dict(zip(("data", "fsdp", "tensor"), MESHES[topology], strict=True))
+    kind = find_devices(topology)[0].device_kind
+    limit = next(gib for name, gib in MEMORY if name in kind)
+    row |= {"rows": config["train"]["batch_size"], "length": LENGTH, "limit": limit}
+    try:
+        step = compile_step(config, topology)
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"error": str(error)[:500]}
+    return row | dataclasses.asdict(step) | {"ok": step.gib <= limit and bool(step.kernels) and not step.gathers}
+
+
+def read(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of a file, by memory and topology."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return {(row["memory"], row["topology"]): row for row in rows}
+
+
 def main(arguments: list[str]) -> None:
-    """Prints the table, and writes it where asked."""
+    """Compiles what is asked for, and writes each row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("memories", nargs="*", help=f"default: {', '.join(MEMORIES)}")
     parser.add_argument("--topology", action="append", choices=list(MESHES), help="default: all")
-    parser.add_argument("--out", help="JSON file")
+    parser.add_argument("--again", action="store_true", help="also what the file has")
+    parser.add_argument("--out", type=pathlib.Path, default=OUT, help=f"default: {OUT.name} of benchmarks/results")
     options = parser.parse_args(arguments)
     prepare_compiler()
-    rows = []
-    for topology in options.topology or MESHES:
-        for memory in options.memories or MEMORIES:
-            step = compile_step(step_config(memory, MESHES[topology], LENGTH, **MODEL), topology)
-            rows.append({"memory": memory, "topology": topology} | dataclasses.asdict(step))
-            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
-            if options.out:
-                pathlib.Path(options.out).write_text(json.dumps(rows, indent=1) + "\n")
+    versions = {"jax": jax.__version__, "libtpu": importlib.metadata.version("libtpu")}
+    for memory in options.memories or MEMORIES:
+        for topology in options.topology or MESHES:
+            if not options.again and read(options.out).get((memory, topology), {}).get("ok"):
+                continue
+            row = measure(memory, topology)
+            row["date"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            found = read(options.out) | {(memory, topology): row | versions}
+            options.out.write_text("[\n" + ",\n".join(json.dumps(x) for x in found.values()) + "\n]\n")
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 if __name__ == "__main__":
