@@ -5,6 +5,7 @@ import importlib.util
 import pytest
 
 from benchmarks import tpu_static, tpu_train_step
+from benchmarks.tpu_compile import kernels
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -16,6 +17,7 @@ SMALL = {
     "delta odd": ("v5e:2x2", tpu_static.CASES["delta odd"]),
     "delta float32": ("v5p:2x2x1", tpu_static.Case("delta_rule", 1, 100, 1, 1, 64, 96, "float32", decay=True)),
     "delta shared heads": ("v6e:2x2", tpu_static.Case("delta_rule", 1, 256, 2, 1, 128, 128, segments=True)),
+    "delta product": ("v5p:2x2x1", tpu_static.Case("delta_product", 1, 100, 1, 1, 64, 64, decay=True, steps=2)),
     "linear odd": ("tpu7x:2x2x1", tpu_static.CASES["linear odd"]),
     "linear float32": ("v5e:2x2", tpu_static.Case("linear_attention", 1, 256, 2, 1, 128, 128, "float32")),
     "deltaformer odd": ("v5e:2x2", tpu_static.Case("deltaformer", 1, 200, 3, 3, 64, 96, write="softmax")),
@@ -31,15 +33,6 @@ SMALL = {
     "softmax odd": ("v6e:2x2", tpu_static.Case("softmax_attention", 1, 200, 4, 2, 64, 96, segments=True)),
     "softmax float32": ("v5e:2x2", tpu_static.Case("softmax_attention", 1, 256, 1, 1, 128, 128, "float32")),
 }
-
-# DeltaFormer writes by kernels of its own and reads by those of attention.
-KERNELS = {"deltaformer": ("write", "attention"), "softmax_attention": ("attention",)}
-
-
-def kernels(op):
-    """Names of the kernels of an op, forward and backward."""
-    return [f"memformer_{part}_{way}" for part in KERNELS.get(op, (op,)) for way in ("forward", "backward")]
-
 
 @pytest.mark.parametrize("name", SMALL)
 def test_compiles(name):
