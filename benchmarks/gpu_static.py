@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import SHIPPED, Case
 
-__all__ = ["compile_for_h200", "find_ptxas", "read_report", "static"]
+__all__ = ["compile_for_h200", "find_ptxas", "read_report", "rows_of", "static"]
 
 # XLA's description of the chip, from its data sheet.
 H200 = """
@@ -129,13 +129,14 @@ def static(cases: Sequence[Case] = SHIPPED) -> Iterator[dict[str, Any]]:
             if done is None:
                 lines.append(line)
                 continue
-            yield from _rows(left.pop(0), "".join(lines), done[1])
+            yield from rows_of(left.pop(0), "".join(lines), done[1])
             lines = []
         if process.wait() and left:
-            yield from _rows(left.pop(0), "", f"the compiler ended: {' | '.join(lines[-3:])}"[:600])
+            yield from rows_of(left.pop(0), "", f"the compiler ended: {' | '.join(lines[-3:])}"[:600])
 
 
-def _rows(case: Case, text: str, error: str) -> list[dict[str, Any]]:
+def rows_of(case: Case, text: str, error: str) -> list[dict[str, Any]]:
+    """Rows of a case from what its compiler wrote and what went wrong; no kernel at all is a fault."""
     rows = read_report(case.name, text)
     if error or not rows:
         rows.append({"case": case.name, "kernel": None, "fault": error or "no kernel"})

@@ -1,7 +1,7 @@
 """Programs that do one request at a time, and may hang or die without taking the rest along.
 
-One JSON object a line on stdin, one answer a line on stdout. A kernel that waits forever, or that leaves the device
-unusable, costs the request that started it: the program is ended, and the next request starts a fresh one.
+One JSON object a line on stdin, one answer a line on stdout, marked. A kernel that waits forever, or that leaves the
+device unusable, costs the request that started it: the program is ended, and the next request starts a fresh one.
 """
 
 import contextlib
@@ -20,6 +20,9 @@ __all__ = ["Worker", "WorkerError", "serve"]
 
 # What a CUDA context does not survive.
 FATAL = ("CUDA_ERROR", "illegal", "misaligned", "unspecified launch failure", "device-side assert", "CUDA error")
+
+# How an answer's line begins; what a library prints before `serve` begins otherwise.
+ANSWER = "answer: "
 
 # The key of an answer that says what went wrong.
 FAILED = "request failed"
@@ -40,7 +43,8 @@ class Worker:
         self.command, self.environment = [python, "-m", module], {**os.environ, **(environment or {})}
         self.process: subprocess.Popen[str] | None = None
         self.answers: queue.Queue[str] = queue.Queue()
-        self.log = tempfile.NamedTemporaryFile("w+", prefix="benchmark-", suffix=".log")
+        self.log: Any = None
+        self.reader: threading.Thread | None = None
         self.starts = 0
 
     def ask(self, limit: float, /, **request: Any) -> dict[str, Any]:
@@ -72,29 +76,37 @@ class Worker:
         return answer
 
     def _start(self) -> subprocess.Popen[str]:
+        self.close()
         self.starts += 1
-        self.log.truncate(0)
-        self.log.seek(0)
+        self.log = tempfile.NamedTemporaryFile("w", prefix="benchmark-", suffix=".log")
         pipe = subprocess.PIPE
         process = subprocess.Popen(
             self.command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=self.environment
         )
         # Its own queue: a late answer of an ended program is nobody's.
         self.answers = queue.Queue()
-        threading.Thread(target=_read, args=(process.stdout, self.answers), daemon=True).start()
+        self.reader = threading.Thread(target=_read, args=(process.stdout, self.answers), daemon=True)
+        self.reader.start()
         return process
 
     def close(self) -> None:
         """Ends the program."""
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        if self.process is None or self.reader is None:
+            return
+        self.process.kill()
+        self.process.wait()
+        self.reader.join()
+        streams: tuple[Any, ...] = (self.process.stdin, self.process.stdout, self.log)
+        for stream in streams:
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+        self.process = None
 
 
 def _read(stream: TextIO, answers: "queue.Queue[str]") -> None:
     for line in stream:
-        answers.put(line)
+        if line.startswith(ANSWER):
+            answers.put(line.removeprefix(ANSWER))
     answers.put("")
 
 
@@ -111,5 +123,5 @@ def serve(actions: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
             # Compilers say where first, and what last.
             words = [word.strip() for word in str(error).splitlines() if word.strip()] or [""]
             answer = {FAILED: f"{type(error).__name__}: {' ... '.join(dict.fromkeys([words[0], words[-1]]))}"[:600]}
-        answers.write(json.dumps(answer) + "\n")
+        answers.write(f"{ANSWER}{json.dumps(answer)}\n")
         answers.flush()

@@ -1,0 +1,173 @@
+"""benchmarks.gpu where no GPU is: it runs from end to end at toy sizes, and judges what it reads. No time is tested."""
+
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks import gpu, gpu_cases, gpu_static, workers
+from benchmarks.gpu_cases import FLA, SHIPPED, TIMED, TOY, Case
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "result.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        # Values are tested here, and no time.
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        assert gpu.main(["--verify", "--time", "--out", str(path)]) == 0
+    return json.loads(path.read_text())
+
+
+def test_every_contestant_has_its_row(result):
+    want = [
+        (case.name, what, name)
+        for case in TOY
+        for what, gradient in gpu_cases.PASSES
+        for _, name in gpu_cases.contestants(case, gradient)
+    ]
+    assert [(row["case"], row["pass"], row["implementation"]) for row in result["rows"]] == want
+    assert result["meaningful"] is False and result["peaks"]["flops"] > 0 and result["anchors"]
+
+
+def test_rows_are_figures_or_say_why_not(result):
+    for row in result["rows"]:
+        if row["implementation"] in ("chunked", "recurrent"):
+            assert 0 < row["low"] <= row["milliseconds"] <= row["high"] and row["floor"] > 0 and row["MiB"] >= 0
+            assert row["differs"] < 1e-2, row
+        if row["implementation"] == "pallas":
+            assert "NotImplementedError" in row["error"] and "needs a" in row["error"]
+        if row["implementation"] == FLA and importlib.util.find_spec("fla") is None:
+            assert "not installed" in row["error"] and "fla-core" in row["error"]
+
+
+def test_verified(result):
+    assert len(result["verified"]) == 3 and all(row["met"] for row in result["verified"])
+    assert all(0 < row["error"] <= 2e-2 and row["moved"] == 0 for row in result["verified"])
+
+
+def test_floors():
+    """The plan's figures: 1.4 ms of products for u at the paper's shape, 0.08 ms of bytes for the gated delta rule."""
+    flops, _ = gpu_cases.floor(TIMED[0], False)
+    assert 1e3 * flops / 788e12 == pytest.approx(1.4, rel=0.02)
+    flops, moved = gpu_cases.floor(TIMED[1], False)
+    assert 1e3 * moved / 4.3e12 == pytest.approx(0.08, rel=0.02) and flops / 788e12 < moved / 4.3e12
+
+
+def test_goals_are_judged():
+    """Every goal speaks of a case that is timed, and is met, missed, or not known."""
+    case = next(case for case in TIMED if case.op == "delta_rule").name
+
+    def rows(forward, both, rival):
+        times = {("forward", "pallas"): forward, ("forward+backward", "pallas"): both}
+        times |= {("forward", FLA): rival, ("forward+backward", FLA): 3 * rival}
+        return [{"case": case, "pass": w, "implementation": n, "milliseconds": ms} for (w, n), ms in times.items()]
+
+    def verdicts(rows):
+        return {goal["goal"]: goal["met"] for goal in gpu_cases.goals(rows)}
+
+    assert set(verdicts([]).values()) == {None}
+    assert all(any(case.name in goal for case in TIMED) for goal in verdicts([]))
+    backward = f"{case} backward: ahead of FLA's in this run"
+    assert verdicts(rows(0.3, 1.0, 0.5))[backward] is True
+    assert verdicts(rows(0.3, 1.4, 0.5))[backward] is False
+
+
+def test_difference_takes_the_worst_array():
+    want = {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+    assert gpu.difference({"a": [1.0, 1.0], "b": [1.5, 1.5]}, want) == pytest.approx(0.5)
+    # Another set of gradients is no number that a table could hide.
+    assert not gpu.difference({"a": [1.0, 1.0]}, want) <= 1
+
+
+REPORT = """
+(C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in function 'b_mosaic_gpu_kernel'
+Compiling entry function 'a_mosaic_gpu_kernel' for 'sm_90a'
+0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+Used 204 registers, used 2 barriers, 1 bytes smem
+(C7517) warpgroup.wait is injected in around line 586 by compiler in function 'c_mosaic_gpu_kernel'
+Compiling entry function 'c_mosaic_gpu_kernel' for 'sm_90a'
+8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+Used 255 registers, used 2 barriers, 1 bytes smem
+Compiling entry function 'b_mosaic_gpu_kernel' for 'sm_90a'
+0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+Used 128 registers
+Compiling entry function 'loop_fusion' for 'sm_90a'
+Used 16 registers
+"""
+
+
+def test_report_of_ptxas():
+    rows = {row["kernel"]: row for row in gpu_static.read_report("case", REPORT)}
+    assert list(rows) == ["a", "c", "b"]
+    assert [row["registers"] for row in rows.values()] == [204, 255, 128]
+    assert [row["fault"] for row in rows.values()] == [None, "8 bytes spilled", "wgmma serialized"]
+    assert rows["c"]["warnings"] == ["C7517"]
+
+
+def test_static_marks_faults(monkeypatch, tmp_path):
+    """A kernel that spills, a case without a kernel and a refusal are faults, and the exit status says so."""
+    case = SHIPPED[0]
+    good = REPORT.split("(C7517)")[0]
+    for text, error, status in ((good, "", 0), (REPORT, "", 1), ("", "", 1), (good, "RuntimeError: no", 1)):
+        rows = gpu_static.rows_of(case, text, error)
+        monkeypatch.setattr(gpu_static, "static", lambda cases, rows=rows: iter(rows))
+        path = tmp_path / "static.json"
+        assert gpu.main(["--static", "--out", str(path)]) == status
+        assert json.loads(path.read_text())["static"] == rows
+
+
+def test_what_is_wrong_shows_in_the_exit_status(monkeypatch, tmp_path):
+    """A case that fails, and one that is not reached."""
+
+    def ask(self, limit, /, do, **request):
+        if do == "verify" and request["case"] != "good":
+            raise workers.WorkerError("no answer within 1 s: ended")
+        return {"chip": True} if do == "about" else {"case": "good", "met": True}
+
+    monkeypatch.setattr(workers.Worker, "ask", ask)
+    for names, limit, status in ((["good"], "99", 0), (["good", "bad"], "99", 1), (["good"], "0", 1)):
+        monkeypatch.setattr("benchmarks.gpu_verify.names", lambda toy, names=names: names)
+        path = tmp_path / "verified.json"
+        assert gpu.main(["--verify", "--limit", limit, "--out", str(path)]) == status
+        assert len(json.loads(path.read_text())["verified"]) == len(names)
+
+
+PROGRAM = """
+import os, time
+from benchmarks.workers import serve
+print("a library talks")
+count = []
+def add(): count.append(1); return {"count": len(count)}
+def fail(words): raise ValueError(words)
+def die(): print("last words", flush=True); os._exit(3)
+serve({"add": add, "fail": fail, "die": die, "hang": lambda: time.sleep(60)})
+"""
+
+
+def test_workers(tmp_path):
+    """An error leaves a program as it was; after its end, a hang, or a broken device a fresh one answers."""
+    (tmp_path / "answers.py").write_text(PROGRAM)
+    worker = workers.Worker("answers", environment={"PYTHONPATH": str(tmp_path)})
+    try:
+        assert [worker.ask(30, do="add")["count"] for _ in range(2)] == [1, 2]
+        for request, message, count in (
+            ({"do": "fail", "words": "here:\n\n what"}, "ValueError: here: ... what", 3),
+            ({"do": "hang"}, "no answer within 1 s", 1),
+            ({"do": "die"}, "ended with status 3.*last words", 1),
+            ({"do": "fail", "words": "CUDA_ERROR_ILLEGAL_ADDRESS"}, "CUDA_ERROR", 1),
+        ):
+            with pytest.raises(workers.WorkerError, match=message):
+                worker.ask(1, **request)
+            assert worker.ask(30, do="add")["count"] == count
+        assert worker.starts == 4
+    finally:
+        worker.close()
+
+
+def test_names_are_unique():
+    """Rows are found by the name of their case."""
+    for cases in (TIMED, TOY, SHIPPED):
+        assert len({case.name for case in cases}) == len(cases)
+    assert Case("delta_rule", 1, 8192, 64, 16, decay=True).name == "delta_rule gated [1, 8192, 16/64, 128]"
