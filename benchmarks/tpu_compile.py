@@ -20,7 +20,6 @@ import datetime
 import importlib.metadata
 import json
 import pathlib
-import re
 import sys
 import time
 from typing import Any
@@ -29,9 +28,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks.tpu_schedule import scoped_memory
 from benchmarks.tpu_static import TOPOLOGIES, Case, compile_case, make_mesh, prepare_compiler
 
-__all__ = ["OUT", "ROWS", "kernels", "scoped_memory"]
+__all__ = ["OUT", "ROWS", "kernels"]
 
 OUT = pathlib.Path(__file__).parent / "results" / "tpu-compile.json"
 
@@ -81,22 +81,6 @@ ROWS = _rows()
 def kernels(op: str) -> list[str]:
     """Names of the kernels of an op, forward and backward."""
     return [f"memformer_{part}_{way}" for part in PARTS.get(op, (op,)) for way in ("forward", "backward")]
-
-
-def scoped_memory(text: str, kernel: str) -> int:
-    """Bytes of VMEM that a kernel of a compiled program holds, 0 where it holds none.
-
-    Raises:
-      ValueError: the program does not call it.
-    """
-    calls = [line for line in text.splitlines() if f"%{kernel}" in line and "custom-call(" in line]
-    if not calls:
-        raise ValueError(f"the program does not call {kernel}")
-    found = [
-        re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', call)
-        for call in calls
-    ]
-    return max(int(match.group(1)) if match else 0 for match in found)
 
 
 def measure(case: Case, topology: str) -> dict[str, Any]:

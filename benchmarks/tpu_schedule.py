@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-__all__ = ["Loop", "loops"]
+__all__ = ["Loop", "loops", "scoped_memory"]
 
 # Units of matrix products, as one chip or another calls them.
 MATRIX = ("MXU", "MATMUL", "MATPUSH")
@@ -83,3 +83,19 @@ def _busiest(lines: list[str], products: np.ndarray) -> dict[int, tuple[int, int
         depth: max(each, key=lambda run: (products[run[0] : run[1]].sum(), run[1] - run[0]))
         for depth, each in runs.items()
     }
+
+
+def scoped_memory(text: str, kernel: str) -> int:
+    """Bytes of VMEM that a kernel of a compiled program holds, 0 where it holds none.
+
+    Raises:
+      ValueError: the program does not call it.
+    """
+    calls = [line for line in text.splitlines() if f"%{kernel}" in line and "custom-call(" in line]
+    if not calls:
+        raise ValueError(f"the program does not call {kernel}")
+    found = [
+        re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', call)
+        for call in calls
+    ]
+    return max(int(match.group(1)) if match else 0 for match in found)
