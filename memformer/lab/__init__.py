@@ -8,16 +8,25 @@ writes them.
 from collections.abc import Callable, Sequence
 
 from memformer.lab import (
+    capacity,
     captions,
     compression,
     convergence,
+    ffn,
+    hierarchy,
+    kernels,
     lookup,
     ntm,
+    path,
+    reachability,
     recurrent,
     reference,
     segments,
     snr,
+    snr_trained,
+    swap,
     translation,
+    words,
 )
 from memformer.lab.study import Study
 from memformer.training.evaluation import LoadedRun
@@ -27,8 +36,17 @@ __all__ = ["LABS", "SIMULATIONS", "Study"]
 # Both in the order of docs/results.md; simulations come first.
 SIMULATIONS: dict[str, Callable[..., None]] = {
     "snr": snr.measure,
+    "snr_trained": snr_trained.measure,
     "compression": compression.measure,
+    "capacity": capacity.measure,
     "convergence": convergence.measure,
+    "path": path.measure,
+    "ffn": ffn.measure,
+    "swap": swap.measure,
+    "kernels": kernels.measure,
+    "reachability": reachability.measure,
+    "words": words.measure,
+    "hierarchy": hierarchy.measure,
 }
 LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {
     "recurrent": recurrent.measure,

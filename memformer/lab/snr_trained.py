@@ -1,0 +1,288 @@
+"""Signal to noise inside trained models: each head's own queries, keys and values instead of Gaussian ones.
+
+A head that holds pairs (k_i, u_i), i <= t, answers q with sum_i kappa(k_i, q) u_i; u is v, or what a delta memory
+wrote. With one pair * as the signal, 1 / SNR = |sum of the others|^2 / |kappa(k_*, q) u_*|^2 as in lab snr, for three
+ways to ask:
+
+    stored key     q = k_i and * = i, what theory does (N / d for linear, N exp(2 - 2 sqrt d) for softmax)
+    own query      q = q_t and * is the pair read most
+    right pair     q = q_t and * is where the answer stands (recall only)
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from memformer.core.similarity import Kernel
+from memformer.lab.ffn import BASE as TEXT
+from memformer.lab.inside import block_inputs, initial_model, test_batch
+from memformer.lab.runs import run_rows, train_runs
+from memformer.lab.snr import SIMILARITIES
+from memformer.lab.study import Study, new_figure
+from memformer.layers.cached import DeltaFormer, SoftmaxAttention
+from memformer.layers.matrix import DeltaRule
+from memformer.layers.positions import count_positions
+from memformer.ops.deltaformer import deltaformer
+from memformer.training.evaluation import LoadedRun
+from memformer.training.plots import COLOURS
+
+__all__ = ["Head", "inverse_snr", "measure", "read_heads"]
+
+RECALL: Mapping[str, Any] = {
+    "task": {"name": "mqar", "length": 64, "pairs": 8, "vocab_size": 128, "power": 0.01},
+    "optimizer.learning_rate": 4e-3,
+    "train.batch_size": 32,
+    "train.steps": 600,
+    "train.log_every": 50,
+    "train.stop_accuracy": 0.98,
+    "train.eval_every": 100,
+}
+# A short convolution in all of them: a token's key may hold the token before it, which recall needs.
+MEMORIES: Mapping[str, Mapping[str, Any]] = {
+    "softmax_attention": {"conv_width": 4},
+    "delta_rule": {},
+    "deltaformer": {"conv_width": 4},
+}
+TABLE: Mapping[str, Mapping[str, Any]] = {
+    f"{kind} {name}": {**changes, "model.memory": name, "model.memory_options": {name: options}}
+    for kind, changes in (("text", {}), ("recall", RECALL))
+    for name, options in MEMORIES.items()
+}
+SMALLER: Mapping[str, Any] = {"task.length": 32, "task.pairs": 4, "model.width": 32, "train.steps": 20}
+EXAMPLES, ASKED = 32, 16
+WAYS = ("stored key", "own query", "right pair")
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What one head of one layer has read of a batch.
+
+    Attributes:
+      queries: [B, T, K].
+      keys: [B, T, K].
+      contents: [B, T, V], v or u.
+      kernel: of the read.
+    """
+
+    queries: np.ndarray
+    keys: np.ndarray
+    contents: np.ndarray
+    kernel: Kernel
+
+    def answers(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """kappa(k_i, q) u_i of queries [M, K] by row of the batch, [M, T, V]; pairs after `last` [M] answer nothing.
+
+        Args:
+          queries: the first of each row, then the second ...: M a multiple of B.
+          last: place of the newest pair that a query sees.
+        """
+        times = len(queries) // len(self.keys)
+        keys, contents = np.tile(self.keys, (times, 1, 1)), np.tile(self.contents, (times, 1, 1))
+        scores = np.einsum("mk,mtk->mt", queries, keys) * self.kernel.scale_for(keys.shape[2])
+        seen = np.arange(keys.shape[1])[None] <= last[:, None]
+        if self.kernel.normalized:
+            scores = np.exp(scores - np.where(seen, scores, -np.inf).max(axis=1, keepdims=True))
+        return (np.where(seen, scores, 0))[..., None] * contents
+
+
+def read_heads(layer: Any, x: Any) -> list[Head]:
+    """The heads of a memory layer on its input [B, T, D].
+
+    Raises:
+      ValueError: a layer that is neither softmax attention, nor the delta rule without decay, nor DeltaFormer.
+
+    Example:
+      >>> from flax import nnx
+      >>> from memformer.layers.memory import build_memory
+      >>> layer = build_memory("delta_rule", 8, heads=2, rngs=nnx.Rngs(0))
+      >>> [head.keys.shape for head in read_heads(layer, jnp.ones((1, 3, 8)))]
+      [(1, 3, 4), (1, 3, 4)]
+    """
+    # what the layer itself does before its op
+    projected, _ = layer._project(x, None, None)
+    parts = layer._shape(projected, count_positions(None, x.shape[:2], None) if layer.rotary else None)
+    contents = parts["v"]
+    if isinstance(layer, SoftmaxAttention):
+        kernel = Kernel("softmax")
+    elif isinstance(layer, DeltaRule) and layer.decay is None:
+        kernel, beta = Kernel("linear"), layer.beta(x)
+        _, cache = deltaformer(**parts, alpha=beta, beta=beta, write_kernel="linear", read_kernel="linear")
+        contents = cache.u
+    elif isinstance(layer, DeltaFormer):
+        kernel = layer.read_kernel
+        contents = layer._recall(x, parts, None, None)[1].u
+    else:
+        raise ValueError(f"read_heads knows softmax_attention, delta_rule and deltaformer, got {type(layer).__name__}")
+    each = (np.moveaxis(np.asarray(part), 2, 0) for part in (parts["q"], parts["k"], contents))
+    return [Head(q, k, u, kernel) for q, k, u in zip(*each, strict=True)]
+
+
+def inverse_snr(answers: np.ndarray, signal: np.ndarray | None = None) -> np.ndarray:
+    """|sum of the other pairs' answers|^2 / |the signal's|^2, [M].
+
+    Args:
+      answers: [M, T, V].
+      signal: [M], place of the signal; None is the loudest pair.
+
+    Example:
+      >>> inverse_snr(np.array([[[2.0, 0.0], [0.0, 1.0]]])).tolist()
+      [0.25]
+    """
+    if signal is None:
+        signal = np.sum(answers**2, axis=2).argmax(axis=1)
+    own = np.take_along_axis(answers, signal[:, None, None], axis=1)[:, 0]
+    return np.sum((answers.sum(axis=1) - own) ** 2, axis=1) / np.maximum(np.sum(own**2, axis=1), 1e-30)
+
+
+def _ask(head: Head, batch: Mapping[str, np.ndarray], recall: bool) -> dict[str, np.ndarray]:
+    """1 / SNR by way of asking."""
+    rows, length, _ = head.keys.shape
+    rng = np.random.default_rng(0)
+    found: dict[str, list[np.ndarray]] = {way: [] for way in WAYS[: 3 if recall else 2]}
+    every = np.arange(rows)
+    asked, answered = _questions(batch) if recall else (rng.integers(length // 2, length, (ASKED, rows)), None)
+    for number, last in enumerate(asked):
+        own = head.answers(head.queries[every, last], last)
+        found["own query"].append(inverse_snr(own))
+        if answered is not None:
+            found["right pair"].append(inverse_snr(own, answered[number]))
+        place = rng.integers(0, length, rows) % (last + 1)
+        found["stored key"].append(inverse_snr(head.answers(head.keys[every, place], last), place))
+    return {way: np.concatenate(parts) for way, parts in found.items()}
+
+
+def _questions(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the questions of MQAR and of the values that answer them, [pairs, B]."""
+    asked, answered = [], []
+    for inputs, targets, weights in zip(batch["inputs"], batch["targets"], batch["loss_weights"], strict=True):
+        places = np.flatnonzero(weights)
+        context = inputs[: places[0]]
+        asked.append(places)
+        answered.append([int(np.flatnonzero(context == target)[0]) for target in targets[places]])
+    return np.array(asked).T, np.array(answered).T
+
+
+def measure(study: Study, *, quick: bool) -> None:
+    """Trains models of text and of recall, and measures each of their heads."""
+    table = {"recall deltaformer": TABLE["recall deltaformer"]} if quick else TABLE
+    runs = train_runs(study, table, base=TEXT, quick=quick, smaller=SMALLER)
+    study.claim = (
+        "Theory for i.i.d. Gaussian keys (2505.19488, section 2) has 1/SNR = N/d for a linear read and N exp(2 - 2 "
+        "sqrt d) for softmax; in trained models a head that recalls must answer with a signal above its noise "
+        "(1/SNR below 1) where its task asks."
+    )
+    rows, points = [], {}
+    for label, run in runs.items():
+        found = _measure_run(label, run)
+        rows += [row for row, _ in found]
+        points[label] = found
+    study.add_table("1 / SNR of each head, medians (10% to 90% of questions)", rows)
+    scores = [
+        {**row, "score on the test split": _score(run)} for row, run in zip(run_rows(runs), runs.values(), strict=True)
+    ]
+    study.add_table("Models trained here", scores)
+    study.outcome = _outcome(points)
+    study.values = {
+        "examples": EXAMPLES,
+        "1/SNR": {row["head"]: medians for f in points.values() for row, medians in f},
+    }
+    _draw(study, points)
+
+
+def _score(run: LoadedRun) -> str:
+    values = next(iter(run.result["lengths"].values()))  # type: ignore[index]
+    name = "bits_per_byte" if "bits_per_byte" in values else "accuracy"
+    return f"{values[name]:.3f} {name.replace('_', ' ')}"
+
+
+def _measure_run(label: str, run: LoadedRun) -> list[tuple[dict, dict[str, float]]]:
+    """(row, medians) of each head."""
+    batch, recall = test_batch(run, EXAMPLES), run.task.name == "mqar"
+    stages = {
+        stage: _heads_of(model, batch) for stage, model in (("start", initial_model(run)), ("trained", run.module()))
+    }
+    heads = run.config["model"]["heads"]
+    found = []
+    for number, (old, new) in enumerate(zip(stages["start"], stages["trained"], strict=True)):
+        asked = {"start": _ask(old, batch, recall), "trained": _ask(new, batch, recall)}
+        width = new.keys.shape[2]
+        pairs = int(np.mean(_questions(batch)[0]) + 1) if recall else int(0.75 * run.task.length)
+        name = "softmax" if new.kernel.normalized else "linear"
+        theory = SIMILARITIES[name].inverse(width, pairs)  # type: ignore[misc]
+        row = {
+            "head": f"{label} {number // heads + 1}.{number % heads + 1}",
+            "N": pairs,
+            "K": width,
+            "rms cosine of keys": f"{_cosines(old):.2f} to {_cosines(new):.2f}",
+            "theory": float(f"{theory:.3g}"),
+        }
+        medians = {"theory": theory}
+        for way in WAYS:
+            for stage, answers in asked.items():
+                values = answers.get(way)
+                row[f"{way}, {stage}"] = "" if values is None else _banded(values)
+                if values is not None:
+                    medians[f"{way}, {stage}"] = float(f"{np.median(values):.4g}")
+        found.append((row, medians))
+    return found
+
+
+def _heads_of(model: Any, batch: Mapping[str, np.ndarray]) -> list[Head]:
+    """The heads of all layers, in order."""
+    inputs = block_inputs(model, batch["inputs"])
+    return [
+        head for block, one in zip(model.blocks, inputs, strict=True) for head in read_heads(block.memory, one.memory)
+    ]
+
+
+def _cosines(head: Head) -> float:
+    unit = head.keys / np.maximum(np.linalg.norm(head.keys, axis=2, keepdims=True), 1e-12)
+    cosines = np.einsum("btk,bsk->bts", unit, unit)
+    length = cosines.shape[1]
+    return float(np.sqrt((np.sum(cosines**2) / len(cosines) - length) / (length * (length - 1))))
+
+
+def _banded(values: np.ndarray) -> str:
+    low, middle, high = np.quantile(values, (0.1, 0.5, 0.9))
+    return f"{middle:.2g} ({low:.2g} to {high:.2g})"
+
+
+def _outcome(points: dict) -> str:
+    parts = []
+    for label, found in points.items():
+        ways = [f"{way}, trained" for way in WAYS if f"{way}, trained" in found[0][1]]
+        best = {way: min(medians[way] for _, medians in found) for way in ways}
+        said = ", ".join(f"{way.split(',')[0]} {value:.2g}" for way, value in best.items())
+        factors = [medians["stored key, trained"] / medians["theory"] for _, medians in found]
+        parts.append(f"{label}: {said} (stored key over theory {min(factors):.2g} to {max(factors):.2g})")
+    return "1/SNR of the best head, trained: " + "; ".join(parts) + "."
+
+
+def _draw(study: Study, points: dict) -> None:
+    figure, axes = new_figure(1, 1, width=11.0, height=4.6)
+    axis = axes[0, 0]
+    flat = [(row["head"], medians) for found in points.values() for row, medians in found]
+    places = np.arange(len(flat))
+    marks = {
+        "theory": ("_", "0.3"),
+        "stored key, start": ("^", COLOURS[5]),
+        "stored key, trained": ("o", COLOURS[0]),
+        "own query, trained": ("D", COLOURS[1]),
+        "right pair, trained": ("*", COLOURS[2]),
+    }
+    for way, (mark, colour) in marks.items():
+        heights = [medians.get(way, np.nan) for _, medians in flat]
+        axis.plot(places, np.maximum(heights, 1e-6), mark, color=colour, label=way, markersize=9 if mark in "*_" else 5)
+    axis.axhline(1, color="0.4", linewidth=0.8)
+    axis.set_yscale("log")
+    axis.set_ylabel("1 / SNR (noise over signal)")
+    axis.set_xticks(places, [name for name, _ in flat], rotation=60, ha="right", fontsize="small")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False)
+    study.save_figure(
+        figure,
+        "heads",
+        "Noise over signal of each head (layer.head), medians over questions. Claim: keys of trained models leave the "
+        "theory of i.i.d. keys, and a head that recalls lies below 1 for the right pair.",
+    )
