@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from memformer.training.losses import count_batch, smoothing_loss
 from memformer.training.optimizer import update_ema
-from memformer.training.sharding import partition_spec, state_shardings
+from memformer.training.sharding import RULES, partition_spec, state_shardings
 
 __all__ = ["Functional", "abstract_state", "init_state", "make_eval_step", "make_functional", "make_train_step"]
 
@@ -100,7 +100,8 @@ class Functional:
 
 def make_functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     """Learns a model's structure without making its arrays."""
-    with nnx.use_eager_sharding(False):
+    # without rules: Flax would place each parameter by its names alone, and refuse two of them on one mesh axis
+    with nnx.use_eager_sharding(False), nnx.logical_axis_rules([(name, None) for name, _ in RULES]):
         module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, params, streams, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
     paths = {_dotted(path): path for part in (params, streams, rest) for path, _ in nnx.to_flat_state(part)}

@@ -37,6 +37,13 @@ def test_free_axis_takes_the_rest():
     assert dict(make_mesh({**ONE, "fsdp": -1, "tensor": 2}).shape) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
 
 
+def test_two_axes_of_one_parameter_that_ask_for_one_mesh_axis():
+    config = small_config(model__feedforward="moe")
+    config.mesh.update({"data": 4, "tensor": 2})
+    run = build_run(config.to_dict())
+    assert run.model.shardings(run.mesh)["blocks.0.feedforward.gate"].spec == PartitionSpec("tensor", "fsdp", None)
+
+
 def test_specs():
     mesh = make_mesh(CUBE)
     cases = [
