@@ -20,6 +20,9 @@ GROUPS = {
     "S4": (24, 24),
     "S5": (120, 120),
     "S5_swaps": (120, 11),
+    "S4_two": (24, 2),
+    "A5_two": (60, 2),
+    "S5_two": (120, 2),
     "A5": (60, 60),
     "A4xZ5": (60, 60),
     "Z60": (60, 60),
@@ -39,11 +42,12 @@ class GroupWords(Task):
 
     Attributes:
       length: letters of a word.
-      group: "S3", "S4", "S5", "A5", "A4xZ5", "Z60", or "S5_swaps", whose letters are the identity
-        and the ten transpositions while labels range over all of S5.
+      group: "S3", "S4", "S5", "A5", "A4xZ5", "Z60"; or one with fewer letters, whose labels still range over the
+        whole group: "S5_swaps" (the identity and the ten transpositions), and "S4_two", "A5_two", "S5_two" (two
+        elements that generate it: a swap of the first two, in A5 a turn of the first three, and the turn of all).
 
-    Ids are element numbers (see `cayley_table`), 0 the identity; of "S5_swaps" the number in the
-    alphabet, identity first, then the transpositions by element number.
+    Ids are element numbers (see `cayley_table`), 0 the identity; with fewer letters the number in the alphabet, by
+    element number.
 
     Raises:
       ValueError: a setting out of range, named.
@@ -125,12 +129,17 @@ def _products(group: str, letters: np.ndarray) -> list[int]:
 @functools.cache
 def _alphabet(group: str) -> tuple[list[int], list[list[int]]]:
     """Element number of every letter, and the table as lists: plain integers are fast to chain."""
-    base, swaps = group.removesuffix("_swaps"), group.endswith("_swaps")
+    base, _, kind = group.partition("_")
     table = cayley_table(base)
     letters = list(range(len(table)))
-    if swaps:
-        moved = [sum(i != p for i, p in enumerate(perm)) for perm in itertools.permutations(range(int(base[1:])))]
+    if kind:
+        perms = _permutations(int(base[1:]), even=base[0] == "A")
+        moved = [sum(i != p for i, p in enumerate(perm)) for perm in perms]
         letters = [element for element, count in enumerate(moved) if count <= 2]
+    if kind == "two":
+        n, first = len(perms[0]), 3 if base[0] == "A" else 2
+        turns = [(*range(1, size), 0, *range(size, n)) for size in (first, n)]
+        letters = sorted(perms.index(turn) for turn in turns)
     return letters, table.tolist()
 
 
@@ -167,9 +176,13 @@ def cayley_table(group: str) -> np.ndarray:
 
 
 def _permutation_table(n: int, even: bool) -> np.ndarray:
-    perms = [perm for perm in itertools.permutations(range(n)) if not even or _is_even(perm)]
+    perms = _permutations(n, even)
     number = {perm: index for index, perm in enumerate(perms)}
     return np.array([[number[tuple(b[place] for place in a)] for b in perms] for a in perms])
+
+
+def _permutations(n: int, even: bool) -> list[tuple[int, ...]]:
+    return [perm for perm in itertools.permutations(range(n)) if not even or _is_even(perm)]
 
 
 def _is_even(perm: tuple[int, ...]) -> bool:

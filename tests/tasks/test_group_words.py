@@ -50,8 +50,22 @@ def test_axioms(group):
 @pytest.mark.parametrize("group", GROUPS)
 def test_sizes(group):
     task = GroupWords(group=group)
-    assert task.num_classes == ORDERS[group.removesuffix("_swaps")]
-    assert task.vocab_size == (11 if group == "S5_swaps" else task.num_classes)
+    base, _, letters = group.partition("_")
+    assert task.num_classes == ORDERS[base]
+    assert task.vocab_size == {"swaps": 11, "two": 2, "": task.num_classes}[letters]
+
+
+@pytest.mark.parametrize("group", [group for group in GROUPS if group.endswith("_two")])
+def test_two_letters_reach_the_whole_group(group):
+    word = GroupWords(length=4000, group=group).source("test", 0)[0]
+    assert set(word["targets"].tolist()) == set(range(ORDERS[group.removesuffix("_two")]))
+    table = cayley_table(group.removesuffix("_two"))
+    steps = [
+        (letter, int(np.flatnonzero(table[before] == after)[0]))
+        for letter, before, after in zip(word["inputs"][1:], word["targets"], word["targets"][1:], strict=False)
+    ]
+    # each letter is one element, whatever came before it
+    assert len(set(steps)) == 2
 
 
 def test_labels_of_s5_are_permutations_applied_in_reading_order():
@@ -105,7 +119,7 @@ def test_held_out_splits_hold_whole_words_only():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"group": "S6"}, "group must be one of 'S3', 'S4', 'S5', 'S5_swaps', 'A5', 'A4xZ5', 'Z60', got 'S6'"),
+        ({"group": "S6"}, "group must be one of 'S3', 'S4', 'S5', 'S5_swaps', 'A5', 'A4xZ5', 'Z60', 'S4_two', 'A5_two', 'S5_two', got 'S6'"),
         ({"length": 1}, "length must be an integer of at least 2, got 1"),
     ],
     ids=str,
