@@ -1,0 +1,71 @@
+"""Capacity of untrained memories: the writes that are drawn, what is exact, and the quick measurement's outcomes."""
+
+import numpy as np
+import pytest
+
+from memformer.lab import SIMULATIONS, Study
+from memformer.lab.capacity import RECALLERS, capacity, draw_writes, recalled, theory
+
+# One shape for the tests below: T = 16 tokens, P = 8 pairs, V = 4 bits.
+SIZES = {"value_width": 4, "most": 8}
+WIDE = {name: 16 if name.startswith("ARMT") else 128 for name in RECALLERS}
+
+
+def test_the_latest_value_of_each_pair_is_its_answer():
+    writes = draw_writes(5, 2, tokens=16, most=8, value_width=4, seed=3)
+    assert writes.valid.sum() == 10 and not writes.valid[10:].any()
+    assert np.bincount(writes.order[:10], minlength=8).tolist() == [2] * 5 + [0] * 3
+    for pair in range(5):
+        last = max(t for t in range(10) if writes.order[t] == pair)
+        assert np.array_equal(writes.answers[pair], writes.values[last])
+    assert set(np.unique(writes.values)) == {-1.0, 1.0}
+
+
+@pytest.mark.parametrize("name", RECALLERS)
+def test_a_few_pairs_are_recalled_and_rewritten_ones_by_a_delta_rule_alone(name):
+    once, anew = (draw_writes(2, times, tokens=16, seed=1, **SIZES) for times in (1, 2))
+    assert recalled(name, once, WIDE[name], 0) == 1
+    # what forgets nothing answers with a sum of both values
+    assert (recalled(name, anew, WIDE[name], 0) == 1) == (name not in ("linear attention", "softmax attention"))
+
+
+def test_capacity_is_where_recall_ends():
+    found = capacity("linear attention", 32, times=1, seed=0, **SIZES)
+    shares = [
+        recalled("linear attention", draw_writes(n, 1, tokens=16, seed=0, **SIZES), 32, 0) for n in (found, found + 1)
+    ]
+    assert 0 < found < 8 and shares[0] == 1 and shares[1] < 0.99
+    # more than the limit is not looked for
+    assert capacity("delta rule", 128, times=1, seed=0, **SIZES) == 8
+
+
+def test_theory_is_the_formula_of_the_docstring():
+    # z = 2.805 for four bits: K / z^2 with K = 256
+    assert theory(False, 4096, 4) == pytest.approx(256 / 2.805**2, rel=1e-3)
+    # slots bound a cache from above: at K = 1 there would be 4096 / 20 of them
+    assert 30 < theory(True, 4096, 4) < 4096 / 20
+    assert theory(True, 8192, 4) > 1.5 * theory(True, 4096, 4)
+
+
+def test_the_quick_measurement(tmp_path):
+    study = Study("capacity", str(tmp_path))
+    SIMULATIONS["capacity"](study, quick=True)
+    study.finish([], 1.0)
+    rows = {(row["written"], row["memory"]): row for row in study.tables[0][1]}
+
+    def median(written, memory, size=4096):
+        return float(rows[written, memory][f"{size} bytes"].split()[0])
+
+    expected = theory(False, 4096, 4)
+    assert 0.7 * expected < median("once", "linear attention") < 1.5 * expected
+    assert median("once", "linear attention", 1024) < 0.5 * median("once", "linear attention")
+    assert median("once", "softmax attention") > 0.6 * theory(True, 4096, 4)
+    for name in ("linear attention", "softmax attention"):
+        assert median("anew", name) == 0
+    # the delta product is the delta rule with two writes a token
+    for written in ("once", "anew"):
+        assert rows[written, "delta product"] == {**rows[written, "delta rule"], "memory": "delta product"}
+    assert median("once", "delta rule") > 0.7 * expected and median("anew", "delta rule") > 0.3 * expected
+    # a rewrite takes a second slot
+    assert 0 < median("anew", "DeltaFormer (round)") <= 4096 // (4 * (48 + 4)) // 2
+    assert "delta rule" in study.outcome
