@@ -73,7 +73,7 @@ def kernel(
 def attention_kernel(
     reading: Reading, timeline: Timeline, cache: Cache | None, q: Array, k: Array, v: Array
 ) -> Float[Array, "B T H V"]:
-    """Runs softmax attention by a TPU's kernels.
+    """Runs softmax attention by the kernels of this machine's accelerator.
 
     Raises:
       NotImplementedError: a window; an encoder; no kernel serves the call, or the machine.
@@ -82,9 +82,9 @@ def attention_kernel(
         raise NotImplementedError(
             "the softmax_attention kernel is causal and has no window; implementation='chunked' serves both"
         )
-    from memformer.pallas.tpu.deltaformer import Sight, attention
+    from memformer.pallas.sight import Sight
 
-    return attention(
+    return _attention_kernels().attention(
         q,
         k,
         v,
@@ -103,7 +103,7 @@ def deltaformer_kernel(
     cache: Cache | None,
     inputs: tuple[Array, ...],
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
-    """Runs DeltaFormer by a TPU's kernels.
+    """Runs DeltaFormer by the kernels of this machine's accelerator.
 
     Args:
       readings: of the write and of the read.
@@ -117,10 +117,10 @@ def deltaformer_kernel(
     Raises:
       NotImplementedError: no kernel serves the call, or the machine.
     """
-    from memformer.pallas.tpu.deltaformer import Sight, deltaformer
+    from memformer.pallas.sight import Sight
 
     write, read = readings
-    return deltaformer(
+    return _attention_kernels().deltaformer(
         *inputs,
         kernels=(write.kernel, read.kernel),
         scales=(write.scale, read.scale),
@@ -143,6 +143,17 @@ def _kernels():
         from memformer.pallas.tpu.delta import delta_rule
         from memformer.pallas.tpu.linear import linear_attention
     return delta_rule, linear_attention
+
+
+def _attention_kernels():
+    """The module of the kernels of attention and DeltaFormer for this machine; a TPU's where it has no accelerator."""
+    from memformer.pallas.gpu.common import for_gpu
+
+    if for_gpu():
+        from memformer.pallas.gpu import deltaformer
+    else:
+        from memformer.pallas.tpu import deltaformer
+    return deltaformer
 
 
 def _at(x: Array, writes: int, place: int) -> Array:

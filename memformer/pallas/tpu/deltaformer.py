@@ -1,32 +1,21 @@
 """DeltaFormer and softmax attention on TPU: the arrays of a call laid out for write.py and attention.py."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.chunking import pad_time, vary_like
+from memformer.core.chunking import vary_like
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float
+from memformer.pallas.sight import Sight, by_head, join, marks_of
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.attention import attend
 from memformer.pallas.tpu.common import PASSES, check_backend
 from memformer.pallas.tpu.tiles import Plan
 from memformer.pallas.tpu.write import write
 
-__all__ = ["Sight", "attention", "deltaformer"]
-
-
-class Sight(NamedTuple):
-    """Who sees whom: segments of the slots held, of the tokens as keys, and as queries; None where all are one.
-
-    A query sees slots of its own number; numbers below 0 see nothing and are not seen.
-    """
-
-    held: Array | None = None
-    key: Array | None = None
-    query: Array | None = None
+__all__ = ["attention", "deltaformer"]
 
 
 def _plan(op: str, kernel: Kernel, scale: float, k: Array, v: Array, held: int, segments: bool, chunk_size, precision):
@@ -47,30 +36,9 @@ def _plan(op: str, kernel: Kernel, scale: float, k: Array, v: Array, held: int, 
     return Plan(kernel, scale, size, sub, tile, back, most, before, True, False, segments, passes)
 
 
-def _by_head(plan: Plan, x: Array) -> Array:
-    """[B, T, heads, ...] to [B, heads, T, ...], T padded to whole blocks."""
-    return jnp.swapaxes(pad_time(x, plan.size), 1, 2)
-
-
 def _marks(plan: Plan, sight: Sight) -> tuple[Array, ...]:
-    """Segments of queries and of all slots; padding sees nothing and is not seen."""
-    if not plan.segments:
-        return ()
-
-    def pad(x, fill):
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % plan.size)), constant_values=fill)
-
-    query, key = pad(sight.query, -2), pad(sight.key, -1)
-    if sight.held is not None:
-        held = pad(sight.held, -1)
-        key = jnp.concatenate([jnp.broadcast_to(held, (key.shape[0], held.shape[1])), key], axis=1)
-    return query, key
-
-
-def _join(plan: Plan, held: Array | None, new: Array) -> Array:
-    """Blocks of the state, then those of the call, [B, G, S, ...]."""
-    new = _by_head(plan, new)
-    return new if held is None else jnp.concatenate([_by_head(plan, held).astype(new.dtype), new], axis=2)
+    """Segments of queries and of all slots, where there are any."""
+    return marks_of(sight, plan.size) if plan.segments else ()
 
 
 def _operand(plan: Plan, x: Array) -> Array:
@@ -115,7 +83,11 @@ def attention(
     plan = _plan(op, kernel, scale, k, v, slots, sight.key is not None, chunk_size, precision)
     keys, values = (None, None) if held is None else held
     marks = _marks(plan, sight)
-    arrays = [_join(plan, keys, _operand(plan, k)), _by_head(plan, _operand(plan, q)), _join(plan, values, v)]
+    arrays = [
+        join(keys, _operand(plan, k), plan.size),
+        by_head(_operand(plan, q), plan.size),
+        join(values, v, plan.size),
+    ]
     arrays = [vary_like(x, *arrays, *marks) for x in arrays]
     dtype = jnp.bfloat16 if v.dtype == jnp.bfloat16 and plan.passes == 1 else jnp.float32
     o = attend(plan, dtype, *arrays, marks)
@@ -164,12 +136,12 @@ def deltaformer(
     plan = _plan("deltaformer", kernels[0], scales[0], *shared)
     held_k, held_u = (None, None) if held is None else held
     marks = _marks(plan, sight)
-    k = _join(plan, held_k, _operand(plan, k))
+    k = join(held_k, _operand(plan, k), plan.size)
     batch, groups = k.shape[0], k.shape[1]
     start = jnp.zeros((batch, groups, 0, v.shape[3]), jnp.float32)
-    start = start if held_u is None else _by_head(plan, held_u).astype(jnp.float32)
+    start = start if held_u is None else by_head(held_u, plan.size).astype(jnp.float32)
     q, w, v, alpha, beta = (
-        _by_head(plan, x)
+        by_head(x, plan.size)
         for x in (_operand(plan, q), _operand(plan, w), v, alpha.astype("float32"), beta.astype("float32"))
     )
     arrays = (k, w, v, alpha, beta, start, q)
