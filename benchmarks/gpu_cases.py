@@ -12,7 +12,19 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["ANCHORS", "SHIPPED", "TIMED", "TOY", "Case", "contestants", "cotangent", "floor", "goals", "inputs"]
+__all__ = [
+    "ANCHORS",
+    "SHIPPED",
+    "TIMED",
+    "TOY",
+    "Case",
+    "contestants",
+    "cotangent",
+    "floor",
+    "from_json",
+    "goals",
+    "inputs",
+]
 
 RECURRENT = "recurrent"
 
@@ -35,7 +47,8 @@ class Case:
       segments: how many sequences of one length are packed; 0 is none, and no segment_ids.
       write: DeltaFormer's write kernel.
       only_u: whether DeltaFormer's u is what is wanted, and nothing is read.
-      recurrent: whether the recurrence ends within seconds.
+      ours: implementations of this library that are timed. The recurrence is where it ends within seconds, the chunked
+        form at one shape of each op: its compilation takes longer than all that is timed.
     """
 
     op: str
@@ -49,7 +62,7 @@ class Case:
     segments: int = 0
     write: str = "softmax"
     only_u: bool = False
-    recurrent: bool = False
+    ours: tuple[str, ...] = ("pallas",)
 
     @property
     def name(self) -> str:
@@ -68,38 +81,46 @@ class Case:
         return self.op in ("deltaformer", "softmax_attention")
 
 
-def _gated(length: int, heads: int, recurrent: bool = False) -> Case:
-    return Case("delta_rule", 1, length, heads, 16, decay=True, recurrent=recurrent)
+PLAIN = ("pallas", "chunked")
 
 
-def _deltaformer(batch: int, heads: int, length: int = 8192, only_u: bool = True) -> Case:
-    return Case("deltaformer", batch, length, heads, heads, only_u=only_u)
+def _gated(length: int, heads: int, ours: tuple[str, ...] = ("pallas",)) -> Case:
+    return Case("delta_rule", 1, length, heads, 16, decay=True, ours=ours)
+
+
+def _u(batch: int, heads: int, length: int = 8192, ours: tuple[str, ...] = ("pallas",)) -> Case:
+    return Case("deltaformer", batch, length, heads, heads, only_u=True, ours=ours)
+
+
+def from_json(given: Mapping[str, Any]) -> Case:
+    """A case from what dataclasses.asdict made of it, and JSON of that."""
+    return Case(**{**given, "ours": tuple(given["ours"])})
 
 
 # Most important first: a run that is stopped has them.
 TIMED = (
-    _deltaformer(2, 32),
-    _gated(8192, 64, recurrent=True),
+    _u(2, 32, ours=PLAIN),
+    _gated(8192, 64, (*PLAIN, RECURRENT)),
     _gated(8192, 32),
-    Case("softmax_attention", 1, 16384, 16, 16),
-    Case("linear_attention", 1, 8192, 96, 96, recurrent=True),
-    _deltaformer(2, 32, only_u=False),
+    Case("softmax_attention", 1, 16384, 16, 16, ours=PLAIN),
+    Case("linear_attention", 1, 8192, 96, 96, ours=(*PLAIN, RECURRENT)),
+    Case("deltaformer", 2, 8192, 32, 32, ours=PLAIN),
     _gated(2048, 64),
     _gated(32768, 64),
     _gated(32768, 32),
-    _deltaformer(1, 1),
-    _deltaformer(1, 8),
+    _u(1, 1),
+    _u(1, 8),
     Case("softmax_attention", 1, 16384, 16, 16, segments=8),
-    _deltaformer(8, 32),
+    _u(8, 32, length=4096),
     _gated(2048, 32),
-    _deltaformer(1, 64),
+    _u(4, 32),
 )
 
 # One of every op, to show that all of this runs. These times mean nothing.
 TOY = (
-    Case("deltaformer", 1, 32, 2, 2, 16, 16, only_u=True),
-    Case("delta_rule", 1, 32, 2, 1, 16, 16, decay=True, recurrent=True),
-    Case("softmax_attention", 1, 32, 2, 2, 16, 16, segments=2),
+    Case("deltaformer", 1, 32, 2, 2, 16, 16, only_u=True, ours=PLAIN),
+    Case("delta_rule", 1, 32, 2, 1, 16, 16, decay=True, ours=(*PLAIN, RECURRENT)),
+    Case("softmax_attention", 1, 32, 2, 2, 16, 16, segments=2, ours=PLAIN),
 )
 
 # Configurations whose registers are read: every op, with and without what changes the kernels.
@@ -193,9 +214,8 @@ FLA, SDPA, CUDNN = "FLA (Triton)", "torch sdpa", "cuDNN (jax.nn)"
 
 def contestants(case: Case, gradient: bool) -> list[tuple[str, str]]:
     """Who runs this: pairs of the process ("jax" or "torch") and the name of an implementation."""
-    ours = ["pallas", "chunked"]
-    # Its backward would keep the state of every token.
-    ours += [RECURRENT] * (case.recurrent and not gradient)
+    # The recurrence's backward would keep the state of every token.
+    ours = [name for name in case.ours if not (gradient and name == RECURRENT)]
     theirs = [FLA]
     if case.op == "softmax_attention":
         ours.append(CUDNN)

@@ -154,7 +154,7 @@ class Bench:
         need(("torch",) if name == SDPA else tuple(PACKAGES))
         import torch
 
-        wanted = Case(**case)
+        wanted = gpu_cases.from_json(case)
         self.prepare(wanted)
         function = PEERS[wanted.op, name](wanted)
         for arrays in self.sets:

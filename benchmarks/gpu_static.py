@@ -159,4 +159,4 @@ def main(cases: list[Case]) -> None:
 
 
 if __name__ == "__main__":
-    main([Case(**case) for case in json.loads(sys.argv[1])])
+    main([gpu_cases.from_json(case) for case in json.loads(sys.argv[1])])

@@ -2,6 +2,7 @@
 
     {"do": "about"}                                                  {"chip": true, "device": ..., "jax": ...}
     {"do": "peaks"}                                                  {"flops": FLOP/s, "bytes": byte/s}
+    {"do": "compile", "case": {...}, "wanted": [[gradient, name], ...]}   {"seconds": ...}
     {"do": "load", "case": {...}, "gradient": true, "name": ...}     {"memory": bytes, "first": seconds, "probe": [...]}
     {"do": "time", "name": ..., "seconds": 0.1}                      {"samples": [ms, ...], "host": share}
     {"do": "drop"}                                                   {}
@@ -11,6 +12,7 @@ A sample is the mean of calls that are started one after another and waited for 
 that starting them took: near 1 the host was the limit, and the device faster than the figure says.
 """
 
+import concurrent.futures
 import functools
 import math
 import os
@@ -99,6 +101,7 @@ class Bench:
         """Forgets all arrays and programs."""
         self.held: tuple[Case, list[dict[str, jax.Array]], jax.Array] | None = None
         self.programs: dict[str, Any] = {}
+        self.ready: dict[tuple[bool, str], Any] = {}
         jax.clear_caches()
         return {}
 
@@ -116,11 +119,23 @@ class Bench:
             self.held = case, jax.block_until_ready([first, *copies]), weight
         return self.held[1], self.held[2]
 
-    def load(self, case: dict[str, Any], gradient: bool, name: str) -> dict[str, Any]:
-        """Compiles and runs one contestant."""
-        sets, weight = self.arrays(Case(**case))
+    def compile(self, case: dict[str, Any], wanted: list[tuple[bool, str]]) -> dict[str, Any]:
+        """Compiles several contestants at once; what fails says so when it is loaded."""
+        given = gpu_cases.from_json(case)
+        sets, weight = self.arrays(given)
         start = time.perf_counter()
-        program = compiled(Case(**case), name, gradient, sets[0], weight)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for gradient, name in wanted:
+                self.ready[gradient, name] = pool.submit(compiled, given, name, gradient, sets[0], weight)
+        return {"seconds": time.perf_counter() - start}
+
+    def load(self, case: dict[str, Any], gradient: bool, name: str) -> dict[str, Any]:
+        """Runs one contestant, and compiles it if that was not done."""
+        given = gpu_cases.from_json(case)
+        sets, weight = self.arrays(given)
+        start = time.perf_counter()
+        ready = self.ready.get((gradient, name))
+        program = ready.result() if ready else compiled(given, name, gradient, sets[0], weight)
         results = jax.block_until_ready(program(sets[0], weight))
         first = time.perf_counter() - start
         self.programs[name] = program
@@ -168,6 +183,7 @@ def main() -> None:
     """Answers requests until stdin ends."""
     bench = Bench()
     actions: dict[str, Callable[..., dict[str, Any]]] = {"load": bench.load, "time": bench.time, "drop": bench.drop}
+    actions |= {"compile": bench.compile}
     serve({**actions, "about": about, "verify": verify, "peaks": lambda: peaks(is_hopper())})
 
 
