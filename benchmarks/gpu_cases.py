@@ -24,6 +24,8 @@ __all__ = [
     "from_json",
     "goals",
     "inputs",
+    "run_calls",
+    "segment_ids",
 ]
 
 RECURRENT = "recurrent"
@@ -132,17 +134,20 @@ SHIPPED = (
         for decay in (False, True)
         for segments in (0, 2)
     ),
+    # More than one part of a write (pallas/gpu/parts.py), one part, and less than two tiles.
     *(
-        Case("deltaformer", 1, 256, 2, 1, width, width, write=write, segments=segments)
+        Case("deltaformer", 1, length, 2, 1, width, width, write=write, segments=segments)
+        for length, writes in ((1024, ("softmax", "linear", "round", "relu")), (256, ("softmax", "linear")))
+        for write in writes
         for width in (64, 128)
-        for write in ("softmax", "linear", "round", "relu")
-        for segments in (0, 2)
+        for segments in (2, 0)
     ),
     *(
         Case("softmax_attention", 1, 256, 2, 1, width, width, segments=segments)
         for width in (64, 128)
-        for segments in (0, 2)
+        for segments in (2, 0)
     ),
+    *(Case(op, 1, 64, 2, 1) for op in ("deltaformer", "softmax_attention")),
 )
 
 
