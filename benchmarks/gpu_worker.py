@@ -38,8 +38,8 @@ __all__ = ["function", "rounded"]
 
 
 def rounded(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """As the kernels take them: q, k and v in bfloat16, the rest in float32."""
-    return {name: jnp.asarray(x).astype(jnp.bfloat16 if name in "qkv" else jnp.float32) for name, x in arrays.items()}
+    """As the kernels take them: q, k, v and w in bfloat16, the rest in float32."""
+    return {name: jnp.asarray(x).astype(jnp.bfloat16 if name in "qkvw" else jnp.float32) for name, x in arrays.items()}
 
 
 def function(case: Case, name: str) -> Callable[..., jax.Array]:
@@ -56,17 +56,22 @@ def function(case: Case, name: str) -> Callable[..., jax.Array]:
         if case.op == "deltaformer" and case.heads == case.groups:
             # FLA writes and reads by one query.
             given["w"] = given["q"]
-        if ids is not None:
-            given["segment_ids"] = jnp.asarray(ids)
+        given["segment_ids"] = _segments(ids)
         output, state = getattr(mf, case.op)(**given, **options)
         return state.u if case.only_u else output
 
     return run
 
 
+def _segments(ids: np.ndarray | None) -> jax.Array | None:
+    # What the compiler knows it would work out ahead.
+    return None if ids is None else jax.lax.optimization_barrier(jnp.asarray(ids))
+
+
 def _cudnn(ids: np.ndarray | None, arrays: Mapping[str, jax.Array]) -> jax.Array:
     # It has no segments: all that its public form takes for them is a T x T mask.
-    mask = None if ids is None else jnp.asarray(ids[:, None, :, None] == ids[:, None, None, :])
+    segments = _segments(ids)
+    mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
     q, k, v = (arrays[name] for name in "qkv")
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
