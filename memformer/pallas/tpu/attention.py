@@ -45,7 +45,7 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, plan: Plan, blocks: int):
         return tiles.to_columns(keys[0, 0, j])[:, :1] if plan.segments else None
 
     def block(j, carry):
-        tiles.add_block(plan, sums, q, k, x, j, segment, key_of(j))
+        tiles.add_block(plan, [(sums, q, k, x)], j, segment, key_of(j))
         return carry
 
     start = part * plan.most
@@ -110,7 +110,7 @@ def _read(plan: Plan, dtype: Any, k, q, x, first, *numbers):
             grid=(batch, heads, length // size, parts),
             in_specs=[slots_of(key), rows_of(key), slots_of(value), *(rows if plan.segments else [])],
             out_specs=[rows_of(value), norm],
-            scratch_shapes=tiles.sums_scratch(plan, value),
+            scratch_shapes=list(tiles.sums_scratch(plan, value).values()),
         ),
         out_shape=[
             varying_result((batch, heads, length, value), dtype, *like),

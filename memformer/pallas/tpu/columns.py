@@ -80,7 +80,7 @@ def _tile(
     """One tile: adds to dk and dx, returns ds [columns, R] and what the rows' dbeta gets, [1, R] or None."""
     scores = product(refs.k[0, 0, columns], rows.q, "nt", plan.passes) * plan.factor
     yield
-    change = product(refs.x[0, 0, columns], rows.g, "nt", plan.passes)
+    change = product(refs.x[0, 0, columns], rows.g, "nt", plan.value_passes)
     yield
     weights = tiles.weights_of(plan, scores, mask, rows.norm)
     felt = weights * -rows.beta if write else weights
@@ -95,10 +95,10 @@ def _tile(
         ds = similarity_slope(plan.kernel, scores, weights) * change
         ds = ds if mask is None else jnp.where(mask, ds, 0.0)
         ds = ds * -rows.beta if write else ds
-    if plan.passes == 1:
+    if plan.value_passes == 1:
         ds = ds.astype(jnp.bfloat16)
     yield
-    refs.dk[columns] += product(ds, rows.q, "nn", plan.passes)
+    refs.dk[columns] += product(ds, rows.q, "nn", plan.value_passes)
     return ds, dbeta
 
 
@@ -113,7 +113,7 @@ def _block(plan: Plan, refs: Refs, i, own: bool, write: bool, dx: bool) -> None:
         steps.append(_tile(plan, refs, rows, columns, mask, write, dx))
     parts = lockstep(steps)
     ds = jnp.concatenate([part[0] for part in parts], axis=0)
-    refs.dq[0, 0, tiles.block_at(plan, i)] += product(ds, refs.k[0, 0], "tn", plan.passes)
+    refs.dq[0, 0, tiles.block_at(plan, i)] += product(ds, refs.k[0, 0], "tn", plan.value_passes)
     if write:
         refs.dbeta[0, 0, i] += functools.reduce(jnp.add, (part[1] for part in parts))
 

@@ -9,7 +9,7 @@ What is one number a token lies in arrays [B, heads, N, 8, R], one sublane a nam
 
 import dataclasses
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array
 from memformer.pallas.tpu import tuning
-from memformer.pallas.tpu.common import iotas, lockstep, product
+from memformer.pallas.tpu.common import abreast, iotas, lockstep, product
 
 __all__ = [
     "LOW",
@@ -41,6 +41,7 @@ __all__ = [
     "to_columns",
     "to_row",
     "weights_of",
+    "widen",
 ]
 
 # segment  index of the token's segment; start  log-sum-exp over the state's slots; the others by their names.
@@ -62,7 +63,7 @@ class Plan:
       scale: factor on inner products.
       size: R, rows of a block.
       sub: rows of a sub-block: what the write inverts at once; divides R.
-      tile: rows and columns of a tile in the walk; both divide R.
+      tile: rows and columns of a tile in the walk, for a program of one head and of two; all divide R.
       back: R of the backward pass; divides R.
       most: blocks of one head that VMEM holds at most.
       before: blocks of slots before the call's own tokens.
@@ -76,7 +77,7 @@ class Plan:
     scale: float
     size: int
     sub: int
-    tile: tuple[int, int]
+    tile: tuple[tuple[int, int], tuple[int, int]]
     back: int
     most: int
     before: int
@@ -98,7 +99,7 @@ class Plan:
 
     @property
     def value_passes(self) -> int:
-        """Passes of products with values: where no weight is normalised, sums cancel and one pass is too few."""
+        """Passes of products with values, and with gradients: with no normaliser sums cancel, and one is too few."""
         return self.passes if self.kernel.normalized else max(self.passes, 3)
 
     @property
@@ -126,10 +127,10 @@ class Sums(NamedTuple):
     value: Any
 
 
-def sums_scratch(plan: Plan, value: int) -> list[Any]:
-    """Scratch for `Sums`."""
+def sums_scratch(plan: Plan, value: int) -> dict[str, Any]:
+    """Scratch for `Sums`, by name."""
     row = pltpu.VMEM((8, plan.size), jnp.float32)
-    return [row, row, pltpu.VMEM((value, plan.size), jnp.float32)]
+    return {"top": row, "total": row, "value": pltpu.VMEM((value, plan.size), jnp.float32)}
 
 
 def start_sums(sums: Sums) -> None:
@@ -163,15 +164,21 @@ def add_tile(plan: Plan, sums: Sums, rows: slice, q, k, x, columns, mask) -> Gen
     if mask is not None:
         scores = jnp.where(mask, scores, LOW)
     before = sums.top[:, rows]
+    top, shrink, weights = yield from widen(sums, rows, before, scores)
+    sums.top[:, rows] = top
+    yield
+    read = product(x[columns], weights, "tn", plan.passes)
+    sums.value[:, rows] = sums.value[:, rows] * shrink[:1] + read
+
+
+def widen(sums: Sums, rows: slice, before: Array, scores: Array) -> Generator[None, None, tuple[Array, Array, Array]]:
+    """Adds one tile to `total`; its running maximum and what that makes of older sums, [8, rows], its exponentials."""
     top = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
     yield
     weights = jnp.exp2(scores - top[:1])
     shrink = jnp.exp2(before - top)
-    sums.top[:, rows] = top
     sums.total[:, rows] = sums.total[:, rows] * shrink + _fold(weights)
-    yield
-    read = product(x[columns], weights, "tn", plan.passes)
-    sums.value[:, rows] = sums.value[:, rows] * shrink[:1] + read
+    return top, shrink, weights
 
 
 def _fold(x: Array) -> Array:
@@ -179,23 +186,27 @@ def _fold(x: Array) -> Array:
     return jnp.sum(x.reshape(-1, 8, x.shape[1]), axis=0)
 
 
-def add_block(plan: Plan, sums: Sums, q, k, x, j, segment: Array | None, key: Array | None) -> None:
-    """Adds to the sums what all rows read of block j, which lies before them.
+def add_block(
+    plan: Plan, heads: Sequence[tuple[Sums, Any, Any, Any]], j, segment: Array | None, key: Array | None
+) -> None:
+    """Adds to the sums what all rows of some heads read of block j, which lies before them.
 
     Args:
       plan: as ever.
-      sums: of the block of rows.
-      q, k, x: references, as in `add_tile`.
+      heads: sums of the block of rows, and references q, k and x as in `add_tile`, of each head.
       j: which block of k and x.
       segment: segments of the rows, [1, R], or None.
       key: segments of the columns, [R, 1].
     """
     steps = []
-    for left in range(0, plan.size, plan.tile[1]):
-        for top in range(0, plan.size, plan.tile[0]):
-            rows = slice(top, top + plan.tile[0])
-            mask = None if key is None else segment[:, rows] == key[left : left + plan.tile[1]]
-            steps.append(add_tile(plan, sums, rows, q, k, x, block_at(plan, j, left, plan.tile[1]), mask))
+    high, wide = plan.tile[len(heads) - 1]
+    for left in range(0, plan.size, wide):
+        for top in range(0, plan.size, high):
+            rows = slice(top, top + high)
+            mask = None if key is None else segment[:, rows] == key[left : left + wide]
+            at = block_at(plan, j, left, wide)
+            tile = [add_tile(plan, sums, rows, q, k, x, at, mask) for sums, q, k, x in heads]
+            steps.append(abreast(tile, len(tile), 0))
     # A turn apart, so that a tile finds the sums of the one before it.
     lockstep(steps, apart=1)
 

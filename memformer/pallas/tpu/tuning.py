@@ -1,8 +1,9 @@
 """The one table of block sizes, by kind of TPU; figures come from benchmarks/tpu_static.py."""
 
 import dataclasses
+from typing import TypeAlias
 
-__all__ = ["REMAT", "TABLE", "Tuning", "VMEM_LIMIT", "choose", "choose_tiles"]
+__all__ = ["REMAT", "TABLE", "TILES", "Tuning", "VMEM_LIMIT", "choose", "choose_tiles"]
 
 # Bytes of VMEM a kernel may ask for: below what every chip since v5e has (64 MiB on the smallest, tpu7x).
 VMEM_LIMIT = 56 * 2**20
@@ -70,15 +71,19 @@ def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> Tunin
     return dataclasses.replace(sizes, chunk=chunk, heads=heads)
 
 
-# Attention and DeltaFormer: rows of a block, of the sub-blocks that the write inverts, rows and columns of a tile, and
-# rows of a block backward. Seen in the write's main loop, bundles for 512 rows and columns: on v5p with tiles of
-# 256 x 128 1228, of 128 x 128 1428, of 256 x 64 1674; on v6e 128 x 256 968, 512 x 128 939 (more spills), 256 x 256 978.
-TILES: dict[str, tuple[int, int, tuple[int, int], int]] = {
-    "TPU v5 lite": (512, 128, (256, 128), 256),
-    "TPU v5": (512, 128, (256, 128), 256),
-    "TPU v6 lite": (512, 128, (128, 256), 256),
-    "TPU7x": (512, 128, (128, 256), 256),
-    "interpreter": (64, 16, (32, 16), 32),
+Tiles: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
+
+# Attention and DeltaFormer: rows of a block, of the sub-blocks that the write inverts, rows and columns of a tile of
+# one head, and of two side by side, and rows of a block backward. Seen in the main loop, bundles for 512 rows and
+# columns: of one head on v5p with tiles of 256 x 128 1228, 128 x 128 1428, 256 x 64 1674, on v6e 128 x 256 968,
+# 512 x 128 939 (more spills), 256 x 256 978; of two, a head, on v5p 256 x 128 1144, 128 x 128 1111, on v6e 128 x 256
+# 808, 128 x 128 1044.
+TILES: dict[str, tuple[int, int, Tiles, int]] = {
+    "TPU v5 lite": (512, 128, ((256, 128), (128, 128)), 256),
+    "TPU v5": (512, 128, ((256, 128), (128, 128)), 256),
+    "TPU v6 lite": (512, 128, ((128, 256), (128, 256)), 256),
+    "TPU7x": (512, 128, ((128, 256), (128, 256)), 256),
+    "interpreter": (64, 16, ((32, 16), (16, 32)), 32),
 }
 
 # Bytes of VMEM that what lies there for a whole head may take.
@@ -87,7 +92,7 @@ RESIDENT = 40 * 2**20
 
 def choose_tiles(
     kind: str, length: int, key: int, value: int, itemsize: int, chunk_size: int | None = None
-) -> tuple[int, int, tuple[int, int], int, int]:
+) -> tuple[int, int, Tiles, int, int]:
     """A row of the table that fits the call, and how many blocks of one head VMEM holds.
 
     Args:
@@ -107,8 +112,8 @@ def choose_tiles(
         size, sub = chunk_size, min(sub, chunk_size)
         if size % sub or sub % 16:
             raise ValueError(f"chunk_size must be a multiple of {sub}, or of 16 and less, got {chunk_size}")
-    rows, columns = (side if size % side == 0 else sub for side in tile)
+    one, two = ((high if size % high == 0 else sub, wide if size % wide == 0 else sub) for high, wide in tile)
     key, value = (-(-width // 128) * 128 for width in (key, value))
     # The backward pass holds most: a query, its gradient in float32 and what is weighed, twice, and the numbers.
     token = 2 * itemsize * (key + value) + 8 * key + 128
-    return size, sub, (rows, columns), back if size % back == 0 else size, max(1, RESIDENT // (token * size))
+    return size, sub, (one, two), back if size % back == 0 else size, max(1, RESIDENT // (token * size))

@@ -19,7 +19,7 @@ Source: "DeltaFormer: Unlock the State Space of Transformer" (NeurIPS 2025), sec
 import dataclasses
 import functools
 from collections.abc import Generator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,11 +32,14 @@ from memformer.pallas.partition import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tiles
 from memformer.pallas.tpu.attention import read
 from memformer.pallas.tpu.columns import Refs, column_gradients
-from memformer.pallas.tpu.common import iotas, lockstep, product
-from memformer.pallas.tpu.inverse import unit_lower_inverse
+from memformer.pallas.tpu.common import iotas, lockstep, product, split
+from memformer.pallas.tpu.inverse import unit_lower_inverses
 from memformer.pallas.tpu.tiles import NAMES, Plan, Sums
 
 __all__ = ["write"]
+
+# Steps by which a sub-block starts later than the one before it.
+APART = 10
 
 
 def _column(numbers: Array, name: str) -> Array:
@@ -52,122 +55,196 @@ def _seen_of_own(plan: Plan, rows: slice, numbers: Array, key: Array | None) -> 
     return mask if key is None else tiles.same_segment(mask, _column(numbers, "segment")[rows], key[:, seen])
 
 
-def _invert(plan: Plan, own: Array, rows: slice) -> Generator[None, None, Array]:
-    """(I + a)^-1 - I for the sub-block on the diagonal; small entries are not rounded beside ones."""
-    inverse = yield from unit_lower_inverse(own[:, rows], plan.exact)
-    row, column = iotas(inverse.shape)
-    return jnp.where(row == column, 0.0, inverse)
+def _invert(own: list[Any], passes: int) -> Generator[None, None, list[Array]]:
+    """(I + a)^-1 - I for sub-blocks on the diagonal, one or two; small entries are not rounded beside ones."""
+    inverses = yield from unit_lower_inverses(own, passes)
+    row, column = iotas(inverses[0].shape)
+    return [jnp.where(row == column, 0.0, inverse) for inverse in inverses]
 
 
-def _own_forward(
-    plan: Plan, rows: slice, w, k, mask, beta, top, total, erased
-) -> Generator[None, None, tuple[Array, Array, Array, Array]]:
-    """beta A of some rows against their own block, the log-sum-exp, what they read of earlier ones, and `_invert`."""
-    scores = product(w, k, "nt", plan.passes) * plan.factor
-    yield
-    norm = jnp.zeros(beta.shape, jnp.float32)
-    if plan.kernel.normalized:
-        hidden = jnp.where(mask, scores, tiles.LOW)
-        before = top
-        top = jnp.maximum(before, jnp.max(hidden, axis=1, keepdims=True))
-        yield
-        shrink = jnp.exp2(before - top)
-        total = total * shrink + jnp.sum(jnp.exp2(hidden - top), axis=1, keepdims=True)
-        norm = top + jnp.log2(jnp.where(total > 0, total, 1.0))
-        erased = erased * jnp.exp2(before - norm)
-        yield
-    own = beta * tiles.weights_of(plan, scores, mask, norm)
-    inverse = yield from _invert(plan, own, rows)
-    return own, norm, erased, inverse
+class _Head(NamedTuple):
+    """What one head of a program sees; fields that a call does not have are None.
+
+    Attributes:
+      k, w, v, start: of this head.
+      rows: numbers of its rows, [8, R].
+      keys: segments of all columns, [N, 8, R].
+      u, norm: results, [R, V] and [1, R].
+      near: u of all slots so far, as products take it.
+      sums: over earlier blocks.
+      weights: of the block's columns [R] for its rows [R], with no normaliser.
+      own: beta A of each sub-block against itself.
+    """
+
+    k: Any
+    w: Any
+    v: Any
+    start: Any
+    rows: Any
+    keys: Any
+    u: Any
+    norm: Any
+    near: Any
+    sums: Sums
+    weights: Any
+    own: Any
+
+    def number(self, name: str, rows: slice) -> Array:
+        """[1, rows] of one name."""
+        place = NAMES.index(name)
+        return self.rows[place : place + 1, rows]
+
+    def key(self, i, columns: slice) -> Array:
+        """[columns, 1] segments of some columns of block i."""
+        return tiles.to_columns(self.keys[i])[columns, :1]
 
 
-def _start(plan: Plan, sums: Sums, rows: Array, start_ref) -> None:
+def _start(plan: Plan, head: _Head) -> None:
     """The sums over the slots of the state, or nothing."""
+    sums = head.sums
     tiles.start_sums(sums)
-    if start_ref is None:
+    if head.start is None:
         return
-    sums.value[...] = start_ref[0, 0].T
+    sums.value[...] = head.start[...].T
     if plan.kernel.normalized:
-        place = NAMES.index("start")
-        sums.top[...] = jnp.broadcast_to(rows[place : place + 1], sums.top.shape)
+        sums.top[...] = jnp.broadcast_to(head.number("start", slice(0, plan.size)), sums.top.shape)
         sums.total[...] = jnp.where(iotas(sums.total.shape)[0] == 0, 1.0, 0.0)
 
 
-def _forward_kernel(first_ref, k_ref, w_ref, v_ref, rows_ref, *refs, plan: Plan, held: bool):
-    keys = refs[0] if plan.segments else None
-    start_ref = refs[plan.segments] if held else None
-    u_ref, norm_ref, *refs = refs[plan.segments + held :]
-    sums, near = Sums(*refs[:3]), refs[3] if plan.value_passes == 1 else u_ref.at[0, 0]
+def _weigh(plan: Plan, head: _Head, i, place: int) -> Generator[None, None, tuple[Array, list[Array]]]:
+    """Weights of a sub-block's rows in its own block, tile by tile, and what makes them (and the sums) -beta A.
+
+    Returns:
+      Factors of the sums over earlier blocks, and of each tile, [1, rows].
+    """
+    rows, sums, factors = plan.subs[place], head.sums, []
+    beta = head.number("beta", rows)
+    start = top = sums.top[:, rows] if plan.kernel.normalized else None
+    for columns in plan.subs[: place + 1]:
+        k = head.k[tiles.block_at(plan, i, columns.start, plan.sub)]
+        scores = product(k, head.w[rows], "nt", plan.passes) * plan.factor
+        yield
+        mask = tiles.own_mask(plan, rows, columns, transposed=True) if columns == rows else None
+        if plan.segments:
+            mask = tiles.same_segment(mask, head.number("segment", rows), head.key(i, columns))
+        if plan.kernel.normalized:
+            scores = scores if mask is None else jnp.where(mask, scores, tiles.LOW)
+            top, _, weights = yield from tiles.widen(sums, rows, top, scores)
+            factors.append(top[:1])
+        else:
+            weights = tiles.weights_of(plan, scores, mask, None)
+            factors.append(jnp.zeros_like(beta))
+        if columns != rows:
+            head.weights[columns, rows] = weights.astype(head.weights.dtype)
+        yield
+    norm = tiles.norm_of(top, sums.total[:, rows]) if plan.kernel.normalized else jnp.zeros_like(beta)
+    head.norm[:, rows] = norm
+    factors = [-beta * jnp.exp2(x - norm) if plan.kernel.normalized else -beta for x in factors]
+    head.own[place] = (weights * -factors[-1]).T
+    yield
+    return factors[-1] if start is None else -beta * jnp.exp2(start[:1] - norm), factors[:-1]
+
+
+def _sub_block(plan: Plan, heads: list[_Head], written: list[list], i, place: int) -> Generator[None, None, None]:
+    """u of one sub-block of every head; `written` holds that of those before it, [V, rows], as products take it."""
+    rows, factors = plan.subs[place], []
+    for head in heads:
+        factors.append((yield from _weigh(plan, head, i, place)))
+    inverses = yield from _invert([head.own.at[place] for head in heads], plan.exact)
+    lefts = []
+    for head, (start, _) in zip(heads, factors, strict=True):
+        lefts.append(head.number("alpha", rows) * head.v[rows].astype(jnp.float32).T + start * head.sums.value[:, rows])
+        yield
+    while min(map(len, written)) < place:
+        yield
+    for columns, *ours in zip(plan.subs[:place], *(each for _, each in factors), strict=True):
+        for h, (head, factor) in enumerate(zip(heads, ours, strict=True)):
+            u = written[h][columns.start // plan.sub]
+            lefts[h] += factor * product(u, head.weights[columns, rows], "nn", plan.value_passes)
+    yield
+    changes = [product(left, inverse, "nt", plan.exact) for left, inverse in zip(lefts, inverses, strict=True)]
+    yield
+    for head, left, change, done in zip(heads, lefts, changes, written, strict=True):
+        u = left + change
+        done.append(split(u, plan.value_passes))
+        u = u.T
+        head.u[rows] = u
+        head.near[tiles.block_at(plan, i, rows.start, plan.sub)] = u.astype(head.near.dtype)
+
+
+def _forward_kernel(first_ref, *flat, plan: Plan, names: tuple[str, ...], count: int):
+    """One block of `count` heads; `names` are those of the references."""
+    refs = dict(zip(names, flat, strict=True))
+    heads = []
+    for h in range(count):
+        fields = {name: refs[name].at[0, h] if name in refs else None for name in ("k", "w", "v", "start", "keys", "u")}
+        fields |= {name: refs[name].at[0, h, 0] for name in ("rows", "norm")}
+        fields |= {name: refs[name].at[h] for name in ("near", "weights", "own")}
+        heads.append(_Head(sums=Sums(*(refs[name].at[h] for name in Sums._fields)), **fields))
     i = pl.program_id(2)
-    _start(plan, sums, rows_ref[0, 0, 0], start_ref)
-    segment = rows_ref[0, 0, 0, :1] if plan.segments else None
+    for head in heads:
+        _start(plan, head)
 
     def block(j, carry):
-        key = tiles.to_columns(keys[0, 0, j])[:, :1] if plan.segments else None
-        tiles.add_block(plan, sums, w_ref.at[0, 0], k_ref.at[0, 0], near, j, segment, key)
+        segment, key, every = None, None, slice(0, plan.size)
+        if plan.segments:
+            segment, key = heads[0].number("segment", every), heads[0].key(j, every)
+        tiles.add_block(plan, [(head.sums, head.w, head.k, head.near) for head in heads], j, segment, key)
         return carry
 
     lax.fori_loop(first_ref[pl.program_id(0), i], i, block, 0)
-
-    numbers, top = tiles.to_columns(rows_ref[0, 0, 0]), tiles.to_columns(sums.top[...])[:, :1]
-    total = jnp.sum(tiles.to_columns(sums.total[...]), axis=1, keepdims=True)
-    at, erased, beta = tiles.block_at(plan, i), sums.value[...].T, _column(numbers, "beta")
-    k, key = k_ref[0, 0, at], keys[0, 0, i][:1] if plan.segments else None
-    steps = []
-    for rows in plan.subs:
-        mask = _seen_of_own(plan, rows, numbers, key)
-        columns = (x[rows] for x in (beta, top, total, erased))
-        steps.append(_own_forward(plan, rows, w_ref[0, 0, rows], k[: rows.stop], mask, *columns))
-    parts = lockstep(steps)
-    target = _column(numbers, "alpha") * v_ref[0, 0].astype(jnp.float32)
-    written: list[Array] = []
-    for rows, (own, _, erased, inverse) in zip(plan.subs, parts, strict=True):
-        left = target[rows] - beta[rows] * erased
-        for earlier, u in zip(plan.subs, written, strict=False):
-            left = left - product(own[:, earlier], u, "nn", plan.exact)
-        written.append(left + product(inverse, left, "nn", plan.exact))
-    u = jnp.concatenate(written)
-    u_ref[0, 0, at] = u
-    if plan.value_passes == 1:
-        near[at] = u.astype(near.dtype)
-    norm_ref[0, 0, 0] = tiles.to_row(jnp.concatenate([part[1] for part in parts]))[:1]
+    written: list[list] = [[] for _ in heads]
+    lockstep([_sub_block(plan, heads, written, i, place) for place in range(len(plan.subs))], apart=APART)
 
 
 def _forward(plan: Plan, k, w, v, rows, first, *rest):
     """One device's part of the walk over the call's own slots; rest: segments of keys, what the state gave."""
     batch, groups, length, key = k.shape
     value, size = v.shape[3], plan.size
-    held = len(rest) > plan.segments
-    blocks = length // size
+    blocks, rest = length // size, list(rest)
+    # Two heads: one waits for its products while the other works, and their inverses share products.
+    count = 2 if groups % 2 == 0 else 1
 
     def block(*shape):
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, i, *_: (b, h, i, *[0] * (len(shape) - 1)))
+        return pl.BlockSpec((1, count, *shape), lambda b, h, i, *_: (b, h, i, *[0] * (len(shape) - 1)))
 
     def whole(*shape):
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, i, *_: (b, h, *[0] * len(shape)))
+        return pl.BlockSpec((1, count, *shape), lambda b, h, i, *_: (b, h, *[0] * len(shape)))
 
-    like = (k, w, v, rows, *rest)
-    scratch = tiles.sums_scratch(plan, value)
-    if plan.value_passes == 1:
-        scratch.append(pltpu.VMEM((length, value), jnp.bfloat16))
-    in_specs = [whole(length, key), block(size, key), block(size, value), block(1, 8, size)]
-    in_specs += [whole(blocks, 8, size)] * plan.segments + [block(size, value)] * held
+    inputs = {
+        "k": (k, whole(length, key)),
+        "w": (w, block(size, key)),
+        "v": (v, block(size, value)),
+        "rows": (rows, block(1, 8, size)),
+    }
+    if plan.segments:
+        inputs["keys"] = (rest.pop(0), whole(blocks, 8, size))
+    if rest:
+        inputs["start"] = (rest.pop(0), block(size, value))
+    arrays = [x for x, _ in inputs.values()]
+    dtype = jnp.bfloat16 if plan.value_passes == 1 else jnp.float32
+    scratch = {name: pltpu.VMEM((count, *x.shape), x.dtype) for name, x in tiles.sums_scratch(plan, value).items()}
+    scratch |= {
+        "near": pltpu.VMEM((count, length, value), dtype),
+        "weights": pltpu.VMEM((count, size, size), dtype),
+        "own": pltpu.VMEM((count, len(plan.subs), plan.sub, plan.sub), jnp.float32),
+    }
     return pl.pallas_call(
-        functools.partial(_forward_kernel, plan=plan, held=held),
+        functools.partial(_forward_kernel, plan=plan, names=(*inputs, "u", "norm", *scratch), count=count),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, groups, blocks),
-            in_specs=in_specs,
-            out_specs=[whole(length, value), block(1, 1, size)],
-            scratch_shapes=scratch,
+            grid=(batch, groups // count, blocks),
+            in_specs=[spec for _, spec in inputs.values()],
+            out_specs=[block(size, value), block(1, 1, size)],
+            scratch_shapes=list(scratch.values()),
         ),
         out_shape=[
-            varying_result((batch, groups, length, value), jnp.float32, *like),
-            varying_result((batch, groups, blocks, 1, size), jnp.float32, *like),
+            varying_result((batch, groups, length, value), jnp.float32, *arrays),
+            varying_result((batch, groups, blocks, 1, size), jnp.float32, *arrays),
         ],
         compiler_params=tiles.compiler_params(3),
         name="memformer_write_forward",
-    )(first[:, 0], k, w, v, rows, *rest)
+    )(first[:, 0], *arrays)
 
 
 def _solve(plan: Plan, refs: Refs, i) -> None:
@@ -182,7 +259,7 @@ def _solve(plan: Plan, refs: Refs, i) -> None:
         scores = product(w, k, "nt", plan.passes) * plan.factor
         yield
         own = beta[rows] * tiles.weights_of(plan, scores, _seen_of_own(plan, rows, numbers, key), norm[rows])
-        return own, (yield from _invert(plan, own, rows))
+        return own, (yield from _invert([own[:, rows]], plan.exact))[0]
 
     parts = lockstep([own(rows) for rows in plan.subs])
     solved: list[Array] = [None] * len(parts)
