@@ -14,7 +14,7 @@ ops. torch and triton must be there already. FLA is pure Python; where no networ
 
     pip download --no-deps -d .whl fla-core flash-linear-attention
     pip install --no-deps --no-index --no-compile --target /tmp/site .whl/*.whl
-    python -m benchmarks.gpu --verify --time --limit 540 --peer-path /tmp/site --out gpu.json
+    python -m benchmarks.gpu --verify --time --limit 570 --peer-path /tmp/site --out gpu.json
 
 What is missing or fails is a row that says so. Each contestant runs in turns with the others of its case, in a process
 that may hang or die (workers.py); every row is in the file as soon as it is there. Other processes compile the peers'
@@ -49,10 +49,13 @@ from benchmarks.workers import Worker, WorkerError
 JAX, TORCH = "benchmarks.gpu_worker", "benchmarks.gpu_peers"
 
 # Seconds that a request may take: to compile and run once, to be timed, to be verified.
-LOAD, TIME, VERIFY = 150.0, 60.0, 150.0
+LOAD, TIME, VERIFY = 150.0, 60.0, 100.0
 
 # To compile a peer ahead: its library tries many variants of each kernel.
 AHEAD = 180.0
+
+# Share of the limit that --verify may take where times are wanted too.
+VERIFIED = 0.45
 
 # Processes that verify at one time: compilers take most of it.
 VERIFIERS = 6
@@ -93,8 +96,9 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run_verify(report: Report, names: Sequence[str], toy: bool) -> None:
-    """All cases, several at one time; what is not reached is a fault."""
+def run_verify(report: Report, names: Sequence[str], toy: bool, seconds: float) -> None:
+    """All cases, several at one time; what is not reached within so many seconds is a fault."""
+    end = time.monotonic() + seconds
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in names:
         waiting.put(name)
@@ -107,9 +111,9 @@ def run_verify(report: Report, names: Sequence[str], toy: bool) -> None:
             except queue.Empty:
                 break
             row: dict[str, Any] = {"case": name, "met": False, "failed": "not reached"}
-            if report.left() > 0:
+            if (left := end - time.monotonic()) > 0:
                 try:
-                    row = worker.ask(min(VERIFY, max(report.left(), 1.0)), do="verify", case=name, toy=toy)
+                    row = worker.ask(min(VERIFY, left), do="verify", case=name, toy=toy)
                 except WorkerError as error:
                     row["failed"] = str(error)
             report.add("verified", {"ok": "ok" if row["met"] else "FAULT", **row})
@@ -360,7 +364,8 @@ def run_device(report: Report, options: argparse.Namespace, workers: dict[str, W
     if options.verify:
         from benchmarks import gpu_verify
 
-        run_verify(report, [name for name in gpu_verify.names(not chip) if options.only in name], not chip)
+        names = [name for name in gpu_verify.names(not chip) if options.only in name]
+        run_verify(report, names, not chip, VERIFIED * report.left() if timed else report.left())
     ahead.finish(min(AHEAD, 0.3 * report.left()))
     if timed:
         run_time(report, cases, workers, chip)

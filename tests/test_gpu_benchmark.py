@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 
@@ -164,6 +165,13 @@ def test_workers(tmp_path):
         assert worker.starts == 4
     finally:
         worker.close()
+
+
+def test_peers_are_compiled_ahead(capsys):
+    """Each once, one process an op; what cannot be is passed over."""
+    gpu.Ahead([*TOY, *TOY], sys.executable, {"JAX_PLATFORMS": "cpu"}).finish(60)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"ahead: {FLA} ")]
+    assert len(lines) == 2 * len(TOY) and all(any(case.name in line for line in lines) for case in TOY)
 
 
 def test_names_are_unique():
