@@ -173,7 +173,8 @@ class Bench:
         call(0)
         synchronize()
         first = time.perf_counter() - start
-        memory = measured(lambda: call(0))
+        given = [*self.sets[0].values(), *[self.weight] * gradient]
+        memory = measured(lambda: call(0), sum(x.numel() * x.element_size() for x in given))
         self.calls[name] = call
         probe = {key: thin(x) for key, x in call(0).items()}
         return {"memory": memory, "first": first, "probe": probe}
@@ -197,17 +198,18 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measured(call: Callable[[], Any]) -> int | None:
-    """Most bytes of device memory in use at once during a call, its inputs included; None on a CPU."""
+def measured(call: Callable[[], Any], given: int) -> int | None:
+    """Most bytes of device memory in use at once for a call, with its inputs' `given` bytes; None on a CPU."""
     import torch
 
     if not torch.cuda.is_available():
         call()
         return None
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     call()
     synchronize()
-    return int(torch.cuda.max_memory_allocated())
+    return int(torch.cuda.max_memory_allocated() - before + given)
 
 
 def about() -> dict[str, Any]:

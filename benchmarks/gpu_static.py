@@ -114,24 +114,20 @@ def static(cases: Sequence[Case] = SHIPPED) -> Iterator[dict[str, Any]]:
     left = list(cases)
     while left:
         # The report is written by the compiler itself, to the standard output of a process of its own.
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.gpu_static",
-            json.dumps([dataclasses.asdict(case) for case in left]),
-        ]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
+        todo = json.dumps([dataclasses.asdict(case) for case in left])
+        command = [sys.executable, "-m", "benchmarks.gpu_static", todo]
         lines: list[str] = []
-        for line in process.stdout or ():
-            done = re.match(rf"{DONE} (.*)", line)
-            if done is None:
-                lines.append(line)
-                continue
-            yield from rows_of(left.pop(0), "".join(lines), done[1])
-            lines = []
-        if process.wait() and left:
+        with subprocess.Popen(
+            command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        ) as process:
+            for line in process.stdout or ():
+                done = re.match(rf"{DONE} (.*)", line)
+                if done is None:
+                    lines.append(line)
+                    continue
+                yield from rows_of(left.pop(0), "".join(lines), done[1])
+                lines = []
+        if left:
             yield from rows_of(left.pop(0), "", f"the compiler ended: {' | '.join(lines[-3:])}"[:600])
 
 
