@@ -47,7 +47,7 @@ BASE: Mapping[str, Any] = {
     "optimizer.learning_rate": 4e-3,
     "optimizer.warmup_steps": 30,
     "train.batch_size": 16,
-    "train.steps": 500,
+    "train.steps": 300,
     "train.log_every": 50,
     "train.eval_batches": 4,
     "train.final_batches": 8,
@@ -151,7 +151,7 @@ class Dropped(nnx.Module):
         """Returns (y, {}), as the layers do."""
         answered, values = _coefficients(self.layer, x), _values(self.layer)
         if self.count:
-            rank = jnp.abs(answered) * jnp.linalg.norm(values, axis=1)
+            rank = jnp.abs(answered) * jnp.linalg.norm(values, axis=1)[None, None]
             if self.seed is not None:
                 rank = jax.random.uniform(jax.random.key(self.seed), answered.shape)
             least = jax.lax.top_k(rank, self.count)[0][..., -1:]
@@ -262,7 +262,7 @@ def _layer_rows(name: str, run: LoadedRun) -> list[dict[str, Any]]:
 def _in_use(layer: Any, x: Array) -> dict[str, Any]:
     """How many pairs answer a token, and how loud the first is."""
     answered, values = _coefficients(layer, x), _values(layer)
-    size = np.asarray(jnp.abs(answered) * jnp.linalg.norm(values, axis=1)).reshape(-1, values.shape[0])
+    size = np.asarray(jnp.abs(answered) * jnp.linalg.norm(values, axis=1)[None, None]).reshape(-1, values.shape[0])
     whole = np.asarray(answered @ values).reshape(-1, values.shape[1])
     top = size.argmax(axis=1)
     first = np.take_along_axis(np.asarray(answered).reshape(size.shape), top[:, None], 1) * np.asarray(values)[top]
