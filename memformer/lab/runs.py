@@ -8,7 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from memformer.lab.study import Study, training_seconds
+from memformer.lab.study import Study, seconds_in, training_seconds
 from memformer.training.build import build_run
 from memformer.training.config import RunError, default_config, unknown_key
 from memformer.training.evaluation import LoadedRun, load_run
@@ -93,6 +93,7 @@ def train_runs(
     runs = {}
     for number, (label, config) in enumerate(configs.items(), start=1):
         path = os.path.join(folder, label.replace(" ", "_"))
+        study.earlier += seconds_in(path)
         if not _finished(path, config):
             say(f"\n{study.name}: run {number} of {len(configs)}: {label}")
             if not train(config, path)["finished"]:

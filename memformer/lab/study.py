@@ -15,7 +15,7 @@ import jax
 from memformer.training.evaluation import LoadedRun
 from memformer.training.metrics import format_table, model_name, read_records, replace_file, say
 
-__all__ = ["Study", "new_figure", "training_records", "training_seconds"]
+__all__ = ["Study", "new_figure", "seconds_in", "training_records", "training_seconds"]
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
@@ -51,6 +51,7 @@ class Study:
       values: numbers for the JSON.
       tables: (title, rows) as added.
       figures: (file, caption) as saved.
+      earlier: seconds of training that runs of this measurement had behind them when it was started.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Study:
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     tables: list[tuple[str, list[dict[str, Any]]]] = dataclasses.field(default_factory=list)
     figures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    earlier: float = 0.0
 
     def add_table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds a table and prints it; the study's first one is also its CSV.
@@ -113,7 +115,7 @@ class Study:
             "outcome": self.outcome,
             "runs": [_describe(run) for run in runs],
             "date": datetime.date.today().isoformat(),
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds + self.earlier, 1),
             "versions": _versions(),
             "tables": [{"title": title, "rows": rows} for title, rows in self.tables],
             "figures": [{"file": file, "caption": caption} for file, caption in self.figures],
@@ -137,14 +139,23 @@ def _shown(value: Any) -> str:
 
 def training_records(run: LoadedRun) -> list[dict[str, Any]]:
     """What the run logged of its training steps, in order."""
-    records = read_records(os.path.join(run.folder, "metrics.jsonl"))
+    return _records(run.folder)
+
+
+def _records(folder: str) -> list[dict[str, Any]]:
+    records = read_records(os.path.join(folder, "metrics.jsonl"))
     return [record for record in records if record["kind"] == "train"]
 
 
 def training_seconds(run: LoadedRun) -> float:
     """Time in training steps, of all parts of a run that was resumed; compiling and evaluating are left out."""
+    return seconds_in(run.folder)
+
+
+def seconds_in(folder: str) -> float:
+    """The same for the folder of a run, which need not have ended, nor begun."""
     seconds, before = 0.0, 0
-    for record in training_records(run):
+    for record in _records(folder):
         seconds += (record["step"] - before) * (record["step_seconds"] or 0.0)
         before = record["step"]
     return seconds

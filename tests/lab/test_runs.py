@@ -39,9 +39,11 @@ def test_a_finished_run_is_read_and_a_quick_one_trained_again(tmp_path):
     assert list(first) == ["one", "two"] and first["two"].config["seed"] == 1
     assert list(accuracy_by_length(first["one"])) == [4, 8]
     assert [row["steps"] for row in run_rows(first)] == [2, 2]
+    assert study.earlier == 0
     stamp = os.path.getmtime(tmp_path / "runs" / "toy" / "one" / "result.json")
     train_runs(study, {"one": {}}, base=BASE)
     assert os.path.getmtime(tmp_path / "runs" / "toy" / "one" / "result.json") == stamp
+    assert study.earlier > 0
     # more steps: the same run goes on
     longer = train_runs(study, {"one": {"train.steps": 3}}, base=BASE)["one"]
     assert longer.step == 3

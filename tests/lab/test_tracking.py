@@ -1,0 +1,78 @@
+"""The measurements that train models of their own to follow a state: the quick versions, and what each must show."""
+
+import os
+
+import numpy as np
+import pytest
+
+from memformer.core.similarity import Kernel
+from memformer.lab import SIMULATIONS, Study
+from memformer.lab.kernels import nearly_orthogonal, swap_by_hand
+from memformer.lab.swap import spikes
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """Runs the quick version of a measurement and returns its study."""
+
+    def run(name):
+        study = Study(name, str(tmp_path / "out"), runs=str(tmp_path / "runs"))
+        SIMULATIONS[name](study, quick=True)
+        study.finish([], 1.0)
+        assert study.figures and all(os.path.getsize(tmp_path / "out" / file) > 1000 for file, _ in study.figures)
+        return study
+
+    return run
+
+
+def test_linear_writes_follow_swaps_and_softmax_does_not(measured):
+    study = measured("swap")
+    at = {label: scores["8"] for label, scores in study.values.items()}
+    assert at["kernel linear"] > 0.95
+    assert max(at["kernel softmax"], at["softmax depth 1"]) < 0.8
+    errors = study.tables[2][1]
+    assert [row["run"] for row in errors] == ["kernel linear", "kernel softmax"]
+    assert all(0 < float(row["16 swaps"]) < 1e-3 for row in errors)
+
+
+def test_two_reflections_a_letter_follow_s3_better_than_softmax(measured):
+    study = measured("words")
+    assert study.values["S3 product2"]["8"] > study.values["S3 softmax"]["8"] + 0.1
+    assert study.outcome.startswith("S3 (words of 8 / 16; guess 16.7%): DeltaProduct, n_h = 2 ")
+
+
+def test_rounding_to_integers_follows_more_objects_than_the_key_is_wide(measured):
+    study = measured("kernels")
+    assert study.values["swaps"]["192 round to integers"] == 1.0
+    assert study.values["swaps"]["192 linear"] < 0.7
+    assert list(study.values["mqar"]) == ["linear", "softmax"]
+
+
+def test_reachability_is_learnt_by_one_layer(measured):
+    study = measured("reachability")
+    assert study.values["DeltaFormer, 1 layer"][8] > 0.75
+
+
+def test_parity_is_learnt_by_deltaformer_and_not_by_a_transformer(measured):
+    study = measured("hierarchy")
+    assert study.values["parity DeltaFormer"]["12"] > study.values["parity Transformer"]["12"] + 0.1
+    assert study.tables[0][1][0]["paper"] == "100.0%"
+
+
+def test_orthogonal_keys_need_no_rounding():
+    keys = np.eye(8, dtype=np.float32)
+    for kernel in (Kernel("linear"), Kernel("round")):
+        assert swap_by_hand(keys, keys, kernel, swaps=16, batch=2).min() == 1.0
+
+
+def test_vectors_are_nearly_orthogonal():
+    keys = nearly_orthogonal(400, 1)
+    products = keys @ keys.T - np.eye(400, dtype=np.float32)
+    assert keys.shape == (400, 128) and abs(np.abs(products).max() - 1 / 8) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("losses", "count"), [([1, 0.9, 0.8], 0), ([1, 2.1], 1), ([1, 3, 4, 1, 3], 2), ([], 0), ([2, 1, 1.9, 2.1], 1)]
+)
+def test_a_spike_is_an_excursion_above_twice_the_least(losses, count):
+    assert spikes(losses) == count
