@@ -4,9 +4,11 @@ Rows R of one block, earlier slots E, A the write kernel, P what is left to writ
 
     P = alpha V_R - beta A[R, E] U_E        U_R = (I + beta A[R, R])^-1 P
 
-Forward, a program is one block of one head: keys and u of that head stay in VMEM, it sums over earlier blocks as flash
-attention does, and then solves inside the block, by the inverses of sub-blocks on its diagonal (inverse.py) taken in
-turn, and substitution between them. Backward is the walk of columns.py, blocks in reverse, with this solve:
+Forward, a program is one block of one head, or of two where they are even: keys and u of a head stay in VMEM, it sums
+over earlier blocks as flash attention does, and then solves inside the block, by the inverses of sub-blocks on its
+diagonal (inverse.py, two heads sharing products), and substitution between them. All of it lies transposed, rows in
+lanes, and weights between sub-blocks count as those of earlier blocks do, bfloat16 where a softmax divides; only the
+inverses keep 16 bits then. Backward is the walk of columns.py, blocks in reverse, with this solve:
 
     dP_R = (I + beta A[R, R])^-T (dU_R - later A[R', R]^T beta dP_R')
 
@@ -38,7 +40,8 @@ from memformer.pallas.tpu.tiles import NAMES, Plan, Sums
 
 __all__ = ["write"]
 
-# Steps by which a sub-block starts later than the one before it.
+# Steps by which a sub-block starts later than the one before it. Seen on v5p, bundles for 512 rows of two heads: 6016
+# for 0, 6186 for 4, 5937 for 10, 6346 for 20.
 APART = 10
 
 
