@@ -1,0 +1,36 @@
+"""Regression in context: the sequences, the best answer, and that a short training gets below a guess."""
+
+import jax
+import numpy as np
+
+from memformer.lab import SIMULATIONS, Study
+from memformer.lab.context import draw_regression, ridge_error
+
+
+def test_sequences_are_questions_and_pairs_in_turn():
+    tokens, answers, maps = (np.asarray(part) for part in draw_regression(jax.random.key(0), 6, 512, change=3))
+    questions, pairs = tokens[:, ::2], tokens[:, 1::2]
+    np.testing.assert_array_equal(questions[..., :4], pairs[..., :4])
+    np.testing.assert_array_equal(pairs[..., 4], answers)
+    assert (questions[..., 4] == 0).all() and (questions[..., 5] == 1).all() and (pairs[..., 5] == 0).all()
+    rest = answers - np.einsum("bni,nbi->bn", pairs[..., :4], maps[np.array([0, 0, 0, 1, 1, 1])])
+    np.testing.assert_allclose(rest.std(), 0.1, rtol=0.1)
+
+
+def test_ridge_finds_the_map():
+    tokens, _, maps = (np.asarray(part) for part in draw_regression(jax.random.key(1), 40, 256))
+    asked = np.random.default_rng(0).standard_normal((256, 4))
+    truth = np.sum(maps[0] * asked, axis=1)
+    errors = ridge_error(tokens, asked, truth, np.array([0, 2, 40]))
+    np.testing.assert_allclose(errors[0], np.mean(truth**2))
+    assert errors[0] > errors[1] > 0.1 > 0.01 > errors[2]
+
+
+def test_the_quick_measurement_says_what_came_out(tmp_path):
+    study = Study("context", str(tmp_path))
+    SIMULATIONS["context"](study, quick=True)
+    study.finish([], 1.0)
+    rows = {row["memory"]: row for row in study.tables[0][1]}
+    assert set(rows) == {"softmax", "delta"}
+    first, last = (float(rows["delta"][f"error after {t} pairs (best)"].split(" ")[0]) for t in (4, 16))
+    assert last < first and last < 0.8
