@@ -1,9 +1,9 @@
 """Following swaps (DeltaFormer, NeurIPS 2025, figures 3, 4 and 6): kernels, depth, curriculum, stability.
 
-Five objects, a swap at each step, and the label is the object now at place 0 (five tokens of start come first). Four
-questions to one layer of DeltaFormer: which kernel kappa1 may write, whether more layers of softmax attention do as
-well, whether a curriculum from 32 to 256 swaps helps, with rotary positions and without, and how steady training is:
-spikes of the loss, norms of gradients, and how far u in float32 is from u in float64 as the sequence grows.
+Five objects, a swap at each step, and the label is the object now at place 0 (five tokens of start come first). `swap`
+asks which kernel kappa1 may write, whether more layers of softmax attention do as well, and how far u in float32 is
+from u in float64 as the sequence grows. `curriculum` asks whether climbing from 32 to 256 swaps helps, with rotary
+positions and without, and how steady training is: spikes of the loss, norms of gradients.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from memformer.training.data import make_loader
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
 
-__all__ = ["KERNELS", "error_of_u", "measure", "spikes"]
+__all__ = ["KERNELS", "error_of_u", "measure", "measure_curriculum", "spikes"]
 
 KERNELS: dict[str, Mapping[str, Any]] = {
     "linear": {"name": "linear"},
@@ -41,50 +41,33 @@ BASE: Mapping[str, Any] = {
     "train": {"steps": 400, "batch_size": 64, "stop_accuracy": 0.999, "final_lengths": LENGTHS, "final_batches": 2},
     "train.on_nan": "skip",
 }
+SMALLER: Mapping[str, Any] = {
+    "task.objects": 3,
+    "task.length": 8,
+    "model.width": 32,
+    "model.heads": 2,
+    "train.steps": 80,
+    "train.batch_size": 32,
+    "train.final_lengths": (16,),
+}
 LONG_BASE: Mapping[str, Any] = {"train.batch_size": 32, "train.steps": 400, "train.stop_accuracy": 0.99}
-CLAIM = (
-    "One layer of DeltaFormer that writes through the linear or the round kernel follows swaps exactly and softmax as "
-    "kappa1 does worse; more layers of softmax attention do not help; at 256 it learns very slowly, by "
-    "a curriculum from 32 it does learn; rotary positions speed training up and cost length (DeltaFormer, figures 3, "
-    "4 and 6)."
+KERNELS_CLAIM = (
+    "One layer of DeltaFormer that writes through the linear or the round kernel follows swaps exactly, softmax as "
+    "kappa1 does worse, and more layers of softmax attention do not help (DeltaFormer, figures 3 and 4)."
+)
+CURRICULUM_CLAIM = (
+    "At 256 swaps one layer learns very slowly; by a curriculum from 32 it learns; with rotary positions it learns "
+    "sooner, without them it goes further (DeltaFormer, figure 6)."
 )
 
 
 def measure(study: Study, *, quick: bool = False) -> None:
-    """Trains each row and tells who follows swaps, how far, how soon and how steadily.
+    """Trains one layer for each kappa1, and softmax attention of 1 to 6 layers, at 32 swaps.
 
     Args:
       study: takes what comes out.
-      quick: three objects, short sequences, one row of each kind but the curriculum.
+      quick: three objects, short sequences, two kernels and one depth.
     """
-    table = _table(quick)
-    smaller = {
-        "task.objects": 3,
-        "task.length": 8,
-        "model.width": 32,
-        "model.heads": 2,
-        "train.steps": 80,
-        "train.final_lengths": (16,),
-        "train.batch_size": 32,
-    }
-    runs = train_runs(study, table, base=BASE, quick=quick, smaller=smaller)
-    study.claim = CLAIM
-    study.add_table("Accuracy by the number of swaps (test split)", [_row(label, run) for label, run in runs.items()])
-    steady = [_steadiness(label, run) for label, run in runs.items() if label.startswith(("kernel", "256"))]
-    study.add_table("How steady training is: a spike is a record whose loss is twice the least before it", steady)
-    lengths = (8, 16) if quick else LENGTHS
-    errors = {label: error_of_u(run, lengths) for label, run in runs.items() if label.startswith("kernel")}
-    study.add_table(
-        "Largest error of u in float32 against float64, over the root mean square of u (trained models)",
-        [{"run": label} | {f"{n} swaps": f"{x:.1e}" for n, x in found.items()} for label, found in errors.items()],
-    )
-    study.add_table("What was trained", run_rows(runs))
-    study.values = {label: {str(n): round(x, 4) for n, x in accuracy_by_length(r).items()} for label, r in runs.items()}
-    study.outcome = _outcome(runs, errors)
-    _draw_learning(runs, study)
-
-
-def _table(quick: bool) -> dict[str, dict[str, Any]]:
     kernels, depths = (("linear", "softmax"), (1,)) if quick else (tuple(KERNELS), DEPTHS)
     table = {f"kernel {name}": _deltaformer(KERNELS[name]) for name in kernels}
     table |= {
@@ -94,14 +77,59 @@ def _table(quick: bool) -> dict[str, dict[str, Any]]:
         }
         for depth in depths
     }
-    if quick:
-        return table
-    for positions in ("plain", "rotary"):
-        row = {**_deltaformer(KERNELS["linear"], rotary=positions == "rotary"), **LONG_BASE, "task.length": LONG}
-        climb = {"enabled": True, "start": SHORT, "stop": LONG, "factor": 2, "accuracy": 0.99}
-        table[f"256 by curriculum, {positions}"] = {**row, "train.curriculum": climb}
-        table[f"256 directly, {positions}"] = row
-    return table
+    runs = train_runs(study, table, base=BASE, quick=quick, smaller=SMALLER)
+    study.claim = KERNELS_CLAIM
+    _tabulate(runs, study)
+    lengths = (8, 16) if quick else LENGTHS
+    errors = {label: error_of_u(run, lengths) for label, run in runs.items() if label.startswith("kernel")}
+    study.add_table(
+        "Largest error of u in float32 against float64, over the root mean square of u (trained models)",
+        [{"run": label} | {f"{n} swaps": f"{x:.1e}" for n, x in found.items()} for label, found in errors.items()],
+    )
+    study.add_table("What was trained", run_rows(runs))
+    worst = {label: max(found.values()) for label, found in errors.items()}
+    most = max(worst, key=lambda label: worst[label])
+    trained = next(iter(runs.values())).task.length
+    told = ", ".join(f"{label} {accuracy_by_length(run)[trained]:.0%}" for label, run in runs.items())
+    chance = next(iter(runs.values())).task.chance
+    far = f"u is off by at most {worst[most]:.0e} of its size at up to {max(lengths)} swaps ({most})"
+    study.outcome = f"At {trained} swaps (guess {chance:.0%}): {told}; {far}."
+    groups = {"one layer of DeltaFormer, by kappa1": "kernel ", "softmax attention": "softmax "}
+    _draw(groups, runs, study)
+
+
+def measure_curriculum(study: Study, *, quick: bool = False) -> None:
+    """Trains one layer at 256 swaps, directly and climbing from 32, with rotary positions and without.
+
+    Args:
+      study: takes what comes out.
+      quick: three objects, from 4 swaps to 16, without rotary positions.
+    """
+    start, stop = (4, 16) if quick else (SHORT, LONG)
+    table = {}
+    for positions in ("plain",) if quick else ("plain", "rotary"):
+        row = {**_deltaformer(KERNELS["linear"], rotary=positions == "rotary"), **LONG_BASE, "task.length": stop}
+        climb = {"enabled": True, "start": start, "stop": stop, "factor": 2, "accuracy": 0.99}
+        table[f"{positions} by curriculum"] = {**row, "train.curriculum": climb}
+        table[f"{positions} directly"] = row
+    smaller = {**SMALLER, "task.length": stop}
+    runs = train_runs(study, table, base=BASE, quick=quick, smaller=smaller)
+    study.claim = CURRICULUM_CLAIM
+    _tabulate(runs, study)
+    steady = [_steadiness(label, run) for label, run in runs.items()]
+    study.add_table("How steady training is: a spike is a record whose loss is twice the least before it", steady)
+    study.add_table("What was trained", run_rows(runs))
+    told = []
+    for label, run in runs.items():
+        longest = max(record["length"] for record in training_records(run))
+        told.append(f"{label} {accuracy_by_length(run)[stop]:.0%} after {run.step} steps (trained to {longest})")
+    study.outcome = f"At {stop} swaps: {', '.join(told)}."
+    _draw({f"{stop} swaps": ""}, runs, study)
+
+
+def _tabulate(runs: Mapping[str, LoadedRun], study: Study) -> None:
+    study.add_table("Accuracy by the number of swaps (test split)", [_row(label, run) for label, run in runs.items()])
+    study.values = {label: {str(n): round(x, 4) for n, x in accuracy_by_length(r).items()} for label, r in runs.items()}
 
 
 def _deltaformer(kernel: Mapping[str, Any], *, rotary: bool = False) -> dict[str, Any]:
@@ -184,48 +212,21 @@ def _solve(arrays: Sequence[np.ndarray], kernel: Any, dtype: Any) -> np.ndarray:
     return np.asarray(cache.u)
 
 
-def _outcome(runs: Mapping[str, LoadedRun], errors: Mapping[str, Mapping[int, float]]) -> str:
-    def told(start: str) -> str:
-        parts = []
-        for label, run in runs.items():
-            if label.startswith(start):
-                scores = accuracy_by_length(run)
-                name = label.removeprefix(start).strip(", ")
-                parts.append(f"{name} {100 * scores[min(scores)]:.0f}%")
-        return ", ".join(parts)
-
-    shortest = min(accuracy_by_length(next(iter(runs.values()))))
-    chance = 100 * dataclasses.replace(next(iter(runs.values())).task, length=shortest).chance
-    text = f"At {shortest} swaps (guess {chance:.0f}%): kappa1 {told('kernel')}; softmax attention {told('softmax')}. "
-    long = {label: run for label, run in runs.items() if label.startswith("256")}
-    for label, run in long.items():
-        longest = max(record["length"] for record in training_records(run))
-        scores = accuracy_by_length(run)
-        text += f"{label}: {100 * scores[LONG]:.0f}% at {LONG} after {run.step} steps (trained to {longest}). "
-    worst = {label: max(found.values()) for label, found in errors.items()}
-    most = max(worst, key=lambda label: worst[label])
-    return text + f"u is off by at most {worst[most]:.0e} of its size ({most})."
-
-
-def _draw_learning(runs: Mapping[str, LoadedRun], study: Study) -> None:
-    starts = [start for start in ("kernel", "softmax", "256") if any(label.startswith(start) for label in runs)]
-    titles = {"kernel": "one layer, by kappa1", "softmax": "softmax attention", "256": "256 swaps, one layer"}
-    figure, axes = new_figure(1, len(starts), width=3.6 * len(starts), height=3.9)
-    for axis, start in zip(axes[0], starts, strict=True):
-        chosen = [(label, run) for label, run in runs.items() if label.startswith(start)]
-        for index, (label, run) in enumerate(chosen):
+def _draw(groups: Mapping[str, str], runs: Mapping[str, LoadedRun], study: Study) -> None:
+    """A panel for each group of runs: its title, and what their labels start with."""
+    figure, axes = new_figure(1, len(groups), width=4.2 * max(len(groups), 1.5), height=3.9)
+    for axis, (title, start) in zip(axes[0], groups.items(), strict=True):
+        chosen = {label.removeprefix(start): run for label, run in runs.items() if label.startswith(start)}
+        for index, (name, run) in enumerate(chosen.items()):
             records = [record for record in training_records(run) if record["accuracy"] is not None]
-            name = (
-                label.removeprefix("kernel ").removeprefix("256 ").removeprefix("softmax " if start != "kernel" else "")
-            )
             steps, values = [r["step"] for r in records], [r["accuracy"] for r in records]
             line = "-" if index % 2 == 0 else "--"
             axis.plot(steps, values, line, color=COLOURS[index], label=name, linewidth=1.5)
-        axis.axhline(chosen[0][1].task.chance, color="0.4", linestyle=":", label="guess")
+        axis.axhline(next(iter(chosen.values())).task.chance, color="0.4", linestyle=":", label="guess")
         axis.set_ylim(0, 1.03)
-        axis.set_title(titles[start], fontsize=10)
+        axis.set_title(title, fontsize=10)
         axis.set_xlabel("training step")
         axis.legend(frameon=False, fontsize=8, loc="best")
     axes[0, 0].set_ylabel("accuracy in training")
-    caption = "Accuracy in training; by curriculum, at the length that the run has come to. Claim: " + CLAIM
+    caption = f"Accuracy in training; by curriculum, at the length that the run has come to. Claim: {study.claim}"
     study.save_figure(figure, "learning", caption)

@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[str, str, Mapping[str, Any], str, str]] = {
     "lstm": ("LSTM", "lstm", {}, COLOURS[4], "-"),
 }
 # Steps a group is given. All 60 letters of A5 are not learnt in so few; two that generate the group are.
-STEPS = {"S3": 500, "A5_two": 500, "S5_two": 500, "S4_two": 500}
+STEPS = {"S3": 500, "A5_two": 400, "S5_two": 500, "S4_two": 500}
 LENGTHS = (32, 128, 500)
 BASE: Mapping[str, Any] = {
     "task": {"name": "group_words", "length": 32},
@@ -45,13 +45,13 @@ CLAIM = (
 )
 
 
-def measure(study: Study, *, quick: bool = False, groups: tuple[str, ...] = tuple(STEPS)) -> None:
+def measure(study: Study, *, quick: bool = False, groups: tuple[str, ...] = ("S3", "A5_two")) -> None:
     """Trains every model on words of 32 letters of each group and tests it on up to 500.
 
     Args:
       study: takes what comes out.
       quick: S3 alone, two models, words of 8 letters.
-      groups: of `memformer.tasks.group_words.GROUPS`.
+      groups: keys of `STEPS`; the default is what docs/results holds.
     """
     groups, models = (("S3",), QUICK_MODELS) if quick else (groups, tuple(MODELS))
     table = {f"{group} {model}": _changes(group, model) for group in groups for model in models}

@@ -35,6 +35,16 @@ def test_linear_writes_follow_swaps_and_softmax_does_not(measured):
     assert all(0 < float(row["16 swaps"]) < 1e-3 for row in errors)
 
 
+def test_a_curriculum_comes_to_its_end(measured):
+    study = measured("curriculum")
+    rows = {row["run"]: row for row in study.tables[0][1]}
+    assert rows["plain by curriculum"]["came to"] == 16 and study.values["plain by curriculum"]["16"] > 0.9
+
+
+def test_recall_is_learnt_through_softmax(measured):
+    assert measured("mqar").values["softmax"] > 0.3
+
+
 def test_two_reflections_a_letter_follow_s3_better_than_softmax(measured):
     study = measured("words")
     assert study.values["S3 product2"]["8"] > study.values["S3 softmax"]["8"] + 0.1
@@ -43,9 +53,8 @@ def test_two_reflections_a_letter_follow_s3_better_than_softmax(measured):
 
 def test_rounding_to_integers_follows_more_objects_than_the_key_is_wide(measured):
     study = measured("kernels")
-    assert study.values["swaps"]["192 round to integers"] == 1.0
-    assert study.values["swaps"]["192 linear"] < 0.7
-    assert list(study.values["mqar"]) == ["linear", "softmax"]
+    assert study.values["192 round to integers"] == 1.0
+    assert study.values["192 linear"] < 0.75
 
 
 def test_reachability_is_learnt_by_one_layer(measured):
