@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks import gpu, gpu_cases, gpu_static, workers
+from benchmarks import gpu, gpu_cases, gpu_static, gpu_verify, workers
 from benchmarks.gpu_cases import FLA, SHIPPED, TIMED, TOY, Case
 
 
@@ -178,4 +178,9 @@ def test_names_are_unique():
     """Rows are found by the name of their case."""
     for cases in (TIMED, TOY, SHIPPED):
         assert len({case.name for case in cases}) == len(cases)
+    verified = gpu_verify.names(False)
+    assert len(set(verified)) == len(verified)
+    # Every op that has kernels, and every row of the ops' suite.
+    for name in (*gpu_verify.suite.ROWS, "delta_rule", "linear_attention", "deltaformer", "softmax_attention"):
+        assert any(case.startswith((f"{name}:", f"{name} ")) for case in verified), name
     assert Case("delta_rule", 1, 8192, 64, 16, decay=True).name == "delta_rule gated [1, 8192, 16/64, 128]"
