@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.common import check_backend
 
-__all__ = ["PARTS", "block_rows", "floor_flops", "traffic"]
+__all__ = ["PARTS", "block_rows", "floor_flops", "heads", "traffic"]
 
 # By the number of loops around it.
 PARTS = {1: "own", 2: "walk"}
@@ -26,6 +26,11 @@ def block_rows(case: Any, backward: bool) -> int:
     itemsize = jnp.dtype(case.dtype).itemsize
     size, _, _, back, _ = tuning.choose_tiles(kind, case.length, case.key, case.value, itemsize)
     return back if backward else size
+
+
+def heads(case: Any, kernel: str) -> int:
+    """Heads a program: the write takes two where they are even."""
+    return 2 if "write_forward" in kernel and case.groups % 2 == 0 else 1
 
 
 def floor_flops(case: Any, rows: int, part: str, backward: bool) -> int:

@@ -253,9 +253,10 @@ def _cached_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, An
     case, part, backward = CASES[name], attention.PARTS[loop.depth], "backward" in loop.kernel
     with jax.sharding.use_abstract_mesh(make_mesh(topology).abstract_mesh):
         rows = attention.block_rows(case, backward)
-    floor = attention.floor_flops(case, rows, part, backward)
-    more = _against(topology, text, loop, 1, floor, attention.traffic(case, loop.kernel, rows))
-    return _row(name, topology, loop, 1) | {"part": part, "chunk": rows, "heads": 1} | more
+    heads = attention.heads(case, loop.kernel)
+    floor = attention.floor_flops(case, rows, part, backward) * heads
+    more = _against(topology, text, loop, heads, floor, attention.traffic(case, loop.kernel, rows))
+    return _row(name, topology, loop, heads) | {"part": part, "chunk": rows, "heads": heads} | more
 
 
 def _against(topology: str, text: str, loop: Loop, heads: int, flops: float, moved: tuple[float, float]):
