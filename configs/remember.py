@@ -4,15 +4,22 @@
     python train.py --config=configs/remember.py:armt_without_gamma --workdir=runs/remember_armt_without_gamma
     python train.py --config=configs/remember.py:rmt --workdir=runs/remember_rmt
 
-The ARMT goes to 10 pairs at step 540 and to 50 at step 1660 of 2000. It ran 1000 steps first
-(`--config.train.steps=1000`) and was then taken on: 27 minutes of one core with much other work beside. It is not done
-with 50 pairs then. Without gamma it stays at 10 pairs to the end (10 minutes); RMT guesses (1000 steps, 5 minutes). One
-question behind n pairs, exact match by `python -m memformer.lab segments RUN_FOLDER...`:
+With and without gamma the schedule is the same: 2000 steps, on to more pairs at 95% of a log. With gamma that is step
+360 and step 960, without it 620 and 1220. The run with gamma was stopped at step 1548 for want of time (its command
+goes on from there), so it is the one that had fewer steps; 16 and 13 minutes of one core with much other work beside.
+Memory tokens alone (RMT, eight of them) do not learn which value belongs to which key: with four they guess among the
+values seen after 1000 steps of 2 pairs, with eight after 1860 steps of 2 pairs of rewrite at 1.5e-3. So its curriculum
+goes on at 25%, which such guessing reaches, and it trains 300 of its 400 steps at 50 pairs (8 minutes). One question
+behind n pairs, exact match by `python -m memformer.lab segments RUN_FOLDER...`:
 
     pairs                  2     10     50    100    200    500
-    ARMT               99.8%  97.1%  75.0%  53.5%  35.2%  14.5%
-    ARMT without gamma 99.6%  93.6%  56.2%  30.1%  26.2%  12.9%
-    RMT                56.2%  19.3%   7.0%   8.6%   3.5%   5.9%
+    ARMT, step 1548     100%  97.1%  80.5%  59.4%  37.9%  14.8%
+    ARMT without gamma 99.4%  92.6%  68.6%  44.9%  27.0%  21.5%
+    RMT                51.4%  15.4%   7.2%   9.4%   5.9%   7.4%
+
+Nothing here is exact at 50 pairs, let alone 500, where even the order of the two turns round. In the paper's code RMT
+has four layers of width 128, 32 memory tokens, and 2,000 to 20,000 steps of 512 sequences at each of ten numbers of
+pairs, with keys that grow from one symbol to three.
 """
 
 from memformer.training.config import default_config
@@ -31,7 +38,7 @@ def get_config(variant="armt"):
     config.model.depth = 2
     config.model.heads = 4
     if variant == "rmt":
-        config.model.memory_tokens = 4
+        config.model.memory_tokens = 8
     else:
         config.model.memory_tokens = 1
         config.model.key_width = 32
@@ -41,11 +48,13 @@ def get_config(variant="armt"):
     config.optimizer.warmup_steps = 50
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 1000 if variant == "rmt" else 2000
+    config.train.steps = 400 if variant == "rmt" else 2000
     config.train.batch_size = 32
     config.train.log_every = 20
     config.train.eval_every = 500
     config.train.checkpoint_every = 500
     config.train.stop_accuracy = 0.99
-    config.train.curriculum = {"enabled": True, "start": 2, "stop": 50, "factor": 5, "accuracy": 0.98}
+    # memory tokens did not learn which value belongs to which key: they go on when they guess among the values seen
+    goal = 0.25 if variant == "rmt" else 0.95
+    config.train.curriculum = {"enabled": True, "start": 2, "stop": 50, "factor": 5, "accuracy": goal}
     return config

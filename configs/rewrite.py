@@ -6,16 +6,18 @@
 
 The ARMT learns which value belongs to which key after 540 steps and is at 50 pairs from step 900; without gamma that is
 step 1000 and step 1700. Both ran 1000 steps first (`--config.train.steps=1000`) and were then taken on to 2000 (15 and
-20 minutes of one core with much other work beside). RMT guesses to the end of its 1000 steps (9 minutes). One question
-behind n pairs, exact match by `python -m memformer.lab segments RUN_FOLDER...`:
+20 minutes of one core with much other work beside). Memory tokens alone (RMT, eight of them) do not learn it: with four
+they guess among the values seen after 1000 steps of 2 pairs, with eight after 1860 steps at 1.5e-3. So their curriculum
+goes on at 25%, which such guessing reaches, and 120 of 200 steps are at 50 pairs (4 minutes). One question behind n
+pairs, exact match by `python -m memformer.lab segments RUN_FOLDER...`:
 
     pairs                  2     10     50    100    200    500
     ARMT, 1000 steps    99.8%  99.8%  99.8%   100%  98.0%  69.9%
     ARMT                 100%   100%   100%   100%  98.0%  82.4%
     ARMT without gamma  98.6%  98.6%  90.0%  56.6%  38.3%  21.9%
-    RMT                 54.7%  14.3%   8.0%   8.6%   7.8%   6.2%
+    RMT                 53.3%  20.7%  15.4%  11.3%  13.3%  11.7%
 
-Two layers of width 64, one memory token (RMT: four), eight questions a sequence, 32 sequences a step. The paper:
+Two layers of width 64, one memory token (RMT: eight), eight questions a sequence, 32 sequences a step. The paper:
 four layers of width 128, four memory tokens, one question, up to 10,000 steps of 512 sequences at each of eight numbers
 of pairs; there ARMT is exact at 500.
 """
@@ -36,7 +38,7 @@ def get_config(variant="armt"):
     config.model.depth = 2
     config.model.heads = 4
     if variant == "rmt":
-        config.model.memory_tokens = 4
+        config.model.memory_tokens = 8
     else:
         config.model.memory_tokens = 1
         config.model.key_width = 16
@@ -46,10 +48,12 @@ def get_config(variant="armt"):
     config.optimizer.warmup_steps = 50
     config.optimizer.b2 = 0.99
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 1000 if variant == "rmt" else 2000
+    config.train.steps = 200 if variant == "rmt" else 2000
     config.train.batch_size = 32
     config.train.log_every = 20
     config.train.eval_every = 500
     config.train.checkpoint_every = 500
-    config.train.curriculum = {"enabled": True, "start": 2, "stop": 50, "factor": 5, "accuracy": 0.98}
+    # memory tokens did not learn which value belongs to which key: they go on when they guess among the values seen
+    goal = 0.25 if variant == "rmt" else 0.98
+    config.train.curriculum = {"enabled": True, "start": 2, "stop": 50, "factor": 5, "accuracy": goal}
     return config

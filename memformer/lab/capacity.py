@@ -6,8 +6,8 @@ Written anew means two values for each key, in random order; only the later coun
 
 A matrix memory spends its B bytes (float32) on a matrix K x V: K = B / 4V. A cache spends them on slots of K + V
 numbers, with the K that serves it best. Nothing is trained; theory (arXiv 2505.19488, section 2, for sums over random
-keys): a number read is 1 plus noise of variance N / K in a linear memory, N exp(2 - 2 sqrt K) in softmax attention. V
-of them are right in 99% of the pairs where 1 / variance >= z^2 with P(normal < z)^V = 0.99.
+keys): a number read is 1 plus noise of variance (N - 1) / K in a linear memory, (N - 1) exp(2 - 2 sqrt K) in softmax
+attention. V of them are right in 99% of the pairs where 1 / variance >= z^2 with P(normal < z)^V = 0.99.
 
 Keys are random, as theory has them. Orthogonal ones would let every matrix memory recall as many pairs as it has rows:
 what training can find is measured by `segments`. It matters most to ARMT, whose read divides by z . phi and so answers
@@ -42,7 +42,7 @@ NUMBER = 4
 # Half-lives of the decaying memory, as parts of the number of writes; it is given its best.
 HALF_LIVES = (0.125, 0.25, 0.5, 1.0, math.inf)
 # Key widths that a cache may choose among.
-CACHE_WIDTHS = (4, 8, 12, 16, 24, 32, 48, 64, 96)
+CACHE_WIDTHS = (4, 8, 16, 24, 32, 48, 64)
 
 Read = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -261,12 +261,12 @@ def theory(slots: bool, size: int, value_width: int) -> float:
 
     Example:
       >>> round(theory(False, 4096, 4), 1), round(theory(True, 4096, 4), 1)
-      (32.5, 53.9)
+      (33.5, 51.2)
     """
     squared = NormalDist().inv_cdf(GOAL ** (1 / value_width)) ** 2
     if not slots:
-        return size / (NUMBER * value_width) / squared
-    told = (math.exp(2 * math.sqrt(width) - 2) / squared for width in range(1, 257))
+        return 1 + size / (NUMBER * value_width) / squared
+    told = (1 + math.exp(2 * math.sqrt(width) - 2) / squared for width in range(1, 257))
     return max(min(size / (NUMBER * (width + value_width)), pairs) for width, pairs in enumerate(told, 1))
 
 
@@ -282,7 +282,7 @@ class _Plan:
 
 
 QUICK = _Plan((1024, 4096), (4,), 2, (12, 16, 48), 64)
-FULL = _Plan((1024, 2048, 4096, 8192, 16384, 32768), (4, 64), 5, CACHE_WIDTHS, 512)
+FULL = _Plan((1024, 4096, 16384), (4, 64), 5, CACHE_WIDTHS, 512)
 WRITTEN = {1: "once", 2: "anew"}
 
 
@@ -315,7 +315,7 @@ def measure(study: Study, *, quick: bool) -> None:
     """Counts what each memory of the table recalls, by the bytes of its state."""
     plan = QUICK if quick else FULL
     study.claim = (
-        "At equal bytes of state a linear memory recalls K / z^2 of N random pairs and softmax attention as many as "
+        "At equal bytes of state a linear memory recalls 1 + K / z^2 random pairs and softmax attention as many as "
         "its cache has slots once keys are O(log^2 N) wide (2505.19488, section 2); only memories with a delta rule "
         "recall keys that were written anew (2102.11174; ARMT, 2407.04841; DeltaFormer)."
     )
@@ -373,8 +373,7 @@ def _draw(study: Study, found: dict, plan: _Plan) -> None:
         for axis, times in zip(line, WRITTEN, strict=True):
             for colour, name in zip(COLOURS, drawn, strict=True):
                 pairs = np.array([found[bits, times, name, size] for size in plan.sizes])
-                style = {"color": colour, "marker": markers[name], "markersize": 4.5}
-                axis.plot(plan.sizes, np.median(pairs, axis=1), label=name, **style)
+                axis.plot(plan.sizes, np.median(pairs, axis=1), markers[name], ls="-", ms=4.5, color=colour, label=name)
                 axis.fill_between(plan.sizes, pairs.min(axis=1), pairs.max(axis=1), color=colour, alpha=0.2, lw=0)
             if times == 1:
                 for slots, style in ((False, ":"), (True, "--")):

@@ -40,8 +40,8 @@ def test_capacity_is_where_recall_ends():
 
 
 def test_theory_is_the_formula_of_the_docstring():
-    # z = 2.805 for four bits: K / z^2 with K = 256
-    assert theory(False, 4096, 4) == pytest.approx(256 / 2.805**2, rel=1e-3)
+    # z = 2.806 for four bits: 1 + K / z^2 with K = 256
+    assert theory(False, 4096, 4) == pytest.approx(1 + 256 / 2.806**2, rel=1e-3)
     # slots bound a cache from above: at K = 1 there would be 4096 / 20 of them
     assert 30 < theory(True, 4096, 4) < 4096 / 20
     assert theory(True, 8192, 4) > 1.5 * theory(True, 4096, 4)
