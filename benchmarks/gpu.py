@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -88,8 +89,16 @@ class Report:
         """Writes the file: whole, or not at all."""
         if self.path is not None:
             part = self.path.with_name(f"{self.path.name}.part")
-            part.write_text(json.dumps(self.content, indent=1) + "\n")
+            part.write_text("{\n" + ",\n".join(_lines(*item) for item in self.content.items()) + "\n}\n")
             part.replace(self.path)
+
+
+def _lines(key: str, value: Any) -> str:
+    """A part of the file, a row a line."""
+    if not isinstance(value, list | tuple):
+        return f" {json.dumps(key)}: {json.dumps(value)}"
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
+    return f" {json.dumps(key)}: [\n{rows}\n ]"
 
 
 def _short(value: Any) -> str:
@@ -310,9 +319,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run_static(report: Report, cases: Sequence[Case]) -> None:
-    """Registers, spills and warnings of all cases."""
+    """Registers, spills and warnings of all cases; rows that the file has of other cases stay."""
+    names = {case.name for case in cases}
+    kept = json.loads(report.path.read_text()).get("static", []) if report.path and report.path.exists() else []
+    known = {case.name for case in SHIPPED} - names
+    report.content["static"] = [row for row in kept if row["case"] in known]
     for row in gpu_static.static(cases):
-        report.add("static", row)
+        report.add("static", {**row, "date": report.content["date"], "jax": importlib.metadata.version("jax")})
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:

@@ -109,14 +109,19 @@ def test_report_of_ptxas():
 
 def test_static_marks_faults(monkeypatch, tmp_path):
     """A kernel that spills, a case without a kernel and a refusal are faults, and the exit status says so."""
-    case = SHIPPED[0]
+    case, path = SHIPPED[0], tmp_path / "static.json"
     good = REPORT.split("(C7517)")[0]
-    for text, error, status in ((good, "", 0), (REPORT, "", 1), ("", "", 1), (good, "RuntimeError: no", 1)):
+    for text, error, status in ((REPORT, "", 1), ("", "", 1), (good, "RuntimeError: no", 1), (good, "", 0)):
         rows = gpu_static.rows_of(case, text, error)
         monkeypatch.setattr(gpu_static, "static", lambda cases, rows=rows: iter(rows))
-        path = tmp_path / "static.json"
-        assert gpu.main(["--static", "--out", str(path)]) == status
-        assert json.loads(path.read_text())["static"] == rows
+        assert gpu.main(["--static", "--only", case.name, "--out", str(path)]) == status
+        written = json.loads(path.read_text())["static"]
+        assert [{key: x for key, x in row.items() if key not in ("date", "jax")} for row in written] == rows
+    # Rows of other cases stay, those of the same one go; what no longer ships goes.
+    path.write_text(json.dumps({"static": [*written, {"case": "old", "fault": None}]}))
+    monkeypatch.setattr(gpu_static, "static", lambda cases: iter(gpu_static.rows_of(SHIPPED[1], good, "")))
+    assert gpu.main(["--static", "--only", SHIPPED[1].name, "--out", str(path)]) == 0
+    assert [row["case"] for row in json.loads(path.read_text())["static"]] == [case.name, SHIPPED[1].name]
 
 
 def test_what_is_wrong_shows_in_the_exit_status(monkeypatch, tmp_path):
