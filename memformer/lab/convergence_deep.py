@@ -100,7 +100,8 @@ def _one_seed(name: str, heads: int, seed: int, steps: int) -> dict[str, np.ndar
     moved = ((stream + rng.standard_normal((STREAMS, 1, WIDTH), np.float32)) / math.sqrt(2)).astype(np.float32)
     times = _times(steps)
     offsets = 2 ** np.arange(int(math.log2(steps - 1 - CHANGES[-1])) + 1)
-    rows, at = [], []
+    rows: list[np.ndarray] = []
+    at: list[int] = []
     for one, other in zip(stream, moved, strict=True):
         for time in times:
             rows += [one] * (MOVES + 1)

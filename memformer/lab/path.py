@@ -342,13 +342,14 @@ def _draw(study: Study, falls: dict, accuracy: dict, after: dict, delays: Sequen
         if name not in falls:
             continue
         style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
-        distance = np.arange(1, falls[name].shape[1])
-        low, mid, high = np.quantile(falls[name][:, 1:] / falls[name][:, 1:2], (0.1, 0.5, 0.9), axis=0)
+        # on a log axis, and few enough that the SVG stays small
+        distance = np.unique(np.geomspace(1, falls[name].shape[1] - 1, 80).astype(int))
+        low, mid, high = np.quantile(falls[name][:, distance] / falls[name][:, 1:2], (0.1, 0.5, 0.9), axis=0)
         left.plot(distance, mid, label=name, linewidth=1.5, **style)
         left.fill_between(distance, low, high, color=style["color"], alpha=0.2, linewidth=0)
         if name in after:
             found = np.median(after[name], axis=0)
-            middle.plot(np.arange(1, len(found)), found[1:], linewidth=1.3, **style)
+            middle.plot(np.arange(1, len(found)), np.maximum(found[1:], 1e-6), linewidth=1.3, **style)
             scores = accuracy[name]
             right.plot(delays, np.median(scores, axis=0), marker="o", markersize=4, linewidth=1.5, **style)
             right.fill_between(delays, scores.min(axis=0), scores.max(axis=0), color=style["color"], alpha=0.12)
