@@ -3,7 +3,7 @@
 import dataclasses
 from typing import TypeAlias
 
-__all__ = ["REMAT", "TABLE", "TILES", "Tuning", "VMEM_LIMIT", "choose", "choose_tiles"]
+__all__ = ["PAIR", "REMAT", "RESIDENT", "TABLE", "TILES", "Tuning", "VMEM_LIMIT", "choose", "choose_tiles"]
 
 # Bytes of VMEM a kernel may ask for: below what every chip since v5e has (64 MiB on the smallest, tpu7x).
 VMEM_LIMIT = 56 * 2**20
@@ -88,6 +88,9 @@ TILES: dict[str, tuple[int, int, Tiles, int]] = {
 
 # Bytes of VMEM that what lies there for a whole head may take.
 RESIDENT = 40 * 2**20
+
+# The same where two heads share a program, as they do if it is enough.
+PAIR = 30 * 2**20
 
 
 def choose_tiles(

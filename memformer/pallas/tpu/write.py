@@ -31,7 +31,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.types import Array
 from memformer.pallas.partition import split_batch_and_heads, varying_result
-from memformer.pallas.tpu import tiles
+from memformer.pallas.tpu import tiles, tuning
 from memformer.pallas.tpu.attention import read
 from memformer.pallas.tpu.columns import Refs, column_gradients
 from memformer.pallas.tpu.common import iotas, lockstep, product, split
@@ -206,7 +206,9 @@ def _forward(plan: Plan, k, w, v, rows, first, *rest):
     value, size = v.shape[3], plan.size
     blocks, rest = length // size, list(rest)
     # Two heads: one waits for its products while the other works, and their inverses share products.
-    count = 2 if groups % 2 == 0 else 1
+    dtype = jnp.bfloat16 if plan.value_passes == 1 else jnp.float32
+    resident = length * (2 * key * k.dtype.itemsize + value * jnp.dtype(dtype).itemsize)
+    count = 2 if groups % 2 == 0 and 2 * resident <= tuning.PAIR else 1
 
     def block(*shape):
         return pl.BlockSpec((1, count, *shape), lambda b, h, i, *_: (b, h, i, *[0] * (len(shape) - 1)))
@@ -225,7 +227,6 @@ def _forward(plan: Plan, k, w, v, rows, first, *rest):
     if rest:
         inputs["start"] = (rest.pop(0), block(size, value))
     arrays = [x for x, _ in inputs.values()]
-    dtype = jnp.bfloat16 if plan.value_passes == 1 else jnp.float32
     scratch = {name: pltpu.VMEM((count, *x.shape), x.dtype) for name, x in tiles.sums_scratch(plan, value).items()}
     scratch |= {
         "near": pltpu.VMEM((count, length, value), dtype),
