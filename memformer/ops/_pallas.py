@@ -1,5 +1,6 @@
 """The Pallas kernels behind the ops."""
 
+import importlib
 from typing import Any
 
 import jax
@@ -149,11 +150,7 @@ def _attention_kernels():
     """The module of the kernels of attention and DeltaFormer for this machine; a TPU's where it has no accelerator."""
     from memformer.pallas.gpu.common import for_gpu
 
-    if for_gpu():
-        from memformer.pallas.gpu import deltaformer
-    else:
-        from memformer.pallas.tpu import deltaformer
-    return deltaformer
+    return importlib.import_module(f"memformer.pallas.{'gpu' if for_gpu() else 'tpu'}.deltaformer")
 
 
 def _at(x: Array, writes: int, place: int) -> Array:

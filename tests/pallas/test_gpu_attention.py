@@ -3,14 +3,17 @@
 As in test_gpu.py: before jax 0.11 the program made for a GPU is looked at only.
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import memformer as mf
 from memformer.pallas.gpu import tuning
 from tests.numeric import assert_close
 from tests.ops import test_ops as suite
-from tests.pallas.test_gpu import interpreter, interprets
+from tests.pallas.test_gpu import H200, interpreter, interprets
+from tests.pallas.test_tpu import keys
 from tests.pallas.test_tpu_attention import evaluate, given, oracle
 
 __all__ = ["interpreter"]
@@ -27,17 +30,107 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
+# Kernels of write and read, and tokens: two parts of two warpgroups' rows with padding, or one warpgroup's.
+KERNELS = [
+    ("softmax", "relu", 130),
+    ("relu", mf.Kernel("exp", scale=0.5), 40),
+    (mf.Kernel("round", decimals=2), "linear", 40),
+]
+
+
 @interprets
-@pytest.mark.parametrize(
-    ("write", "read"),
-    [("softmax", "relu"), ("relu", mf.Kernel("exp", scale=0.5)), (mf.Kernel("round", decimals=2), "linear")],
-    ids=lambda kernel: getattr(kernel, "name", kernel),
-)
-def test_kernels(write, read, interpreter, monkeypatch):
-    """Each kernel in each place, two parts of one block each, two warpgroups; the last rows are padding."""
+@pytest.mark.parametrize(("write", "read", "length"), KERNELS, ids=["softmax", "relu", "round"])
+def test_kernels(write, read, length, interpreter, monkeypatch):
+    """Each kernel in each place."""
     monkeypatch.setattr(tuning, "PART", 128)
-    arrays, options = given(130, dtype="bfloat16"), {"write_kernel": write, "read_kernel": read}
+    arrays, options = given(length, dtype="bfloat16"), {"write_kernel": write, "read_kernel": read}
     got, gradients = evaluate(arrays, "pallas", **options)
     want, want_gradients = oracle(arrays, **options)
     assert_close(got, want, 2e-2, "output and u")
     assert_close(gradients, want_gradients, 6e-2, "gradient")
+
+
+@interprets
+@pytest.mark.parametrize("kind", ["identical", "close"])
+def test_hard_keys(kind, interpreter):
+    """A linear write of 128 equal or nearly equal keys, where a power series of A would reach 1e30."""
+    length, options = 128, {"write_kernel": "linear", "read_kernel": "linear"}
+    arrays = given(length, width=32, value=16, dtype="bfloat16")
+    arrays["k"] = suite.cast(keys(kind, np.random.default_rng(3), length, 32)[None, :, None], "bfloat16")
+    del arrays["w"], arrays["alpha"]
+    arrays["beta"] = jnp.full((1, length, 1), {"identical": 2.0, "close": 1.0}[kind], "float32")
+    got, gradients = evaluate(arrays, "pallas", **options)
+    want, want_gradients = oracle(arrays, **options)
+    assert_close(got, want, 2e-2, kind)
+    assert_close(gradients, want_gradients, 6e-2, f"{kind} gradient")
+
+
+REFUSED = {
+    "float32": ("float32", {}, "takes bfloat16"),
+    "chunk": ("bfloat16", {"chunk_size": 32}, "takes chunk_size 64"),
+    "precision": ("bfloat16", {"precision": "highest"}, "default precision only"),
+    "width": ("bfloat16", {}, "at most 128 channels"),
+}
+
+
+@pytest.mark.parametrize("op", [mf.softmax_attention, mf.deltaformer])
+@pytest.mark.parametrize("why", REFUSED)
+def test_refusals_say_why(why, op):
+    dtype, options, message = REFUSED[why]
+    x = jnp.zeros((1, 8, 2, 192 if why == "width" else 4), dtype)
+    with jax.sharding.use_abstract_mesh(H200):
+        with pytest.raises(NotImplementedError, match=message):
+            jax.eval_shape(lambda: op(x, x, x, implementation="pallas", **options))
+        # The library's own choice goes to what serves.
+        jax.eval_shape(lambda: op(x, x, x, **options))
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"causal": False}], ids=["window", "encoder"])
+def test_no_window_no_encoder(options):
+    x = jnp.zeros((1, 8, 2, 4), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(H200), pytest.raises(NotImplementedError, match="causal and has no window"):
+        jax.eval_shape(lambda: mf.softmax_attention(x, x, x, implementation="pallas", **options))
+
+
+def test_what_is_kept_for_the_backward_pass():
+    """Inputs, output, u in halves and one log-sum-exp a row: nothing that grows with the square of the length."""
+
+    def kept(length):
+        arrays = {name: jax.ShapeDtypeStruct(x.shape, "bfloat16") for name, x in given(length).items()}
+        with jax.sharding.use_abstract_mesh(H200):
+            leaves = jax.tree.leaves(
+                jax.eval_shape(
+                    lambda a: jax.vjp(lambda a: mf.deltaformer(**a, implementation="pallas")[0], a)[1], arrays
+                )
+            )
+        return sum(x.size * x.dtype.itemsize for x in leaves) / length
+
+    assert kept(8192) <= kept(4096)
+
+
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11),
+    reason=f"jax {jax.__version__} exports no partitioned call without devices (0.10 does): see test_gpu_compile.py",
+)
+@pytest.mark.parametrize("implementation", [None, "pallas"])
+def test_no_fallback_in_disguise(implementation):
+    """The program for an H200 calls the kernels by name, forward and backward, and holds no T x T array."""
+    length = 1024
+
+    def both(q, k, v):
+        a, _ = mf.deltaformer(q, k, v, implementation=implementation)
+        b, _ = mf.softmax_attention(q, k, v, implementation=implementation)
+        return jnp.sum(a.astype("float32")) + jnp.sum(b.astype("float32"))
+
+    few, many = ((1, length, heads, 128) for heads in (1, 2))
+    specs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (many, few, few)]
+    with jax.sharding.use_abstract_mesh(H200):
+        checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
+        exported = jax.export.export(
+            jax.jit(jax.grad(both, argnums=(0, 1, 2))), platforms=["cuda"], disabled_checks=checks
+        )
+        text = exported(*specs).mlir_module()
+    for name in ("write_forward", "write_backward", "attention_forward", "attention_backward_rows"):
+        assert (f"memformer_{name}" in text) == (implementation == "pallas")
+    if implementation == "pallas":
+        assert f"{length}x{length}" not in text

@@ -126,7 +126,7 @@ def _compute(refs: Refs, plan: Plan) -> None:
 
 
 def _read(plan: Plan, dtype: Any, k, q, *rest) -> tuple[Array, ...]:
-    """One device's part of `read`; rest: values by halves, bound, with segments numbers of rows, of columns, `first`."""
+    """One device's part of `read`; rest: values by halves, bound, numbers of rows and columns, `first`."""
     batch, heads, length = q.shape[:3]
     names = tuple(f"x{n}" for n in range(plan.halves)) + ("bound",) * (not plan.own)
     names += ("rows", "key_rows", "first") * plan.segments

@@ -1,7 +1,5 @@
 """DeltaFormer and softmax attention on Hopper: the arrays of a call laid out for parts.py and attention.py."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -69,7 +67,7 @@ def _plan(
         kernel=kernel,
         scale=scale,
         groups=groups,
-        slots=tuning.SLOTS,
+        slots=tuning.SLOTS[1 if kernel.normalized else 2],
         key=key,
         value=value,
         block=min(value, tuning.WRITE_BLOCK),
@@ -165,7 +163,10 @@ def deltaformer(
     Raises:
       NotImplementedError: no kernel serves this machine or call; the message says why.
     """
-    plan = _plan("deltaformer", kernels[0], scales[0], (q, k, w, v), held, sight, chunk_size, precision)
+    plan, read = (
+        _plan("deltaformer", kernel, scale, (q, k, w, v), held, sight, chunk_size, precision)
+        for kernel, scale in zip(kernels, scales, strict=True)
+    )
     length, width = v.shape[1], v.shape[3]
     held_k, held_u = (None, None) if held is None else (_widen(held[0], plan.key), _widen(held[1], plan.value))
     marks = marks_of(sight, plan.size, plan.part) if plan.segments else ()
@@ -179,7 +180,6 @@ def deltaformer(
     arrays = (k, w, v, alpha, beta, start, q)
     k, w, v, alpha, beta, start, q = (vary_like(x, *arrays, *marks) for x in arrays)
     u = write(plan, k, w, v, alpha, beta, start, marks)
-    read = dataclasses.replace(plan, kernel=kernels[1], scale=scales[1])
     everything = u if held_u is None else jnp.concatenate([start, u], axis=2)
     o = attend(read, jnp.bfloat16, k, q, everything, marks)
     return tuple(jnp.swapaxes(x, 1, 2)[:, :length, :, :width] for x in (o, u))

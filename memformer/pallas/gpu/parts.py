@@ -43,6 +43,12 @@ def write(plan: Plan, k: Array, w: Array, v: Array, alpha: Array, beta: Array, h
     return high[:, :, before:].astype(jnp.float32) + low[:, :, before:].astype(jnp.float32)
 
 
+def _plans(plan: Plan) -> tuple[Plan, Plan]:
+    """The walk within a part, and the read of all before it."""
+    far = dataclasses.replace(plan, before=0, own=False, strict=True)
+    return dataclasses.replace(far, own=True), far
+
+
 def _both(x: Array) -> tuple[Array, Array]:
     """Two bfloat16 halves of a float32 array."""
     # The compiler may take a cast to bfloat16 and back for nothing, but not this.
@@ -64,7 +70,7 @@ def _marks_of(plan: Plan, marks: tuple[Array, ...], start, before: int) -> tuple
 def _write(plan, k, w, v, alpha, beta, held, marks):
     """u of all slots by halves [B, G, S, V], and the log-sum-exp of the rows [B, G, T], None without a normaliser."""
     before, length, part = held.shape[2], w.shape[2], plan.part
-    own, far = (dataclasses.replace(plan, before=0, own=x, strict=True) for x in (True, False))
+    own, far = _plans(plan)
     target = alpha[..., None] * v.astype(jnp.float32)
     if before == 0 and length == part:
         return walk_forward(own, k, w, target, beta, marks, None)
@@ -108,7 +114,7 @@ def _write_backward(plan, kept, du):
     (dk,) = column_gradients(all_slots, k, w, u, dp, marks, numbers, ("dk",))
     dheld = jnp.zeros(held.shape, held.dtype)
     if before:
-        far = dataclasses.replace(plan, before=0, own=False)
+        _, far = _plans(plan)
         state = (k[:, :, :before], w, tuple(x[:, :, :before] for x in u), dp)
         seen = (marks[0], marks[1][:, :before]) if marks else ()
         (dheld,) = column_gradients(far, *state, seen, numbers, ("dx",))
@@ -121,7 +127,7 @@ def _write_backward(plan, kept, du):
 def _solve_back(plan, k, w, beta, norm, du, u, marks):
     """dP by halves [B, G, T, V], from the last part to the first; arrays of the call's own slots."""
     length, part, before = w.shape[2], plan.part, plan.before * plan.size
-    own, far = (dataclasses.replace(plan, before=0, own=x, strict=True) for x in (True, False))
+    own, far = _plans(plan)
     numbers = {"norm": norm, "beta": beta, "mean": norm}
     if length == part:
         return walk_back(own, k, w, du, numbers, (marks[0], marks[1][:, before:]) if marks else ())

@@ -42,7 +42,7 @@ def _scores_gradient(plan: Plan, weights: Array, change: Array, mask, number, wr
     Args:
       plan: as ever.
       weights, change: of the tile; change is G.
-      mask: what is seen, or None.
+      mask: gives what is seen, or None; asked for again, for want of registers to keep it.
       number: as in `_felt`.
       write: whether rows have a beta.
     """
@@ -51,10 +51,9 @@ def _scores_gradient(plan: Plan, weights: Array, change: Array, mask, number, wr
     if plan.kernel.name == "exp":
         return _felt(weights, number, write) * change
     change = _felt(change, number, write)
-    if plan.kernel.name == "relu":
-        seen = weights > 0
-        mask = seen if mask is None else mask & seen
-    return change if mask is None else jnp.where(mask, change, 0.0)
+    # Weights of relu are 0 where hidden.
+    seen = weights > 0 if plan.kernel.name == "relu" else mask()
+    return change if seen is None else jnp.where(seen, change, 0.0)
 
 
 def _left(refs: Refs, g, x: Array, count: int, first: int):
@@ -85,9 +84,12 @@ def _compute_rows(refs: Refs, plan: Plan, write: bool) -> None:
         k, x = refs.key_slots.at[slot], refs.value_slots0.at[slot]
         scores, change = products(((refs.q_rows.at[g], turned(k)),), ((refs.g_rows.at[g], turned(x)),))
         marks = (refs.numbers.at[g, names.index("segment")], refs.number_slots.at[slot, 0]) if plan.segments else ()
-        mask = tiles.tile_mask(diagonal, *(marks or (None, None)))
+
+        def mask():
+            return tiles.tile_mask(diagonal, *(marks or (None, None)))
+
         scores = scores * plan.factor
-        weights = tiles.weights_of(plan, scores, mask, number("norm") if plan.kernel.normalized else None)
+        weights = tiles.weights_of(plan, scores, mask(), number("norm") if plan.kernel.normalized else None)
         ds = _scores_gradient(plan, weights, change, mask, number, write)
         dq = tiles.accumulate(dq, tiles.pairs(_left(refs, g, ds, 1, 0), (k,)))
         ring.release(t - first)
@@ -208,6 +210,7 @@ def _compute_columns(refs: Refs, plan: Plan, write: bool) -> None:
     for source, target in sources:
         plgpu.copy_gmem_to_smem(source, target.at[g], refs.columns_there.at[g])
     plgpu.barrier_wait(refs.columns_there.at[g])
+    tiles.bring_places(refs, g)
 
     def tile(c, carry, diagonal=None):
         dk, dx = carry
@@ -220,8 +223,11 @@ def _compute_columns(refs: Refs, plan: Plan, write: bool) -> None:
             return row(refs.number_slots.at[slot, names.index(name)], TILE)
 
         marks = (refs.numbers.at[g, 0], refs.number_slots.at[slot, names.index("segment")]) if plan.segments else ()
-        mask = tiles.tile_mask(diagonal, *(marks or (None, None)))
-        weights = tiles.weights_of(plan, scores, mask, number("norm") if plan.kernel.normalized else None)
+
+        def mask():
+            return tiles.tile_mask(diagonal, *(marks or (None, None)), tiles.places(refs, g) if diagonal else None)
+
+        weights = tiles.weights_of(plan, scores, mask(), number("norm") if plan.kernel.normalized else None)
         if "dx" in refs:
             # Before G, and the weights kept in bfloat16, for want of registers.
             felt = _left(refs, g, _felt(weights, number, write), plan.halves, 1)
@@ -258,7 +264,13 @@ def _columns(plan: Plan, write: bool, wanted: tuple[str, ...], k, q, x, *rest) -
     """One device's part of dk and dx; rest: g by halves, numbers of rows, bound, segments of columns, `last`."""
     batch, heads, slots = k.shape[:3]
     names, rest = _names(plan, write), list(rest)
-    inputs = {"k": k, "q": q, "x0": x, **{f"g{n}": rest.pop(0) for n in range(plan.halves)}}
+    inputs = {
+        "places": tiles.place_numbers(),
+        "k": k,
+        "q": q,
+        "x0": x,
+        **{f"g{n}": rest.pop(0) for n in range(plan.halves)},
+    }
     if names:
         inputs["rows"] = rest.pop(0)
     if not plan.own:
@@ -272,7 +284,7 @@ def _columns(plan: Plan, write: bool, wanted: tuple[str, ...], k, q, x, *rest) -
     scratch["columns_there"] = plgpu.Barrier(num_arrivals=2 + plan.segments, num_barriers=plan.groups)
     if plan.segments:
         scratch["numbers"] = plgpu.SMEM((plan.groups, 1, TILE), jnp.float32)
-    scratch |= tiles.interpreter_scratch(plan, 1 + plan.halves)
+    scratch |= tiles.place_scratch(plan) | tiles.interpreter_scratch(plan, 1 + plan.halves)
     return tiles.call(
         plan,
         f"{'write' if write else 'attention'}_backward_columns",

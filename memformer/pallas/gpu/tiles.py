@@ -157,23 +157,47 @@ def scores_of(plan: Plan, q, k) -> Array:
     return products(((q, turned(k)),))[0] * plan.factor
 
 
-def tile_mask(diagonal: str | None, rows, columns, step=0):
+def tile_mask(diagonal: str | None, rows, columns, places=None):
     """[64, 64] what is seen, or None for everything.
 
     Args:
       diagonal: how column and row compare where the tile crosses the diagonal: "<", "<=", ">" or ">=".
       rows, columns: references to the segments of the tile's rows and columns, or None.
-      step: a number that changes in a loop around this, so that the compiler does not keep the mask of the diagonal
-        in registers all along.
+      places: row and column of every entry, where they are not to be computed.
     """
     mask = None
     if diagonal is not None:
-        r, c = (x + step for x in iotas(TILE))
+        r, c = iotas(TILE) if places is None else places
         mask = {"<": c < r, "<=": c <= r, ">": c > r, ">=": c >= r}[diagonal]
     if rows is not None:
         same = column(rows, TILE) == row(columns, TILE)
         mask = same if mask is None else mask & same
     return mask
+
+
+def place_scratch(plan: Plan) -> dict[str, Any]:
+    """Scratch for the numbers from 0 to 63 in shared memory, once for rows and once for columns.
+
+    Computed, the compiler holds them in twenty registers all along, beyond the last that it has.
+    """
+    there = plgpu.Barrier(num_barriers=plan.groups)
+    return {"place_numbers": plgpu.SMEM((plan.groups, 2, TILE), jnp.int32), "places_there": there}
+
+
+def place_numbers() -> Array:
+    """What `place_scratch` holds."""
+    return jnp.broadcast_to(jnp.arange(TILE, dtype=jnp.int32), (2, TILE))
+
+
+def bring_places(refs: Refs, g) -> None:
+    """Copies the numbers for warpgroup g."""
+    plgpu.copy_gmem_to_smem(refs.places, refs.place_numbers.at[g], refs.places_there.at[g])
+    plgpu.barrier_wait(refs.places_there.at[g])
+
+
+def places(refs: Refs, g) -> tuple[Array, Array]:
+    """Row and column of every entry of a tile."""
+    return column(refs.place_numbers.at[g, 0], TILE), row(refs.place_numbers.at[g, 1], TILE)
 
 
 def weights_of(plan: Plan, scores: Array, mask, norm: Array | None) -> Array:
@@ -385,7 +409,7 @@ def call(
         grid_names=("batch_row", "head", "block"),
         num_threads=plan.groups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name=f"memformer_{name}",
     )
     operands = tuple(inputs.values())

@@ -2,18 +2,20 @@
 
 __all__ = ["CHUNK", "KEYS", "PART", "SLOTS", "VALUE_BLOCKS", "WRITE_BLOCK"]
 
-# Tokens a chunk: wgmma has 64 rows, and the scores of 128 would take all registers of a warpgroup.
+# Tokens a chunk: wgmma has 64 rows. With 128 the scan's blocks (q, k, v, P and X as two halves: 168 KiB at K = 128)
+# fit in shared memory once, not twice, so that nothing would be on its way while a chunk is computed.
 CHUNK = 64
 
 # Key widths of the kernels; a narrower one is padded to the next.
 KEYS = (64, 128)
 
-# Value columns a program, by key width. State and accumulators must fit the 255 registers of a thread: 64 columns of
-# 128 keys spill.
+# Value columns a warpgroup of a scan, by key width. State and accumulators must fit the 255 registers of a thread: 64
+# columns of 128 keys spill. Two warpgroups share a program where there are two blocks.
 VALUE_BLOCKS = {64: 64, 128: 32}
 
-# DeltaFormer and attention: tiles on their way to a program; shared memory holds four at two halves a value.
-SLOTS = 3
+# DeltaFormer and attention: tiles in flight, by the bfloat16 halves that make up a value. Three at two halves are too
+# many for shared memory at 128 channels, and for the registers of a gradient.
+SLOTS = {1: 3, 2: 2}
 
 # Tokens of a part of DeltaFormer's write: within one a head is walked block by block, what lies before it is read by
 # all blocks of rows at once.

@@ -29,7 +29,7 @@ from memformer.core import compat
 from memformer.core.types import Array
 from memformer.pallas.gpu import tiles
 from memformer.pallas.gpu.attention import Sums, add_tile, start_sums, widen
-from memformer.pallas.gpu.common import column, iotas, products, row
+from memformer.pallas.gpu.common import column, row
 from memformer.pallas.gpu.tiles import LOW, TILE, Plan, Refs, Ring
 from memformer.pallas.partition import split_batch_and_heads
 
@@ -121,6 +121,7 @@ def _bring(refs: Refs, plan: Plan, back: bool) -> None:
 def _compute(refs: Refs, plan: Plan, back: bool, held: bool) -> None:
     walk = _Walk(plan, refs, back)
     ring, g = walk.ring, lax.axis_index("warpgroup")
+    tiles.bring_places(refs, g)
 
     def step(s, count):
         i = walk.index(s)
@@ -135,10 +136,9 @@ def _compute(refs: Refs, plan: Plan, back: bool, held: bool) -> None:
         plgpu.barrier_wait(refs.rows_there.at[g])
         own = count + finished + walk.order(g)
         solve = _back_block if back else _forward_block
-        left, a = solve(walk, g, rows, count, own, held)
-        # Out of the registers, which the inverse needs.
-        _stage(refs, g, "work", left)
-        out = _solve(refs, g, _inverse(refs, g, a, back))
+        # What is left to write goes to shared memory, since the inverse needs the registers.
+        _stage(refs, g, "work", solve(walk, g, rows, count, own, held))
+        out = _solve(refs, g, _inverse(refs, g, back))
         _put(walk, g, out, (*rows, walk.columns))
         _pass_by(ring, plan, own, count + finished)
         return count + finished + plan.groups
@@ -170,24 +170,27 @@ def _pass_by(ring: Ring, plan: Plan, own, first) -> None:
     ring.release(first + 1)
 
 
-def _forward_block(walk: _Walk, g, rows, count, own, held: bool) -> tuple[Array, Array]:
-    """What is left to write of one warpgroup's rows, and beta A of them against themselves."""
+def _forward_block(walk: _Walk, g, rows, count, own, held: bool) -> Array:
+    """What is left to write of one warpgroup's rows; beta A of them against themselves is staged as own."""
     plan, refs = walk.plan, walk.refs
     names = _row_names(plan, held)
     q = refs.q_rows.at[g]
 
     def mask(diagonal):
         if not plan.segments:
-            return lambda slot: tiles.tile_mask(diagonal, None, None, own)
+            return lambda slot: tiles.tile_mask(diagonal, None, None, tiles.places(refs, g) if diagonal else None)
         segment = refs.numbers.at[g, names.index("segment")]
-        return lambda slot: tiles.tile_mask(diagonal, segment, refs.number_slots.at[slot, 0], own)
+        return lambda slot: tiles.tile_mask(
+            diagonal, segment, refs.number_slots.at[slot, 0], tiles.places(refs, g) if diagonal else None
+        )
 
     sums = start_sums(plan.block)
     if held:
         sums = sums._replace(value=tiles.load(refs.start.at[(*rows, walk.columns)]))
         if plan.kernel.normalized:
             top = compat.load(refs.numbers.at[g, names.index("start")], plgpu.Layout.WGMMA.reduce(1))
-            sums = Sums(top, jnp.ones_like(sums.total), sums.value)
+            total = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+            sums = Sums(top, total, sums.value)
     sums = lax.fori_loop(count, own, lambda c, sums: add_tile(plan, walk.ring, refs, sums, c, g, q, mask(None)), sums)
     slot = walk.ring.await_key(own)
     scores, seen = tiles.scores_of(plan, q, refs.key_slots.at[slot]), mask("<")(slot)
@@ -200,8 +203,9 @@ def _forward_block(walk: _Walk, g, rows, count, own, held: bool) -> tuple[Array,
     else:
         weights = tiles.weights_of(plan, scores, seen, None)
     beta = refs.numbers.at[g, names.index("beta")]
+    _stage(refs, g, "own", column(beta, TILE) * weights)
     target = tiles.load(refs.target.at[(*rows, walk.columns)])
-    return target - column(beta, plan.block) * sums.value, column(beta, TILE) * weights
+    return target - column(beta, plan.block) * sums.value
 
 
 def _put_norm(walk: _Walk, g, rows, norm: Array) -> None:
@@ -214,8 +218,8 @@ def _put_norm(walk: _Walk, g, rows, norm: Array) -> None:
         plgpu.copy_smem_to_gmem(walk.refs.norms.at[g], walk.refs.norm.at[rows])
 
 
-def _back_block(walk: _Walk, g, rows, count, own, held: bool) -> tuple[Array, Array]:
-    """dU less what later rows take of it, for one warpgroup's slots, and (beta A)^T of them against themselves."""
+def _back_block(walk: _Walk, g, rows, count, own, held: bool) -> Array:
+    """dU less what later rows take of it, for one warpgroup's slots; their own (beta A)^T is staged as own."""
     plan, refs = walk.plan, walk.refs
 
     def felt(slot, diagonal):
@@ -226,7 +230,8 @@ def _back_block(walk: _Walk, g, rows, count, own, held: bool) -> tuple[Array, Ar
 
         marks = (refs.numbers.at[g, 0], number("segment")) if plan.segments else (None, None)
         norm = row(number("norm"), TILE) if plan.kernel.normalized else None
-        weights = tiles.weights_of(plan, scores, tiles.tile_mask(diagonal, *marks, own), norm)
+        places = tiles.places(refs, g) if diagonal else None
+        weights = tiles.weights_of(plan, scores, tiles.tile_mask(diagonal, *marks, places), norm)
         return weights * row(number("beta"), TILE)
 
     def tile(c, left):
@@ -239,53 +244,68 @@ def _back_block(walk: _Walk, g, rows, count, own, held: bool) -> tuple[Array, Ar
         return left
 
     left = lax.fori_loop(count, own, tile, tiles.load(refs.target.at[(*rows, walk.columns)]))
-    return left, felt(walk.ring.await_key(own), ">")
+    _stage(refs, g, "own", felt(walk.ring.await_key(own), ">"))
+    return left
 
 
 def _values(refs: Refs, plan: Plan, slot):
     return [refs[f"value_slots{n}"].at[slot] for n in range(plan.halves)]
 
 
-def _inverse(refs: Refs, g, a: Array, upper: bool) -> Array:
-    """(I + a)^-1 - I for a strictly lower (or upper) triangle [64, 64], by blocks of 1, 2, ..., 32 rows."""
-    r, c = iotas(TILE)
-    later, earlier = (c, r) if upper else (r, c)
+def _inverse(refs: Refs, g, upper: bool) -> Array:
+    """(I + a)^-1 - I for the strictly lower (or upper) triangle [64, 64] staged as own, by blocks of 1, 2, ... rows."""
+    own = tuple(refs[f"own{n}"].at[g] for n in range(2))
 
     def part(size):
+        later, earlier = tiles.places(refs, g)[:: -1 if upper else 1]
         odd = lax.bitwise_and(later, size) != 0
         beside = lax.bitwise_and(earlier, -size) == lax.bitwise_and(later, -size) - size
-        return jnp.where(odd & beside, a, 0.0)
+        return tuple(jnp.where(odd & beside, half, jnp.bfloat16(0)) for half in _taken(own))
 
     def join(level, x):
         # With X = I + x: X - X S X. Small entries are not rounded beside ones.
+        staged = _stage(refs, g, "square", x)
         s = part(lax.shift_left(jnp.int32(1), level))
-        y = s + _product(refs, g, s, _stage(refs, g, "square", x))
-        return x - y - _product(refs, g, x, _stage(refs, g, "square", y))
+        y = tiles.accumulate(_whole(s), tiles.pairs(_left(refs, g, s), staged))
+        return tiles.accumulate(x - y, tiles.pairs(staged, _stage(refs, g, "other", -y)))
 
-    # A loop, not its five steps in a row: the compiler would keep what it can of all of them in registers.
-    return lax.fori_loop(1, 6, join, -part(jnp.int32(1)))
+    # A loop, not its five steps in a row: else the compiler fills the registers with the parts of all.
+    return lax.fori_loop(1, 6, join, -_whole(part(jnp.int32(1))))
+
+
+def _space(refs: Refs, g, name: str, n: int):
+    """A block of warpgroup g's shared memory; "other" is that of its queries, where they are wide enough."""
+    if name == "other" and "other0" not in refs:
+        return refs.q_rows.at[g, :, pl.ds(n * TILE, TILE)]
+    return refs[f"{name}{n}"].at[g]
 
 
 def _stage(refs: Refs, g, name: str, x: Array) -> tuple[Any, ...]:
     """Two halves of a matrix, in warpgroup g's shared memory of that name."""
-    staged = tuple(refs[f"{name}{n}"].at[g] for n in range(2))
+    staged = tuple(_space(refs, g, name, n) for n in range(2))
     for ref, half in zip(staged, tiles.halves(x, 2), strict=True):
         ref[...] = half
     plgpu.commit_smem()
     return staged
 
 
-def _product(refs: Refs, g, a: Array, right: tuple[Any, ...]) -> Array:
-    """a times a staged matrix, to 16 bits."""
-    scratch = [refs[f"left{n}"].at[g] for n in range(2)] if tiles.interpreting() else ()
-    return products(tiles.pairs(tiles.left(tiles.halves(a, 2), scratch), right))[0]
+def _taken(staged: tuple[Any, ...]) -> tuple[Array, ...]:
+    return tuple(compat.load(ref, plgpu.Layout.WGMMA) for ref in staged)
+
+
+def _whole(parts: tuple[Array, ...]) -> Array:
+    return parts[0].astype(jnp.float32) + parts[1].astype(jnp.float32)
+
+
+def _left(refs: Refs, g, parts: tuple[Array, ...]) -> tuple[Any, ...]:
+    return tiles.left(parts, [refs[f"left{n}"].at[g] for n in range(2)] if tiles.interpreting() else ())
 
 
 def _solve(refs: Refs, g, inverse: Array) -> Array:
     """What is staged as work, plus the inverse (less I) times it."""
     staged = tuple(refs[f"work{n}"].at[g] for n in range(2))
-    left = sum(compat.load(ref, plgpu.Layout.WGMMA).astype(jnp.float32) for ref in staged)
-    return left + _product(refs, g, inverse, staged)
+    sums = tiles.pairs(_left(refs, g, tiles.halves(inverse, 2)), staged)
+    return tiles.accumulate(_whole(_taken(staged)), sums)
 
 
 def _row_names(plan: Plan, held: bool) -> tuple[str, ...]:
@@ -297,7 +317,7 @@ def _walk(plan: Plan, back: bool, held: bool, k, q, target, *rest) -> tuple[Arra
     """One device's part of a walk; rest: what the state gave, numbers of rows, numbers of columns, `limit`."""
     batch, heads, length, value = target.shape
     rest = list(rest)
-    inputs = {"k": k, "q": q, "target": target}
+    inputs = {"k": k, "q": q, "target": target, "places": tiles.place_numbers()}
     if held:
         inputs["start"] = rest.pop(0)
     if not back or plan.segments:
@@ -312,14 +332,14 @@ def _walk(plan: Plan, back: bool, held: bool, k, q, target, *rest) -> tuple[Arra
     scratch["q_rows"] = tiles.shared(TILE, plan.key, plan.groups)
     scratch["rows_there"] = plgpu.Barrier(num_arrivals=1 + ("rows" in inputs), num_barriers=plan.groups)
     scratch["written"] = plgpu.Barrier(num_barriers=plan.groups)
-    widths = (("work", plan.block), ("square", TILE))
+    widths = [("work", plan.block), ("own", TILE), ("square", TILE)] + [("other", TILE)] * (plan.key == TILE)
     scratch |= {f"{name}{n}": tiles.shared(TILE, width, plan.groups) for name, width in widths for n in range(2)}
     if "rows" in inputs:
         scratch["numbers"] = plgpu.SMEM((plan.groups, inputs["rows"].shape[3], TILE), jnp.float32)
     if plan.kernel.normalized and not back:
         outputs["norm"] = ((batch, heads, length), jnp.float32)
         scratch["norms"] = plgpu.SMEM((plan.groups, TILE), jnp.float32)
-    scratch |= tiles.interpreter_scratch(plan, 2)
+    scratch |= tiles.place_scratch(plan) | tiles.interpreter_scratch(plan, 2)
     return tiles.call(
         plan,
         f"write_{'backward' if back else 'forward'}",
@@ -329,6 +349,7 @@ def _walk(plan: Plan, back: bool, held: bool, k, q, target, *rest) -> tuple[Arra
         inputs,
         outputs,
         scratch,
+        (232, 40),
     )
 
 
