@@ -11,8 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import memformer as mf
+from memformer.core import compat
 from memformer.pallas.gpu import common
-from tests.numeric import assert_close
+from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
+from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
 from tests.pallas.test_tpu import keys
 
@@ -49,11 +51,34 @@ def test_packed_against_oracle(name, interpreter):
 
 
 @interprets
-@pytest.mark.parametrize(("kind", "beta"), [("identical", 2.0), ("close", 1.0)])
-def test_hard_keys(kind, beta, interpreter):
-    """Two chunks of keys where a power series of A would reach 1e18, at the widest key."""
+def test_inverse(interpreter):
+    """(I + A)^-1 by itself, where a power series of A would reach 1e18: 16 bits of the operands, not 8."""
     rng = np.random.default_rng(3)
-    length, width = 128, 128
+    k = np.stack([keys(kind, rng, 64, 128) for kind in ("identical", "close")])
+    a = np.tril(2.0 * np.asarray(jnp.asarray(k @ np.swapaxes(k, 1, 2), jnp.float32)), -1)
+
+    def kernel(a_ref, o_ref, *scratch):
+        n = jax.lax.axis_index("n")
+        x = compat.load(a_ref.at[n], plgpu.Layout.WGMMA, optimized=False)
+        for i, side in enumerate(unit_lower_inverse(x, scratch)):
+            o_ref[n, :, 32 * i : 32 * (i + 1)] = side
+
+    got = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(a.shape, jnp.float32),
+        scratch_types=inverse_scratch(),
+        grid=(2,),
+        grid_names=("n",),
+    )(jnp.asarray(a, jnp.float32))
+    assert_close(got, np.linalg.inv(np.eye(64) + a), 5e-4)
+
+
+@interprets
+@pytest.mark.parametrize(("kind", "beta"), [("identical", 2.0), ("close", 2.0)])
+def test_hard_keys(kind, beta, interpreter):
+    """Three chunks of keys where a power series of A would reach 1e18, at the widest key."""
+    rng = np.random.default_rng(3)
+    length, width = 192, 128
     arrays = {
         "q": suite.cast(rng.standard_normal((1, length, 1, width)), "bfloat16"),
         "k": suite.cast(keys(kind, rng, length, width)[None, :, None], "bfloat16"),
@@ -74,6 +99,26 @@ def test_hard_keys(kind, beta, interpreter):
         want = jax.tree.map(np.asarray, run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), "recurrent"))
     assert_close(got[:2], want[:2], 2e-2, kind)
     assert_close(got[2], want[2], 6e-2, f"{kind} gradient")
+
+
+@interprets
+def test_error_does_not_grow(interpreter):
+    """Six chunks of nearly equal keys: the error of the last chunk is that of the first two."""
+    rng = np.random.default_rng(5)
+    length = 384
+    arrays = {
+        "q": suite.cast(rng.standard_normal((1, length, 1, 8)), "bfloat16"),
+        "k": suite.cast(keys("close", rng, length, 8)[None, :, None], "bfloat16"),
+        "v": suite.cast(rng.standard_normal((1, length, 1, 8)), "bfloat16"),
+        "beta": jnp.asarray(rng.uniform(0.0, 2.0, (1, length, 1)), "float32"),
+    }
+    got = np.asarray(mf.delta_rule(**arrays, implementation="pallas")[0], np.float64)
+    with jax.enable_x64(True):
+        wide = suite.cast(jax.tree.map(np.asarray, arrays), "float64")
+        want = np.asarray(mf.delta_rule(**wide, implementation="recurrent")[0])
+    early, late = (relative_rms(got[:, part], want[:, part]) for part in (slice(0, 128), slice(-128, None)))
+    assert early <= 1e-2
+    assert late <= 1.5 * early
 
 
 @interprets
@@ -162,6 +207,7 @@ def test_no_fallback_in_disguise(implementation):
     with jax.sharding.use_abstract_mesh(H200):
         checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
         text = jax.export.export(function, platforms=["cuda"], disabled_checks=checks)(*specs).mlir_module()
-    for name in ("delta_rule_forward", "delta_rule_backward", "linear_attention_forward", "linear_attention_backward"):
-        assert (f"memformer_{name}" in text) == (implementation == "pallas")
+    for op in ("delta_rule", "linear_attention"):
+        for part in ("prepare", "forward", "backward", "gradients"):
+            assert (f"memformer_{op}_{part}" in text) == (implementation == "pallas")
     assert ("while" in text) == (implementation is None)

@@ -11,11 +11,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core import compat
+from memformer.core.chunking import vary_like
 from memformer.core.types import Array
 from memformer.pallas.gpu import tuning
 
-__all__ = ["Cut", "column", "cut_call", "for_gpu", "interpreted", "interpreting", "iotas", "products", "row"]
-__all__ += ["shared", "turned"]
+__all__ = ["AXES", "Cut", "call_kernel", "column", "cut_call", "for_gpu", "halves", "interpreted", "interpreting"]
+__all__ += ["iotas", "products", "put", "put_halves", "row", "shared", "thrice", "turned"]
 
 _interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
 
@@ -104,6 +105,11 @@ class Cut:
         return tuning.VALUE_BLOCKS[self.key]
 
     @property
+    def walkers(self) -> int:
+        """Warpgroups of a scan's program, each with its own block of value columns."""
+        return 1 + (self.value // self.block % 2 == 0)
+
+    @property
     def carries(self) -> bool:
         """Whether the state fades or resets on its way through a chunk."""
         return self.decay or self.segments
@@ -111,8 +117,10 @@ class Cut:
     @property
     def names(self) -> tuple[str, ...]:
         """The numbers that every token and head has; see rows.py."""
-        kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("enter", self.carries), ("leave", self.carries))
+        kinds: tuple[tuple[str, bool], ...] = (("enter", self.carries), ("leave", self.carries))
         kinds += (
+            ("beta", self.beta),
+            ("-beta", self.beta),
             ("total", self.decay),
             ("-total", self.decay),
             ("segment", self.segments),
@@ -184,10 +192,61 @@ def cut_call(
     )
 
 
-def shared(cut: Cut, *shape: int) -> plgpu.SMEM:
-    """A bfloat16 block of shared memory as wgmma reads it: both operands with one swizzle."""
-    transforms = (plgpu.TilingTransform((8, cut.block)), plgpu.SwizzleTransform(2 * cut.block))
+def call_kernel(cut: Cut, name: str, body, grid, out, scratch, operands, **threads) -> tuple[Array, ...]:
+    """A Mosaic GPU kernel over `grid`, named after its memory and `name`.
+
+    Args:
+      cut: sizes.
+      name: of the kernel.
+      body: the kernel.
+      grid: programs along AXES.
+      out: shapes and dtypes of the results.
+      scratch: shared memory and barriers.
+      operands: arrays.
+      **threads: num_threads and thread_name, of more than one warpgroup.
+    """
+    memory = "delta_rule" if cut.beta else "linear_attention"
+    kernel = plgpu.kernel(
+        body,
+        out_type=list(out),
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=AXES,
+        kernel_name=f"memformer_{memory}_{name}",
+        # The other semantics, the default since 0.11, solves for layouts: minutes for the inverse, and not all are found.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **threads,
+    )
+    # Under shard_map results vary as the operands do; the kernel's own types do not say so.
+    return tuple(vary_like(x, *operands) for x in kernel(*operands))
+
+
+def shared(width: int, *shape: int) -> plgpu.SMEM:
+    """A bfloat16 block of shared memory as wgmma reads it, in tiles of `width` columns: both operands have the same."""
+    transforms = (plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(2 * width))
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def halves(width: int, *shape: int) -> list[plgpu.SMEM]:
+    """Two blocks, whose sum keeps 16 bits of a float32 array."""
+    return [shared(width, *shape), shared(width, *shape)]
+
+
+def put(ref, x: Array) -> None:
+    """Stores x in the dtype of the block."""
+    ref[...] = x.astype(ref.dtype)
+
+
+def put_halves(refs, x: Array) -> None:
+    """Stores x as the sum of two bfloat16 blocks, to 16 bits."""
+    high, low = refs
+    put(high, x)
+    put(low, x - x.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def thrice(a, b) -> list[tuple]:
+    """The pairs whose products, summed, are that of two pairs of halves to 16 bits."""
+    return [(a[0], b[0]), (a[0], b[1]), (a[1], b[0])]
 
 
 def turned(ref):
@@ -225,8 +284,8 @@ def row(ref, height: int) -> Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (height, ref.shape[0]), (1,)), plgpu.Layout.WGMMA)
 
 
-def iotas(size: int) -> tuple[Array, Array]:
-    """Row and column index of every entry of a square."""
-    shape = (size, size)
+def iotas(rows: int, columns: int | None = None) -> tuple[Array, Array]:
+    """Row and column index of every entry of a matrix, square where one size is given."""
+    shape = (rows, rows if columns is None else columns)
     place = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
     return tuple(place)

@@ -8,17 +8,17 @@ One float32 array [B, H, N, names, C], names in the order of `Cut.names`:
     total    log decay since the start of the chunk
     segment  index of the token's segment
 
-and "-total", "-segment", their negatives: a row is loaded either for the rows of a matrix or for its columns, since
-the compiler merges two loads of one row, and then finds no layout for it.
+and "-beta", "-total", "-segment", their negatives: a row is loaded either for the rows of a matrix or for its
+columns, since the compiler merges two loads of one row, and then finds no layout for it.
 """
 
 import jax.numpy as jnp
 
 from memformer.core.chunking import pad_time
 from memformer.core.types import Array
-from memformer.pallas.gpu.common import Cut
+from memformer.pallas.gpu.common import Cut, column, row
 
-__all__ = ["token_rows"]
+__all__ = ["Tokens", "token_rows"]
 
 
 def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array | None) -> tuple[Array, ...]:
@@ -51,5 +51,56 @@ def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array |
         leave *= (index == last[:, :, None]).astype(jnp.float32)[..., None]
         rows["segment"] = jnp.broadcast_to(index[..., None], shape).astype(jnp.float32)
     rows |= {"enter": enter, "leave": leave}
-    rows |= {f"-{name}": -rows[name] for name in ("total", "segment") if name in rows}
+    rows |= {f"-{name}": -rows[name] for name in ("beta", "total", "segment") if name in rows}
     return (jnp.stack([rows[name] for name in cut.names], axis=-1).transpose(0, 3, 1, 4, 2),)
+
+
+class Tokens:
+    """The rows of one chunk in shared memory, inside a kernel.
+
+    Args:
+      cut: sizes.
+      ref: [names, C], or None where a token has no numbers.
+    """
+
+    def __init__(self, cut: Cut, ref):
+        self.cut, self.ref = cut, ref
+        if cut.carries:
+            # Now, although it is needed last: commit_smem must come between this read and the next copy to this slot.
+            self._kept = ref[cut.names.index("enter"), cut.chunk - 1]
+
+    def times(self, names: tuple[str, ...], x: Array) -> Array:
+        """x [C, width], its rows multiplied by what of `names` is there."""
+        for name in names:
+            if name in self.cut.names:
+                x = x * column(self._named(name), x.shape[1])
+        return x
+
+    def times_beta(self, x: Array) -> Array:
+        """x [C, C], its columns multiplied by the strengths of the writes, if there are any."""
+        return x * -row(self._named("-beta"), x.shape[0]) if self.cut.beta else x
+
+    def keep(self, state: Array) -> Array:
+        """What stays of a state [K, V] over the chunk."""
+        return state * self._kept if self.cut.carries else state
+
+    def weigh(self, places: tuple[Array, Array], *scores: Array) -> list[Array]:
+        """D times each of scores [C, C], 0 where hidden; rows are the tokens that read.
+
+        Args:
+          places: row and column index of every entry.
+          *scores: one number for every pair of tokens.
+        """
+        visible, size = places[0] >= places[1], self.cut.chunk
+        if self.cut.segments:
+            apart = column(self._named("segment"), size) + row(self._named("-segment"), size)
+            visible = visible & (apart == 0.0)
+        if self.cut.decay:
+            gap = column(self._named("total"), size) + row(self._named("-total"), size)
+            # Where hidden the gap may be positive and overflow.
+            weights = jnp.exp(jnp.where(visible, gap, 0.0))
+            scores = tuple(x * weights for x in scores)
+        return [jnp.where(visible, x, 0.0) for x in scores]
+
+    def _named(self, name: str):
+        return self.ref.at[self.cut.names.index(name)]

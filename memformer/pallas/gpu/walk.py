@@ -1,8 +1,8 @@
 """The walk over the chunks that every memory with a matrix state takes, and its rule of differentiation.
 
-Forward: the inverses of all chunks, then the scan. Backward: the scan from the end gives the gradients that
-flow through the state; what is left knows of no other chunk and is one pass of XLA's products over all of
-them (gradients.py). Saved: the inputs, the inverses, U and the states that enter the chunks.
+Forward: what needs no state, for all chunks at once (prepare.py), then the scan. Backward: the scan from the end
+gives the gradients that flow through the state; the rest knows of no other chunk (gradients.py). Saved: the inputs,
+P, X, W and the states that enter the chunks.
 """
 
 import functools
@@ -15,7 +15,7 @@ from memformer.core.types import Array
 from memformer.pallas.gpu import scan
 from memformer.pallas.gpu.common import Cut
 from memformer.pallas.gpu.gradients import chunk_gradients
-from memformer.pallas.gpu.inverse import chunk_inverse
+from memformer.pallas.gpu.prepare import prepare
 from memformer.pallas.gpu.rows import token_rows
 from memformer.pallas.partition import split_batch_and_heads
 
@@ -39,49 +39,54 @@ def run(cut: Cut, q: Array, k: Array, v: Array, beta, decay, index, state: Array
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _walk(cut: Cut, q, k, v, rows, start):
-    return _forward(cut, False, q, k, v, chunk_inverse(cut, k, rows), rows, start)
+    return tuple(_forward(cut, False, q, k, v, rows, start))
 
 
 def _walk_forward(cut, q, k, v, rows, start):
-    inverse = chunk_inverse(cut, k, rows)
-    o, end, states, u = _forward(cut, True, q, k, v, inverse, rows, start)
-    return (o, end), (q, k, v, rows, inverse, states, u)
+    o, end, *saved = _forward(cut, True, q, k, v, rows, start)
+    return (o, end), (q, k, v, rows, saved)
 
 
-def _walk_backward(cut, saved, cotangents):
-    q, k, v, rows, inverse, states, u = saved
+def _walk_backward(cut, inputs, cotangents):
+    q, k, v, rows, saved = inputs
     do, dend = cotangents
-    dr, dstates, dstart = _backward(cut, q, k, do, inverse, rows, dend)
-    return *chunk_gradients(cut, q, k, v, rows, states, u, do, dr, dstates), dstart
+    operands = (*_by_time(q, k, v, do), dend, *saved, *rows)
+    call = split_batch_and_heads(_backward_part, (cut,), results=4 + len(rows))
+    dq, dk, dv, dstart, *drows = call(*operands)
+    return *_by_time(dq, dk, dv), tuple(drows), dstart
 
 
 _walk.defvjp(_walk_forward, _walk_backward)
 
 
-def _forward(cut: Cut, save: bool, q, k, v, inverse, rows, start) -> tuple[Array, ...]:
-    """scan.forward on every device's part."""
-    operands = (*_by_time(q, k, v), start, *inverse, *rows)
-    o, end, *saved = split_batch_and_heads(_forward_part, (cut, save), results=4 if save else 2)(*operands)
-    return (*_by_time(o), end, *saved[:1], *_by_time(*saved[1:]))
+def _forward(cut: Cut, save: bool, q, k, v, rows, start) -> list[Array]:
+    """O, the last state, and what the backward pass wants of them, on every device's part."""
+    results = 2 + (2 + 3 * cut.beta if save else 0)
+    call = split_batch_and_heads(_forward_part, (cut, save), results=results)
+    o, end, *saved = call(*_by_time(q, k, v), start, *rows)
+    return [*_by_time(o), end, *saved]
 
 
-def _forward_part(cut: Cut, save: bool, q, k, v, start, *rest) -> tuple[Array, ...]:
+def _forward_part(cut: Cut, save: bool, q, k, v, start, *rows) -> tuple[Array, ...]:
+    """o [B, H, T, V], the last state; to save them P, X, the states that enter chunks, and W [B, T, H, V]'s own."""
     q, k, v = _by_time(q, k, v)
-    o, end, *saved = scan.forward(cut.local(q, v), save, q, k, v, *_grouped(cut, rest), start)
-    return (*_by_time(o), end, *saved[:1], *_by_time(*saved[1:]))
+    cut = cut.local(q, v)
+    read, inverse = prepare(cut, q, k, rows)
+    o, end, *saved = scan.forward(cut, save, q, k, v, read, inverse, rows, start)
+    if save:
+        saved = [read, *inverse, *saved[:1], *_by_time(*saved[1:])]
+    return (*_by_time(o), end, *saved)
 
 
-def _backward(cut: Cut, q, k, do, inverse, rows, dend) -> tuple[Array, ...]:
-    """scan.backward on every device's part."""
-    operands = (*_by_time(q, k, do), dend, *inverse, *rows)
-    dr, dstates, dstart = split_batch_and_heads(_backward_part, (cut,), results=3)(*operands)
-    return (*_by_time(dr), dstates, dstart)
-
-
-def _backward_part(cut: Cut, q, k, do, dend, *rest) -> tuple[Array, ...]:
-    q, k, do = _by_time(q, k, do)
-    dr, dstates, dstart = scan.backward(cut.local(q, do), q, k, do, *_grouped(cut, rest), dend)
-    return (*_by_time(dr), dstates, dstart)
+def _backward_part(cut: Cut, q, k, v, do, dend, read, *rest) -> tuple[Array, ...]:
+    q, k, v, do = _by_time(q, k, v, do)
+    cut = cut.local(q, v)
+    inverse, (states, *w), rows = rest[: 2 * cut.beta], rest[2 * cut.beta : 1 + 3 * cut.beta], rest[1 + 3 * cut.beta :]
+    w = _by_time(*w)
+    dv, dstates, dstart = scan.backward(cut, q, k, do, read, inverse, rows, dend)
+    values = (w[0], (dv,)) if cut.beta else (v, ())
+    dq, dk, drows = chunk_gradients(cut, q, k, do, *values, states, dstates, rows)
+    return (*_by_time(dq, dk, dv), dstart, *drows)
 
 
 def _by_time(*arrays: Array) -> tuple[Array, ...]:
@@ -90,9 +95,3 @@ def _by_time(*arrays: Array) -> tuple[Array, ...]:
     Around a call one of these undoes the other, and the compiler drops both.
     """
     return tuple(jnp.swapaxes(x, 1, 2) for x in arrays)
-
-
-def _grouped(cut: Cut, rest) -> tuple:
-    """The halves of the inverse and the rows, in tuples that may be empty."""
-    halves = 2 * cut.beta
-    return tuple(rest[:halves]), tuple(rest[halves:])
