@@ -37,8 +37,8 @@ class Tuning:
 REMAT = ("states", "inputs")
 
 # By kind of TPU and widest of K and V, in bfloat16. Bundles a chunk and head of the delta rule forward, decay a head,
-# K = V = 128, with 8 heads: 642 on v5p, 580 on v6e; before chunks were prepared ahead, 2, 4, 8 heads took 1300, 1057,
-# 903 on v5p, and 4 heads 927 on v6e. v5e and tpu7x follow their like. Wide heads: two, so that a pair fills a product.
+# K = V = 128, with 8 heads: 642 on v5p, 631 on v5e, 578 on v6e; with 4 heads 742 on v5e (205 spills for 248); chunks of
+# 64 on v6e 893 for 128 tokens. tpu7x follows its like. Wide heads: two, so that a pair fills a product.
 TABLE = {
     "TPU v5 lite": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
     "TPU v5": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
