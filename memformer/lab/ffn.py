@@ -145,17 +145,18 @@ class Dropped(nnx.Module):
     """
 
     def __init__(self, layer: Any, count: int, seed: int | None = None):
-        self.layer, self.count, self.seed = layer, count, seed
+        self.layer = layer
+        # variables, so that one program serves every count and seed; -1 is no seed
+        self.count, self.seed = nnx.Variable(jnp.int32(count)), nnx.Variable(jnp.int32(-1 if seed is None else seed))
 
     def __call__(self, x: Array, valid: Array | None = None) -> tuple[Array, dict]:
         """Returns (y, {}), as the layers do."""
         answered, values = _coefficients(self.layer, x), _values(self.layer)
-        if self.count:
-            rank = jnp.abs(answered) * jnp.linalg.norm(values, axis=1)[None, None]
-            if self.seed is not None:
-                rank = jax.random.uniform(jax.random.key(self.seed), answered.shape)
-            least = jax.lax.top_k(rank, self.count)[0][..., -1:]
-            answered = jnp.where(rank >= least, jnp.zeros_like(answered), answered)
+        count, seed = self.count[...], self.seed[...]
+        loud = jnp.abs(answered) * jnp.linalg.norm(values, axis=1)[None, None]
+        rank = jnp.where(seed < 0, loud, jax.random.uniform(jax.random.key(seed), answered.shape))
+        least = jnp.take(jnp.sort(rank, axis=-1), answered.shape[-1] - jnp.maximum(count, 1), axis=-1)[..., None]
+        answered = jnp.where((rank >= least) & (count > 0), jnp.zeros_like(answered), answered)
         return answered @ values, {}
 
 
@@ -275,7 +276,7 @@ def _in_use(layer: Any, x: Array) -> dict[str, Any]:
 
 def _drop(name: str, run: LoadedRun, counts: Sequence[int], quick: bool) -> list[dict[str, Any]]:
     """Rows of one model: what is lost with the k loudest pairs, and with k at random."""
-    batch = test_batch(run, 8 if quick else 64)
+    batch = test_batch(run, 8 if quick else 24)
     whole = _bits(run, batch, 0, None)
     model: Any = run.module()
     layer, x = model.blocks[0].feedforward, block_inputs(model, batch["inputs"])[0].feedforward
@@ -301,8 +302,13 @@ def _drop(name: str, run: LoadedRun, counts: Sequence[int], quick: bool) -> list
 def _change(layer: Any, x: Array, count: int, seed: int | None) -> float:
     """Median over tokens of |f without those pairs - f| / |f|."""
     whole = layer(x)[0]
-    changed = Dropped(layer, count, seed)(x)[0] - whole
+    changed = _call(*nnx.split(Dropped(layer, count, seed)), x) - whole
     return float(jnp.median(jnp.linalg.norm(changed, axis=-1) / jnp.linalg.norm(whole, axis=-1)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(graph: Any, params: Any, x: Array) -> Array:
+    return nnx.merge(graph, params)(x)[0]
 
 
 def _bits(run: LoadedRun, batch: Mapping[str, np.ndarray], count: int, seed: int | None) -> float:
