@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array
+from memformer.pallas import sight
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.common import abreast, iotas, lockstep, product
 
@@ -49,9 +50,6 @@ NAMES = ("segment", "alpha", "beta", "norm", "mean", "start")
 
 # A hidden score; running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
-
-# A number beyond every segment.
-_FAR = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,13 +277,6 @@ def pack_rows(plan: Plan, heads: int, **numbers: Array | None) -> Array:
     return jnp.stack([lay(name) for name in names], axis=3)
 
 
-def _seen(plan: Plan, query: Array, key: Array) -> Array:
-    """[B, N, M] which blocks of columns a block of rows has not left behind: segments grow with time."""
-    query, key = (x.reshape(x.shape[0], -1, plan.size) for x in (query, key))
-    least = jnp.min(jnp.where(query < 0, jnp.int32(_FAR), query), axis=-1)
-    return jnp.max(key, axis=-1)[:, None] >= least[:, :, None]
-
-
 def find_first(plan: Plan, query: Array, key: Array) -> Array:
     """[B, N] first block of columns that each block of rows sees, M where it sees none.
 
@@ -294,16 +285,12 @@ def find_first(plan: Plan, query: Array, key: Array) -> Array:
       query: [B, T] segments of rows, negative where blind.
       key: [B, S] segments of columns, negative where unseen.
     """
-    seen = _seen(plan, query, key)
-    first = jnp.argmax(seen, axis=2).astype(jnp.int32)
-    return jnp.where(jnp.any(seen, axis=2), first, jnp.int32(seen.shape[2]))
+    return sight.find_first(query, key, plan.size, plan.size)
 
 
 def find_last(plan: Plan, query: Array, key: Array) -> Array:
     """[B, M] one more than the last block of rows that sees each block of columns, 0 where none does."""
-    seen = _seen(plan, query, key)
-    last = seen.shape[1] - jnp.argmax(seen[:, ::-1], axis=1).astype(jnp.int32)
-    return jnp.where(jnp.any(seen, axis=1), last, jnp.int32(0))
+    return sight.find_last(query, key, plan.size, plan.size)
 
 
 def compiler_params(axes: int) -> pltpu.CompilerParams:
