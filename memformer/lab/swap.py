@@ -103,9 +103,9 @@ def measure_curriculum(study: Study, *, quick: bool = False) -> None:
 
     Args:
       study: takes what comes out.
-      quick: three objects, from 4 swaps to 16, without rotary positions.
+      quick: three objects, from 8 swaps to 16, without rotary positions.
     """
-    start, stop = (4, 16) if quick else (SHORT, LONG)
+    start, stop = (8, 16) if quick else (SHORT, LONG)
     table = {}
     for positions in ("plain",) if quick else ("plain", "rotary"):
         row = {**_deltaformer(KERNELS["linear"], rotary=positions == "rotary"), **LONG_BASE, "task.length": stop}

@@ -343,7 +343,7 @@ class StackManipulation(_OneString):
                 stack.append(action - 3)
             elif stack:
                 stack.pop()
-        return self._answered(np.concatenate([held, actions]), size + 1, np.array([*stack[::-1], 2]))
+        return self._answered(np.concatenate([held, actions]), int(size) + 1, np.array([*stack[::-1], 2]))
 
 
 def _value(digits: list[int], operators: list[int]) -> int:
