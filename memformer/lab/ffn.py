@@ -338,7 +338,15 @@ def _outcome(rows: list[dict], drops: dict) -> str:
         f"{found[0]['without random ones'] - found[0]['bits per byte, all pairs']:+.3f} bits per byte"
         for name, found in drops.items()
     )
-    return f"1/SNR of trained keys: {snr}. Without the loudest pair, against one at random: {lost}."
+    noisier = [row["layer"] for row in rows if row["trained"] > 2 * row["theory 1/SNR"]]
+    against = (
+        f" Not as theory has it: {', '.join(noisier)} are more than twice as noisy, their keys are no longer i.i.d."
+    )
+    return (
+        f"1/SNR of trained keys: {snr}."
+        + (against if noisier else "")
+        + f" Without the loudest pair, against one at random: {lost}."
+    )
 
 
 def _draw(study: Study, rows: list[dict], drops: dict) -> None:
