@@ -5,15 +5,15 @@
     python train.py --config=configs/remember.py:rmt --workdir=runs/remember_rmt
 
 With and without gamma the schedule is the same: 2000 steps, on to more pairs at 95% of a log. With gamma that is step
-360 and step 960, without it 620 and 1220. The run with gamma was stopped at step 1548 for want of time (its command
-goes on from there), so it is the one that had fewer steps; 16 and 13 minutes of one core with much other work beside.
+360 and step 960, without it 620 and 1220; 28 and 13 minutes of one core with much other work beside (the run with gamma
+was stopped three times and went on from its checkpoints).
 Memory tokens alone (RMT, eight of them) do not learn which value belongs to which key: with four they guess among the
 values seen after 1000 steps of 2 pairs, with eight after 1860 steps of 2 pairs of rewrite at 1.5e-3. So its curriculum
 goes on at 25%, which such guessing reaches, and it trains 300 of its 400 steps at 50 pairs (8 minutes). One question
 behind n pairs, exact match by `python -m memformer.lab segments RUN_FOLDER...`:
 
     pairs                  2     10     50    100    200    500
-    ARMT, step 1548     100%  97.1%  80.5%  59.4%  37.9%  14.8%
+    ARMT               99.8%  98.8%  83.2%  54.3%  35.2%  16.0%
     ARMT without gamma 99.4%  92.6%  68.6%  44.9%  27.0%  21.5%
     RMT                51.4%  15.4%   7.2%   9.4%   5.9%   7.4%
 
