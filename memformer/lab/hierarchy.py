@@ -78,7 +78,8 @@ def _row(task: str, model: str, run: LoadedRun) -> dict[str, Any]:
     published = PUBLISHED.get(task)
     scores = {f"at {n}": f"{100 * value:.1f}%" for n, value in accuracy_by_length(run).items()}
     paper = f"{published[list(MODELS).index(model)]}%" if published else "not known"
-    return {"task": task, "model": model, **scores, "guess": f"{100 * run.task.chance:.0f}%", "paper": paper}
+    guess = f"{100 / run.task.num_classes:.0f}%" if run.task.chance is None else f"{100 * run.task.chance:.0f}%"
+    return {"task": task, "model": model, **scores, "guess": guess, "paper": paper}
 
 
 def _outcome(tasks: tuple[str, ...], models: tuple[str, ...], runs: Mapping[str, LoadedRun]) -> str:

@@ -120,9 +120,9 @@ def swap_by_hand(
     v = np.zeros((batch, objects + swaps, values.shape[1]), np.float32)
     v[:, :objects] = values
     q = np.broadcast_to(keys[0], k.shape)
-    k, q, v = (jnp.asarray(x, jnp.float32)[:, :, None] for x in (k, q, v))
+    inputs = (jnp.asarray(x, jnp.float32)[:, :, None] for x in (q, k, v))
     o, _ = jax.jit(deltaformer, static_argnames=("write_kernel", "read_kernel"))(
-        q, k, v, write_kernel=kernel, read_kernel=kernel
+        *inputs, write_kernel=kernel, read_kernel=kernel
     )
     named = np.argmax(np.asarray(o)[:, objects:, 0] @ values.T, axis=-1)
     return np.mean(named == _followed(objects, first, second), axis=0)

@@ -38,22 +38,23 @@ def measure(study: Study, *, quick: bool = False) -> None:
     table = {kernel: {"model.memory_options": {"deltaformer": _options(kernel)}} for kernel in kernels}
     smaller = {"task.vocab_size": 16, "task.length": 16, "task.pairs": 2, "model.width": 16, "train.steps": 100}
     runs = train_runs(study, table, base=BASE, quick=quick, smaller=smaller)
-    task = next(iter(runs.values())).task
-    found = {kernel: accuracy_by_length(run)[task.length] for kernel, run in runs.items()}
+    one = next(iter(runs.values()))
+    asked = f"{one.config['task']['pairs']} pairs in {one.task.length} tokens"
+    found = {kernel: accuracy_by_length(run)[one.task.length] for kernel, run in runs.items()}
     study.claim = CLAIM
     study.add_table(
-        f"{task.pairs} pairs in {task.length} tokens: values recalled rightly (test split)",
+        f"{asked}: values recalled rightly (test split)",
         [{"kappa2": k, "accuracy": f"{value:.1%}", "paper": f"{READERS[k]}%"} for k, value in found.items()],
     )
     study.add_table("What was trained", run_rows(runs))
     study.values = {kernel: round(value, 4) for kernel, value in found.items()}
     told = ", ".join(f"{kernel} {value:.1%}" for kernel, value in found.items())
-    study.outcome = f"{task.pairs} pairs in {task.length} tokens, recalled by kappa2: {told}."
+    study.outcome = f"{asked}, recalled by kappa2: {told}."
     figure, axes = new_figure()
     for colour, (kernel, run) in zip(COLOURS, runs.items(), strict=False):
         records = training_records(run)
         axes[0, 0].plot([r["step"] for r in records], [r["accuracy"] for r in records], color=colour, label=kernel)
-    axes[0, 0].axhline(task.chance, color="0.4", linestyle=":", label="guess")
+    axes[0, 0].axhline(one.task.chance, color="0.4", linestyle=":", label="guess")
     axes[0, 0].set_xlabel("training step")
     axes[0, 0].set_ylabel("values recalled rightly, in training")
     figure.legend(loc="outside right center", frameon=False, title="kappa2")

@@ -34,6 +34,7 @@ SMALL = {
     "softmax float32": ("v5e:2x2", tpu_static.Case("softmax_attention", 1, 256, 1, 1, 128, 128, "float32")),
 }
 
+
 @pytest.mark.parametrize("name", SMALL)
 def test_compiles(name):
     """VMEM, layouts, lowerings: the compiler takes it, and what it makes calls the kernels."""

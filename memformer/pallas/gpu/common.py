@@ -213,7 +213,7 @@ def call_kernel(cut: Cut, name: str, body, grid, out, scratch, operands, **threa
         grid=grid,
         grid_names=AXES,
         kernel_name=f"memformer_{memory}_{name}",
-        # The other semantics, the default since 0.11, solves for layouts: minutes for the inverse, and not all are found.
+        # The other semantics, the default since 0.11, solves for layouts: minutes for the inverse, some never found.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
         **threads,
     )
