@@ -79,7 +79,7 @@ def draw_writes(pairs: int, times: int, *, tokens: int, most: int, value_width: 
 
     Example:
       >>> writes = draw_writes(2, 2, tokens=6, most=3, value_width=1, seed=0)
-      >>> sorted(writes.order[writes.valid].tolist()), writes.valid.sum(), writes.answers.shape
+      >>> sorted(writes.order[writes.valid].tolist()), int(writes.valid.sum()), writes.answers.shape
       ([0, 0, 1, 1], 4, (3, 1))
     """
     rng = np.random.default_rng((seed, pairs, times, value_width))

@@ -70,7 +70,7 @@ def halfway(offsets: np.ndarray, shares: np.ndarray) -> float:
     """When `shares` of the way first reaches 1/2, between offsets by the logarithm; nan for never.
 
     Example:
-      >>> float(halfway(np.array([1, 4, 16]), np.array([0.0, 0.25, 0.75])))
+      >>> round(float(halfway(np.array([1, 4, 16]), np.array([0.0, 0.25, 0.75]))), 6)
       8.0
     """
     reached = np.flatnonzero(shares >= 0.5)

@@ -184,11 +184,11 @@ def train_recall(name: str, longest: int, *, steps: int, seed: int = 0) -> tuple
 
 
 def steps_to_learn(losses: np.ndarray) -> int | None:
-    """The first step from which the mean of ten losses lies below a tenth of that of a guess; None for never.
+    """The first step from which on the mean of ten losses lies below a tenth of that of a guess; None for never.
 
     Example:
       >>> steps_to_learn(np.array([2.0] * 20 + [0.1] * 20)), steps_to_learn(np.array([2.0] * 20))
-      (29, None)
+      (21, None)
     """
     means = np.convolve(losses, np.full(10, 0.1), mode="valid")
     low = means < 0.1 * math.log(SYMBOLS)

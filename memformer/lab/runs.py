@@ -33,8 +33,8 @@ def make_config(*changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
     Example:
       >>> config = make_config({"task": {"name": "swap", "length": 32}}, {"task.length": 8, "train.steps": 5})
-      >>> config.task.to_dict(), config.train.steps
-      ({'name': 'swap', 'length': 8}, 5)
+      >>> config.task.name, config.task.length, config.train.steps
+      ('swap', 8, 5)
     """
     merged = {key: value for part in changes for key, value in part.items()}
     config = default_config(merged.get("model.type", "memory_lm"))

@@ -156,7 +156,7 @@ class CycleNavigation(_OneAnswer):
     Example:
       >>> e = CycleNavigation().source("train", 0)[0]
       >>> moves = e["inputs"].tolist()
-      >>> (moves.count(1) - moves.count(2)) % 5 == e["targets"].sum()
+      >>> int((moves.count(1) - moves.count(2)) % 5) == int(e["targets"].sum())
       True
     """
 

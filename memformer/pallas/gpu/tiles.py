@@ -234,6 +234,7 @@ class Ring:
         self.plan, self.refs, self.keys, self.values = plan, refs, keys, values
 
     def slot(self, count):
+        """Where the tile of this number lies."""
         return lax.rem(count, jnp.int32(self.plan.slots))
 
     def bring_key(self, count, t) -> None:
@@ -268,9 +269,11 @@ class Ring:
         return slot
 
     def await_value(self, count) -> None:
+        """Waits until the values of a tile are there."""
         plgpu.barrier_wait(self.refs.value_there.at[self.slot(count)])
 
     def release(self, count) -> None:
+        """Says that this warpgroup is done with a tile."""
         plgpu.barrier_arrive(self.refs.free.at[self.slot(count)])
 
 
