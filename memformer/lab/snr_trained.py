@@ -6,7 +6,8 @@ ways to ask:
 
     stored key     q = k_i and * = i, what theory does (N / d for linear, N exp(2 - 2 sqrt d) for softmax)
     own query      q = q_t and * is the pair read most
-    right pair     q = q_t and * is where the answer stands (recall only)
+    right pair     q = q_t and * is where the answer stands, or up to two tokens on, as far as the convolution carries
+                   key and value (recall only)
 """
 
 import dataclasses
@@ -40,10 +41,11 @@ RECALL: Mapping[str, Any] = {
     "train.eval_every": 100,
 }
 # A short convolution in all of them: a token's key may hold the token before it, which recall needs.
+CONVOLUTION = 4
 MEMORIES: Mapping[str, Mapping[str, Any]] = {
-    "softmax_attention": {"conv_width": 4},
+    "softmax_attention": {"conv_width": CONVOLUTION},
     "delta_rule": {},
-    "deltaformer": {"conv_width": 4},
+    "deltaformer": {"conv_width": CONVOLUTION},
 }
 TABLE: Mapping[str, Mapping[str, Any]] = {
     f"{kind} {name}": {**changes, "model.memory": name, "model.memory_options": {name: options}}
@@ -147,10 +149,17 @@ def _ask(head: Head, batch: Mapping[str, np.ndarray], recall: bool) -> dict[str,
         own = head.answers(head.queries[every, last], last)
         found["own query"].append(inverse_snr(own))
         if answered is not None:
-            found["right pair"].append(inverse_snr(own, answered[number]))
+            found["right pair"].append(inverse_snr(own, _loudest_near(own, answered[number])))
         place = rng.integers(0, length, rows) % (last + 1)
         found["stored key"].append(inverse_snr(head.answers(head.keys[every, place], last), place))
     return {way: np.concatenate(parts) for way, parts in found.items()}
+
+
+def _loudest_near(answers: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The loudest of the pairs at and just after `places` whose convolved key and value hold both tokens asked for."""
+    near = np.minimum(places[:, None] + np.arange(CONVOLUTION - 1), answers.shape[1] - 1)
+    loud = np.take_along_axis(np.sum(answers**2, axis=2), near, axis=1)
+    return near[np.arange(len(near)), loud.argmax(axis=1)]
 
 
 def _questions(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
