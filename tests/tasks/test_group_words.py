@@ -119,7 +119,7 @@ def test_held_out_splits_hold_whole_words_only():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"group": "S6"}, "group must be one of 'S3', 'S4', .*'S4_two', 'A5_two', 'S5_two', got 'S6'"),
+        ({"group": "S6"}, "group must be one of 'S3', 'S4', .*'A4xZ5', 'Z60', got 'S6'"),
         ({"length": 1}, "length must be an integer of at least 2, got 1"),
     ],
     ids=str,
