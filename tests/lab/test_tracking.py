@@ -37,9 +37,10 @@ def measured(tmp_path_factory):
     return {name: json.loads((folder / "results" / f"{name}.json").read_text()) for name in NAMES}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_it_says_what_came_out(measured, name):
-    study = measured[name]
+# called "name", each would be a group of its own (conftest), measured anew in every worker
+@pytest.mark.parametrize("lab", NAMES)
+def test_it_says_what_came_out(measured, lab):
+    study = measured[lab]
     assert study["claim"].endswith(".") and study["outcome"].endswith(".") and study["figures"]
 
 

@@ -115,7 +115,8 @@ def test_hard_keys(dtype, tolerance, interpreter, monkeypatch):
 
 
 def test_long_write(interpreter, monkeypatch):
-    """The error of u, and of what reads it, does not grow over 8192 tokens (with no normaliser, as a long sum's)."""
+    """The error of u, and of what reads it, over 8192 tokens: roundings, which grow no faster than those of a sum of as
+    many terms do, by sqrt(7) from the first quarter to the last."""
     monkeypatch.setitem(tuning.TILES, "interpreter", (1024, 1024, ((1024, 1024),) * 2, 1024))
     arrays = given(8192)
     output, cache = mf.deltaformer(**arrays, implementation="pallas")
@@ -125,7 +126,7 @@ def test_long_write(interpreter, monkeypatch):
         pairs = jax.tree.map(np.asarray, ((output, want), (cache.u, want_cache.u)))
     for got, want in pairs:
         early, late = (relative_rms(got[:, part], want[:, part]) for part in (slice(0, 2048), slice(-2048, None)))
-        assert late < 1e-5 and late < 2 * early
+        assert late < 1e-6 and late < 3 * early
 
 
 def both(arrays, implementation):
