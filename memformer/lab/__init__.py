@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from memformer.lab import (
     capacity,
+    capacity_trained,
     captions,
     compression,
     context,
@@ -42,6 +43,7 @@ SIMULATIONS: dict[str, Callable[..., None]] = {
     "snr_trained": snr_trained.measure,
     "compression": compression.measure,
     "capacity": capacity.measure,
+    "capacity_trained": capacity_trained.measure,
     "convergence": convergence.measure,
     "convergence_deep": convergence_deep.measure,
     "context": context.measure,

@@ -35,7 +35,7 @@ RECALL: Mapping[str, Any] = {
     "task": {"name": "mqar", "length": 64, "pairs": 8, "vocab_size": 128, "power": 0.01},
     "optimizer.learning_rate": 4e-3,
     "train.batch_size": 32,
-    "train.steps": 400,
+    "train.steps": 1000,
     "train.log_every": 50,
     "train.stop_accuracy": 0.98,
     "train.eval_every": 100,

@@ -31,7 +31,7 @@ KERNELS: dict[str, Mapping[str, Any]] = {
     "softmax": {"name": "softmax"},
     "exp": {"name": "exp"},
 }
-DEPTHS = (1, 2)
+DEPTHS = (1, 2, 3, 4, 5, 6)
 SHORT, LONG = 32, 256
 LENGTHS = (32, 64, 128, 256)
 BASE: Mapping[str, Any] = {
@@ -62,7 +62,7 @@ CURRICULUM_CLAIM = (
 
 
 def measure(study: Study, *, quick: bool = False) -> None:
-    """Trains one layer for each kappa1, and softmax attention of 1 and 2 layers, at 32 swaps.
+    """Trains one layer for each kappa1, and softmax attention of 1 to 6 layers, at 32 swaps.
 
     Args:
       study: takes what comes out.

@@ -14,7 +14,7 @@ from memformer.lab.kernels import nearly_orthogonal, swap_by_hand
 from memformer.lab.swap import spikes
 
 ROOT = pathlib.Path(__file__).parents[2]
-NAMES = ("swap", "curriculum", "kernels", "mqar", "reachability", "words", "hierarchy")
+NAMES = ("swap", "curriculum", "kernels", "mqar", "reachability", "words", "hierarchy", "capacity_trained")
 # One process, for what they share is compiled once; of one device, as the command has it where a user calls it.
 DRIVER = f"""
 import sys
@@ -61,6 +61,12 @@ def test_a_curriculum_comes_to_its_end(measured):
 
 def test_recall_is_learnt_through_softmax(measured):
     assert measured["mqar"]["values"]["softmax"] > 0.3
+
+
+def test_pairs_are_recalled_after_training_at_equal_bytes(measured):
+    rows = measured["capacity_trained"]["tables"][0]["rows"]
+    assert [row["4096 bytes"].partition(" ")[2] for row in rows] == ["(K = 32)", "(K = 32)"]
+    assert measured["capacity_trained"]["values"]["delta rule 4096"] > 1.5
 
 
 def test_two_reflections_a_letter_follow_s3_better_than_softmax(measured):
