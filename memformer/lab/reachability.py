@@ -2,7 +2,9 @@
 
 A token is a row of the adjacency matrix of two trees; a node is reached where its parent, an earlier token, is. One
 layer of DeltaFormer writes at each node what it has read at its neighbours, so that a chain of any length is followed
-in one pass; each layer of softmax attention takes one more step along it.
+in one pass; each layer of softmax attention takes one more step along it. The row of a node does not say which of its
+neighbours it is itself: where w = k a node finds its siblings as well as its parent, so the write has a query w of its
+own, as wide as the model.
 """
 
 from collections.abc import Mapping
@@ -16,6 +18,9 @@ from memformer.training.plots import COLOURS
 __all__ = ["measure"]
 
 DEPTHS = (1, 2, 4)
+# A write query of its own and one head; and what the layer has by default.
+OWN_QUERY = {"write_kernel": "linear", "unit_keys": True, "beta_limit": 2.0, "write_query": True}
+DELTAFORMER: Mapping[str, Any] = {"model.memory": "deltaformer", "model.depth": 1}
 BASE: Mapping[str, Any] = {
     "task": {"name": "reachability", "length": 32, "width": 64},
     "model": {"width": 64, "heads": 4, "feedforward": "swiglu", "scan_layers": True},
@@ -29,16 +34,20 @@ CLAIM = (
 
 
 def measure(study: Study, *, quick: bool = False) -> None:
-    """Trains one layer of DeltaFormer and 1, 2 and 4 layers of softmax attention on graphs of 32 nodes.
+    """Trains one layer of DeltaFormer, of two kinds, and 1, 2 and 4 layers of softmax attention on graphs of 32 nodes.
 
     Args:
       study: takes what comes out.
       quick: graphs of 8 nodes, DeltaFormer alone.
     """
-    depths = () if quick else DEPTHS
-    table: dict[str, dict[str, Any]] = {"DeltaFormer, 1 layer": {"model.memory": "deltaformer", "model.depth": 1}}
-    table |= {f"softmax, {n} layers": {"model.memory": "softmax_attention", "model.depth": n} for n in depths}
-    smaller = {"task.length": 8, "task.width": 12, "model.width": 32, "model.heads": 2, "train.steps": 120}
+    one = {"model.heads": 1, "model.memory_options": {"deltaformer": OWN_QUERY}}
+    table: dict[str, dict[str, Any]] = {"DeltaFormer, 1 layer": {**DELTAFORMER, **one}}
+    if not quick:
+        softmax = {n: {"model.memory": "softmax_attention", "model.depth": n} for n in DEPTHS}
+        table["DeltaFormer, 1 layer, w = k, 4 heads"] = {**DELTAFORMER}
+        table |= {f"softmax, {n} layers": changes for n, changes in softmax.items()}
+        table[f"softmax, {DEPTHS[-1]} layers, 1 head"] = {**softmax[DEPTHS[-1]], "model.heads": 1}
+    smaller = {"task.length": 8, "task.width": 12, "model.width": 32, "train.steps": 120}
     runs = train_runs(study, table, base=BASE, quick=quick, smaller=smaller)
     study.claim = CLAIM
     rows = [_row(label, run) for label, run in runs.items()]

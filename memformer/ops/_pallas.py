@@ -15,21 +15,35 @@ from memformer.ops.cache import Cache, Timeline
 __all__ = ["attention_kernel", "deltaformer_kernel", "kernel", "preference"]
 
 
-def preference(tokens: int, few: int = 4) -> tuple[str, ...]:
+def preference(tokens: int, few: int = 4, library: str | None = None) -> tuple[str, ...]:
     """Implementations in the order in which None tries them.
 
-    The recurrence up to `few` tokens, where chunks have nothing to gain. Kernels on a TPU, if one device runs the call
-    or a mesh (jax.set_mesh) says how to split it: the compiler cannot split a kernel. Not on a GPU, until those
-    kernels have run on one (`python -m benchmarks.gpu --verify`): there they are asked for by name.
+    The recurrence up to `few` tokens, where chunks have nothing to gain. Kernels on a TPU and on an sm_90 GPU, if one
+    device runs the call or a mesh (jax.set_mesh) says how to split it: the compiler cannot split a kernel.
+
+    Args:
+      tokens: of the call.
+      few: up to so many take the recurrence.
+      library: what goes before our own kernels on that GPU.
     """
     if tokens <= few:
         return ("recurrent", "chunked")
     mesh = jax.sharding.get_abstract_mesh()
     device = mesh.abstract_device
     platform = jax.default_backend() if device is None else device.platform
-    if platform == "tpu" and (not mesh.empty or jax.device_count() == 1):
-        return ("pallas", "chunked", "recurrent")
+    if not mesh.empty or jax.device_count() == 1:
+        if platform == "tpu":
+            return ("pallas", "chunked", "recurrent")
+        if platform in ("gpu", "cuda") and _on_hopper():
+            return (*(() if library is None else (library,)), "pallas", "chunked", "recurrent")
     return ("chunked", "recurrent")
+
+
+def _on_hopper() -> bool:
+    # Imported late, so that `import memformer` stays quick.
+    from memformer.pallas.gpu.common import is_hopper
+
+    return is_hopper()
 
 
 def kernel(

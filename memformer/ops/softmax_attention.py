@@ -9,6 +9,7 @@ from memformer.core.dispatch import dispatch
 from memformer.core.numerics import matmul_precision
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Dims, Float, Int, check_array, check_groups, check_positive
+from memformer.ops._cudnn import cudnn_attention
 from memformer.ops._pallas import attention_kernel, preference
 from memformer.ops._read import Reading, read_rows, read_tiles
 from memformer.ops.cache import KVCache, append, check_cache, empty, make_timeline
@@ -52,7 +53,8 @@ def softmax_attention(
       chunk_size: side of a tile of scores in the chunked form; None lets the library choose.
       precision: of matrix products: None (what the inputs carry), "default", "high", "highest" or a
         `jax.lax.Precision`.
-      implementation: None (the best that works here), "recurrent", "chunked" or "pallas".
+      implementation: None (the best that works here; on an sm_90 GPU cuDNN where it can serve), "recurrent",
+        "chunked" or "pallas".
 
     Returns:
       The output in v's dtype, and the cache: one slot longer for each token, or the given buffer with the tokens
@@ -97,8 +99,8 @@ def softmax_attention(
     output = dispatch(
         "softmax_attention",
         implementation,
-        {"recurrent": read_rows, "chunked": read_tiles, "pallas": attention_kernel},
-        preference(dims["T"], few=1),
+        {"recurrent": read_rows, "chunked": read_tiles, "pallas": attention_kernel, "cudnn": cudnn_attention},
+        preference(dims["T"], few=1, library="cudnn"),
         reading,
         timeline,
         cache,
