@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 import memformer as mf
 from memformer.pallas.gpu import tuning
@@ -108,6 +109,44 @@ def test_what_is_kept_for_the_backward_pass():
     assert kept(8192) <= kept(4096)
 
 
+# Whether cuDNN serves a call, beside the name of what runs instead where it does not.
+LIBRARY = {
+    "causal": ({}, True, ""),
+    "encoder": ({"causal": False}, True, ""),
+    "window": ({"window": 7}, True, ""),
+    "segments": ({"segment_ids": np.ones((1, 192), np.int32)}, False, "memformer_attention_forward"),
+    "chunk_size": ({"chunk_size": 64}, False, "memformer_attention_forward"),
+    "precision": ({"precision": "highest"}, False, "softmax_attention.chunked"),
+    "window of an encoder": ({"window": 7, "causal": False}, False, "softmax_attention.chunked"),
+}
+
+
+@pytest.mark.parametrize("cudnn", [True, False], ids=["cuDNN", "no cuDNN"])
+@pytest.mark.parametrize("name", LIBRARY)
+def test_the_library_where_it_serves(name, cudnn, monkeypatch):
+    """None on an H200: the program calls cuDNN, forward and backward; else, and where there is none, our own."""
+    options, serves, instead = LIBRARY[name]
+
+    def version():
+        if not cudnn:
+            raise RuntimeError("cuDNN is not detected.")
+        return 91000
+
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", version)
+
+    def loss(q, k, v):
+        return jnp.sum(mf.softmax_attention(q, k, v, **options)[0].astype("float32"))
+
+    q, k, v = (jax.ShapeDtypeStruct((1, 192, heads, 64), "bfloat16") for heads in (4, 2, 2))
+    with jax.sharding.use_abstract_mesh(H200):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text(debug_info=True)
+    for part in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
+        assert (part in text) == (serves and cudnn)
+    if instead:
+        assert instead in text
+
+
 @pytest.mark.skipif(
     jax.__version_info__ >= (0, 11),
     reason=f"jax {jax.__version__} exports no partitioned call without devices (0.10 does): see test_gpu_compile.py",
@@ -131,6 +170,5 @@ def test_no_fallback_in_disguise(implementation):
         )
         text = exported(*specs).mlir_module()
     for name in ("write_forward", "write_backward", "attention_forward", "attention_backward_rows"):
-        assert (f"memformer_{name}" in text) == (implementation == "pallas")
-    if implementation == "pallas":
-        assert f"{length}x{length}" not in text
+        assert f"memformer_{name}" in text
+    assert f"{length}x{length}" not in text
