@@ -45,7 +45,7 @@ def measure(study: Study, *, quick: bool = False) -> None:
     if not quick:
         softmax = {n: {"model.memory": "softmax_attention", "model.depth": n} for n in DEPTHS}
         table["DeltaFormer, 1 layer, w = k, 4 heads"] = {**DELTAFORMER}
-        table |= {f"softmax, {n} layers": changes for n, changes in softmax.items()}
+        table |= {f"softmax, {n} layer{'s' * (n > 1)}": changes for n, changes in softmax.items()}
         table[f"softmax, {DEPTHS[-1]} layers, 1 head"] = {**softmax[DEPTHS[-1]], "model.heads": 1}
     smaller = {"task.length": 8, "task.width": 12, "model.width": 32, "train.steps": 120}
     runs = train_runs(study, table, base=BASE, quick=quick, smaller=smaller)
