@@ -25,7 +25,7 @@ from memformer.models import build_model
 from memformer.training.metrics import say
 from memformer.training.plots import COLOURS
 
-__all__ = ["draw_regression", "measure", "ridge_error", "train_regression"]
+__all__ = ["draw_regression", "draw_test", "measure", "ridge_error", "train_regression"]
 
 INPUTS, NOISE, WIDTH = 4, 0.1, 64
 BATCH, RATE = 16, 1e-2
@@ -54,6 +54,29 @@ def draw_regression(key: Array, pairs: int, batch: int, change: int | None = Non
     late = jnp.arange(pairs)[None] >= (pairs if change is None else change)
     y = jnp.where(late, second, first) + NOISE * jax.random.normal(keys[2], (batch, pairs))
     return jnp.stack([_questions(x), _tokens(x, y)], axis=2).reshape(batch, 2 * pairs, INPUTS + 2), y, maps
+
+
+def draw_test(
+    key: Array, pairs: int, batch: int, change: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sequences, a question for each that knows nothing of its maps [B, inputs], and the maps.
+
+    Args:
+      key: of the draw.
+      pairs: N.
+      batch: B.
+      change: pair from which the second map holds; None for never.
+
+    Example:
+      >>> tokens, asked, maps = draw_test(jax.random.key(0), 8, 2)
+      >>> tokens.shape, asked.shape, maps.shape
+      ((2, 16, 6), (2, 4), (2, 2, 4))
+    """
+    # not fold_in, which gives the keys of split again
+    sequences, questions = jax.random.split(key)
+    tokens, _, maps = draw_regression(sequences, pairs, batch, change)
+    asked = jax.random.normal(questions, (batch, INPUTS))
+    return np.asarray(tokens), np.asarray(asked), np.asarray(maps)
 
 
 def _tokens(x: Array, y: Array) -> Array:
@@ -134,17 +157,15 @@ def ridge_error(tokens: np.ndarray, asked: np.ndarray, truth: np.ndarray, times:
 
 def _test(model: tuple[Any, Any], pairs: int, batch: int, seed: int) -> dict[str, Any]:
     """Excess errors and moves by time, and steps to recover, of one trained model."""
-    key = jax.random.key(1000 + seed)
-    times = _times(pairs)
-    asked = np.asarray(jax.random.normal(jax.random.fold_in(key, 1), (batch, INPUTS)))
-    tokens, _, maps = (np.asarray(part) for part in draw_regression(key, pairs + 2, batch))
+    key, times = jax.random.key(1000 + seed), _times(pairs)
+    tokens, asked, maps = draw_test(key, pairs + 2, batch)
     old, new = (np.sum(one * asked, axis=1) for one in maps)
     said = _ask(model, tokens, np.concatenate([times, times + 1]), asked)
     before, after = said[: len(times)], said[len(times) :]
     recovered = []
     for change in _changes(pairs):
         offsets = 2 ** np.arange(int(math.log2(pairs - change)) + 1)
-        moved = np.asarray(draw_regression(key, pairs + 2, batch, change)[0])
+        moved = draw_test(key, pairs + 2, batch, change)[0]
         answers = _ask(model, moved, change + np.array([0, 1, 2, 4, 8, 16, 32])[: len(offsets) + 1], asked)
         way = new - old
         recovered.append(halfway(offsets, np.sum((answers[1:] - old) * way, axis=1) / np.sum(way**2)))
