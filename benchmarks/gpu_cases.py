@@ -143,7 +143,7 @@ SHIPPED = (
     # More than one part of a write (pallas/gpu/parts.py), one part, and less than two tiles.
     *(
         Case("deltaformer", 1, length, 2, 1, width, width, write=write, segments=segments)
-        for length, writes in ((1024, ("softmax", "linear", "round", "relu")), (256, ("softmax", "linear")))
+        for length, writes in ((2048, ("softmax", "linear", "round", "relu")), (256, ("softmax", "linear")))
         for write in writes
         for width in (64, 128)
         for segments in (2, 0)

@@ -1,11 +1,13 @@
 """What ptxas says of the GPU kernels, on a machine without a GPU: `python -m benchmarks.gpu --static`.
 
 The CUDA plugin wheels (jax-cuda13-pjrt, jax-cuda13-plugin of jax's version) hold the compiler that runs on GPU
-machines; it wants ptxas, from the CUDA toolkit on the PATH or from the nvidia-cuda-nvcc wheel.
+machines; it wants ptxas, from the CUDA toolkit on the PATH or from the nvidia-cuda-nvcc wheel. A kernel that asks for
+more shared memory than a block may have (227 KiB) is refused by Mosaic itself: such a case is a row with a fault.
 """
 
 import ctypes
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -20,7 +22,7 @@ from typing import Any
 from benchmarks import gpu_cases
 from benchmarks.gpu_cases import SHIPPED, Case
 
-__all__ = ["compile_for_h200", "find_ptxas", "read_report", "rows_of", "static"]
+__all__ = ["compile_for_h200", "find_ptxas", "read_report", "rows_of", "source", "static"]
 
 # XLA's description of the chip, from its data sheet.
 H200 = """
@@ -48,6 +50,12 @@ def find_ptxas() -> pathlib.Path | None:
     folders = package.submodule_search_locations if package else None
     wheels = (path for folder in folders or () for path in pathlib.Path(folder).glob("c*/bin/ptxas"))
     return next(wheels, None)
+
+
+def source() -> str:
+    """A short hash of the kernels' source."""
+    folder = pathlib.Path(__file__).parent.parent / "memformer" / "pallas" / "gpu"
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:12]
 
 
 def compile_for_h200(case: Case):

@@ -27,8 +27,8 @@ numeric: Any = importlib.import_module("tests.numeric")
 suite: Any = importlib.import_module("tests.ops.test_ops")
 hard_keys = importlib.import_module("tests.pallas.test_tpu").keys
 
-# Relative RMS for calls of many tokens and for keys that repeat; the suite has its own for what it holds.
-OUTPUT, GRADIENTS = 2e-2, 6e-2
+# Relative RMS for calls of many tokens and for keys that repeat, gradients too; the suite has its own.
+TOLERANCE = 2e-2
 
 # Two runs may differ by the order of sums, no more.
 MOVED = 1e-4
@@ -64,7 +64,8 @@ def _wide() -> list[Wide]:
     writes = [("softmax", 64, 0), ("softmax", 64, 3), ("softmax", 128, 0), ("softmax", 128, 3)]
     writes += [(write, 128, 3) for write in ("linear", "relu", "round")]
     cases += [
-        Wide(Case("deltaformer", 1, 1000, 2, 1, width, width, write=write, segments=segments))
+        # Two parts of a write (pallas/gpu/tuning.py), of few heads.
+        Wide(Case("deltaformer", 1, 1090, 2, 1, width, width, write=write, segments=segments))
         for write, width, segments in writes
     ]
     cases += [
@@ -80,8 +81,10 @@ def _wide() -> list[Wide]:
         for keys in ("identical", "close")
         for width in (64, 128)
     ]
-    cases += [Wide(Case("deltaformer", *size, only_u=True)) for size in ((1, 700, 1, 1), (1, 700, 3, 3))]
-    cases += [Wide(Case("deltaformer", 4, 320, heads, heads, 64, 64)) for heads in (33, 64)]
+    # One head and many, of all batch rows: one part, and two.
+    cases += [Wide(Case("deltaformer", *size, 64, 64)) for size in ((1, 320, 1, 1), (4, 320, 33, 33), (4, 320, 64, 64))]
+    cases += [Wide(Case("deltaformer", *size, only_u=True)) for size in ((1, 1090, 1, 1), (1, 1090, 3, 3))]
+    cases += [Wide(Case("deltaformer", 8, 600, 32, 32, 64, 64, only_u=True))]
     cases += [Wide(Case(op, 1, 8192, 2, 1, decay=op == "delta_rule")) for op in ("delta_rule", "linear_attention")]
     cases += [Wide(Case("deltaformer", 1, 4096, 1, 1)), Wide(Case("softmax_attention", 1, 4096, 1, 1, segments=2))]
     return cases
@@ -310,13 +313,16 @@ def wide_program(wide: Wide, implementation: str | None):
         # A softmax over equal keys does not depend on q, and its gradient would be 0.
         options |= {"write_kernel": case.write, "read_kernel": "softmax" if wide.keys == "random" else "linear"}
 
+    # The same for all: rounding the output would change it by as much as the tolerance allows.
+    weight = rounded({"q": gpu_cases.cotangent(case)})["q"]
+
     def loss(arrays):
         segments = None if ids is None else jnp.asarray(ids)
         output, state = getattr(mf, case.op)(**arrays, segment_ids=segments, **options)
         kept = {"deltaformer": lambda: state.u, "softmax_attention": lambda: output}.get(case.op, lambda: state)()
         seen = kept if case.only_u else output
-        size = jnp.sum(jnp.sin(seen.astype(jnp.result_type(kept, jnp.float32))))
-        return size + jnp.sum(jnp.sin(kept.astype(size.dtype))), (seen, kept)
+        size = jnp.sum((seen * weight.astype(seen.dtype)).astype(jnp.result_type(kept, jnp.float32)))
+        return size + jnp.sum(kept.astype(size.dtype)), (seen, kept)
 
     def run(arrays):
         gradients, (output, state) = jax.grad(loss, has_aux=True)(arrays)
@@ -334,4 +340,4 @@ def wide_call(wide: Wide, implementation: str | None) -> Result:
     oracle = wide_program(wide, "recurrent" if wide.case.length <= RECURRENT else "chunked")
     wanted = {name: np.asarray(x, np.float64) for name, x in arrays.items()}
     want = exact(functools.partial(oracle, wanted))
-    return Result(got, again, want, OUTPUT, GRADIENTS, program.as_text())
+    return Result(got, again, want, TOLERANCE, TOLERANCE, program.as_text())

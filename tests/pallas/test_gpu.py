@@ -74,31 +74,36 @@ def test_inverse(interpreter):
 
 
 @interprets
-@pytest.mark.parametrize(("kind", "beta"), [("identical", 2.0), ("close", 2.0)])
-def test_hard_keys(kind, beta, interpreter):
-    """Three chunks of keys where a power series of A would reach 1e18, at the widest key."""
+@pytest.mark.parametrize("kind", ["identical", "close"])
+def test_hard_keys(kind, interpreter):
+    """Three chunks of keys where a power series of A would reach 1e18; a head at beta 1, one at 2, some writes at 0."""
     rng = np.random.default_rng(3)
-    length, width = 192, 128
+    length, width = 192, 64
+    beta = np.stack([np.ones(length), np.full(length, 2.0)], axis=-1)[None]
+    beta[:, [5, 100]] = 0.0
     arrays = {
-        "q": suite.cast(rng.standard_normal((1, length, 1, width)), "bfloat16"),
-        "k": suite.cast(keys(kind, rng, length, width)[None, :, None], "bfloat16"),
-        "v": suite.cast(rng.standard_normal((1, length, 1, 16)), "bfloat16"),
-        "beta": jnp.full((1, length, 1), beta, jnp.float32),
+        "q": suite.cast(rng.standard_normal((1, length, 2, width)), "bfloat16"),
+        "k": suite.cast(np.stack([keys(kind, rng, length, width)] * 2, axis=1)[None], "bfloat16"),
+        "v": suite.cast(rng.standard_normal((1, length, 2, 16)), "bfloat16"),
+        "beta": jnp.asarray(beta, "float32"),
     }
+    # The same cotangent for both: rounding the output would change it by as much as the tolerance allows.
+    cotangent = suite.cast(rng.standard_normal((1, length, 2, 16)), "bfloat16")
 
     def run(arrays, implementation):
         def loss(arrays):
             output, state = mf.delta_rule(**arrays, implementation=implementation)
-            return jnp.sum(jnp.sin(output.astype(state.dtype))) + jnp.sum(state), (output, state)
+            seen = output * cotangent.astype(output.dtype)
+            return jnp.sum(seen.astype(state.dtype)) + jnp.sum(state), (output, state)
 
-        (_, seen), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
-        return *seen, gradients
+        (_, (output, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+        return {"output": output, "state": jnp.swapaxes(state, 1, 2), **gradients}
 
     got = run(arrays, "pallas")
     with jax.enable_x64(True):
         want = jax.tree.map(np.asarray, run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), "recurrent"))
-    assert_close(got[:2], want[:2], 2e-2, kind)
-    assert_close(got[2], want[2], 6e-2, f"{kind} gradient")
+    for head in range(2):
+        assert_close(*(jax.tree.map(lambda x, head=head: x[:, :, head], x) for x in (got, want)), 2e-2, kind)
 
 
 @interprets

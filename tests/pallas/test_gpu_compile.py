@@ -17,7 +17,7 @@ CASES = [
     Case("delta_rule", 1, 256, 2, 1, decay=True, segments=2),
     Case("linear_attention", 1, 256, 2, 1, 64, 64, decay=True, segments=2),
     Case("softmax_attention", 1, 256, 2, 1, segments=2),
-    Case("deltaformer", 1, 1024, 2, 1, segments=2),
+    Case("deltaformer", 1, 2048, 2, 1, segments=2),
 ]
 
 # Beginnings of the names of an op's own kernels.

@@ -3,6 +3,8 @@
 import contextlib
 import contextvars
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from memformer.core.types import Array
 from memformer.pallas.gpu import tuning
 
 __all__ = ["AXES", "Cut", "call_kernel", "column", "cut_call", "for_gpu", "halves", "interpreted", "interpreting"]
-__all__ += ["iotas", "products", "put", "put_halves", "row", "shared", "thrice", "turned"]
+__all__ += ["iotas", "pairs", "products", "put", "put_parts", "row", "shared", "turned"]
 
 _interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
 
@@ -237,16 +239,19 @@ def put(ref, x: Array) -> None:
     ref[...] = x.astype(ref.dtype)
 
 
-def put_halves(refs, x: Array) -> None:
-    """Stores x as the sum of two bfloat16 blocks, to 16 bits."""
-    high, low = refs
-    put(high, x)
-    put(low, x - x.astype(jnp.bfloat16).astype(jnp.float32))
+def put_parts(refs, x: Array) -> None:
+    """Stores x as the sum of bfloat16 blocks, to 16 bits where there are two, to 24 where there are three."""
+    *refs, last = refs
+    for ref in refs:
+        put(ref, x)
+        x = x - x.astype(jnp.bfloat16).astype(jnp.float32)
+    put(last, x)
 
 
-def thrice(a, b) -> list[tuple]:
-    """The pairs whose products, summed, are that of two pairs of halves to 16 bits."""
-    return [(a[0], b[0]), (a[0], b[1]), (a[1], b[0])]
+def pairs(a: Sequence[Any], b: Sequence[Any]) -> tuple[tuple[Any, Any], ...]:
+    """What to sum for the product of two matrices given by parts, to the bits that they have."""
+    count = max(len(a), len(b))
+    return tuple((x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < count)
 
 
 def turned(ref):

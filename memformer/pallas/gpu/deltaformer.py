@@ -56,11 +56,11 @@ def _plan(
             f"the {op} kernel holds keys and values of at most {tuning.KEYS[-1]} channels, got {key} and {value};"
             f" {else_chunked}"
         )
-    length = arrays[1].shape[1]
+    batch, length, heads = arrays[1].shape[:3]
     groups = 1 if length <= TILE else 2
     if chunk_size not in (None, TILE):
         raise NotImplementedError(f"the {op} kernel takes chunk_size {TILE}, got {chunk_size}; {else_chunked}")
-    parts = -(-length // tuning.PART)
+    parts = -(-length // tuning.part(batch * heads))
     key, value = (next(width for width in tuning.KEYS if width >= x) for x in (key, value))
     size = groups * TILE
     return Plan(

@@ -6,15 +6,20 @@ scan.py and prepare.py (rows of F and N are tokens that read):
     F = s D (dO W^T), i <= r       N = - D (dV W^T), i < r      G = dO S^T      E = dV S^T      L = W dS'^T
     dQ = F b K + s c G             dK = b (F^T Q + N^T K) + N b K - c E + b w L
 
-b is on the columns of F and N. Sums over the key channels of the same products are the gradients of the rows:
+b is on the columns of F and N. Its own gradient is W dV / b, summed over value columns: a write is b W, and b times
+the gradient of all writes is dV. (Sums over keys of the products above say the same, but cancel when keys repeat.)
+Sums over the key channels of the products are the gradients of the other rows:
 
-    b: K (F^T Q + N^T K) + w K L       c: s Q G - K E, and S dS' for the last token      w: b K L
+    c: s Q G - K E, and S dS' for the last token      w: b K L
     log decay of a reader: Q (F b K) + K (N b K); of a writer, negative: b K (F^T Q + N^T K)
 
-Where writes add, b is one, and N and E are not there.
+Where writes add, b is one, and N and E are not there. Where keys repeat the sum in F b K cancels: F b and W are kept as
+two bfloat16 halves there.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +29,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core import compat
 from memformer.core.types import Array
-from memformer.pallas.gpu.common import AXES, Cut, call_kernel, iotas, products, put, shared, turned
+from memformer.pallas.gpu.common import AXES, Cut, call_kernel, iotas, products, put, put_parts, shared, turned
 from memformer.pallas.gpu.rows import Tokens
 
 __all__ = ["chunk_gradients"]
@@ -36,98 +41,140 @@ SUMS = ("reader", "enter", "writer", "left", "reader of keys", "enter of keys")
 HALF = 64
 
 
+class _Blocks(NamedTuple):
+    """Shared memory of a program; q, k, state and dstate are of one warpgroup's key channels.
+
+    Attributes:
+      q, k, do, state, dstate: as `chunk_gradients` has them.
+      w: W by halves, or V.
+      dv: gradient of the values; none where writes add.
+      f, n: F and N; f alone where writes add.
+      fb, nb: F b by halves, and N b; F and nothing where writes add.
+      stage: where dQ goes, once every warpgroup is done with F b.
+    """
+
+    q: Any
+    k: Any
+    do: Any
+    w: Sequence[Any]
+    dv: Sequence[Any]
+    state: Any
+    dstate: Any
+    f: Any
+    n: Sequence[Any]
+    fb: Sequence[Any]
+    nb: Sequence[Any]
+    stage: Any
+
+
+def _blocks(cut: Cut, half: int, refs, squares) -> _Blocks:
+    q, k, do, *values, state, dstate = refs
+    w, dv = values[: 1 + cut.beta], values[1 + cut.beta :]
+    q, k, state, dstate = (ref.at[half] for ref in (q, k, state, dstate))
+    if cut.beta:
+        f, n, nb, *fb = squares
+        return _Blocks(q, k, do, w, dv, state, dstate, f, (n,), fb, (nb,), fb[half])
+    return _Blocks(q, k, do, w, dv, state, dstate, squares[0], (), squares[:1], (), squares[1 + half])
+
+
 def _kernel(*refs, cut: Cut):
     named = bool(cut.names)
-    takes = 6 + cut.beta + named
-    inputs, outputs, refs = refs[:takes], refs[takes : takes + 2 + 2 * named], refs[takes + 2 + 2 * named :]
-    blocks, stage, squares, barriers = refs[:takes], refs[takes : takes + 2], refs[takes + 2 : -2], refs[-2:]
-    squares, sums_s = squares[: 1 + 3 * cut.beta], squares[1 + 3 * cut.beta :]
+    takes = 6 + 2 * cut.beta + named
+    results = 2 + cut.beta + 2 * cut.decay
+    inputs, outputs, refs = refs[:takes], refs[takes : takes + results], refs[takes + results :]
+    blocks, squares, barriers = refs[:takes], refs[takes:-2], refs[-2:]
+    count = _squares(cut)
+    squares, sums_s = squares[:count], squares[count:]
     half = lax.axis_index("half")
     pl.when(half == 0)(lambda: _load(cut, inputs, blocks, barriers[0]))
     plgpu.barrier_wait(barriers[0])
+    tokens = Tokens(cut, blocks[-1] if named else None)
     for i in range(cut.key // HALF):
         # A branch for each warpgroup: with addresses that are not known, the registers do not suffice.
-        work = functools.partial(_work, cut, i, blocks, stage, squares, sums_s, outputs, barriers[1])
-        pl.when(half == i)(work)
+        of_half = _blocks(cut, i, blocks[: takes - named], squares)
+        pl.when(half == i)(functools.partial(_work, cut, i, tokens, of_half, sums_s, outputs, barriers[1]))
 
 
-def _work(cut: Cut, half: int, blocks, stage, squares, sums_s, outputs, stored) -> None:
+def _work(cut: Cut, half: int, tokens: Tokens, blocks: _Blocks, sums_s, outputs, passed) -> None:
     """What one warpgroup does: the gradients of its 64 key channels."""
-    q, k, do, w, *dv, state, dstate = blocks[: 6 + cut.beta]
-    tokens = Tokens(cut, blocks[-1] if cut.names else None)
     b, hp, n = (lax.axis_index(name) for name in AXES)
     place = (b, pl.ds(n * cut.chunk, cut.chunk), hp, pl.ds(half * HALF, HALF))
-    q, k, state, dstate, *stage = (ref.at[half] for ref in (q, k, state, dstate, *stage))
-    sums_s = [ref.at[half] for ref in sums_s]
+    (dq_g, dk_g), outputs = outputs[:2], outputs[2:]
+    write_s, (sums_s, kept_s) = sums_s[: cut.beta], [x.at[half] for x in sums_s[cut.beta :]] or (None, None)
+
+    def meet():
+        plgpu.barrier_arrive(passed)
+        plgpu.barrier_wait(passed)
 
     # All three conditions hold. A branch ends the life of the operands' addresses, which the compiler else keeps from
     # one product to the next and spills.
     @pl.when(b < cut.batch)
     def _():
-        if cut.names:
-            _store_kept(cut, sums_s[1], state, dstate)
-        _store_weights(cut, tokens, half, (do, *dv), w, squares)
+        if cut.decay:
+            kept_s[...] = _sum_of(blocks.state, blocks.dstate)
+        if cut.beta and half == 0:
+            write_s[0][...] = tokens.over_beta(_sum_of(blocks.w[0], blocks.dv[0]))
+        _store_weights(cut, tokens, half, blocks)
 
-    plgpu.barrier_arrive(stored)
-    plgpu.barrier_wait(stored)
+    meet()
 
     @pl.when(n < cut.chunks)
     def _():
-        put(stage[0], _query_gradients(cut, tokens, sums_s, (q, k, do, state, squares)))
+        dq = _query_gradients(cut, tokens, sums_s, blocks)
+        meet()
+        put(blocks.stage, dq)
 
     @pl.when(hp < cut.heads * (cut.value // _width(cut)))
     def _():
-        put(stage[1], _key_gradients(cut, tokens, sums_s, (q, k, w, dv, state, dstate, squares)))
+        put(blocks.q, _key_gradients(cut, tokens, sums_s, blocks))
 
     plgpu.commit_smem()
-    for source, target in zip(stage, outputs[:2], strict=True):
-        plgpu.copy_smem_to_gmem(source, target.at[place])
-    for source, target in zip(sums_s, outputs[2:], strict=True):
+    plgpu.copy_smem_to_gmem(blocks.stage, dq_g.at[place])
+    plgpu.copy_smem_to_gmem(blocks.q, dk_g.at[place])
+    if cut.beta and half == 0:
+        plgpu.copy_smem_to_gmem(write_s[0], outputs[0].at[b, hp, n])
+    for source, target in zip([sums_s, kept_s] * cut.decay, outputs[cut.beta :], strict=False):
         plgpu.copy_smem_to_gmem(source, target.at[b, hp, n, half])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _query_gradients(cut: Cut, tokens: Tokens, sums_s, refs) -> Array:
+def _query_gradients(cut: Cut, tokens: Tokens, sums_s, of: _Blocks) -> Array:
     """dQ."""
-    q, k, do, state, squares = refs
-    (from_state,) = products(((do, turned(state)),))
-    _store_sum(sums_s, "enter", q, cut.scale * from_state)
+    (from_state,) = products(((of.do, turned(of.state)),))
+    _store_sum(sums_s, "enter", of.q, cut.scale * from_state)
     dq = cut.scale * tokens.times(("enter",), from_state)
-    (from_writes,) = products(((squares[0], k),))
-    _store_sum(sums_s, "reader", q, from_writes)
+    (from_writes,) = products([(part, of.k) for part in of.fb])
+    _store_sum(sums_s, "reader", of.q, from_writes)
     return dq + from_writes
 
 
-def _key_gradients(cut: Cut, tokens: Tokens, sums_s, refs) -> Array:
+def _key_gradients(cut: Cut, tokens: Tokens, sums_s, of: _Blocks) -> Array:
     """dK."""
-    q, k, w, dv, state, dstate, squares = refs
-    (back,) = products([(turned(square), x) for square, x in zip(squares[-1 - cut.beta :], (q, k), strict=False)])
-    _store_sum(sums_s, "writer", k, back)
+    (back,) = products([(turned(square), x) for square, x in zip((of.f, *of.n), (of.q, of.k), strict=False)])
+    _store_sum(sums_s, "writer", of.k, back)
     dk = tokens.times(("beta",), back)
-    (kept,) = products([(w, turned(dstate))])
-    _store_sum(sums_s, "left", k, kept)
+    (kept,) = products([(of.w[0], turned(of.dstate))])
+    _store_sum(sums_s, "left", of.k, kept)
     dk = dk + tokens.times(("beta", "leave"), kept)
     if not cut.beta:
         return dk
-    (from_reads,) = products(((squares[1], k),))
-    _store_sum(sums_s, "reader of keys", k, from_reads)
-    (from_state,) = products(((dv[0], turned(state)),))
-    _store_sum(sums_s, "enter of keys", k, from_state)
+    (from_reads,) = products(((of.nb[0], of.k),))
+    _store_sum(sums_s, "reader of keys", of.k, from_reads)
+    (from_state,) = products(((of.dv[0], turned(of.state)),))
+    _store_sum(sums_s, "enter of keys", of.k, from_state)
     return dk + from_reads - tokens.times(("enter",), from_state)
 
 
 def _store_sum(sums_s, name: str, ref, x: Array) -> None:
-    """The sum over key channels of a block times x, where the rows have gradients."""
-    if sums_s:
-        sums_s[0].at[SUMS.index(name)][...] = _over_keys(_wide(ref), x)
+    """The sum over key channels of a block times x, where decay wants it."""
+    if sums_s is not None:
+        sums_s.at[SUMS.index(name)][...] = _over_columns(_wide(ref), x)
 
 
-def _store_kept(cut: Cut, target, state, dstate) -> None:
-    """Sums over the value columns of S dS', a key channel each; part by part, or they take half of the registers."""
-    parts = [pl.ds(i, HALF) for i in range(0, _width(cut), HALF)]
-    target[...] = functools.reduce(
-        jnp.add, (_over_keys(*(_wide(x.at[:, part]) for x in (state, dstate))) for part in parts)
-    )
+def _sum_of(a, b) -> Array:
+    """Sums over the value columns of a product, a row each; part by part, or they take half of the registers."""
+    parts = [pl.ds(i, HALF) for i in range(0, a.shape[1], HALF)]
+    return functools.reduce(jnp.add, (_over_columns(*(_wide(x.at[:, part]) for x in (a, b))) for part in parts))
 
 
 def _load(cut: Cut, sources, blocks, barrier) -> None:
@@ -139,25 +186,29 @@ def _load(cut: Cut, sources, blocks, barrier) -> None:
     group = lax.div(h, jnp.int32(cut.repeat))
     keys = [(b, tokens, group, pl.ds(i, HALF)) for i in range(0, cut.key, HALF)]
     states = [(b, h, n, pl.ds(i, HALF), columns) for i in range(0, cut.key, HALF)]
-    places = [keys] * 2 + [(b, tokens, h, columns)] * (2 + cut.beta) + [states] * 2 + [(b, h, n)] * bool(cut.names)
+    values = [(b, tokens, h, columns)] * (2 + 2 * cut.beta)
+    places = [keys] * 2 + values + [states] * 2 + [(b, h, n)] * bool(cut.names)
     for source, place, block in zip(sources, places, blocks, strict=True):
         several = isinstance(place, list)
         for i, one in enumerate(place if several else [place]):
             plgpu.copy_gmem_to_smem(source.at[one], block.at[i] if several else block, barrier)
 
 
-def _store_weights(cut: Cut, tokens: Tokens, half: int, of_readers, w, squares) -> None:
+def _store_weights(cut: Cut, tokens: Tokens, half: int, of: _Blocks) -> None:
     """F b and N b, then F and N; only F where writes add. Two warpgroups share them out."""
-    count = len(of_readers)
-    for i, of_reader in enumerate(of_readers):
+    for i, (of_reader, writes) in enumerate(((of.do, of.w), *((dv, of.w[:1]) for dv in of.dv))):
         if i % (cut.key // HALF) != half:
             continue
         places = iotas(cut.chunk)
-        (x,) = tokens.weigh(places, *products(((of_reader, turned(w)),)))
+        (x,) = tokens.weigh(places, *products([(of_reader, turned(part)) for part in writes]))
         x = jnp.where(places[0] > places[1], -x, 0.0) if i else x * cut.scale
         if cut.beta:
-            put(squares[i], tokens.times_beta(x))
-        put(squares[i - count], x)
+            felt = tokens.times_beta(x)
+            if i:
+                put(of.nb[0], felt)
+            else:
+                put_parts(of.fb, felt)
+        put(of.n[0] if i else of.f, x)
     plgpu.commit_smem()
 
 
@@ -165,8 +216,13 @@ def _wide(ref) -> Array:
     return compat.load(ref, plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
 
 
-def _over_keys(a: Array, b: Array) -> Array:
+def _over_columns(a: Array, b: Array) -> Array:
     return jnp.sum(a * b, axis=1)
+
+
+def _squares(cut: Cut) -> int:
+    """Blocks [C, C]: F, N, N b and the halves of F b; or F, and where each warpgroup leaves dQ."""
+    return 5 if cut.beta else 1 + cut.key // HALF
 
 
 def _width(cut: Cut) -> int:
@@ -180,7 +236,8 @@ def chunk_gradients(cut: Cut, q, k, do, w, dv, states, dstates, rows) -> tuple:
     Args:
       cut: sizes.
       q, k: [B, T, G, K] bfloat16.
-      do, w: gradient of the output, and W (V where writes add), [B, T, H, V] bfloat16.
+      do: gradient of the output, [B, T, H, V] bfloat16.
+      w: W by halves, likewise; (V,) where writes add.
       dv: gradient of the values, likewise; () where writes add.
       states, dstates: [B, H, N, K, V] bfloat16, the state that enters each chunk, and the gradient of the one that
         leaves it.
@@ -190,14 +247,14 @@ def chunk_gradients(cut: Cut, q, k, do, w, dv, states, dstates, rows) -> tuple:
     many = cut.heads * (cut.value // V)
     programs = (cut.batch, many, cut.chunks)
     out = [jax.ShapeDtypeStruct((cut.batch, q.shape[1], many, cut.key), q.dtype)] * 2
-    keys = [shared(HALF, halves, C, HALF)] * 2
-    scratch = [*keys, *[shared(HALF, C, V)] * (2 + cut.beta), *[shared(HALF, halves, HALF, V)] * 2]
+    scratch = [shared(HALF, halves, C, HALF)] * 2 + [shared(HALF, C, V)] * (2 + 2 * cut.beta)
+    scratch += [shared(HALF, halves, HALF, V)] * 2
     scratch += [plgpu.SMEM((len(cut.names), C), jnp.float32)] * len(rows)
-    scratch += [*keys, *[shared(HALF, C, C)] * (4 if cut.beta else 1)]
-    for shape in ((halves, len(SUMS), C), (halves, HALF)) if cut.names else ():
+    scratch += [shared(HALF, C, C)] * _squares(cut)
+    for shape in ((C,),) * cut.beta + ((halves, len(SUMS), C), (halves, HALF)) * cut.decay:
         out.append(jax.ShapeDtypeStruct((*programs, *shape), jnp.float32))
         scratch.append(plgpu.SMEM(shape, jnp.float32))
-    operands = (q, k, do, w, *dv, states, dstates, *rows)
+    operands = (q, k, do, *w, *dv, states, dstates, *rows)
     copies = len(operands) + 4 * (halves - 1)
     scratch += [plgpu.Barrier(num_arrivals=copies), plgpu.Barrier(num_arrivals=halves)]
     body = functools.partial(_kernel, cut=cut)
@@ -214,21 +271,21 @@ def _joined(x: Array, like: Array) -> Array:
     return jnp.sum(x.astype(jnp.float32), axis=3).astype(like.dtype)
 
 
-def _row_gradients(cut: Cut, rows, sums: Array, kept: Array) -> tuple[Array, ...]:
-    """Gradients of the rows, of sums [B, H * parts, N, halves, 4, C] and kept [B, H * parts, N, halves, 64]."""
-    sums, kept = (x.reshape(cut.batch, cut.heads, -1, *x.shape[2:]).sum(axis=(2, 4)) for x in (sums, kept))
-    of = dict(zip(SUMS, jnp.moveaxis(sums, 3, 0), strict=True))
+def _row_gradients(cut: Cut, rows, *sums: Array) -> tuple[Array, ...]:
+    """Gradients of the rows, of sums by program: [C] of writes, then [halves, names, C] and [halves, 64] for decay."""
+    sums = [x.reshape(cut.batch, cut.heads, -1, *x.shape[2:]).sum(axis=2) for x in sums]
     values = dict(zip(cut.names, jnp.moveaxis(rows[0], 3, 0), strict=True))
-    one = jnp.ones_like(of["left"])
-    beta, leave = values.get("beta", one), values.get("leave", one)
-    enter, reader = of["enter"], of["reader"]
-    if cut.beta:
-        enter, reader = enter - of["enter of keys"], reader + of["reader of keys"]
-    grads = {
-        "enter": enter.at[..., -1].add(kept.sum(axis=-1)),
-        "leave": beta * of["left"],
-        "beta": of["writer"] + leave * of["left"],
-        "total": reader,
-        "-total": beta * of["writer"],
-    }
-    return (jnp.stack([grads.get(name, jnp.zeros_like(one)) for name in cut.names], axis=3),)
+    zero = jnp.zeros_like(rows[0][:, :, :, 0])
+    grads = {"beta": sums.pop(0)} if cut.beta else {}
+    if cut.decay:
+        of = dict(zip(SUMS, jnp.moveaxis(sums[0].sum(axis=3), 3, 0), strict=True))
+        beta, enter, reader = values.get("beta", 1.0), of["enter"], of["reader"]
+        if cut.beta:
+            enter, reader = enter - of["enter of keys"], reader + of["reader of keys"]
+        grads |= {
+            "enter": enter.at[..., -1].add(sums[1].sum(axis=(3, 4))),
+            "leave": beta * of["left"],
+            "total": reader,
+            "-total": beta * of["writer"],
+        }
+    return (jnp.stack([grads.get(name, zero) for name in cut.names], axis=3),)

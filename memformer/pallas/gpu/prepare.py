@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.types import Array
-from memformer.pallas.gpu.common import AXES, Cut, call_kernel, iotas, products, put, put_halves, shared, turned
+from memformer.pallas.gpu.common import AXES, Cut, call_kernel, iotas, products, put, put_parts, shared, turned
 from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
 from memformer.pallas.gpu.rows import Tokens
 
@@ -44,7 +44,7 @@ def _kernel(*refs, cut: Cut):
         sides = unit_lower_inverse(tokens.times_beta(match), scratch)
         for i, x in enumerate(sides):
             # The first blocks of the scratch are free again.
-            put_halves(scratch[i], x)
+            put_parts(scratch[i], x)
         plgpu.commit_smem()
         for i, x in enumerate(sides):
             for source, target in zip(scratch[i], inverse_g, strict=True):

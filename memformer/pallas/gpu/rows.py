@@ -2,7 +2,7 @@
 
 One float32 array [B, H, N, names, C], names in the order of `Cut.names`:
 
-    beta     strength of the write
+    beta     strength of the write; not quite 0, since its gradient is something that it multiplies, divided by it
     enter    how a token sees the state that enters the chunk; the last token's is what the chunk keeps of it
     leave    how a write reaches the state that leaves the chunk
     total    log decay since the start of the chunk
@@ -13,12 +13,18 @@ columns, since the compiler merges two loads of one row, and then finds no layou
 """
 
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from memformer.core import compat
 from memformer.core.chunking import pad_time
 from memformer.core.types import Array
 from memformer.pallas.gpu.common import Cut, column, row
 
 __all__ = ["Tokens", "token_rows"]
+
+# Strength of a write that is none.
+LEAST = 2.0**-60
 
 
 def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array | None) -> tuple[Array, ...]:
@@ -38,7 +44,10 @@ def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array |
         return pad_time(x.astype(jnp.float32), cut.chunk).reshape(shape)
 
     enter = leave = jnp.ones(shape, jnp.float32)
-    rows = {} if beta is None else {"beta": cut_time(beta)}
+    rows = {}
+    if beta is not None:
+        beta = cut_time(beta)
+        rows["beta"] = beta + lax.stop_gradient(jnp.where(jnp.abs(beta) < LEAST, LEAST - beta, 0.0))
     if decay is not None:
         total = rows["total"] = jnp.cumsum(cut_time(decay), axis=2)
         enter, leave = jnp.exp(total), jnp.exp(total[:, :, -1:] - total)
@@ -79,6 +88,10 @@ class Tokens:
     def times_beta(self, x: Array) -> Array:
         """x [C, C], its columns multiplied by the strengths of the writes, if there are any."""
         return x * -row(self._named("-beta"), x.shape[0]) if self.cut.beta else x
+
+    def over_beta(self, x: Array) -> Array:
+        """x [C] divided by the strengths of the writes."""
+        return x / compat.load(self._named("beta"), plgpu.Layout.WGMMA.reduce(1))
 
     def keep(self, state: Array) -> Array:
         """What stays of a state [K, V] over the chunk."""

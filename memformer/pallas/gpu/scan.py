@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core import compat
 from memformer.core.types import Array
-from memformer.pallas.gpu.common import AXES, Cut, call_kernel, products, put, put_halves, shared, thrice, turned
+from memformer.pallas.gpu.common import AXES, Cut, call_kernel, pairs, products, put, put_parts, shared, turned
 from memformer.pallas.gpu.rows import Tokens
 
 __all__ = ["backward", "forward"]
@@ -110,7 +110,7 @@ def _forward_kernel(*refs, cut: Cut, save: bool):
     takes = 4 + 2 * cut.beta + bool(cut.names)
     inputs, start, refs = refs[:takes], refs[takes], refs[takes + 1 :]
     (o_g, end_g), refs = refs[:2], refs[2:]
-    saved, refs = (refs[: 1 + cut.beta], refs[1 + cut.beta :]) if save else ((), refs)
+    saved, refs = (refs[: 1 + 2 * cut.beta], refs[1 + 2 * cut.beta :]) if save else ((), refs)
     slots, (*blocks, ready), free = _parted(refs, takes, cut)
     walk = _Walk(cut, inputs, slots, ready, free)
     *state_s, o_s, left_s, w_s, u_s = _own(blocks, walk.walker, (1, 1, 1, 2 * cut.carries, 2 * cut.beta, 2 * cut.beta))
@@ -120,7 +120,7 @@ def _forward_kernel(*refs, cut: Cut, save: bool):
     def step(n, chunk, state):
         q, k, v, p, *rest = chunk
         tokens, place = Tokens(cut, rest[-1] if cut.names else None), walk.place("value", n, walk.walker)
-        put_halves(state_s, state)
+        put_parts(state_s, state)
         writes = [v]
         if cut.beta or cut.carries:
             u = compat.load(v, plgpu.Layout.WGMMA).astype(jnp.float32)
@@ -129,20 +129,21 @@ def _forward_kernel(*refs, cut: Cut, save: bool):
             plgpu.copy_smem_to_gmem(state_s[0], saved[0].at[b, h, n, :, columns])
         if cut.beta:
             (stored,) = products([(k, half) for half in state_s])
-            put_halves(w_s, u - tokens.times(("enter",), stored))
+            put_parts(w_s, u - tokens.times(("enter",), stored))
             plgpu.commit_smem()
-            (w,) = products(thrice(rest[:2], w_s))
+            (w,) = products(pairs(rest[:2], w_s))
             if save:
-                put(w_s[0], w)
+                put_parts(w_s, w)
             u, writes = tokens.times(("beta",), w), u_s
-            put_halves(u_s, u)
+            put_parts(u_s, u)
         left = writes
         if cut.carries:
             left = left_s
-            put_halves(left_s, tokens.times(("leave",), u))
+            put_parts(left_s, tokens.times(("leave",), u))
         plgpu.commit_smem()
         if save and cut.beta:
-            plgpu.copy_smem_to_gmem(w_s[0], saved[1].at[place])
+            for half, target in zip(w_s, saved[1:], strict=True):
+                plgpu.copy_smem_to_gmem(half, target.at[place])
         seen, read, written = products(
             [(q, half) for half in state_s], [(p, half) for half in writes], [(turned(k), half) for half in left]
         )
@@ -157,7 +158,7 @@ def _forward_kernel(*refs, cut: Cut, save: bool):
 
 
 def forward(cut: Cut, save: bool, q, k, v, read, inverse, rows, start) -> tuple[Array, ...]:
-    """O, the last state, and if `save` the states that enter chunks and, where writes replace, W.
+    """O, the last state, and if `save` the states that enter chunks and, where writes replace, W by halves.
 
     Args:
       cut: sizes.
@@ -171,7 +172,7 @@ def forward(cut: Cut, save: bool, q, k, v, read, inverse, rows, start) -> tuple[
     """
     out = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(start.shape, jnp.float32)]
     if save:
-        out += [_states(cut), *[jax.ShapeDtypeStruct(v.shape, v.dtype)] * cut.beta]
+        out += [_states(cut), *[jax.ShapeDtypeStruct(v.shape, v.dtype)] * (2 * cut.beta)]
     body = functools.partial(_forward_kernel, cut=cut, save=save)
     return _call(cut, "forward", body, out, (q, k, v, read, *inverse, *rows), start, 1 + 2 * cut.carries + 4 * cut.beta)
 
@@ -189,24 +190,24 @@ def _backward_kernel(*refs, cut: Cut):
     def step(n, chunk, state):
         q, k, do, p, *rest = chunk
         tokens = Tokens(cut, rest[-1] if cut.names else None)
-        put_halves(state_s, state)
+        put_parts(state_s, state)
         put(entered_s, tokens.times(("enter",), compat.load(do, plgpu.Layout.WGMMA).astype(jnp.float32)) * cut.scale)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(state_s[0], states_g.at[b, h, n, :, columns])
         written, dv = products([(k, half) for half in state_s], ((turned(p), do),))
         dv = tokens.times(("beta",), dv + tokens.times(("leave",), written))
-        pairs = [(turned(q), entered_s)]
+        sums = [(turned(q), entered_s)]
         if cut.beta:
-            put_halves(u_s, dv)
+            put_parts(u_s, dv)
             plgpu.commit_smem()
-            (dv,) = products(thrice([turned(half) for half in rest[:2]], u_s))
+            (dv,) = products(pairs([turned(half) for half in rest[:2]], u_s))
             # Into the same buffers: the product above has been waited for.
-            put_halves(u_s, tokens.times(("enter",), -dv))
-            pairs += [(turned(k), half) for half in u_s]
+            put_parts(u_s, tokens.times(("enter",), -dv))
+            sums += [(turned(k), half) for half in u_s]
         put(dv_s, dv)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(dv_s, dv_g.at[walk.place("value", n, walk.walker)])
-        (before,) = products(pairs)
+        (before,) = products(sums)
         plgpu.wait_smem_to_gmem(0)
         return tokens.keep(state) + before
 

@@ -36,24 +36,33 @@ def _felt(weights: Array, number, write: bool) -> Array:
     return weights * -number("beta") if write else weights
 
 
-def _scores_gradient(plan: Plan, weights: Array, change: Array, mask, number, write: bool) -> Array:
-    """ds of a tile.
+def _cleared(plan: Plan, weights: Array, change: Array, mask) -> Array:
+    """G of a tile, 0 where its scores have no gradient; weights of softmax and exp are 0 there themselves.
 
     Args:
       plan: as ever.
       weights, change: of the tile; change is G.
       mask: gives what is seen, or None; asked for again, for want of registers to keep it.
+    """
+    if plan.kernel.normalized or plan.kernel.name == "exp":
+        return change
+    seen = weights > 0 if plan.kernel.name == "relu" else mask()
+    return change if seen is None else jnp.where(seen, change, 0.0)
+
+
+def _scores_gradient(plan: Plan, weights: Array, change: Array, number, write: bool) -> Array:
+    """ds of a tile.
+
+    Args:
+      plan: as ever.
+      weights: of the tile.
+      change: G as `_cleared` gives it.
       number: as in `_felt`.
       write: whether rows have a beta.
     """
     if plan.kernel.normalized:
         return _felt(weights, number, write) * change - weights * number("mean")
-    if plan.kernel.name == "exp":
-        return _felt(weights, number, write) * change
-    change = _felt(change, number, write)
-    # Weights of relu are 0 where hidden.
-    seen = weights > 0 if plan.kernel.name == "relu" else mask()
-    return change if seen is None else jnp.where(seen, change, 0.0)
+    return _felt(weights * change if plan.kernel.name == "exp" else change, number, write)
 
 
 def _left(refs: Refs, g, x: Array, count: int, first: int):
@@ -65,14 +74,17 @@ def _left(refs: Refs, g, x: Array, count: int, first: int):
 def _compute_rows(refs: Refs, plan: Plan, write: bool) -> None:
     b, h, g = (lax.axis_index(name) for name in ("batch_row", "head", "warpgroup"))
     i, first, own, stop = tiles.row_extent(plan, refs)
-    ring = tiles.column_ring(plan, refs, 1)
+    ring = tiles.column_ring(plan, refs, plan.halves)
     rows, names = pl.ds(i * plan.size + g * TILE, TILE), _names(plan, write)
-    sources = [(refs.q.at[b, h, rows], refs.q_rows), (refs.g0.at[b, h, rows], refs.g_rows)]
+    changes = range(_changes(plan, write))
+    sources = [(refs.q.at[b, h, rows], refs.q_rows)]
+    sources += [(refs[f"g{n}"].at[b, h, rows], refs[f"g_rows{n}"]) for n in changes]
     if names:
         sources.append((refs.rows.at[b, h, i * plan.groups + g], refs.numbers))
     for source, target in sources:
         plgpu.copy_gmem_to_smem(source, target.at[g], refs.rows_there.at[g])
     plgpu.barrier_wait(refs.rows_there.at[g])
+    tiles.bring_places(refs, g)
 
     def number(name):
         return column(refs.numbers.at[g, names.index(name)], TILE)
@@ -81,19 +93,19 @@ def _compute_rows(refs: Refs, plan: Plan, write: bool) -> None:
         dq, dbeta = carry
         slot = ring.await_key(t - first)
         ring.await_value(t - first)
-        k, x = refs.key_slots.at[slot], refs.value_slots0.at[slot]
-        scores, change = products(((refs.q_rows.at[g], turned(k)),), ((refs.g_rows.at[g], turned(x)),))
+        k, xs = refs.key_slots.at[slot], [turned(refs[f"value_slots{n}"].at[slot]) for n in range(plan.halves)]
+        gs = [refs[f"g_rows{n}"].at[g] for n in changes]
+        scores, change = products(((refs.q_rows.at[g], turned(k)),), tiles.pairs(gs, xs))
         marks = (refs.numbers.at[g, names.index("segment")], refs.number_slots.at[slot, 0]) if plan.segments else ()
-
-        def mask():
-            return tiles.tile_mask(diagonal, *(marks or (None, None)))
-
-        scores = scores * plan.factor
-        weights = tiles.weights_of(plan, scores, mask(), number("norm") if plan.kernel.normalized else None)
-        ds = _scores_gradient(plan, weights, change, mask, number, write)
-        dq = tiles.accumulate(dq, tiles.pairs(_left(refs, g, ds, 1, 0), (k,)))
+        mask = tiles.tile_mask(diagonal, *(marks or (None, None)), tiles.places(refs, g) if diagonal else None)
+        weights = tiles.weights_of(plan, scores * plan.factor, mask, number("norm") if plan.kernel.normalized else None)
+        change = _cleared(plan, weights, change, lambda: mask)
+        if write:
+            dbeta = dbeta - jnp.sum(weights * change, axis=1)
+        ds = _scores_gradient(plan, weights, change, number, write)
+        dq = tiles.accumulate(dq, tiles.pairs(_left(refs, g, ds, plan.halves, 0), (k,)))
         ring.release(t - first)
-        return dq, dbeta - jnp.sum(weights * change, axis=1) if write else dbeta
+        return dq, dbeta
 
     last = own + g if plan.own else stop
     zero = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
@@ -110,30 +122,39 @@ def _compute_rows(refs: Refs, plan: Plan, write: bool) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _rows(plan: Plan, write: bool, k, q, x, g, *rest) -> tuple[Array, ...]:
-    """One device's part of dq, and of dbeta; rest: numbers of rows, segments of columns, `first`."""
+def _changes(plan: Plan, write: bool) -> int:
+    """Arrays that make up g for dq: dO has bfloat16's bits only."""
+    return plan.halves if write else 1
+
+
+def _rows(plan: Plan, write: bool, k, q, *rest) -> tuple[Array, ...]:
+    """One device's part of dq, and of dbeta; rest: x and g by halves, numbers of rows, segments of columns, `first`."""
     batch, heads, length = q.shape[:3]
     names, rest = _names(plan, write), list(rest)
-    inputs = {"k": k, "q": q, "x0": x, "g0": g}
+    changes = _changes(plan, write)
+    inputs = {"places": tiles.place_numbers(), "k": k, "q": q}
+    for name in (*(f"x{n}" for n in range(plan.halves)), *(f"g{n}" for n in range(changes))):
+        inputs[name] = rest.pop(0)
     if names:
         inputs["rows"] = rest.pop(0)
     if plan.segments:
         inputs |= {"key_rows": rest[0], "first": rest[1]}
     outputs = {"dq": ((batch, heads, length, plan.key), jnp.bfloat16)}
-    scratch = tiles.ring_scratch(plan, plan.value, 1, plan.segments)
-    scratch |= {n: tiles.shared(TILE, w, plan.groups) for n, w in (("q_rows", plan.key), ("g_rows", plan.value))}
-    scratch["rows_there"] = plgpu.Barrier(num_arrivals=2 + bool(names), num_barriers=plan.groups)
+    scratch = tiles.ring_scratch(plan, plan.value, plan.halves, plan.segments)
+    widths = {"q_rows": plan.key, **{f"g_rows{n}": plan.value for n in range(changes)}}
+    scratch |= {name: tiles.shared(TILE, width, plan.groups) for name, width in widths.items()}
+    scratch["rows_there"] = plgpu.Barrier(num_arrivals=1 + changes + bool(names), num_barriers=plan.groups)
     if names:
         scratch["numbers"] = plgpu.SMEM((plan.groups, len(names), TILE), jnp.float32)
     if write:
         outputs["dbeta"] = ((batch, heads, length), jnp.float32)
         scratch["sums"] = plgpu.SMEM((plan.groups, TILE), jnp.float32)
-    scratch |= tiles.interpreter_scratch(plan, 1)
+    scratch |= tiles.place_scratch(plan) | tiles.interpreter_scratch(plan, plan.halves)
     return tiles.call(
         plan,
         f"{'write' if write else 'attention'}_backward_rows",
         functools.partial(_compute_rows, plan=plan, write=write),
-        functools.partial(tiles.bring_columns, plan=plan, values=1),
+        functools.partial(tiles.bring_columns, plan=plan, values=plan.halves),
         (batch, heads, length // plan.size),
         inputs,
         outputs,
@@ -236,7 +257,8 @@ def _compute_columns(refs: Refs, plan: Plan, write: bool) -> None:
             weights = kept.astype(jnp.float32)
         if "dk" in refs:
             (change,) = products(((refs.x_rows.at[g], turned(gs[0])),))
-            ds = _scores_gradient(plan, weights, change, mask, number, write)
+            change = _cleared(plan, weights, change, mask)
+            ds = _scores_gradient(plan, weights, change, number, write)
             dk = tiles.accumulate(dk, tiles.pairs(_left(refs, g, ds, 1, 0), (q,)))
         ring.release(c)
         return dk, dx
@@ -328,7 +350,8 @@ def row_gradients(
     rest = _numbers(plan, q.shape[1], marks, numbers)
     if plan.segments:
         rest += (tiles.pack(group, marks[1]), tiles.first_tiles(plan, group, *marks))
-    return split_batch_and_heads(_rows, (plan, write), results=1 + write)(k, q, x[0], g[0], *rest)
+    operands = (k, q, *x[: plan.halves], *g[: _changes(plan, write)], *rest)
+    return split_batch_and_heads(_rows, (plan, write), results=1 + write)(*operands)
 
 
 def column_gradients(

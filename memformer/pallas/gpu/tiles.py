@@ -23,7 +23,7 @@ from memformer.core import compat
 from memformer.core.chunking import vary_like
 from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array
-from memformer.pallas.gpu.common import column, interpreting, iotas, products, row, turned
+from memformer.pallas.gpu.common import column, interpreting, iotas, pairs, products, row, turned
 from memformer.pallas.sight import find_first, find_last
 
 __all__ = ["LOW", "TILE", "Plan", "Refs", "Ring", "call", "halves", "left", "load", "pairs", "scores_of", "spread"]
@@ -118,11 +118,6 @@ def left(parts: tuple[Array, ...], scratch) -> tuple[Any, ...]:
         ref[...] = part
     plgpu.commit_smem()
     return tuple(scratch[: len(parts)])
-
-
-def pairs(a: tuple[Any, ...], b: tuple[Any, ...]) -> tuple[tuple[Any, Any], ...]:
-    """What to sum for the product of two matrices given by halves; that of both low ones is left out."""
-    return tuple((x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2)
 
 
 def zeros(width: int) -> Array:

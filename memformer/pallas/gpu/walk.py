@@ -61,14 +61,14 @@ _walk.defvjp(_walk_forward, _walk_backward)
 
 def _forward(cut: Cut, save: bool, q, k, v, rows, start) -> list[Array]:
     """O, the last state, and what the backward pass wants of them, on every device's part."""
-    results = 2 + (2 + 3 * cut.beta if save else 0)
+    results = 2 + (2 + 4 * cut.beta if save else 0)
     call = split_batch_and_heads(_forward_part, (cut, save), results=results)
     o, end, *saved = call(*_by_time(q, k, v), start, *rows)
     return [*_by_time(o), end, *saved]
 
 
 def _forward_part(cut: Cut, save: bool, q, k, v, start, *rows) -> tuple[Array, ...]:
-    """o [B, H, T, V], the last state; to save them P, X, the states that enter chunks, and W [B, T, H, V]'s own."""
+    """o [B, H, T, V], the last state; to save them P, X, the states that enter chunks, and W."""
     q, k, v = _by_time(q, k, v)
     cut = cut.local(q, v)
     read, inverse = prepare(cut, q, k, rows)
@@ -81,10 +81,10 @@ def _forward_part(cut: Cut, save: bool, q, k, v, start, *rows) -> tuple[Array, .
 def _backward_part(cut: Cut, q, k, v, do, dend, read, *rest) -> tuple[Array, ...]:
     q, k, v, do = _by_time(q, k, v, do)
     cut = cut.local(q, v)
-    inverse, (states, *w), rows = rest[: 2 * cut.beta], rest[2 * cut.beta : 1 + 3 * cut.beta], rest[1 + 3 * cut.beta :]
+    inverse, (states, *w), rows = rest[: 2 * cut.beta], rest[2 * cut.beta : 1 + 4 * cut.beta], rest[1 + 4 * cut.beta :]
     w = _by_time(*w)
     dv, dstates, dstart = scan.backward(cut, q, k, do, read, inverse, rows, dend)
-    values = (w[0], (dv,)) if cut.beta else (v, ())
+    values = (w, (dv,)) if cut.beta else ((v,), ())
     dq, dk, drows = chunk_gradients(cut, q, k, do, *values, states, dstates, rows)
     return (*_by_time(dq, dk, dv), dstart, *drows)
 

@@ -66,7 +66,7 @@ class _Walk:
             after = (i + 1) * plan.groups
             return jnp.maximum(self.refs.limit[self.b, self.h, i], after) - after if plan.segments else end - after
         own = i * plan.groups
-        return own - jnp.minimum(self.refs.limit[self.b, self.h, i], own) if plan.segments else own
+        return own - jnp.minimum(self.refs.limit[self.b, self.h, i], own)
 
     def tile(self, i, finished, c):
         """The tile that is the c-th one of block i."""
@@ -324,7 +324,7 @@ def _walk(plan: Plan, back: bool, held: bool, k, q, target, *rest) -> tuple[Arra
         inputs["rows"] = rest.pop(0)
     if back or plan.segments:
         inputs["key_rows"] = rest.pop(0)
-    if plan.segments:
+    if plan.segments or not back:
         inputs["limit"] = rest.pop(0)
     outputs: dict[str, Any] = {f"out{n}": (target.shape, jnp.bfloat16) for n in range(2)}
     numbers = inputs["key_rows"].shape[3] if "key_rows" in inputs else 0
@@ -373,6 +373,9 @@ def walk_forward(
     rest += (tiles.pack(heads, *(given[name] for name in _row_names(plan, held))),)
     if plan.segments:
         rest += (tiles.pack(heads, marks[1]), tiles.first_tiles(plan, heads, *marks))
+    else:
+        # The same, where it is known: what the compiler works out of that ahead has no room in registers.
+        rest += (jnp.zeros((*w.shape[:2], w.shape[2] // plan.size), jnp.int32),)
     call = split_batch_and_heads(_walk, (plan, False, held), results=2 + plan.kernel.normalized)
     high, low, *norm = call(k, w, target, *rest)
     return (high, low), norm[0] if norm else None
