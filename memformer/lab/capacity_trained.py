@@ -23,7 +23,7 @@ MEMORIES: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {
     "linear attention": ("linear_attention", {"feature_map": "identity", "normalize": False, "unit_keys": True}, False),
     "delta rule": ("delta_rule", {}, False),
     "delta product": ("delta_product", {"steps": 2}, False),
-    "softmax attention": ("softmax_attention", {}, True),
+    "softmax attention": ("softmax_attention", {"rotary": False}, True),
     "DeltaFormer": ("deltaformer", {"write_kernel": "linear", "unit_keys": True, "beta_limit": 1.0}, True),
 }
 BASE: Mapping[str, Any] = {

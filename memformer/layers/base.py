@@ -67,7 +67,8 @@ class MemoryLayer(nnx.Module):
       writes: pairs (k, v) a token, None for one and no axis for them (set by subclasses).
 
     Raises:
-      ValueError: a width not divisible by heads where key_width is None, or an unknown choice.
+      ValueError: a width not divisible by heads where key_width is None, rotary positions on an odd key_width, or an
+        unknown choice.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class MemoryLayer(nnx.Module):
         self.value_width = self.key_width if value_width is None else value_width
         check_size("key_width", self.key_width)
         check_size("value_width", self.value_width)
+        if rotary and self.key_width % 2:
+            raise ValueError(f"rotary positions need an even key_width, got {self.key_width}")
         self.head_counts = (heads, heads, heads) if head_counts is None else head_counts
         self.unit_keys, self.unit_queries, self.rotary = unit_keys, unit_queries, rotary
         sizes = self._sizes()

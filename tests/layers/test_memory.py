@@ -157,6 +157,7 @@ MISTAKES = {
     "width not divisible": ("gla", {"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),
     "heads": ("gla", {"heads": 0}, "heads must be a positive integer, got 0"),
     "groups": ("softmax_attention", {"groups": 3}, "groups must divide heads, got groups = 3 and heads = 2"),
+    "rotary": ("softmax_attention", {"heads": 8}, "rotary positions need an even key_width, got 1"),
     "decay": ("delta_rule", {"decay": "fast"}, "decay must be one of None, 'step', .* got 'fast'"),
     "normalize": ("gla", {"normalize": True}, "normalize needs a positive feature_map"),
     "discretize": ("gla", {"discretize": True}, "discretize needs decay 'step'"),
