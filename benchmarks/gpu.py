@@ -5,7 +5,7 @@
   --verify   the ops' suite and more against float64 (gpu_verify.py), a line a case
   --time     forward and forward+backward at the shapes of gpu_cases.TIMED (the default)
   --static   what ptxas says of every kernel: registers, spills, warnings (gpu_static.py). Needs no GPU, but the CUDA
-             plugin wheels (extra gpu-compiler) and ptxas. Goes on where it stopped: a case that the file has of these
+             plugin wheels (extra gpu-compiler) and ptxas. Goes on where it stopped: a good case of these
              kernels and this jax is not compiled again
 
 The exit status is 1 if a case verified was wrong or not reached, or a kernel spills or serializes its products.
@@ -320,14 +320,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run_static(report: Report, cases: Sequence[Case]) -> None:
-    """Registers, spills and warnings of all cases; rows of the same source stay in the file."""
+    """Registers, spills and warnings of all cases; good ones of these kernels stay in the file."""
     kept = json.loads(report.path.read_text()).get("static", []) if report.path and report.path.exists() else []
     common = {"jax": importlib.metadata.version("jax"), "source": gpu_static.source()}
-    names = {case.name for case in SHIPPED}
-    kept = [row for row in kept if row.get("source") == common["source"] and row["case"] in names]
-    report.content["static"] = kept
-    done = {row["case"] for row in kept if row["jax"] == common["jax"]}
-    for row in gpu_static.static([case for case in cases if case.name not in done]):
+    known = {case.name for case in SHIPPED}
+    kept = [row for row in kept if row.get("source") == common["source"] and row["case"] in known]
+    here = {row["case"] for row in kept if row["jax"] == common["jax"]}
+    faulty = {row["case"] for row in kept if row["jax"] == common["jax"] and row["fault"]}
+    wanted = [case for case in cases if case.name not in here - faulty]
+    again = {case.name for case in wanted}
+    report.content["static"] = [row for row in kept if row["jax"] != common["jax"] or row["case"] not in again]
+    for row in gpu_static.static(wanted):
         report.add("static", {**row, "date": report.content["date"], **common})
 
 

@@ -116,12 +116,15 @@ def test_static_marks_faults(monkeypatch, tmp_path):
         monkeypatch.setattr(gpu_static, "static", lambda cases, rows=rows: iter(rows))
         assert gpu.main(["--static", "--only", case.name, "--out", str(path)]) == status
         written = json.loads(path.read_text())["static"]
-        assert [{key: x for key, x in row.items() if key not in ("date", "jax")} for row in written] == rows
-    # Rows of other cases stay, those of the same one go; what no longer ships goes.
-    path.write_text(json.dumps({"static": [*written, {"case": "old", "fault": None}]}))
-    monkeypatch.setattr(gpu_static, "static", lambda cases: iter(gpu_static.rows_of(SHIPPED[1], good, "")))
-    assert gpu.main(["--static", "--only", SHIPPED[1].name, "--out", str(path)]) == 0
-    assert [row["case"] for row in json.loads(path.read_text())["static"]] == [case.name, SHIPPED[1].name]
+        assert [{key: x for key, x in row.items() if key not in ("date", "jax", "source")} for row in written] == rows
+    # What no longer ships goes, and what is of other kernels; what is good is not compiled again.
+    stale = [{**written[0], "case": "old"}, {**written[0], "case": SHIPPED[2].name, "source": "old"}]
+    path.write_text(json.dumps({"static": [*written, *stale]}))
+    asked = []
+    monkeypatch.setattr(gpu_static, "static", lambda cases: asked.extend(cases) or ())
+    assert gpu.main(["--static", "--only", "delta_rule", "--out", str(path)]) == 0
+    assert [row["case"] for row in json.loads(path.read_text())["static"]] == [case.name]
+    assert asked == [other for other in SHIPPED if "delta_rule" in other.name and other != case]
 
 
 def test_what_is_wrong_shows_in_the_exit_status(monkeypatch, tmp_path):
