@@ -53,8 +53,8 @@ def softmax_attention(
       chunk_size: side of a tile of scores in the chunked form; None lets the library choose.
       precision: of matrix products: None (what the inputs carry), "default", "high", "highest" or a
         `jax.lax.Precision`.
-      implementation: None (the best that works here; on an sm_90 GPU cuDNN where it can serve), "recurrent",
-        "chunked" or "pallas".
+      implementation: None (the best that works here: on an sm_90 GPU cuDNN where it can serve), "recurrent",
+        "chunked", "pallas" or "cudnn".
 
     Returns:
       The output in v's dtype, and the cache: one slot longer for each token, or the given buffer with the tokens
