@@ -325,9 +325,9 @@ def run_static(report: Report, cases: Sequence[Case]) -> None:
     common = {"jax": importlib.metadata.version("jax"), "source": gpu_static.source()}
     known = {case.name for case in SHIPPED}
     kept = [row for row in kept if row.get("source") == common["source"] and row["case"] in known]
-    here = {row["case"] for row in kept if row["jax"] == common["jax"]}
-    faulty = {row["case"] for row in kept if row["jax"] == common["jax"] and row["fault"]}
-    wanted = [case for case in cases if case.name not in here - faulty]
+    here = [row for row in kept if row["jax"] == common["jax"]]
+    good = {row["case"] for row in here} - {row["case"] for row in here if row["fault"]}
+    wanted = [case for case in cases if case.name not in good]
     again = {case.name for case in wanted}
     report.content["static"] = [row for row in kept if row["jax"] != common["jax"] or row["case"] not in again]
     for row in gpu_static.static(wanted):
