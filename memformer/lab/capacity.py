@@ -35,9 +35,10 @@ from memformer.ops.softmax_attention import softmax_attention
 from memformer.training.metrics import say
 from memformer.training.plots import COLOURS
 
-__all__ = ["RECALLERS", "Recaller", "Writes", "capacity", "draw_writes", "measure", "recalled", "theory"]
+__all__ = ["NUMBER", "RECALLERS", "Recaller", "Writes", "capacity", "draw_writes", "measure", "recalled", "theory"]
 
 GOAL = 0.99
+# Bytes of a number of state.
 NUMBER = 4
 # Half-lives of the decaying memory, as parts of the number of writes; it is given its best.
 HALF_LIVES = (0.125, 0.25, 0.5, 1.0, math.inf)

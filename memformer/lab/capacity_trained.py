@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from memformer.lab.capacity import NUMBER
 from memformer.lab.runs import accuracy_by_length, run_rows, train_runs
 from memformer.lab.study import Study, new_figure
 from memformer.training.evaluation import LoadedRun
@@ -16,7 +17,6 @@ from memformer.training.plots import COLOURS
 
 __all__ = ["MEMORIES", "head_width", "measure"]
 
-NUMBER = 4
 SIZES = (512, 1024, 2048, 4096)
 # Display name: memory, its options, whether its state is a cache.
 MEMORIES: Mapping[str, tuple[str, Mapping[str, Any], bool]] = {

@@ -20,7 +20,7 @@ from memformer.core.types import Array
 from memformer.lab.convergence import slope
 from memformer.lab.convergence_deep import MEMORIES, halfway
 from memformer.lab.fit import fit
-from memformer.lab.study import Study, new_figure
+from memformer.lab.study import Study, legend_below, new_figure
 from memformer.models import build_model
 from memformer.training.metrics import say
 from memformer.training.plots import COLOURS
@@ -62,10 +62,7 @@ def draw_test(
     """Sequences, a question for each that knows nothing of its maps [B, inputs], and the maps.
 
     Args:
-      key: of the draw.
-      pairs: N.
-      batch: B.
-      change: pair from which the second map holds; None for never.
+      key, pairs, batch, change: as in `draw_regression`.
 
     Example:
       >>> tokens, asked, maps = draw_test(jax.random.key(0), 8, 2)
@@ -272,8 +269,7 @@ def _draw(study: Study, found: dict, shapes: Sequence[tuple[int, int]], pairs: i
             axis.set_yscale("log")
     axes[0, 0].set_ylabel("excess error, squared")
     axes[1, 0].set_ylabel("|f(t + 1) - f(t)|")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+    legend_below(figure, axes[0, 0], columns=6, fontsize="small")
     study.save_figure(
         figure,
         "regression",

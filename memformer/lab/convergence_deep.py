@@ -18,7 +18,7 @@ from flax import nnx
 
 from memformer.core.types import Array
 from memformer.lab.convergence import slope
-from memformer.lab.study import Study, new_figure
+from memformer.lab.study import Study, legend_below, new_figure
 from memformer.models.config import LanguageModelConfig
 from memformer.models.language_model import Block
 from memformer.training.metrics import say
@@ -223,8 +223,7 @@ def _draw(study: Study, found: dict, names: Sequence[str], head_counts: Sequence
         axis.set_xlabel("tokens read, t")
         axis.set_title(f"{heads} head{'s' if heads > 1 else ''}")
     axes[0, 0].set_ylabel("|a(t + 1) - a(t)|")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize="small")
+    legend_below(figure, axes[0, 0], columns=4, fontsize="small")
     study.save_figure(
         figure,
         "moves",

@@ -7,8 +7,8 @@ stack manipulation (the tasks of arXiv 2207.02098). Scores are accuracies of tok
 from collections.abc import Mapping
 from typing import Any
 
-from memformer.lab.runs import accuracy_by_length, run_rows, train_runs
-from memformer.lab.study import Study, new_figure
+from memformer.lab.runs import accuracies, accuracy_by_length, run_rows, train_runs
+from memformer.lab.study import Study, legend_below, new_figure
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
 
@@ -71,9 +71,7 @@ def measure(study: Study, *, quick: bool = False) -> None:
     rows = [_row(task, model, runs[f"{task} {model}"]) for task in tasks for model in models]
     study.add_table("Accuracy of the answer's tokens by length (test split)", rows)
     study.add_table("What was trained", run_rows(runs))
-    study.values = {
-        label: {str(n): round(value, 4) for n, value in accuracy_by_length(run).items()} for label, run in runs.items()
-    }
+    study.values = accuracies(runs)
     study.outcome = _outcome(tasks, models, runs)
     _draw(tasks, models, runs, study)
 
@@ -117,7 +115,6 @@ def _draw(tasks: tuple[str, ...], models: tuple[str, ...], runs: Mapping[str, Lo
         axis.set_xlabel("tokens asked about")
     for axis in axes[:, 0]:
         axis.set_ylabel("accuracy")
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    legend_below(figure, axes.flat[0], fontsize=9)
     trained = next(iter(runs.values())).config["task"]["length"]
     study.save_figure(figure, "length", f"One layer, trained on up to {trained} tokens. Claim: {CLAIM}")

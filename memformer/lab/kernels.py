@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memformer.core.similarity import Kernel
-from memformer.lab.study import Study, new_figure
+from memformer.lab.study import Study, legend_below, new_figure
 from memformer.ops.deltaformer import deltaformer
 from memformer.training.metrics import say
 from memformer.training.plots import COLOURS
@@ -165,7 +165,6 @@ def _draw(curves: Mapping[tuple[int, str], np.ndarray], study: Study) -> None:
         axis.set_title(f"{objects} objects", fontsize=10)
         axis.set_xlabel("swaps")
     axes[0, 0].set_ylabel("place 0 named rightly")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    legend_below(figure, axes[0, 0])
     caption = f"Swaps by hand through keys of width {WIDTH} (running mean over a 32nd of the sequence). Claim: {CLAIM}"
     study.save_figure(figure, "objects", caption)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memformer.lab.runs import accuracy_by_length, run_rows, train_runs
-from memformer.lab.study import Study, new_figure, training_records
+from memformer.lab.study import Study, learning_curve, new_figure
 from memformer.training.plots import COLOURS
 
 __all__ = ["READERS", "measure"]
@@ -52,10 +52,9 @@ def measure(study: Study, *, quick: bool = False) -> None:
     study.outcome = f"{asked}, recalled by kappa2: {told}."
     figure, axes = new_figure()
     for colour, (kernel, run) in zip(COLOURS, runs.items(), strict=False):
-        records = training_records(run)
-        steps, values = [r["step"] for r in records], [r["accuracy"] for r in records]
         # rounded to two decimals a product is nearly what it was
-        axes[0, 0].plot(steps, values, "--" if kernel == "round" else "-", color=colour, label=kernel)
+        line = "--" if kernel == "round" else "-"
+        axes[0, 0].plot(*learning_curve(run), line, color=colour, label=kernel)
     axes[0, 0].axhline(one.task.chance, color="0.4", linestyle=":", label="guess")
     axes[0, 0].set_xlabel("training step")
     axes[0, 0].set_ylabel("values recalled rightly, in training")

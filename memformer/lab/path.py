@@ -25,7 +25,7 @@ from flax import nnx
 
 from memformer.core.types import Array
 from memformer.lab.fit import fit
-from memformer.lab.study import Study, new_figure
+from memformer.lab.study import Study, legend_below, new_figure
 from memformer.layers.memory import build_memory
 from memformer.layers.recurrent import CELLS
 from memformer.models import build_model
@@ -369,8 +369,7 @@ def _draw(study: Study, falls: dict, accuracy: dict, after: dict, delays: Sequen
     right.set_xlabel("delay, tokens")
     right.set_ylabel("accuracy of delayed recall")
     right.set_title("at matched parameters")
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, left, columns=4)
     study.save_figure(
         figure,
         "gradients",

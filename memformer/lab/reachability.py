@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memformer.lab.runs import accuracy_by_length, run_rows, train_runs
-from memformer.lab.study import Study, new_figure, training_records
+from memformer.lab.study import Study, learning_curve, new_figure
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
 
@@ -68,9 +68,8 @@ def _row(label: str, run: LoadedRun) -> dict[str, Any]:
 def _draw(runs: Mapping[str, LoadedRun], study: Study) -> None:
     figure, axes = new_figure()
     for colour, (label, run) in zip(COLOURS, runs.items(), strict=False):
-        records = training_records(run)
         line = "-" if label.startswith("Delta") else "--"
-        axes[0, 0].plot([r["step"] for r in records], [r["accuracy"] for r in records], line, color=colour, label=label)
+        axes[0, 0].plot(*learning_curve(run), line, color=colour, label=label)
     axes[0, 0].axhline(0.5, color="0.4", linestyle=":", label="guess")
     axes[0, 0].set_ylim(0.45, 1.02)
     axes[0, 0].set_xlabel("training step")

@@ -15,7 +15,7 @@ from memformer.training.evaluation import LoadedRun, load_run
 from memformer.training.loop import train
 from memformer.training.metrics import say
 
-__all__ = ["accuracy_by_length", "make_config", "run_rows", "train_runs"]
+__all__ = ["accuracies", "accuracy_by_length", "make_config", "run_rows", "train_runs"]
 
 # What every run of a measurement has unless its table says otherwise: no files but those that are read.
 COMMON: Mapping[str, Any] = {"train.tensorboard": False, "train.eval_every": 0, "checkpoint.keep_last": 1}
@@ -124,6 +124,13 @@ def accuracy_by_length(run: LoadedRun, score: str = "accuracy") -> dict[int, flo
 
 def _length(item: tuple[str, Any]) -> int:
     return int(item[0])
+
+
+def accuracies(runs: Mapping[str, LoadedRun]) -> dict[str, dict[str, float]]:
+    """What `accuracy_by_length` says of each run, rounded for a study's JSON."""
+    return {
+        label: {str(n): round(value, 4) for n, value in accuracy_by_length(run).items()} for label, run in runs.items()
+    }
 
 
 def run_rows(runs: Mapping[str, LoadedRun]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from memformer.core.similarity import Kernel, similarity
-from memformer.lab.study import Study, new_figure
+from memformer.lab.study import Study, legend_below, new_figure
 from memformer.training.metrics import say
 from memformer.training.plots import COLOURS
 
@@ -242,8 +242,7 @@ def _draw(study: Study, curves: dict, widths: Sequence[int], counts: Sequence[in
         axis.set_xlabel("pairs stored, N")
         axis.set_title(f"{keys} keys")
     axes[0, 0].set_ylabel("1 / SNR (noise over signal)")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    legend_below(figure, axes[0, 0], columns=4)
     study.save_figure(
         figure,
         "pairs",

@@ -15,7 +15,8 @@ import jax
 from memformer.training.evaluation import LoadedRun
 from memformer.training.metrics import format_table, model_name, read_records, replace_file, say
 
-__all__ = ["Study", "new_figure", "seconds_in", "training_records", "training_seconds"]
+__all__ = ["Study", "learning_curve", "legend_below", "new_figure", "seconds_in", "training_records"]
+__all__ += ["training_seconds"]
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
@@ -36,6 +37,20 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float = 7.0, height: f
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def legend_below(figure: Any, axis: Any, *, columns: int | None = None, fontsize: Any = None) -> None:
+    """One legend for all panels, below them.
+
+    Args:
+      figure: as `new_figure` gives it.
+      axis: the panel whose lines it names.
+      columns: of the legend; None is one row.
+      fontsize: as Matplotlib has it.
+    """
+    handles, labels = axis.get_legend_handles_labels()
+    columns = len(labels) if columns is None else columns
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=fontsize)
 
 
 @dataclasses.dataclass
@@ -145,6 +160,12 @@ def training_records(run: LoadedRun) -> list[dict[str, Any]]:
 def _records(folder: str) -> list[dict[str, Any]]:
     records = read_records(os.path.join(folder, "metrics.jsonl"))
     return [record for record in records if record["kind"] == "train"]
+
+
+def learning_curve(run: LoadedRun) -> tuple[list[int], list[float]]:
+    """Steps, and the accuracy in training at each that has one."""
+    records = [record for record in training_records(run) if record["accuracy"] is not None]
+    return [record["step"] for record in records], [record["accuracy"] for record in records]
 
 
 def training_seconds(run: LoadedRun) -> float:

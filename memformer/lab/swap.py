@@ -15,8 +15,8 @@ import numpy as np
 
 from memformer.core.numerics import l2norm
 from memformer.core.types import Array
-from memformer.lab.runs import accuracy_by_length, run_rows, train_runs
-from memformer.lab.study import Study, new_figure, training_records
+from memformer.lab.runs import accuracies, accuracy_by_length, run_rows, train_runs
+from memformer.lab.study import Study, learning_curve, new_figure, training_records
 from memformer.ops.deltaformer import deltaformer
 from memformer.training.data import make_loader
 from memformer.training.evaluation import LoadedRun
@@ -129,7 +129,7 @@ def measure_curriculum(study: Study, *, quick: bool = False) -> None:
 
 def _tabulate(runs: Mapping[str, LoadedRun], study: Study) -> None:
     study.add_table("Accuracy by the number of swaps (test split)", [_row(label, run) for label, run in runs.items()])
-    study.values = {label: {str(n): round(x, 4) for n, x in accuracy_by_length(r).items()} for label, r in runs.items()}
+    study.values = accuracies(runs)
 
 
 def _deltaformer(kernel: Mapping[str, Any], *, rotary: bool = False) -> dict[str, Any]:
@@ -222,10 +222,8 @@ def _draw(groups: Mapping[str, str], runs: Mapping[str, LoadedRun], study: Study
     for axis, (title, start) in zip(axes[0], groups.items(), strict=True):
         chosen = {label.removeprefix(start): run for label, run in runs.items() if label.startswith(start)}
         for index, (name, run) in enumerate(chosen.items()):
-            records = [record for record in training_records(run) if record["accuracy"] is not None]
-            steps, values = [r["step"] for r in records], [r["accuracy"] for r in records]
             line = "-" if index % 2 == 0 else "--"
-            axis.plot(steps, values, line, color=COLOURS[index], label=name, linewidth=1.5)
+            axis.plot(*learning_curve(run), line, color=COLOURS[index], label=name, linewidth=1.5)
         axis.axhline(next(iter(chosen.values())).task.chance, color="0.4", linestyle=":", label="guess")
         axis.set_ylim(0, 1.03)
         axis.set_title(title, fontsize=10)

@@ -6,11 +6,11 @@ products: S3 with 2, S4 and A5 with 2 (rotations in three dimensions), S5 with 4
 no transition reflects; softmax attention adds and cannot follow at any depth that does not grow with the length.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from memformer.lab.runs import accuracy_by_length, run_rows, train_runs
-from memformer.lab.study import Study, new_figure
+from memformer.lab.runs import accuracies, accuracy_by_length, run_rows, train_runs
+from memformer.lab.study import Study, legend_below, new_figure
 from memformer.tasks.group_words import GROUPS
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
@@ -32,7 +32,6 @@ MODELS: dict[str, tuple[str, str, Mapping[str, Any], str, str]] = {
 STEPS = {"S3": 500, "A5_two": 400, "S5_two": 1500, "S4_two": 500}
 # An LSTM learns in more steps.
 LSTM_STEPS = 2000
-ROWS: Mapping[str, Sequence[str]] = {group: tuple(MODELS) for group in STEPS}
 LENGTHS = (32, 128, 500)
 BASE: Mapping[str, Any] = {
     "task": {"name": "group_words", "length": 32},
@@ -48,16 +47,15 @@ CLAIM = (
 )
 
 
-def measure(study: Study, *, quick: bool = False, rows: Mapping[str, Sequence[str]] = ROWS) -> None:
+def measure(study: Study, *, quick: bool = False) -> None:
     """Trains every model on words of 32 letters of each group and tests it on up to 500.
 
     Args:
       study: takes what comes out.
       quick: S3 alone, two models, words of 8 letters.
-      rows: models of each group: keys of `MODELS` by keys of `STEPS`.
     """
-    rows = {"S3": QUICK_MODELS} if quick else rows
-    pairs = [(group, model) for group, models in rows.items() for model in models]
+    groups, models = (("S3",), QUICK_MODELS) if quick else (tuple(STEPS), tuple(MODELS))
+    pairs = [(group, model) for group in groups for model in models]
     table = {f"{group} {model}": _changes(group, model) for group, model in pairs}
     smaller = {
         "task.length": 8,
@@ -75,14 +73,12 @@ def measure(study: Study, *, quick: bool = False, rows: Mapping[str, Sequence[st
     title = f"One layer of width {size['width']}: right letters by length, and whole words (test split)"
     study.add_table(title, shown)
     study.add_table("What was trained", run_rows(runs))
-    study.values = {
-        label: {str(n): round(value, 4) for n, value in accuracy_by_length(run).items()} for label, run in runs.items()
-    }
-    study.outcome = " ".join(_say(group, {m: run for (g, m), run in found.items() if g == group}) for group in rows)
-    left = [group.partition("_")[0] for group in STEPS if group not in rows]
+    study.values = accuracies(runs)
+    study.outcome = " ".join(_say(group, {m: run for (g, m), run in found.items() if g == group}) for group in groups)
+    left = [group.partition("_")[0] for group in STEPS if group not in groups]
     if left:
         study.outcome += f" Not run: {', '.join(left)}."
-    _draw(tuple(rows), found, study)
+    _draw(groups, found, study)
 
 
 def _changes(group: str, model: str) -> dict[str, Any]:
@@ -141,7 +137,6 @@ def _draw(groups: tuple[str, ...], found: Mapping[tuple[str, str], LoadedRun], s
         axis.set_title(f"{_name(group)}: {GROUPS[group][0]} elements", fontsize=10)
         axis.set_xlabel("letters in the word")
         axis.set_ylabel("right letters")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    legend_below(figure, axes[0, 0], columns=3, fontsize=8)
     trained = next(iter(found.values())).config["task"]["length"]
     study.save_figure(figure, "length", f"One layer, trained on words of {trained} letters. Claim: {CLAIM}")
