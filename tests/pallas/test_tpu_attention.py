@@ -115,8 +115,8 @@ def test_hard_keys(dtype, tolerance, interpreter, monkeypatch):
 
 
 def test_long_write(interpreter, monkeypatch):
-    """The error of u, and of what reads it, over 8192 tokens: roundings, which grow no faster than those of a sum of as
-    many terms do, by sqrt(7) from the first quarter to the last."""
+    """The error of u does not grow over 8192 tokens. That of the output does, beside the output, as a mean of ever more
+    values shrinks by their root: sqrt(7) from the first quarter to the last (the chunked form: 2.3)."""
     monkeypatch.setitem(tuning.TILES, "interpreter", (1024, 1024, ((1024, 1024),) * 2, 1024))
     arrays = given(8192)
     output, cache = mf.deltaformer(**arrays, implementation="pallas")
@@ -124,9 +124,9 @@ def test_long_write(interpreter, monkeypatch):
         exact = suite.cast(jax.tree.map(np.asarray, arrays), "float64")
         want, want_cache = mf.deltaformer(**exact, implementation="chunked")
         pairs = jax.tree.map(np.asarray, ((output, want), (cache.u, want_cache.u)))
-    for got, want in pairs:
+    for (got, want), growth in zip(pairs, (3, 2), strict=True):
         early, late = (relative_rms(got[:, part], want[:, part]) for part in (slice(0, 2048), slice(-2048, None)))
-        assert late < 1e-6 and late < 3 * early
+        assert late < 1e-6 and late < growth * early
 
 
 def both(arrays, implementation):
