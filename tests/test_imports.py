@@ -15,10 +15,11 @@ MAY_IMPORT = {
     "pallas": ("core",),
     "ops": ("core", "pallas"),
     "layers": ("core", "pallas", "ops"),
-    "models": ("core", "pallas", "ops", "layers"),
-    "tasks": ("core", "pallas", "ops", "layers", "models"),
-    "training": ("core", "pallas", "ops", "layers", "models", "tasks"),
-    "lab": ("core", "pallas", "ops", "layers", "models", "tasks", "training"),
+    "data": ("core",),
+    "models": ("core", "pallas", "ops", "layers", "data"),
+    "tasks": ("core", "pallas", "ops", "layers", "models", "data"),
+    "training": ("core", "pallas", "ops", "layers", "models", "data", "tasks"),
+    "lab": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "training"),
     # memformer/__init__.py
     "memformer": ("core", "pallas", "ops"),
 }

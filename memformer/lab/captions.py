@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from memformer.data import stamps
 from memformer.lab.bleu import measure_bleu
 from memformer.lab.study import Study, new_figure
 from memformer.models.beam import decode
 from memformer.models.captioner import Captioner
-from memformer.tasks import Captions, shapes, stamps
+from memformer.tasks import Captions, shapes
 from memformer.tasks.captions import END, START
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from memformer.lab.study import Study, new_figure, training_records, training_seconds
-from memformer.tasks.bits import Copy, DynamicNGrams, optimal_bits
+from memformer.tasks.ntm import Copy, DynamicNGrams, optimal_bits
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS

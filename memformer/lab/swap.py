@@ -18,8 +18,8 @@ from memformer.core.types import Array
 from memformer.lab.runs import accuracies, accuracy_by_length, run_rows, train_runs
 from memformer.lab.study import Study, learning_curve, new_figure, training_records
 from memformer.ops.deltaformer import deltaformer
-from memformer.training.data import make_loader
 from memformer.training.evaluation import LoadedRun
+from memformer.training.input import make_loader
 from memformer.training.plots import COLOURS
 
 __all__ = ["KERNELS", "error_of_u", "measure", "measure_curriculum", "spikes"]

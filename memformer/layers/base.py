@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.chunking import find_segments
 from memformer.core.numerics import l2norm
+from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int, check_array
 from memformer.layers.basic import Dtypes, RMSNorm, constrain, linear
 from memformer.layers.convolution import ShortConvolution
@@ -171,7 +171,7 @@ class MemoryLayer(nnx.Module):
 
         Args:
           x: the layer's input.
-          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
           positions: for rotary positions; None counts within each segment.
           state: of the last call, or of `init_state`.
 

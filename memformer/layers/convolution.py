@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.chunking import Segments
+from memformer.core.segments import Segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, named
 

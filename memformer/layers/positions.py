@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.chunking import Segments
+from memformer.core.segments import Segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, named
 
@@ -17,7 +17,7 @@ def count_positions(
     """Counts tokens from 0 within each segment; padding is not counted.
 
     Args:
-      segments: of `memformer.core.chunking.find_segments`, or None where nothing is packed.
+      segments: of `memformer.core.segments.find_segments`, or None where nothing is packed.
       shape: (B, T).
       start: the first segment's count so far (decoding), default 0.
 
@@ -25,7 +25,7 @@ def count_positions(
       [B, T] int32. A padding token carries the position of the next token to come.
 
     Example:
-      >>> from memformer.core.chunking import find_segments
+      >>> from memformer.core.segments import find_segments
       >>> segments = find_segments(jnp.array([[0, 7, 7, 9, 9, 9]]), {})
       >>> count_positions(segments, (1, 6))
       Array([[0, 0, 1, 0, 1, 2]], dtype=int32)

@@ -9,7 +9,7 @@ from flax import nnx
 from memformer.core.types import Array, Float, Int, check_array
 from memformer.layers.base import check_choice, check_size
 from memformer.layers.basic import Dtypes, constrain, dropout, linear, named, stochastic_keys
-from memformer.ops.recurrent import LSTMState, gru, lstm, rnn
+from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn
 
 __all__ = [
     "CELLS",
@@ -43,8 +43,8 @@ def orthogonal_gates(gates: int) -> nnx.Initializer:
 class RecurrentLayer(nnx.Module):
     """A recurrent op with its weights: orthogonal from the state, LeCun normal from the input.
 
-    Weights lie as `memformer.ops.recurrent` says: `w_in` [F, gates * D] and `w_state` [D, gates * D] are PyTorch's
-    weight_ih and weight_hh transposed, and `bias` is the sum of its two.
+    Weights are laid out as in `memformer.ops.recurrent_cells`: `w_in` [F, gates * D] and `w_state` [D, gates * D] are
+    PyTorch's weight_ih and weight_hh transposed, and `bias` is the sum of its two.
 
     Args:
       in_features: F.
@@ -92,7 +92,7 @@ class RecurrentLayer(nnx.Module):
 
         Args:
           x: the layer's input.
-          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
           positions: not read: a recurrent layer knows the order.
           state: of the last call, or of `init_state`.
 
@@ -109,7 +109,7 @@ class RecurrentLayer(nnx.Module):
 
 
 class RNN(RecurrentLayer):
-    """The plain recurrent network, `memformer.ops.recurrent.rnn`, with weights.
+    """The plain recurrent network, `memformer.ops.recurrent_cells.rnn`, with weights.
 
     Example:
       >>> y, h = RNN(3, 4, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 3)))
@@ -125,7 +125,7 @@ class RNN(RecurrentLayer):
 
 
 class LSTM(RecurrentLayer):
-    """Long short-term memory, `memformer.ops.recurrent.lstm`, with weights; the forget bias begins at 1.
+    """Long short-term memory, `memformer.ops.recurrent_cells.lstm`, with weights; the forget bias begins at 1.
 
     Source: forget bias, Jozefowicz et al. 2015.
 
@@ -156,7 +156,7 @@ class LSTM(RecurrentLayer):
 
 
 class GRU(RecurrentLayer):
-    """The gated recurrent unit, `memformer.ops.recurrent.gru`, with weights.
+    """The gated recurrent unit, `memformer.ops.recurrent_cells.gru`, with weights.
 
     `bias_state` [D] is PyTorch's bias_hh of n; `bias` is the sum of its two for r and z, and bias_ih for n.
 
@@ -255,7 +255,7 @@ class RecurrentStack(nnx.Module):
 
         Args:
           x: the first layer's input.
-          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
           positions: not read: a recurrent layer knows the order.
           state: of the last call, or of `init_state`; one direction only.
           key: a random key for dropout; None keeps everything.

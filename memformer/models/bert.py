@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from memformer.core.types import Array, Float
+from memformer.data.wordpiece import WordPiece
 from memformer.models.encoder import Encoder, EncoderConfig
-from memformer.models.wordpiece import WordPiece
 
 __all__ = ["embed_sentences", "load_bert", "minilm_folder", "read_safetensors"]
 

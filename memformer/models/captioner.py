@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.chunking import Segments, find_segments
+from memformer.core.segments import Segments, find_segments
 from memformer.core.types import Array, Dims, Float, Int, check_array
 from memformer.layers.additive import AdditiveAttention
 from memformer.layers.base import State, check_choice, check_size
@@ -19,7 +19,7 @@ from memformer.layers.stack import TransformerShape
 from memformer.layers.transformer import DecoderBlock
 from memformer.models.language_model import ModelOutput
 from memformer.models.picture import ConvGrid, PatchGrid
-from memformer.ops.recurrent import LSTMState
+from memformer.ops.recurrent_cells import LSTMState
 
 __all__ = ["Captioner", "CaptionerConfig", "doubly_stochastic"]
 
@@ -101,7 +101,7 @@ def doubly_stochastic(weights: Float[Array, "B T S"], segments: Segments | None 
 
     Args:
       weights: attention a over S places at each step; steps that are padding do not count.
-      segments: of packed captions (`memformer.core.chunking.find_segments`); None is one caption a row.
+      segments: of packed captions (`memformer.core.segments.find_segments`); None is one caption a row.
 
     Source: arXiv 1502.03044 equation 14, its sum over places as a mean.
 
@@ -271,7 +271,7 @@ class Captioner(nnx.Module):
 
         Args:
           inputs: words, the start token first.
-          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
           positions: of a Transformer's words; None counts within each segment, on from the state's.
           state: of the last call, or of `start`; None needs `picture`.
           picture: in [0, 1]; None where there is a state.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.chunking import find_segments
+from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int, check_array
 from memformer.layers.base import State, check_size
 from memformer.layers.basic import NORMS, Embedding, check_options, constrain, dropout, linear, stochastic_keys
@@ -156,7 +156,7 @@ class MemoryLM(nnx.Module):
 
         Args:
           inputs: ids, or float features.
-          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
           positions: None counts within each segment, on from the state's.
           state: of the last call, or of `init_state`; None is the beginning.
 

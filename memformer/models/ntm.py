@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.chunking import find_segments
+from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int, check_array
 from memformer.layers.base import check_choice, check_size
 from memformer.layers.basic import Dtypes, linear, named
@@ -208,7 +208,7 @@ class NTM(nnx.Module):
 
         Args:
           inputs: float features, or ids.
-          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
           positions: taken as all models take them; the recurrence keeps its own order.
           state: of the last call; None is the beginning.
 

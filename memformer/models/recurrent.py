@@ -133,7 +133,7 @@ class RecurrentLM(nnx.Module):
 
         Args:
           inputs: ids, or float features.
-          segment_ids: 0 = padding; the rule of `memformer.core.chunking`.
+          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
           positions: not read: a recurrent layer knows the order.
           state: of the last call, or of `init_state`; None is the beginning.
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from memformer.core.chunking import chunk_time, find_segments, unchunk_time
+from memformer.core.segments import chunk_time, find_segments, unchunk_time
 from memformer.core.types import Array, Bool, Float, Int, check_array
 from memformer.layers.base import State, check_choice, check_size
 from memformer.layers.basic import NORMS, Dtypes, Embedding, constrain, linear, named

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.chunking import find_segments
+from memformer.core.segments import find_segments
 from memformer.core.types import Array, Dims, Float, Int, check_array
 from memformer.layers.additive import AdditiveAttention
 from memformer.layers.base import State, check_choice, check_size
 from memformer.layers.basic import Dtypes, Embedding, constrain, dropout, linear, stochastic_keys
 from memformer.layers.recurrent import RecurrentStack
 from memformer.models.language_model import ModelOutput
-from memformer.ops.recurrent import LSTMState
+from memformer.ops.recurrent_cells import LSTMState
 
 __all__ = ["Seq2Seq", "Seq2SeqConfig"]
 

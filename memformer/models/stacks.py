@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.chunking import find_segments
+from memformer.core.segments import find_segments
 from memformer.core.types import Array, Dims, Float, Int, check_array
 from memformer.layers.base import State, check_size
 from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys

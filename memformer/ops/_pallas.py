@@ -8,9 +8,9 @@ import jax.numpy as jnp
 
 from memformer.core.numerics import matmul_precision
 from memformer.core.types import Array, Float
-from memformer.ops._arguments import Memory
-from memformer.ops._read import Reading
-from memformer.ops.cache import Cache, Timeline
+from memformer.ops.attention.cache import Cache, Timeline
+from memformer.ops.attention.recurrent import Reading
+from memformer.ops.matrix_memory.arguments import Memory
 
 __all__ = ["attention_kernel", "deltaformer_kernel", "kernel", "preference"]
 
@@ -97,7 +97,7 @@ def attention_kernel(
         raise NotImplementedError(
             "the softmax_attention kernel is causal and has no window; implementation='chunked' serves both"
         )
-    from memformer.pallas.sight import Sight
+    from memformer.pallas.mask import Sight
 
     return _attention_kernels().attention(
         q,
@@ -132,7 +132,7 @@ def deltaformer_kernel(
     Raises:
       NotImplementedError: no kernel serves the call, or the machine.
     """
-    from memformer.pallas.sight import Sight
+    from memformer.pallas.mask import Sight
 
     write, read = readings
     return _attention_kernels().deltaformer(
@@ -152,11 +152,11 @@ def _kernels():
     from memformer.pallas.gpu.common import for_gpu
 
     if for_gpu():
-        from memformer.pallas.gpu.delta import delta_rule
-        from memformer.pallas.gpu.linear import linear_attention
+        from memformer.pallas.gpu.matrix_memory.delta_rule import delta_rule
+        from memformer.pallas.gpu.matrix_memory.linear_attention import linear_attention
     else:
-        from memformer.pallas.tpu.delta import delta_rule
-        from memformer.pallas.tpu.linear import linear_attention
+        from memformer.pallas.tpu.matrix_memory.delta_rule import delta_rule
+        from memformer.pallas.tpu.matrix_memory.linear_attention import linear_attention
     return delta_rule, linear_attention
 
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.chunking import find_segments, vary_like
 from memformer.core.dispatch import dispatch
 from memformer.core.numerics import accumulation_dtype, matmul_precision
+from memformer.core.segments import find_segments, vary_like
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Dims, Float, Int, check_array, check_groups, check_positive
-from memformer.ops import _tiles as tiles
 from memformer.ops._pallas import deltaformer_kernel, preference
-from memformer.ops._read import Reading, choose_tiling, lay_slots, read_row, row_mask
-from memformer.ops.cache import DeltaCache, Timeline, append, check_cache, empty, make_timeline, place
+from memformer.ops.attention import tiled as tiles
+from memformer.ops.attention.cache import DeltaCache, Timeline, append, check_cache, empty, make_timeline, place
+from memformer.ops.attention.recurrent import Reading, choose_tiling, lay_slots, read_row, row_mask
 
 __all__ = ["DeltaCache", "deltaformer", "init_cache"]
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
-from memformer.ops._arguments import check_memory, recurrence, resolve_scale
-from memformer.ops._chunkwise import chunkwise, default_chunk
 from memformer.ops._pallas import kernel, preference
+from memformer.ops.matrix_memory.arguments import check_memory, recurrence, resolve_scale
+from memformer.ops.matrix_memory.chunked import chunkwise, default_chunk
 
 __all__ = ["linear_attention"]
 

@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.chunking import find_segments
 from memformer.core.dispatch import dispatch
 from memformer.core.numerics import matmul_precision
+from memformer.core.segments import find_segments
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Dims, Float, Int, check_array, check_groups, check_positive
-from memformer.ops._cudnn import cudnn_attention
 from memformer.ops._pallas import attention_kernel, preference
-from memformer.ops._read import Reading, read_rows, read_tiles
-from memformer.ops.cache import KVCache, append, check_cache, empty, make_timeline
+from memformer.ops.attention.cache import KVCache, append, check_cache, empty, make_timeline
+from memformer.ops.attention.cudnn import cudnn_attention
+from memformer.ops.attention.recurrent import Reading, read_rows, read_tiles
 
 __all__ = ["KVCache", "init_cache", "softmax_attention"]
 

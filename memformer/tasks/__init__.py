@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from memformer.tasks.bits import AssociativeRecall, Copy, DynamicNGrams, PrioritySort, RepeatCopy
+from memformer.data.source import SPLITS, Example, RandomAccessSource, SyntheticSource, Task
 from memformer.tasks.captions import Captions
+from memformer.tasks.coreference import Reference
 from memformer.tasks.formal_languages import (
     CycleNavigation,
     EvenPairs,
@@ -20,11 +21,10 @@ from memformer.tasks.formal_languages import (
 )
 from memformer.tasks.group_words import GroupWords
 from memformer.tasks.lookup import Lookup
+from memformer.tasks.mqar import MQAR
+from memformer.tasks.ntm import AssociativeRecall, Copy, DynamicNGrams, PrioritySort, RepeatCopy
 from memformer.tasks.reachability import Reachability
-from memformer.tasks.recall import MQAR
-from memformer.tasks.reference import Reference
-from memformer.tasks.segments import Remember, Rewrite
-from memformer.tasks.source import SPLITS, Example, RandomAccessSource, SyntheticSource, Task
+from memformer.tasks.segment_recall import Remember, Rewrite
 from memformer.tasks.swap import Swap
 from memformer.tasks.text import Text
 from memformer.tasks.translation import Translation

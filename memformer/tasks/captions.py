@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from memformer.tasks import shapes, stamps
-from memformer.tasks.source import (
+from memformer.data import stamps
+from memformer.data.source import (
     SPLITS,
     Example,
     Extra,
@@ -19,6 +19,7 @@ from memformer.tasks.source import (
     check_choice,
     example,
 )
+from memformer.tasks import shapes
 
 __all__ = ["END", "START", "UNKNOWN", "Captions"]
 
@@ -46,7 +47,7 @@ class Captions(Task):
     pairs of colour and kind are in no training or validation picture; every test picture has at least one of them.
 
     `pictures` = "stamps": the 785 captioned stamps of the package tuxpaint-stamps-default, split by picture
-    (`memformer.tasks.stamps.split_stamps` says what that does and does not keep apart). Training pictures are drawn
+    (`memformer.data.stamps.split_stamps` says what that does and does not keep apart). Training pictures are drawn
     at random, endlessly, moved by up to an eighth of the side, and mirrored where their options allow it; validation
     and test are each picture once. Words of one training caption only, and words that none has, are "<unknown>": read,
     but not scored, so that no model is praised for saying it.

@@ -12,7 +12,7 @@ import dataclasses
 
 import numpy as np
 
-from memformer.tasks.source import Example, SyntheticSource, Task, check_at_least, example
+from memformer.data.source import Example, SyntheticSource, Task, check_at_least, example
 
 __all__ = [
     "CycleNavigation",

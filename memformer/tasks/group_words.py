@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from memformer.tasks.source import Example, SyntheticSource, Task, check_at_least, check_choice, example
+from memformer.data.source import Example, SyntheticSource, Task, check_at_least, check_choice, example
 
 __all__ = ["GROUPS", "GroupWords", "cayley_table"]
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from memformer.tasks.source import SPLITS, Example, Task, check_at_least, check_choice
+from memformer.data.source import SPLITS, Example, Task, check_at_least, check_choice
 
 __all__ = ["Text"]
 

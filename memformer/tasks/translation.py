@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memformer.tasks.bpe import BYTES, BytePairs, train_bpe
-from memformer.tasks.source import SPLITS, Example, Extra, Task, check_at_least, check_choice, example
-from memformer.tasks.verses import PACKAGES, Verse, find_modules, read_modules, read_slice
+from memformer.data.bpe import BYTES, BytePairs, train_bpe
+from memformer.data.source import SPLITS, Example, Extra, Task, check_at_least, check_choice, example
+from memformer.data.verses import PACKAGES, Verse, find_modules, read_modules, read_slice
 
 __all__ = ["END", "PADDING", "START", "Pair", "Translation"]
 

@@ -15,7 +15,7 @@ from jax.experimental import topologies
 
 from memformer.training.build import Run, build_run
 from memformer.training.config import RunError
-from memformer.training.data import batch_arrays
+from memformer.training.input import batch_arrays
 from memformer.training.metrics import flops_a_token, say
 from memformer.training.sharding import batch_sharding, mesh_scope
 from memformer.training.step import abstract_state, make_train_step

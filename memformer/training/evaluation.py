@@ -17,7 +17,7 @@ from memformer.tasks import SPLITS, Task, make_task
 from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError, run_errors, set_values
-from memformer.training.data import make_loader
+from memformer.training.input import make_loader
 from memformer.training.losses import means
 from memformer.training.metrics import format_table, model_name, replace_file, say
 from memformer.training.plots import plot_lengths

@@ -16,8 +16,8 @@ from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError, changed_keys, run_errors
 from memformer.training.curriculum import Curriculum
-from memformer.training.data import Loader, make_loader
 from memformer.training.evaluation import Scorer, format_score, weights_of
+from memformer.training.input import Loader, make_loader
 from memformer.training.losses import means
 from memformer.training.metrics import RunLog, flops_a_token, model_name, peak_flops, replace_file, say
 from memformer.training.report import draw_curve, final_scores, write_report

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from memformer.tasks.source import BATCH_KEYS
+from memformer.data.source import BATCH_KEYS
 from memformer.training.config import RunError
 
 __all__ = ["AXES", "RULES", "global_batch", "make_mesh", "mesh_scope", "partition_spec", "state_shardings"]

@@ -9,11 +9,11 @@ import pytest
 from flax import nnx
 
 from memformer.lab import LABS, Study
+from memformer.lab.coreference import read_sentences
 from memformer.lab.lookup import ask
-from memformer.lab.reference import read_sentences
 from memformer.models import ModelOutput
 from memformer.tasks import Lookup, Reference
-from memformer.tasks.reference import NOUNS, WORDS
+from memformer.tasks.coreference import NOUNS, WORDS
 from memformer.training.config import RunError
 
 

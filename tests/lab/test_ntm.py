@@ -11,7 +11,7 @@ from flax import nnx
 from memformer.lab import LABS, Study
 from memformer.models import build_model
 from memformer.tasks import make_task
-from memformer.tasks.bits import optimal_bits
+from memformer.tasks.ntm import optimal_bits
 from memformer.training.config import RunError
 
 SHAPES = {

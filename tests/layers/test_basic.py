@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memformer.core.chunking import find_segments
+from memformer.core.segments import find_segments
 from memformer.layers.basic import Dtypes, Embedding, LayerNorm, RMSNorm, constrain, dropout
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.feedforward import FEEDFORWARDS, MixtureOfExperts, feedforward_keys

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from memformer.models.wordpiece import SPECIAL
+from memformer.data.wordpiece import SPECIAL
 
 PIECES = (*SPECIAL, "a", "b", "c", "##b")
 CONFIG = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memformer.core.chunking import find_segments
+from memformer.core.segments import find_segments
 from memformer.models import MODELS, build_model
 from memformer.models.beam import decode
 from memformer.models.captioner import CaptionerConfig, doubly_stochastic

@@ -12,7 +12,7 @@ from jax.test_util import check_grads
 
 from memformer.models import build_model
 from memformer.tasks import make_task
-from memformer.training.data import make_loader
+from memformer.training.input import make_loader
 from memformer.training.losses import count_batch, means
 from tests.numeric import FORWARD, assert_close
 

@@ -11,7 +11,7 @@ from flax import nnx
 from memformer.models import build_model
 from memformer.tasks import Rewrite
 from memformer.training.config import default_config
-from memformer.training.data import make_loader
+from memformer.training.input import make_loader
 from memformer.training.optimizer import make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
 from memformer.training.step import init_state, make_functional, make_train_step

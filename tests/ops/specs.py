@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import memformer as mf
-from memformer.ops.cache import DeltaCache, KVCache
+from memformer.ops.attention.cache import DeltaCache, KVCache
 
 HEADS, WIDTH, VALUE = 2, 8, 4
 

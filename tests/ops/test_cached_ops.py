@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import memformer as mf
 from memformer.ops import deltaformer, softmax_attention
-from memformer.ops.cache import append
+from memformer.ops.attention.cache import append
 from tests.numeric import assert_close
 
 OPS = {

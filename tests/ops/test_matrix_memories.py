@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memformer as mf
-from memformer.ops import _chunkwise
+from memformer.ops.matrix_memory import chunked as _chunkwise
 from tests.numeric import FORWARD, GRADIENT, assert_close
 from tests.ops.specs import HEADS, VALUE, WIDTH, log_decay, unit
 

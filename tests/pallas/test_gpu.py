@@ -11,8 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import memformer as mf
-from memformer.core import compat
-from memformer.pallas.gpu import common
+from memformer.pallas.gpu import common, compat
 from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite

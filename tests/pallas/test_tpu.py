@@ -15,10 +15,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
-from memformer.pallas import partition
+from memformer.pallas import sharding as partition
 from memformer.pallas.tpu import common, tuning
-from memformer.pallas.tpu import delta as kernels
 from memformer.pallas.tpu.inverse import unit_lower_inverses
+from memformer.pallas.tpu.matrix_memory import delta_rule as kernels
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
 

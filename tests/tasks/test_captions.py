@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 
+from memformer.data.source import SPLITS
+from memformer.data.stamps import FOLDER, PACKAGE, clean, list_stamps, split_stamps
 from memformer.tasks import Captions, make_task
 from memformer.tasks import captions as module
 from memformer.tasks.shapes import COLOURS, HELD_OUT, KINDS, caption, draw, paint
-from memformer.tasks.source import SPLITS
-from memformer.tasks.stamps import FOLDER, PACKAGE, clean, list_stamps, split_stamps
 
 SHAPES = Captions()
 

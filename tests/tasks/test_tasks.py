@@ -6,9 +6,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from memformer.data.source import SPLITS
 from memformer.tasks import TASKS, make_task
-from memformer.tasks.source import SPLITS
-from memformer.training.data import check_batch
+from memformer.training.input import check_batch
 
 # task settings, and another length that it can have
 SPECS = [
@@ -102,7 +102,7 @@ def test_numbers_splits_and_seeds_draw_apart(settings, other):
 
 def test_streams_of_examples_do_not_overlap():
     """No example goes on where another began: their counters are 2**128 blocks apart."""
-    from memformer.tasks.source import SyntheticSource
+    from memformer.data.source import SyntheticSource
 
     source = SyntheticSource(lambda rng, i: {"x": rng.integers(2**63, size=4096)}, "train", 0)
     draws = np.concatenate([source[i]["x"] for i in range(16)])

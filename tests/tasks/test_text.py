@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
+from memformer.data.source import SPLITS
 from memformer.tasks import Text
-from memformer.tasks.source import SPLITS
 from memformer.tasks.text import START
 
 FILES = {

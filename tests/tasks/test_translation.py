@@ -7,10 +7,10 @@ import zlib
 import numpy as np
 import pytest
 
+from memformer.data.source import SPLITS
+from memformer.data.verses import MODULES, Verse, find_modules, read_modules, read_slice, strip_markup
 from memformer.tasks import translation
-from memformer.tasks.source import SPLITS
 from memformer.tasks.translation import END, PADDING, SPECIAL, START, Translation
-from memformer.tasks.verses import MODULES, Verse, find_modules, read_modules, read_slice, strip_markup
 from memformer.training.build import build_run
 from memformer.training.config import RunError, default_config
 

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from memformer.training.build import build_run
 from memformer.training.config import RunError
-from memformer.training.data import make_loader
+from memformer.training.input import make_loader
 from memformer.training.sharding import RULES, global_batch, make_mesh, mesh_scope, partition_spec
 from memformer.training.step import init_state, make_train_step
 from tests.training.small import small_config

@@ -12,10 +12,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from memformer.core import compat
-from memformer.core.chunking import vary_like
+from memformer.core.segments import vary_like
 from memformer.core.types import Array
-from memformer.pallas.gpu import tuning
+from memformer.pallas.gpu import compat, tuning
 
 __all__ = ["AXES", "Cut", "call_kernel", "column", "cut_call", "for_gpu", "halves", "interpreted", "interpreting"]
 __all__ += ["iotas", "pairs", "products", "put", "put_parts", "row", "shared", "turned"]

@@ -13,8 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from memformer.core import compat
 from memformer.core.types import Array
+from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.common import halves, iotas, pairs, products, put_parts
 
 __all__ = ["ROWS", "inverse_scratch", "unit_lower_inverse"]
