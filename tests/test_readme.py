@@ -83,7 +83,7 @@ def commands() -> dict[str, str]:
 def test_commands_are_one_line_each():
     found = commands()
     assert all("\n" not in command for command in found.values())
-    assert found["train"].startswith(f"{INSTALL}. && {PYTHON}train.py ")
+    assert found["train"].startswith(f"{INSTALL}'.[train]' && {PYTHON}train.py ")
     assert found["twin"].startswith(f"{PYTHON}train.py ")
     assert found["test"].startswith(f"{INSTALL}'.[test]' && {PYTHON}-m pytest ")
 

