@@ -7,13 +7,13 @@ belongs to the first segment of the call, and the returned state is the last seg
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.types import Array, Bool, Dims, Int, check_array
+from memformer.core.checks import check_array
+from memformer.core.types import Array, Bool, Dims, Int
 
-__all__ = ["Segments", "chunk_time", "find_segments", "pad_time", "unchunk_time", "vary_like"]
+__all__ = ["Segments", "chunk_time", "find_segments", "pad_time", "unchunk_time"]
 
 
 class Segments(NamedTuple):
@@ -78,18 +78,3 @@ def unchunk_time(x: Array, length: int) -> Array:
     """[N, B, C, ...] back to [B, T, ...], padding dropped."""
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
-
-
-def vary_like(x: Array, *others: Array | None) -> Array:
-    """Marks `x` as varying over the mesh axes that any of `others` varies over.
-
-    Inside shard_map the first carry of a scan must vary over the axes that its later ones do; elsewhere
-    this does nothing.
-    """
-    axes = frozenset().union(*(_varying(o) for o in others if o is not None))
-    missing = tuple(sorted(axes - _varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
-
-
-def _varying(x: Array) -> frozenset:
-    return frozenset(jax.typeof(x).manual_axis_type.varying)

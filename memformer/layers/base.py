@@ -6,9 +6,10 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from memformer.core.checks import check_array
 from memformer.core.numerics import l2norm
 from memformer.core.segments import find_segments
-from memformer.core.types import Array, Float, Int, check_array
+from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, RMSNorm, constrain, linear
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.positions import count_positions, next_position, rotate

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.types import Array, Float, Int, check_array
+from memformer.core.checks import check_array
+from memformer.core.types import Array, Float, Int
 from memformer.layers.base import check_choice, check_size
 from memformer.layers.basic import Dtypes, constrain, dropout, linear, named, stochastic_keys
 from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn

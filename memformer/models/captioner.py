@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memformer.core.checks import check_array
 from memformer.core.segments import Segments, find_segments
-from memformer.core.types import Array, Dims, Float, Int, check_array
+from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.additive import AdditiveAttention
 from memformer.layers.base import State, check_choice, check_size
 from memformer.layers.basic import Dtypes, Embedding, LayerNorm, constrain, dropout, linear, stochastic_keys

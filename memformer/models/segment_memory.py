@@ -11,8 +11,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from memformer.core.checks import check_array
 from memformer.core.segments import chunk_time, find_segments, unchunk_time
-from memformer.core.types import Array, Bool, Float, Int, check_array
+from memformer.core.types import Array, Bool, Float, Int
 from memformer.layers.base import State, check_choice, check_size
 from memformer.layers.basic import NORMS, Dtypes, Embedding, constrain, linear, named
 from memformer.layers.gates import StepSize

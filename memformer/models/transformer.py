@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.types import Array, Float, Int, check_array
+from memformer.core.checks import check_array
+from memformer.core.types import Array, Float, Int
 from memformer.layers.base import State, check_size
 from memformer.layers.basic import Embedding
 from memformer.layers.stack import TransformerShape

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.checks import check_array, check_multiple, check_positive
 from memformer.core.dispatch import dispatch
 from memformer.core.numerics import accumulation_dtype, matmul_precision
-from memformer.core.segments import find_segments, vary_like
+from memformer.core.segments import find_segments
+from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.triangular import unit_lower_inverse
-from memformer.core.types import Array, Dims, Float, Int, check_array, check_groups, check_positive
+from memformer.core.types import Array, Dims, Float, Int
 from memformer.ops._pallas import deltaformer_kernel, preference
 from memformer.ops.attention import tiled as tiles
 from memformer.ops.attention.cache import DeltaCache, Timeline, append, check_cache, empty, make_timeline, place
@@ -91,7 +93,7 @@ def deltaformer(
     q = check_array("q", q, "B T H K", dims)
     k = check_array("k", k, "B T G K", dims)
     v = check_array("v", v, "B T G V", dims)
-    check_groups("H", "G", dims, GROUPS)
+    check_multiple("H", "G", dims, GROUPS)
     w = k if w is None else check_array("w", w, "B T G K", dims)
     dtype = accumulation_dtype(q, k, v, w)
     target = v.astype(dtype)

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.checks import check_array
 from memformer.core.numerics import accumulation_dtype, matmul_precision
-from memformer.core.segments import Segments, find_segments, vary_like
-from memformer.core.types import Array, Dims, Float, Int, check_array
+from memformer.core.segments import Segments, find_segments
+from memformer.core.sharding import vary_like
+from memformer.core.types import Array, Dims, Float, Int
 
 __all__ = ["LSTMState", "gru", "lstm", "rnn"]
 

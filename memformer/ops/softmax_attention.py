@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.checks import check_array, check_multiple, check_positive
 from memformer.core.dispatch import dispatch
 from memformer.core.numerics import matmul_precision
 from memformer.core.segments import find_segments
 from memformer.core.similarity import Kernel
-from memformer.core.types import Array, Dims, Float, Int, check_array, check_groups, check_positive
+from memformer.core.types import Array, Dims, Float, Int
 from memformer.ops._pallas import attention_kernel, preference
 from memformer.ops.attention.cache import KVCache, append, check_cache, empty, make_timeline
 from memformer.ops.attention.cudnn import cudnn_attention
@@ -81,7 +82,7 @@ def softmax_attention(
     q = check_array("q", q, "B T H K", dims)
     k = check_array("k", k, "B T G K", dims)
     v = check_array("v", v, "B T G V", dims)
-    check_groups("H", "G", dims, GROUPS)
+    check_multiple("H", "G", dims, GROUPS)
     check_positive("window", window)
     check_positive("chunk_size", chunk_size)
     if not causal and initial_state is not None:

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from memformer.core.checks import check_array, check_positive
 from memformer.core.segments import Segments
-from memformer.core.types import Array, Bool, Dims, Float, Int, check_array, check_positive
+from memformer.core.types import Array, Bool, Dims, Float, Int
 
 __all__ = [
     "Cache",

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.numerics import accumulation_dtype
-from memformer.core.segments import chunk_time, unchunk_time, vary_like
+from memformer.core.segments import chunk_time, unchunk_time
+from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel, similarity, similarity_slope
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.attention.cache import UNSEEN, Timeline

@@ -6,9 +6,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.checks import check_array, check_multiple, check_positive
 from memformer.core.numerics import accumulation_dtype, matmul_precision, repeat_heads
-from memformer.core.segments import Segments, find_segments, vary_like
-from memformer.core.types import Array, Dims, Float, check_array, check_groups, check_positive
+from memformer.core.segments import Segments, find_segments
+from memformer.core.sharding import vary_like
+from memformer.core.types import Array, Dims, Float
 
 __all__ = ["Memory", "check_memory", "recurrence", "spread_heads"]
 
@@ -58,7 +60,7 @@ def check_memory(
     q = check_array("q", q, "B T G K", dims)
     k = check_array("k", k, f"B T {many}G K", dims)
     v = check_array("v", v, f"B T {many}H V", dims)
-    check_groups("H", "G", dims, GROUPS)
+    check_multiple("H", "G", dims, GROUPS)
     if beta is not None:
         beta = check_array("beta", beta, f"B T {many}H", dims)
     if decay is not None:

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.numerics import accumulation_dtype, matmul_precision
-from memformer.core.segments import pad_time, vary_like
+from memformer.core.segments import pad_time
+from memformer.core.sharding import vary_like
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
 from memformer.ops.matrix_memory.arguments import Memory, spread_heads, zero_state

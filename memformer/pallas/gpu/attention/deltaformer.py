@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.segments import pad_time, vary_like
+from memformer.core.segments import pad_time
+from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float
 from memformer.pallas.gpu import tuning

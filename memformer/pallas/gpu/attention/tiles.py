@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from memformer.core.segments import vary_like
+from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat

@@ -10,7 +10,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from memformer.core.segments import pad_time, vary_like
+from memformer.core.segments import pad_time
+from memformer.core.sharding import vary_like
 from memformer.core.types import Array
 from memformer.pallas.gpu.common import Cut
 from memformer.pallas.gpu.matrix_memory import chunk_scan as scan

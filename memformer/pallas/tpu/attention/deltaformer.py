@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.segments import vary_like
+from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float
 from memformer.pallas.mask import Sight, by_head, join, marks_of

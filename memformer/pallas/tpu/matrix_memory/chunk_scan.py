@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from memformer.core.segments import pad_time, vary_like
+from memformer.core.segments import pad_time
+from memformer.core.sharding import vary_like
 from memformer.core.types import Array
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning

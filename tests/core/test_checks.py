@@ -1,10 +1,11 @@
-"""check_array, check_groups, check_positive: what passes, and the words of what does not."""
+"""core.checks: accepted values, and the messages of refused ones."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memformer.core.types import check_array, check_groups, check_positive
+from memformer.core import checks
+from memformer.core.checks import check_array, check_multiple, check_positive
 
 X = np.zeros((2, 8, 4), np.float32)
 
@@ -48,14 +49,14 @@ def test_check_array_takes_numpy_integers():
     assert check_array("ids", np.ones((2, 3), np.int32), "B T", {}, kind=jnp.integer).shape == (2, 3)
 
 
-def test_check_groups():
-    assert check_groups("H", "G", {"H": 6, "G": 2}, "heads") == 3
-    assert check_groups("H", "G", {"H": 6, "G": 6}, "heads") == 1
+def test_check_multiple():
+    assert check_multiple("H", "G", {"H": 6, "G": 2}, "heads") == 3
+    assert check_multiple("H", "G", {"H": 6, "G": 6}, "heads") == 1
     with pytest.raises(ValueError, match="heads must divide: got H = 6, G = 4"):
-        check_groups("H", "G", {"H": 6, "G": 4}, "heads must divide")
+        check_multiple("H", "G", {"H": 6, "G": 4}, "heads must divide")
 
 
-@pytest.mark.parametrize("value", [None, 1, 64])
+@pytest.mark.parametrize("value", [None, 1, 64, np.int64(3)])
 def test_check_positive_accepts(value):
     check_positive("chunk_size", value)
 
@@ -64,3 +65,34 @@ def test_check_positive_accepts(value):
 def test_check_positive_refuses(value):
     with pytest.raises(ValueError, match=f"chunk_size must be a positive integer or None, got {value!r}"):
         check_positive("chunk_size", value)
+
+
+REFUSED = {
+    "size": (lambda: checks.check_size("width", None), "width must be a positive integer, got None"),
+    "bool": (lambda: checks.check_size("width", True), "width must be a positive integer, got True"),
+    "at least": (lambda: checks.check_at_least("pairs", 1, 2), "pairs must be an integer of at least 2, got 1"),
+    "choice": (
+        lambda: checks.check_choice("norm", "b", ("rms", "layer")),
+        "norm must be one of 'rms', 'layer', got 'b'",
+    ),
+    "unhashable": (lambda: checks.check_choice("norm", ["b"], {"rms": 1}), r"norm must be one of 'rms', got \['b'\]"),
+    "options": (lambda: checks.check_options("opts", {"a": 1}, ()), "opts has no key 'a'; known keys: none"),
+    "groups": (lambda: checks.check_groups(4, 3), "groups must divide heads, got groups = 3 and heads = 4"),
+    "plain": (lambda: checks.check(False, "rate", "in [0, 1)", 2), r"rate must be in \[0, 1\), got 2"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_checks_name_argument_expectation_and_value(case):
+    call, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_checks_of_integers_return_python_integers():
+    for value in (checks.check_size("n", np.int32(3)), checks.check_at_least("n", np.int64(3), 0)):
+        assert type(value) is int and value == 3
+    assert checks.check_positive("n", None) is None
+    assert checks.check_groups(8, None) == 8 and checks.check_groups(8, 2) == 2
+    checks.check_choice("n", 1, (0, 1))
+    checks.check_options("n", ("a",), ("a", "b"))

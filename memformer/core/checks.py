@@ -1,0 +1,157 @@
+"""Argument checks, shared by the whole library.
+
+Every check raises ValueError naming the argument, what was expected and what was given. Checks of integers accept
+numpy integers and return a Python int.
+"""
+
+import numbers
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from memformer.core.types import Array, ArrayLike, Dims
+
+__all__ = [
+    "check",
+    "check_array",
+    "check_at_least",
+    "check_choice",
+    "check_groups",
+    "check_multiple",
+    "check_options",
+    "check_positive",
+    "check_size",
+]
+
+
+def check(holds: bool, name: str, expected: str, given: Any) -> None:
+    """Raises ValueError "`name` must be `expected`, got `given`" unless `holds`.
+
+    Example:
+      >>> check(False, "rate", "in [0, 1)", 1.5)
+      Traceback (most recent call last):
+      ...
+      ValueError: rate must be in [0, 1), got 1.5
+    """
+    if not holds:
+        raise ValueError(f"{name} must be {expected}, got {given!r}")
+
+
+def check_array(name: str, x: ArrayLike, letters: str, dims: Dims, *, kind: type = jnp.floating) -> Array:
+    """Checks an argument against the shape legend of `core.types` and returns it as a jax array.
+
+    Letters not yet in `dims` are bound to the sizes given, so that the first array checked fixes the sizes of the
+    later ones.
+
+    Args:
+      name: argument name, for the message.
+      x: the argument.
+      letters: expected shape, such as "B T H K".
+      dims: sizes of the letters seen so far; extended in place.
+      kind: abstract dtype that the argument must have (`jnp.floating`, `jnp.integer`).
+
+    Raises:
+      ValueError: not an array, wrong shape, an empty dimension, or wrong dtype.
+
+    Example:
+      >>> check_array("q", jnp.zeros((2, 8, 4, 16)), "B T H K", dims := {}).shape
+      (2, 8, 4, 16)
+    """
+    if not hasattr(x, "dtype"):
+        raise ValueError(f"{name} must be an array, got {type(x).__name__}")
+    x = jnp.asarray(x)
+    names = letters.split()
+    shape = "[" + ", ".join(names) + "]"
+    known = all(n in dims for n in names)
+    sizes = f" = {tuple(dims[n] for n in names)}" if known else ""
+    fits = x.ndim == len(names) and all(dims.get(n, s) == s for n, s in zip(names, x.shape, strict=True))
+    if not fits:
+        partial = "" if known else _known_sizes(names, dims)
+        raise ValueError(f"{name} must be {shape}{sizes}{partial}, got {x.shape}")
+    if any(s == 0 for s in x.shape):
+        raise ValueError(f"{name} must be {shape} with no empty dimension, got {x.shape}")
+    if not jnp.issubdtype(x.dtype, kind):
+        raise ValueError(f"{name} must have a {kind.__name__} dtype, got {x.dtype}")
+    dims.update(zip(names, x.shape, strict=True))
+    return x
+
+
+def _known_sizes(names: Sequence[str], dims: Dims) -> str:
+    known = [f"{n} = {dims[n]}" for n in names if n in dims]
+    return f" with {', '.join(known)}" if known else ""
+
+
+def check_multiple(many: str, few: str, dims: Dims, expected: str) -> int:
+    """Returns dims[many] // dims[few]; the sizes must divide.
+
+    Example:
+      >>> check_multiple("H", "G", {"H": 8, "G": 2}, "query heads must be a multiple of key/value heads")
+      4
+    """
+    if dims[many] % dims[few]:
+        raise ValueError(f"{expected}: got {many} = {dims[many]}, {few} = {dims[few]}")
+    return dims[many] // dims[few]
+
+
+def check_groups(heads: int, groups: int | None) -> int:
+    """Returns the number of key/value heads; None means one per head.
+
+    Example:
+      >>> check_groups(8, 2), check_groups(8, None)
+      (2, 8)
+    """
+    heads = check_size("heads", heads)
+    groups = heads if groups is None else check_size("groups", groups)
+    if heads % groups:
+        raise ValueError(f"groups must divide heads, got groups = {groups} and heads = {heads}")
+    return groups
+
+
+def check_size(name: str, value: Any) -> int:
+    """Returns `value` as an int; it must be an integer of at least 1."""
+    check(_is_integer(value) and value >= 1, name, "a positive integer", value)
+    return int(value)
+
+
+def check_positive(name: str, value: Any) -> int | None:
+    """Returns `value` as an int, or None; it must be an integer of at least 1 or None."""
+    check(value is None or (_is_integer(value) and value >= 1), name, "a positive integer or None", value)
+    return None if value is None else int(value)
+
+
+def check_at_least(name: str, value: Any, least: int) -> int:
+    """Returns `value` as an int; it must be an integer of at least `least`."""
+    check(_is_integer(value) and value >= least, name, f"an integer of at least {least}", value)
+    return int(value)
+
+
+def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
+    """Raises ValueError unless `value` is one of `choices`.
+
+    Example:
+      >>> check_choice("norm", "batch", ("rms", "layer"))
+      Traceback (most recent call last):
+      ...
+      ValueError: norm must be one of 'rms', 'layer', got 'batch'
+    """
+    # A list is not hashable, so that a plain `in` on a dict would raise TypeError.
+    check(any(value == choice for choice in choices), name, f"one of {', '.join(map(repr, choices))}", value)
+
+
+def check_options(what: str, options: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError naming the first key of `options` that is not among `known`.
+
+    Example:
+      >>> check_options("memory_options of 'gla'", {"decy": 1}, ("decay", "heads"))
+      Traceback (most recent call last):
+      ...
+      ValueError: memory_options of 'gla' has no key 'decy'; known keys: decay, heads
+    """
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{what} has no key {key!r}; known keys: {', '.join(known) or 'none'}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -1,0 +1,141 @@
+"""Segment and causal masks of attention, and the tiles of scores that a mask leaves empty."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from memformer.core.segments import Segments
+from memformer.core.types import Array, Bool, Dims, Int
+
+__all__ = ["BLIND", "UNSEEN", "Mask", "first_tiles", "join_cache", "last_tiles", "make_mask"]
+
+# Segment numbers that match nothing: of a slot that no query sees, and of a query that sees no slot.
+UNSEEN, BLIND = -1, -2
+
+# Beyond every segment and rank.
+_FAR = 1 << 30
+
+
+class Mask(NamedTuple):
+    """Which slots a query sees: those of its own segment number, and no slot or query of a negative number.
+
+    Causality and the window are fields of the call, not of the mask. Segments are None where all tokens are in one
+    segment. Ranks count the valid tokens of a segment; they are None unless a window needs them.
+
+    Attributes:
+      query_segment: of the tokens as queries; `BLIND` at padding.
+      key_segment: of the tokens as keys; `UNSEEN` at padding.
+      cache_segment: of the slots in the cache: 0, or `UNSEEN` where a slot is not valid.
+      query_rank, key_rank: of the tokens.
+      cache_rank: of the slots in the cache.
+    """
+
+    query_segment: Int[Array, "B T"] | None = None
+    key_segment: Int[Array, "B T"] | None = None
+    cache_segment: Int[Array, "B S"] | None = None
+    query_rank: Int[Array, "B T"] | None = None
+    key_rank: Int[Array, "B T"] | None = None
+    cache_rank: Int[Array, "B S"] | None = None
+
+
+def make_mask(
+    cache_valid: Bool[Array, "B S"] | None, segments: Segments | None, dims: Dims, *, ranks: bool = False
+) -> Mask:
+    """The mask of a call.
+
+    Args:
+      cache_valid: which slots of the cache hold a visible token; None without a cache.
+      segments: of the call's tokens, from `find_segments`.
+      dims: B and T.
+      ranks: whether a window needs ranks.
+    """
+    shape = (dims["B"], dims["T"])
+    # From 1, as counts of valid tokens are.
+    rank = jnp.arange(1, dims["T"] + 1, dtype=jnp.int32)[None]
+    if cache_valid is None and segments is None:
+        return Mask(query_rank=rank, key_rank=rank) if ranks else Mask()
+    if segments is None:
+        key_segment = query_segment = jnp.zeros(shape, jnp.int32)
+    else:
+        key_segment = jnp.where(segments.valid, segments.index, jnp.int32(UNSEEN))
+        query_segment = jnp.where(segments.valid, segments.index, jnp.int32(BLIND))
+        rank = jnp.cumsum(segments.valid, axis=1, dtype=jnp.int32)
+    mask = Mask(query_segment, key_segment)
+    if cache_valid is not None:
+        mask = mask._replace(cache_segment=jnp.where(cache_valid, jnp.int32(0), jnp.int32(UNSEEN)))
+    if not ranks:
+        return mask
+    if cache_valid is not None:
+        cache_rank = jnp.cumsum(cache_valid, axis=1, dtype=jnp.int32)
+        rank = rank + cache_rank[:, -1:]
+        mask = mask._replace(cache_rank=cache_rank)
+    return mask._replace(query_rank=rank, key_rank=rank)
+
+
+def join_cache(mask: Mask, size: int, multiple: int | None = None) -> Mask:
+    """The mask over whole tiles: keys of the cache first, then those of the call; the cache fields are None.
+
+    Args:
+      mask: from `make_mask`.
+      size: of a tile; the cache is padded to a multiple of it.
+      multiple: what the tokens are padded to a multiple of; None is `size`. Padding sees nothing and is not seen.
+    """
+    multiple = multiple or size
+
+    def pad(x, fill, multiple):
+        return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)), constant_values=fill)
+
+    def join(cache, new):
+        if cache is None or new is None:
+            return new
+        batch = max(cache.shape[0], new.shape[0])
+        return jnp.concatenate([jnp.broadcast_to(x, (batch, x.shape[1])) for x in (cache, new)], axis=1)
+
+    return Mask(
+        query_segment=pad(mask.query_segment, BLIND, multiple),
+        key_segment=join(pad(mask.cache_segment, UNSEEN, size), pad(mask.key_segment, UNSEEN, multiple)),
+        query_rank=pad(mask.query_rank, _FAR, multiple),
+        key_rank=join(pad(mask.cache_rank, 0, size), pad(mask.key_rank, 0, multiple)),
+    )
+
+
+def first_tiles(mask: Mask, rows: int, columns: int, window: int | None = None) -> Int[Array, "B N"] | None:
+    """The first tile of keys that each tile of queries sees, M where it sees none; None where nothing is masked.
+
+    Args:
+      mask: over whole tiles, from `join_cache`.
+      rows, columns: queries and keys of a tile.
+      window: how many tokens back a query sees, or None.
+    """
+    visible = _visible_tiles(mask, rows, columns, window)
+    if visible is None:
+        return None
+    first = jnp.argmax(visible, axis=2).astype(jnp.int32)
+    return jnp.where(jnp.any(visible, axis=2), first, jnp.int32(visible.shape[2]))
+
+
+def last_tiles(mask: Mask, rows: int, columns: int, window: int | None = None) -> Int[Array, "B M"] | None:
+    """One more than the last tile of queries that sees each tile of keys, 0 where none does; as `first_tiles`."""
+    visible = _visible_tiles(mask, rows, columns, window)
+    if visible is None:
+        return None
+    last = visible.shape[1] - jnp.argmax(visible[:, ::-1], axis=1).astype(jnp.int32)
+    return jnp.where(jnp.any(visible, axis=1), last, jnp.int32(0))
+
+
+def _visible_tiles(mask: Mask, rows: int, columns: int, window: int | None) -> Bool[Array, "B N M"] | None:
+    """Which tiles are not excluded as a whole: by an earlier segment (segments grow with time), or by the window."""
+
+    def tiles(x, size):
+        return x.reshape(x.shape[0], -1, size)
+
+    visible = None
+    if mask.query_segment is not None:
+        query, key = tiles(mask.query_segment, rows), tiles(mask.key_segment, columns)
+        least = jnp.min(jnp.where(query < 0, jnp.int32(_FAR), query), axis=-1)
+        visible = jnp.max(key, axis=-1)[:, None] >= least[:, :, None]
+    if window is not None:
+        query, key = tiles(mask.query_rank, rows), tiles(mask.key_rank, columns)
+        near = jnp.min(query, axis=-1)[:, :, None] - jnp.max(key, axis=-1)[:, None] < window
+        visible = near if visible is None else visible & near
+    return visible
