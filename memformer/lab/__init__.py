@@ -62,7 +62,7 @@ LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {
     "translation": translation.measure,
     "captions": captions.measure,
     "ntm": ntm.measure,
-    "reference": reference.measure,
+    "coreference": reference.measure,
     "lookup": lookup.measure,
     "segments": segments.measure,
 }

@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from memformer.lab.study import Study, new_figure
-from memformer.tasks.coreference import NOUNS, Reference, Sentence
+from memformer.tasks.coreference import NOUNS, Coreference, Sentence
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
@@ -39,7 +39,7 @@ class Reading(NamedTuple):
         return np.take_along_axis(self.weights, places[:, None, None, None], axis=3)[..., 0]
 
 
-def read_sentences(model: Any, task: Reference, split: str, seed: int, count: int = SENTENCES) -> Reading:
+def read_sentences(model: Any, task: Coreference, split: str, seed: int, count: int = SENTENCES) -> Reading:
     """Answers and attention on `count` sentences of a split.
 
     Args:
@@ -75,20 +75,20 @@ def read_sentences(model: Any, task: Reference, split: str, seed: int, count: in
 
 
 def measure(runs: Sequence[LoadedRun], study: Study) -> None:
-    """Measures one finished run of configs/reference.py."""
-    if len(runs) != 1 or not isinstance(runs[0].task, Reference) or not hasattr(runs[0].module(), "attention_weights"):
-        raise RunError("reference measures one run of the task reference by an encoder: runs/reference.")
+    """Measures one finished run of configs/coreference.py."""
+    if len(runs) != 1 or not isinstance(runs[0].task, Coreference) or not hasattr(runs[0].module(), "attention_weights"):
+        raise RunError("coreference measures one run of the task coreference by an encoder: runs/coreference.")
     run = runs[0]
     model, seed, length = run.module(), run.config["seed"], run.task.length
     readings = {
-        "new noun pairs": read_sentences(model, Reference(length), "test", seed),
-        "new family": read_sentences(model, Reference(length, "held_out"), "test", seed),
+        "new noun pairs": read_sentences(model, Coreference(length), "test", seed),
+        "new family": read_sentences(model, Coreference(length, "held_out"), "test", seed),
     }
     study.add_table("Accuracy, chance 50 %", [_scores(name, reading) for name, reading in readings.items()])
     reading = readings["new noun pairs"]
     study.add_table("The same by what is named first, new noun pairs", _by_order(reading))
     # The head is chosen on sentences that the figures below are not made of.
-    chosen = _follows(read_sentences(model, Reference(length), "validation", seed))
+    chosen = _follows(read_sentences(model, Coreference(length), "validation", seed))
     layer, head = (int(i) for i in np.unravel_index(chosen.argmax(), chosen.shape))
     rows = _masses(reading)
     study.add_table('Attention from "it", share of 1, mean over sentences', rows)

@@ -9,7 +9,7 @@ from typing import Any
 
 from memformer.data.source import SPLITS, Example, RandomAccessSource, SyntheticSource, Task
 from memformer.tasks.captions import Captions
-from memformer.tasks.coreference import Reference
+from memformer.tasks.coreference import Coreference
 from memformer.tasks.formal_languages import (
     CycleNavigation,
     EvenPairs,
@@ -47,7 +47,7 @@ __all__ = [
     "PrioritySort",
     "RandomAccessSource",
     "Reachability",
-    "Reference",
+    "Coreference",
     "Remember",
     "RepeatCopy",
     "ReverseString",
@@ -74,7 +74,7 @@ TASKS: dict[str, type[Task]] = {
     "stack_manipulation": StackManipulation,
     "mqar": MQAR,
     "text": Text,
-    "reference": Reference,
+    "coreference": Coreference,
     "lookup": Lookup,
     "translation": Translation,
     "captions": Captions,

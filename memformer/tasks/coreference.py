@@ -8,7 +8,7 @@ import numpy as np
 
 from memformer.data.source import Example, SyntheticSource, Task, check_at_least, check_choice, example
 
-__all__ = ["NOUNS", "WORDS", "Reference", "Sentence"]
+__all__ = ["NOUNS", "WORDS", "Coreference", "Sentence"]
 
 
 class Family(NamedTuple):
@@ -126,7 +126,7 @@ _LONGEST = max(
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference(Task):
+class Coreference(Task):
     """Which noun does "it" stand for? Scored at "it"; a class is a noun.
 
     "the box does not fit in the bag because it is too big" has a twin, "... too small", whose "it" is the other noun.
@@ -147,7 +147,7 @@ class Reference(Task):
     Source: the form of Levesque et al. 2012, "The Winograd schema challenge".
 
     Example:
-      >>> task = Reference()
+      >>> task = Coreference()
       >>> " ".join(task.sentence("test", 0, 0).words)
       'because it is too little , the elephant fails to move the robot'
       >>> e = task.source("test", 0)[0]
@@ -155,7 +155,7 @@ class Reference(Task):
       'elephant'
     """
 
-    name = "reference"
+    name = "coreference"
 
     length: int = 16
     families: str = "trained"
@@ -193,7 +193,7 @@ class _Sentences:
 
     endless = True
 
-    def __init__(self, task: Reference, split: str, seed: int):
+    def __init__(self, task: Coreference, split: str, seed: int):
         self._length = task.length
         self._families = [name for name in FAMILIES if (name == HELD_OUT) == (task.families == "held_out")]
         self._new_pairs = split != "train"

@@ -1,4 +1,4 @@
-"""lab reference and lab lookup: what they measure of models whose answers and attention are known."""
+"""lab coreference and lab lookup: what they measure of models whose answers and attention are known."""
 
 import types
 
@@ -12,7 +12,7 @@ from memformer.lab import LABS, Study
 from memformer.lab.coreference import read_sentences
 from memformer.lab.lookup import ask
 from memformer.models import ModelOutput
-from memformer.tasks import Lookup, Reference
+from memformer.tasks import Lookup, Coreference
 from memformer.tasks.coreference import NOUNS, WORDS
 from memformer.training.config import RunError
 
@@ -72,18 +72,18 @@ def test_lookup_by_content_and_by_place(tmp_path):
         LABS["lookup"]([a_run(free, Finder(free, True))], study)
 
 
-def test_reference_of_one_who_takes_the_first_noun(tmp_path):
+def test_coreference_of_one_who_takes_the_first_noun(tmp_path):
     """Right in half of the sentences, and in one of two twins: never in both, and no head follows both."""
-    reading = read_sentences(FirstNoun(), Reference(), "test", 0, 256)
+    reading = read_sentences(FirstNoun(), Coreference(), "test", 0, 256)
     np.testing.assert_array_equal(reading.right.reshape(-1, 2).sum(axis=1), 1)
     np.testing.assert_array_equal(reading.mass("referent")[:, 1, 0], reading.right)
     np.testing.assert_array_equal(reading.mass("other")[:, 1, 0], ~reading.right)
-    study = Study("reference", str(tmp_path))
-    LABS["reference"]([a_run(Reference(), FirstNoun())], study)
+    study = Study("coreference", str(tmp_path))
+    LABS["coreference"]([a_run(Coreference(), FirstNoun())], study)
     assert study.values["accuracy, new noun pairs"] == 0.5 == study.values["accuracy, new family"]
     assert study.values["twin consistency, new noun pairs"] == 0
     assert study.tables[2][1][0]["more to the referent in both twins"] == "0.0%"
     assert [row["accuracy"] for row in study.tables[1][1]] == ["100.0%", "100.0%", "0.0%", "0.0%"]
-    assert {file for file, _ in study.figures} == {"reference-mass.png", "reference-twins.png"}
-    with pytest.raises(RunError, match="reference measures one run of the task reference"):
-        LABS["reference"]([a_run(Lookup(), FirstNoun())], study)
+    assert {file for file, _ in study.figures} == {"coreference-mass.png", "coreference-twins.png"}
+    with pytest.raises(RunError, match="coreference measures one run of the task coreference"):
+        LABS["coreference"]([a_run(Lookup(), FirstNoun())], study)

@@ -1,18 +1,18 @@
-"""Reference: twins differ in one word and in the referent; order, distance and nouns tell nothing; what is held out."""
+"""Coreference: twins differ in one word and in the referent; order, distance and nouns tell nothing; what is held out."""
 
 import collections
 
 import numpy as np
 import pytest
 
-from memformer.tasks import Reference
+from memformer.tasks import Coreference
 from memformer.tasks.coreference import FAMILIES, HELD_OUT, NOUNS, REASON, WORDS
 
 COUNT = 4000
 
 
 def drawn(split="train", families="trained", count=COUNT):
-    source = Reference(families=families).source(split, 0)
+    source = Coreference(families=families).source(split, 0)
     return [source.sentence(i) for i in range(count)]
 
 
@@ -87,7 +87,7 @@ def test_what_is_held_out():
 
 
 def test_arrays_say_the_sentence():
-    task = Reference()
+    task = Coreference()
     source = task.source("validation", 3)
     for i in range(50):
         e, s = source[i], task.sentence("validation", 3, i)
@@ -108,4 +108,4 @@ def test_arrays_say_the_sentence():
 )
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
-        Reference(**settings)
+        Coreference(**settings)

@@ -1,12 +1,12 @@
 """Who does "it" refer to? A small Transformer encoder on twin sentences; the noun is asked for at "it".
 
-    python train.py --config=configs/reference.py --workdir=runs/reference
-    python -m memformer.lab reference runs/reference
+    python train.py --config=configs/coreference.py --workdir=runs/coreference
+    python -m memformer.lab coreference runs/coreference
 
 Validation and test have noun pairs that no training sentence has. Three minutes on two cores beside other work;
 accuracy is 82% at step 500 and 100.0% at the end. The family of sentences left out of training:
 
-    python eval.py --workdir=runs/reference --set=task.families=held_out
+    python eval.py --workdir=runs/coreference --set=task.families=held_out
 """
 
 from memformer.training.config import default_config
@@ -15,7 +15,7 @@ from memformer.training.config import default_config
 def get_config():
     """Returns the run's config."""
     config = default_config("encoder")
-    config.task = {"name": "reference", "length": 16, "families": "trained"}
+    config.task = {"name": "coreference", "length": 16, "families": "trained"}
     config.model.width = 64
     config.model.heads = 4
     config.model.depth = 3
