@@ -1,1 +1,118 @@
-"""Flax NNX layers: the memories with their projections and gates, feedforward layers, norms, positions."""
+"""Flax NNX layers: memories with their projections and gates, feedforward layers, norms and positions."""
+
+from memformer.layers.additive import AdditiveAttention
+from memformer.layers.base import GATES, MemoryLayer, State, check_choice, check_groups, check_size
+from memformer.layers.basic import (
+    NORMS,
+    Dtypes,
+    Embedding,
+    LayerNorm,
+    RMSNorm,
+    check_options,
+    constrain,
+    dropout,
+    linear,
+    named,
+    stochastic_keys,
+)
+from memformer.layers.cached import DeltaFormer, SoftmaxAttention
+from memformer.layers.config import BaseConfig
+from memformer.layers.convolution import ShortConvolution
+from memformer.layers.feedforward import FEEDFORWARDS, MLP, MixtureOfExperts, SwiGLU, feedforward_keys
+from memformer.layers.gates import DECAYS, FixedDecay, LogSigmoidDecay, StepDecay, StepSize
+from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention
+from memformer.layers.memory import MEMORIES, Memory, build_memory, check_memory, known_options
+from memformer.layers.positions import (
+    LearnedPositions,
+    SinusoidalPositions,
+    count_positions,
+    next_position,
+    rotate,
+    sinusoid,
+)
+from memformer.layers.recurrent import (
+    CELLS,
+    GRU,
+    LSTM,
+    RNN,
+    GRUMemory,
+    LSTMMemory,
+    RecurrentLayer,
+    RecurrentMemory,
+    RecurrentStack,
+    RNNMemory,
+    recurrent_stack,
+)
+from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack
+from memformer.layers.table import memories_table
+from memformer.layers.transformer import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, visible_memory
+
+__all__ = [
+    "AdditiveAttention",
+    "BaseConfig",
+    "CELLS",
+    "CrossAttention",
+    "DECAYS",
+    "DecoderBlock",
+    "DeltaFormer",
+    "DeltaProduct",
+    "DeltaRule",
+    "Dtypes",
+    "Embedding",
+    "EncoderBlock",
+    "FEEDFORWARDS",
+    "FixedDecay",
+    "GATES",
+    "GRU",
+    "GRUMemory",
+    "LSTM",
+    "LSTMMemory",
+    "LayerNorm",
+    "LearnedPositions",
+    "LinearAttention",
+    "LogSigmoidDecay",
+    "MEMORIES",
+    "MLP",
+    "Memory",
+    "MemoryLayer",
+    "MixtureOfExperts",
+    "NORMS",
+    "RMSNorm",
+    "RNN",
+    "RNNMemory",
+    "RecurrentLayer",
+    "RecurrentMemory",
+    "RecurrentStack",
+    "SelfAttention",
+    "ShortConvolution",
+    "SinusoidalPositions",
+    "SoftmaxAttention",
+    "State",
+    "StepDecay",
+    "StepSize",
+    "SwiGLU",
+    "TransformerShape",
+    "build_memory",
+    "build_stack",
+    "check_choice",
+    "check_groups",
+    "check_memory",
+    "check_options",
+    "check_size",
+    "constrain",
+    "count_positions",
+    "dropout",
+    "feedforward_keys",
+    "known_options",
+    "layer_of",
+    "linear",
+    "memories_table",
+    "named",
+    "next_position",
+    "recurrent_stack",
+    "rotate",
+    "run_stack",
+    "sinusoid",
+    "stochastic_keys",
+    "visible_memory",
+]

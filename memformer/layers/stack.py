@@ -10,7 +10,8 @@ from jax import lax
 
 from memformer.core.types import Array
 from memformer.layers.base import check_choice, check_size
-from memformer.layers.basic import Dtypes, LayerNorm
+from memformer.layers.basic import LayerNorm
+from memformer.layers.config import BaseConfig
 from memformer.layers.feedforward import ACTIVATIONS
 
 __all__ = ["TransformerShape", "build_stack", "layer_of", "run_stack"]
@@ -20,7 +21,7 @@ PLACES = (None, "sinusoidal", "learned", "rotary")
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformerShape:
+class TransformerShape(BaseConfig):
     """What the blocks of a Transformer have in common.
 
     Attributes:
@@ -33,8 +34,6 @@ class TransformerShape:
       positions: None (or "none"), "sinusoidal" or "learned" at the embedding, or "rotary" in self-attention.
       max_length: size of a table of learned positions.
       dropout: rate on the embedding and on what each sublayer adds; active after `model.train()`.
-      dtype: of activations.
-      param_dtype: of parameters.
 
     Raises:
       ValueError: names the key, what was expected and what came.
@@ -53,15 +52,10 @@ class TransformerShape:
     positions: str | None = "sinusoidal"
     max_length: int = 512
     dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.positions == "none":
-            # A command line has no other way to say it.
-            object.__setattr__(self, "positions", None)
-        for key in ("width", "heads", "max_length"):
-            check_size(key, getattr(self, key))
+        super().__post_init__()
+        self.check_sizes("width", "heads", "max_length")
         if self.hidden is not None:
             check_size("hidden", self.hidden)
         if self.width % self.heads:
@@ -71,15 +65,6 @@ class TransformerShape:
         check_choice("positions", self.positions, PLACES)
         if not self.norm_epsilon > 0:
             raise ValueError(f"norm_epsilon must be above 0, got {self.norm_epsilon!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        object.__setattr__(self, "dtype", self.dtypes.compute.name)
-        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
-
-    @property
-    def dtypes(self) -> Dtypes:
-        """The dtype policy."""
-        return Dtypes(self.dtype, self.param_dtype)
 
     @property
     def key_width(self) -> int:

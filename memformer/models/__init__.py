@@ -1,84 +1,74 @@
-"""Models by name, built from a plain mapping (the `model` part of a run's config)."""
+"""Models built from memories, and how they are configured, sampled from and searched."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
-
-from flax import nnx
-
-from memformer.layers.basic import check_options
-from memformer.models.captioner import Captioner, CaptionerConfig
-from memformer.models.config import LanguageModelConfig
-from memformer.models.encoder import Encoder, EncoderConfig
-from memformer.models.generate import generate
-from memformer.models.language_model import MemoryLM, ModelOutput
-from memformer.models.ntm import NTM, NTMConfig
+from memformer.models.beam import beam_search, decode, length_divisor, repeat_rows
+from memformer.models.bert import embed_sentences, load_bert, minilm_folder, read_safetensors
+from memformer.models.build import MODELS, build_config, build_model, default_options, model_keys
+from memformer.models.captioner import Captioner, CaptionerConfig, doubly_stochastic
+from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig, check_input
+from memformer.models.encoder import Encoder, EncoderConfig, mean_pool
+from memformer.models.generate import Sampling, generate, pad_prompts, sample
+from memformer.models.language_model import Block, MemoryLM, ModelOutput, check_sizes
+from memformer.models.ntm import NTM, NTMConfig, NTMState, NTMTrace
+from memformer.models.picture import ConvGrid, PatchGrid, add_places
+from memformer.models.presets import PRESETS, from_preset, preset_fields
 from memformer.models.recurrent import RecurrentConfig, RecurrentLM
-from memformer.models.segment_memory import ARMTConfig, RMTConfig, SegmentMemory
+from memformer.models.segment_memory import ARMTConfig, AssociativeLayer, RMTConfig, SegmentMemory
 from memformer.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from memformer.models.stacks import TransformerDecoder, TransformerEncoder
 from memformer.models.transformer import Transformer, TransformerConfig
 
-__all__ = ["MODELS", "LanguageModelConfig", "MemoryLM", "ModelOutput", "build_model", "generate", "model_keys"]
-
-# Name to (frozen dataclass of its keys, module class).
-MODELS: dict[str, tuple[type, Callable[..., nnx.Module]]] = {
-    "memory_lm": (LanguageModelConfig, MemoryLM),
-    "captioner": (CaptionerConfig, Captioner),
-    "armt": (ARMTConfig, SegmentMemory),
-    "rmt": (RMTConfig, SegmentMemory),
-    "seq2seq": (Seq2SeqConfig, Seq2Seq),
-    "transformer": (TransformerConfig, Transformer),
-    "encoder": (EncoderConfig, Encoder),
-    "ntm": (NTMConfig, NTM),
-    "recurrent_lm": (RecurrentConfig, RecurrentLM),
-}
-
-
-def model_keys(kind: str = "memory_lm") -> tuple[str, ...]:
-    """The keys a config of this model may have, besides "type".
-
-    Raises:
-      ValueError: unknown model.
-
-    Example:
-      >>> model_keys()[:2]
-      ('memory', 'memory_options')
-    """
-    if kind not in MODELS:
-        raise ValueError(f"model type must be one of {', '.join(MODELS)}, got {kind!r}")
-    return tuple(field.name for field in dataclasses.fields(MODELS[kind][0]))
-
-
-def build_model(
-    config: Mapping[str, Any],
-    *,
-    vocab_size: int,
-    num_classes: int | None = None,
-    features: int = 0,
-    rngs: nnx.Rngs,
-) -> nnx.Module:
-    """Builds the model that a mapping describes.
-
-    Args:
-      config: "type" (a name in `MODELS`, default "memory_lm") and that model's keys.
-      vocab_size: of the input ids; 0 where inputs are feature vectors.
-      num_classes: of the logits; None is vocab_size.
-      features: F of float inputs [B, T, F]; 0 where inputs are ids.
-      rngs: random streams.
-
-    Returns:
-      A module called as `model(inputs, segment_ids=, positions=, state=) -> ModelOutput`.
-
-    Raises:
-      ValueError: unknown type or key (naming the known ones), or a value that does not fit.
-
-    Example:
-      >>> model = build_model({"memory": "gla", "width": 16, "heads": 2}, vocab_size=5, rngs=nnx.Rngs(0))
-      >>> model.config.memory
-      'gla'
-    """
-    options = dict(config)
-    kind = options.pop("type", "memory_lm")
-    check_options(f"model {kind!r}", options, model_keys(kind))
-    shape, build = MODELS[kind]
-    return build(shape(**options), vocab_size=vocab_size, num_classes=num_classes, features=features, rngs=rngs)
+__all__ = [
+    "ARMTConfig",
+    "AssociativeLayer",
+    "Block",
+    "Captioner",
+    "CaptionerConfig",
+    "ConvGrid",
+    "Encoder",
+    "EncoderConfig",
+    "LanguageModelConfig",
+    "MODELS",
+    "MemoryLM",
+    "ModelOutput",
+    "NTM",
+    "NTMConfig",
+    "NTMState",
+    "NTMTrace",
+    "POSITIONS",
+    "PRESETS",
+    "PatchGrid",
+    "REMAT",
+    "RMTConfig",
+    "RecurrentConfig",
+    "RecurrentLM",
+    "Sampling",
+    "SegmentMemory",
+    "Seq2Seq",
+    "Seq2SeqConfig",
+    "Transformer",
+    "TransformerConfig",
+    "TransformerDecoder",
+    "TransformerEncoder",
+    "add_places",
+    "beam_search",
+    "build_config",
+    "build_model",
+    "check_input",
+    "check_sizes",
+    "decode",
+    "default_options",
+    "doubly_stochastic",
+    "embed_sentences",
+    "from_preset",
+    "generate",
+    "length_divisor",
+    "load_bert",
+    "mean_pool",
+    "minilm_folder",
+    "model_keys",
+    "pad_prompts",
+    "preset_fields",
+    "read_safetensors",
+    "repeat_rows",
+    "sample",
+]

@@ -13,7 +13,8 @@ from memformer.core.segments import Segments, find_segments
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.additive import AdditiveAttention
 from memformer.layers.base import State, check_choice, check_size
-from memformer.layers.basic import Dtypes, Embedding, LayerNorm, constrain, dropout, linear, stochastic_keys
+from memformer.layers.basic import Embedding, LayerNorm, constrain, dropout, linear, stochastic_keys
+from memformer.layers.config import BaseConfig
 from memformer.layers.positions import count_positions, next_position, sinusoid
 from memformer.layers.recurrent import LSTM
 from memformer.layers.stack import TransformerShape
@@ -26,7 +27,7 @@ __all__ = ["Captioner", "CaptionerConfig", "doubly_stochastic"]
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptionerConfig:
+class CaptionerConfig(BaseConfig):
     """The shape of a captioner.
 
     Attributes:
@@ -40,8 +41,6 @@ class CaptionerConfig:
       heads: of Transformer blocks.
       doubly_stochastic: weight of the loss that asks the attention to visit all of the picture; 0 is none.
       dropout: rate before the read-out, and inside Transformer blocks; active after `model.train()`.
-      dtype: of activations.
-      param_dtype: of parameters.
 
     Raises:
       ValueError: names the key, what was expected and what came.
@@ -61,26 +60,14 @@ class CaptionerConfig:
     heads: int = 4
     doubly_stochastic: float = 1.0
     dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("decoder", self.decoder, ("lstm", "transformer"))
         check_choice("grid", self.grid, ("conv", "patches"))
-        object.__setattr__(self, "channels", tuple(self.channels))
-        for key in ("patch", "encoder_depth", "width", "depth", "heads"):
-            check_size(key, getattr(self, key))
+        self.check_sizes("patch", "encoder_depth", "width", "depth", "heads")
         if not self.doubly_stochastic >= 0:
             raise ValueError(f"doubly_stochastic must be at least 0 (0 is none), got {self.doubly_stochastic!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        object.__setattr__(self, "dtype", self.dtypes.compute.name)
-        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
-
-    @property
-    def dtypes(self) -> Dtypes:
-        """The dtype policy."""
-        return Dtypes(self.dtype, self.param_dtype)
 
     @property
     def blocks(self) -> TransformerShape:

@@ -8,7 +8,8 @@ import jax
 from flax.core import FrozenDict
 
 from memformer.layers.base import check_choice, check_size
-from memformer.layers.basic import NORMS, Dtypes, check_options
+from memformer.layers.basic import NORMS, check_options
+from memformer.layers.config import BaseConfig
 from memformer.layers.feedforward import FEEDFORWARDS
 from memformer.layers.memory import check_memory
 from memformer.layers.positions import LearnedPositions, SinusoidalPositions
@@ -44,12 +45,11 @@ def check_input(vocab_size: int, features: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
+class LanguageModelConfig(BaseConfig):
     """The shape of a MemoryLM.
 
     Attributes:
-      memory: a name in `memformer.layers.memory.MEMORIES`, or a tuple of names: the pattern of layers
-        that repeats down the depth.
+      memory: a name in `MEMORIES`, or the pattern of names that repeats over the depth: a tuple, or "a,b,c".
       memory_options: options of the memory; where the pattern has several memories, a mapping from
         memory name to its options.
       width: D.
@@ -67,8 +67,6 @@ class LanguageModelConfig:
       remat: None, "full" (a block keeps its input only), "dots" (and all matrix products) or
         "projections" (and products with weights).
       dropout: rate on the embedding and on what each layer adds; active after `model.train()`.
-      dtype: of activations.
-      param_dtype: of parameters.
 
     Raises:
       ValueError: names the key, what was expected and what came.
@@ -94,22 +92,13 @@ class LanguageModelConfig:
     scan_layers: bool = True
     remat: str | None = None
     dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
-        if not isinstance(self.memory, str):
-            object.__setattr__(self, "memory", tuple(self.memory))
-        for key in ("feedforward", "positions", "remat"):
-            # A command line has no other way to say it.
-            if getattr(self, key) == "none":
-                object.__setattr__(self, key, None)
-        if not self.pattern:
-            raise ValueError("memory must be a name or a tuple of at least one name, got ()")
+        super().__post_init__()
+        object.__setattr__(self, "memory", _parse_pattern(self.memory))
         for name in self.pattern:
             check_memory(name)
-        for key in ("width", "depth", "heads", "max_length"):
-            check_size(key, getattr(self, key))
+        self.check_sizes("width", "depth", "heads", "max_length")
         if self.depth % len(self.pattern):
             raise ValueError(
                 f"depth must be a multiple of the memory pattern's length {len(self.pattern)}, got {self.depth}"
@@ -118,25 +107,11 @@ class LanguageModelConfig:
         check_choice("positions", self.positions, (None, *POSITIONS))
         check_choice("norm", self.norm, tuple(NORMS))
         check_choice("remat", self.remat, (None, *REMAT))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        for key in ("memory_options", "feedforward_options"):
-            if not isinstance(getattr(self, key) or {}, Mapping):
-                raise ValueError(f"{key} must be a mapping, got {getattr(self, key)!r}")
-            # Hashable, so that the model's structure can key a compilation cache.
-            object.__setattr__(self, key, _freeze(getattr(self, key) or {}))
-        object.__setattr__(self, "dtype", self.dtypes.compute.name)
-        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
 
     @property
     def pattern(self) -> tuple[str, ...]:
         """The memories of the repeating group of layers."""
         return (self.memory,) if isinstance(self.memory, str) else self.memory
-
-    @property
-    def dtypes(self) -> Dtypes:
-        """The dtype policy."""
-        return Dtypes(self.dtype, self.param_dtype)
 
     def options_of(self, name: str) -> Mapping[str, Any]:
         """The options for one memory of the pattern."""
@@ -146,7 +121,11 @@ class LanguageModelConfig:
         return self.memory_options.get(name, {})
 
 
-def _freeze(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return FrozenDict({key: _freeze(item) for key, item in value.items()})
-    return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value
+def _parse_pattern(memory: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """One name, or the names of "a,b,c" as a tuple."""
+    if isinstance(memory, str):
+        names = tuple(name.strip() for name in memory.split(","))
+        return names if len(names) > 1 else names[0]
+    if not memory:
+        raise ValueError("memory must be a name or a tuple of at least one name, got ()")
+    return memory

@@ -123,9 +123,8 @@ def generate(
     Source: top-p, arXiv 1904.09751.
 
     Example:
-      >>> from memformer.models import MemoryLM
-      >>> from memformer.models.presets import tiny
-      >>> model = MemoryLM(tiny(), vocab_size=11, rngs=nnx.Rngs(0))
+      >>> from memformer.models import MemoryLM, from_preset
+      >>> model = MemoryLM(from_preset("tiny"), vocab_size=11, rngs=nnx.Rngs(0))
       >>> generate(model, [[1, 2, 3], [4]], max_new_tokens=4).shape
       (2, 4)
     """

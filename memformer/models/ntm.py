@@ -12,7 +12,8 @@ from memformer.core.checks import check_array
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.base import check_choice, check_size
-from memformer.layers.basic import Dtypes, linear, named
+from memformer.layers.basic import linear, named
+from memformer.layers.config import BaseConfig
 from memformer.models.config import check_input
 from memformer.models.language_model import ModelOutput
 from memformer.ops.addressing import Focus, address, read_slots, write_slots
@@ -26,7 +27,7 @@ SCALARS = 6
 
 
 @dataclasses.dataclass(frozen=True)
-class NTMConfig:
+class NTMConfig(BaseConfig):
     """The shape of an NTM; the defaults are the paper's memory and the LSTM controller of arXiv 1807.08518.
 
     Attributes:
@@ -59,28 +60,19 @@ class NTMConfig:
     initial_focus: str = "first"
     initial_slots: float = 1e-6
     clip: float = 20.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("controller", self.controller, CONTROLLERS)
-        for key in ("width", "slots", "slot_width", "read_heads", "write_heads"):
-            check_size(key, getattr(self, key))
+        self.check_sizes("width", "slots", "slot_width", "read_heads", "write_heads")
         check_choice("initial_focus", self.initial_focus, ("first", "learned"))
         if not self.clip > 0:
             raise ValueError(f"clip must be above 0, got {self.clip!r}")
-        object.__setattr__(self, "dtype", self.dtypes.compute.name)
-        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
 
     @property
     def heads(self) -> int:
         """H = R + W: the read heads come first."""
         return self.read_heads + self.write_heads
-
-    @property
-    def dtypes(self) -> Dtypes:
-        """The dtype policy."""
-        return Dtypes(self.dtype, self.param_dtype)
 
 
 class NTMState(NamedTuple):

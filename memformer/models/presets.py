@@ -1,62 +1,60 @@
-"""Language models of common sizes, for any memory.
-
-Each function returns a `LanguageModelConfig`; keyword arguments override its fields. Sizes count the
-blocks' parameters of softmax attention with SwiGLU, embeddings left out.
-"""
+"""Sizes of language models by name, for any memory."""
 
 from typing import Any
 
 from memformer.models.config import LanguageModelConfig
 
-__all__ = ["PRESETS", "large_760m", "medium_350m", "mini_10m", "small_125m", "tiny", "xlarge_1300m"]
+__all__ = ["PRESETS", "from_preset", "preset_fields"]
+
+# Fields of `LanguageModelConfig` that differ from its defaults. Comments count the parameters of the blocks (softmax
+# attention with SwiGLU), without embeddings.
+PRESETS: dict[str, dict[str, Any]] = {
+    # 0.4 M: tests and first experiments on a laptop
+    "tiny": {"width": 128, "depth": 2, "heads": 4},
+    # 11 M: an hour of training on one GPU
+    "mini_10m": {"width": 384, "depth": 6, "heads": 6},
+    # 85 M; 125 M with a vocabulary of 50,000
+    "small_125m": {"width": 768, "depth": 12, "heads": 12, "tie_embeddings": True, "dtype": "bfloat16"},
+    # 302 M
+    "medium_350m": {
+        "width": 1024, "depth": 24, "heads": 16, "tie_embeddings": True, "remat": "projections", "dtype": "bfloat16",
+    },
+    # 679 M
+    "large_760m": {
+        "width": 1536, "depth": 24, "heads": 12, "tie_embeddings": True, "remat": "projections", "dtype": "bfloat16",
+    },
+    # 1208 M
+    "xlarge_1300m": {"width": 2048, "depth": 24, "heads": 16, "remat": "full", "dtype": "bfloat16"},
+}  # fmt: skip
 
 
-def tiny(memory: str | tuple[str, ...] = "delta_rule", **fields: Any) -> LanguageModelConfig:
-    """0.4 M parameters: tests and first tries on a laptop.
+def preset_fields(name: str) -> dict[str, Any]:
+    """The fields that a preset sets.
+
+    Raises:
+      ValueError: an unknown preset.
 
     Example:
-      >>> tiny("gla", depth=4).depth
+      >>> preset_fields("tiny")
+      {'width': 128, 'depth': 2, 'heads': 4}
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+    return dict(PRESETS[name])
+
+
+def from_preset(name: str, **fields: Any) -> LanguageModelConfig:
+    """A preset as a config.
+
+    Args:
+      name: a key of `PRESETS`.
+      **fields: fields of `LanguageModelConfig`; they override those of the preset.
+
+    Raises:
+      ValueError: an unknown preset, or a value that does not fit.
+
+    Example:
+      >>> from_preset("tiny", memory="gla", depth=4).depth
       4
     """
-    return _preset(fields, memory=memory, width=128, depth=2, heads=4)
-
-
-def mini_10m(memory: str | tuple[str, ...] = "delta_rule", **fields: Any) -> LanguageModelConfig:
-    """11 M parameters: an hour's work for one GPU."""
-    return _preset(fields, memory=memory, width=384, depth=6, heads=6)
-
-
-def small_125m(memory: str | tuple[str, ...] = "delta_rule", **fields: Any) -> LanguageModelConfig:
-    """85 M parameters in blocks, about 125 M with a vocabulary of 50,000."""
-    return _preset(fields, memory=memory, width=768, depth=12, heads=12, tie_embeddings=True)
-
-
-def medium_350m(memory: str | tuple[str, ...] = "delta_rule", **fields: Any) -> LanguageModelConfig:
-    """302 M parameters in blocks."""
-    return _preset(fields, memory=memory, width=1024, depth=24, heads=16, tie_embeddings=True, remat="projections")
-
-
-def large_760m(memory: str | tuple[str, ...] = "delta_rule", **fields: Any) -> LanguageModelConfig:
-    """679 M parameters in blocks."""
-    return _preset(fields, memory=memory, width=1536, depth=24, heads=12, tie_embeddings=True, remat="projections")
-
-
-def xlarge_1300m(memory: str | tuple[str, ...] = "delta_rule", **fields: Any) -> LanguageModelConfig:
-    """1208 M parameters in blocks."""
-    return _preset(fields, memory=memory, width=2048, depth=24, heads=16, remat="full")
-
-
-PRESETS = {
-    "tiny": tiny,
-    "mini_10m": mini_10m,
-    "small_125m": small_125m,
-    "medium_350m": medium_350m,
-    "large_760m": large_760m,
-    "xlarge_1300m": xlarge_1300m,
-}
-
-
-def _preset(fields: dict[str, Any], **defaults: Any) -> LanguageModelConfig:
-    """Accelerator sizes compute in bfloat16; the two small ones in float32."""
-    dtype = "float32" if defaults["depth"] <= 6 else "bfloat16"
-    return LanguageModelConfig(**{"dtype": dtype, **defaults, **fields})
+    return LanguageModelConfig(**{**preset_fields(name), **fields})

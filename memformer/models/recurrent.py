@@ -10,7 +10,8 @@ from flax import nnx
 from memformer.core.checks import check_array
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.base import check_choice, check_size
-from memformer.layers.basic import Dtypes, Embedding, constrain, dropout, linear
+from memformer.layers.basic import Embedding, constrain, dropout, linear
+from memformer.layers.config import BaseConfig
 from memformer.layers.recurrent import CELLS, recurrent_stack
 from memformer.models.config import check_input
 from memformer.models.language_model import ModelOutput
@@ -19,7 +20,7 @@ __all__ = ["RecurrentConfig", "RecurrentLM"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RecurrentConfig:
+class RecurrentConfig(BaseConfig):
     """The shape of a RecurrentLM.
 
     Attributes:
@@ -28,8 +29,6 @@ class RecurrentConfig:
       depth: layers.
       bidirectional: both directions, for tagging whole sequences.
       dropout: rate on what each layer and the read-out read; active after `model.train()`.
-      dtype: of activations.
-      param_dtype: of parameters.
 
     Raises:
       ValueError: names the key, what was expected and what came.
@@ -44,22 +43,11 @@ class RecurrentConfig:
     depth: int = 1
     bidirectional: bool = False
     dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("cell", self.cell, tuple(CELLS))
-        for key in ("width", "depth"):
-            check_size(key, getattr(self, key))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        object.__setattr__(self, "dtype", self.dtypes.compute.name)
-        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
-
-    @property
-    def dtypes(self) -> Dtypes:
-        """The dtype policy."""
-        return Dtypes(self.dtype, self.param_dtype)
+        self.check_sizes("width", "depth")
 
 
 class RecurrentLM(nnx.Module):

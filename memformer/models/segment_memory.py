@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.core import FrozenDict
 from jax import lax
 
 from memformer.core.checks import check_array
 from memformer.core.segments import chunk_time, find_segments, unchunk_time
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.layers.base import State, check_choice, check_size
-from memformer.layers.basic import NORMS, Dtypes, Embedding, constrain, linear, named
+from memformer.layers.basic import NORMS, Embedding, constrain, linear, named
+from memformer.layers.config import BaseConfig
 from memformer.layers.gates import StepSize
 from memformer.layers.positions import count_positions, next_position
 from memformer.models.config import REMAT, LanguageModelConfig
@@ -26,7 +28,7 @@ __all__ = ["ARMTConfig", "AssociativeLayer", "RMTConfig", "SegmentMemory"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RMTConfig:
+class RMTConfig(BaseConfig):
     """The shape of a recurrent memory Transformer: memory tokens only.
 
     Attributes:
@@ -40,8 +42,6 @@ class RMTConfig:
       norm: "rms" or "layer".
       remat: None, or what the backward pass keeps of a segment: "full" (the memory before it only), "dots",
         "projections"; see `LanguageModelConfig`.
-      dtype: of activations; memories are float32.
-      param_dtype: of parameters.
 
     Raises:
       ValueError: names the key, what was expected and what came.
@@ -57,19 +57,15 @@ class RMTConfig:
     depth: int = 4
     heads: int = 4
     feedforward: str | None = "swiglu"
-    feedforward_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    feedforward_options: Mapping[str, Any] = FrozenDict()
     norm: str = "rms"
     remat: str | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
-        check_size("segment_length", self.segment_length)
-        check_size("memory_tokens", self.memory_tokens)
-        # Checks the rest, and turns what is mutable or a dtype into what is hashable.
-        blocks = self.blocks
-        for key in ("feedforward", "feedforward_options", "remat", "dtype", "param_dtype"):
-            object.__setattr__(self, key, getattr(blocks, key))
+        super().__post_init__()
+        self.check_sizes("segment_length", "memory_tokens")
+        # The config of the blocks checks the other fields.
+        _ = self.blocks
 
     @property
     def blocks(self) -> LanguageModelConfig:
@@ -86,11 +82,6 @@ class RMTConfig:
             "param_dtype",
         )
         return LanguageModelConfig(memory="softmax_attention", **{key: getattr(self, key) for key in same})
-
-    @property
-    def dtypes(self) -> Dtypes:
-        """The dtype policy."""
-        return Dtypes(self.dtype, self.param_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

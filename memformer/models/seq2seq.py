@@ -13,7 +13,8 @@ from memformer.core.segments import find_segments
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.additive import AdditiveAttention
 from memformer.layers.base import State, check_choice, check_size
-from memformer.layers.basic import Dtypes, Embedding, constrain, dropout, linear, stochastic_keys
+from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
+from memformer.layers.config import BaseConfig
 from memformer.layers.recurrent import RecurrentStack
 from memformer.models.language_model import ModelOutput
 from memformer.ops.recurrent_cells import LSTMState
@@ -24,7 +25,7 @@ ATTENTIONS = ("none", "additive")
 
 
 @dataclasses.dataclass(frozen=True)
-class Seq2SeqConfig:
+class Seq2SeqConfig(BaseConfig):
     """The shape of an LSTM encoder-decoder.
 
     Attributes:
@@ -34,8 +35,6 @@ class Seq2SeqConfig:
       depth: LSTM layers of encoder and of decoder.
       dropout: rate on token vectors, between the encoder's layers and before the read-out; active after
         `model.train()`.
-      dtype: of activations.
-      param_dtype: of parameters.
 
     Raises:
       ValueError: names the key, what was expected and what came.
@@ -49,22 +48,11 @@ class Seq2SeqConfig:
     width: int = 128
     depth: int = 1
     dropout: float = 0.0
-    dtype: str = "float32"
-    param_dtype: str = "float32"
 
     def __post_init__(self):
+        super().__post_init__()
         check_choice("attention", self.attention, ATTENTIONS)
-        for key in ("width", "depth"):
-            check_size(key, getattr(self, key))
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout!r}")
-        object.__setattr__(self, "dtype", self.dtypes.compute.name)
-        object.__setattr__(self, "param_dtype", self.dtypes.param.name)
-
-    @property
-    def dtypes(self) -> Dtypes:
-        """The dtype policy."""
-        return Dtypes(self.dtype, self.param_dtype)
+        self.check_sizes("width", "depth")
 
 
 class Seq2Seq(nnx.Module):

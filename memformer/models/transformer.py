@@ -14,7 +14,7 @@ from memformer.layers.stack import TransformerShape
 from memformer.models.language_model import ModelOutput
 from memformer.models.stacks import TransformerDecoder, TransformerEncoder
 
-__all__ = ["Transformer", "TransformerConfig", "TransformerDecoder", "TransformerEncoder", "TransformerShape"]
+__all__ = ["Transformer", "TransformerConfig"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ task's fields), `model`, `optimizer`, `train`, `mesh`, `checkpoint`.
 
 import ast
 import contextlib
-import dataclasses
 import difflib
 import os
 import re
@@ -108,14 +107,13 @@ def default_config(model: str = "memory_lm") -> ml_collections.ConfigDict:
 
 def _model_defaults(model: str) -> ml_collections.ConfigDict:
     # here, so that a typo in a flag is told before JAX is loaded
-    from memformer.models import MODELS
+    from memformer.models import MODELS, default_options
 
     _one_of("model.type", model, tuple(MODELS))
-    section = ml_collections.ConfigDict({"type": model})
-    for field in dataclasses.fields(MODELS[model][0]):
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    section = ml_collections.ConfigDict()
+    for key, default in default_options(model).items():
         # a placeholder accepts a first value of any type from the command line
-        section[field.name] = config_dict.placeholder(object) if default is None else default
+        section[key] = config_dict.placeholder(object) if default is None else default
     return section
 
 

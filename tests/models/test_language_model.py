@@ -8,9 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 
-from memformer.models import MODELS, LanguageModelConfig, MemoryLM, build_model, model_keys
-from memformer.models.presets import PRESETS
+from memformer.models import (
+    MODELS,
+    PRESETS,
+    LanguageModelConfig,
+    MemoryLM,
+    build_config,
+    build_model,
+    default_options,
+    from_preset,
+    model_keys,
+)
 from tests.numeric import FORWARD, GRADIENT, assert_close, relative_rms
 
 VOCAB, TIME = 7, 7
@@ -215,7 +225,7 @@ def test_under_a_mesh_results_agree_and_only_weights_are_gathered(memory):
 def test_presets_have_their_sizes():
     sizes = {"tiny": 0.4e6, "mini_10m": 10.6e6, "small_125m": 85e6, "medium_350m": 302e6, "large_760m": 679e6}
     for name, size in {**sizes, "xlarge_1300m": 1208e6}.items():
-        config = dataclasses.replace(PRESETS[name]("softmax_attention"), scan_layers=True)
+        config = from_preset(name, memory="softmax_attention")
         model = nnx.eval_shape(lambda config=config: MemoryLM(config, vocab_size=64, rngs=nnx.Rngs(0)))
         count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model.blocks, nnx.Param)))
         assert abs(count / size - 1) < 0.05, (name, count)
@@ -224,6 +234,42 @@ def test_presets_have_their_sizes():
 def test_model_keys_are_those_of_the_config():
     assert set(model_keys()) == {field.name for field in dataclasses.fields(LanguageModelConfig)}
     assert next(iter(MODELS)) == "memory_lm"
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_default_options_are_those_of_the_config(kind):
+    options = default_options(kind)
+    assert build_config(options) == build_config({"type": kind}) == (kind, MODELS[kind][0]())
+    assert tuple(options) == ("type", "preset", *model_keys(kind))
+    plain = (dict, tuple, str, int, float, bool, type(None))
+    assert {type(value) for value in options.values()} <= set(plain)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_gives_defaults_that_explicit_keys_override(name):
+    config = build_config({"preset": name, "depth": 3, "memory": "gla"})[1]
+    assert config == from_preset(name, depth=3, memory="gla")
+    assert config.width == PRESETS[name]["width"] and config.depth == 3
+    assert build_config(default_options(preset=name)) == ("memory_lm", from_preset(name))
+
+
+def test_a_pattern_may_be_written_with_commas():
+    config = LanguageModelConfig(memory="delta_rule, softmax_attention", depth=2)
+    assert config == LanguageModelConfig(memory=["delta_rule", "softmax_attention"], depth=2)
+    assert config.pattern == config.memory == ("delta_rule", "softmax_attention")
+    assert LanguageModelConfig(memory="gla").memory == "gla"
+
+
+def test_configs_are_hashable_and_equal_whatever_spells_their_values():
+    plain = LanguageModelConfig(memory_options={"gla": {"decay_rank": 4}}, memory="gla", width=8, depth=2)
+    other = LanguageModelConfig(
+        memory_options=FrozenDict({"gla": FrozenDict({"decay_rank": 4})}),
+        memory=("gla",),
+        width=np.int64(8),
+        depth=np.int32(2),
+        dtype=jnp.float32,
+    )
+    assert hash(plain) == hash(dataclasses.replace(other, memory="gla")) and type(other.width) is int
 
 
 def test_none_by_name():
@@ -238,6 +284,9 @@ MISTAKES = {
     "key": ({"widht": 8}, "model 'memory_lm' has no key 'widht'; known keys: memory, .*width"),
     "memory": ({"memory": "delta"}, "memory must be one of .* got 'delta'"),
     "pattern": ({"memory": ()}, "memory must be a name or a tuple of at least one name"),
+    "pattern in one string": ({"memory": "gla,"}, "memory must be one of .* got ''"),
+    "preset": ({"preset": "huge"}, "preset must be one of tiny, .*xlarge_1300m, got 'huge'"),
+    "preset of another model": ({"type": "ntm", "preset": "tiny"}, "presets are for 'memory_lm', got 'tiny'"),
     "depth": ({"depth": 3}, "depth must be a multiple of the memory pattern's length 2, got 3"),
     "width": ({"width": 0}, "width must be a positive integer, got 0"),
     "heads": ({"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),
