@@ -1,20 +1,33 @@
-"""memformer: associative memories as sequence models, in JAX."""
+"""memformer: associative memories as sequence models, in JAX.
+
+The ops are pure functions that return `(output, state)`; `memformer.ops` documents the contract they share. Layers
+are in `memformer.layers`, models in `memformer.models`.
+"""
 
 from memformer.core.numerics import l2norm
 from memformer.core.similarity import Kernel
+from memformer.ops.attention.cache import DeltaCache, KVCache, init_cache
 from memformer.ops.delta_product import delta_product
 from memformer.ops.delta_rule import delta_rule
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.linear_attention import linear_attention
+from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn
 from memformer.ops.softmax_attention import softmax_attention
 
 __all__ = [
+    "DeltaCache",
+    "KVCache",
     "Kernel",
+    "LSTMState",
     "delta_product",
     "delta_rule",
     "deltaformer",
+    "gru",
+    "init_cache",
     "l2norm",
     "linear_attention",
+    "lstm",
+    "rnn",
     "softmax_attention",
 ]
 

@@ -1,6 +1,6 @@
-"""One call of an op, as every implementation receives it: checked arrays in one layout, and static settings.
+"""Call objects: the checked arguments of one call of an op, in one layout for all implementations.
 
-The public function checks its arguments and builds the call once; `dispatch` hands it to `run(call)` of an
+The public function checks its arguments and builds the call once; `dispatch` passes it to `run(call)` of an
 implementation. Nothing downstream checks shapes again, resolves the precision again or undoes the layout.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from jax import lax
 
+from memformer.core.mask import Mask
 from memformer.core.segments import Segments
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array
@@ -31,7 +32,7 @@ class MatrixCall:
       q: [B, T, G, K].
       k: [B, W, G, K].
       v: [B, W, H, V].
-      w: where to erase [B, W, G, K]; None is k.
+      w: erase vector [B, W, G, K]; None is k.
       alpha: write strength [B, W, H]; None is beta where there is one, else 1.
       beta: erase strength [B, W, H]; None where writes only add.
       decay: log decay [B, T, H] or, per key channel, [B, T, H, K]; None is 0.
@@ -63,6 +64,21 @@ class MatrixCall:
         """Whether each key channel has a decay of its own."""
         return self.decay is not None and self.decay.ndim == 4
 
+    def require_delta_write(self, implementation: str) -> None:
+        """Checks that the call erases at k with strength alpha = beta.
+
+        Args:
+          implementation: named in the message.
+
+        Raises:
+          NotImplementedError: the call has w or alpha, which only the recurrent form takes.
+        """
+        if self.w is not None or self.alpha is not None:
+            raise NotImplementedError(
+                f"the {implementation} form of {self.op} takes no erase vector w and no write strength alpha;"
+                " implementation='recurrent' does"
+            )
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionCall:
@@ -77,7 +93,7 @@ class AttentionCall:
       q: [B, T, H, K].
       k: [B, T, G, K].
       v: [B, T, G, V].
-      w: where to erase [B, T, G, K]; None is k. DeltaFormer only, as alpha and beta.
+      w: erase vector [B, T, G, K]; None is k. DeltaFormer only, as alpha and beta.
       alpha: write strength [B, T, G]; None is 1.
       beta: erase strength [B, T, G]; None is 1.
       write_kernel: kappa1; None for softmax attention.
@@ -99,7 +115,7 @@ class AttentionCall:
     beta: Array | None
     write_kernel: Kernel | None
     read_kernel: Kernel
-    mask: Any
+    mask: Mask
     causal: bool
     window: int | None
     cache: Any

@@ -1,8 +1,8 @@
-"""The one chooser between the implementations of an op.
+"""The choice between the implementations of an op.
 
-An implementation that cannot serve a call raises NotImplementedError and says why; a caller's
-mistake is a ValueError. That difference drives the choice: None tries the candidates in order of
-preference and takes the first that serves; a named implementation is used or its reason is raised.
+An implementation that cannot serve a call raises NotImplementedError and says why; a user error is a ValueError.
+With `implementation=None` the candidates are tried in order of preference and the first that serves is used; a named
+implementation is used, or its reason is raised.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,56 +10,47 @@ from typing import Any
 
 import jax
 
-__all__ = ["IMPLEMENTATIONS", "check_implementation", "dispatch"]
+from memformer.core.calls import AttentionCall, MatrixCall
 
-IMPLEMENTATIONS = ("recurrent", "chunked", "pallas")
+__all__ = ["check_implementation", "dispatch"]
 
 
-def check_implementation(implementation: str | None) -> None:
-    """Raises ValueError unless `implementation` is None or a known name."""
-    if implementation is not None and implementation not in IMPLEMENTATIONS:
-        known = ", ".join(repr(name) for name in IMPLEMENTATIONS)
+def check_implementation(implementation: str | None, implementations: Mapping[str, Callable[..., Any]]) -> None:
+    """Raises ValueError unless `implementation` is None or a key of the op's table."""
+    if implementation is not None and implementation not in tuple(implementations):
+        known = ", ".join(repr(name) for name in implementations)
         raise ValueError(f"implementation must be None or one of {known}, got {implementation!r}")
 
 
 def dispatch(
-    op: str,
+    call: MatrixCall | AttentionCall,
     implementation: str | None,
-    candidates: Mapping[str, Callable[..., Any]],
+    implementations: Mapping[str, Callable[[Any], Any]],
     prefer: Sequence[str],
-    *args: Any,
-    **kwargs: Any,
 ) -> Any:
-    """Runs `op` by the implementation asked for, or by the first of `prefer` that can.
+    """Runs a call by the named implementation, or by the first of `prefer` that serves it.
 
-    The call is traced under the scope `memformer.<op>.<implementation>`, so that the compiled
-    program (and a profile) says which implementation ran.
+    The call is traced in the scope `memformer.<op>.<implementation>`, so that the compiled program and profiles show
+    which implementation ran.
 
     Args:
-      op: name of the op.
-      implementation: None, or a name in `IMPLEMENTATIONS`.
-      candidates: implementation name to function; what is missing is not there for this op.
-      prefer: names of candidates, best first, tried when `implementation` is None.
-      *args: passed on.
-      **kwargs: passed on.
+      call: the checked arguments.
+      implementation: None, or a key of `implementations`.
+      implementations: name to `run(call)`.
+      prefer: keys of `implementations`, best first, tried when `implementation` is None.
 
     Raises:
       ValueError: unknown implementation name.
       NotImplementedError: the named implementation cannot serve; the message says why and what can.
     """
-    check_implementation(implementation)
-    if implementation is not None:
-        if implementation not in candidates:
-            there = ", ".join(repr(name) for name in candidates)
-            raise NotImplementedError(f"{op} has no {implementation!r} implementation yet; use None or {there}")
-        prefer = (implementation,)
+    check_implementation(implementation, implementations)
     reasons = []
-    for name in prefer:
+    for name in prefer if implementation is None else (implementation,):
         try:
-            with jax.named_scope(f"memformer.{op}.{name}"):
-                return candidates[name](*args, **kwargs)
+            with jax.named_scope(f"memformer.{call.op}.{name}"):
+                return implementations[name](call)
         except NotImplementedError as error:
             if implementation is not None:
                 raise
             reasons.append(f"{name}: {error}")
-    raise NotImplementedError(f"no implementation of {op} serves this call: {'; '.join(reasons)}")
+    raise NotImplementedError(f"no implementation of {call.op} serves this call: {'; '.join(reasons)}")

@@ -10,8 +10,7 @@ from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.layers.base import MemoryLayer, check_choice, check_groups
 from memformer.layers.basic import check_options
 from memformer.layers.gates import StepSize
-from memformer.ops import deltaformer as deltaformer_op
-from memformer.ops import softmax_attention as softmax_op
+from memformer.ops.attention.cache import init_cache
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.softmax_attention import softmax_attention
 
@@ -48,7 +47,8 @@ class SoftmaxAttention(MemoryLayer):
         return softmax_attention(**parts, window=self.window, segment_ids=segment_ids, initial_state=memory)
 
     def _init_memory(self, batch, capacity, dtype):
-        return softmax_op.init_cache(batch, capacity, self.groups, self.key_width, self.value_width, dtype)
+        sizes = {"groups": self.groups, "key_width": self.key_width, "value_width": self.value_width}
+        return init_cache("softmax_attention", batch=batch, capacity=capacity, dtype=dtype, **sizes)
 
 
 class DeltaFormer(MemoryLayer):
@@ -110,7 +110,8 @@ class DeltaFormer(MemoryLayer):
         )
 
     def _init_memory(self, batch, capacity, dtype):
-        return deltaformer_op.init_cache(batch, capacity, self.groups, self.key_width, self.value_width, dtype)
+        sizes = {"groups": self.groups, "key_width": self.key_width, "value_width": self.value_width}
+        return init_cache("deltaformer", batch=batch, capacity=capacity, dtype=dtype, **sizes)
 
 
 def _kernel(name: str, kernel: Any) -> Kernel:

@@ -13,7 +13,8 @@ from memformer.layers.basic import LayerNorm, constrain, dropout, linear
 from memformer.layers.feedforward import MLP
 from memformer.layers.positions import rotate
 from memformer.layers.stack import TransformerShape
-from memformer.ops.softmax_attention import KVCache, init_cache, softmax_attention
+from memformer.ops.attention.cache import KVCache, init_cache
+from memformer.ops.softmax_attention import softmax_attention
 
 __all__ = [
     "CrossAttention",
@@ -274,8 +275,16 @@ class DecoderBlock(nnx.Module):
         """
         state: dict[str, Any] = {"memory": self.cross.prepare(memory), "cache": None}
         if capacity is not None:
-            sizes = (self.shape.heads, self.shape.key_width, self.shape.key_width)
-            state["cache"] = init_cache(memory.shape[0], capacity, *sizes, self.shape.dtypes.compute)
+            width = self.shape.key_width
+            state["cache"] = init_cache(
+                "softmax_attention",
+                batch=memory.shape[0],
+                capacity=capacity,
+                groups=self.shape.heads,
+                key_width=width,
+                value_width=width,
+                dtype=self.shape.dtypes.compute,
+            )
         return state
 
     def __call__(

@@ -1,0 +1,25 @@
+"""The ops: pure functions that write to a memory and read from it.
+
+All ops share the following contract.
+
+- Layout: arrays are [B, T, H, K]; letters as in `memformer.core.types`. Any T >= 1 and any H, K and V.
+- Result: `(output, state)`. Decoding is the same function with T = 1 and the state of the previous call.
+- `initial_state`: a state to start from, as an earlier call returned it; None is empty. It belongs to the first
+  segment of the call. A matrix state is [B, H, K, V]; the state of an attention op is a cache, which grows with every
+  call or has a fixed capacity (`memformer.init_cache`).
+- `segment_ids`: for packed sequences, [B, T] integers, 0 = padding. The state resets where the id changes; padding
+  leaves the state unchanged and its output is zero. The returned state is that of the last segment.
+- `decay`: log decay, at most 0, of the state before each token, per head or per key channel; None is 0.
+- `chunk_size`: tokens per chunk (matrix memories) or side of a tile of scores (attention); None lets the
+  implementation choose.
+- `precision` of matrix products: "default", "high", "highest" or a `jax.lax.Precision`. None is the precision of the
+  inputs: the highest for float32 and wider, else the default.
+- `implementation`: None chooses the best that serves this call here. "recurrent" processes one token at a time and is
+  the reference, "chunked" works in matrix products (XLA), "pallas" runs the TPU or GPU kernels, and "cudnn", where an
+  op has it, the library's.
+- dtype: any float dtype in; the output has v's dtype; states and sums are float32 (float64 for float64 inputs).
+- Errors: ValueError for a wrong shape, dtype, name or value, naming the argument, what was expected and what was
+  given; NotImplementedError where the named implementation cannot serve, with the reason and what can. An
+  implementation of None never fails for want of a backend.
+- Transformations: jit, grad, vmap, jax.checkpoint and shard_map; every array argument and the state have gradients.
+"""

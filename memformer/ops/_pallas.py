@@ -1,4 +1,4 @@
-"""The Pallas kernels behind the ops."""
+"""Entries of the Pallas kernels, until memformer.pallas has them."""
 
 import importlib
 from typing import Any
@@ -6,20 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from memformer.core.numerics import matmul_precision
-from memformer.core.types import Array, Float
-from memformer.ops.attention.cache import Cache, Timeline
-from memformer.ops.attention.recurrent import Reading
-from memformer.ops.matrix_memory.arguments import Memory
+from memformer.core.calls import AttentionCall, MatrixCall
+from memformer.core.types import Array
 
-__all__ = ["attention_kernel", "deltaformer_kernel", "kernel", "preference"]
+__all__ = ["deltaformer", "matrix_memory", "preferred", "softmax_attention"]
 
 
-def preference(tokens: int, few: int = 4, library: str | None = None) -> tuple[str, ...]:
+def preferred(tokens: int, few: int = 4, library: str | None = None) -> tuple[str, ...]:
     """Implementations in the order in which None tries them.
 
-    The recurrence up to `few` tokens, where chunks have nothing to gain. Kernels on a TPU and on an sm_90 GPU, if one
-    device runs the call or a mesh (jax.set_mesh) says how to split it: the compiler cannot split a kernel.
+    The recurrence up to `few` tokens. Kernels on a TPU and on an sm_90 GPU, if one device runs the call or a mesh
+    (jax.set_mesh) says how to split it: the compiler cannot split a kernel.
 
     Args:
       tokens: of the call.
@@ -34,137 +31,67 @@ def preference(tokens: int, few: int = 4, library: str | None = None) -> tuple[s
     if not mesh.empty or jax.device_count() == 1:
         if platform == "tpu":
             return ("pallas", "chunked", "recurrent")
-        if platform in ("gpu", "cuda") and _on_hopper():
+        if platform in ("gpu", "cuda") and importlib.import_module("memformer.pallas.gpu.common").is_hopper():
             return (*(() if library is None else (library,)), "pallas", "chunked", "recurrent")
     return ("chunked", "recurrent")
 
 
-def _on_hopper() -> bool:
-    # Imported late, so that `import memformer` stays quick.
-    from memformer.pallas.gpu.common import is_hopper
-
-    return is_hopper()
-
-
-def kernel(
-    op: str, memory: Memory, scale: float, chunk_size: int | None, precision=None
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Runs a memory by the kernels of this machine's accelerator.
-
-    Args:
-      op: name for messages.
-      memory: checked arguments.
-      scale: factor on the read.
-      chunk_size: rows of keys a chunk, or None.
-      precision: of the products.
-
-    Returns:
-      The output in float32, or bfloat16 where q, k and v are, and the state.
-
-    Raises:
-      NotImplementedError: no kernel serves the call, or the machine.
-    """
-    delta_rule, linear_attention = _kernels()
-    q, k, v, beta, decay, segments, state = memory
-    writes = k.shape[2]
-    precision = matmul_precision(precision, q, k, v)
-    index = None if segments is None else segments.index
-    if decay is not None and decay.shape[-1] == 1:
-        decay = decay[..., 0]
+def matrix_memory(call: MatrixCall) -> tuple[Array, Array]:
+    """Runs a matrix memory by the kernels of this machine's accelerator."""
+    call.require_delta_write("pallas")
+    family = f"memformer.pallas.{_family()}.matrix_memory"
+    q, decay, writes = call.q, call.decay, call.writes
+    index = None if call.segments is None else call.segments.index
     if writes > 1:
         # Every write becomes a token; the last of them reads, the first forgets.
         q = _at(q, writes, writes - 1)
         decay = None if decay is None else _at(decay, writes, 0)
         index = None if index is None else jnp.repeat(index, writes, axis=1)
-    k, v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v))
-    options: dict[str, Any] = {"decay": decay, "scale": scale, "index": index, "state": state, "chunk_size": chunk_size}
-    if beta is None:
-        return linear_attention(q, k, v, precision=precision, **options)
-    beta = beta.reshape(beta.shape[0], -1, beta.shape[3])
-    output, state = delta_rule(q, k, v, beta, precision=precision, op=op, **options)
+    options: dict[str, Any] = {"decay": decay, "scale": call.scale, "index": index, "state": call.state}
+    options |= {"chunk_size": call.chunk_size, "precision": call.precision}
+    if call.beta is None:
+        return importlib.import_module(f"{family}.linear_attention").linear_attention(q, call.k, call.v, **options)
+    rule = importlib.import_module(f"{family}.delta_rule").delta_rule
+    output, state = rule(q, call.k, call.v, call.beta, op=call.op, **options)
     return output[:, writes - 1 :: writes], state
 
 
-def attention_kernel(
-    reading: Reading, timeline: Timeline, cache: Cache | None, q: Array, k: Array, v: Array
-) -> Float[Array, "B T H V"]:
-    """Runs softmax attention by the kernels of this machine's accelerator.
-
-    Raises:
-      NotImplementedError: a window; an encoder; no kernel serves the call, or the machine.
-    """
-    if reading.window is not None or not reading.causal:
+def softmax_attention(call: AttentionCall) -> Array:
+    """Runs softmax attention by the kernels of this machine's accelerator."""
+    if call.window is not None or not call.causal:
         raise NotImplementedError(
             "the softmax_attention kernel is causal and has no window; implementation='chunked' serves both"
         )
-    from memformer.pallas.mask import Sight
-
-    return _attention_kernels().attention(
-        q,
-        k,
-        v,
-        kernel=reading.kernel,
-        scale=reading.scale,
-        sight=Sight(timeline.held_segment, timeline.key_segment, timeline.query_segment),
-        held=None if cache is None else (cache.k, cache.values),
-        chunk_size=reading.chunk_size,
-        precision=reading.precision,
-    )
+    options: dict[str, Any] = {"kernel": call.read_kernel, "scale": call.read_kernel.scale, **_shared(call)}
+    return _attention().attention(call.q, call.k, call.v, **options)
 
 
-def deltaformer_kernel(
-    readings: tuple[Reading, Reading],
-    timeline: Timeline,
-    cache: Cache | None,
-    inputs: tuple[Array, ...],
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
-    """Runs DeltaFormer by the kernels of this machine's accelerator.
-
-    Args:
-      readings: of the write and of the read.
-      timeline: who sees whom.
-      cache: the state.
-      inputs: q, k, w, v, alpha and beta.
-
-    Returns:
-      The output in float32 or bfloat16, and u.
-
-    Raises:
-      NotImplementedError: no kernel serves the call, or the machine.
-    """
-    from memformer.pallas.mask import Sight
-
-    write, read = readings
-    return _attention_kernels().deltaformer(
-        *inputs,
-        kernels=(write.kernel, read.kernel),
-        scales=(write.scale, read.scale),
-        sight=Sight(timeline.held_segment, timeline.key_segment, timeline.query_segment),
-        held=None if cache is None else (cache.k, cache.values),
-        chunk_size=write.chunk_size,
-        precision=write.precision,
-    )
+def deltaformer(call: AttentionCall) -> tuple[Array, Array]:
+    """Runs DeltaFormer by the kernels of this machine's accelerator."""
+    one = jnp.ones(call.k.shape[:3], jnp.float32)
+    w, alpha, beta = (x if x is not None else y for x, y in ((call.w, call.k), (call.alpha, one), (call.beta, one)))
+    kernels: Any = (call.write_kernel, call.read_kernel)
+    options: dict[str, Any] = {"kernels": kernels, "scales": tuple(x.scale for x in kernels), **_shared(call)}
+    return _attention().deltaformer(call.q, call.k, w, call.v, alpha, beta, **options)
 
 
-def _kernels():
-    """The kernels of the delta rule and of linear attention for this machine; a TPU's where it has no accelerator."""
-    # Imported late, so that `import memformer` stays quick.
-    from memformer.pallas.gpu.common import for_gpu
-
-    if for_gpu():
-        from memformer.pallas.gpu.matrix_memory.delta_rule import delta_rule
-        from memformer.pallas.gpu.matrix_memory.linear_attention import linear_attention
-    else:
-        from memformer.pallas.tpu.matrix_memory.delta_rule import delta_rule
-        from memformer.pallas.tpu.matrix_memory.linear_attention import linear_attention
-    return delta_rule, linear_attention
+def _shared(call: AttentionCall) -> dict[str, Any]:
+    sight = importlib.import_module("memformer.pallas.mask").Sight
+    return {
+        "sight": sight(call.mask.cache_segment, call.mask.key_segment, call.mask.query_segment),
+        "held": None if call.cache is None else (call.cache.k, call.cache.values),
+        "chunk_size": call.chunk_size,
+        "precision": call.precision,
+    }
 
 
-def _attention_kernels():
-    """The module of the kernels of attention and DeltaFormer for this machine; a TPU's where it has no accelerator."""
-    from memformer.pallas.gpu.common import for_gpu
+def _family() -> str:
+    """gpu, or tpu where this machine has no accelerator."""
+    return "gpu" if importlib.import_module("memformer.pallas.gpu.common").for_gpu() else "tpu"
 
-    return importlib.import_module(f"memformer.pallas.{'gpu' if for_gpu() else 'tpu'}.deltaformer")
+
+def _attention():
+    return importlib.import_module(f"memformer.pallas.{_family()}.attention.deltaformer")
 
 
 def _at(x: Array, writes: int, place: int) -> Array:

@@ -1,19 +1,21 @@
-"""DeltaProduct: several delta steps a token."""
+"""DeltaProduct: several writes of the delta rule per token."""
 
 import jax
 
 from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
-from memformer.ops._pallas import kernel, preference
-from memformer.ops.matrix_memory.arguments import check_memory, recurrence, resolve_scale
-from memformer.ops.matrix_memory.chunked import chunkwise, default_chunk
+from memformer.ops import _pallas
+from memformer.ops.matrix_memory import chunked, recurrent
+from memformer.ops.matrix_memory.arguments import make_call
 
 __all__ = ["delta_product"]
 
+IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": _pallas.matrix_memory}
+
 
 def delta_product(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T N H K"],
+    q: Float[Array, "B T G K"],
+    k: Float[Array, "B T N G K"],
     v: Float[Array, "B T N H V"],
     beta: Float[Array, "B T N H"],
     *,
@@ -25,36 +27,30 @@ def delta_product(
     precision: str | jax.lax.Precision | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Writes N values a token by the delta rule, in order, and reads once.
+    """Writes N values per token by the delta rule, in order, and reads once.
 
-    S_{t,0} = exp(decay_t) S_{t-1};  S_{t,n} = S_{t,n-1} + beta_tn k_tn (v_tn - S_{t,n-1}^T k_tn)^T for n = 1 ... N;
-    o_t = scale S_{t,N}^T q_t
+        S_{t,0} = exp(decay_t) S_{t-1}
+        S_{t,n} = S_{t,n-1} + beta_tn k_tn (v_tn - S_{t,n-1}^T k_tn)^T for n = 1 ... N
+        o_t = scale S_{t,N}^T q_t
 
     The transition of a token is a product of N reflections (beta up to 2), which can be any rotation in N
-    dimensions. One step is `delta_rule`. Keys should have length 1 (`memformer.l2norm`).
+    dimensions. N = 1 is `delta_rule`. Keys should have unit length (`memformer.l2norm`).
 
     Args:
-      q: queries.
-      k: keys, N a token.
+      q: queries. G may be less than the number of value heads H, as in `delta_rule`.
+      k: keys, N per token.
       v: values.
-      beta: how much of what each key held is replaced.
-      decay: log decay (at most 0) of the state before each token, a head or a head and key channel; None is 0.
+      beta: fraction of the stored value that is replaced.
+      decay: log decay (at most 0) of the state before each token, per head or per head and key channel; None is 0.
       scale: factor on the read; None is K ** -0.5.
-      segment_ids: for packed sequences, 0 = padding: the state resets where the id changes; padding leaves
-        the state alone and reads zero.
-      initial_state: state to start from, as an earlier call returned it; None is zeros.
-      chunk_size: tokens a chunk of the chunked form; None lets the library choose.
-      precision: of matrix products: None (what the inputs carry), "default", "high", "highest" or a
-        `jax.lax.Precision`.
-      implementation: None (the best that works here), "recurrent", "chunked" or "pallas".
+      segment_ids, initial_state, chunk_size, precision: see `memformer.ops`.
+      implementation: None, "recurrent", "chunked" or "pallas"; see `memformer.ops`.
 
     Returns:
-      The output in v's dtype, and the state after the last token (of the last segment) in float32 (float64 for
-      float64 inputs).
+      The output in v's dtype, and the state in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype or name; the message names it.
-      NotImplementedError: the named implementation cannot serve.
+      ValueError, NotImplementedError: see `memformer.ops`.
 
     Source: arXiv 2502.10297 equation 4.
 
@@ -65,22 +61,19 @@ def delta_product(
       >>> output, state[0, 0, :, 0]
       (Array([[[[1.5]]]], dtype=float32), Array([1., 2., 0., 0.], dtype=float32))
     """
-    memory, dims = check_memory(
+    call = make_call(
+        "delta_product",
         q,
         k,
         v,
         beta,
         decay=decay,
+        scale=scale,
         segment_ids=segment_ids,
         initial_state=initial_state,
         chunk_size=chunk_size,
-        steps=True,
+        precision=precision,
+        several_writes=True,
     )
-    scale = resolve_scale(scale, dims["K"])
-    candidates = {
-        "recurrent": lambda: recurrence(memory, scale, precision),
-        "chunked": lambda: chunkwise(memory, scale, chunk_size or default_chunk(memory), precision),
-        "pallas": lambda: kernel("delta_product", memory, scale, chunk_size, precision),
-    }
-    output, state = dispatch("delta_product", implementation, candidates, preference(memory.q.shape[1]))
-    return output.astype(v.dtype), state
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, _pallas.preferred(call.q.shape[1]))
+    return output.astype(call.v.dtype), state

@@ -1,14 +1,16 @@
-"""The delta rule: a matrix memory that replaces what a key held instead of adding to it."""
+"""The delta rule: a matrix memory that replaces the value stored at a key instead of adding to it."""
 
 import jax
 
 from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
-from memformer.ops._pallas import kernel, preference
-from memformer.ops.matrix_memory.arguments import check_memory, recurrence, resolve_scale
-from memformer.ops.matrix_memory.chunked import chunkwise, default_chunk
+from memformer.ops import _pallas
+from memformer.ops.matrix_memory import chunked, recurrent
+from memformer.ops.matrix_memory.arguments import make_call
 
 __all__ = ["delta_rule"]
+
+IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": _pallas.matrix_memory}
 
 
 def delta_rule(
@@ -27,35 +29,28 @@ def delta_rule(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Writes each value at its key by the delta rule, and reads at the query.
 
-    S' = exp(decay_t) S_{t-1};  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T;  o_t = scale S_t^T q_t
+        S' = exp(decay_t) S_{t-1};  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T;  o_t = scale S_t^T q_t
 
-    Without decay this is DeltaNet, with one decay a head the gated delta rule, with one a key channel
-    Kimi delta attention. Keys should have length 1 (`memformer.l2norm`): with long keys the rule itself
-    diverges. beta in (0, 1) blends the old value with the new; beta in (1, 2) overshoots, which state tracking needs.
+    Without decay this is DeltaNet, with a decay per head the gated delta rule, with a decay per key channel Kimi
+    delta attention. Keys should have unit length (`memformer.l2norm`): with long keys the rule itself diverges. beta
+    in (0, 1) blends the old value with the new; beta in (1, 2) overshoots, which state tracking needs.
 
     Args:
-      q: queries. G may be fewer than the value heads H; query and key head g then serves the H / G value
-        heads from g * H / G on.
+      q: queries. G may be less than the number of value heads H; query and key head g then serves the H / G value
+        heads from g H / G on.
       k: keys.
       v: values.
-      beta: how much of what the key held is replaced.
-      decay: log decay (at most 0) of the state before each write, a head or a head and key channel; None is 0.
+      beta: fraction of the stored value that is replaced.
+      decay: log decay (at most 0) of the state before each token, per head or per head and key channel; None is 0.
       scale: factor on the read; None is K ** -0.5.
-      segment_ids: for packed sequences, 0 = padding: the state resets where the id changes; padding leaves
-        the state alone and reads zero.
-      initial_state: state to start from, as an earlier call returned it; None is zeros.
-      chunk_size: tokens a chunk of the chunked form; None lets the library choose.
-      precision: of matrix products: None (what the inputs carry), "default", "high", "highest" or a
-        `jax.lax.Precision`.
-      implementation: None (the best that works here), "recurrent", "chunked" or "pallas".
+      segment_ids, initial_state, chunk_size, precision: see `memformer.ops`.
+      implementation: None, "recurrent", "chunked" or "pallas"; see `memformer.ops`.
 
     Returns:
-      The output in v's dtype, and the state after the last token (of the last segment) in float32 (float64 for
-      float64 inputs).
+      The output in v's dtype, and the state in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype or name; the message names it.
-      NotImplementedError: the named implementation cannot serve.
+      ValueError, NotImplementedError: see `memformer.ops`.
 
     Source: DeltaNet, arXiv 2406.06484 equation 1; gated: 2412.06464 equation 10; per channel: 2510.26692.
 
@@ -66,21 +61,18 @@ def delta_rule(
       >>> state[0, 0, :, 0]
       Array([3., 2., 0., 0.], dtype=float32)
     """
-    memory, dims = check_memory(
+    call = make_call(
+        "delta_rule",
         q,
         k,
         v,
         beta,
         decay=decay,
+        scale=scale,
         segment_ids=segment_ids,
         initial_state=initial_state,
         chunk_size=chunk_size,
+        precision=precision,
     )
-    scale = resolve_scale(scale, dims["K"])
-    candidates = {
-        "recurrent": lambda: recurrence(memory, scale, precision),
-        "chunked": lambda: chunkwise(memory, scale, chunk_size or default_chunk(memory), precision),
-        "pallas": lambda: kernel("delta_rule", memory, scale, chunk_size, precision),
-    }
-    output, state = dispatch("delta_rule", implementation, candidates, preference(memory.q.shape[1]))
-    return output.astype(v.dtype), state
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, _pallas.preferred(call.q.shape[1]))
+    return output.astype(call.v.dtype), state

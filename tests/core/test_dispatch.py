@@ -1,4 +1,6 @@
-"""The chooser: order of preference, what falls through, what does not, and the trace it leaves."""
+"""Dispatch: the order of preference, what falls through, what does not, and the scope in the trace."""
+
+import types
 
 import jax
 import jax.numpy as jnp
@@ -6,65 +8,65 @@ import pytest
 
 from memformer.core.dispatch import check_implementation, dispatch
 
+CALL = types.SimpleNamespace(op="op", x=3)
 
-def _unable(x):
+
+def _unable(call):
     raise NotImplementedError("needs a chip")
 
 
-def _mistaken(x):
+def _mistaken(call):
     raise ValueError("x is wrong")
 
 
-CANDIDATES = {"pallas": _unable, "chunked": lambda x: ("chunked", x), "recurrent": lambda x: ("recurrent", x)}
+TABLE = {
+    "recurrent": lambda call: ("recurrent", call.x),
+    "chunked": lambda call: ("chunked", call.x),
+    "pallas": _unable,
+}
 PREFER = ("pallas", "chunked", "recurrent")
 
 
 def test_none_takes_the_first_that_can():
-    assert dispatch("op", None, CANDIDATES, PREFER, 3) == ("chunked", 3)
-    assert dispatch("op", None, CANDIDATES, ("recurrent", "chunked"), 3) == ("recurrent", 3)
+    assert dispatch(CALL, None, TABLE, PREFER) == ("chunked", 3)
+    assert dispatch(CALL, None, TABLE, ("recurrent", "chunked")) == ("recurrent", 3)
 
 
-def test_a_name_is_used():
-    assert dispatch("op", "recurrent", CANDIDATES, PREFER, 3) == ("recurrent", 3)
-
-
-def test_keywords_are_passed_on():
-    assert dispatch("op", None, {"chunked": lambda x, *, size: (x, size)}, ("chunked",), 1, size=2) == (1, 2)
+def test_a_named_one_is_used():
+    assert dispatch(CALL, "recurrent", TABLE, PREFER) == ("recurrent", 3)
 
 
 def test_a_named_one_that_cannot_says_why():
     with pytest.raises(NotImplementedError, match="needs a chip"):
-        dispatch("op", "pallas", CANDIDATES, PREFER, 3)
+        dispatch(CALL, "pallas", TABLE, PREFER)
 
 
-def test_a_name_that_is_not_there_says_what_is():
-    with pytest.raises(NotImplementedError, match="op has no 'pallas' implementation yet; use None or 'chunked'"):
-        dispatch("op", "pallas", {"chunked": CANDIDATES["chunked"]}, ("chunked",), 3)
-
-
-def test_an_unknown_name_is_the_callers_mistake():
+def test_an_unknown_name_is_a_user_error_and_lists_what_the_op_has():
     message = "implementation must be None or one of 'recurrent', 'chunked', 'pallas', got 'triton'"
     with pytest.raises(ValueError, match=message):
-        dispatch("op", "triton", CANDIDATES, PREFER, 3)
+        dispatch(CALL, "triton", TABLE, PREFER)
     with pytest.raises(ValueError, match=message):
-        check_implementation("triton")
-    check_implementation(None)
+        check_implementation("triton", TABLE)
+    with pytest.raises(ValueError, match="one of 'chunked', got 'pallas'"):
+        dispatch(CALL, "pallas", {"chunked": TABLE["chunked"]}, ("chunked",))
+    check_implementation(None, TABLE)
 
 
-def test_a_callers_mistake_does_not_fall_through():
+def test_a_user_error_does_not_fall_through():
     with pytest.raises(ValueError, match="x is wrong"):
-        dispatch("op", None, {"pallas": _mistaken, "chunked": CANDIDATES["chunked"]}, PREFER, 3)
+        dispatch(CALL, None, {"pallas": _mistaken, "chunked": TABLE["chunked"]}, PREFER)
 
 
-def test_none_that_serves_is_told_with_all_reasons():
-    candidates = {"pallas": _unable, "chunked": _unable}
+def test_none_that_serves_raises_with_all_reasons():
+    table = {"pallas": _unable, "chunked": _unable}
     with pytest.raises(NotImplementedError, match="op serves this call: pallas: needs a chip; chunked: needs a chip"):
-        dispatch("op", None, candidates, ("pallas", "chunked"), 3)
+        dispatch(CALL, None, table, ("pallas", "chunked"))
 
 
 def test_the_compiled_program_names_the_implementation():
     def run(x):
-        return dispatch("op", None, {"chunked": jnp.sin}, ("chunked",), x)
+        call = types.SimpleNamespace(op="op", x=x)
+        return dispatch(call, None, {"chunked": lambda call: jnp.sin(call.x)}, ("chunked",))
 
     text = jax.jit(run).lower(jnp.ones(3)).compile().as_text()
     assert "memformer.op.chunked" in text

@@ -12,7 +12,7 @@ from memformer.lab import LABS, Study
 from memformer.lab.coreference import read_sentences
 from memformer.lab.lookup import ask
 from memformer.models import ModelOutput
-from memformer.tasks import Lookup, Coreference
+from memformer.tasks import Coreference, Lookup
 from memformer.tasks.coreference import NOUNS, WORDS
 from memformer.training.config import RunError
 

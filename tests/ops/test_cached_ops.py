@@ -10,15 +10,15 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memformer as mf
-from memformer.ops import deltaformer, softmax_attention
 from memformer.ops.attention.cache import append
 from tests.numeric import assert_close
 
-OPS = {
-    "softmax_attention": (mf.softmax_attention, softmax_attention),
-    "deltaformer": (mf.deltaformer, deltaformer),
-}
+OPS = {"softmax_attention": mf.softmax_attention, "deltaformer": mf.deltaformer}
 each_op = pytest.mark.parametrize("name", OPS)
+
+
+def empty(name, batch, capacity, groups=1, width=16):
+    return mf.init_cache(name, batch=batch, capacity=capacity, groups=groups, key_width=width, value_width=16)
 
 
 def arrays(batch, length, groups=1, seed=0):
@@ -30,7 +30,7 @@ def arrays(batch, length, groups=1, seed=0):
 
 @each_op
 def test_fixed_buffer_decodes_with_one_compilation(name):
-    op, module = OPS[name]
+    op = OPS[name]
     given = arrays(2, 20)
     want, exact = op(*given)
     traces = []
@@ -40,7 +40,7 @@ def test_fixed_buffer_decodes_with_one_compilation(name):
         traces.append(q.shape[1])
         return op(q, k, v, initial_state=state)
 
-    state = module.init_cache(2, 24, 1, 16, 16)
+    state = empty(name, 2, 24)
     outputs = []
     for first, last in ((0, 9), *((t, t + 1) for t in range(9, 20))):
         output, state = call(*(x[:, first:last] for x in given), state)
@@ -55,14 +55,14 @@ def test_fixed_buffer_decodes_with_one_compilation(name):
 
 @each_op
 def test_full_buffer_is_an_error_and_stays_as_it_was(name):
-    op, module = OPS[name]
+    op = OPS[name]
     given = arrays(1, 5)
-    _, state = op(*given, initial_state=module.init_cache(1, 8, 1, 16, 16))
+    _, state = op(*given, initial_state=empty(name, 1, 8))
     message = "capacity of 8 slots, 5 of them in use: no room for 5 more tokens"
     with pytest.raises(ValueError, match=message):
         op(*given, initial_state=state)
     with pytest.raises(ValueError, match="capacity of 4 slots"):
-        jax.jit(op)(*given, initial_state=module.init_cache(1, 4, 1, 16, 16))
+        jax.jit(op)(*given, initial_state=empty(name, 1, 4))
     with pytest.raises(jax.errors.JaxRuntimeError, match=message):
         jax.block_until_ready(jax.jit(op)(*given, initial_state=state))
     after = jax.jit(append, static_argnums=(0, 2))(type(state), state, None, *given[1:])
@@ -72,7 +72,7 @@ def test_full_buffer_is_an_error_and_stays_as_it_was(name):
 @each_op
 def test_memory_is_linear_in_time(name):
     """Forward and forward + backward at T = 4096 and four times that; no T x T array in the program."""
-    op, _ = OPS[name]
+    op = OPS[name]
 
     def loss(*given):
         output, state = op(*given, implementation="chunked")
@@ -93,7 +93,7 @@ def test_memory_is_linear_in_time(name):
 @each_op
 def test_shards_without_gathering(name):
     """Batch and heads over a mesh: sharded inputs under jit, and shard_map, give what one device does."""
-    op, _ = OPS[name]
+    op = OPS[name]
     given = arrays(2, 20, groups=2)
 
     def gradients(*given):
@@ -115,7 +115,7 @@ def test_shards_without_gathering(name):
 
 @each_op
 def test_rematerialisation(name):
-    op, _ = OPS[name]
+    op = OPS[name]
     given = arrays(1, 20)
 
     def loss(op):
@@ -127,7 +127,7 @@ def test_rematerialisation(name):
 
 @each_op
 def test_errors_name_the_argument(name):
-    op, module = OPS[name]
+    op = OPS[name]
     q, k, v = arrays(2, 5)
 
     def refuses(message, *given, **options):
@@ -135,13 +135,13 @@ def test_errors_name_the_argument(name):
             op(*(given or (q, k, v)), **options)
 
     refuses("query heads must be a multiple of key/value heads: got H = 3, G = 2", *_three())
-    refuses("initial_state must be a .*Cache, as .* returns it or .*init_cache makes it, got tuple", initial_state=())
-    state = module.init_cache(2, 8, 1, 8, 16)
+    refuses(r"initial_state must be a .*Cache, as .* returns it or .*init_cache\(.*\) makes it, got tuple", initial_state=())
+    state = empty(name, 2, 8, width=8)
     refuses(r"initial_state.k must be \[B, S, G, K\] .*got \(2, 8, 1, 8\)", initial_state=state)
     refuses("precision must be None, 'default'", precision="best")
     refuses("chunk_size must be a positive integer or None, got 1.5", chunk_size=1.5)
     with pytest.raises(ValueError, match="capacity must be a positive integer"):
-        module.init_cache(2, 0, 1, 8, 16)
+        empty(name, 2, 0, width=8)
 
 
 def _three():

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import memformer as mf
-from memformer.ops import softmax_attention as module
 from tests.numeric import FORWARD, GRADIENT, assert_close
 
 LENGTH = 39
@@ -103,4 +102,4 @@ def test_errors():
         with pytest.raises(ValueError, match=message):
             mf.softmax_attention(q, k, v, **options)
     with pytest.raises(ValueError, match="capacity"):
-        module.init_cache(1, -1, 1, 8, 8)
+        mf.init_cache("softmax_attention", batch=1, capacity=-1, groups=1, key_width=8, value_width=8)

@@ -1,54 +1,47 @@
-"""The growing memory of attention-like ops: a cache of keys and values, exact or in a fixed buffer.
+"""Caches of the attention ops: keys and values of earlier tokens, growing or of fixed capacity.
 
-A cache lists slots in order of time; every token of a call takes one, padding included. `valid` says which slots
-the next call can see: those of tokens of the last segment. What the other slots hold does not matter.
+A cache lists slots in order of time; every token of a call takes one, padding included. `valid` marks the slots that
+the next call can see: those of tokens of the last segment. The contents of the other slots do not matter.
 
-An exact cache (`fixed` False) has just the slots in use, and each call returns a longer one. A fixed buffer
-(`init_cache` of the op) has a capacity; a call writes in place from `length` on, so that decoding compiles once.
-A call that does not fit is an error and leaves the buffer as it was.
+A growing cache (`fixed` False) has exactly the slots in use, and each call returns a longer one. A fixed cache
+(`init_cache`) has a capacity; a call writes in place from `length` on, so that decoding compiles once. A call that
+does not fit is an error and leaves the cache unchanged.
 """
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memformer.core.checks import check_array, check_positive
+from memformer.core.checks import check_array, check_choice, check_size
+from memformer.core.numerics import accumulation_dtype
 from memformer.core.segments import Segments
 from memformer.core.types import Array, Bool, Dims, Float, Int
 
-__all__ = [
-    "Cache",
-    "DeltaCache",
-    "KVCache",
-    "Timeline",
-    "append",
-    "check_cache",
-    "empty",
-    "make_timeline",
-    "offset",
-    "place",
-]
-
-# Segment numbers that match nothing: a slot that nobody sees, and a query that sees nothing.
-UNSEEN, BLIND = -1, -2
+__all__ = ["Cache", "DeltaCache", "KVCache", "append", "check_cache", "init_cache", "offset", "place"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "valid", "length"], meta_fields=["fixed"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """What softmax attention keeps: a key and a value for each token.
+    """The state of softmax attention: a key and a value per token.
 
     Attributes:
-      k: keys, in the dtype of the first call (or of the buffer); later calls are stored in it too.
+      k: keys, in the dtype of the first call (or of `init_cache`); later calls are stored in it too.
       v: values, likewise.
       valid: slots that the next call can see.
       length: slots in use.
-      fixed: True for a buffer with a capacity of S slots; static.
+      fixed: True for a capacity of S slots; static.
+
+    Example:
+      >>> x = jnp.ones((1, 3, 2, 8))
+      >>> _, cache = mf.softmax_attention(x, x, x)
+      >>> cache.v.shape, cache.length
+      ((1, 3, 2, 8), Array(3, dtype=int32))
     """
 
     k: Float[Array, "B S G K"]
@@ -59,21 +52,27 @@ class KVCache:
 
     @property
     def values(self) -> Float[Array, "B S G V"]:
-        """What is stored at the keys, by the name that all caches have."""
+        """The values stored at the keys, under one name for all caches."""
         return self.v
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "u", "valid", "length"], meta_fields=["fixed"])
 @dataclasses.dataclass(frozen=True)
 class DeltaCache:
-    """What DeltaFormer keeps: a key and what was written there (u) for each token.
+    """The state of DeltaFormer: a key and the value u written there, per token.
 
     Attributes:
-      k: keys, in the dtype of the first call (or of the buffer); later calls are stored in it too.
+      k: keys, in the dtype of the first call (or of `init_cache`); later calls are stored in it too.
       u: writes, in float32 (float64 for float64 inputs).
       valid: slots that the next call can see.
       length: slots in use.
-      fixed: True for a buffer with a capacity of S slots; static.
+      fixed: True for a capacity of S slots; static.
+
+    Example:
+      >>> x = jnp.ones((1, 3, 2, 8))
+      >>> _, cache = mf.deltaformer(x, x, x)
+      >>> cache.u.shape, cache.length
+      ((1, 3, 2, 8), Array(3, dtype=int32))
     """
 
     k: Float[Array, "B S G K"]
@@ -84,7 +83,7 @@ class DeltaCache:
 
     @property
     def values(self) -> Float[Array, "B S G V"]:
-        """What is stored at the keys, by the name that all caches have."""
+        """The values stored at the keys, under one name for all caches."""
         return self.u
 
 
@@ -92,64 +91,18 @@ Cache: TypeAlias = KVCache | DeltaCache
 C = TypeVar("C", bound=Cache)
 
 
-class Timeline(NamedTuple):
-    """Who sees whom: numbers for the slots held before a call, and for its tokens as keys and as queries.
-
-    A query sees a slot of its own segment number; fields are None where everything is in one segment. Ranks
-    count the tokens of a segment without padding; they are None where no window asks for them.
-    """
-
-    held_segment: Int[Array, "B S"] | None = None
-    key_segment: Int[Array, "B T"] | None = None
-    query_segment: Int[Array, "B T"] | None = None
-    held_rank: Int[Array, "B S"] | None = None
-    token_rank: Int[Array, "B T"] | None = None
-
-
-def make_timeline(cache: Cache | None, segments: Segments | None, dims: Dims, *, ranks: bool) -> Timeline:
-    """Numbers the slots of `cache` and the tokens of a call.
-
-    Args:
-      cache: the state before the call.
-      segments: of the call, from `find_segments`.
-      dims: B and T.
-      ranks: whether ranks are needed.
-    """
-    shape = (dims["B"], dims["T"])
-    # From 1, as counts of valid tokens are.
-    rank = jnp.arange(1, dims["T"] + 1, dtype=jnp.int32)[None]
-    if cache is None and segments is None:
-        return Timeline(token_rank=rank if ranks else None)
-    if segments is None:
-        key_segment = query_segment = jnp.zeros(shape, jnp.int32)
-    else:
-        key_segment = jnp.where(segments.valid, segments.index, jnp.int32(UNSEEN))
-        query_segment = jnp.where(segments.valid, segments.index, jnp.int32(BLIND))
-        rank = jnp.cumsum(segments.valid, axis=1, dtype=jnp.int32)
-    timeline = Timeline(None, key_segment, query_segment)
-    if cache is not None:
-        timeline = timeline._replace(held_segment=jnp.where(cache.valid, jnp.int32(0), jnp.int32(UNSEEN)))
-    if not ranks:
-        return timeline
-    if cache is not None:
-        held = jnp.cumsum(cache.valid, axis=1, dtype=jnp.int32)
-        rank = rank + held[:, -1:]
-        timeline = timeline._replace(held_rank=held)
-    return timeline._replace(token_rank=rank)
-
-
-def check_cache(cache: Any, kind: type[C], dims: Dims, module: str) -> C | None:
+def check_cache(cache: Any, kind: type[C], dims: Dims, op: str) -> C | None:
     """Checks the argument initial_state; binds S in `dims`.
 
     Raises:
-      ValueError: not a cache of this op, wrong shapes, or a fixed buffer without room for the call.
+      ValueError: not a cache of this op, wrong shapes, or a fixed cache without room for the call.
     """
     if cache is None:
         return None
     if not isinstance(cache, kind):
         raise ValueError(
-            f"initial_state must be a {kind.__name__}, as {module} returns it or {module}.init_cache makes it, "
-            f"got {type(cache).__name__}"
+            f"initial_state must be a {kind.__name__}, as memformer.{op} returns it or"
+            f" memformer.init_cache({op!r}, ...) makes it, got {type(cache).__name__}"
         )
     values = "v" if kind is KVCache else "u"
     check_array("initial_state.k", cache.k, "B S G K", dims)
@@ -188,24 +141,24 @@ def _raise_overflow(tokens: int, capacity: int, full: Any, length: Any) -> None:
 def _overflow(tokens: int, capacity: int, length: int) -> str:
     return (
         f"initial_state has a capacity of {capacity} slots, {length} of them in use: no room for {tokens} more tokens. "
-        "Allocate a larger one with init_cache"
+        "Allocate a larger one with memformer.init_cache"
     )
 
 
-def place(cache: Cache | None, held: Array | None, new: Array) -> Array:
-    """Puts `new` [B, T, ...] behind what the cache holds in `held` [B, S, ...], in held's dtype."""
-    if cache is None or held is None:
+def place(cache: Cache | None, cached: Array | None, new: Array) -> Array:
+    """Appends `new` [B, T, ...] to the cached array `cached` [B, S, ...], in its dtype."""
+    if cache is None or cached is None:
         return new
-    new = new.astype(held.dtype)
+    new = new.astype(cached.dtype)
     if not cache.fixed:
-        return jnp.concatenate([held, new], axis=1)
+        return jnp.concatenate([cached, new], axis=1)
     start, full = room(cache, new.shape[1])
-    kept = lax.dynamic_slice_in_dim(held, start, new.shape[1], axis=1)
-    return lax.dynamic_update_slice_in_dim(held, jnp.where(full, kept, new), start, axis=1)
+    kept = lax.dynamic_slice_in_dim(cached, start, new.shape[1], axis=1)
+    return lax.dynamic_update_slice_in_dim(cached, jnp.where(full, kept, new), start, axis=1)
 
 
 def room(cache: Cache, tokens: int) -> tuple[Array, Array]:
-    """The slot of a fixed buffer where a call writes, and whether it does not fit (nothing is written then)."""
+    """The slot of a fixed cache where a call writes, and whether the call does not fit (nothing is written then)."""
     length = jnp.asarray(cache.length, jnp.int32)
     last = jnp.int32(cache.k.shape[1] - tokens)
     return jnp.minimum(length, last), length > last
@@ -223,10 +176,10 @@ def append(kind: type[C], cache: C | None, segments: Segments | None, k: Array, 
 
     Args:
       kind: KVCache or DeltaCache.
-      cache: the state before.
+      cache: the state before the call.
       segments: of the call.
       k: keys of the call's tokens, [B, T, G, K].
-      values: what is stored at them, [B, T, G, V].
+      values: v or u of the call's tokens, [B, T, G, V].
     """
     batch, tokens = k.shape[:2]
     if segments is None:
@@ -240,18 +193,46 @@ def append(kind: type[C], cache: C | None, segments: Segments | None, k: Array, 
     if cache.fixed:
         _, full = room(cache, tokens)
         valid, length = jnp.where(full, cache.valid, valid), jnp.where(full, length - jnp.int32(tokens), length)
-    held = cache.v if isinstance(cache, KVCache) else cache.u
-    return kind(place(cache, cache.k, k), place(cache, held, values), valid, length, cache.fixed)
+    return kind(place(cache, cache.k, k), place(cache, cache.values, values), valid, length, cache.fixed)
 
 
-def empty(kind: type[C], shapes: tuple[int, ...], k_dtype: Any, value_dtype: Any) -> C:
-    """A fixed buffer of zeros; `shapes` is (batch, capacity, groups, key_width, value_width)."""
-    names = ("batch", "capacity", "groups", "key_width", "value_width")
-    for name, size in zip(names, shapes, strict=True):
-        check_positive(name, size)
-        if size is None:
-            raise ValueError(f"{name} must be a positive integer, got None")
-    batch, capacity, groups, key_width, value_width = shapes
-    k = jnp.zeros((batch, capacity, groups, key_width), k_dtype)
+def init_cache(
+    op: str,
+    *,
+    batch: int,
+    capacity: int,
+    groups: int,
+    key_width: int,
+    value_width: int,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+) -> Cache:
+    """Makes an empty cache of fixed capacity: calls that take it as initial_state write in place.
+
+    Args:
+      op: whose state it is, "softmax_attention" (a `KVCache`) or "deltaformer" (a `DeltaCache`).
+      batch: B.
+      capacity: S, the number of tokens that fit.
+      groups: G, key/value heads.
+      key_width: K.
+      value_width: V.
+      dtype: of keys and values; DeltaFormer's u is kept in float32 (float64 where this is float64).
+
+    Returns:
+      The cache, with no slot in use.
+
+    Raises:
+      ValueError: an unknown op, or a size below 1.
+
+    Example:
+      >>> init_cache("softmax_attention", batch=1, capacity=16, groups=2, key_width=8, value_width=4).v.shape
+      (1, 16, 2, 4)
+    """
+    check_choice("op", op, ("softmax_attention", "deltaformer"))
+    sizes = {"batch": batch, "capacity": capacity, "groups": groups, "key_width": key_width, "value_width": value_width}
+    batch, capacity, groups, key_width, value_width = (check_size(name, size) for name, size in sizes.items())
+    kind, value_dtype = KVCache, dtype
+    if op == "deltaformer":
+        kind, value_dtype = DeltaCache, accumulation_dtype(jnp.zeros((), dtype))
+    k = jnp.zeros((batch, capacity, groups, key_width), dtype)
     values = jnp.zeros((batch, capacity, groups, value_width), value_dtype)
     return kind(k, values, jnp.zeros((batch, capacity), bool), jnp.int32(0), True)

@@ -1,153 +1,112 @@
-"""Reading a cache by a similarity kernel: row by row, and by tiles."""
-
-from typing import NamedTuple
+"""The recurrent form of the attention ops: one query at a time, one row of scores each."""
 
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.calls import AttentionCall
+from memformer.core.mask import Mask
 from memformer.core.numerics import accumulation_dtype, masked_softmax
+from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel, similarity
-from memformer.core.types import Array, Bool, Float, Int
-from memformer.ops.attention import tiled as tiles
-from memformer.ops.attention.cache import Cache, KVCache, Timeline, offset, place
+from memformer.core.types import Array, Bool, Float
+from memformer.ops.attention.arguments import write_operands
+from memformer.ops.attention.cache import offset, place
 
-__all__ = ["Reading", "choose_tiling", "lay_slots", "read_row", "read_rows", "read_tiles", "row_mask"]
-
-# Side of a tile where the caller names none.
-CHUNK = 256
+__all__ = ["deltaformer", "softmax_attention"]
 
 
-class Reading(NamedTuple):
-    """How to read; static.
+def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
+    """Reads the cache and the tokens at each query in turn; the output is in the accumulation dtype."""
+    cache = call.cache
+    cached_k, cached_v = (None, None) if cache is None else (cache.k, cache.values)
+    k, v = place(cache, cached_k, call.k), place(cache, cached_v, call.v)
+    mask, start = _place_mask(call)
 
-    Attributes:
-      kernel: the similarity kernel.
-      scale: factor on inner products.
-      causal: whether a query sees only slots up to its own.
-      window: how many tokens back it sees, itself included, or None.
-      chunk_size: side of a tile, or None.
-      precision: of products.
+    def step(_, inputs):
+        t, q = inputs
+        seen = _row_mask(call, mask, start, k.shape[1], t)
+        return None, _read_row(call.read_kernel, call.precision, seen, q, k, v)
+
+    tokens = jnp.arange(call.q.shape[1], dtype=jnp.int32)
+    _, output = lax.scan(step, None, (tokens, jnp.moveaxis(call.q, 1, 0)))
+    return jnp.moveaxis(output, 0, 1)
+
+
+def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
+    """Writes and reads token by token.
+
+    Returns:
+      The output and u, in the accumulation dtype.
     """
+    cache, q = call.cache, call.q
+    w, target, beta = write_operands(call)
+    cached_k, cached_u = (None, None) if cache is None else (cache.k, cache.values)
+    k, u = place(cache, cached_k, call.k), place(cache, cached_u, jnp.zeros_like(target))
+    mask, start = _place_mask(call)
+    slots = k.shape[1]
 
-    kernel: Kernel
-    scale: float
-    causal: bool
-    window: int | None
-    chunk_size: int | None
-    precision: lax.Precision
+    def step(u, inputs):
+        t, q, w, target, beta = inputs
+        seen = _row_mask(call, mask, start, slots, t)
+        own = start + t
+        earlier = seen & (jnp.arange(slots, dtype=jnp.int32)[None] < own)
+        new = target - beta[..., None] * _read_row(call.write_kernel, call.precision, earlier, w, k, u)
+        u = lax.dynamic_update_slice_in_dim(u, new[:, None].astype(u.dtype), own, axis=1)
+        return u, (_read_row(call.read_kernel, call.precision, seen, q, k, u), new)
 
-
-class Slots(NamedTuple):
-    """The slots of a cache with a call's tokens in it.
-
-    Attributes:
-      start: slot of the call's first token.
-      segment: segment numbers, or None.
-      rank: ranks, or None.
-    """
-
-    start: Int[Array, ""]
-    segment: Int[Array, "B S"] | None
-    rank: Int[Array, "B S"] | None
-
-
-def lay_slots(timeline: Timeline, cache: Cache | None, tokens: int) -> Slots:
-    """Places the numbers of a call's tokens behind those of the slots held before."""
-    segment = timeline.key_segment
-    if segment is not None:
-        segment = place(cache, timeline.held_segment, segment)
-    rank = timeline.token_rank
-    if rank is not None:
-        rank = place(cache, timeline.held_rank, rank)
-    return Slots(offset(cache, tokens), segment, rank)
+    tokens = jnp.arange(q.shape[1], dtype=jnp.int32)
+    inputs = (tokens, *(jnp.moveaxis(x, 1, 0) for x in (q, w, target, beta)))
+    _, (output, new) = lax.scan(step, vary_like(u, q, k, w, target, beta), inputs)
+    return jnp.moveaxis(output, 0, 1), jnp.moveaxis(new, 0, 1)
 
 
-def row_mask(reading: Reading, timeline: Timeline, slots: Slots, count: int, t: Array) -> Bool[Array, "b S"]:
-    """Which of `count` slots query t sees; its own slot counts among them."""
-    mask = jnp.ones((1, count), bool)
-    if reading.causal:
-        mask = jnp.arange(count, dtype=jnp.int32)[None] <= slots.start + t
-    if slots.segment is not None:
-        mask &= slots.segment == _token(timeline.query_segment, t)
-    if reading.window is not None:
-        distance = _token(timeline.token_rank, t) - slots.rank
-        mask &= (distance if reading.causal else jnp.abs(distance)) < reading.window
-    return mask
+def _place_mask(call: AttentionCall) -> tuple[Mask, Array]:
+    """The mask with keys of the tokens in their slots of the cache, and the slot of the first token."""
+    mask, cache = call.mask, call.cache
+    if mask.key_segment is not None:
+        mask = mask._replace(key_segment=place(cache, mask.cache_segment, mask.key_segment))
+    if mask.key_rank is not None:
+        mask = mask._replace(key_rank=place(cache, mask.cache_rank, mask.key_rank))
+    return mask, offset(cache, call.k.shape[1])
+
+
+def _row_mask(call: AttentionCall, mask: Mask, start: Array, slots: int, t: Array) -> Bool[Array, "b S"]:
+    """Which slots query t sees; its own slot counts among them."""
+    seen = jnp.ones((1, slots), bool)
+    if call.causal:
+        seen = jnp.arange(slots, dtype=jnp.int32)[None] <= start + t
+    if mask.key_segment is not None:
+        seen &= mask.key_segment == _token(mask.query_segment, t)
+    if call.window is not None:
+        distance = _token(mask.query_rank, t) - mask.key_rank
+        seen &= (distance if call.causal else jnp.abs(distance)) < call.window
+    return seen
 
 
 def _token(x: Array, t: Array) -> Array:
     return lax.dynamic_slice_in_dim(x, t, 1, axis=1)
 
 
-def read_row(
-    reading: Reading, mask: Array, q: Float[Array, "B H K"], k: Float[Array, "B S G K"], x: Float[Array, "B S G V"]
+def _read_row(
+    kernel: Kernel,
+    precision: lax.Precision,
+    mask: Bool[Array, "b S"],
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B S G K"],
+    values: Float[Array, "B S G V"],
 ) -> Float[Array, "B H V"]:
     """One token's read, in the accumulation dtype."""
-    dtype = accumulation_dtype(q, k, x)
-    q, k, x = (a.astype(dtype) for a in (q, k, x))
+    dtype = accumulation_dtype(q, k, values)
+    q, k, values = (x.astype(dtype) for x in (q, k, values))
     groups = k.shape[2]
     q = q.reshape(q.shape[0], groups, -1, q.shape[2])
-    scores = jnp.einsum("bgrk,bsgk->bgrs", q, k, precision=reading.precision) * reading.scale
+    scores = jnp.einsum("bgrk,bsgk->bgrs", q, k, precision=precision) * kernel.scale
     mask = mask[:, None, None]
-    if reading.kernel.normalized:
+    if kernel.normalized:
         weights = masked_softmax(scores, jnp.broadcast_to(mask, scores.shape))
     else:
         zero = jnp.zeros((), dtype)
-        # Hidden scores are cleared before the kernel too: an infinite exponential there would spoil gradients.
-        weights = jnp.where(mask, similarity(reading.kernel, jnp.where(mask, scores, zero)), zero)
-    output = jnp.einsum("bgrs,bsgv->bgrv", weights, x, precision=reading.precision)
+        # Masked scores are cleared before the similarity too: an infinite exponential there would spoil gradients.
+        weights = jnp.where(mask, similarity(kernel, jnp.where(mask, scores, zero)), zero)
+    output = jnp.einsum("bgrs,bsgv->bgrv", weights, values, precision=precision)
     return output.reshape(output.shape[0], -1, output.shape[3])
-
-
-def read_rows(
-    reading: Reading, timeline: Timeline, cache: KVCache | None, q: Array, k: Array, v: Array
-) -> Float[Array, "B T H V"]:
-    """The recurrent form: one query at a time."""
-    held = (None, None) if cache is None else (cache.k, cache.v)
-    k, v = place(cache, held[0], k), place(cache, held[1], v)
-    slots = lay_slots(timeline, cache, q.shape[1])
-
-    def step(_, inputs):
-        t, q = inputs
-        return None, read_row(reading, row_mask(reading, timeline, slots, k.shape[1], t), q, k, v)
-
-    tokens = jnp.arange(q.shape[1], dtype=jnp.int32)
-    _, output = lax.scan(step, None, (tokens, jnp.moveaxis(q, 1, 0)))
-    return jnp.moveaxis(output, 0, 1)
-
-
-def choose_tiling(reading: Reading, cache: Cache | None, tokens: int, default: int) -> tuple[tiles.Tiling, Array]:
-    """The tiles of a call, and how many chunks of the state are in use."""
-    held = 0 if cache is None else cache.k.shape[1]
-    size = min(reading.chunk_size or default, held + tokens)
-    before = -(-held // size)
-    used = jnp.int32(before)
-    if cache is not None and cache.fixed:
-        used = jnp.minimum((offset(cache, tokens) + (size - 1)) // size, used)
-    return tiles.Tiling(
-        reading.kernel, reading.scale, size, before, reading.causal, reading.window, reading.precision
-    ), used
-
-
-def read_tiles(
-    reading: Reading, timeline: Timeline, cache: KVCache | None, q: Array, k: Array, v: Array
-) -> Float[Array, "B T H V"]:
-    """The chunked form: tiles of scores, memory linear in time."""
-    tokens, groups = k.shape[1:3]
-    tiling, used = choose_tiling(reading, cache, tokens, CHUNK)
-    marks = tiles.make_marks(tiling, with_edges(reading, timeline, q), used)
-    held: tuple[Array | None, Array | None] = (None, None)
-    if cache is not None:
-        held = (cache.k, cache.v)
-        k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-    k, v = tiles.join_keys(held[0], k, tiling.size), tiles.join_keys(held[1], v, tiling.size)
-    q, k, v = tiles.align(marks, tiles.lay_queries(q, groups, tiling.size), k, v)
-    return tiles.unlay_queries(tiles.attend(tiling, marks, q, k, v), tokens)
-
-
-def with_edges(reading: Reading, timeline: Timeline, q: Array) -> Timeline:
-    """Without causality nothing else hides the padding of the last chunk: number the tokens."""
-    if reading.causal or timeline.key_segment is not None:
-        return timeline
-    zeros = jnp.zeros(q.shape[:2], jnp.int32)
-    return timeline._replace(key_segment=zeros, query_segment=zeros)

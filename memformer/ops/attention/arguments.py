@@ -1,0 +1,100 @@
+"""Checked arguments of the attention ops, as one `AttentionCall`."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from memformer.core.calls import AttentionCall
+from memformer.core.checks import check_array, check_multiple, check_positive
+from memformer.core.mask import make_mask
+from memformer.core.numerics import accumulation_dtype, matmul_precision
+from memformer.core.segments import Segments, find_segments
+from memformer.core.similarity import Kernel
+from memformer.core.types import Array, Dims
+from memformer.ops.attention.cache import Cache, check_cache
+
+__all__ = ["make_call", "write_operands"]
+
+GROUPS = "query heads must be a multiple of key/value heads"
+
+
+def make_call(
+    op: str,
+    q,
+    k,
+    v,
+    *,
+    cache: type[Cache],
+    read_kernel: Kernel,
+    write_kernel: Kernel | None = None,
+    w=None,
+    alpha=None,
+    beta=None,
+    causal: bool = True,
+    window=None,
+    segment_ids,
+    initial_state,
+    chunk_size,
+    precision,
+) -> tuple[AttentionCall, Segments | None]:
+    """Checks the arguments of a public function and brings them to the layout of `AttentionCall`.
+
+    Args:
+      op: name of the public function.
+      q, k, v, w, alpha, beta, window, segment_ids, initial_state, chunk_size, precision: its arguments.
+      cache: type of its state.
+      read_kernel, write_kernel: as in `AttentionCall`, with or without a scale.
+      causal: as in `AttentionCall`.
+
+    Returns:
+      The call, and the segments that the cache is appended with.
+
+    Raises:
+      ValueError: names the argument.
+    """
+    dims: Dims = {}
+    q = check_array("q", q, "B T H K", dims)
+    k = check_array("k", k, "B T G K", dims)
+    v = check_array("v", v, "B T G V", dims)
+    check_multiple("H", "G", dims, GROUPS)
+    w = None if w is None else check_array("w", w, "B T G K", dims)
+    alpha = None if alpha is None else check_array("alpha", alpha, "B T G", dims)
+    beta = None if beta is None else check_array("beta", beta, "B T G", dims)
+    window = check_positive("window", window)
+    chunk_size = check_positive("chunk_size", chunk_size)
+    segments = find_segments(segment_ids, dims)
+    state = check_cache(initial_state, cache, dims, op)
+    valid = None if state is None else state.valid
+    call = AttentionCall(
+        op=op,
+        q=q,
+        k=k,
+        v=v,
+        w=w,
+        alpha=alpha,
+        beta=beta,
+        write_kernel=None if write_kernel is None else _with_scale(write_kernel, dims["K"]),
+        read_kernel=_with_scale(read_kernel, dims["K"]),
+        mask=make_mask(valid, segments, dims, ranks=window is not None),
+        causal=causal,
+        window=window,
+        cache=state,
+        precision=matmul_precision(precision, q, k, v, w),
+        chunk_size=chunk_size,
+    )
+    return call, segments
+
+
+def _with_scale(kernel: Kernel, width: int) -> Kernel:
+    return dataclasses.replace(kernel, scale=kernel.scale_for(width))
+
+
+def write_operands(call: AttentionCall) -> tuple[Array, Array, Array]:
+    """w, alpha v and beta of a DeltaFormer call, defaults filled in; the last two in the accumulation dtype."""
+    w = call.k if call.w is None else call.w
+    dtype = accumulation_dtype(call.q, call.k, call.v, w)
+    target = call.v.astype(dtype)
+    if call.alpha is not None:
+        target = target * call.alpha.astype(dtype)[..., None]
+    beta = jnp.ones(call.k.shape[:3], dtype) if call.beta is None else call.beta.astype(dtype)
+    return w, target, beta

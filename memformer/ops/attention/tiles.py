@@ -1,0 +1,334 @@
+"""Tiles of scores between chunks of queries and chunks of keys, shared by the read and by DeltaFormer's write.
+
+A score lives only as long as its tile: the forward pass carries a running maximum and sum (as in flash attention),
+the backward pass recomputes each tile from the log-sum-exp of its rows. Tiles in the future are not visited.
+
+Inside this file time is divided into chunks of C and the chunk axis comes first. With R = H / G query heads per key
+head:
+
+    queries  [N, B, G, R, C, K]        N chunks of the call
+    keys     [M, B, G, C, K]           M = cached + N: chunks of the cache come first, unused ones at their end
+    values   [M, B, G, C, V]
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from memformer.core.calls import AttentionCall
+from memformer.core.mask import Mask, first_tiles, join_cache, last_tiles
+from memformer.core.numerics import accumulation_dtype
+from memformer.core.segments import chunk_time, unchunk_time
+from memformer.core.sharding import vary_like
+from memformer.core.similarity import Kernel, similarity, similarity_slope
+from memformer.core.types import Array, Bool, Float, Int
+from memformer.ops.attention.cache import offset
+
+__all__ = [
+    "RowSums",
+    "TileMask",
+    "Tiling",
+    "attention_weights",
+    "chunk_keys",
+    "chunk_queries",
+    "join_keys",
+    "key_gradient",
+    "make_tiling",
+    "mask_scores",
+    "rescale",
+    "row_lse",
+    "sum_row",
+    "take",
+    "tile_gradient",
+    "tile_mask",
+    "tile_scores",
+    "unchunk_keys",
+    "unchunk_queries",
+    "unify",
+]
+
+
+class Tiling(NamedTuple):
+    """Static settings of one call.
+
+    Attributes:
+      kernel: the similarity kernel, with its scale.
+      size: C.
+      cached: chunks of the cache.
+      causal: whether a query sees only keys up to its own.
+      window: how many tokens back a query sees, itself included, or None.
+      precision: of products.
+    """
+
+    kernel: Kernel
+    size: int
+    cached: int
+    causal: bool
+    window: int | None
+    precision: lax.Precision
+
+
+class TileMask(NamedTuple):
+    """The mask of a call over whole tiles, and the bounds of the loops over them.
+
+    Attributes:
+      mask: from `join_cache`.
+      used: how many chunks of the cache hold anything.
+      first: for each row, the first column that any example sees; None where that is the first.
+      last: for each column, one more than the last row in which any example sees it; None where that is the last.
+    """
+
+    mask: Mask
+    used: Int[Array, ""]
+    first: Int[Array, "N"] | None
+    last: Int[Array, "M"] | None
+
+    @property
+    def arrays(self) -> tuple[Array | None, ...]:
+        """All of them."""
+        return (*self.mask, self.used, self.first, self.last)
+
+
+class RowSums(NamedTuple):
+    """Sums over the tiles of one row so far: maximum, sum of exponentials (softmax only) and weighted values."""
+
+    top: Float[Array, "B G R C"] | None
+    total: Float[Array, "B G R C"] | None
+    value: Float[Array, "B G R C V"]
+
+
+def make_tiling(call: AttentionCall, kernel: Kernel, default_size: int) -> tuple[Tiling, TileMask]:
+    """The tiles of a call, and its mask over them."""
+    cache, tokens = call.cache, call.k.shape[1]
+    slots = 0 if cache is None else cache.k.shape[1]
+    size = min(call.chunk_size or default_size, slots + tokens)
+    cached = -(-slots // size)
+    used = jnp.int32(cached)
+    if cache is not None and cache.fixed:
+        used = jnp.minimum((offset(cache, tokens) + (size - 1)) // size, used)
+    mask = call.mask
+    if not call.causal and mask.key_segment is None:
+        # Nothing else hides the padding of the last chunk.
+        zeros = jnp.zeros(call.q.shape[:2], jnp.int32)
+        mask = mask._replace(key_segment=zeros, query_segment=zeros)
+    mask = join_cache(mask, size)
+    first = last = None
+    if call.causal:
+        first, last = (find(mask, size, size, call.window) for find in (first_tiles, last_tiles))
+        first = None if first is None else jnp.min(first, axis=0)
+        last = None if last is None else jnp.max(last, axis=0)
+    tiling = Tiling(kernel, size, cached, call.causal, call.window, call.precision)
+    return tiling, TileMask(mask, used, first, last)
+
+
+def chunk_queries(x: Float[Array, "B T H K"], groups: int, size: int) -> Float[Array, "N B G R C K"]:
+    """Chunks of queries, heads grouped by the key head that serves them."""
+    x = chunk_time(x, size)
+    x = x.reshape(*x.shape[:3], groups, -1, x.shape[-1])
+    return jnp.transpose(x, (0, 1, 3, 4, 2, 5))
+
+
+def unchunk_queries(x: Float[Array, "N B G R C V"], length: int) -> Float[Array, "B T H V"]:
+    """The inverse of `chunk_queries`."""
+    x = jnp.transpose(x, (0, 1, 4, 2, 3, 5))
+    return unchunk_time(x.reshape(*x.shape[:3], -1, x.shape[-1]), length)
+
+
+def chunk_keys(x: Float[Array, "B T G *rest"], size: int) -> Float[Array, "N B G C *rest"]:
+    """Chunks of keys, values, or token scalars."""
+    return jnp.swapaxes(chunk_time(x, size), 2, 3)
+
+
+def unchunk_keys(x: Float[Array, "N B G C V"], length: int) -> Float[Array, "B T G V"]:
+    """The inverse of `chunk_keys`."""
+    return unchunk_time(jnp.swapaxes(x, 2, 3), length)
+
+
+def join_keys(cached: Array | None, new: Array, size: int) -> Float[Array, "M B G C V"]:
+    """Chunks of the cache in front of those of the call."""
+    new = chunk_keys(new, size)
+    return new if cached is None else jnp.concatenate([chunk_keys(cached, size), new])
+
+
+def unify(mask: TileMask, *arrays: Array) -> tuple[Array, ...]:
+    """Arrays fit for one custom gradient: all in float64 if one is, all varying over the same axes of a shard_map.
+
+    Narrower dtypes stay as they are.
+    """
+    if accumulation_dtype(*arrays) == jnp.float64:
+        arrays = tuple(a.astype(jnp.float64) for a in arrays)
+    return tuple(vary_like(a, *arrays, *mask.arrays) for a in arrays)
+
+
+def take(x: Array | None, i: Array) -> Array | None:
+    """x[i], or None."""
+    return None if x is None else lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
+
+
+def _product(tiling: Tiling, equation: str, a: Array, b: Array) -> Array:
+    """An einsum with sums in float32 or wider."""
+    dtype = accumulation_dtype(a, b)
+    if a.dtype != b.dtype:
+        a, b = a.astype(dtype), b.astype(dtype)
+    return jnp.einsum(equation, a, b, precision=tiling.precision, preferred_element_type=dtype)
+
+
+def tile_mask(tiling: Tiling, mask: TileMask, i: Array, j: Array, *, strict: bool = False) -> Bool[Array, "b 1 1 C C"]:
+    """Which keys of chunk j the queries of chunk i see; `strict` leaves out a query's own key."""
+
+    def chunk(x, i):
+        return lax.dynamic_slice_in_dim(x, i * jnp.int32(tiling.size), tiling.size, axis=1)
+
+    whole = mask.mask
+    row = jnp.arange(tiling.size, dtype=jnp.int32)[None, :, None]
+    column = jnp.arange(tiling.size, dtype=jnp.int32)[None, None, :]
+    seen = jnp.ones((1, 1, 1), bool)
+    if tiling.causal:
+        seen = column - row <= (i + tiling.cached - j) * tiling.size - int(strict)
+    if whole.query_segment is not None:
+        seen &= chunk(whole.query_segment, i)[:, :, None] == chunk(whole.key_segment, j)[:, None, :]
+    if tiling.window is not None:
+        distance = chunk(whole.query_rank, i)[:, :, None] - chunk(whole.key_rank, j)[:, None, :]
+        seen &= (distance if tiling.causal else jnp.abs(distance)) < tiling.window
+    return seen[:, None, None]
+
+
+def tile_scores(tiling: Tiling, q: Array, k: Array) -> Float[Array, "B G R C C"]:
+    """Scaled inner products of one tile."""
+    return _product(tiling, "bgrtk,bgsk->bgrts", q, k) * tiling.kernel.scale
+
+
+def mask_scores(scores: Array, mask: Array) -> Array:
+    """The lowest number where masked; running maxima start at half of it, so that its exponential is 0."""
+    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+
+
+def attention_weights(tiling: Tiling, mask: Array, scores: Array, lse: Array | None) -> Float[Array, "B G R C C"]:
+    """Similarities of one tile, normalised by the rows' log-sum-exp for softmax."""
+    if tiling.kernel.normalized:
+        return jnp.exp(mask_scores(scores, mask) - lse[..., None])
+    zero = jnp.zeros((), scores.dtype)
+    return jnp.where(mask, similarity(tiling.kernel, jnp.where(mask, scores, zero)), zero)
+
+
+def _weighted_values(tiling: Tiling, weights: Array, x: Array) -> Float[Array, "B G R C V"]:
+    """Sum of values by weights. Normalised weights are at most 1: they may be as narrow as the values."""
+    if tiling.kernel.normalized:
+        weights = weights.astype(x.dtype)
+    return _product(tiling, "bgrts,bgsv->bgrtv", weights, x)
+
+
+def rescale(sums: RowSums, scores: Array) -> tuple[Array, Array, Array]:
+    """One step of the online softmax.
+
+    Args:
+      sums: over the tiles so far.
+      scores: masked scores of one more tile.
+
+    Returns:
+      The new maximum, the factor on the old sums, and the tile's exponentials.
+    """
+    top = jnp.maximum(sums.top, jnp.max(scores, axis=-1))
+    return top, jnp.exp(sums.top - top), jnp.exp(scores - top[..., None])
+
+
+def _empty_sums(tiling: Tiling, q: Array, x: Array, *others: Array | None) -> RowSums:
+    """Sums over no tile for one chunk of queries."""
+    dtype = accumulation_dtype(q, x)
+    shape = q.shape[:-1]
+    value = vary_like(jnp.zeros((*shape, x.shape[-1]), dtype), q, x, *others)
+    if not tiling.kernel.normalized:
+        return RowSums(None, None, value)
+    top = vary_like(jnp.full(shape, jnp.finfo(dtype).min / 2, dtype), q, x, *others)
+    return RowSums(top, jnp.zeros_like(value[..., 0]), value)
+
+
+def sum_row(tiling: Tiling, mask: TileMask, i: Array, q: Array, k: Array, x: Array, steps: Array) -> RowSums:
+    """Sums over the first `steps` tiles of row i, unused chunks of the cache left out."""
+
+    def tile(step, sums):
+        j = jnp.where(step < mask.used, step, step - mask.used + tiling.cached)
+        seen = tile_mask(tiling, mask, i, j)
+        scores = tile_scores(tiling, q, take(k, j))
+        if not tiling.kernel.normalized:
+            weights = attention_weights(tiling, seen, scores, None)
+            return sums._replace(value=sums.value + _weighted_values(tiling, weights, take(x, j)))
+        top, shrink, weights = rescale(sums, mask_scores(scores, seen))
+        total = sums.total * shrink + jnp.sum(weights, axis=-1)
+        return RowSums(top, total, sums.value * shrink[..., None] + _weighted_values(tiling, weights, take(x, j)))
+
+    first = jnp.int32(0)
+    if mask.first is not None:
+        first = take(mask.first, i)
+        first = jnp.where(first < tiling.cached, jnp.minimum(first, mask.used), first - tiling.cached + mask.used)
+    start = _empty_sums(tiling, q, x, k, *mask.arrays)
+    return lax.fori_loop(first, jnp.asarray(steps, jnp.int32), tile, start)
+
+
+def row_lse(sums: RowSums) -> Float[Array, "B G R C"] | None:
+    """Log-sum-exp of the rows; a large negative number where a row sees nothing. None without a normaliser."""
+    if sums.top is None:
+        return None
+    return sums.top + jnp.log(jnp.where(sums.total > 0, sums.total, jnp.ones_like(sums.total)))
+
+
+def tile_gradient(
+    tiling: Tiling, mask: Array, q: Array, k: Array, x: Array, lse: Array | None, do: Array, delta: Array | None
+) -> tuple[Array, Array, Array]:
+    """Gradients of q, k and x through one tile of the output.
+
+    Args:
+      tiling: static settings.
+      mask: of the tile.
+      q, k, x: queries, keys and values of the tile.
+      lse: log-sum-exp of the rows, or None.
+      do: gradient of the output.
+      delta: sum of output times `do`, or None without a normaliser.
+    """
+    scores = tile_scores(tiling, q, k)
+    weights = attention_weights(tiling, mask, scores, lse)
+    dx = _product(tiling, "bgrts,bgrtv->bgsv", weights, do)
+    dweights = _product(tiling, "bgrtv,bgsv->bgrts", do, x)
+    if tiling.kernel.normalized:
+        dscores = weights * (dweights - delta[..., None])
+    else:
+        slope = similarity_slope(tiling.kernel, scores, weights)
+        dscores = jnp.where(mask, dweights * slope, jnp.zeros((), scores.dtype))
+    dscores = dscores * tiling.kernel.scale
+    dq = _product(tiling, "bgrts,bgsk->bgrtk", dscores, k)
+    return dq, _product(tiling, "bgrts,bgrtk->bgsk", dscores, q), dx
+
+
+def key_gradient(
+    tiling: Tiling, mask: TileMask, j: Array, rows: tuple, k: Array, x: Array, q: Array, rest: tuple, dq: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients through the tiles of column j in rows[0] <= i < rows[1].
+
+    Args:
+      tiling: static settings.
+      mask: of the call.
+      j: chunk of keys.
+      rows: first row and one more than the last.
+      k, x: all keys and values.
+      q: all queries.
+      rest: lse, do and delta of `tile_gradient`, of all rows.
+      dq: gradient of all queries so far.
+
+    Returns:
+      dq with these tiles added, and the gradients of k[j] and x[j].
+    """
+    k, x = take(k, j), take(x, j)
+
+    def row(i, carry):
+        dq, dk, dx = carry
+        seen = tile_mask(tiling, mask, i, j)
+        parts = tile_gradient(tiling, seen, take(q, i), k, x, *(take(r, i) for r in rest))
+        dq = lax.dynamic_update_index_in_dim(dq, take(dq, i) + parts[0], i, 0)
+        return dq, dk + parts[1], dx + parts[2]
+
+    zeros = (vary_like(jnp.zeros(a.shape, dq.dtype), q, k, x, *rest, *mask.arrays) for a in (k, x))
+    first, last = (jnp.asarray(bound, jnp.int32) for bound in rows)
+    if mask.last is not None:
+        last = jnp.minimum(last, take(mask.last, j))
+    return lax.fori_loop(first, last, row, (dq, *zeros))

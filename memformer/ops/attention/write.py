@@ -1,0 +1,122 @@
+"""DeltaFormer's write by tiles: u of all tokens, with its backward pass; memory is linear in time.
+
+For the rows R of one chunk and the earlier rows E, with the write kernel A:
+
+    U_R = (I + beta A[R, R])^-1 (target_R - beta A[R, E] U_E),  target = alpha V
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from memformer.core.sharding import vary_like
+from memformer.core.triangular import unit_lower_inverse
+from memformer.core.types import Array, Float
+from memformer.ops.attention import tiles
+from memformer.ops.attention.tiles import RowSums, TileMask, Tiling
+
+__all__ = ["write"]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def write(tiling: Tiling, mask: TileMask, w, k, target, beta, cached_u) -> Float[Array, "M B G C V"]:
+    """u of the cache's slots and of all tokens.
+
+    Args:
+      tiling: static settings.
+      mask: of the call.
+      w: [N, B, G, 1, C, K].
+      k: [M, B, G, C, K].
+      target: alpha v, [N, B, G, C, V].
+      beta: [N, B, G, C].
+      cached_u: u of the cache, [cached, B, G, C, V].
+    """
+    return _write_rows(tiling, mask, w, k, target, beta, cached_u)[0]
+
+
+def _write_rows(tiling, mask, w, k, target, beta, cached_u):
+    """u, and for each row its read of earlier writes (erased) and the log-sum-exp of that read."""
+    start = vary_like(jnp.concatenate([cached_u, jnp.zeros_like(target)]), w, k, target, beta, *mask.arrays)
+
+    def row(u, inputs):
+        i, w, target, beta = inputs
+        sums = tiles.sum_row(tiling, mask, i, w, k, u, mask.used + i)
+        seen, scores = _own_scores(tiling, mask, i, w, k)
+        lse, erased = None, sums.value
+        if tiling.kernel.normalized:
+            top, shrink, weights = tiles.rescale(sums, tiles.mask_scores(scores, seen))
+            total = sums.total * shrink + jnp.sum(weights, axis=-1)
+            lse = tiles.row_lse(RowSums(top, total, sums.value))
+            erased = sums.value * jnp.exp(sums.top - lse)[..., None]
+        own = tiles.attention_weights(tiling, seen, scores, lse)[:, :, 0]
+        inverse = unit_lower_inverse(beta[..., None] * own)
+        new = _exact(inverse, target - beta[..., None] * erased[:, :, 0])
+        erased = erased + _exact(own, new)[:, :, None]
+        return lax.dynamic_update_index_in_dim(u, new, i + tiling.cached, 0), (erased, lse)
+
+    index = jnp.arange(w.shape[0], dtype=jnp.int32)
+    u, (erased, lse) = lax.scan(row, start, (index, w, target, beta))
+    return u, erased, lse
+
+
+def _own_scores(tiling, mask, i, w, k):
+    """Mask and scores of a chunk against itself."""
+    own = i + tiling.cached
+    seen = tiles.tile_mask(tiling, mask, i, own, strict=True)
+    return seen, tiles.tile_scores(tiling, w, tiles.take(k, own))
+
+
+def _exact(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _write_forward(tiling, mask, w, k, target, beta, cached_u):
+    u, erased, lse = _write_rows(tiling, mask, w, k, target, beta, cached_u)
+    return u, (mask, w, k, beta, u, erased, lse)
+
+
+def _write_backward(tiling, saved, du):
+    """Chunks in reverse: a chunk's gradient needs those of all chunks that read it."""
+    mask, w, k, beta, u, erased, lse = saved
+    cached, rows = tiling.cached, w.shape[0]
+    start = tuple(
+        vary_like(jnp.zeros(shape, u.dtype), w, k, beta, u, du, *mask.arrays)
+        for shape in (w.shape, erased.shape, erased.shape[:-1])
+    )
+
+    def column(carry, inputs):
+        dw, derased, delta = carry
+        i, w_i, beta_i, erased_i, lse_i, du_i = inputs
+        j = i + cached
+        dw, dk, later = tiles.key_gradient(tiling, mask, j, (i + 1, rows), k, u, w, (lse, derased, delta), dw)
+        seen, scores = _own_scores(tiling, mask, i, w_i, k)
+        own = tiles.attention_weights(tiling, seen, scores, lse_i)[:, :, 0]
+        inverse = unit_lower_inverse(beta_i[..., None] * own)
+        dtarget = _exact(jnp.swapaxes(inverse, -1, -2), du_i + later)
+        dbeta = -jnp.sum(dtarget * erased_i[:, :, 0], axis=-1)
+        derased_i = -(beta_i[..., None] * dtarget)[:, :, None]
+        delta_i = jnp.sum(derased_i * erased_i, axis=-1)
+        dw_i, dk_i, _ = tiles.tile_gradient(
+            tiling, seen, w_i, tiles.take(k, j), tiles.take(u, j), lse_i, derased_i, delta_i
+        )
+        parts = (tiles.take(dw, i) + dw_i, derased_i, delta_i)
+        pairs = zip((dw, derased, delta), parts, strict=True)
+        carry = tuple(lax.dynamic_update_index_in_dim(x, part, i, 0) for x, part in pairs)
+        return carry, ((dk + dk_i).astype(k.dtype), dtarget, dbeta)
+
+    def cache_column(dw, j):
+        last = jnp.where(j < mask.used, rows, 0)
+        dw, dk, dx = tiles.key_gradient(tiling, mask, j, (0, last), k, u, w, (lse, derased, delta), dw)
+        return dw, (dk.astype(k.dtype), dx)
+
+    index = jnp.arange(rows, dtype=jnp.int32)
+    inputs = (index, w, beta, erased, lse, du[cached:])
+    (dw, derased, delta), (dk, dtarget, dbeta) = lax.scan(column, start, inputs, reverse=True)
+    dw, (dk_cached, du_cached) = lax.scan(cache_column, dw, jnp.arange(cached, dtype=jnp.int32))
+    dk = jnp.concatenate([dk_cached, dk])
+    return None, dw.astype(w.dtype), dk, dtarget, dbeta, du[:cached] + du_cached
+
+
+write.defvjp(_write_forward, _write_backward)
