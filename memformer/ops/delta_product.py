@@ -4,13 +4,14 @@ import jax
 
 from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
-from memformer.ops import _pallas
 from memformer.ops.matrix_memory import chunked, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
+from memformer.pallas import matrix_memory as pallas
+from memformer.pallas.platform import preferred
 
 __all__ = ["delta_product"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": _pallas.matrix_memory}
+IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": pallas.run}
 
 
 def delta_product(
@@ -75,5 +76,5 @@ def delta_product(
         precision=precision,
         several_writes=True,
     )
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, _pallas.preferred(call.q.shape[1]))
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1]))
     return output.astype(call.v.dtype), state

@@ -5,14 +5,15 @@ from jax import lax
 from memformer.core.dispatch import dispatch
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.types import Array, Float, Int
-from memformer.ops import _pallas
 from memformer.ops.attention import recurrent, tiled
 from memformer.ops.attention.arguments import make_call
 from memformer.ops.attention.cache import DeltaCache, append
+from memformer.pallas import attention as pallas
+from memformer.pallas.platform import preferred
 
 __all__ = ["deltaformer"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent.deltaformer, "chunked": tiled.deltaformer, "pallas": _pallas.deltaformer}
+IMPLEMENTATIONS = {"recurrent": recurrent.deltaformer, "chunked": tiled.deltaformer, "pallas": pallas.deltaformer}
 
 
 def deltaformer(
@@ -90,5 +91,5 @@ def deltaformer(
         chunk_size=chunk_size,
         precision=precision,
     )
-    output, u = dispatch(call, implementation, IMPLEMENTATIONS, _pallas.preferred(call.q.shape[1], few=1))
+    output, u = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1], few=1))
     return output.astype(call.v.dtype), append(DeltaCache, call.cache, segments, call.k, u)

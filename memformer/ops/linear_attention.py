@@ -5,13 +5,14 @@ import jax.numpy as jnp
 
 from memformer.core.dispatch import dispatch
 from memformer.core.types import Array, Float, Int
-from memformer.ops import _pallas
 from memformer.ops.matrix_memory import chunked, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
+from memformer.pallas import matrix_memory as pallas
+from memformer.pallas.platform import preferred
 
 __all__ = ["linear_attention"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": _pallas.matrix_memory}
+IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": pallas.run}
 
 
 def linear_attention(
@@ -78,7 +79,7 @@ def linear_attention(
         precision=precision,
         normalize=normalize,
     )
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, _pallas.preferred(call.q.shape[1]))
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1]))
     if normalize:
         # At padding this would be 0 / 0; the output there is 0.
         total = output[..., -1:]

@@ -5,17 +5,18 @@ from jax import lax
 from memformer.core.dispatch import dispatch
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float, Int
-from memformer.ops import _pallas
 from memformer.ops.attention import cudnn, recurrent, tiled
 from memformer.ops.attention.arguments import make_call
 from memformer.ops.attention.cache import KVCache, append
+from memformer.pallas import attention as pallas
+from memformer.pallas.platform import preferred
 
 __all__ = ["softmax_attention"]
 
 IMPLEMENTATIONS = {
     "recurrent": recurrent.softmax_attention,
     "chunked": tiled.softmax_attention,
-    "pallas": _pallas.softmax_attention,
+    "pallas": pallas.softmax_attention,
     "cudnn": cudnn.softmax_attention,
 }
 
@@ -94,5 +95,5 @@ def softmax_attention(
         chunk_size=chunk_size,
         precision=precision,
     )
-    output = dispatch(call, implementation, IMPLEMENTATIONS, _pallas.preferred(call.q.shape[1], few=1, library="cudnn"))
+    output = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1], few=1, library="cudnn"))
     return output.astype(call.v.dtype), append(KVCache, call.cache, segments, call.k, call.v)

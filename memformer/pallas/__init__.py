@@ -1,1 +1,1 @@
-"""Kernels in Pallas, one package a kind of accelerator."""
+"""Pallas kernels: one package per accelerator, and what they share."""

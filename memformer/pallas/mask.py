@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from memformer.core.segments import pad_time
 from memformer.core.types import Array
 
-__all__ = ["Sight", "by_head", "find_first", "find_last", "join", "marks_of"]
+__all__ = ["Sight", "by_head", "find_first", "find_last", "join", "marks_of", "sight_of"]
 
 # A number beyond every segment.
 _FAR = 1 << 23
@@ -22,6 +22,11 @@ class Sight(NamedTuple):
     held: Array | None = None
     key: Array | None = None
     query: Array | None = None
+
+
+def sight_of(mask) -> Sight:
+    """The segments of a call's mask."""
+    return Sight(mask.cache_segment, mask.key_segment, mask.query_segment)
 
 
 def by_head(x: Array, size: int) -> Array:

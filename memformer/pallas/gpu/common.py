@@ -1,7 +1,6 @@
 """What the GPU kernels share: where they serve, how a call is cut, and products on the tensor cores."""
 
 import contextlib
-import contextvars
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +13,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array
+from memformer.pallas import platform
 from memformer.pallas.gpu import compat, tuning
+from memformer.pallas.platform import is_hopper
 
-__all__ = ["AXES", "Cut", "call_kernel", "column", "cut_call", "for_gpu", "halves", "interpreted", "interpreting"]
-__all__ += ["iotas", "pairs", "products", "put", "put_parts", "row", "shared", "turned"]
-
-_interpret: contextvars.ContextVar[bool] = contextvars.ContextVar("interpret", default=False)
+__all__ = ["AXES", "Cut", "call_kernel", "column", "cut_call", "halves", "interpreted", "interpreting"]
+__all__ += ["iotas", "is_hopper", "pairs", "products", "put", "put_parts", "row", "shared", "turned"]
 
 # The grid coordinates of a program: batch row, value head, and block of value columns or chunk.
 AXES = ("batch_row", "head", "block")
@@ -33,37 +32,13 @@ def interpreted():
       NotImplementedError: this jax has no interpreter that can run them (before 0.11).
     """
     mode = compat.gpu_interpret_mode()
-    token = _interpret.set(True)
-    try:
-        with mode:
-            yield
-    finally:
-        _interpret.reset(token)
+    with platform.set_interpreter("gpu"), mode:
+        yield
 
 
 def interpreting() -> bool:
     """Whether kernels traced now run in the interpreter."""
-    return _interpret.get()
-
-
-def for_gpu() -> bool:
-    """Whether this trace is for a GPU of any kind, or for the interpreter of one."""
-    if interpreting():
-        return True
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) in ("gpu", "cuda")
-
-
-def is_hopper() -> bool:
-    """Whether this trace is for an sm_90 GPU.
-
-    A mesh of another machine's devices (jax.sharding.use_abstract_mesh) says what ahead-of-time
-    compilation is for.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return any(name in device.device_kind for name in ("H100", "H200", "H800", "H20", "GH200"))
-    return jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0"
+    return platform.interpreting_for("gpu")
 
 
 @dataclasses.dataclass(frozen=True)

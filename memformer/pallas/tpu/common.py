@@ -6,7 +6,6 @@ program reads max(1, P / R) of those.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 from collections.abc import Generator, Sequence
@@ -18,6 +17,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.types import Array
+from memformer.pallas.platform import set_interpreter, tpu_kind
 from memformer.pallas.tpu import tuning
 
 __all__ = [
@@ -28,13 +28,10 @@ __all__ = [
     "check_backend",
     "cut_call",
     "interpreted",
-    "interpreting",
     "iotas",
     "lockstep",
     "product",
 ]
-
-_interpret: contextvars.ContextVar[pltpu.InterpretParams | None] = contextvars.ContextVar("interpret", default=None)
 
 # Powers of two, for the ladder; 16 rows of bfloat16 fill a register.
 CHUNKS = (16, 32, 64, 128, 256)
@@ -54,32 +51,9 @@ def interpreted(params: pltpu.InterpretParams | None = None):
     params = params or pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise", num_cores_or_threads=2
     )
-    token = _interpret.set(params)
-    try:
-        # Jax's own switch is part of the cache key of jit; ours is what check_backend can see.
-        with pltpu.force_tpu_interpret_mode(params):
-            yield
-    finally:
-        _interpret.reset(token)
-
-
-def interpreting() -> bool:
-    """Whether kernels traced now run in the interpreter."""
-    return _interpret.get() is not None
-
-
-def device_kind() -> str | None:
-    """Kind of the TPU that this trace is for, "interpreter", or None where there is no TPU.
-
-    A mesh of another machine's devices (jax.sharding.use_abstract_mesh) says what ahead-of-time
-    compilation is for.
-    """
-    if interpreting():
-        return "interpreter"
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.device_kind if device.platform == "tpu" else None
-    return jax.devices()[0].device_kind if jax.default_backend() == "tpu" else None
+    # Jax's own switch is part of the cache key of jit; ours is what `platform` can see.
+    with set_interpreter("tpu"), pltpu.force_tpu_interpret_mode(params):
+        yield
 
 
 def check_backend(op: str, *arrays: Array | jax.ShapeDtypeStruct) -> str:
@@ -88,7 +62,7 @@ def check_backend(op: str, *arrays: Array | jax.ShapeDtypeStruct) -> str:
     Raises:
       NotImplementedError: not a TPU; an array in float64.
     """
-    kind = device_kind()
+    kind = tpu_kind()
     if kind is None:
         raise NotImplementedError(
             f"the {op} kernel needs a TPU (or a trace for one under jax.sharding.use_abstract_mesh), and this is"

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.calls import AttentionCall
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel
@@ -13,9 +14,9 @@ from memformer.pallas.gpu.attention.forward import attend
 from memformer.pallas.gpu.attention.tiles import TILE, Plan
 from memformer.pallas.gpu.attention.write_parts import write
 from memformer.pallas.gpu.common import interpreting, is_hopper
-from memformer.pallas.mask import Sight, by_head, join, marks_of
+from memformer.pallas.mask import Sight, by_head, join, marks_of, sight_of
 
-__all__ = ["attention", "deltaformer"]
+__all__ = ["attention", "deltaformer", "run"]
 
 
 def _plan(
@@ -184,3 +185,22 @@ def deltaformer(
     everything = u if held_u is None else jnp.concatenate([start, u], axis=2)
     o = attend(read, jnp.bfloat16, k, q, everything, marks)
     return tuple(jnp.swapaxes(x, 1, 2)[:, :length, :, :width] for x in (o, u))
+
+
+def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
+    """Runs a call of DeltaFormer; w, alpha and beta are arrays."""
+    kernels = (call.write_kernel, call.read_kernel)
+    return deltaformer(
+        call.q,
+        call.k,
+        call.w,
+        call.v,
+        call.alpha,
+        call.beta,
+        kernels=kernels,
+        scales=tuple(kernel.scale for kernel in kernels),
+        sight=sight_of(call.mask),
+        held=None if call.cache is None else (call.cache.k, call.cache.values),
+        chunk_size=call.chunk_size,
+        precision=call.precision,
+    )

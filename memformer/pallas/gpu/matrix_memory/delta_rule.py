@@ -5,11 +5,12 @@ Source: arXiv 2406.06484 (chunkwise delta rule), 2412.06464 (decay per head).
 
 from jax import lax
 
+from memformer.core.calls import MatrixCall
 from memformer.core.types import Array, Float
 from memformer.pallas.gpu.common import cut_call
 from memformer.pallas.gpu.matrix_memory import entry as walk
 
-__all__ = ["delta_rule"]
+__all__ = ["delta_rule", "run"]
 
 
 def delta_rule(
@@ -61,3 +62,20 @@ def delta_rule(
         precision=precision,
     )
     return walk.run(cut, q, k, v, beta, decay, index, state)
+
+
+def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs a call with one write per token."""
+    return delta_rule(
+        call.q,
+        call.k,
+        call.v,
+        call.beta,
+        decay=call.decay,
+        scale=call.scale,
+        index=None if call.segments is None else call.segments.index,
+        state=call.state,
+        chunk_size=call.chunk_size,
+        precision=call.precision,
+        op=call.op,
+    )

@@ -5,11 +5,12 @@ Source: arXiv 2312.06635 (chunkwise form), 2405.21060 (decay per head).
 
 from jax import lax
 
+from memformer.core.calls import MatrixCall
 from memformer.core.types import Array, Float
 from memformer.pallas.gpu.common import cut_call
 from memformer.pallas.gpu.matrix_memory import entry as walk
 
-__all__ = ["linear_attention"]
+__all__ = ["linear_attention", "run"]
 
 
 def linear_attention(
@@ -57,3 +58,18 @@ def linear_attention(
         precision=precision,
     )
     return walk.run(cut, q, k, v, None, decay, index, state)
+
+
+def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs a call with one write per token."""
+    return linear_attention(
+        call.q,
+        call.k,
+        call.v,
+        decay=call.decay,
+        scale=call.scale,
+        index=None if call.segments is None else call.segments.index,
+        state=call.state,
+        chunk_size=call.chunk_size,
+        precision=call.precision,
+    )

@@ -5,17 +5,18 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.calls import AttentionCall
 from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float
-from memformer.pallas.mask import Sight, by_head, join, marks_of
+from memformer.pallas.mask import Sight, by_head, join, marks_of, sight_of
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.attention.forward import attend
 from memformer.pallas.tpu.attention.tiles import Plan
 from memformer.pallas.tpu.attention.write import write
 from memformer.pallas.tpu.common import PASSES, check_backend
 
-__all__ = ["attention", "deltaformer"]
+__all__ = ["attention", "deltaformer", "run"]
 
 
 def _plan(op: str, kernel: Kernel, scale: float, k: Array, v: Array, held: int, segments: bool, chunk_size, precision):
@@ -152,3 +153,22 @@ def deltaformer(
     dtype = jnp.bfloat16 if v.dtype == jnp.bfloat16 and plan.passes == 1 else jnp.float32
     o = attend(read, dtype, k, q, everything, marks)
     return tuple(jnp.swapaxes(x, 1, 2)[:, :length] for x in (o, u))
+
+
+def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
+    """Runs a call of DeltaFormer; w, alpha and beta are arrays."""
+    kernels = (call.write_kernel, call.read_kernel)
+    return deltaformer(
+        call.q,
+        call.k,
+        call.w,
+        call.v,
+        call.alpha,
+        call.beta,
+        kernels=kernels,
+        scales=tuple(kernel.scale for kernel in kernels),
+        sight=sight_of(call.mask),
+        held=None if call.cache is None else (call.cache.k, call.cache.values),
+        chunk_size=call.chunk_size,
+        precision=call.precision,
+    )

@@ -26,6 +26,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.calls import MatrixCall
 from memformer.core.types import Array, Float
 from memformer.pallas.tpu.common import Cut, cut_call, iotas, product, split
 from memformer.pallas.tpu.inverse import unit_lower_inverses
@@ -33,7 +34,7 @@ from memformer.pallas.tpu.matrix_memory import chunk_scan as walk
 from memformer.pallas.tpu.matrix_memory.token_scalars import TokenGradients, Tokens
 from memformer.pallas.tpu.tuning import Tuning
 
-__all__ = ["delta_rule"]
+__all__ = ["delta_rule", "run"]
 
 
 def _kept(cut: Cut, backward: bool) -> list[tuple[tuple[int, ...], Any]]:
@@ -182,3 +183,20 @@ def delta_rule(
     options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision, "sizes": sizes}
     cut = cut_call(op, q, v, beta=beta, decay=decay, index=index, **options)
     return walk.run(_MEMORY, cut, q, k, v, beta, decay, index, state)
+
+
+def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs a call with one write per token."""
+    return delta_rule(
+        call.q,
+        call.k,
+        call.v,
+        call.beta,
+        decay=call.decay,
+        scale=call.scale,
+        index=None if call.segments is None else call.segments.index,
+        state=call.state,
+        chunk_size=call.chunk_size,
+        precision=call.precision,
+        op=call.op,
+    )

@@ -20,13 +20,14 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.calls import MatrixCall
 from memformer.core.types import Array, Float
 from memformer.pallas.tpu.common import Cut, cut_call, product
 from memformer.pallas.tpu.matrix_memory import chunk_scan as walk
 from memformer.pallas.tpu.matrix_memory.token_scalars import TokenGradients, Tokens
 from memformer.pallas.tpu.tuning import Tuning
 
-__all__ = ["linear_attention"]
+__all__ = ["linear_attention", "run"]
 
 
 def _forward(cut: Cut, tokens: Tokens, h: int, prepared, q, k, v, state):
@@ -108,3 +109,18 @@ def linear_attention(
     options: dict[str, Any] = {"scale": scale, "chunk_size": chunk_size, "precision": precision, "sizes": sizes}
     cut = cut_call("linear_attention", q, v, beta=None, decay=decay, index=index, **options)
     return walk.run(_MEMORY, cut, q, k, v, None, decay, index, state)
+
+
+def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs a call with one write per token."""
+    return linear_attention(
+        call.q,
+        call.k,
+        call.v,
+        decay=call.decay,
+        scale=call.scale,
+        index=None if call.segments is None else call.segments.index,
+        state=call.state,
+        chunk_size=call.chunk_size,
+        precision=call.precision,
+    )

@@ -1,0 +1,51 @@
+"""Softmax attention and DeltaFormer by Pallas kernels: one entry for every chip."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from memformer.core.calls import AttentionCall
+from memformer.core.numerics import accumulation_dtype
+from memformer.core.types import Array, Float
+from memformer.pallas.checks import unsupported
+from memformer.pallas.platform import chip
+
+__all__ = ["deltaformer", "softmax_attention"]
+
+
+def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
+    """Runs softmax attention by the kernels of the chip that this trace is for; a TPU's where it is for none.
+
+    Returns:
+      The output in float32, or bfloat16 where v is.
+
+    Raises:
+      NotImplementedError: a window; attention that is not causal; no kernel serves the call, or the chip.
+    """
+    if call.window is not None or not call.causal:
+        raise unsupported(call.op, "is causal and has no window", "implementation='chunked' serves both")
+    # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
+    if chip() == "gpu":
+        from memformer.pallas.gpu.attention.softmax_attention import run
+    else:
+        from memformer.pallas.tpu.attention.softmax_attention import run  # type: ignore[assignment]
+    return run(call)
+
+
+def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
+    """Runs DeltaFormer by the kernels of the chip that this trace is for; a TPU's where it is for none.
+
+    Returns:
+      The output in float32, or bfloat16 where v is, and the writes u.
+
+    Raises:
+      NotImplementedError: no kernel serves the call, or the chip.
+    """
+    if chip() == "gpu":
+        from memformer.pallas.gpu.attention.deltaformer import run
+    else:
+        from memformer.pallas.tpu.attention.deltaformer import run  # type: ignore[assignment]
+    ones = jnp.ones(call.v.shape[:3], accumulation_dtype(call.q, call.k, call.v))
+    defaults = {"w": call.k, "alpha": ones, "beta": ones}
+    missing = {name: x for name, x in defaults.items() if getattr(call, name) is None}
+    return run(dataclasses.replace(call, **missing))

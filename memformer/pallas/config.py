@@ -1,0 +1,100 @@
+"""Static configuration of a call, as far as the kernels of every chip share it.
+
+Each chip derives its own `ScanConfig` and `AttentionConfig`, which add block sizes, and makes them in `plan_call`.
+"""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+from memformer.core.calls import MatrixCall
+from memformer.core.similarity import Kernel
+
+__all__ = ["BaseAttentionConfig", "BaseScanConfig"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseScanConfig:
+    """Sizes of a call of a matrix memory.
+
+    Attributes:
+      batch, heads, groups, chunks: B, H, G and N.
+      chunk, key, value: C, K and V.
+      scale: factor on the read.
+      beta: whether there is an erase strength (the delta rule).
+      decay: whether there is a log decay.
+      segments: whether sequences are packed.
+    """
+
+    batch: int
+    heads: int
+    groups: int
+    chunks: int
+    chunk: int
+    key: int
+    value: int
+    scale: float
+    beta: bool
+    decay: bool
+    segments: bool
+
+    @classmethod
+    def of(cls, call: MatrixCall, chunk: int, **fields: Any) -> Self:
+        """The configuration of a call cut into chunks of `chunk` tokens.
+
+        Args:
+          call: one write per token.
+          chunk: C.
+          **fields: those of the subclass, and what replaces sizes of the call.
+        """
+        batch, length, groups, key = call.q.shape
+        heads, value = call.v.shape[2:]
+        sizes: dict[str, Any] = {
+            "batch": batch,
+            "heads": heads,
+            "groups": groups,
+            "chunks": -(-length // chunk),
+            "chunk": chunk,
+            "key": key,
+            "value": value,
+            "scale": call.scale,
+            "beta": call.beta is not None,
+            "decay": call.decay is not None,
+            "segments": call.segments is not None,
+        }
+        return cls(**(sizes | fields))
+
+    @property
+    def repeat(self) -> int:
+        """R: value heads that share a query and key head."""
+        return self.heads // self.groups
+
+    @property
+    def carries(self) -> bool:
+        """Whether the state decays or resets within a chunk."""
+        return self.decay or self.segments
+
+
+@dataclasses.dataclass(frozen=True)
+class BaseAttentionConfig:
+    """How one kernel of attention sees its slots.
+
+    Attributes:
+      similarity: the similarity kernel, its scale filled in.
+      before: blocks of slots before the call's own tokens.
+      own: whether queries see slots of the call, those up to their own.
+      strict: whether their own slot is left out.
+      segments: whether a mask of segments is needed.
+    """
+
+    similarity: Kernel
+    before: int
+    own: bool
+    strict: bool
+    segments: bool
+
+    @property
+    def factor(self) -> float:
+        """Factor on inner products; the exponentials of a softmax are to base 2, as the chips have them."""
+        scale = self.similarity.scale
+        return scale * math.log2(math.e) if self.similarity.normalized else scale

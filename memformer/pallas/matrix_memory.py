@@ -1,0 +1,50 @@
+"""Matrix memories by Pallas kernels: one entry for every op of the family and every chip."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from memformer.core.calls import MatrixCall
+from memformer.core.types import Array, Float
+from memformer.pallas.checks import check_matrix_call
+from memformer.pallas.platform import chip
+
+__all__ = ["run"]
+
+
+def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs a matrix memory by the kernels of the chip that this trace is for; a TPU's where it is for none.
+
+    Returns:
+      The output in float32, or bfloat16 where q, k and v are, and the state.
+
+    Raises:
+      NotImplementedError: no kernel serves the call, or the chip; the message says what does.
+    """
+    check_matrix_call(call)
+    # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
+    if chip() == "gpu":
+        from memformer.pallas.gpu.matrix_memory import delta_rule, linear_attention
+    else:
+        from memformer.pallas.tpu.matrix_memory import delta_rule, linear_attention  # type: ignore[no-redef]
+    family = linear_attention if call.beta is None else delta_rule
+    output, state = family.run(_one_write_per_token(call))
+    return output[:, call.writes - 1 :: call.writes], state
+
+
+def _one_write_per_token(call: MatrixCall) -> MatrixCall:
+    """Makes every write a token: the first write of a token decays the state, the last one reads."""
+    if call.writes == 1:
+        return call
+    writes, segments = call.writes, call.segments
+    if segments is not None:
+        segments = type(segments)(*(jnp.repeat(x, writes, axis=1) for x in segments))
+    q, decay = _place(call.q, writes, writes - 1), call.decay
+    decay = None if decay is None else _place(decay, writes, 0)
+    return dataclasses.replace(call, q=q, decay=decay, segments=segments, writes=1)
+
+
+def _place(x: Array, writes: int, at: int) -> Array:
+    """[B, T, ...] to [B, T * writes, ...]: x at one write of each token, 0 at the others."""
+    wide = jnp.zeros((*x.shape[:2], writes, *x.shape[2:]), x.dtype)
+    return wide.at[:, :, at].set(x).reshape(x.shape[0], -1, *x.shape[2:])
