@@ -1,1 +1,1 @@
-"""Timings side by side: `python -m benchmarks.run`."""
+"""Benchmarks: `python -m benchmarks.cpu`, `python -m benchmarks.gpu`, `python -m benchmarks.tpu.static`."""

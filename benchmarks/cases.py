@@ -1,149 +1,143 @@
-"""What is timed: ops, shapes, inputs, and who runs them."""
+"""Benchmark cases: one call of an op, and its inputs.
+
+Numpy only: the processes that run PyTorch import this module too.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-import memformer as mf
-from benchmarks import dense
+__all__ = ["BOTH", "FORWARD", "PASSES", "RECURRENT", "Case", "cotangent", "from_json", "inputs", "segment_ids"]
 
-__all__ = ["CASES", "QUICK", "SCALING", "Case", "floor", "function", "inputs"]
+RECURRENT = "recurrent"
 
-TXT = "T x T (plain JAX)"
+FORWARD, BOTH = "forward", "forward+backward"
+
+# Name of a pass, and whether it computes gradients.
+PASSES = ((FORWARD, False), (BOTH, True))
+
+MATRIX_OPS = ("delta_rule", "delta_product", "linear_attention")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One op at one shape.
+    """One call of an op.
 
     Attributes:
       op: name of the public function.
-      length: T.
-      heads: H.
-      width: K and V.
-      variant: what is passed beside q, k, v: "plain", "gated" (decay per head), "channel" (per key channel).
-      implementations: ours, by the name passed as `implementation` ("default" is None), and `TXT`.
-      peers: names in `benchmarks.peers.PEERS`.
-      steps: delta steps a token, for delta_product.
-      batch: B.
+      batch, length, heads, groups, key, value: B, T, H, G, K, V. G counts the heads of q and k for matrix memories,
+        and the heads of k and v for attention.
+      dtype: of q, k, v and w; decay, beta and alpha are float32.
+      decay: "" for none, "head" or "channel" for a log decay per head or per key channel.
+      segments: number of packed sequences of equal length; 0 passes no segment_ids.
+      write: write similarity of DeltaFormer.
+      steps: delta_product's writes per token.
+      only_u: compute DeltaFormer's u only, without the read.
+      implementations: implementations of this library that are timed; "default" lets the library choose.
+      peers: names of the peers timed beside them.
     """
 
     op: str
+    batch: int
     length: int
     heads: int
-    width: int
-    variant: str = "plain"
-    implementations: tuple[str, ...] = ("default",)
+    groups: int
+    key: int = 128
+    value: int = 128
+    dtype: str = "bfloat16"
+    decay: str = ""
+    segments: int = 0
+    write: str = "softmax"
+    steps: int = 1
+    only_u: bool = False
+    implementations: tuple[str, ...] = ("pallas",)
     peers: tuple[str, ...] = ()
-    steps: int = 2
-    batch: int = 1
 
     @property
-    def shape(self) -> str:
-        """Heads and width, as the tables say them."""
-        return f"{self.heads} x {self.width}"
+    def name(self) -> str:
+        """The case as the tables print it."""
+        what = [self.op]
+        if self.op == "deltaformer":
+            what += ["u"] * self.only_u + [self.write] * (self.write != "softmax")
+        what += [{"head": "gated", "channel": "channel"}[self.decay]] if self.decay else []
+        what += [f"{self.segments} segments"] * bool(self.segments)
+        heads = f"{self.groups}/{self.heads}" if self.groups != self.heads else f"{self.heads}"
+        width = f"{self.key}" if self.key == self.value else f"{self.key}/{self.value}"
+        return f"{' '.join(what)} [{self.batch}, {self.length}, {heads}, {width}]"
+
+    @property
+    def is_attention(self) -> bool:
+        """True for the ops whose state is a cache."""
+        return self.op not in MATRIX_OPS
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number of q, k or v."""
+        return {"bfloat16": 2, "float16": 2, "float32": 4}[self.dtype]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the array arguments by name, in the order of the op's signature; segment_ids excluded."""
+        time = (self.batch, self.length)
+        queries, values = (self.heads, self.groups) if self.is_attention else (self.groups, self.heads)
+        written = (*time, self.steps) if self.op == "delta_product" else time
+        shapes = {
+            "q": (*time, queries, self.key),
+            "k": (*written, self.groups, self.key),
+            "v": (*written, values, self.value),
+        }
+        if self.op == "deltaformer":
+            shapes |= {"w": (*time, self.groups, self.key), "alpha": (*time, self.groups)}
+        if self.op.startswith("delta"):
+            shapes["beta"] = (*written, values)
+        if self.decay:
+            shapes["decay"] = (*time, values, *([self.key] if self.decay == "channel" else []))
+        return shapes
 
 
-TORCH, SDPA, NAIVE = ("torch chunked (transformers)",), ("torch sdpa",), ("FLA naive",)
-
-CASES = (
-    Case("delta_rule", 2048, 4, 64, "gated", ("default", "recurrent"), TORCH),
-    Case("delta_rule", 2048, 16, 128, "gated", ("default", "recurrent"), TORCH),
-    Case("linear_attention", 2048, 4, 64, "gated", ("default", "recurrent", TXT)),
-    Case("linear_attention", 2048, 16, 128, "gated", ("default", "recurrent", TXT)),
-    Case("softmax_attention", 2048, 4, 64, "plain", ("default", TXT), SDPA),
-    Case("softmax_attention", 2048, 16, 128, "plain", ("default", TXT), SDPA),
-    # FLA's naive form keeps T copies of the values for its backward: 1024 is as far as it is taken.
-    Case("deltaformer", 1024, 4, 64, "plain", ("default", TXT), NAIVE),
-    Case("deltaformer", 2048, 4, 64, "plain", ("default", TXT)),
-    Case("deltaformer", 2048, 16, 128, "plain", ("default", TXT)),
-)
-
-# Fixed-state memories, whose time must be linear in T.
-LENGTHS = (8192, 16384, 32768, 65536)
-SCALING = tuple(
-    tuple(Case(op, length, 4, 64, variant) for length in LENGTHS)
-    for op, variant in (
-        ("linear_attention", "gated"),
-        ("delta_rule", "gated"),
-        ("delta_rule", "channel"),
-        ("delta_product", "gated"),
-    )
-)
-
-# The same tables at toy sizes: what the tests run.
-QUICK = tuple(
-    dataclasses.replace(case, length=48, heads=2, width=8) for case in (CASES[0], CASES[2], CASES[4], CASES[6])
-)
-QUICK_SCALING = (tuple(Case("delta_rule", length, 2, 8, "gated") for length in (32, 64)),)
+def from_json(fields: Mapping[str, Any]) -> Case:
+    """Rebuilds a case from the JSON of `dataclasses.asdict(case)`."""
+    return Case(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:
-    """Arguments of the op by name, float32, and `cotangent`, the weight of each output in the summed loss."""
-    random = np.random.default_rng(0)
-    time = (case.batch, case.length)
-    heads, width = case.heads, case.width
-    written = (*time, case.steps) if case.op == "delta_product" else time
+    """Array arguments of the op by name, in float32.
 
-    def normal(*shape: int) -> np.ndarray:
-        return random.normal(size=shape).astype(np.float32)
-
-    arrays = {
-        "q": normal(*time, heads, width),
-        "k": normal(*written, heads, width),
-        "v": normal(*written, heads, width),
-    }
-    if case.op in ("delta_rule", "delta_product", "deltaformer"):
-        arrays["beta"] = random.uniform(0.1, 0.9, (*written, heads)).astype(np.float32)
-    if case.op in ("delta_rule", "delta_product"):
-        arrays["k"] /= np.linalg.norm(arrays["k"], axis=-1, keepdims=True)
-    if case.variant != "plain":
-        channel = (width,) if case.variant == "channel" else ()
-        arrays["decay"] = -random.uniform(0.0, 0.1, (*time, heads, *channel)).astype(np.float32)
-    arrays["cotangent"] = normal(*time, heads, width)
+    Keys of matrix memories and of the delta rule have unit norm. DeltaFormer's `w` and `alpha` are left out: FLA's
+    DeltaFormer, which it is compared with, writes with the read queries and has no alpha.
+    """
+    random = _generator(case, 0)
+    arrays = {}
+    for name, shape in case.shapes.items():
+        if name in "qkv":
+            arrays[name] = random.standard_normal(shape, np.float32)
+        elif name == "beta":
+            arrays[name] = random.uniform(0.1, 0.9, shape).astype(np.float32)
+        elif name == "decay":
+            arrays[name] = random.uniform(-0.1, 0.0, shape).astype(np.float32)
+    if not case.is_attention:
+        # Queries too: no softmax bounds what a recurrence reads.
+        for name in "qk":
+            arrays[name] /= np.linalg.norm(arrays[name], axis=-1, keepdims=True)
     return arrays
 
 
-def function(case: Case, implementation: str) -> Callable[..., Any]:
-    """The function of an implementation, taking the arrays of `inputs` by name; its first result is the output."""
-    if implementation == TXT:
-        written = getattr(dense, case.op)
-    else:
-        written = _ours(getattr(mf, case.op), None if implementation == "default" else implementation)
-    if case.op != "deltaformer":
-        return written
-    # The write queries are q, as in FLA, so that all contestants do the same.
-    return lambda q, k, v, beta: written(q, k, v, w=q, beta=beta)
+def cotangent(case: Case) -> np.ndarray:
+    """Weights of the output in the summed loss, in float32."""
+    heads = case.groups if case.only_u else case.heads
+    return _generator(case, 1).standard_normal((case.batch, case.length, heads, case.value), np.float32)
 
 
-def _ours(op: Callable[..., Any], implementation: str | None) -> Callable[..., Any]:
-    return lambda *args, **kwargs: op(*args, **kwargs, implementation=implementation)
+def segment_ids(case: Case) -> np.ndarray | None:
+    """Segment ids [B, T] int32 of `case.segments` packed sequences of equal length, or None."""
+    if not case.segments:
+        return None
+    ids = 1 + np.arange(case.length, dtype=np.int32) * case.segments // case.length
+    return np.broadcast_to(ids, (case.batch, case.length))
 
 
-def floor(case: Case, gradient: bool) -> tuple[float, float]:
-    """FLOPs and bytes that no implementation can do without.
-
-    A fixed-state memory is counted as its recurrence (read, write and, for the delta family, the read before the
-    write: 2 K V each; the decay K V), its backward as twice that. Attention is counted over visible pairs, T^2 / 2:
-    one product with keys and one with values (DeltaFormer: two of each), its backward as 2.5 times that. Bytes are
-    each argument and the output once; in the backward each of them, the cotangent, and each gradient once.
-    """
-    rows = case.batch * case.heads * case.length
-    square = case.width * case.width
-    if case.op == "softmax_attention":
-        flops, back = 2.0 * rows * case.length * case.width, 2.5
-    elif case.op == "deltaformer":
-        flops, back = 4.0 * rows * case.length * case.width, 2.5
-    elif case.op == "delta_product":
-        flops, back = float(rows * square * (2 + 4 * case.steps + 1)), 2.0
-    else:
-        products = 3 if case.op == "delta_rule" else 2
-        flops, back = float(rows * square * (2 * products + (case.variant != "plain"))), 2.0
-    arrays = inputs(case)
-    out = arrays.pop("cotangent").nbytes
-    given = sum(array.nbytes for array in arrays.values())
-    if not gradient:
-        return flops, given + out
-    return flops * (1 + back), 3 * given + 2 * out
+def _generator(case: Case, stream: int) -> np.random.Generator:
+    # The fastest of numpy's generators: at the largest shapes, drawing inputs must not dominate the run.
+    return np.random.Generator(np.random.SFC64([stream, case.length, case.heads]))

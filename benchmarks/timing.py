@@ -1,146 +1,45 @@
-"""Contestants and how they are timed: interleaved rounds, medians."""
+"""Timing without a framework: interleaved rounds, samples of asynchronous calls, comparison of results.
 
-import json
+Numpy only: the processes that run PyTorch import this module too.
+"""
+
 import math
-import os
-import pathlib
-import re
 import statistics
-import subprocess
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cases import Case, function, inputs
+__all__ = ["Contestant", "exponent", "interleave", "probe", "relative_error", "run_calls"]
 
-__all__ = ["Contestant", "Ours", "PeerProcess", "Theirs", "exponent", "interleave", "peaks", "relative_error"]
+# Numbers per array that contestants report for comparison.
+PROBE = 4096
 
 
 class Contestant(Protocol):
-    """Something that can be run and timed on the inputs of one case."""
+    """Anything that can be timed on the inputs of one case."""
 
     name: str
 
-    def outputs(self) -> dict[str, np.ndarray]:
-        """The output, or the gradients by argument."""
-
     def seconds(self, calls: int) -> float:
-        """Mean time of a call over `calls` calls."""
-
-
-class Ours:
-    """A JAX function, compiled for one case."""
-
-    def __init__(self, case: Case, implementation: str, gradient: bool):
-        self.name = implementation
-        run = function(case, implementation)
-        arrays = {key: jnp.asarray(value) for key, value in inputs(case).items()}
-        cotangent = arrays.pop("cotangent")
-        self.gradient = gradient
-        self.arguments = (arrays, cotangent)
-
-        def forward(arrays, cotangent):
-            return run(**arrays)
-
-        def loss(arrays, cotangent):
-            result = run(**arrays)
-            return jnp.sum((result[0] if isinstance(result, tuple) else result) * cotangent)
-
-        self.compiled = jax.jit(jax.grad(loss) if gradient else forward).lower(*self.arguments).compile()
-        # dispatch leaves its choice in the compiled program
-        ran = set(re.findall(rf"memformer\.{case.op}\.(\w+)", self.compiled.as_text() or ""))
-        self.ran = ", ".join(sorted(ran)) or None
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """The output, or the gradients by argument."""
-        result = self.compiled(*self.arguments)
-        if self.gradient:
-            return {key: np.asarray(value) for key, value in result.items()}
-        return {"output": np.asarray(result[0] if isinstance(result, tuple) else result)}
-
-    def seconds(self, calls: int) -> float:
-        """Mean time of a call over `calls` calls."""
-        start = time.perf_counter()
-        for _ in range(calls):
-            jax.block_until_ready(self.compiled(*self.arguments))
-        return (time.perf_counter() - start) / calls
-
-
-class PeerProcess:
-    """benchmarks/peers.py under another python, one request at a time."""
-
-    def __init__(self, python: str):
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "2"}
-        # Threads of the one that waits must not spin on the cores of the one that is timed.
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
-        program = pathlib.Path(__file__).with_name("peers.py")
-        self.process = subprocess.Popen(
-            [python, str(program)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self.folder = tempfile.TemporaryDirectory()
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends one request and waits for its answer.
-
-        Raises:
-          RuntimeError: the program ended; its own words are on stderr.
-        """
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the peer program ended with status {self.process.wait()} at {request}")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the program."""
-        self.process.communicate()
-        self.folder.cleanup()
-
-
-class Theirs:
-    """A peer, loaded with the inputs of one case."""
-
-    def __init__(self, peer: PeerProcess, case: Case, name: str, gradient: bool):
-        self.name, self.peer, self.ran = name, peer, None
-        path = pathlib.Path(peer.folder.name, "inputs.npz")
-        np.savez(path, **inputs(case))  # type: ignore[arg-type]
-        peer.ask(do="load", name=name, inputs=str(path), gradient=gradient)
-
-    def outputs(self) -> dict[str, np.ndarray]:
-        """The output, or the gradients by argument."""
-        path = pathlib.Path(self.peer.folder.name, "outputs.npz")
-        self.peer.ask(do="save", to=str(path))
-        return dict(np.load(path))
-
-    def seconds(self, calls: int) -> float:
-        """Mean time of a call over `calls` calls."""
-        return self.peer.ask(do="time", calls=calls)["seconds"]
+        """Mean seconds per call over `calls` calls."""
 
 
 def interleave(contestants: Sequence[Contestant], budget: float, least: int = 5, most: int = 25) -> list[list[float]]:
-    """Times contestants in turns, so that a noisy minute of the machine falls on all of them.
+    """Times contestants in turn, so that background load affects all of them.
 
-    In each round a contestant runs once uncounted, so that it finds its own data in the caches, then for about 30 ms.
-    One that takes more than a second a call has no need of the former and takes part in three rounds only.
+    In each round a contestant runs once untimed, which brings its data into the caches, then for about 30 ms. A
+    contestant that takes more than a second per call skips the untimed run and takes part in three rounds only.
 
     Args:
-      contestants: who runs.
-      budget: seconds that all rounds together should take.
-      least: rounds at least, whatever they take.
-      most: rounds at most.
+      contestants: what is timed.
+      budget: target seconds of all rounds together.
+      least: minimum number of rounds, whatever they take.
+      most: maximum number of rounds.
 
     Returns:
-      For each contestant its samples, one a round.
+      For each contestant its samples, one per round.
     """
     first = [contestant.seconds(1) for contestant in contestants]
     slow = [seconds > 1.0 for seconds in first]
@@ -150,7 +49,7 @@ def interleave(contestants: Sequence[Contestant], budget: float, least: int = 5,
     samples: list[list[float]] = [[] for _ in contestants]
     for turn in range(rounds):
         for place in range(len(contestants)):
-            # Each round starts with another, so that none always follows the same.
+            # Rotating the order, so that no contestant always follows the same one.
             i = (turn + place) % len(contestants)
             if slow[i] and len(samples[i]) == 3:
                 continue
@@ -160,32 +59,56 @@ def interleave(contestants: Sequence[Contestant], budget: float, least: int = 5,
     return samples
 
 
-def relative_error(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> float:
-    """The largest relative RMS difference over the arrays of both."""
+def run_calls(call: Callable[[int], Any], wait: Callable[[Any], Any], seconds: float) -> dict[str, Any]:
+    """Samples an asynchronous call for about `seconds` in all.
+
+    Args:
+      call: `call(i)` starts the i-th call.
+      wait: waits for the result of a call.
+      seconds: total time.
+
+    Returns:
+      "samples", milliseconds per call, and "host", the share of that time spent starting calls: near 1, the host is
+      the bottleneck and the device is faster than the samples show.
+    """
+
+    def sample(count: int) -> tuple[float, float]:
+        start = time.perf_counter()
+        for i in range(count):
+            last = call(i)
+        started = time.perf_counter()
+        wait(last)
+        return time.perf_counter() - start, started - start
+
+    # An idle device runs at a low clock: untimed calls raise it.
+    once, _ = sample(1)
+    if once < 0.3 * seconds:
+        once = sample(4)[0] / 4
+        sample(max(1, math.ceil(0.3 * seconds / once)))
+        once = sample(4)[0] / 4
+    count = max(1, round(0.2 * seconds / once))
+    taken = [sample(count) for _ in range(5 if once * 3 < seconds else 1)]
+    host = statistics.median(started / total for total, started in taken)
+    return {"samples": [1e3 * total / count for total, _ in taken], "host": host}
+
+
+def probe(array: Any) -> Any:
+    """At most `PROBE` evenly spaced elements of an array or tensor, the same ones for every contestant."""
+    flat = array.reshape(-1)
+    return flat[:: max(1, flat.shape[0] // PROBE)][:PROBE]
+
+
+def relative_error(got: Mapping[str, Any], want: Mapping[str, Any]) -> float:
+    """Largest relative RMS difference over the arrays of two contestants; NaN when their names differ."""
+    if set(got) != set(want):
+        return float("nan")
     errors = []
-    for key, array in want.items():
-        size = np.sqrt(np.mean(np.square(array, dtype=np.float64)))
-        errors.append(np.sqrt(np.mean(np.square(got[key] - array, dtype=np.float64))) / max(size, 1e-30))
+    for name in want:
+        a, b = (np.asarray(arrays[name], np.float64) for arrays in (got, want))
+        errors.append(np.sqrt(np.mean((a - b) ** 2) / max(np.mean(b**2), 1e-60)))
     return float(max(errors))
 
 
 def exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float:
     """p of seconds ~ length^p, by least squares on logarithms."""
     return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
-
-
-def peaks(size: int) -> tuple[float, float]:
-    """What the machine gives: FLOP/s of a float32 matrix product of `size`, bytes/s of an addition in place."""
-    square = jnp.ones((size, size), jnp.float32)
-    product = jax.jit(jnp.matmul).lower(square, square).compile()
-    # In place: a fresh result would time the system's allocation of pages.
-    add = jax.jit(lambda x: x + 1, donate_argnums=0).lower(square).compile()
-    products, adds = [], []
-    for _ in range(9):
-        start = time.perf_counter()
-        jax.block_until_ready(product(square, square))
-        middle = time.perf_counter()
-        square = jax.block_until_ready(add(square))
-        products.append(middle - start)
-        adds.append(time.perf_counter() - middle)
-    return 2 * size**3 / statistics.median(products), 2 * square.nbytes / statistics.median(adds)

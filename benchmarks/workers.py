@@ -1,7 +1,8 @@
-"""Programs that do one request at a time, and may hang or die without taking the rest along.
+"""Worker processes: one request at a time, isolated from hangs and crashes.
 
-One JSON object a line on stdin, one answer a line on stdout, marked. A kernel that waits forever, or that leaves the
-device unusable, costs the request that started it: the program is ended, and the next request starts a fresh one.
+The protocol of every benchmark process: one JSON object per line on stdin, one marked answer per line on stdout. A
+kernel that deadlocks, or leaves the device unusable, fails its own request only: the process is killed, and the next
+request starts a new one.
 """
 
 import contextlib
@@ -16,27 +17,27 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-__all__ = ["Worker", "WorkerError", "serve"]
+__all__ = ["Worker", "WorkerError", "serve", "shorten"]
 
-# What a CUDA context does not survive.
+# Errors after which a CUDA context is unusable.
 FATAL = ("CUDA_ERROR", "illegal", "misaligned", "unspecified launch failure", "device-side assert", "CUDA error")
 
-# How an answer's line begins; what a library prints before `serve` begins otherwise.
+# Prefix of an answer, which tells it from what libraries print.
 ANSWER = "answer: "
 
-# The key of an answer that says what went wrong.
+# Key of an answer that reports a failure.
 FAILED = "request failed"
 
 
 class WorkerError(RuntimeError):
-    """A request that failed; the message says how, in the program's own words."""
+    """A failed request, with the worker's own error message."""
 
 
 class Worker:
-    """A program of ours, started when it is first asked.
+    """A worker process, started by its first request.
 
     Attributes:
-      starts: how often it was started; a change means that what it held is gone.
+      starts: number of starts; when it changes, everything the process held is gone.
     """
 
     def __init__(self, module: str, python: str = sys.executable, environment: Mapping[str, str] | None = None):
@@ -51,7 +52,7 @@ class Worker:
         """Sends one request and waits for its answer.
 
         Raises:
-          WorkerError: the request failed, took longer than `limit` seconds, or ended the program.
+          WorkerError: the request failed, took longer than `limit` seconds, or killed the process.
         """
         process = self.process = self.process if self.process and self.process.poll() is None else self._start()
         assert process.stdin is not None
@@ -62,12 +63,12 @@ class Worker:
             line = self.answers.get(timeout=limit)
         except queue.Empty:
             self.close()
-            raise WorkerError(f"no answer within {limit:.0f} s: ended") from None
+            raise WorkerError(f"no answer within {limit:.0f} s: killed") from None
         if not line:
-            words = pathlib.Path(self.log.name).read_text(errors="replace").strip().splitlines()
+            lines = pathlib.Path(self.log.name).read_text(errors="replace").strip().splitlines()
             status = process.wait()
             self.close()
-            raise WorkerError(f"ended with status {status}: {' | '.join(words[-3:])}"[:500])
+            raise WorkerError(f"exited with status {status}: {' | '.join(lines[-3:])}"[:500])
         answer = json.loads(line)
         if FAILED in answer:
             if any(word in answer[FAILED] for word in FATAL):
@@ -83,14 +84,14 @@ class Worker:
         process = subprocess.Popen(
             self.command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, env=self.environment
         )
-        # Its own queue: a late answer of an ended program is nobody's.
+        # A queue of its own: a late answer of a killed process must not reach the next request.
         self.answers = queue.Queue()
         self.reader = threading.Thread(target=_read, args=(process.stdout, self.answers), daemon=True)
         self.reader.start()
         return process
 
     def close(self) -> None:
-        """Ends the program."""
+        """Kills the process."""
         if self.process is None or self.reader is None:
             return
         self.process.kill()
@@ -111,17 +112,25 @@ def _read(stream: TextIO, answers: "queue.Queue[str]") -> None:
 
 
 def serve(actions: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
-    """Answers requests until stdin ends; what libraries print goes to stderr."""
+    """Answers requests until stdin closes; the output of libraries goes to stderr.
+
+    Args:
+      actions: functions by the request's "do"; the other keys of a request are their arguments.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
         try:
             answer = actions[request.pop("do")](**request)
-        # Whatever goes wrong is the answer; the program lives on.
+        # Any error is an answer; the process carries on.
         except Exception as error:  # noqa: BLE001
-            # Compilers say where first, and what last.
-            words = [word.strip() for word in str(error).splitlines() if word.strip()] or [""]
-            answer = {FAILED: f"{type(error).__name__}: {' ... '.join(dict.fromkeys([words[0], words[-1]]))}"[:600]}
+            answer = {FAILED: shorten(error)}
         answers.write(f"{ANSWER}{json.dumps(answer)}\n")
         answers.flush()
+
+
+def shorten(error: BaseException) -> str:
+    """Type, first and last line of an error: compilers name the place first and the cause last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {' ... '.join(dict.fromkeys([lines[0], lines[-1]]))}"[:600]

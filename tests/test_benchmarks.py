@@ -1,11 +1,14 @@
-"""The benchmark runner at toy sizes: the shape of what it writes, and its judgements. No time is tested."""
+"""benchmarks.cpu at toy sizes: the structure of its output, and its verdicts. Times are not tested."""
 
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks import cases, goals, run, timing
+from benchmarks import cases as shared
+from benchmarks import timing
+from benchmarks.cpu import __main__ as run
+from benchmarks.cpu import cases, goals
 
 ROW_KEYS = {
     "op", "variant", "T", "shape", "pass", "implementation", "ran", "milliseconds", "low", "high", "rounds", "ratio",
@@ -24,7 +27,7 @@ def test_every_case_has_its_rows(result):
     want = [
         (case.op, direction, name)
         for case in cases.QUICK
-        for direction, _ in run.PASSES
+        for direction, _ in shared.PASSES
         for name in case.implementations
     ]
     assert [(row["op"], row["pass"], row["implementation"]) for row in result["rows"]] == want
@@ -43,7 +46,7 @@ def test_contestants_compute_the_same(result):
         assert row["error"] < 1e-4, row
 
 
-def test_the_default_says_what_ran(result):
+def test_the_default_names_its_implementation(result):
     assert all(row["ran"] for row in result["rows"] if row["implementation"] == "default")
     recurrent = [row["ran"] for row in result["rows"] if row["implementation"] == "recurrent"]
     assert recurrent and set(recurrent) == {"recurrent"}
@@ -52,11 +55,11 @@ def test_the_default_says_what_ran(result):
 def test_scaling_and_goals(result):
     assert [row["T"] for row in result["scaling"]] == [[32, 64], [32, 64]]
     assert len(result["goals"]) == len(goals.GOALS) + 2
-    # toy sizes are no goal's sizes
+    # no goal is about toy sizes
     assert all(verdict["met"] is None for verdict in result["goals"][: len(goals.GOALS)])
 
 
-def test_surroundings(result):
+def test_environment(result):
     assert {"date", "commit", "uncommitted", "device", "processor", "cores", "versions"} <= set(result)
     assert {"python", "jax", "jaxlib", "memformer"} <= set(result["versions"])
 
@@ -73,7 +76,7 @@ def test_goals_are_judged():
 
 def test_goals_name_cases_that_are_run():
     rows = {
-        (case.op, case.shape, name) for case in cases.CASES if case.length == 2048
+        (case.op, run._shape(case), name) for case in cases.CASES if case.length == 2048
         for name in (*case.implementations, *case.peers)
     }  # fmt: skip
     assert {(op, shape, rival) for op, shape, _, rival, _ in goals.GOALS} <= rows
@@ -103,11 +106,11 @@ def test_rounds_are_interleaved():
     calls = []
     samples = timing.interleave([_Runner("a", 0.5, calls), _Runner("b", 0.5, calls)], budget=0.0)
     assert [len(sample) for sample in samples] == [5, 5]
-    # one call each to learn how long it takes; then rounds, an uncounted call before each counted one
+    # one call each to estimate its time; then rounds, an untimed call before each timed one
     assert "".join(calls) == "ab" + "aabb" + "bbaa" + "aabb" + "bbaa" + "aabb"
 
 
-def test_the_slow_run_less():
+def test_slow_contestants_run_fewer_rounds():
     samples = timing.interleave([_Runner("a", 0.5, []), _Runner("b", 2.0, log := [])], budget=0.0)
     assert [len(sample) for sample in samples] == [5, 3]
     assert len(log) == 4

@@ -1,4 +1,4 @@
-"""benchmarks.gpu where no GPU is: it runs from end to end at toy sizes, and judges what it reads. No time is tested."""
+"""benchmarks.gpu without a GPU: end to end at toy sizes, and its verdicts. Times are not tested."""
 
 import importlib.util
 import json
@@ -6,8 +6,12 @@ import sys
 
 import pytest
 
-from benchmarks import gpu, gpu_cases, gpu_static, gpu_verify, workers
-from benchmarks.gpu_cases import FLA, SHIPPED, TIMED, TOY, Case
+from benchmarks import timing, workers
+from benchmarks.cases import PASSES, Case
+from benchmarks.floor import floor
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import cases, goals, static, verify
+from benchmarks.gpu.cases import FLA, SHIPPED, TIMED, TOY
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +19,7 @@ def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "result.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_PLATFORMS", "cpu")
-        # Values are tested here, and no time.
+        # Values are tested, not times.
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         assert gpu.main(["--verify", "--time", "--out", str(path)]) == 0
     return json.loads(path.read_text())
@@ -25,8 +29,8 @@ def test_every_contestant_has_its_row(result):
     want = [
         (case.name, what, name)
         for case in TOY
-        for what, gradient in gpu_cases.PASSES
-        for _, name in gpu_cases.contestants(case, gradient)
+        for what, gradient in PASSES
+        for _, name in cases.contestants(case, gradient)
     ]
     assert [(row["case"], row["pass"], row["implementation"]) for row in result["rows"]] == want
     assert result["meaningful"] is False and result["peaks"]["flops"] > 0 and result["anchors"]
@@ -49,15 +53,15 @@ def test_verified(result):
 
 
 def test_floors():
-    """The plan's figures: 1.4 ms of products for u at the paper's shape, 0.08 ms of bytes for the gated delta rule."""
-    flops, _ = gpu_cases.floor(TIMED[0], False)
+    """1.4 ms of products for u at the paper's shape, 0.08 ms of bytes for the gated delta rule."""
+    flops, _ = floor(TIMED[0], False)
     assert 1e3 * flops / 788e12 == pytest.approx(1.4, rel=0.02)
-    flops, moved = gpu_cases.floor(TIMED[1], False)
+    flops, moved = floor(TIMED[1], False)
     assert 1e3 * moved / 4.3e12 == pytest.approx(0.08, rel=0.02) and flops / 788e12 < moved / 4.3e12
 
 
 def test_goals_are_judged():
-    """Every goal speaks of a case that is timed, and is met, missed, or not known."""
+    """Every goal is about a timed case, and is met, missed, or unknown."""
     case = next(case for case in TIMED if case.op == "delta_rule").name
 
     def rows(forward, both, rival):
@@ -66,20 +70,20 @@ def test_goals_are_judged():
         return [{"case": case, "pass": w, "implementation": n, "milliseconds": ms} for (w, n), ms in times.items()]
 
     def verdicts(rows):
-        return {goal["goal"]: goal["met"] for goal in gpu_cases.goals(rows)}
+        return {goal["goal"]: goal["met"] for goal in goals.judge(rows)}
 
     assert set(verdicts([]).values()) == {None}
     assert all(any(case.name in goal for case in TIMED) for goal in verdicts([]))
-    backward = f"{case} backward: ahead of FLA's in this run"
+    backward = f"{case} backward: faster than FLA in this run"
     assert verdicts(rows(0.3, 1.0, 0.5))[backward] is True
     assert verdicts(rows(0.3, 1.4, 0.5))[backward] is False
 
 
 def test_difference_takes_the_worst_array():
     want = {"a": [1.0, 1.0], "b": [1.0, 1.0]}
-    assert gpu.difference({"a": [1.0, 1.0], "b": [1.5, 1.5]}, want) == pytest.approx(0.5)
-    # Another set of gradients is no number that a table could hide.
-    assert not gpu.difference({"a": [1.0, 1.0]}, want) <= 1
+    assert timing.relative_error({"a": [1.0, 1.0], "b": [1.5, 1.5]}, want) == pytest.approx(0.5)
+    # Different sets of gradients give NaN, which no tolerance accepts.
+    assert not timing.relative_error({"a": [1.0, 1.0]}, want) <= 1
 
 
 REPORT = """
@@ -100,7 +104,7 @@ Used 16 registers
 
 
 def test_report_of_ptxas():
-    rows = {row["kernel"]: row for row in gpu_static.read_report("case", REPORT)}
+    rows = {row["kernel"]: row for row in static.read_report("case", REPORT)}
     assert list(rows) == ["a", "c", "b"]
     assert [row["registers"] for row in rows.values()] == [204, 255, 128]
     assert [row["fault"] for row in rows.values()] == [None, "8 bytes spilled", "wgmma serialized"]
@@ -108,36 +112,36 @@ def test_report_of_ptxas():
 
 
 def test_static_marks_faults(monkeypatch, tmp_path):
-    """A kernel that spills, a case without a kernel and a refusal are faults, and the exit status says so."""
+    """A kernel that spills, a case without a kernel and a rejected one are faults, and set the exit status."""
     case, path = SHIPPED[0], tmp_path / "static.json"
     good = REPORT.split("(C7517)")[0]
     for text, error, status in ((REPORT, "", 1), ("", "", 1), (good, "RuntimeError: no", 1), (good, "", 0)):
-        rows = gpu_static.rows_of(case, text, error)
-        monkeypatch.setattr(gpu_static, "static", lambda cases, rows=rows: iter(rows))
+        rows = static.make_rows(case, text, error)
+        monkeypatch.setattr(static, "report", lambda todo, rows=rows: iter(rows))
         assert gpu.main(["--static", "--only", case.name, "--out", str(path)]) == status
         written = json.loads(path.read_text())["static"]
         assert [{key: x for key, x in row.items() if key not in ("date", "jax", "source")} for row in written] == rows
-    # What no longer ships goes, and what is of other kernels; what is good is not compiled again.
+    # Rows of removed cases and of older kernels are dropped; good cases are not compiled again.
     stale = [{**written[0], "case": "old"}, {**written[0], "case": SHIPPED[2].name, "source": "old"}]
     path.write_text(json.dumps({"static": [*written, *stale]}))
     asked = []
-    monkeypatch.setattr(gpu_static, "static", lambda cases: asked.extend(cases) or ())
+    monkeypatch.setattr(static, "report", lambda todo: asked.extend(todo) or ())
     assert gpu.main(["--static", "--only", "delta_rule", "--out", str(path)]) == 0
     assert [row["case"] for row in json.loads(path.read_text())["static"]] == [case.name]
     assert asked == [other for other in SHIPPED if "delta_rule" in other.name and other != case]
 
 
-def test_what_is_wrong_shows_in_the_exit_status(monkeypatch, tmp_path):
-    """A case that fails, and one that is not reached."""
+def test_exit_status(monkeypatch, tmp_path):
+    """A case that fails, and one that is not reached, set it."""
 
     def ask(self, limit, /, do, **request):
         if do == "verify" and request["case"] != "good":
-            raise workers.WorkerError("no answer within 1 s: ended")
+            raise workers.WorkerError("no answer within 1 s: killed")
         return {"chip": True} if do == "about" else {"case": "good", "met": True}
 
     monkeypatch.setattr(workers.Worker, "ask", ask)
     for names, limit, status in ((["good"], "99", 0), (["good", "bad"], "99", 1), (["good"], "0", 1)):
-        monkeypatch.setattr("benchmarks.gpu_verify.names", lambda toy, names=names: names)
+        monkeypatch.setattr("benchmarks.gpu.verify.names", lambda toy, names=names: names)
         path = tmp_path / "verified.json"
         assert gpu.main(["--verify", "--limit", limit, "--out", str(path)]) == status
         assert len(json.loads(path.read_text())["verified"]) == len(names)
@@ -156,7 +160,7 @@ serve({"add": add, "fail": fail, "die": die, "hang": lambda: time.sleep(60)})
 
 
 def test_workers(tmp_path):
-    """An error leaves a program as it was; after its end, a hang, or a broken device a fresh one answers."""
+    """A process survives an error; after a crash, a hang or a broken device a new one answers."""
     (tmp_path / "answers.py").write_text(PROGRAM)
     worker = workers.Worker("answers", environment={"PYTHONPATH": str(tmp_path)})
     try:
@@ -164,7 +168,7 @@ def test_workers(tmp_path):
         for request, message, count in (
             ({"do": "fail", "words": "here:\n\n what"}, "ValueError: here: ... what", 3),
             ({"do": "hang"}, "no answer within 1 s", 1),
-            ({"do": "die"}, "ended with status 3.*last words", 1),
+            ({"do": "die"}, "exited with status 3.*last words", 1),
             ({"do": "fail", "words": "CUDA_ERROR_ILLEGAL_ADDRESS"}, "CUDA_ERROR", 1),
         ):
             with pytest.raises(workers.WorkerError, match=message):
@@ -176,19 +180,19 @@ def test_workers(tmp_path):
 
 
 def test_peers_are_compiled_ahead(capsys):
-    """Each once, one process an op; what cannot be is passed over."""
+    """Each once, one process per op; failures are skipped."""
     gpu.Ahead([*TOY, *TOY], sys.executable, {"JAX_PLATFORMS": "cpu"}).finish(60)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f"ahead: {FLA} ")]
     assert len(lines) == 2 * len(TOY) and all(any(case.name in line for line in lines) for case in TOY)
 
 
 def test_names_are_unique():
-    """Rows are found by the name of their case."""
-    for cases in (TIMED, TOY, SHIPPED):
-        assert len({case.name for case in cases}) == len(cases)
-    verified = gpu_verify.names(False)
+    """Rows are identified by the name of their case."""
+    for table in (TIMED, TOY, SHIPPED):
+        assert len({case.name for case in table}) == len(table)
+    verified = verify.names(False)
     assert len(set(verified)) == len(verified)
     # Every op that has kernels, and every row of the ops' suite.
-    for name in (*gpu_verify.suite.ROWS, "delta_rule", "linear_attention", "deltaformer", "softmax_attention"):
+    for name in (*verify.suite.ROWS, "delta_rule", "linear_attention", "deltaformer", "softmax_attention"):
         assert any(case.startswith((f"{name}:", f"{name} ")) for case in verified), name
-    assert Case("delta_rule", 1, 8192, 64, 16, decay=True).name == "delta_rule gated [1, 8192, 16/64, 128]"
+    assert Case("delta_rule", 1, 8192, 64, 16, decay="head").name == "delta_rule gated [1, 8192, 16/64, 128]"

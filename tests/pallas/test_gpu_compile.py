@@ -1,21 +1,21 @@
-"""The GPU kernels through the real compiler down to ptxas, from the CUDA plugin wheels; no GPU is needed."""
+"""The GPU kernels compiled down to ptxas by the CUDA plugin wheels; no GPU is needed."""
 
 import importlib.util
 
 import pytest
 
-from benchmarks import gpu_static
-from benchmarks.gpu_cases import Case
+from benchmarks.cases import Case
+from benchmarks.gpu import static
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None or gpu_static.find_ptxas() is None,
+    importlib.util.find_spec("jax_cuda13_plugin") is None or static.find_ptxas() is None,
     reason="jax-cuda13-plugin or ptxas is not installed here (extra gpu-compiler): no GPU kernel is compiled",
 )
 
-# Those that need most registers; python -m benchmarks.gpu --static has all.
+# The cases that need most registers; python -m benchmarks.gpu --static has all.
 CASES = [
-    Case("delta_rule", 1, 256, 2, 1, decay=True, segments=2),
-    Case("linear_attention", 1, 256, 2, 1, 64, 64, decay=True, segments=2),
+    Case("delta_rule", 1, 256, 2, 1, decay="head", segments=2),
+    Case("linear_attention", 1, 256, 2, 1, 64, 64, decay="head", segments=2),
     Case("softmax_attention", 1, 256, 2, 1, segments=2),
     Case("deltaformer", 1, 2048, 2, 1, segments=2),
 ]
@@ -26,8 +26,8 @@ KERNELS = {"deltaformer": "write", "softmax_attention": "attention"}
 
 @pytest.fixture(scope="module")
 def rows():
-    """What ptxas says of all cases: one process compiles them."""
-    return list(gpu_static.static(CASES))
+    """Reports of all cases, compiled by one process."""
+    return list(static.report(CASES))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.op for case in CASES])

@@ -1,29 +1,30 @@
-"""The GPU kernels on an H200: verified, then timed beside what else can do the same, in one run.
+"""Verifies the GPU kernels on an H200 and times them beside other implementations, in one run.
 
     python -m benchmarks.gpu [--verify] [--time] [--static] [--limit SECONDS] [--peer-path FOLDER] [--out FILE.json]
 
-  --verify   the ops' suite and more against float64 (gpu_verify.py), a line a case
-  --time     forward and forward+backward at the shapes of gpu_cases.TIMED (the default)
-  --static   what ptxas says of every kernel: registers, spills, warnings (gpu_static.py). Needs no GPU, but the CUDA
-             plugin wheels (extra gpu-compiler) and ptxas. Goes on where it stopped: a good case of these
-             kernels and this jax is not compiled again
+  --verify   compare with float64: the ops' test suite and more (verify.py), one line per case
+  --time     time forward and forward+backward at the shapes of cases.TIMED (the default)
+  --static   report registers, spills and warnings of every kernel (static.py). Needs no GPU, but the CUDA plugin
+             wheels (extra gpu-compiler) and ptxas. Resumes: good cases of the same kernels and jax are not
+             compiled again
 
-The exit status is 1 if a case verified was wrong or not reached, or a kernel spills or serializes its products.
+The exit status is 1 if a case failed verification or was not reached, or if a kernel spills or serializes its
+products.
 
-Beside our kernels run our chunked form and recurrence, cuDNN through jax.nn, PyTorch's attention, and FLA's Triton
-ops. torch and triton must be there already. FLA is pure Python; where no network is, carry its wheels in a folder:
+The contestants are our kernels, our chunked form and recurrence, cuDNN through jax.nn, PyTorch's attention, and FLA's
+Triton ops. torch and triton must be installed. FLA is pure Python; without a network, bring its wheels in a folder:
 
     pip download --no-deps -d .whl fla-core flash-linear-attention
     pip install --no-deps --no-index --no-compile --target /tmp/site .whl/*.whl
     python -m benchmarks.gpu --verify --time --limit 570 --peer-path /tmp/site --out gpu.json
 
-What is missing or fails is a row that says so. Each contestant runs in turns with the others of its case, in a process
-that may hang or die (workers.py); every row is in the file as soon as it is there. Other processes compile the peers'
-kernels ahead, while --verify runs or before the first row: their compiler keeps them on disk.
+A contestant that is missing or fails is a row with an error. The contestants of a case run in interleaved turns, each
+in a worker process that may hang or crash (workers.py), and every row is written at once. Other processes compile the
+peers' kernels into Triton's disk cache, while --verify runs or before the first row.
 
-The floor of a row is its FLOPs or its bytes (gpu_cases.floor), whichever takes longer at the rates that the same run
-measured of a matrix product and a copy. Without an sm_90 GPU toy shapes run by the forms that serve there, to show
-that all of this runs: those times mean nothing, and it says so.
+The floor of a row is its FLOPs or its bytes (floor.py), whichever takes longer at the speeds of a matrix product and
+of a copy that the same run measured. Without an sm_90 GPU, toy shapes run on the implementations available there, to
+test this program: their times mean nothing.
 """
 
 import argparse
@@ -42,32 +43,33 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
-
-from benchmarks import gpu_cases, gpu_static
-from benchmarks.gpu_cases import ANCHORS, FLA, PASSES, SHIPPED, TIMED, TOY, Case
+from benchmarks.cases import PASSES, Case
+from benchmarks.floor import floor
+from benchmarks.gpu import goals, static
+from benchmarks.gpu.cases import FLA, SHIPPED, TIMED, TOY, contestants
+from benchmarks.timing import relative_error
 from benchmarks.workers import Worker, WorkerError
 
-JAX, TORCH = "benchmarks.gpu_worker", "benchmarks.gpu_peers"
+JAX, TORCH = "benchmarks.gpu.worker", "benchmarks.gpu.peers"
 
-# Seconds that a request may take: to compile and run once, to be timed, to be verified.
+# Seconds per request: to compile and run once, to time, to verify.
 LOAD, TIME, VERIFY = 150.0, 60.0, 100.0
 
-# To compile a peer ahead: its library tries many variants of each kernel.
+# Seconds to compile a peer in advance: Triton autotunes many variants of each kernel.
 AHEAD = 180.0
 
-# Share of the limit that --verify may take where times are wanted too.
+# Share of the limit for --verify when --time follows.
 VERIFIED = 0.45
 
-# Processes that verify at one time: compilers take most of it.
+# Parallel processes of --verify, which mostly compile.
 VERIFIERS = 6
 
-# Turns of every contestant, and seconds of each.
+# Turns per contestant, and seconds per turn.
 TURNS, TURN = 3, 0.15
 
 
 class Report:
-    """What was measured, in a file that is whole after every row."""
+    """Measurements, written to a file that is complete after every row."""
 
     def __init__(self, path: str | None, limit: float):
         self.path = None if path is None else pathlib.Path(path)
@@ -80,14 +82,14 @@ class Report:
         return self.end - time.monotonic()
 
     def add(self, part: str, row: dict[str, Any]) -> None:
-        """Prints a row, and writes all of them."""
+        """Adds a row, prints it, and rewrites the file."""
         with self.lock:
             self.content.setdefault(part, []).append(row)
             print("  ".join(f"{key} {_short(value)}" for key, value in row.items() if key != "samples"), flush=True)
             self.write()
 
     def write(self) -> None:
-        """Writes the file: whole, or not at all."""
+        """Writes the file atomically."""
         if self.path is not None:
             part = self.path.with_name(f"{self.path.name}.part")
             part.write_text("{\n" + ",\n".join(_lines(*item) for item in self.content.items()) + "\n}\n")
@@ -95,7 +97,7 @@ class Report:
 
 
 def _lines(key: str, value: Any) -> str:
-    """A part of the file, a row a line."""
+    """Formats one entry of the file, one row per line."""
     if not isinstance(value, list | tuple):
         return f" {json.dumps(key)}: {json.dumps(value)}"
     rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
@@ -107,7 +109,7 @@ def _short(value: Any) -> str:
 
 
 def run_verify(report: Report, names: Sequence[str], toy: bool, seconds: float) -> None:
-    """All cases, several at one time; what is not reached within so many seconds is a fault."""
+    """Verifies cases in parallel; a case not reached within `seconds` is a fault."""
     end = time.monotonic() + seconds
     waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
     for name in names:
@@ -139,16 +141,16 @@ def run_verify(report: Report, names: Sequence[str], toy: bool, seconds: float) 
 
 
 class Ahead:
-    """Processes that run every peer once, so that its compiler's cache on disk is full; one process for each op.
+    """Processes, one per op, that run every peer once to fill its compiler's disk cache.
 
-    What fails will say so when it is timed.
+    Failures are reported when the peer is timed.
     """
 
     def __init__(self, cases: Iterable[Case], python: str, environment: dict[str, str]):
         self.workers: list[Worker] = []
         self.threads: list[threading.Thread] = []
         self.stopped = threading.Event()
-        # Compiled kernels depend on heads, not on time.
+        # Compiled kernels depend on the heads, not on the length.
         kinds = {(case.op, case.heads, case.only_u, bool(case.segments)): case for case in cases}
         for op in dict.fromkeys(case.op for case in kinds.values()):
             self.workers.append(Worker(TORCH, python, environment))
@@ -159,7 +161,7 @@ class Ahead:
     def _run(self, worker: Worker, cases: Sequence[Case]) -> None:
         for case in cases:
             for what, gradient in PASSES:
-                for kind, name in gpu_cases.contestants(case, gradient):
+                for kind, name in contestants(case, gradient):
                     if kind != "torch" or self.stopped.is_set():
                         continue
                     start, error = time.monotonic(), ""
@@ -171,7 +173,7 @@ class Ahead:
                     print(f"ahead: {name} {case.name} {what} {took:.0f} s{error}", flush=True)
 
     def finish(self, seconds: float) -> None:
-        """Waits so long at most, and ends them."""
+        """Waits at most `seconds`, then kills the processes."""
         end = time.monotonic() + seconds
         for thread in self.threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -189,7 +191,7 @@ class Race:
         self.holds: dict[tuple[str, str], int] = {}
 
     def load(self, who: tuple[str, str]) -> bool:
-        """Whether a contestant is loaded; its row says why not."""
+        """Loads a contestant; False, with the error in its row, where that fails."""
         worker, row = self.workers[who[0]], self.rows.setdefault(who, {})
         if "error" in row:
             return False
@@ -206,7 +208,7 @@ class Race:
         return True
 
     def turn(self, who: tuple[str, str], seconds: float) -> None:
-        """One turn of a contestant."""
+        """Times one turn of a contestant."""
         row = self.rows[who]
         if not self.load(who):
             return
@@ -219,33 +221,25 @@ class Race:
         row["host"] = taken["host"]
 
     def run(self, turns: int, seconds: float) -> list[dict[str, Any]]:
-        """Loads all, then gives each its turns; rows in the order of contestants."""
-        order = gpu_cases.contestants(self.case, self.gradient)
+        """Loads all contestants, then times them in turns; rows in the order of contestants."""
+        order = contestants(self.case, self.gradient)
         for who in order:
             self.load(who)
         for turn in range(turns):
-            # Each turn starts with another, so that none always follows the same.
+            # Rotating the order, so that no contestant always follows the same one.
             for place in range(len(order)):
                 self.turn(order[(turn + place) % len(order)], seconds)
         probes = {who: row.pop("probe") for who, row in self.rows.items() if "probe" in row}
-        # Rows without the chunked form are held against the peer.
+        # Without the chunked form, the peer is the oracle.
         wanted = next((probes[who] for who in (("jax", "chunked"), ("torch", FLA)) if who in probes), None)
         for who, probe in probes.items():
             if wanted is not None and "error" not in self.rows[who]:
-                self.rows[who]["differs"] = difference(probe, wanted)
+                self.rows[who]["differs"] = relative_error(probe, wanted)
         return [self.rows[who] | {"name": who[1]} for who in order]
 
 
-def difference(got: dict[str, list[float]], want: dict[str, list[float]]) -> float:
-    """The largest relative RMS difference of the arrays of two contestants."""
-    if set(got) != set(want):
-        return float("nan")
-    pairs = [(np.asarray(got[key]), np.asarray(want[key])) for key in want]
-    return float(max(np.sqrt(np.mean((a - b) ** 2) / max(np.mean(b**2), 1e-60)) for a, b in pairs))
-
-
 def run_time(report: Report, cases: Iterable[Case], workers: dict[str, Worker], chip: bool) -> None:
-    """Every contestant of every case, forward and forward+backward."""
+    """Times every contestant of every case, forward and forward+backward."""
     try:
         peaks = workers["jax"].ask(LOAD, do="peaks")
     except WorkerError as error:
@@ -260,7 +254,7 @@ def run_time(report: Report, cases: Iterable[Case], workers: dict[str, Worker], 
             if report.left() <= 0:
                 report.add("rows", {**common, "implementation": "all", "error": "not reached"})
                 continue
-            flops, moved = gpu_cases.floor(case, gradient)
+            flops, moved = floor(case, gradient)
             least = 1e3 * max(flops / peaks["flops"], moved / peaks["bytes"])
             for row in Race(workers, case, gradient).run(*((TURNS, TURN) if chip else (1, 0.002))):
                 report.add("rows", _row({**common, "implementation": row.pop("name"), "floor": least}, row))
@@ -271,21 +265,21 @@ def run_time(report: Report, cases: Iterable[Case], workers: dict[str, Worker], 
 
 
 def compile_ours(worker: Worker, case: Case, seconds: float) -> None:
-    """Compiles all of a case that JAX runs, at once: compilers take longer than what is timed."""
+    """Compiles all JAX contestants of a case in parallel: compilation takes longer than the timing."""
     wanted = [
         (gradient, name)
         for _, gradient in PASSES
-        for kind, name in gpu_cases.contestants(case, gradient)
+        for kind, name in contestants(case, gradient)
         if kind == "jax"
     ]
     if seconds > 0:
-        # What hangs or dies here does so again, alone, when it is loaded.
+        # A contestant that hangs or crashes here does so again, alone, when it is loaded.
         with contextlib.suppress(WorkerError):
             worker.ask(LOAD, do="compile", case=dataclasses.asdict(case), wanted=wanted)
 
 
 def _row(common: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """A row of the file from what a race found."""
+    """Makes a row of the file from the result of a race."""
     samples = row.get("samples", [])
     if "error" in row or not samples:
         return common | {"error": row.get("error", "not timed")}
@@ -302,7 +296,7 @@ def _row(common: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: one line a case and pass, one column a contestant; milliseconds (times the floor)."""
+    """Markdown table: one line per case and pass, one column per contestant; milliseconds (multiples of the floor)."""
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     lines = [f"| case | pass | floor | {' | '.join(names)} |", f"|{'---|' * (len(names) + 3)}"]
     found: dict[tuple[str, str], dict[str, Any]] = {}
@@ -320,9 +314,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def run_static(report: Report, cases: Sequence[Case]) -> None:
-    """Registers, spills and warnings of all cases; good ones of these kernels stay in the file."""
+    """Reports registers, spills and warnings; rows of good cases of the same kernels are kept from the file."""
     kept = json.loads(report.path.read_text()).get("static", []) if report.path and report.path.exists() else []
-    common = {"jax": importlib.metadata.version("jax"), "source": gpu_static.source()}
+    common = {"jax": importlib.metadata.version("jax"), "source": static.hash_sources()}
     known = {case.name for case in SHIPPED}
     kept = [row for row in kept if row.get("source") == common["source"] and row["case"] in known]
     here = [row for row in kept if row["jax"] == common["jax"]]
@@ -330,25 +324,25 @@ def run_static(report: Report, cases: Sequence[Case]) -> None:
     wanted = [case for case in cases if case.name not in good]
     again = {case.name for case in wanted}
     report.content["static"] = [row for row in kept if row["jax"] != common["jax"] or row["case"] not in again]
-    for row in gpu_static.static(wanted):
+    for row in static.report(wanted):
         report.add("static", {**row, "date": report.content["date"], **common})
 
 
 def arguments(given: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("verify", "time", "static"):
         parser.add_argument(f"--{name}", action="store_true")
-    parser.add_argument("--limit", type=float, default=3600.0, help="seconds; what is not reached by then says so")
-    parser.add_argument("--only", default="", help="cases that have this in their name, of all that is run")
-    parser.add_argument("--peer-path", help="folder where the peers' packages lie, beside those installed")
-    parser.add_argument("--peer-python", default=sys.executable, help="python that has torch (default: this one)")
+    parser.add_argument("--limit", type=float, default=3600.0, help="seconds for the whole run (default: 3600)")
+    parser.add_argument("--only", default="", help="run only cases whose name contains this")
+    parser.add_argument("--peer-path", help="folder with further packages of the peers")
+    parser.add_argument("--peer-python", default=sys.executable, help="python with torch (default: this one)")
     parser.add_argument("--out", help="JSON file")
     return parser.parse_args(given)
 
 
 def main(given: Sequence[str]) -> int:
-    """Prints rows, writes them where asked; 1 if something was wrong."""
+    """Runs the benchmark; returns 1 if a case or kernel has a fault."""
     options = arguments(given)
     report = Report(options.out, options.limit)
     extra = {}
@@ -371,24 +365,25 @@ def main(given: Sequence[str]) -> int:
 
 
 def run_device(report: Report, options: argparse.Namespace, workers: dict[str, Worker], extra: dict[str, str]) -> None:
-    """What --verify and --time ask for."""
+    """Runs --verify and --time."""
     about = workers["jax"].ask(LOAD, do="about")
     chip = about["chip"]
     report.content |= {"meaningful": chip, **about, "peers": workers["torch"].ask(LOAD, do="about")}
     if not chip:
-        print("no sm_90 GPU here: toy shapes by the forms that serve; no time below means anything", flush=True)
+        print("no sm_90 GPU: toy shapes on the available implementations; the times below mean nothing", flush=True)
     cases = [case for case in (TIMED if chip else TOY) if options.only in case.name]
     timed = options.time or not (options.verify or options.static)
     ahead = Ahead(cases if chip and timed else [], options.peer_python, extra)
     if options.verify:
-        from benchmarks import gpu_verify
+        # Loads the tests, which the other modes do not need.
+        from benchmarks.gpu import verify
 
-        names = [name for name in gpu_verify.names(not chip) if options.only in name]
+        names = [name for name in verify.names(not chip) if options.only in name]
         run_verify(report, names, not chip, VERIFIED * report.left() if timed else report.left())
     ahead.finish(min(AHEAD, 0.3 * report.left()))
     if timed:
         run_time(report, cases, workers, chip)
-        report.content |= {"goals": gpu_cases.goals(report.content.get("rows", [])), "anchors": ANCHORS}
+        report.content |= {"goals": goals.judge(report.content.get("rows", [])), "anchors": goals.ANCHORS}
         print(table(report.content.get("rows", [])))
         for goal in report.content["goals"]:
             print("  ".join(f"{key} {_short(value)}" for key, value in goal.items()))

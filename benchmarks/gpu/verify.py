@@ -1,8 +1,8 @@
 """The GPU kernels against float64, case by case: `python -m benchmarks.gpu --verify`, from a checkout.
 
-What the ops' own suite holds (its rows, inputs and tolerances: tests/ops) and what kernels get wrong beside: wide
-heads, odd sizes, keys that repeat, long calls, one head and many. Every case is run twice over memory full of NaN:
-a result that moves is a race. Without an sm_90 GPU a few toy cases run by what serves there.
+Runs the ops' test suite (rows, inputs and tolerances of tests/ops) and cases that stress kernels: wide heads, odd
+sizes, repeated keys, long calls, one and many heads. Every case runs twice on memory filled with NaN; two different
+results reveal a race. Without an sm_90 GPU a few toy cases run on the implementations available there.
 """
 
 import functools
@@ -16,32 +16,43 @@ import jax.numpy as jnp
 import numpy as np
 
 import memformer as mf
-from benchmarks import gpu_cases
-from benchmarks.gpu_cases import Case
-from benchmarks.gpu_worker import rounded
+from benchmarks import cases
+from benchmarks.cases import Case
+from benchmarks.gpu.contestants import round_inputs
 
 __all__ = ["names", "verify"]
 
-# The checkout's tests are no package, and their types are not checked.
+# The checkout's tests are not part of the package, and their types are not checked.
 numeric: Any = importlib.import_module("tests.numeric")
 suite: Any = importlib.import_module("tests.ops.test_ops")
 hard_keys = importlib.import_module("tests.pallas.test_tpu").keys
 
-# Relative RMS for calls of many tokens and for keys that repeat, gradients too; the suite has its own.
+# Relative RMS for long calls and repeated keys, gradients included; the suite has its own tolerances.
 TOLERANCE = 2e-2
 
-# Two runs may differ by the order of sums, no more.
+# Two runs may differ by the order of summation only.
 MOVED = 1e-4
 
-# Up to here the oracle is the recurrence; beyond, the chunked form in float64, which the tests hold to the recurrence.
+# Longest call whose oracle is the recurrence; beyond it is the chunked form in float64, which the tests compare with
+# the recurrence.
 RECURRENT = 1100
 
-# No kernel has a decay per key channel: asked for by name they say so.
+# No kernel has a decay per key channel: requests by name raise NotImplementedError.
 REFUSED = tuple(name for name in suite.ROWS if "channel" in name)
 
 
+# Ops with GPU kernels.
+KERNEL_OPS = ("delta_rule", "linear_attention", "deltaformer", "softmax_attention")
+
+
 class Wide(NamedTuple):
-    """A call; keys "random", "identical" or "close" (with beta 1.9 and 1), and whether a state is handed in."""
+    """One call, beyond those of the suite.
+
+    Attributes:
+      case: the call.
+      keys: "random", "identical" (with beta 1.9) or "close" (with beta 1).
+      start: whether it has an initial state.
+    """
 
     case: Case
     keys: str = "random"
@@ -49,50 +60,45 @@ class Wide(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As the table says it."""
+        """The call as the table prints it."""
         return f"{self.case.name}{f', {self.keys} keys' * (self.keys != 'random')}{', from a state' * self.start}"
 
 
 def _wide() -> list[Wide]:
-    cases = [
-        Wide(Case(op, 1, 1000, 2, 1, width, width, decay, segments), start=bool(segments))
+    calls = [
+        Wide(Case(op, 1, 1000, 2, 1, width, width, decay=decay, segments=segments), start=bool(segments))
         for op in ("delta_rule", "linear_attention")
         for width in (64, 128)
-        for decay in (False, True)
+        for decay in ("", "head")
         for segments in (0, 3)
     ]
     writes = [("softmax", 64, 0), ("softmax", 64, 3), ("softmax", 128, 0), ("softmax", 128, 3)]
     writes += [(write, 128, 3) for write in ("linear", "relu", "round")]
-    cases += [
-        # Two parts of a write (pallas/gpu/tuning.py), of few heads.
+    calls += [
+        # Two parts of a write (pallas/gpu/tuning.py), with few heads.
         Wide(Case("deltaformer", 1, 1090, 2, 1, width, width, write=write, segments=segments))
         for write, width, segments in writes
     ]
-    cases += [
+    calls += [
         Wide(Case("softmax_attention", 1, 1000, 4, 2, width, width, segments=segments))
         for width in (64, 128)
         for segments in (0, 3)
     ]
-    # Sizes that nothing divides.
-    cases += [Wide(Case(op, 2, 77, 3, 3, 40, 24, segments=2)) for op in suite_ops()]
-    cases += [
+    # Odd sizes.
+    calls += [Wide(Case(op, 2, 77, 3, 3, 40, 24, segments=2)) for op in KERNEL_OPS]
+    calls += [
         Wide(Case(op, 1, 512, 2, 2, width, 128, write="linear"), keys)
         for op in ("delta_rule", "deltaformer")
         for keys in ("identical", "close")
         for width in (64, 128)
     ]
-    # One head and many, of all batch rows: one part, and two.
-    cases += [Wide(Case("deltaformer", *size, 64, 64)) for size in ((1, 320, 1, 1), (4, 320, 33, 33), (4, 320, 64, 64))]
-    cases += [Wide(Case("deltaformer", *size, only_u=True)) for size in ((1, 1090, 1, 1), (1, 1090, 3, 3))]
-    cases += [Wide(Case("deltaformer", 8, 600, 32, 32, 64, 64, only_u=True))]
-    cases += [Wide(Case(op, 1, 8192, 2, 1, decay=op == "delta_rule")) for op in ("delta_rule", "linear_attention")]
-    cases += [Wide(Case("deltaformer", 1, 4096, 1, 1)), Wide(Case("softmax_attention", 1, 4096, 1, 1, segments=2))]
-    return cases
-
-
-def suite_ops() -> list[str]:
-    """Ops that have kernels, of those that gpu_cases knows."""
-    return ["delta_rule", "linear_attention", "deltaformer", "softmax_attention"]
+    # One and many heads over all batch rows: one part and two.
+    calls += [Wide(Case("deltaformer", *size, 64, 64)) for size in ((1, 320, 1, 1), (4, 320, 33, 33), (4, 320, 64, 64))]
+    calls += [Wide(Case("deltaformer", *size, only_u=True)) for size in ((1, 1090, 1, 1), (1, 1090, 3, 3))]
+    calls += [Wide(Case("deltaformer", 8, 600, 32, 32, 64, 64, only_u=True))]
+    calls += [Wide(Case("delta_rule", 1, 8192, 2, 1, decay="head")), Wide(Case("linear_attention", 1, 8192, 2, 1))]
+    calls += [Wide(Case("deltaformer", 1, 4096, 1, 1)), Wide(Case("softmax_attention", 1, 4096, 1, 1, segments=2))]
+    return calls
 
 
 TOYS = [Wide(Case("delta_rule", 1, 40, 2, 1, 16, 16, segments=2), start=True)]
@@ -100,7 +106,7 @@ TOYS += [Wide(Case("deltaformer", 1, 40, 1, 1, 16, 16, write="linear"), "identic
 
 
 class Result(NamedTuple):
-    """What a call gives, beside what it should give, twice; and the tolerances."""
+    """Results of two runs of a call beside the expected one, the tolerances of both, and the program's text."""
 
     got: Any
     again: Any
@@ -111,12 +117,12 @@ class Result(NamedTuple):
 
 
 def checks() -> dict[str, Callable[[str, str | None], Result]]:
-    """What is done with every row of the suite."""
+    """The checks of every row of the suite."""
     return {"packed": packed, "lengths": lengths, "two calls": two_calls, "mapped": mapped}
 
 
 def names(toy: bool) -> list[str]:
-    """Every case, by name, the suite's first."""
+    """Names of all cases, those of the suite first."""
     if toy:
         return ["delta_rule_grouped: packed", *(wide.name for wide in TOYS)]
     rows = [name for name in suite.ROWS if name not in REFUSED]
@@ -125,11 +131,11 @@ def names(toy: bool) -> list[str]:
 
 
 def verify(name: str, toy: bool) -> dict[str, Any]:
-    """One case: errors of output and state, and of gradients, and whether all is well.
+    """Verifies one case: errors of output and state, errors of gradients, and whether all are within tolerance.
 
     Args:
       name: one of `names`.
-      toy: whether there is no GPU, and the library chooses what runs.
+      toy: whether there is no GPU, so that the library chooses the implementation.
     """
     implementation = None if toy else "pallas"
     row: dict[str, Any] = {"case": name, "met": False}
@@ -151,17 +157,17 @@ def verify(name: str, toy: bool) -> dict[str, Any]:
 
 
 def refuses(name: str) -> dict[str, Any]:
-    """Whether the op says why its kernel cannot serve."""
+    """Checks that the op says why it has no kernel for a row."""
     arrays, state = suite.inputs(name)
     try:
         suite.evaluate(name, "pallas", suite.cast(arrays, "bfloat16"), suite.cast(state, "float32"))
     except NotImplementedError as error:
-        return {"met": "per key channel" in str(error), "says": str(error)}
-    return {"says": "it served"}
+        return {"met": "per key channel" in str(error), "message": str(error)}
+    return {"message": "no error was raised"}
 
 
 def errors(got: Any, want: Any) -> tuple[float, float]:
-    """The largest relative RMS of outputs and states, and of gradients; NaN where one is not a number."""
+    """Largest relative RMS error of outputs and states, and of gradients; NaN where a result is."""
 
     def largest(part: Callable[[Any], Any]) -> float:
         pairs = zip(jax.tree.leaves(part(got)), jax.tree.leaves(part(want)), strict=True)
@@ -171,19 +177,19 @@ def errors(got: Any, want: Any) -> tuple[float, float]:
 
 
 def exact(call: Callable[[], Any]) -> Any:
-    """What a call gives on the CPU in float64, as numpy arrays."""
+    """Runs a call on the CPU in float64; numpy arrays."""
     with jax.default_device(jax.devices("cpu")[0]), jax.enable_x64(True):
         return jax.tree.map(np.asarray, call())
 
 
 def poison() -> None:
-    """Fills free memory of the device with NaN: what a kernel does not write shows."""
+    """Fills free device memory with NaN, which reveals what a kernel does not write."""
     if jax.default_backend() == "gpu":
         jax.block_until_ready(jnp.full(2**28, jnp.nan, jnp.float32)).delete()
 
 
 def twice(call: Callable[[], Any]) -> tuple[Any, Any]:
-    """A call's result, two times."""
+    """Results of two runs of a call."""
     results = []
     for _ in range(2):
         poison()
@@ -202,7 +208,7 @@ def _text(name: str, implementation: str | None, arrays: Any, state: Any, ids: A
 
 
 def packed(name: str, implementation: str | None) -> Result:
-    """Three segments, padding, a state to start from."""
+    """Three segments, padding and an initial state."""
     arrays, state = suite.inputs(name)
     ids = jnp.asarray(suite.packed_ids()[0])
     got, again = twice(lambda: _evaluate(name, implementation, arrays, state, ids))
@@ -212,7 +218,7 @@ def packed(name: str, implementation: str | None) -> Result:
 
 
 def lengths(name: str, implementation: str | None) -> Result:
-    """One token, and one beside a chunk of 64."""
+    """One token, and lengths around a chunk of 64."""
     arrays, state = suite.inputs(name)
     runs: list[tuple[Any, Any]] = []
     wants: list[Any] = []
@@ -233,7 +239,7 @@ def _join(results: list[Any]) -> dict[str, Any]:
 
 
 def two_calls(name: str, implementation: str | None) -> Result:
-    """A call of 40 tokens, and the rest from the state it leaves."""
+    """A call of 40 tokens, and one of the rest from its state."""
     arrays, state = suite.inputs(name)
     given = suite.cast(arrays, "bfloat16")
     weights = jnp.ones((), jnp.float32)
@@ -247,7 +253,7 @@ def two_calls(name: str, implementation: str | None) -> Result:
             result, held = call(cut, held, None, jnp.ones(length, jnp.float32), weights)
             results.append(result)
         output = jnp.concatenate([result["output"] for result in results], axis=1)
-        # Gradients of the second call do not reach the first.
+        # The second call's gradients do not reach the first; outputs stand in for them.
         return {"output": output, "state": results[1]["state"], "gradients": output}
 
     got, again = twice(run)
@@ -264,7 +270,7 @@ def two_calls(name: str, implementation: str | None) -> Result:
 
 
 def mapped(name: str, implementation: str | None) -> Result:
-    """Each row of the batch alone, under vmap."""
+    """Each batch row alone, under vmap."""
     arrays, state = suite.inputs(name)
 
     def alone(x):
@@ -286,15 +292,15 @@ def mapped(name: str, implementation: str | None) -> Result:
 
 
 def wide_inputs(wide: Wide) -> dict[str, np.ndarray]:
-    """Arguments of the op by name, a state among them where one is handed in."""
+    """Array arguments of the op by name, the initial state included."""
     case = wide.case
     random = np.random.default_rng(5)
-    arrays = gpu_cases.inputs(case)
+    arrays = cases.inputs(case)
     if case.op == "deltaformer" and wide.keys == "random":
         arrays["w"] = random.standard_normal(arrays["k"].shape)
         arrays["alpha"] = random.uniform(0.5, 1.5, arrays["beta"].shape)
     if wide.keys != "random" or (case.op == "deltaformer" and case.write != "softmax"):
-        # Writes that do not normalise want keys of length 1.
+        # Unnormalised writes need unit keys.
         for name in {"k", "w"} & set(arrays):
             arrays[name] /= np.linalg.norm(arrays[name], axis=-1, keepdims=True)
     if wide.keys != "random":
@@ -306,23 +312,23 @@ def wide_inputs(wide: Wide) -> dict[str, np.ndarray]:
 
 
 def wide_program(wide: Wide, implementation: str | None):
-    """Output, state and gradients of every array, as one jitted function of the arrays."""
-    case, ids = wide.case, gpu_cases.segment_ids(wide.case)
+    """A jitted function of the arrays that returns output, state and all gradients."""
+    case, ids = wide.case, cases.segment_ids(wide.case)
     options: dict[str, Any] = {"implementation": implementation}
     if case.op == "deltaformer":
-        # A softmax over equal keys does not depend on q, and its gradient would be 0.
+        # A softmax over equal keys does not depend on q: its gradient would be zero.
         options |= {"write_kernel": case.write, "read_kernel": "softmax" if wide.keys == "random" else "linear"}
 
-    # The same for all: rounding the output would change it by as much as the tolerance allows.
-    weight = rounded({"q": gpu_cases.cotangent(case)})["q"]
+    # The same weights for kernel and oracle: rounding them would cost as much as the tolerance allows.
+    weight = round_inputs({"q": cases.cotangent(case)})["q"]
 
     def loss(arrays):
         segments = None if ids is None else jnp.asarray(ids)
         output, state = getattr(mf, case.op)(**arrays, segment_ids=segments, **options)
         kept = {"deltaformer": lambda: state.u, "softmax_attention": lambda: output}.get(case.op, lambda: state)()
-        seen = kept if case.only_u else output
-        size = jnp.sum((seen * weight.astype(seen.dtype)).astype(jnp.result_type(kept, jnp.float32)))
-        return size + jnp.sum(kept.astype(size.dtype)), (seen, kept)
+        result = kept if case.only_u else output
+        size = jnp.sum((result * weight.astype(result.dtype)).astype(jnp.result_type(kept, jnp.float32)))
+        return size + jnp.sum(kept.astype(size.dtype)), (result, kept)
 
     def run(arrays):
         gradients, (output, state) = jax.grad(loss, has_aux=True)(arrays)
@@ -332,8 +338,8 @@ def wide_program(wide: Wide, implementation: str | None):
 
 
 def wide_call(wide: Wide, implementation: str | None) -> Result:
-    """A call, and the same in float64 on inputs rounded as the kernels take them."""
-    arrays = rounded(wide_inputs(wide))
+    """A call, and its float64 oracle on equally rounded inputs."""
+    arrays = round_inputs(wide_inputs(wide))
     program = wide_program(wide, implementation).lower(arrays)
     call = program.compile()
     got, again = twice(lambda: call(arrays))

@@ -1,11 +1,11 @@
-"""A train step of 1.3 billion parameters by the TPU kernels, compiled for chips that need not be there.
+"""Compiles training steps of 1.3 billion parameters with the TPU kernels, without a TPU.
 
-    python -m benchmarks.tpu_train_step [MEMORY ...] [--topology v5e:4x4] [--again] [--out FILE.json]
+    python -m benchmarks.tpu.train_step [MEMORY ...] [--topology v5e:4x4] [--again] [--out FILE.json]
 
-For every memory and mesh: parameters, memory a device needs and has, which kernels the compiled program calls, and
-arrays of activations that it gathers (there should be none: every chip calls the kernels for its own rows and heads).
-A row is written when it is done, and a second start takes up what is missing. Needs libtpu, as
-benchmarks/tpu_static.py does; a program takes minutes to compile on two cores.
+For every memory and mesh: parameters, the memory that a device needs and has, the kernels that the compiled program
+calls, and the activations that it gathers (none are expected: every chip runs the kernels on its own rows and heads).
+Each row is written when it is done; rerun the command to resume. Needs libtpu, as benchmarks/tpu/static.py does; a
+program takes minutes to compile on two cores.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.tpu_static import prepare_compiler
+from benchmarks.tpu.static import prepare_compiler
 from memformer.training.build import build_run
 from memformer.training.config import default_config
 from memformer.training.dryrun import MEMORY, find_devices, lower_step
@@ -29,28 +29,29 @@ from memformer.training.sharding import mesh_scope
 
 __all__ = ["MESHES", "OUT", "Step", "compile_step", "step_config"]
 
-OUT = pathlib.Path(__file__).parent / "results" / "tpu-train-step.json"
+OUT = pathlib.Path(__file__).parents[1] / "results" / "tpu-train-step.json"
 
 # Devices over data, fsdp and tensor.
 MESHES = {"v5e:4x4": (2, 4, 2), "v5p:2x2x2": (2, 2, 2)}
 
 MEMORIES = ("gated_delta_rule", "deltaformer", "linear_attention", "delta_product", "softmax_attention", "delta_rule")
 
-# xlarge_1300m of memformer/models/presets.py; a length that is no other size of it, so that arrays over time are known.
+# xlarge_1300m of memformer/models/presets.py. The length equals no other size of the model, which identifies arrays
+# with a time axis.
 MODEL = {"width": 2048, "depth": 24, "heads": 16, "remat": "full", "dtype": "bfloat16", "scan_layers": True}
 LENGTH = 3072
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What the compiled train step is.
+    """Properties of a compiled training step.
 
     Attributes:
-      parameters: of the model.
-      gib: memory a device needs.
+      parameters: number of parameters of the model.
+      gib: memory per device, in GiB.
       kernels: names of the library's kernels that it calls.
-      gathers: shapes of arrays with a time axis that it gathers.
-      seconds: to compile.
+      gathers: shapes of the gathered arrays that have a time axis.
+      seconds: compilation time.
     """
 
     parameters: int
@@ -61,7 +62,7 @@ class Step:
 
 
 def step_config(memory: str, mesh: tuple[int, int, int], length: int, **model: Any) -> dict[str, Any]:
-    """The config of a run on packed text, one row a device."""
+    """Config of a run on packed text with one batch row per device."""
     config = default_config()
     config.task = {"name": "text", "length": length}
     config.model.update({"memory": memory, **model})
@@ -71,7 +72,7 @@ def step_config(memory: str, mesh: tuple[int, int, int], length: int, **model: A
 
 
 def compile_step(config: dict[str, Any], topology: str) -> Step:
-    """Compiles the step of a run for a topology such as "v5e:4x4"."""
+    """Compiles the training step of a run for a topology such as "v5e:4x4"."""
     started = time.monotonic()
     run = build_run(config, devices=find_devices(topology))
     with mesh_scope(run.mesh):
@@ -90,7 +91,7 @@ def compile_step(config: dict[str, Any], topology: str) -> Step:
 
 
 def measure(memory: str, topology: str) -> dict[str, Any]:
-    """One row: the step, or why it did not compile."""
+    """Row of one step, or of the error that its compilation raised."""
     config = step_config(memory, MESHES[topology], LENGTH, **MODEL)
     row: dict[str, Any] = {"memory": memory, "topology": topology, "ok": False}
     row["mesh"] = dict(zip(("data", "fsdp", "tensor"), MESHES[topology], strict=True))
@@ -105,17 +106,17 @@ def measure(memory: str, topology: str) -> dict[str, Any]:
 
 
 def read(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of a file, by memory and topology."""
+    """Reads the rows of a file by memory and topology."""
     rows = json.loads(path.read_text()) if path.exists() else []
     return {(row["memory"], row["topology"]): row for row in rows}
 
 
 def main(arguments: list[str]) -> None:
-    """Compiles what is asked for, and writes each row when it is done."""
+    """Compiles the chosen rows, and writes each when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("memories", nargs="*", help=f"default: {', '.join(MEMORIES)}")
     parser.add_argument("--topology", action="append", choices=list(MESHES), help="default: all")
-    parser.add_argument("--again", action="store_true", help="also what the file has")
+    parser.add_argument("--again", action="store_true", help="compile rows that the file already has")
     parser.add_argument("--out", type=pathlib.Path, default=OUT, help=f"default: {OUT.name} of benchmarks/results")
     options = parser.parse_args(arguments)
     prepare_compiler()

@@ -1,4 +1,4 @@
-"""What the TPU compiler's final schedules say of kernels: bundles of a loop, and which slots they use."""
+"""Reads the TPU compiler's final schedules: the bundles of a kernel's loops, and the slots they use."""
 
 import dataclasses
 import pathlib
@@ -8,20 +8,20 @@ import numpy as np
 
 __all__ = ["Loop", "loops", "scoped_memory"]
 
-# Units of matrix products, as one chip or another calls them.
+# Units of matrix products; their names differ between chips.
 MATRIX = ("MXU", "MATMUL", "MATPUSH")
 
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Of one kernel's runs of bundles without a branch that lie in as many loops, the one with most products.
+    """The branch-free run of bundles with the most products, among the runs of one kernel at one loop depth.
 
     Attributes:
-      kernel: its name.
-      depth: loops around these bundles; the grid is one, 0 starts and ends the kernel.
-      bundles: how many.
-      slots: by unit, what one bundle has.
-      used: by unit, what all of them use.
+      kernel: name of the kernel.
+      depth: number of enclosing loops, the grid included; 0 is the start and end of the kernel.
+      bundles: number of bundles.
+      slots: slots per bundle, by unit.
+      used: slots used in all bundles, by unit.
     """
 
     kernel: str
@@ -32,17 +32,17 @@ class Loop:
 
     @property
     def mxu(self) -> float:
-        """Share of the MXU's slots in use."""
+        """Share of the MXU's issue slots in use."""
         return max(self.used[unit] / self.slots[unit] for unit in MATRIX if unit in self.slots) / self.bundles
 
 
 def loops(dumps: pathlib.Path, before: set[pathlib.Path], names: str) -> list[list[Loop]]:
-    """For every kernel compiled since whose name matches, a loop of every depth; that with most products first.
+    """Reads the loops of the newly compiled kernels, one per depth, the loop with the most products first.
 
     Args:
-      dumps: where the compiler leaves its schedules.
-      before: files that were there.
-      names: regular expression.
+      dumps: folder of the compiler's schedules.
+      before: files to ignore.
+      names: regular expression for the names of kernels.
     """
     found = []
     for path in sorted(set(dumps.glob("*final_hlo-static-per-bundle-utilization.txt")) - before):
@@ -65,7 +65,7 @@ def loops(dumps: pathlib.Path, before: set[pathlib.Path], names: str) -> list[li
 
 
 def _busiest(lines: list[str], products: np.ndarray) -> dict[int, tuple[int, int]]:
-    """By depth, first bundle and end of the run without a branch that has most products, the longest if none has."""
+    """First bundle and end, by depth, of the branch-free run with the most products (the longest if none has any)."""
     bundles = [line for line in lines if re.match(r"\s*(0x[0-9a-f]+|0)\s*(LB|PB|PF)?\s*:", line)]
     count = len(products)
     if len(bundles) != count:
@@ -86,7 +86,7 @@ def _busiest(lines: list[str], products: np.ndarray) -> dict[int, tuple[int, int
 
 
 def scoped_memory(text: str, kernel: str) -> int:
-    """Bytes of VMEM that a kernel of a compiled program holds, 0 where it holds none.
+    """Bytes of VMEM that a kernel of a compiled program uses.
 
     Raises:
       ValueError: the program does not call it.

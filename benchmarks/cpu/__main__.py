@@ -1,7 +1,7 @@
-"""Times the ops side by side: python -m benchmarks.run [--ops delta_rule] [--peer-python PYTHON] [--out FILE]
+"""Times the ops beside textbook JAX and PyTorch: python -m benchmarks.cpu [--ops delta_rule] [--out FILE]
 
-Everything compared is run in turns on the same inputs, and medians are compared; outputs (or gradients) of all
-contestants are held against each other first. Peers run in a second process that answers one request at a time.
+All contestants of a case run on the same inputs in interleaved rounds, and their medians are compared; outputs (or
+gradients) are compared first. Peers run in a second process (--peer-python).
 """
 
 import argparse
@@ -20,22 +20,25 @@ import jax
 import jaxlib
 
 import memformer as mf
-from benchmarks import cases, goals, timing
-
-PASSES = (("forward", False), ("forward+backward", True))
+from benchmarks import timing
+from benchmarks.cases import BOTH, FORWARD, PASSES, Case
+from benchmarks.cpu import cases, goals
+from benchmarks.cpu.contestants import LOAD, Ours, Theirs, measure_peaks, start_peers
+from benchmarks.floor import floor
+from benchmarks.workers import Worker
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--ops", help="comma-separated names; all if not given")
+    """Parses the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
+    parser.add_argument("--ops", help="comma-separated names of ops (default: all)")
     parser.add_argument(
-        "--peer-python", help="a python with torch, transformers, flash-linear-attention; none if not given"
+        "--peer-python", help="python with torch, transformers and flash-linear-attention (default: no peers)"
     )
-    parser.add_argument("--quick", action="store_true", help="toy sizes: checks the runner, says nothing about speed")
-    parser.add_argument("--no-scaling", action="store_true", help="leave out the lengths of 8k to 64k")
-    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing a case and pass (default 10)")
-    parser.add_argument("--out", help="write everything measured as JSON")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, which check the program and measure nothing")
+    parser.add_argument("--no-scaling", action="store_true", help="skip the lengths from 8k to 64k")
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing per case and pass (default: 10)")
+    parser.add_argument("--out", help="JSON file for all measurements")
     arguments = parser.parse_args(argv)
     arguments.ops = (
         arguments.ops.split(",") if arguments.ops else sorted({case.op for case in cases.CASES} | {"delta_product"})
@@ -43,24 +46,24 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def measure(case: cases.Case, gradient: bool, peer: timing.PeerProcess | None, budget: float) -> list[dict[str, Any]]:
-    """Rows of one case and pass, one an implementation; the default is the first."""
-    runners: list[Any] = [timing.Ours(case, name, gradient) for name in case.implementations]
-    if peer is not None:
-        runners += [timing.Theirs(peer, case, name, gradient) for name in case.peers]
-    # The last of ours is the plainest: all others are held against it.
-    oracle = runners[len(case.implementations) - 1].outputs()
-    errors = [timing.relative_error(runner.outputs(), oracle) for runner in runners]
+def measure(case: Case, gradient: bool, peers: Worker | None, budget: float) -> list[dict[str, Any]]:
+    """Rows of one case and pass, one per contestant; the default is the first."""
+    runners: list[Any] = [Ours(case, name, gradient) for name in case.implementations]
+    # The last of ours is the simplest, and the oracle of the others.
+    oracle = runners[-1].outputs()
+    if peers is not None:
+        runners += [Theirs(peers, case, name, gradient) for name in case.peers]
+    errors = [runner.error(oracle) for runner in runners]
     samples = timing.interleave(runners, budget)
-    flops, moved = cases.floor(case, gradient)
+    flops, moved = floor(case, gradient)
     medians = [statistics.median(sample) for sample in samples]
     return [
         {
             "op": case.op,
-            "variant": case.variant,
+            "variant": cases.variant(case),
             "T": case.length,
-            "shape": case.shape,
-            "pass": "forward+backward" if gradient else "forward",
+            "shape": _shape(case),
+            "pass": BOTH if gradient else FORWARD,
             "implementation": runner.name,
             "ran": runner.ran,
             "milliseconds": 1e3 * median,
@@ -76,24 +79,28 @@ def measure(case: cases.Case, gradient: bool, peer: timing.PeerProcess | None, b
     ]
 
 
-def scale(group: Sequence[cases.Case], gradient: bool, budget: float) -> dict[str, Any]:
-    """Time against length for one memory."""
-    samples = timing.interleave([timing.Ours(case, "default", gradient) for case in group], budget)
+def _shape(case: Case) -> str:
+    return f"{case.heads} x {case.key}"
+
+
+def scale(group: Sequence[Case], gradient: bool, budget: float) -> dict[str, Any]:
+    """Times one memory at several lengths."""
+    samples = timing.interleave([Ours(case, "default", gradient) for case in group], budget)
     medians = [statistics.median(sample) for sample in samples]
     lengths = [case.length for case in group]
     return {
         "op": group[0].op,
-        "variant": group[0].variant,
-        "shape": group[0].shape,
-        "pass": "forward+backward" if gradient else "forward",
+        "variant": cases.variant(group[0]),
+        "shape": _shape(group[0]),
+        "pass": BOTH if gradient else FORWARD,
         "T": lengths,
         "milliseconds": [1e3 * median for median in medians],
         "exponent": timing.exponent(lengths, medians),
     }
 
 
-def surroundings(peer: timing.PeerProcess | None, quick: bool) -> dict[str, Any]:
-    """When, on what, and with which versions."""
+def environment(peers: Worker | None, quick: bool) -> dict[str, Any]:
+    """Date, machine and versions of a run."""
 
     def git(*words: str) -> str:
         folder = pathlib.Path(__file__).parent
@@ -102,7 +109,7 @@ def surroundings(peer: timing.PeerProcess | None, quick: bool) -> dict[str, Any]
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.exists() else ""
     names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    flops, bandwidth = timing.peaks(128 if quick else 4096)
+    flops, bandwidth = measure_peaks(128 if quick else 4096)
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": git("rev-parse", "HEAD"),
@@ -115,7 +122,7 @@ def surroundings(peer: timing.PeerProcess | None, quick: bool) -> dict[str, Any]
             "jax": jax.__version__,
             "jaxlib": jaxlib.__version__,
             "memformer": mf.__version__,
-            **(peer.ask(do="versions") if peer is not None else {}),
+            **(peers.ask(LOAD, do="about") if peers is not None else {}),
         },
         "flops_per_second": flops,
         "bytes_per_second": bandwidth,
@@ -129,37 +136,37 @@ HEAD += "".join(f"{name:>9}" for name in FIGURES)
 
 
 def line(row: dict[str, Any], around: dict[str, Any]) -> str:
-    """One row of the printed table. The floor is the longer of FLOPs and bytes at the speeds measured here."""
-    floor = 1e3 * max(row["flops"] / around["flops_per_second"], row["bytes"] / around["bytes_per_second"])
+    """Formats a row; its floor is the longer time of its FLOPs and bytes at the speeds measured in this run."""
+    least = 1e3 * max(row["flops"] / around["flops_per_second"], row["bytes"] / around["bytes_per_second"])
     name = row["implementation"] + (f" ({row['ran']})" if row["implementation"] == "default" and row["ran"] else "")
     op = row["op"] if row["variant"] == "plain" else f"{row['variant']} {row['op']}"
-    figures = (row["milliseconds"], row["low"], row["high"], floor, row["ratio"])
-    words = f"{op:26}{row['T']:6} {row['shape']:9}{row['pass']:18}{name:34}"
-    return words + "".join(f"{figure:9.2f}" for figure in figures) + f"{row['error']:9.0e}"
+    figures = (row["milliseconds"], row["low"], row["high"], least, row["ratio"])
+    labels = f"{op:26}{row['T']:6} {row['shape']:9}{row['pass']:18}{name:34}"
+    return labels + "".join(f"{figure:9.2f}" for figure in figures) + f"{row['error']:9.0e}"
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Runs, prints and writes; returns what was written."""
+    """Runs, prints and writes the benchmark; returns what was written."""
     arguments = parse(argv)
     table = cases.QUICK if arguments.quick else cases.CASES
     scaling = cases.QUICK_SCALING if arguments.quick else cases.SCALING
     budget = 0.0 if arguments.quick else arguments.budget
-    peer = timing.PeerProcess(arguments.peer_python) if arguments.peer_python else None
-    found = {**surroundings(peer, arguments.quick), "rows": [], "scaling": []}
+    peers = start_peers(arguments.peer_python) if arguments.peer_python else None
+    found = {**environment(peers, arguments.quick), "rows": [], "scaling": []}
     print(f"{found['processor']}, {found['cores']} cores; {found['versions']}")
     print(
         f"floors at {found['flops_per_second'] / 1e9:.0f} GFLOP/s (float32 matrix product) and "
-        f"{found['bytes_per_second'] / 1e9:.1f} GB/s (addition in place), both measured now\n{HEAD}"
+        f"{found['bytes_per_second'] / 1e9:.1f} GB/s (addition in place), both measured in this run\n{HEAD}"
     )
     for case in table:
         if case.op not in arguments.ops:
             continue
         for _, gradient in PASSES:
-            rows = measure(case, gradient, peer, budget)
+            rows = measure(case, gradient, peers, budget)
             found["rows"] += rows
             print("\n".join(line(row, found) for row in rows), flush=True)
-    if peer is not None:
-        peer.close()
+    if peers is not None:
+        peers.close()
     for group in () if arguments.no_scaling else scaling:
         if group[0].op not in arguments.ops:
             continue

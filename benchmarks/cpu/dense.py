@@ -1,4 +1,4 @@
-"""The T x T forms in plain JAX: what a reader would write first, and what the library is timed against."""
+"""The T x T forms in plain JAX: the textbook implementations that the library is timed against."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,12 +13,12 @@ def _scores(q: Array, k: Array) -> Array:
     return jnp.einsum("bthk,bshk->bhts", q, k)
 
 
-def _visible(length: int, diagonal: int) -> np.ndarray:
+def _causal_mask(length: int, diagonal: int) -> np.ndarray:
     return np.tril(np.ones((length, length), bool), diagonal)
 
 
-def _softmax(scores: Array, visible: np.ndarray) -> Array:
-    scores = jnp.where(visible, scores, -jnp.inf)
+def _softmax(scores: Array, mask: np.ndarray) -> Array:
+    scores = jnp.where(mask, scores, -jnp.inf)
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -26,25 +26,25 @@ def _softmax(scores: Array, visible: np.ndarray) -> Array:
 
 
 def softmax_attention(q: Array, k: Array, v: Array) -> Array:
-    """Causal softmax attention from the whole score matrix; q, k, v [B, T, H, K], result [B, T, H, V]."""
-    weights = _softmax(_scores(q, k) * q.shape[-1] ** -0.5, _visible(q.shape[1], 0))
+    """Causal softmax attention from the full score matrix; q, k, v [B, T, H, K], result [B, T, H, V]."""
+    weights = _softmax(_scores(q, k) * q.shape[-1] ** -0.5, _causal_mask(q.shape[1], 0))
     return jnp.einsum("bhts,bshv->bthv", weights, v)
 
 
 def linear_attention(q: Array, k: Array, v: Array, decay: Array) -> Array:
-    """Linear attention with a log decay per head, [B, T, H], from the whole score matrix."""
+    """Linear attention with a log decay per head, [B, T, H], from the full score matrix."""
     total = jnp.moveaxis(jnp.cumsum(decay, axis=1), 1, 2)
-    visible = _visible(q.shape[1], 0)
-    gap = jnp.where(visible, total[..., :, None] - total[..., None, :], 0.0)
-    scores = jnp.where(visible, _scores(q, k) * jnp.exp(gap), 0.0) * q.shape[-1] ** -0.5
+    mask = _causal_mask(q.shape[1], 0)
+    gap = jnp.where(mask, total[..., :, None] - total[..., None, :], 0.0)
+    scores = jnp.where(mask, _scores(q, k) * jnp.exp(gap), 0.0) * q.shape[-1] ** -0.5
     return jnp.einsum("bhts,bshv->bthv", scores, v)
 
 
 def deltaformer(q: Array, k: Array, v: Array, w: Array, beta: Array) -> Array:
-    """DeltaFormer with softmax in both places, by one T x T triangular solve."""
+    """DeltaFormer with softmax similarities, by one T x T triangular solve."""
     scale = q.shape[-1] ** -0.5
-    write = _softmax(_scores(w, k) * scale, _visible(q.shape[1], -1))
+    write = _softmax(_scores(w, k) * scale, _causal_mask(q.shape[1], -1))
     system = jnp.moveaxis(beta, 1, 2)[..., None] * write
     u = solve_triangular(system, jnp.moveaxis(v, 1, 2), lower=True, unit_diagonal=True)
-    read = _softmax(_scores(q, k) * scale, _visible(q.shape[1], 0))
+    read = _softmax(_scores(q, k) * scale, _causal_mask(q.shape[1], 0))
     return jnp.moveaxis(read @ u, 1, 2)

@@ -1,8 +1,8 @@
-"""What ptxas says of the GPU kernels, on a machine without a GPU: `python -m benchmarks.gpu --static`.
+"""Registers, spills and warnings of the GPU kernels, without a GPU: `python -m benchmarks.gpu --static`.
 
-The CUDA plugin wheels (jax-cuda13-pjrt, jax-cuda13-plugin of jax's version) hold the compiler that runs on GPU
-machines; it wants ptxas, from the CUDA toolkit on the PATH or from the nvidia-cuda-nvcc wheel. A kernel that asks for
-more shared memory than a block may have (227 KiB) is refused by Mosaic itself: such a case is a row with a fault.
+The CUDA plugin wheels (jax-cuda13-pjrt, jax-cuda13-plugin of jax's version) contain the compiler of GPU machines; it
+needs ptxas, from the CUDA toolkit on the PATH or from the nvidia-cuda-nvcc wheel. Mosaic itself rejects a kernel that
+needs more shared memory than a block may have (227 KiB); such a case is a row with a fault.
 """
 
 import ctypes
@@ -19,10 +19,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks import gpu_cases
-from benchmarks.gpu_cases import SHIPPED, Case
+from benchmarks import cases
+from benchmarks.cases import Case
+from benchmarks.gpu.cases import SHIPPED
+from benchmarks.workers import shorten
 
-__all__ = ["compile_for_h200", "find_ptxas", "read_report", "rows_of", "source", "static"]
+__all__ = ["compile_for_h200", "find_ptxas", "hash_sources", "make_rows", "read_report", "report"]
 
 # XLA's description of the chip, from its data sheet.
 H200 = """
@@ -37,12 +39,12 @@ gpu_device_info {
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 patch: 0 } device_description_str: "NVIDIA H200"
 """
 
-# A line of the process that compiles: a case is done; what follows is what was wrong.
+# Line printed after each compiled case, followed by the error, if any.
 DONE = "memformer: done"
 
 
 def find_ptxas() -> pathlib.Path | None:
-    """ptxas of the toolkit on the PATH, or of the wheel."""
+    """Path of ptxas, from the toolkit on the PATH or from the wheel; None where there is none."""
     found = shutil.which("ptxas")
     if found is not None:
         return pathlib.Path(found).resolve()
@@ -52,30 +54,31 @@ def find_ptxas() -> pathlib.Path | None:
     return next(wheels, None)
 
 
-def source() -> str:
-    """A short hash of the kernels' source."""
-    folder = pathlib.Path(__file__).parent.parent / "memformer" / "pallas" / "gpu"
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()[:12]
+def hash_sources() -> str:
+    """Short hash of the sources of the kernels."""
+    folder = pathlib.Path(__file__).parents[2] / "memformer" / "pallas"
+    paths = [*folder.glob("*.py"), *folder.glob("gpu/**/*.py")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:12]
 
 
 def compile_for_h200(case: Case):
-    """A case by its kernels, alone and with its gradients, compiled for an H200 that need not be there."""
+    """Compiles a case's kernels, without and with gradients, for an H200 that need not be present."""
     import jax
     import jax.numpy as jnp
     import numpy as np
     from jax.experimental import topologies
 
-    from benchmarks import gpu_worker
+    from benchmarks.gpu.contestants import function, round_inputs
 
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.NamedSharding(mesh, jax.P())
-    arrays = gpu_worker.rounded(gpu_cases.inputs(case))
+    arrays = round_inputs(cases.inputs(case))
     specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in arrays.items()}
-    run = gpu_worker.function(case, "pallas")
+    run = function(case, "pallas")
 
     def both(arrays):
-        # The forward pass keeps more for a gradient, and is another kernel then.
+        # With a gradient the forward pass keeps more, and is a different kernel.
         return run(arrays), jax.grad(lambda x: jnp.sum(run(x).astype(jnp.float32)))(arrays)
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -83,7 +86,7 @@ def compile_for_h200(case: Case):
 
 
 def read_report(case: str, text: str) -> list[dict[str, Any]]:
-    """Rows, one a compiled kernel of ours, of what the compiler wrote; "fault" says what must not be."""
+    """Parses the compiler's output into one row per kernel of the library; "fault" names a defect, or is None."""
     rows = []
     for part in re.split(r"(?=Compiling entry function)", text):
         kernel = re.match(r"Compiling entry function '(\w+)_mosaic_gpu_kernel", part)
@@ -91,39 +94,39 @@ def read_report(case: str, text: str) -> list[dict[str, Any]]:
             continue
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
         used = re.search(r"Used (\d+) registers", part)
-        # Warnings come before the report of their function.
-        said = [line for line in text.splitlines() if "(C75" in line and f"'{kernel[1]}_mosaic" in line]
+        # Warnings precede the report of their function.
+        warnings = [line for line in text.splitlines() if "(C75" in line and f"'{kernel[1]}_mosaic" in line]
         row: dict[str, Any] = {"case": case, "kernel": kernel[1]}
         row["registers"] = int(used[1]) if used else None
         row["spills"] = sum(map(int, spilled.groups())) if spilled else None
-        row["warnings"] = sorted(set(re.findall(r"C75\d\d", " ".join(said))))
+        row["warnings"] = sorted(set(re.findall(r"C75\d\d", " ".join(warnings))))
         faults = [f"{row['spills']} bytes spilled"] * bool(row["spills"])
-        serialized = any("serialized" in line or re.search(r"C751[012]", line) for line in said)
+        serialized = any("serialized" in line or re.search(r"C751[012]", line) for line in warnings)
         faults += ["wgmma serialized"] * serialized
         faults += ["no report"] * (used is None or spilled is None)
         rows.append(row | {"fault": ", ".join(faults) or None})
     return rows
 
 
-def static(cases: Sequence[Case] = SHIPPED) -> Iterator[dict[str, Any]]:
-    """What ptxas says of the kernels of each case, one row a kernel, as they come.
+def report(wanted: Sequence[Case] = SHIPPED) -> Iterator[dict[str, Any]]:
+    """Compiles the cases and yields one row per kernel, case by case.
 
-    A case that no kernel serves, or that the compiler refuses, is a row with a fault.
+    A case that has no kernel, or that the compiler rejects, is a row with a fault.
 
     Raises:
       FileNotFoundError: no ptxas.
     """
     ptxas = find_ptxas()
     if ptxas is None:
-        raise FileNotFoundError("no ptxas: neither CUDA's compiler on the PATH nor the wheel nvidia-cuda-nvcc")
+        raise FileNotFoundError("ptxas not found: install the CUDA toolkit or the wheel nvidia-cuda-nvcc")
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={ptxas.parent.parent}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "XLA_FLAGS": flags}
     environment["PATH"] = f"{ptxas.parent}{os.pathsep}{environment.get('PATH', '')}"
-    left = list(cases)
+    left = list(wanted)
     while left:
-        # The report is written by the compiler itself, to the standard output of a process of its own.
+        # The compiler writes its report to standard output: it runs in a process of its own.
         todo = json.dumps([dataclasses.asdict(case) for case in left])
-        command = [sys.executable, "-m", "benchmarks.gpu_static", todo]
+        command = [sys.executable, "-m", "benchmarks.gpu.static", todo]
         lines: list[str] = []
         with subprocess.Popen(
             command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -133,34 +136,33 @@ def static(cases: Sequence[Case] = SHIPPED) -> Iterator[dict[str, Any]]:
                 if done is None:
                     lines.append(line)
                     continue
-                yield from rows_of(left.pop(0), "".join(lines), done[1])
+                yield from make_rows(left.pop(0), "".join(lines), done[1])
                 lines = []
         if left:
-            yield from rows_of(left.pop(0), "", f"the compiler ended: {' | '.join(lines[-3:])}"[:600])
+            yield from make_rows(left.pop(0), "", f"the compiler exited: {' | '.join(lines[-3:])}"[:600])
 
 
-def rows_of(case: Case, text: str, error: str) -> list[dict[str, Any]]:
-    """Rows of a case from what its compiler wrote and what went wrong; no kernel at all is a fault."""
+def make_rows(case: Case, text: str, error: str) -> list[dict[str, Any]]:
+    """Rows of a case from the compiler's output and error; no kernel at all is a fault."""
     rows = read_report(case.name, text)
     if error or not rows:
         rows.append({"case": case.name, "kernel": None, "fault": error or "no kernel"})
     return rows
 
 
-def main(cases: list[Case]) -> None:
-    """Compiles, and says after each case that it is done, or what was wrong."""
-    for case in cases:
+def main(todo: list[Case]) -> None:
+    """Compiles cases, and prints a line with the error, if any, after each."""
+    for case in todo:
         error = ""
         try:
             compile_for_h200(case)
-        # Whatever the compiler says is the row's.
+        # Any error is part of the row.
         except Exception as problem:  # noqa: BLE001
-            words = [word.strip() for word in str(problem).splitlines() if word.strip()] or [""]
-            error = f"{type(problem).__name__}: {words[0]} ... {words[-1]}"[:600]
-        # The compiler's own words first.
+            error = shorten(problem)
+        # The compiler's own output comes first.
         ctypes.CDLL(None).fflush(None)
         print(f"\n{DONE} {error}", flush=True)
 
 
 if __name__ == "__main__":
-    main([gpu_cases.from_json(case) for case in json.loads(sys.argv[1])])
+    main([cases.from_json(case) for case in json.loads(sys.argv[1])])

@@ -1,17 +1,17 @@
-"""Every TPU kernel through the real compiler, at the large shapes, on a machine without a TPU.
+"""Compiles every TPU kernel at the large shapes by the real TPU compiler, without a TPU.
 
-    python -m benchmarks.tpu_compile [NAME ...] [--topology v5p:2x2x1] [--again] [--out FILE.json]
+    python -m benchmarks.tpu.compile [NAME ...] [--topology v5p:2x2x1] [--again] [--out FILE.json]
 
-Needs the libtpu wheel, as benchmarks/tpu_static.py does. Each row is one op at one shape, dtype and chip, forward and
-backward in one program, through the output and the state:
+Needs the libtpu wheel, as benchmarks/tpu/static.py does. Each row is one op at one shape, dtype and chip: forward and
+backward in one program, through the output and the state.
 
-    ok        the compiler took it, and the program calls every kernel that the op is made of, by name
-    vmem      MiB of VMEM of the kernel that holds most, blocks that are on their way (double buffering) included
-    limit     MiB of VMEM a core of the chip has
+    ok        the program compiles and calls every kernel of the op by name
+    vmem      MiB of VMEM of the largest kernel, double-buffered blocks included
+    limit     MiB of VMEM per core of the chip
     seconds   to trace, lower and compile
 
-A row is written when it is done, and a second start takes up what is missing or failed; --again compiles all that is
-asked for anew. All of it takes hours of one core. NAME is an op, or part of a row's name ("delta_rule", "256x256").
+Each row is written when it is done. Rerun the command to resume: rows that are missing or failed are compiled; --again
+compiles all. The whole table takes hours of one core. NAME is an op, or part of a row's name ("delta_rule", "256x256").
 """
 
 import argparse
@@ -25,17 +25,17 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from benchmarks.tpu_schedule import scoped_memory
-from benchmarks.tpu_static import TOPOLOGIES, Case, compile_case, make_mesh, prepare_compiler
+from benchmarks.cases import Case
+from benchmarks.tpu.schedule import scoped_memory
+from benchmarks.tpu.static import TOPOLOGIES, compile_case, make_mesh, prepare_compiler
 
 __all__ = ["OUT", "ROWS", "kernels"]
 
-OUT = pathlib.Path(__file__).parent / "results" / "tpu-compile.json"
+OUT = pathlib.Path(__file__).parents[1] / "results" / "tpu-compile.json"
 
-# DeltaFormer writes by kernels of its own and reads by those of attention; delta_product is the delta rule's.
+# DeltaFormer writes with kernels of its own and reads with those of attention; delta_product uses the delta rule's.
 PARTS = {
     "delta_product": ("delta_rule",),
     "deltaformer": ("write", "attention"),
@@ -44,15 +44,15 @@ PARTS = {
 
 OPS: dict[str, dict[str, Any]] = {
     "linear_attention": {"op": "linear_attention"},
-    "linear_attention decay": {"op": "linear_attention", "decay": True},
+    "linear_attention decay": {"op": "linear_attention", "decay": "head"},
     "delta_rule": {"op": "delta_rule"},
-    "delta_rule decay": {"op": "delta_rule", "decay": True},
-    "delta_product decay": {"op": "delta_product", "decay": True, "steps": 2},
+    "delta_rule decay": {"op": "delta_rule", "decay": "head"},
+    "delta_product decay": {"op": "delta_product", "decay": "head", "steps": 2},
     "deltaformer softmax": {"op": "deltaformer", "write": "softmax"},
     "softmax_attention": {"op": "softmax_attention"},
 }
 
-# Batch, length, heads, groups, key, value; the first is where a chip's time goes.
+# Batch, length, heads, groups, key, value; the first is the typical training shape.
 SHAPES = {
     "1x8192x16x128": (1, 8192, 16, 16, 128, 128),
     "2x4096x4x128": (2, 4096, 4, 4, 128, 128),
@@ -65,13 +65,13 @@ WRITES = {f"deltaformer {write}": {"op": "deltaformer", "write": write} for writ
 
 def _rows() -> dict[str, Case]:
     rows = {}
-    for dtype in (jnp.bfloat16, jnp.float32):
+    for dtype in ("bfloat16", "float32"):
         for shape, sizes in SHAPES.items():
             writes = WRITES if shape == "2x4096x4x128" else {}
             for op, options in (OPS | writes).items():
                 case = Case(options["op"], *sizes, dtype)
                 rest = {key: value for key, value in options.items() if key != "op"}
-                rows[f"{op} {shape} {jnp.dtype(dtype).name}"] = dataclasses.replace(case, **rest)
+                rows[f"{op} {shape} {dtype}"] = dataclasses.replace(case, **rest)
     return rows
 
 
@@ -79,12 +79,12 @@ ROWS = _rows()
 
 
 def kernels(op: str) -> list[str]:
-    """Names of the kernels of an op, forward and backward."""
+    """Names of an op's kernels, forward and backward."""
     return [f"memformer_{part}_{way}" for part in PARTS.get(op, (op,)) for way in ("forward", "backward")]
 
 
 def measure(case: Case, topology: str) -> dict[str, Any]:
-    """Compiles one case."""
+    """Compiles one case and returns its row."""
     started = time.monotonic()
     with jax.set_mesh(make_mesh(topology)):
         limit = pltpu.get_tpu_info().vmem_capacity_bytes
@@ -102,11 +102,11 @@ def measure(case: Case, topology: str) -> dict[str, Any]:
 
 
 def main(arguments: list[str]) -> None:
-    """Compiles what is asked for, and writes each row when it is done."""
+    """Compiles the chosen rows, and writes each when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="part of a row's name; default: all")
+    parser.add_argument("names", nargs="*", help="parts of row names (default: all)")
     parser.add_argument("--topology", action="append", help=f"default: {', '.join(TOPOLOGIES)}")
-    parser.add_argument("--again", action="store_true", help="also what the file has")
+    parser.add_argument("--again", action="store_true", help="compile rows that the file already has")
     parser.add_argument("--out", type=pathlib.Path, default=OUT, help=f"default: {OUT.name} of benchmarks/results")
     options = parser.parse_args(arguments)
     prepare_compiler()
@@ -126,7 +126,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The rows of a file, by name and topology."""
+    """Reads the rows of a file by name and topology."""
     rows = json.loads(path.read_text()) if path.exists() else []
     return {(row["row"], row["topology"]): row for row in rows}
 

@@ -1,0 +1,87 @@
+"""The cases of benchmarks.gpu, and the contestants of each.
+
+Numpy only: the process of the PyTorch peers imports this module too.
+"""
+
+from benchmarks.cases import RECURRENT, Case
+
+__all__ = ["CUDNN", "FLA", "SDPA", "SHIPPED", "TIMED", "TOY", "contestants", "gated_case"]
+
+PLAIN = ("pallas", "chunked")
+
+# Names of peers, which are defined in gpu/peers.py and gpu/contestants.py.
+FLA, SDPA, CUDNN = "FLA (Triton)", "torch sdpa", "cuDNN (jax.nn)"
+
+
+def gated_case(length: int, heads: int, implementations: tuple[str, ...] = ("pallas",)) -> Case:
+    """The gated delta rule with 16 heads of q and k."""
+    return Case("delta_rule", 1, length, heads, 16, decay="head", implementations=implementations)
+
+
+def _u(batch: int, heads: int, length: int = 8192, implementations: tuple[str, ...] = ("pallas",)) -> Case:
+    return Case("deltaformer", batch, length, heads, heads, only_u=True, implementations=implementations)
+
+
+# Most important first, for runs that are stopped by their limit. The recurrence is timed where it takes seconds, the
+# chunked form at one shape per op: it takes longer to compile than everything else to run.
+TIMED = (
+    _u(2, 32, implementations=PLAIN),
+    gated_case(8192, 64, (*PLAIN, RECURRENT)),
+    gated_case(8192, 32),
+    Case("softmax_attention", 1, 16384, 16, 16, implementations=PLAIN),
+    Case("linear_attention", 1, 8192, 96, 96, implementations=(*PLAIN, RECURRENT)),
+    Case("deltaformer", 2, 8192, 32, 32, implementations=PLAIN),
+    gated_case(2048, 64),
+    gated_case(32768, 64),
+    gated_case(32768, 32),
+    _u(1, 1),
+    _u(1, 8),
+    Case("softmax_attention", 1, 16384, 16, 16, segments=8),
+    _u(8, 32, length=4096),
+    gated_case(2048, 32),
+    _u(4, 32),
+)
+
+# One case of every kind of op, to test this program; their times mean nothing.
+TOY = (
+    Case("deltaformer", 1, 32, 2, 2, 16, 16, only_u=True, implementations=PLAIN),
+    Case("delta_rule", 1, 32, 2, 1, 16, 16, decay="head", implementations=(*PLAIN, RECURRENT)),
+    Case("softmax_attention", 1, 32, 2, 2, 16, 16, segments=2, implementations=PLAIN),
+)
+
+# Configurations whose registers are reported: every op, with and without the options that change its kernels. A
+# process compiles equal kernels once, so that DeltaFormer, which shares those of attention, comes after it.
+SHIPPED = (
+    *(
+        Case(op, 1, 256, 2, 1, width, width, decay=decay, segments=segments)
+        for op in ("delta_rule", "linear_attention")
+        for width in (64, 128)
+        for decay in ("", "head")
+        for segments in (0, 2)
+    ),
+    *(
+        Case("softmax_attention", 1, 256, 2, 1, width, width, segments=segments)
+        for width in (64, 128)
+        for segments in (2, 0)
+    ),
+    # Several parts of a write (pallas/gpu/attention/write_parts.py), one part, and less than two tiles.
+    *(
+        Case("deltaformer", 1, length, 2, 1, width, width, write=write, segments=segments)
+        for length, writes in ((2048, ("softmax", "linear", "round", "relu")), (256, ("softmax", "linear")))
+        for write in writes
+        for width in (64, 128)
+        for segments in (2, 0)
+    ),
+    *(Case(op, 1, 64, 2, 1) for op in ("softmax_attention", "deltaformer")),
+)
+
+
+def contestants(case: Case, gradient: bool) -> list[tuple[str, str]]:
+    """Contestants of a case and pass: pairs of the process ("jax" or "torch") and the name of an implementation."""
+    # The recurrence's backward pass would keep the state of every token.
+    ours = [name for name in case.implementations if not (gradient and name == RECURRENT)]
+    theirs = [FLA]
+    if case.op == "softmax_attention":
+        ours.append(CUDNN)
+        theirs += [SDPA] * (not case.segments)
+    return [("jax", name) for name in ours] + [("torch", name) for name in theirs]

@@ -1,0 +1,1 @@
+"""TPU benchmarks without a TPU: `python -m benchmarks.tpu.static`, `.compile`, `.train_step`."""

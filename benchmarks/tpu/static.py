@@ -1,0 +1,309 @@
+"""Schedules of the TPU kernels by the real TPU compiler, without a TPU.
+
+    python -m benchmarks.tpu.static [NAME ...] [--topology v5p:2x2x1] [--out FILE.json]
+
+Needs the libtpu wheel of this jax (0.0.42.* for jax 0.10.2, 0.0.50.* for 0.12.0.1): it contains the compiler of TPU
+machines, and compiles for v5e:2x2, v5p:2x2x1, v6e:2x2 and tpu7x:2x2x1 without one. The figures of a kernel come from
+the final schedule of its main loop (the branch-free run with the most products; the start and end of a chunk scan are
+left out). A program of attention or DeltaFormer takes one block of R rows through two stretches, each a row of the
+table: "loop", the loop over earlier tiles, R columns per step (backward: over later tiles of rows), and "own", the
+diagonal tile: half of a step's products and, for the write, the triangular solve.
+
+    bundles   instruction bundles (at best one per cycle) per chunk and head
+    floor     bundles of the products alone at the chip's peak, in one bfloat16 pass
+    share     floor / bundles: the part of the MXU's time spent on products that the equations need
+    mxu       share of the MXU's issue slots in use, passes and padding included
+    fills, spills   vector registers reloaded and stored for lack of registers, per chunk and head
+    vmem      MiB of VMEM that the kernel uses
+    hbm       KiB read and written per chunk and head
+    moved     bundles that these transfers would take at peak memory bandwidth
+    bytes     hbm over the bytes of reading the inputs and writing the outputs once
+
+Cases of other projects (`splash`, `tokamax KDA`) have no floor, and report the bundles of their whole main loop. The
+figures include no DMA waits: they compare versions of a kernel, and kernels with their floors; they are not times.
+--out keeps the rows that the file has of other cases and chips.
+"""
+
+import argparse
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+import tempfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import memformer as mf
+from benchmarks import floor
+from benchmarks.cases import Case
+from benchmarks.tpu.schedule import Loop, loops, scoped_memory
+from memformer.pallas.tpu import tuning
+from memformer.pallas.tpu.common import Cut, check_backend, cut_call
+
+__all__ = ["CASES", "compile_case", "make_mesh", "prepare_compiler"]
+
+# FLOPs per cycle of one core, and the clock in GHz that makes them the 197, 459, 918 and 2307 TFLOP/s per chip of
+# docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; v5p and tpu7x have two cores. No data sheet gives a clock: FLOPs
+# per cycle are the power of two closest to the schedule of one large product by this tool, in thousands per bundle
+# 162 on v5e, 161 on v5p (95% of the slots in use), 444 on v6e (77%), 778 on tpu7x (73%). v5 reaches 1.3 times that.
+FLOPS_PER_CYCLE = {"v5e": 2**17, "v5p": 2**17, "v6e": 2**19, "tpu7x": 2**20}
+CLOCK = {"v5e": 1.5, "v5p": 1.75, "v6e": 1.75, "tpu7x": 1.1}
+
+# GB/s of HBM per core, from the same pages.
+BANDWIDTH = {"v5e": 819, "v5p": 2765 / 2, "v6e": 1638, "tpu7x": 7380 / 2}
+
+# Stretches of an attention kernel, by the number of loops around them.
+PARTS = {1: "own", 2: "loop"}
+
+TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+
+
+CASES = {
+    "delta": Case("delta_rule", 1, 8192, 16, 16, 128, 128),
+    "delta decay": Case("delta_rule", 1, 8192, 16, 16, 128, 128, decay="head"),
+    "delta small": Case("delta_rule", 2, 4096, 4, 4, 128, 128, decay="head", segments=2),
+    "delta odd": Case("delta_rule", 1, 1000, 3, 3, 64, 96, decay="head"),
+    "delta float32": Case("delta_rule", 1, 8192, 16, 16, 128, 128, "float32", decay="head"),
+    "delta wide": Case("delta_rule", 1, 4096, 4, 4, 256, 256, decay="head"),
+    "delta grouped": Case("delta_rule", 1, 4096, 16, 4, 128, 128, decay="head"),
+    "linear": Case("linear_attention", 1, 8192, 16, 16, 128, 128),
+    "linear decay": Case("linear_attention", 1, 8192, 16, 16, 128, 128, decay="head"),
+    "linear odd": Case("linear_attention", 1, 1000, 3, 3, 64, 96, decay="head", segments=2),
+    "linear float32": Case("linear_attention", 1, 8192, 16, 16, 128, 128, "float32", decay="head"),
+    "deltaformer": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="softmax"),
+    "deltaformer linear": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="linear"),
+    "deltaformer wide": Case("deltaformer", 1, 4096, 4, 4, 256, 256, write="softmax"),
+    "softmax": Case("softmax_attention", 1, 8192, 16, 16, 128, 128),
+    "softmax segments": Case("softmax_attention", 1, 8192, 16, 4, 128, 128, segments=2),
+}
+
+
+def prepare_compiler(dumps: pathlib.Path | None = None) -> None:
+    """Sets the environment that libtpu reads when it loads: no search for a TPU, schedules dumped to `dumps`."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if dumps is not None:
+        flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true --xla_jf_debug_level=2"
+        # The final schedule only: the stages of all programs take gigabytes.
+        os.environ["LIBTPU_INIT_ARGS"] = f"{flags} --xla_jf_dump_llo_pass_label_regex=final"
+
+
+def gradient(case: Case):
+    """A function of the arrays of `specs`: value and gradients of every argument, through output and state."""
+    options = {"write_kernel": case.write} if case.op == "deltaformer" else {}
+    names = list(case.shapes)
+
+    def run(*arrays):
+        ids = arrays[len(names)] if case.segments else None
+
+        def loss(arguments):
+            call = functools.partial(getattr(mf, case.op), segment_ids=ids, implementation="pallas")
+            results = call(**arguments, **options)
+            # A cache has integer leaves too.
+            floats = [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
+            return sum((jnp.sum(x.astype(jnp.float32)) for x in floats), jnp.float32(0))
+
+        return jax.value_and_grad(loss)(dict(zip(names, arrays, strict=False)))
+
+    return run
+
+
+def specs(case: Case) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arguments of `gradient`."""
+    found = [
+        jax.ShapeDtypeStruct(shape, case.dtype if name in "qkvw" else jnp.float32)
+        for name, shape in case.shapes.items()
+    ]
+    return found + [jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)] * bool(case.segments)
+
+
+@functools.cache
+def make_mesh(topology: str, split: tuple[int, int] = (1, 1)) -> Mesh:
+    """Mesh of a topology's chips over batch ("data") and heads ("tensor")."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    return Mesh(
+        np.array(devices[: split[0] * split[1]]).reshape(split), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2
+    )
+
+
+def compile_case(case: Case, topology: str, split: tuple[int, int] = (1, 1)):
+    """Compiles forward and backward for a topology.
+
+    Args:
+      case: the call.
+      topology: such as "v5e:2x2".
+      split: number of devices over batch and over heads.
+    """
+    mesh = make_mesh(topology, split)
+    arguments = []
+    for x in specs(case):
+        spec = PartitionSpec("data", None, "tensor") if len(x.shape) > 2 else PartitionSpec("data")
+        arguments.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)))
+    # The library reads the chip from the mesh.
+    with jax.set_mesh(mesh):
+        return jax.jit(gradient(case)).lower(*arguments).compile()
+
+
+def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]]:
+    """Compiles one case and reads the schedules of its kernels."""
+    before = set(dumps.glob("*"))
+    if name in OTHERS:
+        compiled, names = OTHERS[name](topology)
+        return [_row(name, topology, loop, 1) for loop, *_ in loops(dumps, before, names)]
+    case = CASES[name]
+    text = compile_case(case, topology).as_text()
+    found = loops(dumps, before, "memformer")
+    if case.is_attention:
+        return [
+            _attention_row(name, topology, text, loop) for kernel in found for loop in kernel if loop.depth in PARTS
+        ]
+    plan = cut(case, topology)
+    rows = []
+    for loop, *_ in found:
+        backward = "backward" in loop.kernel
+        flops = floor.chunk_flops(case, plan.chunk, backward) * plan.block
+        sizes = {"chunk": plan.chunk, "heads": plan.block}
+        traffic = floor.chunk_traffic(case, plan.chunk, backward)
+        more = _compare(topology, text, loop, plan.block, flops, traffic)
+        rows.append(_row(name, topology, loop, plan.block) | sizes | more)
+    return rows
+
+
+def _attention_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, Any]:
+    """Row of one stretch of a kernel of DeltaFormer or softmax attention."""
+    case, part, backward = CASES[name], PARTS[loop.depth], "backward" in loop.kernel
+    with jax.sharding.use_abstract_mesh(make_mesh(topology).abstract_mesh):
+        rows = _tile_rows(case, backward)
+    # The write kernel takes two heads per program where their number is even.
+    heads = 2 if "write_forward" in loop.kernel and case.groups % 2 == 0 else 1
+    flops = floor.tile_flops(case, rows, part, backward) * heads
+    more = _compare(topology, text, loop, heads, flops, floor.tile_traffic(case, loop.kernel, rows))
+    return _row(name, topology, loop, heads) | {"part": part, "chunk": rows, "heads": heads} | more
+
+
+def _tile_rows(case: Case, backward: bool) -> int:
+    """R, the rows per tile that the library chooses for the chip of the current mesh."""
+    kind = check_backend(case.op, jax.ShapeDtypeStruct((), case.dtype))
+    size, _, _, back, _ = tuning.choose_tiles(kind, case.length, case.key, case.value, case.itemsize)
+    return back if backward else size
+
+
+def _compare(topology: str, text: str, loop: Loop, heads: int, flops: float, moved: tuple[float, float]):
+    """Compares a loop with its floors; VMEM comes from the text of the compiled program."""
+    chip = topology.split(":")[0]
+    least = flops / FLOPS_PER_CYCLE[chip]
+    return {
+        "floor": round(least / heads),
+        "share": round(least / loop.bundles, 3),
+        "vmem": round(scoped_memory(text, loop.kernel) / 2**20, 1),
+        "hbm": round(moved[0] / 2**10, 1),
+        "moved": round(moved[0] / BANDWIDTH[chip] * CLOCK[chip]),
+        "bytes": round(moved[0] / moved[1], 2),
+    }
+
+
+def _row(name: str, topology: str, loop: Loop, heads: int) -> dict[str, Any]:
+    return {
+        "case": name,
+        "topology": topology,
+        "kernel": loop.kernel,
+        "bundles": round(loop.bundles / heads),
+        "mxu": round(loop.mxu, 3),
+        "fills": round(loop.used.get("VLOAD:FILL", 0) / heads),
+        "spills": round(loop.used.get("VSTORE:SPILL", 0) / heads),
+    }
+
+
+def splash(topology: str):
+    """JAX's splash attention: causal, [1, 8192, 16, 128] bfloat16, forward."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((8192, 8192))] * 16)
+    kernel = splash_attention_kernel.make_splash_mha_single_device(mask)
+    return _compile(topology, kernel, [(16, 8192, 128)] * 3), "splash"
+
+
+def tokamax_kda(topology: str):
+    """Kimi delta attention of tokamax (decay per channel): [1, 8192, 32, 128] bfloat16, forward."""
+    from tokamax import config
+    from tokamax._src.ops.kda import api
+
+    wide, scalar = (32, 1, 8192, 128), (32, 1, 8192)
+    call = functools.partial(api.kimi_delta_attention, implementation="mosaic")
+    # By default it looks for a chip on this machine.
+    with config.cross_compile(True):
+        return _compile(topology, call, [wide, wide, wide, (*wide, jnp.float32), (*scalar, jnp.float32)]), "kda"
+
+
+def _compile(topology: str, function, arrays):
+    """Compiles a function of another project; a trailing entry of a shape that is not a number is its dtype."""
+    mesh = make_mesh(topology)
+    arguments = []
+    for shape in arrays:
+        dtype = jnp.bfloat16 if isinstance(shape[-1], int) else shape[-1]
+        sizes = tuple(size for size in shape if isinstance(size, int))
+        arguments.append(jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, PartitionSpec())))
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda *x: function(*x)).lower(*arguments).compile()
+
+
+# Kernels of other projects: functions that compile them, by name.
+OTHERS = {"splash": splash, "tokamax KDA": tokamax_kda}
+
+
+def cut(case: Case, topology: str) -> Cut:
+    """The library's plan of this case for a chip."""
+    q, _, v, *_ = specs(case)
+    with jax.sharding.use_abstract_mesh(make_mesh(topology).abstract_mesh):
+        return cut_call(
+            case.op, q, v, beta=None, decay=None, index=None, scale=1.0, chunk_size=None,
+            precision=lax.Precision.DEFAULT,
+        )  # fmt: skip
+
+
+def main(arguments: list[str]) -> None:
+    """Prints the table, and writes it to --out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help=f"cases: {', '.join([*CASES, *OTHERS])}")
+    parser.add_argument("--topology", action="append", help=f"default: {', '.join(TOPOLOGIES)}")
+    parser.add_argument("--out", help="JSON file")
+    options = parser.parse_args(arguments)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="tpu-static-") as folder:
+        prepare_compiler(pathlib.Path(folder))
+        for topology in options.topology or TOPOLOGIES:
+            for name in options.names or CASES:
+                for row in report(name, topology, pathlib.Path(folder)):
+                    rows.append(row)
+                    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                for path in pathlib.Path(folder).glob("*"):
+                    path.unlink()
+                if options.out:
+                    _write(pathlib.Path(options.out), rows)
+
+
+def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+    """Replaces the file's rows of the same cases and chips."""
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "jax": jax.__version__,
+        "libtpu": importlib.metadata.version("libtpu"),
+    }
+    new = {(row["case"], row["topology"]) for row in rows}
+    old = json.loads(path.read_text()) if path.exists() else []
+    rows = [row for row in old if (row["case"], row["topology"]) not in new] + [about | row for row in rows]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
