@@ -1,4 +1,4 @@
-"""The one table of block sizes, by kind of TPU; figures come from benchmarks/tpu_static.py."""
+"""The one table of block sizes, by kind of TPU; figures come from benchmarks/tpu/static.py."""
 
 import dataclasses
 from typing import TypeAlias
