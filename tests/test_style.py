@@ -1,39 +1,55 @@
-"""ruff and mypy are clean, and the house's own limits hold."""
+"""Lint, types, and the house's own rules: sizes, error handling, vocabulary, prose.
+
+Each check is a test that runs alone: `pytest tests/test_style.py::test_lint`, `::test_types`, `::test_sizes`.
+"""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-CHECKS = {
-    "ruff check": ["ruff", "check", "--no-cache", "."],
-    "ruff format": ["ruff", "format", "--no-cache", "--check", "."],
-    "mypy": ["mypy", "--no-incremental"],
-}
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_tool_is_clean(check):
-    run = subprocess.run([sys.executable, "-m", *CHECKS[check]], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
+def run_tool(*command: str) -> str:
+    """Runs a tool of the test environment on the checkout; returns its output where it fails."""
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    return run.stdout + run.stderr if run.returncode else ""
 
 
-def faults(source: str, kernel: bool) -> list[str]:
-    """What one library file has that the house does not want, one line each."""
-    found = []
+def test_lint():
+    assert run_tool("ruff", "check", "--no-cache", ".") == ""
+
+
+def test_format():
+    assert run_tool("ruff", "format", "--no-cache", "--check", ".") == ""
+
+
+def test_types():
+    assert run_tool("mypy", "--no-incremental") == ""
+
+
+def size_faults(source: str, kernel: bool) -> list[str]:
+    """Files and functions that are too long, one line each."""
     lines, longest = (700, 120) if kernel else (400, 70)
-    if source.count("\n") > lines:
-        found.append(f"{source.count(chr(10))} lines, at most {lines}")
+    found = [f"{source.count(chr(10))} lines, at most {lines}"] if source.count("\n") > lines else []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.body[0].end_lineno if ast.get_docstring(node) else 0
             length = length or node.end_lineno - node.lineno + 1
             if length > longest:
                 found.append(f"{node.lineno}: {node.name} has {length} lines, at most {longest}")
-        elif isinstance(node, ast.Assert):
+    return found
+
+
+def error_faults(source: str) -> list[str]:
+    """Asserts, prints, silenced NaNs and handlers that catch everything, one line each."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assert):
             found.append(f"{node.lineno}: assert; a caller's mistake is a ValueError")
         elif isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) == "Exception"):
             found.append(f"{node.lineno}: catches everything")
@@ -44,28 +60,197 @@ def faults(source: str, kernel: bool) -> list[str]:
     return found
 
 
-FILES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "memformer").rglob("*.py"))]
+# DESIGN's vocabulary: names that the tree no longer has, and what to write. A name counts where Python binds or reads
+# it (variable, argument, function, class, attribute, keyword or module), never in prose.
+RENAMED = {
+    "Cut": "ScanConfig or AttentionConfig",
+    "cut_call": "plan_call",
+    "Sight": "Mask",
+    "Timeline": "Mask",
+    "Marks": "Mask",
+    "Told": "Predictions",
+    "StepSize": "SigmoidGate",
+    "_recall": "_apply_op",
+    "norm_of": "logsumexp",
+    "token_rows": "token_scalars",
+    "unlay": "unchunk_queries",
+}
+# In core, ops and pallas only: elsewhere the word may have its everyday sense (`ast.walk`, a dropout's keep).
+RENAMED_IN_KERNELS = {
+    "walk": "chunk_scan",
+    "_walk": "chunk_scan",
+    "enter": "decay_in",
+    "leave": "decay_out",
+    "keep": "chunk_decay",
+    "lay": "chunk_queries",
+    "lag": "prefetch",
+    "abreast": "interleave",
+    "lockstep": "interleave",
+    "turned": "transposed",
+    "spread": "broadcast_rows",
+    "halves": "split_bf16",
+    "widen": "rescale or pad_channels",
+    "weights_of": "attention_weights or parameters_of",
+    "hide": "mask_scores",
+    "visible": "tile_mask",
+    "said": "log",
+    "settled": "resolved",
+}
+RENAMED_MODULES = {
+    "columns": "backward",
+    "tile_gradients": "backward",
+    "rows": "token_scalars",
+    "walk": "chunk_scan",
+    "sight": "mask",
+    "bits": "ntm",
+    "segments": "segment_recall",
+    "recall": "mqar",
+    "reference": "coreference",
+}
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_library_file(file):
-    assert faults((ROOT / file).read_text(), kernel="/pallas/" in file) == []
+def identifiers(source: str):
+    """Yields (line, name) of every name that the code binds or reads."""
+    for node in ast.walk(ast.parse(source)):
+        line = getattr(node, "lineno", 0)
+        if isinstance(node, ast.Name):
+            yield line, node.id
+        elif isinstance(node, ast.Attribute):
+            yield line, node.attr
+        elif isinstance(node, ast.arg | ast.keyword) and node.arg:
+            yield line, node.arg
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield line, node.name
+        elif isinstance(node, ast.alias):
+            yield line, (node.asname or node.name).split(".")[-1]
 
 
-# source, how many faults
+def vocabulary_faults(source: str, kernel: bool) -> list[str]:
+    """Names that were renamed, one line each."""
+    names = RENAMED | RENAMED_IN_KERNELS if kernel else RENAMED
+    return [f"{line}: {name}; write {names[name]}" for line, name in identifiers(source) if name in names]
+
+
+def doubled_classes(sources: dict[str, str]) -> list[str]:
+    """Class names that two modules define: two things under one word."""
+    places: dict[str, list[str]] = {}
+    for file, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(file)
+    return [f"{name}: {', '.join(files)}" for name, files in places.items() if len(files) > 1]
+
+
+_UNITS = "head|token|chunk|channel|step|row|layer|batch|program|device|query|key|slot|segment|sequence|second"
+_COUNTED = (
+    "bits|bytes|numbers|tokens|steps|pairs|heads|channels|writes|weights|rows|columns|texts|hypotheses|FLOPs|seconds|"
+    "milliseconds|microseconds|ms|cost|perplexity|factor|decay|matrix|once|one"
+)
+# Phrases that no text has, and how to write them.
+PHRASES = {
+    rf"\b(?:{_COUNTED}) an? (?:{_UNITS})\b": "'per head', not 'a head'",
+    r"\bas ever\b": "a reference",
+    r"\bgoes on\b|\bgoing on\b": "continues, resumes",
+    r"\bone who runs\b": "user",
+    r"\bwhat comes out\b": "result, output",
+    r"\bis to be\b|\bare to be\b": "must be, is",
+    r"\bis told\b|\bare told\b|\btold by\b|\btold rightly\b": "is reported, is defined by",
+    r"\bline that led here\b": "baselines",
+    r"\bwho sees whom\b": "mask",
+}
+
+
+def prose_faults(text: str) -> list[str]:
+    """Phrases of the list, one line each."""
+    return [
+        f"{text.count(chr(10), 0, match.start()) + 1}: {match.group()!r}; write {instead}"
+        for pattern, instead in PHRASES.items()
+        for match in re.finditer(pattern, text, re.IGNORECASE)
+    ]
+
+
+def docstring_faults(source: str) -> list[str]:
+    """Docstrings that open with a clause instead of a verb or noun phrase, one line each."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = (ast.get_docstring(node) or "-").split()[0].strip(",;:")
+            if first in ("What", "Where", "How", "Who", "Whom", "That", "Which"):
+                found.append(f"{getattr(node, 'lineno', 1)}: docstring opens with '{first}'")
+    return found
+
+
+def is_kernel(file: str) -> bool:
+    return file.startswith("memformer/pallas/")
+
+
+def is_op(file: str) -> bool:
+    return file.startswith(("memformer/pallas/", "memformer/ops/", "memformer/core/"))
+
+
+def files(*patterns: str) -> dict[str, str]:
+    """Contents of the checkout's files by path; this file, which holds the lists, is left out."""
+    paths = {path for pattern in patterns for path in ROOT.glob(pattern)} - {pathlib.Path(__file__).resolve()}
+    return {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sorted(paths)}
+
+
+LIBRARY = files("memformer/**/*.py")
+PYTHON = files("memformer/**/*.py", "tests/**/*.py", "benchmarks/**/*.py", "configs/*.py", "*.py")
+TEXTS = PYTHON | files("*.md", "docs/*.md")
+
+
+def collect(check, sources: dict[str, str]) -> list[str]:
+    """The faults of all files, each with its place."""
+    return [f"{file}:{fault}" for file, source in sources.items() for fault in check(file, source)]
+
+
+def test_sizes():
+    assert collect(lambda file, source: size_faults(source, is_kernel(file)), LIBRARY) == []
+
+
+def test_errors():
+    assert collect(lambda file, source: error_faults(source), LIBRARY) == []
+
+
+def check_vocabulary():
+    assert collect(lambda file, source: vocabulary_faults(source, is_op(file)), PYTHON) == []
+    assert [file for file in PYTHON if pathlib.Path(file).stem in RENAMED_MODULES] == []
+
+
+def check_one_class_under_one_name():
+    assert doubled_classes(LIBRARY) == []
+
+
+def check_prose():
+    assert collect(lambda file, text: prose_faults(text), TEXTS) == []
+    assert collect(lambda file, source: docstring_faults(source), PYTHON) == []
+
+
+# check, a source, the number of faults that it has
 SYNTHETIC = {
-    "clean": ("def f(x):\n    return x\n", 0),
-    "assert": ("assert True\n", 1),
-    "print": ("print(1)\n", 1),
-    "nan_to_num": ("import jax.numpy as jnp\njnp.nan_to_num(1)\n", 1),
-    "bare except": ("try:\n    pass\nexcept:\n    pass\n", 1),
-    "except Exception": ("try:\n    pass\nexcept Exception:\n    pass\n", 1),
-    "long function": ("def f():\n" + "    x = 1\n" * 71, 1),
-    "long file": ("x = 1\n" * 401, 1),
+    "clean size": (lambda source: size_faults(source, False), "def f(x):\n    return x\n", 0),
+    "long function": (lambda source: size_faults(source, False), "def f():\n" + "    x = 1\n" * 71, 1),
+    "long file": (lambda source: size_faults(source, False), "x = 1\n" * 401, 1),
+    "long kernel": (lambda source: size_faults(source, True), "x = 1\n" * 401, 0),
+    "clean errors": (error_faults, "def f(x):\n    return jax.debug.print('x')\n", 0),
+    "assert": (error_faults, "assert True\n", 1),
+    "print": (error_faults, "print(1)\n", 1),
+    "nan_to_num": (error_faults, "import jax.numpy as jnp\njnp.nan_to_num(1)\n", 1),
+    "bare except": (error_faults, "try:\n    pass\nexcept:\n    pass\n", 1),
+    "except Exception": (error_faults, "try:\n    pass\nexcept Exception:\n    pass\n", 1),
+    "old class": (lambda source: vocabulary_faults(source, False), "class Cut:\n    pass\n", 1),
+    "old import": (lambda source: vocabulary_faults(source, False), "from a import Sight\n", 1),
+    "old argument": (lambda source: vocabulary_faults(source, True), "def f(lag):\n    return x.enter\n", 2),
+    "everyday word": (lambda source: vocabulary_faults(source, False), "ast.walk(tree)\n# keep\n", 0),
+    "two classes": (lambda source: doubled_classes({"a": source, "b": source}), "class Plan:\n    pass\n", 1),
+    "distributive": (prose_faults, "two chunks a step, decay a head", 1),
+    "no distributive": (prose_faults, "one of a head's channels; a head", 0),
+    "as ever": (prose_faults, "plan: as\never, as ever", 1),
+    "docstring": (docstring_faults, '"""What it is."""\ndef f():\n    """Returns it."""\n', 1),
 }
 
 
 @pytest.mark.parametrize("case", SYNTHETIC)
 def test_the_check_sees(case):
-    source, count = SYNTHETIC[case]
-    assert len(faults(source, kernel=False)) == count
+    check, source, count = SYNTHETIC[case]
+    assert len(check(source)) == count
