@@ -1,4 +1,4 @@
-"""Numerics that every memory shares: accumulation dtype, precision, safe norms and softmax."""
+"""Numerics shared by all memories: accumulation dtype, precision, norms and softmax."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +9,7 @@ __all__ = ["accumulation_dtype", "l2norm", "masked_softmax", "matmul_precision",
 
 
 def accumulation_dtype(*arrays: Array) -> jnp.dtype:
-    """float64 if any array is float64, otherwise float32: what states and sums are kept in.
+    """The dtype of states and sums: float64 if any array is float64, otherwise float32.
 
     Example:
       >>> accumulation_dtype(jnp.zeros(2, jnp.bfloat16))
@@ -20,10 +20,10 @@ def accumulation_dtype(*arrays: Array) -> jnp.dtype:
 
 
 def matmul_precision(precision: str | lax.Precision | None, *arrays: Array) -> lax.Precision:
-    """The precision of the matrix products of an op.
+    """Resolves the precision of an op's matrix products.
 
-    None asks for what the inputs carry: HIGHEST when every input is float32 or wider (TPUs and
-    tensor cores would otherwise round operands to bfloat16 or tf32), DEFAULT otherwise.
+    None is the precision of the inputs: HIGHEST when every input is float32 or wider (TPUs and tensor cores would
+    otherwise round operands to bfloat16 or tf32), DEFAULT otherwise.
 
     Args:
       precision: None, "default", "high", "highest", or a `jax.lax.Precision`.
@@ -46,9 +46,9 @@ def matmul_precision(precision: str | lax.Precision | None, *arrays: Array) -> l
 
 
 def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6) -> Float[Array, "... K"]:
-    """x / sqrt(sum(x^2) + epsilon^2) over the last axis, in x's dtype.
+    """Normalises vectors to unit length: x / sqrt(sum(x^2) + epsilon^2) over the last axis, in x's dtype.
 
-    The sum is taken in float32. The gradient is finite at x = 0, where the result is 0.
+    The sum is computed in float32. The gradient is finite at x = 0, where the result is 0.
 
     Example:
       >>> l2norm(jnp.array([3.0, 4.0]))
@@ -60,9 +60,9 @@ def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6) -> Float[Array, "...
 
 
 def masked_softmax(scores: Float[Array, "... S"], mask: Bool[Array, "... S"]) -> Float[Array, "... S"]:
-    """Softmax over the last axis among the entries where `mask` holds; 0 elsewhere.
+    """Softmax over the entries of the last axis where `mask` holds; 0 elsewhere.
 
-    A row with no visible entry is 0 (an empty sum), and so is its gradient.
+    A row with no such entry is 0 (an empty sum), and so is its gradient.
 
     Example:
       >>> masked_softmax(jnp.zeros((2, 2)), jnp.array([[True, False], [False, False]]))
@@ -70,13 +70,13 @@ def masked_softmax(scores: Float[Array, "... S"], mask: Bool[Array, "... S"]) ->
              [0., 0.]], dtype=float32)
     """
     low = jnp.asarray(jnp.finfo(scores.dtype).min, scores.dtype)
-    hidden = jnp.where(mask, scores, low)
-    top = lax.stop_gradient(jnp.max(hidden, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(jnp.where(mask, hidden - top, jnp.zeros_like(scores))), jnp.zeros_like(scores))
+    masked = jnp.where(mask, scores, low)
+    top = lax.stop_gradient(jnp.max(masked, axis=-1, keepdims=True))
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, masked - top, jnp.zeros_like(scores))), jnp.zeros_like(scores))
     total = jnp.sum(weights, axis=-1, keepdims=True)
     return weights / jnp.where(total > 0, total, jnp.ones_like(total))
 
 
-def repeat_heads(x: Float[Array, "B T G *rest"], groups: int) -> Float[Array, "B T H *rest"]:
-    """Repeats each of G heads `groups` times along axis 2 (head g serves heads g*groups ... )."""
-    return x if groups == 1 else jnp.repeat(x, groups, axis=2)
+def repeat_heads(x: Float[Array, "B T G *rest"], repeats: int) -> Float[Array, "B T H *rest"]:
+    """Repeats each of G heads `repeats` times along axis 2: head g serves heads g repeats and the following."""
+    return x if repeats == 1 else jnp.repeat(x, repeats, axis=2)

@@ -1,8 +1,8 @@
-"""Time cut into chunks, and packed sequences cut into segments.
+"""Chunks of time, and segments of packed sequences.
 
-Segments, one rule for every op: id 0 is padding, which leaves the state alone and reads zero; the
-state resets where the id changes (padding between two equal ids is no change); the initial state
-belongs to the first segment of the call, and the returned state is the last segment's.
+All ops treat segments alike: id 0 is padding, which leaves the state unchanged and whose output is zero; the state
+resets where the id changes (padding between two equal ids is no change); the initial state belongs to the first
+segment of the call, and the returned state is that of the last segment.
 """
 
 from typing import NamedTuple
@@ -17,11 +17,11 @@ __all__ = ["Segments", "chunk_time", "find_segments", "pad_time", "unchunk_time"
 
 
 class Segments(NamedTuple):
-    """Where each token belongs.
+    """The segment of each token.
 
     Attributes:
-      index: segments counted from 0 in order of time; a padding token carries the index of the
-        segment before it (0 before the first). The initial state belongs to index 0.
+      index: segments counted from 0 in order of time; a padding token has the index of the segment before it (0
+        before the first). The initial state belongs to index 0.
       valid: False at padding.
     """
 
@@ -30,11 +30,11 @@ class Segments(NamedTuple):
 
 
 def find_segments(segment_ids: Int[Array, "B T"] | None, dims: Dims) -> Segments | None:
-    """Counts the segments of a packed batch; None where nothing is packed.
+    """Numbers the segments of a packed batch; None where nothing is packed.
 
     Args:
       segment_ids: [B, T] integers, 0 = padding, or None.
-      dims: the sizes of B and T already seen.
+      dims: sizes of B and T.
 
     Raises:
       ValueError: the array is not [B, T] or not integers.
@@ -47,7 +47,7 @@ def find_segments(segment_ids: Int[Array, "B T"] | None, dims: Dims) -> Segments
         return None
     ids = check_array("segment_ids", segment_ids, "B T", dims, kind=jnp.integer)
     valid = ids != 0
-    # The last valid position at or before each token, -1 before the first.
+    # Last valid position at or before each token, -1 before the first.
     place = jnp.where(valid, jnp.arange(ids.shape[1], dtype=jnp.int32), jnp.int32(-1))
     place = lax.cummax(place, axis=1)
     filled = jnp.take_along_axis(ids, jnp.maximum(place, 0), axis=1)
@@ -68,7 +68,7 @@ def pad_time(x: Array, multiple: int, axis: int = 1) -> Array:
 
 
 def chunk_time(x: Array, size: int) -> Array:
-    """[B, T, ...] to [N, B, C, ...], the order in which a scan walks; pads T with zeros."""
+    """[B, T, ...] to [N, B, C, ...], chunks first as `lax.scan` takes them; pads T with zeros."""
     x = pad_time(x, size)
     x = x.reshape(x.shape[0], -1, size, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)

@@ -1,4 +1,4 @@
-"""The similarity kernels: how strongly a key answers a query.
+"""Similarity kernels: how strongly a key matches a query.
 
 For x, y in R^K and s = x . y:
 
@@ -27,18 +27,17 @@ KERNELS = ("linear", "relu", "exp", "softmax", "round")
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A similarity kernel by name, with its scale.
+    """A similarity kernel.
 
     Attributes:
       name: one of `KERNELS`.
       scale: factor on the inner product; None is K^-0.5 for exp and softmax, 1 for the others.
-      decimals: for round only: how many decimals stay.
+      decimals: for round only, the number of decimals kept.
 
     Raises:
-      ValueError: for an unknown name, a scale that is no finite number, or decimals where nothing is rounded.
+      ValueError: an unknown name, a scale that is not a finite number, or decimals for another kernel than round.
 
-    Source: arXiv 2505.19488 section 2 (kernels as memories' capacity); DeltaFormer (NeurIPS 2025)
-    for round.
+    Source: arXiv 2505.19488 section 2 (capacity by kernel); DeltaFormer (NeurIPS 2025) for round.
 
     Example:
       >>> Kernel("round", decimals=2)
@@ -62,18 +61,18 @@ class Kernel:
 
     @property
     def normalized(self) -> bool:
-        """True where the value of one key depends on the others (softmax)."""
+        """Whether the value of one key depends on the others (softmax)."""
         return self.name == "softmax"
 
     def scale_for(self, width: int) -> float:
-        """The scale that holds for keys of this width."""
+        """The scale for keys of this width."""
         if self.scale is not None:
             return self.scale
         return width**-0.5 if self.name in ("exp", "softmax") else 1.0
 
 
 def resolve_kernel(name: str, kernel: str | Kernel) -> Kernel:
-    """Turns the argument called `name` into a Kernel, or says what it must be."""
+    """Returns the argument `name` as a Kernel; ValueError for an unknown name."""
     if isinstance(kernel, Kernel):
         return kernel
     if isinstance(kernel, str) and kernel in KERNELS:
@@ -82,10 +81,10 @@ def resolve_kernel(name: str, kernel: str | Kernel) -> Kernel:
 
 
 def similarity(kernel: Kernel, scores: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The kernel's value for scaled inner products; for softmax, before normalising.
+    """Evaluates a kernel at scaled inner products; for softmax, before normalising.
 
     Args:
-      kernel: which kernel.
+      kernel: the kernel.
       scores: scale * (x . y). For softmax, subtract the row's maximum first.
 
     Returns:
@@ -105,7 +104,12 @@ def similarity(kernel: Kernel, scores: Float[Array, "..."]) -> Float[Array, "...
 
 
 def similarity_slope(kernel: Kernel, scores: Float[Array, "..."], values: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The derivative of `similarity` by the scaled inner product, given both; the straight-through one for round.
+    """The derivative of `similarity` with respect to the scaled inner product; straight-through for round.
+
+    Args:
+      kernel: the kernel.
+      scores: the scaled inner products.
+      values: `similarity` of them.
 
     Example:
       >>> scores = jnp.array([-1.0, 2.0])

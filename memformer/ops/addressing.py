@@ -1,8 +1,8 @@
-"""The Neural Turing Machine's memory: how heads focus on slots, read and write, one step at a time.
+"""The memory of the Neural Turing Machine: addressing, read and write of one step.
 
-A memory is [B, K, S]: S slots of width K, slots last, so that a head's weights [B, H, S] and a slot's neighbours lie
-side by side. Every function is pure and differentiable in all its arguments; sums are taken in their dtype.
-Source of all of them: Graves et al. 2014, "Neural Turing machines" (arXiv 1410.5401), section 3.
+A memory is [B, K, S]: S slots of width K. Slots are the last axis, so that a head's weights [B, H, S] and a slot's
+neighbours are contiguous. Every function is pure and differentiable in all its arguments; sums are computed in their
+dtype. Source of all: Graves et al. 2014, "Neural Turing machines" (arXiv 1410.5401), section 3.
 """
 
 from typing import NamedTuple
@@ -25,16 +25,16 @@ __all__ = [
     "write_slots",
 ]
 
-# Below any slot that a controller can tell from an empty one: slots begin at 1e-6 in each entry.
+# Far below the length of any written slot: slots are initialised to 1e-6 in each entry.
 EPSILON = 1e-6
 
 
 class Focus(NamedTuple):
-    """What a head asks of its addressing.
+    """The addressing parameters of the heads.
 
     Attributes:
-      key: what to look for.
-      strength: beta >= 0, how sharply content decides.
+      key: content to look up.
+      strength: beta >= 0, the sharpness of content addressing.
       gate: g in [0, 1], 1 for content, 0 for the weights of the last step.
       shifts: s, a distribution over moves by (-1, 0, +1) slots.
       sharpness: gamma >= 1.
@@ -50,7 +50,7 @@ class Focus(NamedTuple):
 def content_weights(
     key: Float[Array, "B H K"], strength: Float[Array, "B H"], memory: Float[Array, "B K S"]
 ) -> Float[Array, "B H S"]:
-    """Weights by likeness: softmax over slots of beta cos(k, M_s).
+    """Computes content weights: softmax over slots of beta cos(k, M_s).
 
     A slot or key of zeros has cosine 0. Source: equations 5 and 6.
 
@@ -59,15 +59,15 @@ def content_weights(
       >>> content_weights(jnp.array([[[3.0, 0.0]]]), jnp.array([[100.0]]), memory)
       Array([[[1., 0.]]], dtype=float32)
     """
-    likeness = jnp.einsum("bhk,bks->bhs", l2norm(key) * strength[..., None], memory)
-    length = lax.rsqrt(jnp.sum(memory * memory, axis=1) + jnp.asarray(EPSILON**2, memory.dtype))
-    return jax.nn.softmax(likeness * length[:, None])
+    products = jnp.einsum("bhk,bks->bhs", l2norm(key) * strength[..., None], memory)
+    inverse_length = lax.rsqrt(jnp.sum(memory * memory, axis=1) + jnp.asarray(EPSILON**2, memory.dtype))
+    return jax.nn.softmax(products * inverse_length[:, None])
 
 
 def interpolate(
     content: Float[Array, "B H S"], before: Float[Array, "B H S"], gate: Float[Array, "B H"]
 ) -> Float[Array, "B H S"]:
-    """g w_content + (1 - g) w_before. Source: equation 7.
+    """Interpolates weights: g w_content + (1 - g) w_before. Source: equation 7.
 
     Example:
       >>> interpolate(jnp.array([[[1.0, 0.0]]]), jnp.array([[[0.0, 1.0]]]), jnp.array([[0.25]]))
@@ -77,38 +77,40 @@ def interpolate(
 
 
 def shift_weights(weights: Float[Array, "B H S"], shifts: Float[Array, "B H 3"]) -> Float[Array, "B H S"]:
-    """Moves weights round the circle of slots: w'_i = sum over j in (-1, 0, 1) of s_j w_(i - j). Source: equation 8.
+    """Shifts weights around the circle of slots: w'_i = sum over j in (-1, 0, 1) of s_j w_(i - j).
+
+    Source: equation 8.
 
     Example:
       >>> shift_weights(jnp.array([[[0.0, 0.0, 1.0]]]), jnp.array([[[0.0, 0.0, 1.0]]]))
       Array([[[1., 0., 0.]]], dtype=float32)
     """
-    round_ = jnp.concatenate([weights[..., -1:], weights, weights[..., :1]], axis=-1)
-    back, stay, on = (shifts[..., j : j + 1] for j in range(3))
-    return back * round_[..., 2:] + stay * weights + on * round_[..., :-2]
+    circle = jnp.concatenate([weights[..., -1:], weights, weights[..., :1]], axis=-1)
+    back, stay, forward = (shifts[..., j : j + 1] for j in range(3))
+    return back * circle[..., 2:] + stay * weights + forward * circle[..., :-2]
 
 
 def sharpen(weights: Float[Array, "B H S"], sharpness: Float[Array, "B H"]) -> Float[Array, "B H S"]:
-    """w_i^gamma / sum_j w_j^gamma, undoing what a shift blurs. Source: equation 9.
+    """Sharpens weights: w_i^gamma / sum_j w_j^gamma. Source: equation 9.
 
-    Computed as a softmax of gamma log w, which no gamma overflows.
+    Computed as a softmax of gamma log w, which does not overflow for any gamma.
 
     Example:
       >>> sharp = sharpen(jnp.array([[[0.25, 0.75]]]), jnp.array([[2.0]]))
       >>> [round(float(weight), 3) for weight in sharp[0, 0]]
       [0.1, 0.9]
     """
-    # a weight of exactly 0 stays next to nothing, and its gradient finite
+    # Keeps the gradient of a weight of exactly 0 finite.
     least = jnp.asarray(1e-16, weights.dtype)
     return jax.nn.softmax(sharpness[..., None] * jnp.log(weights + least))
 
 
 def address(focus: Focus, before: Float[Array, "B H S"], memory: Float[Array, "B K S"]) -> Float[Array, "B H S"]:
-    """The weights of all heads: by content, interpolated, shifted, sharpened. Source: figure 2.
+    """Computes the weights of all heads: content, interpolation, shift, sharpening. Source: figure 2.
 
     Example:
-      >>> on = jnp.array([[[0.0, 0.0, 1.0]]])
-      >>> focus = Focus(jnp.ones((1, 1, 2)), jnp.zeros((1, 1)), jnp.zeros((1, 1)), on, jnp.ones((1, 1)))
+      >>> forward = jnp.array([[[0.0, 0.0, 1.0]]])
+      >>> focus = Focus(jnp.ones((1, 1, 2)), jnp.zeros((1, 1)), jnp.zeros((1, 1)), forward, jnp.ones((1, 1)))
       >>> address(focus, jnp.array([[[1.0, 0.0, 0.0]]]), jnp.zeros((1, 2, 3))).round(3)
       Array([[[0., 1., 0.]]], dtype=float32)
     """
@@ -118,7 +120,7 @@ def address(focus: Focus, before: Float[Array, "B H S"], memory: Float[Array, "B
 
 
 def read_slots(weights: Float[Array, "B H S"], memory: Float[Array, "B K S"]) -> Float[Array, "B H K"]:
-    """r = sum over slots of w_s M_s. Source: equation 2.
+    """Reads r = sum over slots of w_s M_s. Source: equation 2.
 
     Example:
       >>> read_slots(jnp.array([[[0.5, 0.5]]]), jnp.array([[[2.0, 4.0]]]))
@@ -133,7 +135,7 @@ def write_slots(
     erase: Float[Array, "B H K"],
     add: Float[Array, "B H K"],
 ) -> Float[Array, "B K S"]:
-    """M_s <- M_s prod over heads of (1 - w_s e), then + sum over heads of w_s a: all erases before all adds.
+    """Writes M_s <- M_s prod over heads of (1 - w_s e) + sum over heads of w_s a: all erases before all adds.
 
     Source: equations 3 and 4.
 

@@ -1,4 +1,4 @@
-"""Associative memory between segments: features of keys, and the read and write of ARMT.
+"""The associative memory of ARMT: features of keys, and a read and a write per segment.
 
 Source: Rodkin et al. 2024, "Associative recurrent memory transformer" (arXiv 2407.04841).
 """
@@ -15,14 +15,14 @@ from memformer.core.types import Array, Float
 
 __all__ = ["NEIGHBOURS", "AssociativeMemory", "associative_read", "associative_write", "dpfp"]
 
-# Of DPFP: features are products with the 1st, 2nd and 3rd neighbour.
+# Features of DPFP-3 are products with the 1st, 2nd and 3rd neighbour.
 NEIGHBOURS = 3
-# Added to a normaliser: a query that matches nothing, and an empty memory, read 0.
+# Added to a normaliser, so that a query that matches nothing, and any query of an empty memory, reads 0.
 EPSILON = 1e-5
 
 
 def dpfp(x: Float[Array, "... K"]) -> Float[Array, "... P"]:
-    """Deterministic parameter-free projection, DPFP-3, at unit length: P = 6 K features, none negative.
+    """Computes the DPFP-3 features of keys or queries, at unit length: P = 6 K features, none negative.
 
         r = [relu(x), relu(-x)]        phi_(j, i) = r_i r_(i - j), j = 1, 2, 3        phi / |phi|
 
@@ -39,19 +39,19 @@ def dpfp(x: Float[Array, "... K"]) -> Float[Array, "... P"]:
       (12,)
     """
     x = x.astype(accumulation_dtype(x))
-    halves = jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
-    products = [halves * jnp.roll(halves, j, axis=-1) for j in range(1, NEIGHBOURS + 1)]
+    parts = jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
+    products = [parts * jnp.roll(parts, j, axis=-1) for j in range(1, NEIGHBOURS + 1)]
     return l2norm(jnp.concatenate(products, axis=-1))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["matrix", "normaliser"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class AssociativeMemory:
-    """What one layer keeps between segments.
+    """The state of one layer between segments.
 
     Attributes:
       matrix: A, values by feature.
-      normaliser: z, features written so far.
+      normaliser: z, the sum of the features written so far.
     """
 
     matrix: Float[Array, "B P V"]
@@ -59,7 +59,7 @@ class AssociativeMemory:
 
 
 def associative_read(memory: AssociativeMemory, phi: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
-    """A phi / (z . phi + 1e-5): 0 from an empty memory, which is why a first segment reads nothing.
+    """Reads A phi / (z . phi + 1e-5), which is 0 for an empty memory: the first segment reads nothing.
 
     Source: arXiv 2407.04841, section 2 (the small term: its code).
 
@@ -72,11 +72,11 @@ def associative_read(memory: AssociativeMemory, phi: Float[Array, "B T P"]) -> F
 
 
 def _read(memory: AssociativeMemory, phi: Array) -> tuple[Array, Array]:
-    """What the memory holds at the features, and z . phi."""
+    """The values stored at the features, and z . phi."""
     precision = matmul_precision(None, phi)
     total = jnp.einsum("bp,btp->bt", memory.normaliser, phi, precision=precision)
-    held = jnp.einsum("btp,bpv->btv", phi, memory.matrix, precision=precision)
-    return held / (total + jnp.asarray(EPSILON, total.dtype))[:, :, None], total
+    stored = jnp.einsum("btp,bpv->btv", phi, memory.matrix, precision=precision)
+    return stored / (total + jnp.asarray(EPSILON, total.dtype))[:, :, None], total
 
 
 def associative_write(
@@ -87,20 +87,20 @@ def associative_write(
     *,
     correction: bool = True,
 ) -> AssociativeMemory:
-    """Writes T values at once, each in place of what its key holds; all see the memory as it was before.
+    """Writes T values at once, each replacing the value stored at its key; all see the memory before the call.
 
         vbar = A phi / (z . phi)        A <- A + sum_t beta_t (v_t - vbar_t) phi_t^T
         gamma = clip(1 - z . phi / |phi|^2, 0, 1), without gradient; 1 without correction
         z <- z + sum_t gamma_t phi_t
 
-    A key that is new (z . phi = 0) counts whole, one that is there (z . phi = |phi|^2) not at all.
+    A new key (z . phi = 0) is added to z in full, a stored one (z . phi = |phi|^2) not at all.
 
     Args:
       memory: before the segment.
       phi: features of the keys, such as `dpfp(k)`.
       v: values.
-      beta: in (0, 1), how much of the old value gives way.
-      correction: with gamma.
+      beta: in (0, 1), the fraction of the stored value that is replaced.
+      correction: whether to use gamma.
 
     Source: arXiv 2407.04841, section 2.
 
@@ -112,13 +112,13 @@ def associative_write(
       >>> round(float(associative_read(memory, phi)[0, 0, 0]), 3), memory.normaliser.tolist()
       (5.0, [[1.0, 0.0]])
     """
-    held, total = _read(memory, phi)
+    stored, total = _read(memory, phi)
     gamma = jnp.ones_like(total)
     if correction:
         square = jnp.sum(phi * phi, axis=-1)
         known = lax.stop_gradient(total / jnp.maximum(square, jnp.asarray(EPSILON, square.dtype)))
         gamma = jnp.clip(gamma - known, 0, 1)
-    new = beta[:, :, None] * (v - held)
+    new = beta[:, :, None] * (v - stored)
     precision = matmul_precision(None, phi)
     matrix = memory.matrix + jnp.einsum("btp,btv->bpv", phi, new, precision=precision)
     return AssociativeMemory(matrix, memory.normaliser + jnp.einsum("bt,btp->bp", gamma, phi, precision=precision))

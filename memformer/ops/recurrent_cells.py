@@ -1,8 +1,8 @@
-"""Recurrent networks over time: RNN (tanh), LSTM and GRU, the gates of a step in one product.
+"""Recurrent networks over time: RNN (tanh), LSTM and GRU.
 
-What enters a step from the input is one product for the whole sequence; the scan over time is left with one product
-of the state and the gates. F is the width of the input and D the number of units; weights act from the left,
-`x @ w_in`, so that a weight of PyTorch is the transpose of one here.
+The input's part of all gates is one product for the whole sequence, so that the scan over time has one product per
+step, of the state. F is the width of the input and D the number of units. Weights are applied as `x @ w_in`: a
+PyTorch weight is the transpose of a weight here.
 """
 
 import functools
@@ -22,16 +22,20 @@ from memformer.core.types import Array, Dims, Float, Int
 __all__ = ["LSTMState", "gru", "lstm", "rnn"]
 
 States: TypeAlias = tuple[Array, ...]
-# What enters from the input, what enters from the state, and the state: the next state, the output first.
+# (input's part of the gates, state's part, state) to the next state, the output first.
 Cell: TypeAlias = Callable[[Array, Array, States], States]
 
 
 class LSTMState(NamedTuple):
-    """What an LSTM keeps between steps.
+    """The state of an LSTM.
 
     Attributes:
-      h: the output of the last step.
-      c: the cells.
+      h: output of the last step.
+      c: cells.
+
+    Example:
+      >>> LSTMState(h=jnp.zeros((1, 4)), c=jnp.zeros((1, 4))).c.shape
+      (1, 4)
     """
 
     h: Float[Array, "B D"]
@@ -48,26 +52,22 @@ def rnn(
     initial_state: Float[Array, "B D"] | None = None,
     precision: str | jax.lax.Precision | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
-    """The plain recurrent network.
+    """Runs the plain recurrent network.
 
-    h_t = tanh(x_t W_in + h_{t-1} W_state + b)
+        h_t = tanh(x_t W_in + h_{t-1} W_state + b)
 
     Args:
       x: inputs.
       w_in: PyTorch's weight_ih, transposed.
       w_state: weight_hh, transposed.
       bias: bias_ih + bias_hh.
-      segment_ids: for packed sequences, 0 = padding: the state resets where the id changes; padding leaves
-        the state alone and reads zero.
-      initial_state: state to start from, as an earlier call returned it; None is zeros.
-      precision: of matrix products: None (what the inputs carry), "default", "high", "highest" or a
-        `jax.lax.Precision`.
+      segment_ids, initial_state, precision: see `memformer.ops`.
 
     Returns:
       The output in x's dtype, and the state after the last token in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype or name; the message names it.
+      ValueError: see `memformer.ops`.
 
     Source: Elman 1990, "Finding structure in time".
 
@@ -90,30 +90,27 @@ def lstm(
     initial_state: tuple[Float[Array, "B D"], Float[Array, "B D"]] | None = None,
     precision: str | jax.lax.Precision | None = None,
 ) -> tuple[Float[Array, "B T D"], LSTMState]:
-    """Long short-term memory.
+    """Runs a long short-term memory (LSTM).
 
-    i, f, g, o = x_t W_in + h_{t-1} W_state + b;  c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g);
-    h_t = sigmoid(o) tanh(c_t)
+        i, f, g, o = x_t W_in + h_{t-1} W_state + b
+        c_t = sigmoid(f) c_{t-1} + sigmoid(i) tanh(g);  h_t = sigmoid(o) tanh(c_t)
 
-    The gates lie side by side in this order, which is PyTorch's. The forget bias is part of `bias`
-    (the layer begins it at 1).
+    The gates are concatenated in this order, which is PyTorch's. The forget bias is part of `bias` (the layer
+    initialises it to 1).
 
     Args:
       x: inputs.
       w_in: PyTorch's weight_ih, transposed.
       w_state: weight_hh, transposed.
       bias: bias_ih + bias_hh.
-      segment_ids: for packed sequences, 0 = padding: the state resets where the id changes; padding leaves
-        the state alone and reads zero.
-      initial_state: (h, c) to start from, as an earlier call returned it; None is zeros.
-      precision: of matrix products: None (what the inputs carry), "default", "high", "highest" or a
-        `jax.lax.Precision`.
+      segment_ids, precision: see `memformer.ops`.
+      initial_state: (h, c) of an earlier call; None is zeros.
 
     Returns:
       The output in x's dtype, and the state (h, c) after the last token in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype or name; the message names it.
+      ValueError: see `memformer.ops`.
 
     Source: Hochreiter and Schmidhuber 1997; forget gate: Gers et al. 2000.
 
@@ -141,12 +138,12 @@ def gru(
     initial_state: Float[Array, "B D"] | None = None,
     precision: str | jax.lax.Precision | None = None,
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
-    """The gated recurrent unit, its reset gate after the product (one product a step).
+    """Runs a gated recurrent unit (GRU) with the reset gate after the product.
 
-    r, z, n = x_t W_in + b;  r', z', n' = h_{t-1} W_state;  r, z <- sigmoid(r + r'), sigmoid(z + z')
-    h_t = (1 - z) tanh(n + r (n' + b_state)) + z h_{t-1}
+        r, z, n = x_t W_in + b;  r', z', n' = h_{t-1} W_state;  r, z <- sigmoid(r + r'), sigmoid(z + z')
+        h_t = (1 - z) tanh(n + r (n' + b_state)) + z h_{t-1}
 
-    The gates lie side by side in this order, which is PyTorch's.
+    The gates are concatenated in this order, which is PyTorch's.
 
     Args:
       x: inputs.
@@ -154,17 +151,13 @@ def gru(
       w_state: weight_hh, transposed.
       bias: bias_ih + bias_hh of r and z, bias_ih of n.
       bias_state: bias_hh of n.
-      segment_ids: for packed sequences, 0 = padding: the state resets where the id changes; padding leaves
-        the state alone and reads zero.
-      initial_state: state to start from, as an earlier call returned it; None is zeros.
-      precision: of matrix products: None (what the inputs carry), "default", "high", "highest" or a
-        `jax.lax.Precision`.
+      segment_ids, initial_state, precision: see `memformer.ops`.
 
     Returns:
       The output in x's dtype, and the state after the last token in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError: an argument of the wrong shape, dtype or name; the message names it.
+      ValueError: see `memformer.ops`.
 
     Source: arXiv 1406.1078; reset after the product: arXiv 1412.3555's form in cuDNN and PyTorch.
 
@@ -179,26 +172,26 @@ def gru(
     return y, h
 
 
-def _rnn(entering: Array, recurrent: Array, states: States) -> States:
-    return (jnp.tanh(entering + recurrent),)
+def _rnn(from_input: Array, from_state: Array, states: States) -> States:
+    return (jnp.tanh(from_input + from_state),)
 
 
-def _lstm(entering: Array, recurrent: Array, states: States) -> States:
-    i, f, g, o = jnp.split(entering + recurrent, 4, axis=-1)
+def _lstm(from_input: Array, from_state: Array, states: States) -> States:
+    i, f, g, o = jnp.split(from_input + from_state, 4, axis=-1)
     c = jax.nn.sigmoid(f) * states[1] + jax.nn.sigmoid(i) * jnp.tanh(g)
     return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
 
-def _gru(entering: Array, recurrent: Array, states: States) -> States:
-    r, z, n = jnp.split(entering, 3, axis=-1)
-    r_state, z_state, n_state = jnp.split(recurrent, 3, axis=-1)
+def _gru(from_input: Array, from_state: Array, states: States) -> States:
+    r, z, n = jnp.split(from_input, 3, axis=-1)
+    r_state, z_state, n_state = jnp.split(from_state, 3, axis=-1)
     n = jnp.tanh(n + jax.nn.sigmoid(r + r_state) * n_state)
     z = jax.nn.sigmoid(z + z_state)
     return (n + z * (states[0] - n),)
 
 
 def _run(cell: Cell, gates: int, x, w_in, w_state, bias, bias_state, segment_ids, initial, precision):
-    """Checks the arguments, enters the input, and walks the cell over time: (output, states)."""
+    """Checks the arguments, projects the input, and scans the cell over time: (output, states)."""
     dims: Dims = {}
     x = check_array("x", x, "B T F", dims)
     w_state = check_array("w_state", w_state, "D E", dims)
@@ -214,27 +207,27 @@ def _run(cell: Cell, gates: int, x, w_in, w_state, bias, bias_state, segment_ids
         zeros if part is None else check_array(name, part, "B D", dims).astype(dtype) for name, part in initial.items()
     )
     if segments is not None:
-        # What stands at padding enters nothing, NaN included.
+        # Values at padding, NaN included, must not reach the products.
         x = jnp.where(segments.valid[..., None], x, jnp.zeros((), x.dtype))
     by_time = jnp.moveaxis(x, 1, 0)
-    entering = _dot(by_time, w_in, dtype, x.dtype, precision) + bias.astype(dtype)[None, None]
-    # The gates' biases from the state: only the GRU's last is multiplied before it is added.
-    recurrent = jnp.zeros(dims["E"], dtype)
+    from_input = _dot(by_time, w_in, dtype, x.dtype, precision) + bias.astype(dtype)[None, None]
+    # Biases of the state's part: only the GRU's last is multiplied before it is added.
+    state_bias = jnp.zeros(dims["E"], dtype)
     if bias_state is not None:
         bias_state = check_array("bias_state", bias_state, "D", dims)
-        recurrent = recurrent.at[-dims["D"] :].set(bias_state.astype(dtype))
-    arrays = (entering, w_state, recurrent, *states)
-    # Inside shard_map a gradient must vary as its argument does: weights that all devices share are told apart here.
+        state_bias = state_bias.at[-dims["D"] :].set(bias_state.astype(dtype))
+    arrays = (from_input, w_state, state_bias, *states)
+    # Inside shard_map a gradient must vary over the same axes as its argument: mark weights that all devices share.
     arrays = tuple(vary_like(array, *arrays) for array in arrays)
-    outputs = _walk(cell, x.dtype, precision, *arrays[:3], arrays[3:], _marks(segments))
+    outputs = _scan_time(cell, x.dtype, precision, *arrays[:3], arrays[3:], _time_masks(segments))
     y = jnp.moveaxis(outputs[0], 0, 1)
     if segments is not None:
         y = jnp.where(segments.valid[..., None], y, jnp.zeros((), dtype))
     return y.astype(x.dtype), tuple(part[-1] for part in outputs)
 
 
-def _marks(segments: Segments | None) -> tuple[Array, Array] | None:
-    """[T, B, 1] where the state starts anew, and where a token is not padding."""
+def _time_masks(segments: Segments | None) -> tuple[Array, Array] | None:
+    """[T, B, 1] where a segment starts, and where a token is not padding."""
     if segments is None:
         return None
     starts = jnp.diff(segments.index, axis=1, prepend=jnp.zeros_like(segments.index[:, :1])) != 0
@@ -245,61 +238,61 @@ def _dot(x: Array, w: Array, dtype: jnp.dtype, compute: jnp.dtype, precision) ->
     return jnp.matmul(x.astype(compute), w.astype(compute), precision=precision, preferred_element_type=dtype)
 
 
-def _before(states: States, marks: tuple[Array, Array] | None) -> States:
-    """The states that a step starts from."""
-    return states if marks is None else tuple(jnp.where(marks[0], jnp.zeros_like(s), s) for s in states)
+def _reset(states: States, masks: tuple[Array, Array] | None) -> States:
+    """The states before a step, zero where a segment starts."""
+    return states if masks is None else tuple(jnp.where(masks[0], jnp.zeros_like(s), s) for s in states)
 
 
-def _advance(cell: Cell, marks, entering: Array, recurrent: Array, before: States) -> States:
-    """The states after a step; padding leaves them alone."""
-    after = cell(entering, recurrent, before)
-    if marks is None:
+def _advance(cell: Cell, masks, from_input: Array, from_state: Array, before: States) -> States:
+    """The states after a step; padding leaves them unchanged."""
+    after = cell(from_input, from_state, before)
+    if masks is None:
         return after
-    return tuple(jnp.where(marks[1], new, old) for new, old in zip(after, before, strict=True))
+    return tuple(jnp.where(masks[1], new, old) for new, old in zip(after, before, strict=True))
 
 
-# The backward pass is written out so that the weights' gradient is one product over all of time: the transposed scan
-# would add up one outer product a step.
+# The backward pass is written out so that the gradient of the weights is one product over all of time: the transposed
+# scan would accumulate an outer product per step.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _walk(cell, compute, precision, entering, w_state, bias, states, marks):
-    """All states [T, B, D] of the walk from `states`."""
+def _scan_time(cell, compute, precision, from_input, w_state, bias, states, masks):
+    """The states after every step, [T, B, D]."""
 
     def step(states, inputs):
-        entering, marks = inputs
-        before = _before(states, marks)
-        recurrent = _dot(before[0], w_state, entering.dtype, compute, precision) + bias[None]
-        after = _advance(cell, marks, entering, recurrent, before)
+        from_input, masks = inputs
+        before = _reset(states, masks)
+        from_state = _dot(before[0], w_state, from_input.dtype, compute, precision) + bias[None]
+        after = _advance(cell, masks, from_input, from_state, before)
         return after, after
 
-    return lax.scan(step, states, (entering, marks))[1]
+    return lax.scan(step, states, (from_input, masks))[1]
 
 
-def _walk_forward(cell, compute, precision, entering, w_state, bias, states, marks):
-    outputs = _walk(cell, compute, precision, entering, w_state, bias, states, marks)
-    return outputs, (entering, w_state, bias, states, marks, outputs)
+def _scan_time_forward(cell, compute, precision, from_input, w_state, bias, states, masks):
+    outputs = _scan_time(cell, compute, precision, from_input, w_state, bias, states, masks)
+    return outputs, (from_input, w_state, bias, states, masks, outputs)
 
 
-def _walk_backward(cell, compute, precision, saved, cotangents):
-    entering, w_state, bias, states, marks, outputs = saved
-    dtype = entering.dtype
-    before = tuple(jnp.concatenate([s[None], all_[:-1]]) for s, all_ in zip(states, outputs, strict=True))
-    before = _before(before, marks)
-    recurrent = _dot(before[0], w_state, dtype, compute, precision) + bias[None, None]
+def _scan_time_backward(cell, compute, precision, saved, cotangents):
+    from_input, w_state, bias, states, masks, outputs = saved
+    dtype = from_input.dtype
+    before = tuple(jnp.concatenate([s[None], after[:-1]]) for s, after in zip(states, outputs, strict=True))
+    before = _reset(before, masks)
+    from_state = _dot(before[0], w_state, dtype, compute, precision) + bias[None, None]
 
-    def step(later, inputs):
-        entering, recurrent, before, marks, cotangent = inputs
-        total = tuple(a + b for a, b in zip(later, cotangent, strict=True))
-        _, transpose = jax.vjp(functools.partial(_advance, cell, marks), entering, recurrent, before)
-        d_entering, d_recurrent, earlier = transpose(total)
-        first = earlier[0] + _dot(d_recurrent, w_state.T, dtype, compute, precision)
-        return _before((first, *earlier[1:]), marks), (d_entering, d_recurrent)
+    def step(d_after, inputs):
+        from_input, from_state, before, masks, cotangent = inputs
+        total = tuple(a + b for a, b in zip(d_after, cotangent, strict=True))
+        _, transpose = jax.vjp(functools.partial(_advance, cell, masks), from_input, from_state, before)
+        d_input, d_state, d_before = transpose(total)
+        first = d_before[0] + _dot(d_state, w_state.T, dtype, compute, precision)
+        return _reset((first, *d_before[1:]), masks), (d_input, d_state)
 
     zeros = tuple(jnp.zeros_like(s) for s in states)
-    inputs = (entering, recurrent, before, marks, cotangents)
-    d_states, (d_entering, d_recurrent) = lax.scan(step, zeros, inputs, reverse=True)
-    read, sent = (x.reshape(-1, x.shape[-1]) for x in (before[0], d_recurrent))
-    d_weight = _dot(read.T, sent, dtype, compute, precision).astype(w_state.dtype)
-    return d_entering, d_weight, jnp.sum(sent, axis=0), d_states, None
+    inputs = (from_input, from_state, before, masks, cotangents)
+    d_states, (d_input, d_state) = lax.scan(step, zeros, inputs, reverse=True)
+    flat_before, flat_gradient = (x.reshape(-1, x.shape[-1]) for x in (before[0], d_state))
+    d_weight = _dot(flat_before.T, flat_gradient, dtype, compute, precision).astype(w_state.dtype)
+    return d_input, d_weight, jnp.sum(flat_gradient, axis=0), d_states, None
 
 
-_walk.defvjp(_walk_forward, _walk_backward)
+_scan_time.defvjp(_scan_time_forward, _scan_time_backward)

@@ -1,5 +1,6 @@
-"""What the ops with a matrix state are to each other, and where they are hard: keys, decays, length, devices."""
+"""Matrix memories: identities between the ops, and hard cases of keys, decays, length and devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memformer as mf
-from memformer.ops.matrix_memory import chunked as _chunkwise
+from memformer.ops.matrix_memory import chunked, recurrent
+from memformer.ops.matrix_memory.arguments import make_call
 from tests.numeric import FORWARD, GRADIENT, assert_close
 from tests.ops.specs import HEADS, VALUE, WIDTH, log_decay, unit
 
@@ -110,7 +112,7 @@ def test_groups_of_chunks_agree(decay, monkeypatch):
     """What accelerators run, several chunks at once, equals the one chunk at a time of a CPU."""
     given = arrays(decay)
     want = in_float64(given)
-    monkeypatch.setattr(_chunkwise, "_group_size", lambda *_: 3)
+    monkeypatch.setattr(chunked, "_group_size", lambda *_: 3)
     got = jax.jit(jax.grad(functools.partial(loss, implementation="chunked", chunk_size=8), has_aux=True))(given)
     assert_close(got[1], want[1], FORWARD["float32"])
     assert_close(got[0], want[0], GRADIENT["float32"])
@@ -203,3 +205,33 @@ def test_sharded_batch_and_heads_are_not_gathered(decay):
     for operation in ("all-gather", "all-to-all", "collective-permute"):
         assert operation not in text
     assert_close(compiled(sharded), want, GRADIENT["float32"])
+
+
+def test_erase_vector_and_write_strength():
+    """S_t = S' + k (alpha v - beta S'^T w)^T, two writes per token, against a float64 loop; chunks refuse it."""
+    rng = np.random.default_rng(11)
+    writes, length = 2, 9
+    rows = (BATCH, length, writes)
+    q, decay = unit(rng, BATCH, length, HEADS, WIDTH), log_decay(rng, BATCH, length, HEADS, WIDTH)
+    k, w = (unit(rng, *rows, HEADS, WIDTH) for _ in range(2))
+    v, start = rng.standard_normal((*rows, HEADS, VALUE)), rng.standard_normal((BATCH, HEADS, WIDTH, VALUE))
+    alpha, beta = (rng.uniform(0, 2, (*rows, HEADS)) for _ in range(2))
+    state, want = start.copy(), np.zeros((BATCH, length, HEADS, VALUE))
+    for t in range(length):
+        state = state * np.exp(decay[:, t])[..., None]
+        for n in range(writes):
+            erased = beta[:, t, n, :, None] * np.einsum("bhk,bhkv->bhv", w[:, t, n], state)
+            state = state + k[:, t, n, ..., None] * (alpha[:, t, n, :, None] * v[:, t, n] - erased)[..., None, :]
+        want[:, t] = 0.5 * np.einsum("bhk,bhkv->bhv", q[:, t], state)
+    with jax.enable_x64(True):
+        given = dict(decay=decay, scale=0.5, initial_state=start, segment_ids=None, chunk_size=None, precision=None)
+        call = make_call("delta_product", q, k, v, beta, **given, several_writes=True)
+        flat = (jnp.asarray(x.reshape(BATCH, length * writes, *x.shape[3:])) for x in (w, alpha))
+        call = dataclasses.replace(call, **dict(zip(("w", "alpha"), flat, strict=True)))
+        output, last = recurrent.run(call)
+        assert_close({"output": output, "state": last}, {"output": want, "state": state}, 1e-12)
+        with pytest.raises(NotImplementedError, match="no erase vector w .*implementation='recurrent'"):
+            chunked.run(call)
+        adds = dataclasses.replace(call, beta=None, w=None, alpha=jnp.ones_like(call.alpha))
+        plain = dataclasses.replace(adds, alpha=None)
+        assert_close(recurrent.run(adds), recurrent.run(plain), 1e-14)
