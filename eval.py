@@ -2,7 +2,7 @@
 
 from absl import app, flags
 
-from memformer.training.config import parse_flags, report_errors
+from memformer.training.flags import parse_flags, report_errors
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
 STEP = flags.DEFINE_integer("step", None, "The checkpoint; by default the newest that is whole.")

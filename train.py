@@ -1,23 +1,16 @@
 """Trains a model: python train.py --config=configs/swap.py --config.model.memory=delta_rule --workdir=runs/x"""
 
 from absl import app, flags
-from ml_collections import config_flags
 
-from memformer.training.config import parse_flags, report_errors
+from memformer.training.flags import define_config, parse_flags, report_errors
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "A file of configs/; any key is overridden as --config.section.key=value.",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+CONFIG = define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder; by default runs/<task>-<memory>.")
 PROCESSES = flags.DEFINE_string(
-    "processes", "", "For one process of several: auto (TPU pods, SLURM), or host:port,processes,index."
+    "processes", "", "For a run of several processes: auto (TPU pods, SLURM), or host:port,processes,index."
 )
 DRYRUN = flags.DEFINE_string(
-    "dryrun", "", "Say whether the run fits, and end: here (these devices), or on a TPU such as v5p:4x4x4."
+    "dryrun", "", "Report whether the run fits, and exit: here (these devices), or on a TPU such as v5p:4x4x4."
 )
 flags.mark_flag_as_required("config")
 

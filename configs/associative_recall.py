@@ -15,8 +15,8 @@ VARIANTS = ("ntm", "lstm")
 
 def get_config(variant="ntm"):
     """Returns the run's config; `variant` is one of `VARIANTS`."""
-    config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
-    config.task = {"name": "associative_recall", "length": 6, "min_length": 2, "bits": 6, "rows": 3}
+    config = default_config("recurrent_lm" if variant == "lstm" else "ntm", task="associative_recall")
+    config.task.update(length=6, min_length=2, bits=6, rows=3)
     if variant == "lstm":
         config.model.width = 100
     else:

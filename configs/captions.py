@@ -27,8 +27,8 @@ def get_config(variant="shapes"):
     """Returns the run's config."""
     if variant not in VARIANTS:
         raise ValueError(f"configs/captions.py has the variants {', '.join(VARIANTS)}, got {variant!r}")
-    config = default_config("captioner")
-    config.task = {"name": "captions", "length": 9, "pictures": "shapes", "size": 32, "folder": ""}
+    config = default_config("captioner", task="captions")
+    config.task.update(length=9, pictures="shapes", size=32, folder="")
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.train.steps = 4000

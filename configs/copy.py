@@ -22,8 +22,8 @@ STEPS = {"ntm": 6500, "ntm_feedforward": 2500}
 
 def get_config(variant="ntm"):
     """Returns the run's config; `variant` is one of `VARIANTS`."""
-    config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
-    config.task = {"name": "copy", "length": 20, "min_length": 1, "bits": 8}
+    config = default_config("recurrent_lm" if variant == "lstm" else "ntm", task="copy")
+    config.task.update(length=20, min_length=1, bits=8)
     config.optimizer.learning_rate = 1e-3
     config.optimizer.weight_decay = 0.0
     if variant == "lstm":

@@ -14,8 +14,8 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config("encoder")
-    config.task = {"name": "coreference", "length": 16, "families": "trained"}
+    config = default_config("encoder", task="coreference")
+    config.task.update(length=16, families="trained")
     config.model.width = 64
     config.model.heads = 4
     config.model.depth = 3

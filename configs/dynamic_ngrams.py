@@ -15,8 +15,8 @@ VARIANTS = ("ntm", "lstm")
 
 def get_config(variant="ntm"):
     """Returns the run's config; `variant` is one of `VARIANTS`."""
-    config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
-    config.task = {"name": "dynamic_ngrams", "length": 200, "context": 5}
+    config = default_config("recurrent_lm" if variant == "lstm" else "ntm", task="dynamic_ngrams")
+    config.task.update(length=200, context=5)
     if variant == "lstm":
         config.model.width = 100
     else:

@@ -18,8 +18,8 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config()
-    config.task = {"name": "group_words", "length": 32, "group": "S3"}
+    config = default_config(task="group_words")
+    config.task.update(length=32, group="S3")
     config.model.memory = "delta_product"
     config.model.depth = 1
     config.model.width = 128

@@ -16,8 +16,8 @@ VARIANTS = ("even_pairs", "cycle_navigation", "reverse_string", "stack_manipulat
 
 def get_config(variant="even_pairs"):
     """Returns the run's config."""
-    config = default_config()
-    config.task = {"name": variant, "length": 40, "min_length": 3}
+    config = default_config(task=variant)
+    config.task.update(length=40, min_length=3)
     if variant == "cycle_navigation":
         config.task.places = 5
     config.model.memory = "deltaformer"

@@ -23,8 +23,8 @@ def get_config(variant="anywhere"):
     """Returns the run's config; `variant` is one of VARIANTS."""
     if variant not in VARIANTS:
         raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    config = default_config("encoder")
-    config.task = {"name": "lookup", "length": 17, "key_width": 16, "values": 16, "noise": 0.1, "asked": variant}
+    config = default_config("encoder", task="lookup")
+    config.task.update(length=17, key_width=16, values=16, noise=0.1, asked=variant)
     config.model.width = 64
     config.model.heads = 1
     config.model.depth = 1

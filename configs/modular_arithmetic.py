@@ -12,8 +12,8 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config()
-    config.task = {"name": "modular_arithmetic", "length": 40, "min_length": 3, "modulus": 5}
+    config = default_config(task="modular_arithmetic")
+    config.task.update(length=40, min_length=3, modulus=5)
     config.model.memory = "delta_rule"
     config.model.depth = 3
     config.model.width = 128

@@ -15,8 +15,8 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config()
-    config.task = {"name": "mqar", "length": 64, "pairs": 4, "vocab_size": 8192, "power": 0.01}
+    config = default_config(task="mqar")
+    config.task.update(length=64, pairs=4, vocab_size=8192, power=0.01)
     config.model.memory = "deltaformer"
     config.model.depth = 2
     config.model.width = 128

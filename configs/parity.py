@@ -40,8 +40,8 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config()
-    config.task = {"name": "parity", "length": 40, "min_length": 3}
+    config = default_config(task="parity")
+    config.task.update(length=40, min_length=3)
     config.model.memory = "delta_rule"
     config.model.depth = 1
     config.model.width = 128

@@ -19,8 +19,8 @@ VARIANTS = ("ntm", "lstm")
 
 def get_config(variant="ntm"):
     """Returns the run's config; `variant` is one of `VARIANTS`."""
-    config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
-    config.task = {"name": "priority_sort", "length": 10, "answers": 8, "bits": 8}
+    config = default_config("recurrent_lm" if variant == "lstm" else "ntm", task="priority_sort")
+    config.task.update(length=10, answers=8, bits=8)
     if variant == "lstm":
         config.model.width = 100
     else:

@@ -13,8 +13,8 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config()
-    config.task = {"name": "reachability", "length": 32, "width": 128}
+    config = default_config(task="reachability")
+    config.task.update(length=32, width=128)
     config.model.memory = "deltaformer"
     config.model.depth = 1
     config.model.width = 128

@@ -19,8 +19,8 @@ VARIANTS = ("ntm", "lstm")
 
 def get_config(variant="ntm"):
     """Returns the run's config; `variant` is one of `VARIANTS`."""
-    config = default_config("recurrent_lm" if variant == "lstm" else "ntm")
-    config.task = {"name": "repeat_copy", "length": 5, "min_length": 1, "bits": 4, "repeats": 5}
+    config = default_config("recurrent_lm" if variant == "lstm" else "ntm", task="repeat_copy")
+    config.task.update(length=5, min_length=1, bits=4, repeats=5)
     if variant == "lstm":
         config.model.width = 100
     else:

@@ -29,9 +29,9 @@ VARIANTS = ("armt", "armt_without_gamma", "rmt")
 
 def get_config(variant="armt"):
     """Returns the run's config; `variant` is one of VARIANTS."""
-    config = default_config("rmt" if variant == "rmt" else "armt")
+    config = default_config("rmt" if variant == "rmt" else "armt", task="rewrite")
     # eight questions a sequence, at random places among the pairs; the paper asks one, and draws the number of pairs
-    config.task = {"name": "rewrite", "length": 50, "key_size": 1, "value_size": 1, "symbols": 16, "queries": 8}
+    config.task.update(length=50, key_size=1, value_size=1, symbols=16, queries=8)
     # a pair or a question is one segment
     config.model.segment_length = 4
     config.model.width = 64

@@ -21,16 +21,9 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config()
-    config.task = {
-        "name": "swap",
-        "length": 32,
-        "objects": 5,
-        # one token an object: the start state can be written, and learning takes a hundredth of the steps
-        "start": "objects",
-        "queries": False,
-        "encoding": "pair",
-    }
+    config = default_config(task="swap")
+    # one start token per object: the model can write the start state, and learns in a hundredth of the steps
+    config.task.update(length=32, objects=5, start="objects")
     config.model.memory = "deltaformer"
     config.model.depth = 1
     config.model.width = 128

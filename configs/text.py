@@ -13,8 +13,8 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config()
-    config.task = {"name": "text", "length": 256, "folder": "", "suffix": ".py"}
+    config = default_config(task="text")
+    config.task.update(length=256, folder="", suffix=".py")
     config.model.memory = "gated_delta_rule"
     config.model.depth = 2
     config.model.width = 128

@@ -15,8 +15,8 @@ from memformer.training.config import default_config
 
 def get_config():
     """Returns the run's config."""
-    config = default_config("recurrent_lm")
-    config.task = {"name": "text", "length": 128, "folder": "", "suffix": ".py"}
+    config = default_config("recurrent_lm", task="text")
+    config.task.update(length=128, folder="", suffix=".py")
     config.model.cell = "lstm"
     config.model.width = 256
     config.optimizer.learning_rate = 4e-3

@@ -28,8 +28,8 @@ def get_config(variant="attention"):
     """Returns the run's config; `variant` is one of VARIANTS."""
     if variant not in VARIANTS:
         raise ValueError(f"the variant must be one of {', '.join(VARIANTS)}, got {variant!r}")
-    config = default_config("transformer" if variant == "transformer" else "seq2seq")
-    config.task = {"name": "translation", "length": 40, "vocab_size": 3000, "corpus": "auto", "folder": ""}
+    config = default_config("transformer" if variant == "transformer" else "seq2seq", task="translation")
+    config.task.update(length=40, vocab_size=3000, corpus="auto", folder="")
     config.model.width = 128
     config.model.dropout = 0.1
     config.optimizer.learning_rate = 3e-3

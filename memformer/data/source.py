@@ -120,8 +120,8 @@ class Task:
     length: int
 
     @property
-    def settled(self) -> Mapping[str, str]:
-        """Settings by name that left a choice to what is installed here, with what was chosen; a run keeps these."""
+    def resolved(self) -> Mapping[str, str]:
+        """Settings that depend on what is installed here, resolved; a run records them."""
         return {}
 
     @property

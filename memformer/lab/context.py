@@ -112,7 +112,7 @@ def train_regression(name: str, heads: int, depth: int, *, pairs: int, steps: in
     memory, options = MEMORIES[name]
     config = {"memory": memory, "memory_options": options, "width": WIDTH, "heads": heads, "depth": depth}
     model = build_model(
-        {**config, "feedforward": "mlp", "feedforward_options": {"hidden": 2 * WIDTH}},
+        {**config, "feedforward": "mlp", "feedforward_options": {"hidden": 2 * WIDTH}, "scan_layers": True},
         vocab_size=0,
         features=INPUTS + 2,
         num_classes=1,

@@ -63,7 +63,7 @@ class LanguageModelConfig(BaseConfig):
       max_length: size of the table of learned positions.
       norm: "rms" or "layer".
       tie_embeddings: the read-out is the embedding's table.
-      scan_layers: the repeating group is compiled once and scanned.
+      scan_layers: compile the repeating group once and scan it; worth it for deep models.
       remat: None, "full" (a block keeps its input only), "dots" (and all matrix products) or
         "projections" (and products with weights).
       dropout: rate on the embedding and on what each layer adds; active after `model.train()`.
@@ -89,7 +89,7 @@ class LanguageModelConfig(BaseConfig):
     max_length: int = 2048
     norm: str = "rms"
     tie_embeddings: bool = False
-    scan_layers: bool = True
+    scan_layers: bool = False
     remat: str | None = None
     dropout: float = 0.0
 

@@ -12,19 +12,25 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 0.4 M: tests and first experiments on a laptop
     "tiny": {"width": 128, "depth": 2, "heads": 4},
     # 11 M: an hour of training on one GPU
-    "mini_10m": {"width": 384, "depth": 6, "heads": 6},
+    "mini_10m": {"width": 384, "depth": 6, "heads": 6, "scan_layers": True},
     # 85 M; 125 M with a vocabulary of 50,000
-    "small_125m": {"width": 768, "depth": 12, "heads": 12, "tie_embeddings": True, "dtype": "bfloat16"},
+    "small_125m": {
+        "width": 768, "depth": 12, "heads": 12, "tie_embeddings": True, "dtype": "bfloat16", "scan_layers": True,
+    },
     # 302 M
     "medium_350m": {
         "width": 1024, "depth": 24, "heads": 16, "tie_embeddings": True, "remat": "projections", "dtype": "bfloat16",
+        "scan_layers": True,
     },
     # 679 M
     "large_760m": {
         "width": 1536, "depth": 24, "heads": 12, "tie_embeddings": True, "remat": "projections", "dtype": "bfloat16",
+        "scan_layers": True,
     },
     # 1208 M
-    "xlarge_1300m": {"width": 2048, "depth": 24, "heads": 16, "remat": "full", "dtype": "bfloat16"},
+    "xlarge_1300m": {
+        "width": 2048, "depth": 24, "heads": 16, "remat": "full", "dtype": "bfloat16", "scan_layers": True,
+    },
 }  # fmt: skip
 
 

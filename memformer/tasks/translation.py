@@ -90,7 +90,7 @@ class Translation(Task):
             raise ValueError(f"folder must be '' where corpus is 'slice', which has none, got {self.folder!r}")
 
     @property
-    def settled(self) -> Mapping[str, str]:
+    def resolved(self) -> Mapping[str, str]:
         """Which verses "auto" means here: the vocabulary is learned from them."""
         return {"corpus": "installed" if self._root() else "slice"}
 

@@ -1,0 +1,147 @@
+"""Training: configs, sharding, input, train step, loop, checkpoints, evaluation, dry run."""
+
+from memformer.training.build import Run, build_run, model_settings
+from memformer.training.checkpoint import Checkpoints, Restored
+from memformer.training.checksums import EMPTY, JSON_ITEMS, StateHandler, damage
+from memformer.training.config import (
+    RunError,
+    add_options,
+    apply_preset,
+    changed_keys,
+    complete_config,
+    default_config,
+    drop_options,
+    run_errors,
+    set_values,
+    unknown_key,
+    validate,
+)
+from memformer.training.curriculum import Curriculum
+from memformer.training.distributed import join_processes
+from memformer.training.dryrun import DryRun, dry_run, find_devices, lower_step, show_dry_run
+from memformer.training.evaluation import LoadedRun, Scorer, evaluate_checkpoint, fits_model, load_run, parameters_of
+from memformer.training.flags import define_config, parse_flags, read_config, report_errors
+from memformer.training.input import Batch, Loader, batch_arrays, check_batch, make_loader
+from memformer.training.loop import Trainer, train
+from memformer.training.losses import SCORES, count_batch, means, smoothing_loss
+from memformer.training.metrics import (
+    RunLog,
+    flops_a_token,
+    format_table,
+    log,
+    memory_pattern,
+    model_name,
+    peak_flops,
+    read_records,
+    replace_file,
+)
+from memformer.training.optimizer import decay_mask, make_optimizer, make_schedule, update_ema
+from memformer.training.paths import abstract, describe, difference, flatten, nest
+from memformer.training.plots import COLOURS, plot_learning_curve, plot_lengths
+from memformer.training.report import draw_curve, final_scores, result_table, write_report
+from memformer.training.sharding import (
+    AXES,
+    RULES,
+    global_batch,
+    make_mesh,
+    mesh_scope,
+    partition_spec,
+    state_shardings,
+)
+from memformer.training.step import (
+    Functional,
+    abstract_state,
+    init_state,
+    make_eval_step,
+    make_functional,
+    make_train_step,
+)
+
+__all__ = [
+    "AXES",
+    "COLOURS",
+    "EMPTY",
+    "JSON_ITEMS",
+    "RULES",
+    "SCORES",
+    "Batch",
+    "Checkpoints",
+    "Curriculum",
+    "DryRun",
+    "Functional",
+    "LoadedRun",
+    "Loader",
+    "Restored",
+    "Run",
+    "RunError",
+    "RunLog",
+    "Scorer",
+    "StateHandler",
+    "Trainer",
+    "abstract",
+    "abstract_state",
+    "add_options",
+    "apply_preset",
+    "batch_arrays",
+    "build_run",
+    "changed_keys",
+    "check_batch",
+    "complete_config",
+    "count_batch",
+    "damage",
+    "decay_mask",
+    "default_config",
+    "define_config",
+    "describe",
+    "difference",
+    "draw_curve",
+    "drop_options",
+    "dry_run",
+    "evaluate_checkpoint",
+    "final_scores",
+    "find_devices",
+    "fits_model",
+    "flatten",
+    "flops_a_token",
+    "format_table",
+    "global_batch",
+    "init_state",
+    "join_processes",
+    "load_run",
+    "log",
+    "lower_step",
+    "make_eval_step",
+    "make_functional",
+    "make_loader",
+    "make_mesh",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "means",
+    "memory_pattern",
+    "mesh_scope",
+    "model_name",
+    "model_settings",
+    "nest",
+    "parameters_of",
+    "parse_flags",
+    "partition_spec",
+    "peak_flops",
+    "plot_learning_curve",
+    "plot_lengths",
+    "read_config",
+    "read_records",
+    "replace_file",
+    "report_errors",
+    "result_table",
+    "run_errors",
+    "set_values",
+    "show_dry_run",
+    "smoothing_loss",
+    "state_shardings",
+    "train",
+    "unknown_key",
+    "update_ema",
+    "validate",
+    "write_report",
+]

@@ -1,4 +1,4 @@
-"""From a config to the pieces of a run: task, mesh, model, optimiser. Training and evaluation share them."""
+"""Builds the parts of a run from its config: task, mesh, model, optimizer. Training and evaluation share them."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from memformer.models import build_model
 from memformer.tasks import Task, make_task
-from memformer.training.config import RunError, run_errors, validate
+from memformer.training.config import RunError, complete_config, run_errors, validate
 from memformer.training.metrics import memory_pattern
 from memformer.training.optimizer import make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
@@ -22,14 +22,14 @@ __all__ = ["Run", "build_run", "model_settings"]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a config describes, without arrays.
+    """The parts of a run, without arrays.
 
     Attributes:
-      config: the config as plain dicts, what it left to this machine (`Task.settled`) decided.
-      task: as configured (a curriculum trains at other lengths).
-      mesh: over all devices.
-      model: as pure functions.
-      tx: optimiser.
+      config: the complete config as plain dicts, with machine-dependent choices (`Task.resolved`) made explicit.
+      task: the task as configured (a curriculum trains at other lengths).
+      mesh: mesh over all devices.
+      model: the model as pure functions.
+      tx: optimizer.
       schedule: learning rate by step.
     """
 
@@ -44,21 +44,21 @@ class Run:
 def build_run(
     config: Mapping[str, Any], *, task: Task | None = None, devices: Sequence[jax.Device] | None = None
 ) -> Run:
-    """Builds the pieces of a run.
+    """Builds the parts of a run.
 
     Args:
-      config: plain nested dicts, the sections of `default_config`.
-      task: instead of the config's, whose vocabulary it must share (a variant to evaluate).
-      devices: of the mesh; None for all that are here (others can be compiled for).
+      config: nested dicts with the sections of `default_config`; missing keys get their defaults.
+      task: replaces the config's task, with the same vocabulary (a variant to evaluate).
+      devices: devices of the mesh; None for all of this machine.
 
     Raises:
-      RunError: what no run can be built from, in one paragraph.
+      RunError: a config from which no run can be built.
     """
-    config = {name: config[name] for name in config}
+    config = complete_config(config).to_dict()
     validate(config)
     with run_errors("config.task"):
         trained = make_task(config["task"])
-        config["task"] = {**config["task"], **trained.settled}
+        config["task"] = {**config["task"], **trained.resolved}
     task = trained if task is None else task
     mesh = make_mesh(config["mesh"], devices)
     sizes = {"vocab_size": trained.vocab_size, "num_classes": trained.num_classes, "features": trained.features}
@@ -74,21 +74,20 @@ def build_run(
 
 
 def model_settings(model: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section as `build_model` takes it.
+    """Converts the `model` section to the options of `build_model`.
 
-    `memory` becomes a name or the tuple of a pattern; `memory_options`, kept by memory name in a config,
-    becomes those of the memories in use: one config file then serves every memory. The keys of other
-    models than memory_lm pass as they are.
+    `memory` becomes a name or a tuple of names. `memory_options`, which a config keeps by memory name so that one file
+    serves every memory, is reduced to the memories in use. Options of models other than memory_lm are unchanged.
 
     Raises:
-      RunError: options that are not kept by memory name.
+      RunError: memory_options that are not sections by memory name.
 
     Example:
       >>> options = {"delta_rule": {"conv_width": 4}, "softmax_attention": {"rotary": True}}
       >>> model_settings({"memory": "delta_rule", "memory_options": options})
       {'memory': 'delta_rule', 'memory_options': {'conv_width': 4}}
     """
-    settings = dict(model)
+    settings = {key: value for key, value in model.items() if key != "preset"}
     if model.get("type", "memory_lm") != "memory_lm":
         return settings
     pattern = memory_pattern(model["memory"])
@@ -96,7 +95,7 @@ def model_settings(model: Mapping[str, Any]) -> dict[str, Any]:
     for name, options in by_name.items():
         if not isinstance(options, Mapping):
             raise RunError(
-                f"config.model.memory_options must hold a section of options for each memory by its name, such as "
+                f"config.model.memory_options must have one section of options per memory name, such as "
                 f"{{'{pattern[0]}': {{...}}}}, got {name} = {options!r}."
             )
     settings["memory"] = pattern[0] if len(pattern) == 1 else pattern

@@ -1,10 +1,9 @@
 """Checkpoints of a run: one wrapper over Orbax's CheckpointManager.
 
-A step folder holds five items: `state` (the arrays), `arrays` (their paths, shapes and dtypes), `data`
-(where the input stands), `config`, `metrics`; and a list of checksums, written last of all before the
-folder takes its name. Orbax alone casts a wrong dtype silently, reads flipped bits as numbers, takes an
-empty folder for the latest step and does not fall back from a damaged one: here every step is checked
-before it is read.
+A step folder holds five items: `state` (the arrays), `arrays` (their paths, shapes and dtypes), `data` (position of
+the input), `config` and `metrics`; and a list of checksums, written last, before the folder gets its final name.
+Orbax alone casts a wrong dtype silently, loads corrupted arrays, takes an empty folder for the latest step and does
+not fall back from a damaged one: here every step is checked before it is read.
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ PyTree = Any
 
 
 class _OrbaxErrorsOnly(std_logging.Filter):
-    """Keeps Orbax's notes and warnings, which are for its own developers, out of the run's terminal."""
+    """Hides Orbax's notes and warnings, which are for its developers, from the terminal."""
 
     def filter(self, record: std_logging.LogRecord) -> bool:
         return record.levelno >= std_logging.ERROR or "/orbax/" not in record.pathname
@@ -41,12 +40,12 @@ logging.get_absl_logger().addFilter(_OrbaxErrorsOnly())
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a checkpoint held.
+    """Content of a checkpoint.
 
     Attributes:
-      step: steps taken when it was saved.
-      state: pytree of arrays, of the target's structure and shardings.
-      data: where the input stood.
+      step: number of steps taken.
+      state: pytree of arrays, with the structure and shardings of the target.
+      data: position of the input and state of the run.
       config: the run's config.
       metrics: the metrics given to `save`.
     """
@@ -61,19 +60,19 @@ class Restored:
 class Checkpoints:
     """Saves and restores the steps of one run.
 
-    Saving is asynchronous: `save` returns when the arrays are copied off the devices, and a step folder
-    takes its name only when it is complete, so a kill at any moment leaves the last complete step.
-    With more than one process, every process calls every method.
+    Saving is asynchronous: `save` returns once the arrays are copied off the devices. A step folder gets its final name
+    only when it is complete, so a kill at any moment leaves the last complete step. With several processes, every
+    process calls every method.
 
-    Restoring without a step takes the newest step whose files are whole, and logs a warning for each one
-    passed over; a step asked for by number is restored or is an error. The next `save` renames the damaged
-    folders to `<step>.damaged`.
+    Restoring without a step takes the newest step whose files are whole, and logs a warning for each damaged one that
+    it skips; a step given by number is restored or is an error. The next `save` renames damaged folders to
+    `<step>.damaged`.
 
     Args:
-      folder: path; made by the first `save`.
-      keep_last: newest steps kept, at least 1.
-      keep_best: steps kept for their metric beside those, 0 for none.
-      best_metric: name in `metrics`; a NaN there is the worst value.
+      folder: path; created by the first `save`.
+      keep_last: number of newest steps to keep, at least 1.
+      keep_best: number of further steps to keep, by their metric; 0 for none.
+      best_metric: name in `metrics`; NaN is the worst value.
       best_mode: "min" or "max".
 
     Raises:
@@ -111,7 +110,7 @@ class Checkpoints:
         self._current: int | None = None
         self._whole: set[int] = set()
         self._damaged: dict[int, str] = {}
-        self._told: set[int] = set()
+        self._warned: set[int] = set()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -127,20 +126,20 @@ class Checkpoints:
         config: Mapping[str, Any],
         metrics: Mapping[str, float],
     ) -> bool:
-        """Starts to save a step; waits first for the save before it.
+        """Starts saving a step; waits for the previous save first.
 
         Args:
-          step: steps taken, larger than every step in the folder.
-          state: pytree of jax arrays, typed PRNG keys included.
-          data: small JSON dict.
-          config: JSON-able dict.
-          metrics: name -> number; with the metric that ranks the best, unless empty.
+          step: number of steps taken, larger than every step in the folder.
+          state: pytree of jax arrays, including typed PRNG keys.
+          data: small dict that JSON can represent.
+          config: dict that JSON can represent.
+          metrics: name -> number; includes `best_metric`, unless empty.
 
         Returns:
-          False where this very step was the last one saved or restored: there is nothing to do.
+          False if this step was the last one saved or restored: there is nothing to save.
 
         Raises:
-          ValueError: a leaf that is not a jax array, data that JSON cannot hold, or a folder that already
+          ValueError: a leaf that is not a jax array, data that JSON cannot represent, or a folder that already
             holds this step or a later one.
           OSError: the folder cannot be written.
         """
@@ -150,7 +149,7 @@ class Checkpoints:
         for path, leaf in flat.items():
             if not isinstance(leaf, jax.Array) or leaf.size == 0:
                 kind = "one without elements" if isinstance(leaf, jax.Array) else type(leaf).__name__
-                raise ValueError(f"state must hold jax arrays alone, got {kind} at {'/'.join(path)}")
+                raise ValueError(f"state must hold only jax arrays, got {kind} at {'/'.join(path)}")
         metrics = {name: float(value) for name, value in metrics.items()}
         if metrics and self._keep[1] and self._best[0] not in metrics:
             raise ValueError(f"metrics must have {self._best[0]!r}, which ranks the best steps, got {sorted(metrics)}")
@@ -190,19 +189,19 @@ class Checkpoints:
         return Restored(step, state, data, config, metrics)
 
     def restore_parts(self, target: Mapping[str, PyTree], step: int | None = None) -> dict[str, PyTree]:
-        """Restores some top-level entries of the state alone; arguments and errors as in `restore`."""
+        """Restores only some top-level entries of the state; arguments and errors as in `restore`."""
         return self._read_state(self._choose(step), dict(target), whole=False)
 
     def restore_params(self, target: PyTree, step: int | None = None) -> PyTree:
-        """Restores the state's "params" alone; arguments and errors as in `restore`."""
+        """Restores only "params"; arguments and errors as in `restore`."""
         return self.restore_parts({"params": target}, step)["params"]
 
     def config(self, step: int | None = None) -> dict[str, Any]:
-        """The config saved with a step; argument and errors as in `restore`."""
+        """Returns the config saved with a step; argument and errors as in `restore`."""
         return self._read_json(self._choose(step), "config")
 
     def latest_step(self) -> int | None:
-        """The newest whole step; None where nothing was saved yet.
+        """Returns the newest whole step; None if nothing was saved yet.
 
         Raises:
           NotADirectoryError: the path is a file.
@@ -212,18 +211,18 @@ class Checkpoints:
         return self._newest() if self.folder.exists() else None
 
     def wait(self) -> None:
-        """Waits for the save in progress; raises what went wrong in it."""
+        """Waits for the save in progress and raises its error, if any."""
         if self._manager is not None:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the save in progress and ends Orbax's threads."""
+        """Waits for the save in progress and stops Orbax's threads."""
         if self._manager is not None:
             self._manager.close()
             self._manager = None
 
     def _open(self) -> ocp.CheckpointManager:
-        """Orbax's manager, made at the first save: it must not meet a damaged folder, nor make one to read from."""
+        """Orbax's manager, created at the first save: it must not see damaged folders, nor create one for reading."""
         if self._manager is not None and not self._damaged:
             return self._manager
         self.close()
@@ -247,7 +246,7 @@ class Checkpoints:
             )
             registry.add(name, ocp.args.JsonSave, handler)
             registry.add(name, ocp.args.JsonRestore, handler)
-        # the last one is finished last: its checksums cover the others
+        # the last item is finalized last: its checksums cover the others
         registry.add("state", ocp.args.PyTreeSave, StateHandler())
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
         return self._manager
@@ -296,34 +295,34 @@ class Checkpoints:
         reason = self._inspect(step) if jax.process_index() == 0 else None
         if _agree(int(reason is not None)):
             raise ValueError(
-                f"checkpoint {step} in {self.folder} {reason or 'is damaged'}. Ask for another step of "
-                f"{steps[::-1]}, or for none: the newest whole one is taken then."
+                f"checkpoint {step} in {self.folder} {reason or 'is damaged'}. Give another step of "
+                f"{steps[::-1]}, or none for the newest whole one."
             )
         return step
 
     def _newest(self) -> int | None:
-        """Walks from the newest step to the first whole one; process 0 walks, the others take its answer."""
+        """Finds the newest whole step; process 0 searches and broadcasts the result."""
         steps, found = self._steps(), -1
         if jax.process_index() == 0:
             found = next((step for step in steps if self._inspect(step) is None), -1)
         found = _agree(found)
-        passed = {step: self._damaged.get(step, "is damaged") for step in steps if step > found}
-        for step in passed.keys() - self._told:
-            logging.warning("Checkpoint %d in %s %s: passed over.", step, self.folder, passed[step])
-        self._told |= passed.keys()
+        skipped = {step: self._damaged.get(step, "is damaged") for step in steps if step > found}
+        for step in skipped.keys() - self._warned:
+            logging.warning("Checkpoint %d in %s %s: skipped.", step, self.folder, skipped[step])
+        self._warned |= skipped.keys()
         if found >= 0:
             return found
-        lost = {step: reason for step, reason in passed.items() if reason != EMPTY}
+        lost = {step: reason for step, reason in skipped.items() if reason != EMPTY}
         if not lost:
             return None
         raise ValueError(
             f"no checkpoint in {self.folder} can be restored: "
             + "; ".join(f"{step} {reason}" for step, reason in lost.items())
-            + ". Bring one back from a copy, or move them away to start anew."
+            + ". Restore one from a copy, or move them away to start anew."
         )
 
     def _inspect(self, step: int) -> str | None:
-        """What is wrong with a step's files; every byte is read once in this object's life."""
+        """Damage of a step's files, or None; each step is read once per `Checkpoints` object."""
         if step in self._whole:
             return None
         reason = damage(self.folder / str(step), deep=True)
@@ -360,7 +359,7 @@ class Checkpoints:
 
 
 def _agree(value: int) -> int:
-    """Process 0's value, in every process."""
+    """Returns the value of process 0 in every process."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
@@ -370,4 +369,4 @@ def _jsonable(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     try:
         return json.loads(json.dumps(value))
     except TypeError as error:
-        raise ValueError(f"{name} must be a dict that JSON can hold: {error}") from error
+        raise ValueError(f"{name} must be a dict that JSON can represent: {error}") from error

@@ -1,6 +1,6 @@
-"""Checksums of a checkpoint's files: Orbax reads flipped bits as numbers, and raises nameless errors for others.
+"""Checksums of the files of a checkpoint: Orbax loads corrupted arrays without an error.
 
-The list is written before the step folder takes its name, so a step folder without one was never finished.
+The list of checksums is written before the step folder gets its final name, so a step folder without one is incomplete.
 """
 
 import concurrent.futures
@@ -23,10 +23,10 @@ BLOCK_BYTES = 1 << 23
 
 
 class StateHandler(ocp.PyTreeCheckpointHandler):
-    """Orbax's writer of arrays, which ends with the checksums of every file of the step."""
+    """Orbax's array writer; adds the checksums of all files of the step."""
 
     def finalize(self, directory: epath.Path) -> None:
-        """Writes the checksums once all files of the step are there."""
+        """Writes the checksums once all files of the step are written."""
         super().finalize(directory)
         files = {f"state/{name}": path for name, path in _files(directory)}
         for item in JSON_ITEMS:
@@ -36,7 +36,7 @@ class StateHandler(ocp.PyTreeCheckpointHandler):
 
 
 def damage(folder: epath.Path, deep: bool) -> str | None:
-    """What is wrong with a step folder, as the end of a sentence; not `deep`: sizes of arrays alone."""
+    """Describes the damage to a step folder, or returns None; without `deep`, arrays are checked by size alone."""
     try:
         check, _, text = (folder / "state" / CHECKSUMS).read_bytes().partition(b"\n")
         if check != str(zlib.crc32(text)).encode():

@@ -1,29 +1,37 @@
-"""The run config: every key with its default, overrides whose typos are errors, and checks.
+"""The run config: every key with its default, checks, and overrides whose typos are errors.
 
-A file of configs/ starts from `default_config()` and overrides. Sections: `task` (name and that
-task's fields), `model`, `optimizer`, `train`, `mesh`, `checkpoint`.
+The sections are `task` and `model` (fields of the dataclass that the section's `name` or `type` selects),
+`optimizer`, `train`, `mesh` and `checkpoint`. A file of configs/ starts from `default_config()` and overrides.
 """
 
 import ast
 import contextlib
+import dataclasses
 import difflib
-import os
-import re
-import runpy
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import numbers
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags, logging
+import numpy as np
 from ml_collections import config_dict
+
+from memformer.core.checks import check, check_at_least, check_choice
+from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
+from memformer.layers.memory import MEMORIES, known_options
+from memformer.models import MODELS, preset_fields
+from memformer.tasks import TASKS
 
 __all__ = [
     "RunError",
+    "add_options",
+    "apply_preset",
     "changed_keys",
+    "complete_config",
     "default_config",
-    "parse_flags",
-    "report_errors",
+    "drop_options",
     "run_errors",
     "set_values",
     "unknown_key",
@@ -32,7 +40,7 @@ __all__ = [
 
 SCHEDULES = ("constant", "cosine", "warmup_stable_decay", "rsqrt", "exponential")
 
-# What may differ between a run and its resumption: nothing here changes the bits of a step.
+# A resumed run may change these: none of them changes the bits of a step.
 FREE_KEYS = (
     "train.steps",
     "train.eval_every",
@@ -49,31 +57,32 @@ FREE_KEYS = (
 )
 
 
-# Sections whose keys depend on the name chosen in them: whatever reads them names the known keys.
-OPEN_SECTIONS = ("task.", "model.")
-
-
 class RunError(ValueError):
-    """A mistake of the one who runs: one paragraph that says what was expected, what came, what to do."""
+    """User error: one paragraph with what was expected, what was given and what to do."""
 
 
-def default_config(model: str = "memory_lm") -> ml_collections.ConfigDict:
-    """Returns the config of a run with every key and its default.
+def default_config(
+    model: str = "memory_lm", task: str = "swap", *, preset: str | None = None
+) -> ml_collections.ConfigDict:
+    """Returns the locked config of a run: every key with its default.
 
     Args:
-      model: a name in `memformer.models.MODELS`, whose keys the section `model` then has.
+      model: a name in `memformer.models.MODELS`; section `model` has the fields of its config.
+      task: a name in `memformer.tasks.TASKS`; section `task` has the fields of its dataclass.
+      preset: a name in `memformer.models.PRESETS`, for memory_lm.
 
     Raises:
-      RunError: unknown model.
+      RunError: an unknown name.
 
     Example:
-      >>> default_config().optimizer.schedule
-      'cosine'
+      >>> config = default_config(task="mqar")
+      >>> config.optimizer.schedule, config.task.pairs
+      ('cosine', 4)
     """
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.task = ml_collections.ConfigDict({"name": "swap"})
-    config.model = _memory_lm_defaults() if model == "memory_lm" else _model_defaults(model)
+    config.task = _task_section(task)
+    config.model = _model_section(model)
     config.optimizer = ml_collections.ConfigDict(
         {
             "name": "adamw",
@@ -85,75 +94,72 @@ def default_config(model: str = "memory_lm") -> ml_collections.ConfigDict:
             "end_factor": 0.1,
             # warmup_stable_decay: fraction of the steps that decay
             "decay_fraction": 0.2,
-            # exponential: times `step_factor` every `step_every` steps
+            # exponential: multiplied by `step_factor` every `step_every` steps
             "step_factor": 0.7,
             "step_every": 500,
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-8,
             "weight_decay": 0.01,
-            # 0 = do not clip
+            # maximum global norm of the gradient; 0 = no clipping
             "clip_norm": 1.0,
-            # decay of the exponential moving average of the parameters, used in evaluation; 0 = none
+            # decay of the moving average of the parameters that evaluation uses; 0 = no average
             "ema": 0.0,
         }
     )
-    config.train = _train_defaults()
-    # one of the four may be -1: whatever devices the others leave
+    config.train = _train_section()
+    # one of the four may be -1: the devices that the others leave
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
     config.checkpoint = ml_collections.ConfigDict({"keep_last": 2, "keep_best": 1})
-    return config
+    if preset is not None:
+        apply_preset(config, preset)
+    return config.lock()
 
 
-def _model_defaults(model: str) -> ml_collections.ConfigDict:
-    # here, so that a typo in a flag is told before JAX is loaded
-    from memformer.models import MODELS, default_options
+def _task_section(name: str) -> ml_collections.ConfigDict:
+    with run_errors("config"):
+        check_choice("task.name", name, tuple(TASKS))
+    return _section({"name": name}, TASKS[name])
 
-    _one_of("model.type", model, tuple(MODELS))
-    section = ml_collections.ConfigDict()
-    for key, default in default_options(model).items():
-        # a placeholder accepts a first value of any type from the command line
-        section[key] = config_dict.placeholder(object) if default is None else default
+
+def _model_section(name: str) -> ml_collections.ConfigDict:
+    with run_errors("config"):
+        check_choice("model.type", name, tuple(MODELS))
+    # a preset is written into the other keys when it is set, so that a config always shows the sizes in use
+    own = {"type": name, "preset": config_dict.placeholder(str)} if name == "memory_lm" else {"type": name}
+    return _section(own, MODELS[name][0])
+
+
+def _section(own: Mapping[str, Any], shape: type) -> ml_collections.ConfigDict:
+    """The keys of `own`, then one typed key per field of the dataclass `shape`."""
+    section = ml_collections.ConfigDict(own)
+    hints = typing.get_type_hints(shape)
+    for field in dataclasses.fields(shape):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        section[field.name] = _typed(default, hints[field.name])
     return section
 
 
-def _memory_lm_defaults() -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(
-        {
-            "type": "memory_lm",
-            # a name in MEMORIES, or several joined by commas: the pattern that layers repeat
-            "memory": "deltaformer",
-            # options of each memory by its name, so that one file serves --config.model.memory=any
-            "memory_options": {},
-            "width": 128,
-            "depth": 1,
-            "heads": 4,
-            "key_width": config_dict.placeholder(int),
-            "value_width": config_dict.placeholder(int),
-            # "none" for blocks of the memory alone
-            "feedforward": config_dict.FieldReference("swiglu", field_type=str),
-            "feedforward_options": {},
-            "positions": config_dict.placeholder(str),
-            "max_length": 2048,
-            "norm": "rms",
-            "tie_embeddings": False,
-            "scan_layers": False,
-            "remat": config_dict.placeholder(str),
-            "dtype": "float32",
-            "param_dtype": "float32",
-            "dropout": 0.0,
-        }
-    )
+def _typed(default: Any, hint: Any) -> Any:
+    """The default as ml_collections stores it: optional fields accept None, unions any type."""
+    if isinstance(default, Mapping):
+        return dict(default)
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    optional = type(None) in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple or not (kinds or optional):
+        return default
+    kind = kinds[0] if len(kinds) == 1 and isinstance(kinds[0], type) else object
+    return config_dict.FieldReference(default, field_type=kind)
 
 
-def _train_defaults() -> ml_collections.ConfigDict:
+def _train_section() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "steps": 1000,
             "batch_size": 64,
-            # micro-batches a step: same gradient, less memory
+            # micro-batches per step: same gradient, less memory
             "accumulate": 1,
-            # share of the uniform distribution in what the training loss is taken against
+            # weight of the uniform distribution in the targets of the training loss
             "label_smoothing": 0.0,
             "log_every": 10,
             # 0 = only at the end
@@ -161,17 +167,17 @@ def _train_defaults() -> ml_collections.ConfigDict:
             "eval_batches": 4,
             # 0 = only at the end
             "checkpoint_every": 500,
-            # ends the run once training and held-out accuracy reach it; 0 = never
+            # stop when training and held-out accuracy reach it; 0 = never
             "stop_accuracy": 0.0,
-            # abort | skip: what a step with a loss or gradient that is not finite does
+            # abort | skip: what to do with a step whose loss or gradient is not finite
             "on_nan": "abort",
             "curriculum": {"enabled": False, "start": 32, "stop": 256, "factor": 2, "accuracy": 0.99},
-            # lengths of the table printed at the end; () = the task's own
+            # lengths of the final table; () = the task's own length
             "final_lengths": (),
             "final_batches": 8,
-            # trace of steps (first, last), both counted from 1, to <workdir>/profile; (0, 0) = none
+            # trace of steps (first, last), counted from 1, to <workdir>/profile; (0, 0) = none
             "profile": (0, 0),
-            # folder of compiled programs kept between runs; "" = none
+            # folder of compiled programs shared between runs; "" = none
             "compile_cache": "",
             "tensorboard": True,
             "progress": True,
@@ -179,33 +185,193 @@ def _train_defaults() -> ml_collections.ConfigDict:
     )
 
 
+def complete_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns a locked config with every key: those of `config`, and defaults for the rest.
+
+    A `model.preset` in `config` replaces the model's defaults; values of `config` that differ from them stay.
+
+    Raises:
+      RunError: a key that no such run has, or a value of another type than its default.
+
+    Example:
+      >>> complete_config({"task": {"name": "swap", "length": 8}}).task.objects
+      5
+    """
+    plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    model, task = plain.get("model", {}), plain.get("task", {})
+    whole = default_config(model.get("type", "memory_lm"), task.get("name", "swap"))
+    default = whole.model.to_dict()
+    with whole.unlocked():
+        _merge(whole, plain, "config")
+    preset = whole.model.get("preset")
+    if preset is not None:
+        given = [f"model.{key}" for key, value in whole.model.to_dict().items() if value != default[key]]
+        apply_preset(whole, preset, given)
+    return whole
+
+
+def _merge(section: ml_collections.ConfigDict, values: Mapping[str, Any], prefix: str, known: bool = True) -> None:
+    """Sets `values` in place; `known` = False accepts new keys (options, which the layer that takes them checks)."""
+    for key, value in values.items():
+        path = f"{prefix}.{key}"
+        if known and key not in section:
+            raise RunError(unknown_key(section, key, prefix) or "")
+        if isinstance(value, Mapping):
+            if not isinstance(section.get(key), ml_collections.ConfigDict):
+                section[key] = {}
+            _merge(section[key], value, path, known and not key.endswith("_options"))
+            continue
+        try:
+            # None has no type: a placeholder accepts a first value of any type
+            new = config_dict.placeholder(object) if value is None and key not in section else value
+            section[key] = _cast(new, section, key)
+        except TypeError as error:
+            raise RunError(f"{path} cannot be {value!r}: {error}") from error
+
+
+def _cast(value: Any, section: ml_collections.ConfigDict, key: str) -> Any:
+    """The value in the type of its key where that loses nothing: 1e3 for a whole number, a list for a tuple."""
+    kind = section.get_type(key) if key in section else None
+    if isinstance(value, np.generic):
+        value = value.item()
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (list, tuple)):
+        items = [item.item() if isinstance(item, np.generic) else item for item in value]
+        return tuple(items) if kind is tuple else type(value)(items)
+    return value
+
+
+def apply_preset(config: ml_collections.ConfigDict, name: str, given: Sequence[str] = ()) -> None:
+    """Writes the fields of a preset into section `model`, except the dotted keys in `given`.
+
+    Raises:
+      RunError: an unknown preset, or a model that has none.
+
+    Example:
+      >>> config = default_config()
+      >>> apply_preset(config, "tiny", given=["model.width"])
+      >>> config.model.depth, config.model.width
+      (2, 128)
+    """
+    with run_errors("config.model.preset"):
+        fields = preset_fields(name)
+    if "preset" not in config.model:
+        raise RunError(f"config.model.preset must be None for model {config.model.type!r}, got {name!r}.")
+    for key, value in fields.items():
+        if f"model.{key}" not in given:
+            config.model[key] = value
+    config.model.preset = None
+
+
+def add_options(config: ml_collections.ConfigDict) -> set[str]:
+    """Adds every option of every memory and feedforward layer, unset; returns the dotted keys added.
+
+    A locked config then accepts overrides of them. `drop_options` removes those that stayed unset.
+    """
+    model, added = config.model, set()
+    known = {("memory_options", name): known_options(name) for name in MEMORIES}
+    keys = tuple(dict.fromkeys(key for name in FEEDFORWARDS for key in feedforward_keys(name)))
+    known[("feedforward_options",)] = keys
+    with config.unlocked():
+        for path, options in known.items():
+            if path[0] not in model:
+                continue
+            section = model[path[0]]
+            if len(path) > 1:
+                section[path[1]] = section.get(path[1], ml_collections.ConfigDict())
+                section = section[path[1]]
+            for key in options if isinstance(section, ml_collections.ConfigDict) else ():
+                if key not in section:
+                    section[key] = config_dict.placeholder(object)
+                    added.add(".".join(("model", *path, key)))
+    return added
+
+
+def drop_options(config: ml_collections.ConfigDict, keys: set[str]) -> None:
+    """Removes the options `keys` (dotted) from section `model`, and sections that this leaves empty."""
+    with config.unlocked():
+        for path in keys:
+            *parents, last = path.split(".")
+            holder = config
+            for name in parents:
+                holder = holder[name]
+            del holder[last]
+        sections = config.model.get("memory_options", {})
+        for name, section in list(sections.items()):
+            if isinstance(section, ml_collections.ConfigDict) and not section:
+                del sections[name]
+
+
 def validate(config: Mapping[str, Any]) -> None:
-    """Raises `RunError` for the first key that is unknown or missing, or value that no run could use."""
+    """Raises RunError for the first key that is unknown or missing, or value that no run can use."""
     _check_keys(config, default_config(config.get("model", {}).get("type", "memory_lm")).to_dict())
-    train, optimizer = config["train"], config["optimizer"]
+    try:
+        check_at_least("seed", config["seed"], 0)
+        _check_train(config["train"])
+        _check_optimizer(config["optimizer"])
+        for name, least in (("keep_last", 1), ("keep_best", 0)):
+            check_at_least(f"checkpoint.{name}", config["checkpoint"][name], least)
+    except ValueError as error:
+        raise RunError(f"config.{error}; set it with --config.{str(error).split()[0]}=VALUE.") from error
+
+
+def _check_train(train: Mapping[str, Any]) -> None:
     for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "final_batches"):
-        _expect(train[name] >= 1, f"train.{name}", "at least 1", train[name])
+        check_at_least(f"train.{name}", train[name], 1)
     for name in ("eval_every", "checkpoint_every"):
-        _expect(train[name] >= 0, f"train.{name}", "0 (only at the end) or more", train[name])
+        # 0: only at the end
+        check_at_least(f"train.{name}", train[name], 0)
     size, parts = train["batch_size"], train["accumulate"]
-    _expect(size % parts == 0, "train.batch_size", f"a multiple of train.accumulate = {parts}", size)
-    _expect(0 <= train["stop_accuracy"] <= 1, "train.stop_accuracy", "between 0 and 1", train["stop_accuracy"])
-    _expect(0 <= train["label_smoothing"] < 1, "train.label_smoothing", "0 or more, below 1", train["label_smoothing"])
-    _one_of("train.on_nan", train["on_nan"], ("abort", "skip"))
-    first, last = train["profile"]
-    _expect(0 <= first <= last, "train.profile", "(first, last) with first <= last", train["profile"])
+    check(size % parts == 0, "train.batch_size", f"a multiple of train.accumulate = {parts}", size)
+    _check_number("train.stop_accuracy", train["stop_accuracy"], "between 0 and 1", lambda x: 0 <= x <= 1)
+    _check_number("train.label_smoothing", train["label_smoothing"], "in [0, 1)", lambda x: 0 <= x < 1)
+    check_choice("train.on_nan", train["on_nan"], ("abort", "skip"))
+    for name in ("profile", "final_lengths"):
+        whole = isinstance(train[name], (tuple, list)) and all(_is_whole(x) and x >= 0 for x in train[name])
+        check(whole, f"train.{name}", "a tuple of whole numbers", train[name])
+    profile = tuple(train["profile"])
+    ordered = len(profile) == 2 and profile[0] <= profile[1] and (profile[0] >= 1 or profile == (0, 0))
+    check(ordered, "train.profile", "two steps (first, last) with 1 <= first <= last, or (0, 0) for none", profile)
     curriculum = train["curriculum"]
-    if curriculum["enabled"]:
-        ordered = 1 <= curriculum["start"] <= curriculum["stop"]
-        _expect(ordered, "train.curriculum", "1 <= start <= stop", (curriculum["start"], curriculum["stop"]))
-        _expect(curriculum["factor"] >= 2, "train.curriculum.factor", "at least 2", curriculum["factor"])
-    _one_of("optimizer.name", optimizer["name"], ("adamw",))
-    _one_of("optimizer.schedule", optimizer["schedule"], SCHEDULES)
-    _expect(optimizer["learning_rate"] > 0, "optimizer.learning_rate", "above 0", optimizer["learning_rate"])
-    for name in ("warmup_steps", "weight_decay", "clip_norm"):
-        _expect(optimizer[name] >= 0, f"optimizer.{name}", "0 or more", optimizer[name])
-    _expect(0 <= optimizer["ema"] < 1, "optimizer.ema", "0 (none) or a decay below 1", optimizer["ema"])
-    _expect(optimizer["step_every"] >= 1, "optimizer.step_every", "at least 1", optimizer["step_every"])
+    for name, least in (("start", 1), ("stop", 1), ("factor", 2)):
+        check_at_least(f"train.curriculum.{name}", curriculum[name], least)
+    start, stop, goal = curriculum["start"], curriculum["stop"], curriculum["accuracy"]
+    check(start <= stop, "train.curriculum.stop", f"at least train.curriculum.start = {start}", stop)
+    _check_number("train.curriculum.accuracy", goal, "between 0 and 1", lambda x: 0 <= x <= 1)
+
+
+# The values that an optimizer can use; NaN fails every comparison.
+OPTIMIZER_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "learning_rate": ("above 0 and finite", lambda x: 0 < x < math.inf),
+    "end_factor": ("between 0 and 1", lambda x: 0 <= x <= 1),
+    "decay_fraction": ("between 0 and 1", lambda x: 0 <= x <= 1),
+    "step_factor": ("above 0, at most 1", lambda x: 0 < x <= 1),
+    "b1": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "b2": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "eps": ("above 0 and finite", lambda x: 0 < x < math.inf),
+    "weight_decay": ("0 or more and finite", lambda x: 0 <= x < math.inf),
+    "clip_norm": ("0 (no clipping) or more and finite", lambda x: 0 <= x < math.inf),
+    "ema": ("0 (no average) or a decay below 1", lambda x: 0 <= x < 1),
+}
+
+
+def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
+    check_choice("optimizer.name", optimizer["name"], ("adamw",))
+    check_choice("optimizer.schedule", optimizer["schedule"], SCHEDULES)
+    for name, (expected, holds) in OPTIMIZER_RANGES.items():
+        _check_number(f"optimizer.{name}", optimizer[name], expected, holds)
+    check_at_least("optimizer.warmup_steps", optimizer["warmup_steps"], 0)
+    check_at_least("optimizer.step_every", optimizer["step_every"], 1)
+
+
+def _check_number(name: str, value: Any, expected: str, holds: Callable[[float], bool]) -> None:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    check(number and holds(float(value)), name, expected, value)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _check_keys(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str = "config") -> None:
@@ -216,24 +382,16 @@ def _check_keys(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str
     for key, value in known.items():
         if key not in config:
             raise RunError(f"{prefix} has no {key}; a config file must start from default_config().")
-        open_section = f"{key}." in OPEN_SECTIONS
+        # the keys of these depend on a name in them; what reads them checks them
+        open_section = prefix == "config" and key in ("task", "model")
         if isinstance(value, Mapping) and not open_section:
             if not isinstance(config[key], Mapping):
                 raise RunError(f"{prefix}.{key} must be a section with {', '.join(value)}, got {config[key]!r}.")
             _check_keys(config[key], value, f"{prefix}.{key}")
 
 
-def _expect(holds: bool, key: str, expected: str, came: Any) -> None:
-    if not holds:
-        raise RunError(f"config.{key} must be {expected}, got {came!r}; set it with --config.{key}=VALUE.")
-
-
-def _one_of(key: str, came: Any, known: Sequence[str]) -> None:
-    _expect(came in known, key, "one of " + ", ".join(known), came)
-
-
 def unknown_key(config: Mapping[str, Any], path: str, prefix: str = "config") -> str | None:
-    """Returns the message for a dotted `path` that is not in `config`, or None where it is there.
+    """Returns the error message for a dotted `path` that is not in `config`, or None if it is there.
 
     Example:
       >>> unknown_key({"train": {"steps": 1, "log_every": 2}}, "train.step")
@@ -252,7 +410,10 @@ def unknown_key(config: Mapping[str, Any], path: str, prefix: str = "config") ->
 
 
 def set_values(config: ml_collections.ConfigDict, assignments: Sequence[str]) -> None:
-    """Sets `key=value` texts such as "task.objects=6" in place; a typo is a `RunError`.
+    """Applies assignments such as "task.objects=6" in place.
+
+    Raises:
+      RunError: an unknown key, or a value of another type.
 
     Example:
       >>> config = default_config()
@@ -260,23 +421,26 @@ def set_values(config: ml_collections.ConfigDict, assignments: Sequence[str]) ->
       >>> config.train.steps
       20
     """
+    added = add_options(config)
     for text in assignments:
         path, sign, value = text.partition("=")
         if not sign:
             raise RunError(f"expected key=value such as task.length=64, got {text!r}.")
         message = unknown_key(config, path)
-        if message and not path.startswith(OPEN_SECTIONS):
+        if message:
             raise RunError(message)
         *parents, last = path.split(".")
         section = config
+        for name in parents:
+            section = section[name]
         try:
-            for name in parents:
-                if name not in section:
-                    section[name] = {}
-                section = section[name]
-            section[last] = _literal(value)
+            section[last] = _cast(_literal(value), section, last)
         except (TypeError, ValueError) as error:
             raise RunError(f"config.{path} cannot be set to {value!r}: {error}") from error
+        if path == "model.preset":
+            apply_preset(config, section[last])
+        added.discard(path)
+    drop_options(config, added)
 
 
 def _literal(text: str) -> Any:
@@ -287,7 +451,7 @@ def _literal(text: str) -> Any:
 
 
 def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, those of `FREE_KEYS` left out.
+    """Dotted keys whose values differ, without `FREE_KEYS`.
 
     Example:
       >>> changed_keys({"seed": 0, "train": {"steps": 5}}, {"seed": 1, "train": {"steps": 9}})
@@ -313,61 +477,10 @@ def _plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def run_errors(what: str) -> Iterator[None]:
-    """Turns a ValueError or OSError of the enclosed set-up into a `RunError` that says what was being done."""
+    """Turns a ValueError or OSError of the enclosed set-up into a `RunError` that starts with `what`."""
     try:
         yield
     except RunError:
         raise
     except (ValueError, OSError) as error:
         raise RunError(f"{what}: {error}") from error
-
-
-@contextlib.contextmanager
-def report_errors() -> Iterator[None]:
-    """Ends the program with one paragraph and exit code 1 on a `RunError`; bugs keep their traceback."""
-    try:
-        yield
-    except RunError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-    """absl flag parser, for `app.run`, that holds every --config.KEY against the keys of the config file.
-
-    The flag itself must accept new keys (`accept_new_attributes`): those of `OPEN_SECTIONS` are checked by
-    what reads them, which knows what each task and memory takes.
-    """
-    with report_errors():
-        _check_overrides(argv)
-        try:
-            rest = flags.FLAGS(argv)
-        except flags.Error as error:
-            reason = str(error).replace("=None: Flag --", ": --").replace("have a value other than None", "be given")
-            raise RunError(f"{reason} See {os.path.basename(argv[0])} --help.") from error
-    verbosity = flags.FLAGS["verbosity"]
-    if verbosity.using_default_value:
-        # what JAX and Orbax tell at INFO is for their developers; absl leaves alone what was set
-        verbosity.value, verbosity.using_default_value = logging.WARNING, False
-    return rest
-
-
-def _check_overrides(argv: Sequence[str]) -> None:
-    text = "\n".join(argv)
-    found = re.search(r"^--?config[=\n](\S+)", text, re.MULTILINE)
-    overrides = re.findall(r"^--?(?:no)?config\.([\w.]+)", text, re.MULTILINE)
-    if found is None:
-        if overrides:
-            raise RunError(f"--config.{overrides[0]} came without --config=configs/NAME.py; name the file first.")
-        return
-    path, _, argument = found.group(1).partition(":")
-    if not os.path.isfile(path):
-        raise RunError(
-            f"--config must name a Python file that has get_config(), such as configs/swap.py, got {path!r}."
-        )
-    get_config = runpy.run_path(path)["get_config"]
-    config = get_config(argument) if argument else get_config()
-    for override in overrides:
-        message = unknown_key(config, override)
-        if message and not override.startswith(OPEN_SECTIONS):
-            raise RunError(message)

@@ -1,4 +1,4 @@
-"""Longer sequences as the model masters the shorter: the curriculum of the DeltaFormer paper."""
+"""Length curriculum: longer sequences once the model solves shorter ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,16 +9,16 @@ __all__ = ["Curriculum"]
 
 
 class Curriculum:
-    """Trains at `start`, and times `factor` each time the accuracy since the last log reaches `accuracy`.
+    """Starts at length `start`; multiplies it by `factor` when the accuracy since the last log reaches `accuracy`.
 
     Source: DeltaFormer (NeurIPS 2025): swaps from length 32 to 256, doubled at 0.99.
 
     Args:
-      task: the run's task, at its own length where there is no curriculum.
+      task: the run's task; without a curriculum its own length is used.
       options: the run's `train.curriculum`: enabled, start, stop, factor, accuracy.
 
     Attributes:
-      length: of training now; set it to go on with a run.
+      length: the current length; set it to resume a run.
 
     Raises:
       ValueError: the task cannot have the start or the stop length.
@@ -40,16 +40,16 @@ class Curriculum:
 
     @property
     def task(self) -> Task:
-        """The task at the length of now."""
+        """The task at the current length."""
         return self._task.with_length(self.length) if self._options["enabled"] else self._task
 
     @property
     def done(self) -> bool:
-        """Whether this is the last length."""
+        """Whether this is the final length."""
         return not self._options["enabled"] or self.length >= self._options["stop"]
 
     def advance(self, accuracy: float) -> bool:
-        """Goes to the next length if `accuracy` at this one allows it; says whether it did."""
+        """Moves to the next length if `accuracy` allows it; returns whether it did."""
         if self.done or not accuracy >= self._options["accuracy"]:
             return False
         self.length = min(self.length * self._options["factor"], self._options["stop"])

@@ -1,4 +1,4 @@
-"""One run over several processes: a process a host on TPU pods and clusters, or several on one machine."""
+"""Runs of several processes: one per host on TPU pods and clusters, or several on one machine."""
 
 import jax
 
@@ -8,17 +8,17 @@ __all__ = ["join_processes"]
 
 
 def join_processes(where: str) -> None:
-    """Makes this process one of several; call before anything else of JAX.
+    """Joins a run of several processes; call it before any other use of JAX.
 
-    All processes run the same command, and share the run's folder. Afterwards `jax.devices()` are those of
+    All processes run the same command and share the run's folder. Afterwards `jax.devices()` lists the devices of
     all processes.
 
     Args:
-      where: "" for a single process; "auto" where the cluster tells (TPU pods, SLURM, Open MPI, Kubernetes);
-        otherwise "host:port,processes,index": where process 0 listens, how many there are, which one this is.
+      where: "" for a single process; "auto" where the cluster provides the addresses (TPU pods, SLURM, Open MPI,
+        Kubernetes); otherwise "host:port,processes,index": address of process 0, their number, index of this one.
 
     Raises:
-      RunError: another text, or nobody who tells.
+      RunError: another text, or a cluster that provides no addresses.
 
     Example:
       >>> join_processes("")

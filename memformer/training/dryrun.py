@@ -1,4 +1,4 @@
-"""Does a run fit? Compiles its train step for devices that need not be there, without data or arrays."""
+"""Dry run: compiles a train step for devices that need not be present, and reports whether it fits."""
 
 import dataclasses
 import importlib.util
@@ -16,14 +16,14 @@ from jax.experimental import topologies
 from memformer.training.build import Run, build_run
 from memformer.training.config import RunError
 from memformer.training.input import batch_arrays
-from memformer.training.metrics import flops_a_token, say
+from memformer.training.metrics import flops_a_token, log
 from memformer.training.sharding import batch_sharding, mesh_scope
 from memformer.training.step import abstract_state, make_train_step
 
 __all__ = ["DryRun", "dry_run", "find_devices", "lower_step", "show_dry_run"]
 
 GIB = 1 << 30
-# Memory of one device in GiB, from the makers' data sheets; the first name found wins.
+# Memory of one device in GiB, from the vendors' data sheets; the first match wins.
 MEMORY = (
     ("TPU v6", 32),
     ("TPU v5p", 95),
@@ -35,29 +35,29 @@ MEMORY = (
     ("H100", 80),
     ("A100", 80),
 )
-# the TPU compiler's words when it gives up: on the whole program, or on its temporaries alone
+# error messages of the TPU compiler: the whole program does not fit, or its temporaries alone
 OVERFLOW = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 OVERFLOW_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What a run needs; bytes are those of one device.
+    """Requirements of a run; bytes are per device.
 
     Attributes:
-      devices: how many, and of which kind.
-      parameters: of the model.
-      state_bytes: parameters, optimiser and the rest of the train state.
-      working_bytes: what the step needs beside them (activations, gradients, a batch).
-      limit_bytes: memory of such a device; None where it is not known (CPU).
-      flops: of one step over all devices, by arithmetic (rematerialisation is not counted).
-      seconds: to compile.
-      advice: what to change where it does not fit.
+      devices: number and kind.
+      parameters: number of parameters of the model.
+      state_bytes: parameters, optimizer state and the rest of the train state.
+      working_bytes: temporary memory of the step (activations, gradients, a batch).
+      limit_bytes: memory of the device; None if unknown (CPU).
+      flops: analytic FLOPs of one step over all devices (without rematerialization).
+      seconds: compile time.
+      advice: changes that reduce the memory, if it does not fit.
 
     Example:
       >>> print(DryRun("8 x TPU v5 lite", 10**9, 2 * GIB, 20 * GIB, 16 * GIB, 3e15, 40.0, ("smaller",)))
-      1,000,000,000 parameters on 8 x TPU v5 lite; 3e+15 FLOPs a step; compiled in 40 s
-      each device: 22.00 GiB (2.00 GiB of train state, 20.00 GiB to work)
+      1,000,000,000 parameters on 8 x TPU v5 lite; 3e+15 FLOPs per step; compiled in 40 s
+      each device: 22.00 GiB (2.00 GiB of train state, 20.00 GiB of temporaries)
       does not fit in 16.00 GiB
       smaller
     """
@@ -73,18 +73,18 @@ class DryRun:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the memory suffices; None where its size is not known."""
+        """Whether the memory suffices; None if its size is unknown."""
         return None if self.limit_bytes is None else self.state_bytes + self.working_bytes <= self.limit_bytes
 
     def __str__(self) -> str:
         lines = [
-            f"{self.parameters:,} parameters on {self.devices}; {self.flops:.3g} FLOPs a step; "
+            f"{self.parameters:,} parameters on {self.devices}; {self.flops:.3g} FLOPs per step; "
             f"compiled in {self.seconds:.0f} s",
             f"each device: {_gib(self.state_bytes + self.working_bytes)} ({_gib(self.state_bytes)} of train state, "
-            f"{_gib(self.working_bytes)} to work)",
+            f"{_gib(self.working_bytes)} of temporaries)",
         ]
         if self.limit_bytes is None:
-            lines.append("whether that fits depends on the device: its memory is not known here")
+            lines.append("whether that fits is unknown: the memory of this device is not known")
         else:
             verdict = "fits" if self.fits else "does not fit"
             lines.append(f"{verdict} in {_gib(self.limit_bytes)}")
@@ -92,15 +92,15 @@ class DryRun:
 
 
 def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
-    """Compiles the sharded train step of a run and reads its memory off the compiled program.
+    """Compiles the sharded train step of a run and reads its memory from the compiled program.
 
-    Nothing is trained or allocated: a laptop can ask for a pod. On a TPU the compiler's count is exact; on
-    CPU it is that of the CPU's program, a guide to the size.
+    Nothing is trained or allocated, so a laptop can compile for a pod. For TPUs the compiler's number is exact; on CPU
+    it is that of the CPU program, an estimate.
 
     Args:
-      config: as `train` takes it; `config.mesh` must fit the devices.
-      where: "here" for this machine's devices (virtual ones, with JAX_NUM_CPU_DEVICES=8 and JAX_PLATFORMS=cpu,
-        included), or a TPU topology such as "v5p:4x4x4", "v5e:4x4", "v6e:2x4".
+      config: the config of a run; `config.mesh` must fit the devices.
+      where: "here" for the devices of this machine (JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 makes eight virtual ones),
+        or a TPU topology such as "v5p:4x4x4", "v5e:4x4", "v6e:2x4".
 
     Raises:
       RunError: a config that cannot be built, an unknown topology, or no libtpu to compile for it.
@@ -127,7 +127,7 @@ def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
 
 
 def lower_step(run: Run) -> tuple[jax.stages.Lowered, int]:
-    """The train step of a run, to be compiled inside `mesh_scope(run.mesh)`, and the bytes of a device's state."""
+    """Lowers the train step of a run (inside `mesh_scope(run.mesh)`); also returns the bytes of state per device."""
     train, ema = run.config["train"], run.config["optimizer"]["ema"]
     state = abstract_state(run.model, run.tx, run.mesh, ema)
     step = make_train_step(run.model, run.tx, run.schedule, run.mesh, train, ema)
@@ -136,12 +136,12 @@ def lower_step(run: Run) -> tuple[jax.stages.Lowered, int]:
 
 
 def show_dry_run(config: Mapping[str, Any], where: str) -> None:
-    """Prints what `dry_run` found."""
-    say(str(dry_run(config, where)))
+    """Prints the result of `dry_run`."""
+    log(str(dry_run(config, where)))
 
 
 def find_devices(where: str) -> list[jax.Device]:
-    """The devices of this machine ("here"), or those of a TPU topology by its name, which can be compiled for.
+    """Returns the devices of this machine ("here"), or those of a named TPU topology to compile for.
 
     Raises:
       RunError: an unknown topology, or no libtpu to compile for it.
@@ -153,9 +153,9 @@ def _topology(name: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise RunError(
             f"the dry run for {name} compiles with libtpu, which is not installed: pip install 'jax[tpu]=="
-            f"{jax.__version__}' brings the one that fits this jax (no TPU is needed)."
+            f"{jax.__version__}' installs the version for this jax (no TPU is needed)."
         )
-    # libtpu would ask the metadata server of a TPU machine, and complain of each answer it lacks
+    # without these libtpu queries the metadata server of a TPU machine and logs every failure
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     for variable, value in (("SKIP_MDS_QUERY", "1"), ("WORKER_HOSTNAMES", "localhost"), ("ACCELERATOR_TYPE", "v5p-8")):
         os.environ.setdefault(f"TPU_{variable}", value)
@@ -178,7 +178,7 @@ def _abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _memory(lowered: jax.stages.Lowered, kind: str, state: int) -> tuple[int, int | None]:
-    """Bytes of one device that the program needs, and that there are."""
+    """Bytes per device that the program needs, and that the device has."""
     limit = next((gib * GIB for name, gib in MEMORY if name in kind), None)
     try:
         need: Any = lowered.compile().memory_analysis()
@@ -186,8 +186,8 @@ def _memory(lowered: jax.stages.Lowered, kind: str, state: int) -> tuple[int, in
         found = OVERFLOW.search(str(error)) or OVERFLOW_TEMPORARIES.search(str(error))
         if found is None:
             raise
-        used, there = _bytes(*found.group(1, 2)), _bytes(*found.group(3, 4))
-        return used + (state if found.re is OVERFLOW_TEMPORARIES else 0), there
+        used, available = _bytes(*found.group(1, 2)), _bytes(*found.group(3, 4))
+        return used + (state if found.re is OVERFLOW_TEMPORARIES else 0), available
     used = need.argument_size_in_bytes + need.output_size_in_bytes - need.alias_size_in_bytes
     return used + need.temp_size_in_bytes + need.generated_code_size_in_bytes, limit
 
@@ -199,17 +199,17 @@ def _advice(run: Run, state: int, working: int, limit: int | None) -> tuple[str,
     model, train, mesh = run.config["model"], run.config["train"], run.mesh.shape
     if state > limit // 2:
         advice.append(
-            "the train state takes most of it: split it over more devices with --config.mesh.fsdp "
+            "the train state takes most of it: shard it over more devices with --config.mesh.fsdp "
             f"(now {mesh['fsdp']}) or --config.mesh.tensor"
         )
     if working > limit // 4:
         micro = train["batch_size"] // train["accumulate"]
         advice.append(
-            f"the step takes much: more micro-batches with --config.train.accumulate (now {train['accumulate']}, "
-            f"{micro} rows each), or a smaller --config.train.batch_size"
+            "the step takes much of it: use more micro-batches with --config.train.accumulate "
+            f"(now {train['accumulate']}, {micro} rows each), or a smaller --config.train.batch_size"
         )
         if model.get("remat", "") is None:
-            advice.append("keep less for the backward pass with --config.model.remat=full")
+            advice.append("store less for the backward pass with --config.model.remat=full")
         if model.get("dtype") == "float32":
             advice.append("halve the activations with --config.model.dtype=bfloat16")
     return tuple(advice)

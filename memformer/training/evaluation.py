@@ -1,4 +1,4 @@
-"""Scores of a model on any split, length or variant of a task, from a run or from its checkpoint alone."""
+"""Scores a model on any split, length or variant of a task, from a run or from its checkpoint alone."""
 
 import dataclasses
 import json
@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -16,26 +15,26 @@ from jax.sharding import Mesh
 from memformer.tasks import SPLITS, Task, make_task
 from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
-from memformer.training.config import RunError, run_errors, set_values
+from memformer.training.config import RunError, complete_config, run_errors, set_values
 from memformer.training.input import make_loader
 from memformer.training.losses import means
-from memformer.training.metrics import format_table, model_name, replace_file, say
+from memformer.training.metrics import format_table, log, model_name, replace_file
 from memformer.training.plots import plot_lengths
 from memformer.training.sharding import global_batch, mesh_scope
 from memformer.training.step import Arrays, Functional, abstract_state, make_eval_step
 
-__all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "weights_of"]
+__all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scorer:
-    """Scores parameters on held-out examples; the same examples at each call.
+    """Scores parameters on held-out examples, the same ones in every call.
 
     Attributes:
       step: from `make_eval_step`.
-      mesh: where it runs.
-      batch_size: rows a batch.
-      seed: of the sources.
+      mesh: the mesh of `step`.
+      batch_size: rows per batch.
+      seed: seed of the sources.
     """
 
     step: Callable[..., Arrays]
@@ -44,7 +43,7 @@ class Scorer:
     seed: int
 
     def __call__(
-        self, weights: tuple[Arrays, Arrays], task: Task, *, split: str = "validation", batches: int
+        self, parameters: tuple[Arrays, Arrays], task: Task, *, split: str = "validation", batches: int
     ) -> dict[str, float]:
         """Loss and the task's scores over `batches` batches of `split`."""
         loader = make_loader(
@@ -58,15 +57,15 @@ class Scorer:
         sums: list[Arrays] = []
         with mesh_scope(self.mesh):
             for _ in range(batches):
-                sums.append(self.step(*weights, global_batch(next(loader), self.mesh)))
+                sums.append(self.step(*parameters, global_batch(next(loader), self.mesh)))
         loader.close()
         fetched = jax.device_get(sums)
         total = {name: math.fsum(float(part[name]) for part in fetched) for name in fetched[0]}
         return means(total, task.scores)
 
 
-def weights_of(state: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
-    """What evaluation uses of a train state: averaged parameters where there are, and other variables."""
+def parameters_of(state: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
+    """The parameters that evaluation uses (averaged if the run averages them), and the other variables."""
     if "ema" not in state:
         return state["params"], state.get("rest", {})
     params = {name: x.astype(state["params"][name].dtype) for name, x in state["ema"].items()}
@@ -74,13 +73,13 @@ def weights_of(state: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
 
 
 def fits_model(task: Task, trained: Task) -> None:
-    """Raises RunError unless a model of `trained` can read and answer `task`."""
+    """Raises RunError unless a model trained on `trained` has the inputs and outputs of `task`."""
     for name in ("vocab_size", "num_classes", "features"):
-        want, came = getattr(trained, name), getattr(task, name)
-        if want != came:
+        want, given = getattr(trained, name), getattr(task, name)
+        if want != given:
             raise RunError(
-                f"the checkpoint's model was built for {name} = {want}, but the task asked for has {came}; "
-                "evaluate a variant that keeps it, or train on that task."
+                f"the checkpoint's model was built for {name} = {want}, but this task has {given}; "
+                "evaluate a variant with the same value, or train on that task."
             )
 
 
@@ -98,17 +97,17 @@ def evaluate_checkpoint(
     """Rebuilds a model from its run folder alone and scores it; writes a JSON and a plot there.
 
     Args:
-      workdir: folder of a run (with its checkpoints).
-      step: which checkpoint; None is the newest that restores.
+      workdir: folder of a run, with its checkpoints.
+      step: step of the checkpoint; None for the newest that restores.
       split: "train", "validation" or "test".
-      lengths: task lengths to visit; None is the task's own list, or its one length.
-      batches: a length.
-      batch_size: rows a batch; None is the run's.
-      settings: texts "task.objects=5", "mesh.data=1": what to change in the run's config.
-      out: JSON file to write; None is <workdir>/eval_<split>.json. The plot lies beside it as PNG.
+      lengths: task lengths to evaluate; None for the task's own list, or else its length.
+      batches: batches per length.
+      batch_size: rows per batch; None for that of the run.
+      settings: changes to the run's config, such as "task.objects=5", "mesh.data=1".
+      out: JSON file to write; None for <workdir>/eval_<split>.json. The plot has the same name with .png.
 
     Returns:
-      The JSON's content: step, split, settings and the scores by length.
+      The content of the JSON file: step, split, task and the scores by length.
 
     Raises:
       RunError: a missing or damaged checkpoint, a task the model cannot read, an unknown key or split.
@@ -142,12 +141,12 @@ class LoadedRun:
     """A run read back from its folder.
 
     Attributes:
-      folder: of the run.
-      step: of the checkpoint.
-      config: its config with the settings asked for.
-      run: task (as asked for), mesh and model, without arrays.
-      trained: the task it was trained on.
-      weights: what evaluation uses of the checkpoint: parameters (averaged where there are) and other variables.
+      folder: the run's folder.
+      step: step of the checkpoint.
+      config: the run's config with the changes requested.
+      run: task (as requested), mesh and model, without arrays.
+      trained: the task of training.
+      weights: parameters of the checkpoint (averaged if the run averages them), and other variables.
     """
 
     folder: str
@@ -169,7 +168,7 @@ class LoadedRun:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The run's result.json, or None where the run has not ended."""
+        """The run's result.json, or None if the run has not ended."""
         path = os.path.join(self.folder, "result.json")
         if not os.path.exists(path):
             return None
@@ -177,7 +176,7 @@ class LoadedRun:
             return json.load(file)
 
     def module(self) -> nnx.Module:
-        """The model with its weights, ready to be called; dropout is off."""
+        """The model with its parameters, ready to call; dropout is off."""
         module = self.model.module(*self.weights, jax.random.key(0))
         module.eval()
         return module
@@ -189,10 +188,10 @@ def load_run(
     """Rebuilds the model of a run from its folder alone.
 
     Args:
-      workdir: folder of a run (with its checkpoints).
-      step: which checkpoint; None is the newest that restores.
-      settings: texts "task.objects=5", "mesh.data=1": what to change in the run's config.
-      batch_size: rows a batch; None is the run's.
+      workdir: folder of a run, with its checkpoints.
+      step: step of the checkpoint; None for the newest that restores.
+      settings: changes to the run's config, such as "task.objects=5", "mesh.data=1".
+      batch_size: rows per batch; None for that of the run.
 
     Raises:
       RunError: a missing or damaged checkpoint, a task the model cannot read, an unknown key.
@@ -200,7 +199,7 @@ def load_run(
     folder = os.path.join(workdir, "checkpoints")
     if not os.path.isdir(folder):
         raise RunError(
-            f"no checkpoint to evaluate: {folder} is not there. --workdir must name the folder of a run that "
+            f"no checkpoint to evaluate: there is no folder {folder}. --workdir must name the folder of a run that "
             "train.py has saved."
         )
     with run_errors(f"cannot read the checkpoint in {folder}"):
@@ -209,8 +208,8 @@ def load_run(
         if chosen is None:
             raise RunError(f"no checkpoint to evaluate: {folder} holds no step.")
         saved = checkpoints.config(chosen)
-    config = ml_collections.ConfigDict(saved)
-    # the devices here need not be those of training
+    config = complete_config(saved)
+    # evaluation may run on other devices than training
     config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
     set_values(config, settings)
     config.train.batch_size = batch_size or config.train.batch_size
@@ -227,7 +226,7 @@ def load_run(
         with run_errors(f"cannot restore the checkpoint in {folder}"):
             state = checkpoints.restore_parts(wanted, chosen)
     checkpoints.close()
-    return LoadedRun(workdir, chosen, config, run, trained, weights_of(state))
+    return LoadedRun(workdir, chosen, config, run, trained, parameters_of(state))
 
 
 def _lengths(task: Task, lengths: Sequence[int | str] | None) -> dict[int, Task]:
@@ -242,8 +241,8 @@ def _lengths(task: Task, lengths: Sequence[int | str] | None) -> dict[int, Task]
 def _write(result: dict, scores: dict, visited: Mapping[int, Task], trained_on: Sequence[int], out: str) -> None:
     names = list(next(iter(scores.values())))
     rows = [(n, *(format_score(name, values[name]) for name in names)) for n, values in scores.items()]
-    say(f"{result['memory']} on {result['task']['name']}, {result['split']} split, step {result['step']}")
-    say(format_table(("length", *names), rows))
+    log(f"{result['memory']} on {result['task']['name']}, {result['split']} split, step {result['step']}")
+    log(format_table(("length", *names), rows))
     if jax.process_index():
         return
     with replace_file(out) as file:
@@ -259,7 +258,7 @@ def _write(result: dict, scores: dict, visited: Mapping[int, Task], trained_on: 
 
 
 def format_score(name: str, value: float) -> str:
-    """A score as tables show it.
+    """Formats a score for tables.
 
     Example:
       >>> format_score("accuracy", 0.9973), format_score("loss", 0.0123)

@@ -1,9 +1,9 @@
-"""The input pipeline: a task's examples, in an order that depends on nothing but the seed.
+"""Input pipeline: the examples of a task, in an order that depends on the seed alone.
 
-Grain does the reading: source -> shuffle (finite sources) -> repeat -> start at a position ->
-batch -> every process its share. The position is the number of examples that all processes together
-have taken since the run began. It is one integer, saved with the checkpoint, and restores exactly
-under another number of processes, another batch size, or another task (a curriculum).
+Stages of Grain: source -> shuffle (finite sources) -> repeat -> start at a position -> batch -> slice by process.
+The position is the number of examples that all processes together have consumed since the start of the run: one
+integer, saved with the checkpoint, that restores exactly under another number of processes, another batch size or
+another task (a curriculum).
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,16 +18,15 @@ __all__ = ["Batch", "Loader", "batch_arrays", "check_batch", "make_loader"]
 
 Batch = dict[str, np.ndarray]
 
-# Batches made ahead by a background thread, so that a step never waits for its input.
+# Batches prepared by a background thread, so that a step does not wait for its input.
 PREFETCH = 2
 
 
 class Loader:
-    """Iterates over this process's rows of each batch, and knows the global position.
+    """Iterates over this process's rows of each batch, and tracks the global position.
 
-    Made by `make_loader`. `position` counts the examples that all processes have taken together,
-    examples made ahead but not yet handed out excluded: a loader made at that position goes on with
-    the very next batch.
+    Created by `make_loader`. `position` counts the examples that all processes together have consumed, without
+    prefetched ones: a loader created at that position continues with the next batch.
     """
 
     def __init__(self, batches: grain.IterDataset, task: Task, batch_size: int, local_size: int, position: int):
@@ -47,7 +46,7 @@ class Loader:
         return batch
 
     def close(self) -> None:
-        """Ends the background thread."""
+        """Stops the background thread."""
         self._batches.close()
 
 
@@ -64,25 +63,24 @@ def make_loader(
     repeat: bool = True,
     prefetch: int = PREFETCH,
 ) -> Loader:
-    """Batches of `task`, from global example number `position` on.
+    """Returns a loader of batches of `task`, starting at global example number `position`.
 
-    Batch b holds examples position + b * batch_size ... + batch_size - 1; process p of P gets the
-    p-th of P equal runs of its rows, so that the processes' rows one after another are the batch,
-    whatever P.
+    Batch b holds examples position + b * batch_size ... + batch_size - 1. Process p of P gets the p-th of P equal
+    blocks of its rows, so that the concatenated rows of all processes are the same batch for every P.
 
     Args:
-      task: gives the source of the split.
+      task: provides the source of the split.
       split: "train", "validation" or "test".
-      batch_size: rows of a batch over all processes; a multiple of process_count.
-      seed: of the source and of the shuffle.
-      position: `Loader.position` of the run to go on with.
-      process_index: this process, as jax.process_index().
-      process_count: of all processes, as jax.process_count().
-      shuffle: reorder a finite source anew each epoch; default: for the train split only. An
-        endless source is drawn at random already and is never shuffled.
-      repeat: False ends a finite source after one pass, its last batch filled up with padding rows
-        (segment 0, weight 0), so that every example is scored once.
-      prefetch: batches made ahead; 0 makes each when asked.
+      batch_size: rows per batch over all processes; a multiple of process_count.
+      seed: seed of the source and of the shuffle.
+      position: `Loader.position` of the run to resume.
+      process_index: as jax.process_index().
+      process_count: as jax.process_count().
+      shuffle: reshuffle a finite source in each epoch; by default for the train split only. An endless source is
+        random already and is never shuffled.
+      repeat: False ends a finite source after one pass, with padding rows (segment 0, weight 0) in its last batch, so
+        that every example is scored once.
+      prefetch: number of prefetched batches; 0 creates each on demand.
 
     Raises:
       ValueError: sizes that do not fit, named; an endless source with repeat=False; an empty split.
@@ -113,7 +111,7 @@ def make_loader(
 
 
 class _Filled:
-    """A finite source, lengthened to a multiple of `size` by examples that are padding only."""
+    """A finite source, padded to a multiple of `size` with examples of weight 0."""
 
     endless = False
 
@@ -150,17 +148,17 @@ def _check_source(source: RandomAccessSource, task: Task, split: str, repeat: bo
 
 
 def check_batch(batch: Mapping[str, Any], task: Task, rows: int | None = None) -> None:
-    """Raises ValueError unless `batch` is what a model of `task` may be fed.
+    """Raises ValueError unless `batch` is valid input for a model of `task`.
 
-    Arrays are inputs int32 [B, T] or float32 [B, T, features], targets int32 [B, T] or, where the task's
-    loss is "bits", float32 [B, T, num_classes], segment_ids and positions int32 [B, T], loss_weights
-    float32 [B, T], with T = task.steps, and the task's extras. Ids lie in the vocabulary, targets among
-    the classes (bits are 0 or 1); weights are finite and not negative, and zero on padding.
+    Arrays: inputs int32 [B, T] or float32 [B, T, features]; targets int32 [B, T] or, for loss "bits", float32
+    [B, T, num_classes]; segment_ids and positions int32 [B, T]; loss_weights float32 [B, T]; with T = task.steps, and
+    the task's extras. Ids are in the vocabulary, targets are classes (bits 0 or 1), weights are finite, not negative,
+    and 0 on padding.
 
     Args:
-      batch: as a loader hands it out.
-      task: whose batch it is.
-      rows: B, where known.
+      batch: a batch of a loader.
+      task: the task of the batch.
+      rows: B, if known.
     """
     arrays = batch_arrays(task)
     if sorted(batch) != sorted(arrays):
@@ -184,7 +182,7 @@ def check_batch(batch: Mapping[str, Any], task: Task, rows: int | None = None) -
 
 
 def batch_arrays(task: Task) -> dict[str, Extra]:
-    """Shape (without the batch), dtype and range of each array of the task's batches."""
+    """Shape (without the batch axis), dtype and range of each array in batches of a task."""
     time = (task.steps,)
     ids, features = Extra(time, "int32", task.vocab_size), Extra((*time, task.features), "float32")
     classes, bits = Extra(time, "int32", task.num_classes), Extra((*time, task.num_classes), "float32")

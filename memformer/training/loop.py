@@ -1,4 +1,4 @@
-"""The training loop: steps, records, evaluations, checkpoints, and going on where a run was left."""
+"""The training loop: steps, records, evaluations, checkpoints, and resuming a run."""
 
 import contextlib
 import json
@@ -14,34 +14,34 @@ from jax.experimental import multihost_utils
 
 from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
-from memformer.training.config import RunError, changed_keys, run_errors
+from memformer.training.config import RunError, changed_keys, complete_config, run_errors
 from memformer.training.curriculum import Curriculum
-from memformer.training.evaluation import Scorer, format_score, weights_of
+from memformer.training.evaluation import Scorer, format_score, parameters_of
 from memformer.training.input import Loader, make_loader
 from memformer.training.losses import means
-from memformer.training.metrics import RunLog, flops_a_token, model_name, peak_flops, replace_file, say
+from memformer.training.metrics import RunLog, flops_a_token, log, model_name, peak_flops, replace_file
 from memformer.training.report import draw_curve, final_scores, write_report
 from memformer.training.sharding import global_batch, mesh_scope
 from memformer.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
 __all__ = ["Trainer", "train"]
 
-# parameters that are looked up, not multiplied with
+# parameters that are not operands of a matrix product
 LOOKED_UP = ("embedding", "positions")
 
 
 def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
-    """Trains what the config describes, or goes on with it where `workdir` holds such a run.
+    """Trains the model of a config, or resumes the run of this config in `workdir`.
 
-    A run that was killed and started again with the same config ends with the bits of one that was not.
-    The folder then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, curve.png, result.json.
+    A run that is killed and restarted with the same config ends with the same bits as an uninterrupted one. The folder
+    then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, curve.png, result.json.
 
     Args:
-      config: a config of `default_config`'s sections.
-      workdir: the run's folder; "" is runs/<task>-<memory>, or runs/<task>-<type> of a model without memories.
+      config: nested dicts with the sections of `default_config`.
+      workdir: the run's folder; "" is runs/<task>-<memory>, or runs/<task>-<type> for models other than memory_lm.
 
     Returns:
-      The content of result.json: the last step, loss, scores, scores by length, and whether it finished.
+      The content of result.json: last step, scores by length, and whether the run finished.
 
     Raises:
       RunError: a config, folder or checkpoint that cannot be used, or a loss that is not finite.
@@ -49,7 +49,7 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
     plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
     if plain["train"]["compile_cache"]:
         jax.config.update("jax_compilation_cache_dir", plain["train"]["compile_cache"])
-        # Everything is kept: a limit in seconds would depend on the machine's speed.
+        # keep every program: a limit in seconds would depend on the speed of the machine
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     run = build_run(plain)
     name = model_name(plain["model"]).replace(", ", "-").replace(",", "-")
@@ -60,22 +60,22 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
 
 
 def _open_folder(folder: str, config: Mapping[str, Any]) -> str:
-    """Makes the run's folder, or finds there a run of the same config.
+    """Creates the run's folder, or checks that it holds a run of the same config.
 
     Raises:
-      RunError: it cannot be written, or holds another run.
+      RunError: the folder cannot be written, or holds another run.
     """
     path = os.path.join(folder, "config.json")
     if os.path.exists(path):
         with run_errors(f"{path} must be the config of the run in this folder, and cannot be read"):
             with open(path, encoding="utf-8") as file:
-                old = json.load(file)
+                old = complete_config(json.load(file)).to_dict()
         changed = changed_keys(old, config)
         if changed:
             was = ", ".join(f"{key} ({_at(old, key)} there, {_at(config, key)} now)" for key in changed[:4])
             raise RunError(
                 f"{folder} holds a run of another config: {was} differ{'' if len(changed) > 1 else 's'}. Give the same "
-                "config to go on with that run, or another --workdir."
+                "config to resume that run, or another --workdir."
             )
     if jax.process_index() == 0:
         try:
@@ -96,11 +96,11 @@ def _at(config: Any, dotted: str) -> Any:
 
 
 class Trainer:
-    """One run: its state, its input, its records.
+    """One run: its state, input and records.
 
     Args:
       run: from `build_run`.
-      folder: the run's folder, which may hold an earlier part of the same run.
+      folder: the run's folder; it may hold an earlier part of the run.
     """
 
     def __init__(self, run: Run, folder: str):
@@ -122,7 +122,7 @@ class Trainer:
         """Runs to the last step, an early stop or a signal; returns the result. Call inside `mesh_scope`."""
         started = time.monotonic()
         self._start()
-        self._say_start()
+        self._log_start()
         options, run = self._options, self._run
         self._log = RunLog(
             self._folder,
@@ -134,7 +134,7 @@ class Trainer:
         self._compiled = make_train_step(run.model, run.tx, run.schedule, run.mesh, options, self._ema)
         with self._signals(), contextlib.closing(self._log), self._checkpoints, contextlib.ExitStack() as stack:
             self._loader = self._load(self._step * options["batch_size"])
-            # the loader of the end: a curriculum changes it
+            # closes the current loader: a curriculum replaces it
             stack.callback(lambda: self._loader.close())
             self._tick()
             while self._step < options["steps"] and not self._solved and not self._stop_asked():
@@ -156,15 +156,15 @@ class Trainer:
                 return
         self._state = init_state(run.model, run.tx, run.mesh, seed=run.config["seed"], ema=self._ema)
 
-    def _say_start(self) -> None:
+    def _log_start(self) -> None:
         run, mesh = self._run, dict(self._run.mesh.shape)
         devices = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
-        say(
+        log(
             f"{run.task.name}, {model_name(run.config['model'])}: {run.model.size():,} parameters, "
             f"{devices} ({jax.devices()[0].device_kind}), folder {self._folder}"
         )
         if self._step:
-            say(f"going on from step {self._step}")
+            log(f"resuming from step {self._step}")
 
     def _load(self, position: int) -> Loader:
         return make_loader(
@@ -178,7 +178,7 @@ class Trainer:
         )
 
     def _advance(self) -> None:
-        """One step, and what is due after it."""
+        """Takes one step, then logs, evaluates and saves if they are due."""
         options = self._options
         self._profile(self._step + 1, starts=True)
         batch = global_batch(next(self._loader), self._run.mesh)
@@ -199,7 +199,7 @@ class Trainer:
             self._save()
 
     def _write(self, report: Mapping[str, Any]) -> None:
-        """Records the steps since the last log, and lets them decide on the curriculum and the end."""
+        """Records the steps since the last log, and updates the curriculum and early stopping."""
         self._check_finite(report)
         now, steps = time.monotonic(), float(report["steps"])
         timed = self._step - self._ticked
@@ -239,12 +239,12 @@ class Trainer:
         if float(report["bad_count"]) and self._options["on_nan"] == "abort":
             raise RunError(
                 f"the loss or its gradient stopped being finite at step {int(report['bad_step'])}. The last checkpoint "
-                f"in {self._folder} is from before that. Lower --config.optimizer.learning_rate, lengthen "
-                "--config.optimizer.warmup_steps, or pass over such steps with --config.train.on_nan=skip."
+                f"in {self._folder} is from before that. Lower --config.optimizer.learning_rate, increase "
+                "--config.optimizer.warmup_steps, or skip such steps with --config.train.on_nan=skip."
             )
 
     def _flops_used(self, tokens_per_second: float) -> float | None:
-        """Fraction of the devices' peak (MFU), where the peak is known."""
+        """Fraction of the peak FLOP/s of the devices (MFU), or None if the peak is unknown."""
         peak = peak_flops(jax.devices()[0].device_kind)
         if peak is None:
             return None
@@ -253,11 +253,11 @@ class Trainer:
         return tokens_per_second * flops / (peak * self._run.mesh.size)
 
     def _evaluate(self) -> None:
-        """Scores held-out examples, once a step however many ask."""
+        """Scores held-out examples, at most once per step."""
         if self._evaluated == self._step:
             return
         self._evaluated = self._step
-        values = self._score(weights_of(self._state), self._curriculum.task, batches=self._options["eval_batches"])
+        values = self._score(parameters_of(self._state), self._curriculum.task, batches=self._options["eval_batches"])
         self._held_out = {**values, "length": self._curriculum.length}
         self._log.write("eval", self._step, self._held_out)
         shown = "  ".join(f"{name} {format_score(name, value)}" for name, value in values.items())
@@ -265,7 +265,7 @@ class Trainer:
         self._tick()
 
     def _save(self) -> None:
-        # steps since the last log are not yet looked at
+        # the steps since the last log have not been checked yet
         self._check_finite(jax.device_get(self._state["sums"]))
         self._log.sync()
         data = {
@@ -281,7 +281,7 @@ class Trainer:
         self._tick()
 
     def _tick(self) -> None:
-        """Starts the clock of the next log, so that compiling, evaluating and saving are not in a step's time."""
+        """Restarts the clock of the step time, which excludes compilation, evaluation and saving."""
         self._since, self._ticked = time.monotonic(), self._step
 
     def _end(self, stopped: bool) -> None:
@@ -290,7 +290,7 @@ class Trainer:
         self._save()
 
     def _report(self, stopped: bool, seconds: float) -> dict[str, Any]:
-        """Says how the run ended; scores it on the test split where it did."""
+        """Scores a finished run on the test split, and prints how the run ended."""
         result: dict[str, Any] = {
             "task": self._run.task.name,
             "memory": model_name(self._run.config["model"]),
@@ -304,12 +304,12 @@ class Trainer:
         draw_curve(self._folder, str(result["memory"]), task)
         if stopped:
             name = signal.Signals(self._signal).name if self._signal else "the scheduler"
-            say(f"stopped by {name} after step {self._step}, saved; the same command goes on from there")
+            log(f"stopped by {name} after step {self._step}, saved; rerun the command to resume")
             return result
-        scores = final_scores(self._score, weights_of(self._state), task, self._options)
+        scores = final_scores(self._score, parameters_of(self._state), task, self._options)
         result["lengths"] = {str(length): values for length, values in scores.items()}
         write_report(self._folder, result)
-        say(f"{self._step} steps in {seconds:.0f} s; curve, metrics and checkpoints in {self._folder}")
+        log(f"{self._step} steps in {seconds:.0f} s; curve, metrics and checkpoints in {self._folder}")
         return result
 
     def _profile(self, step: int, *, starts: bool) -> None:
@@ -324,13 +324,13 @@ class Trainer:
 
     def _stop_asked(self) -> bool:
         if jax.process_count() > 1:
-            # all processes learn of it at the same step
+            # all processes agree on the step
             return multihost_utils.reached_preemption_sync_point(self._step)
         return self._signal is not None
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C end the run after the step in progress, saved; a second one ends it at once."""
+        """SIGTERM and Ctrl-C stop the run after the current step, with a checkpoint; a second one ends it at once."""
         if jax.process_count() > 1:
             yield
             return

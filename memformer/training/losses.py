@@ -1,4 +1,4 @@
-"""The loss and what is counted beside it, as sums that add up over steps, shards and batches."""
+"""Loss and scores as sums, which add up over steps, shards and batches."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,17 +17,20 @@ def count_batch(
     targets: Int[Array, "B T"] | Float[Array, "B T vocab"],
     weights: Float[Array, "B T"],
 ) -> dict[str, Float[Array, ""]]:
-    """Loss and hits of one batch, as float32 sums.
+    """Loss and correct answers of one batch, as float32 sums.
 
-    `loss` = sum of w l in nats, where l is logsumexp(z) - z[target] for classes, and for bits y the sum over
-    bits of log(1 + exp z) - y z; `weight` = sum of w, `correct` = w of hits (for bits: every bit on its side
-    of 1/2), `errors` = misses of scored positions (for bits: wrong bits), `sequences` = rows with a scored
-    position, `sequences_correct` = rows without a miss.
+    - loss: sum of w l in nats; l = logsumexp(z) - z[target] for classes, sum over bits of log(1 + exp z) - y z
+      for bits y
+    - weight: sum of w
+    - correct: sum of w over correct positions (bits: every bit on its side of 1/2)
+    - errors: wrong answers at scored positions (bits: wrong bits)
+    - sequences: rows with a scored position
+    - sequences_correct: rows of these without an error
 
     Args:
       logits: z.
       targets: classes, or zeros and ones of the logits' shape.
-      weights: w; 0 is not scored.
+      weights: w; positions of weight 0 are not scored.
 
     Example:
       >>> sums = count_batch(jnp.zeros((1, 2, 4)), jnp.zeros((1, 2), int), jnp.ones((1, 2)))
@@ -38,35 +41,35 @@ def count_batch(
     weights = weights.astype(jnp.float32)
     scored = weights > 0
     if targets.ndim == 3:
-        losses, misses = _bit_losses(logits, targets)
+        losses, errors = _bit_losses(logits, targets)
     else:
-        losses, misses = _class_losses(logits, targets)
-    # a weight of 0 must also hide a target that is no class
+        losses, errors = _class_losses(logits, targets)
+    # at weight 0 a target need not be a class
     losses = jnp.where(scored, losses, jnp.float32(0))
-    misses = jnp.where(scored, misses, jnp.float32(0))
-    hit = scored & (misses == 0)
+    errors = jnp.where(scored, errors, jnp.float32(0))
+    hit = scored & (errors == 0)
     row_scored = jnp.any(scored, axis=1)
-    row_right = row_scored & jnp.all(hit | ~scored, axis=1)
+    row_correct = row_scored & jnp.all(hit | ~scored, axis=1)
     return {
         "loss": jnp.sum(losses * weights),
         "weight": jnp.sum(weights),
         "correct": jnp.sum(jnp.where(hit, weights, jnp.float32(0))),
-        "errors": jnp.sum(misses),
+        "errors": jnp.sum(errors),
         "sequences": jnp.sum(row_scored.astype(jnp.float32)),
-        "sequences_correct": jnp.sum(row_right.astype(jnp.float32)),
+        "sequences_correct": jnp.sum(row_correct.astype(jnp.float32)),
     }
 
 
 def _class_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Cross entropy and misses.
+    """Cross entropy and errors.
 
-    The target's logit and the winner are picked by comparison with the class index, not by a gather:
-    with classes split over devices each shard then answers for its own and [B, T] is summed.
+    The target's logit and the argmax are selected by comparison with the class index, not by a gather: with classes
+    sharded over devices, each shard handles its own and only [B, T] is reduced.
     """
     classes = jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2)
     picked = jnp.sum(jnp.where(classes == targets[..., None], logits, jnp.float32(0)), axis=-1)
     top = jnp.max(logits, axis=-1, keepdims=True)
-    # the lowest class index that attains the maximum, as argmax has it
+    # the lowest class index that attains the maximum, like argmax
     winner = jnp.min(jnp.where(logits == top, classes, jnp.iinfo(targets.dtype).max), axis=-1)
     return _normaliser(logits) - picked, (winner != targets).astype(jnp.float32)
 
@@ -85,8 +88,8 @@ def _normaliser(logits: Array) -> Array:
 def smoothing_loss(logits: Float[Array, "B T vocab"], weights: Float[Array, "B T"]) -> Float[Array, ""]:
     """Sum of w times the cross entropy against the uniform distribution, in nats.
 
-    With e of it and 1 - e of `count_batch`'s loss, a class is to be given the probability
-    1 - e + e / classes: label smoothing (1512.00567, section 7).
+    Label smoothing (arXiv 1512.00567, section 7) weights it by e and the loss of `count_batch` by 1 - e: the target
+    distribution gives the class 1 - e + e / classes.
 
     Example:
       >>> round(float(smoothing_loss(jnp.zeros((1, 2, 4)), jnp.ones((1, 2)))), 3)
@@ -97,11 +100,11 @@ def smoothing_loss(logits: Float[Array, "B T vocab"], weights: Float[Array, "B T
     return jnp.sum(jnp.where(weights > 0, losses, jnp.float32(0)) * weights)
 
 
-# Score to (the sum that is divided, the sum it is divided by, what then happens to the quotient).
+# Score: (numerator, denominator, function of their quotient).
 SCORES: dict[str, tuple[str, str, Callable[[float], float]]] = {
     "accuracy": ("correct", "weight", float),
     "sequence_accuracy": ("sequences_correct", "sequences", float),
-    # one position is taken for one byte
+    # assumes one byte per position
     "bits_per_byte": ("loss", "weight", lambda nats: nats / math.log(2)),
     "perplexity": ("loss", "weight", lambda nats: math.exp(min(nats, 700.0))),
     "bits_per_sequence": ("loss", "sequences", lambda nats: nats / math.log(2)),
@@ -113,7 +116,7 @@ def means(sums: Mapping[str, float | np.ndarray], scores: tuple[str, ...] = ("ac
     """Loss and the named scores from the sums of `count_batch`.
 
     Raises:
-      ValueError: a score that is not in `SCORES`.
+      ValueError: a score not in `SCORES`.
 
     Example:
       >>> means({"loss": 2.0, "weight": 4.0, "correct": 1.0}, ("accuracy",))

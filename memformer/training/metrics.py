@@ -1,6 +1,6 @@
-"""What a run tells: a progress line, metrics.jsonl, TensorBoard, and how near the peak it runs.
+"""Records of a run: progress line, metrics.jsonl, TensorBoard, model FLOPs utilization.
 
-Only process 0 writes; on the others every call does nothing.
+Only process 0 writes; in the others every call does nothing.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ __all__ = [
     "peak_flops",
     "read_records",
     "replace_file",
-    "say",
+    "log",
 ]
 
-# Dense bfloat16 peak of one device in FLOP/s, from the makers' data sheets; the first name found wins.
+# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets; the first match wins.
 PEAKS = (
     ("TPU v6", 918e12),
     ("TPU v5p", 459e12),
@@ -42,15 +42,19 @@ PEAKS = (
 )
 
 
-def say(text: str) -> None:
-    """Writes a line for the one who watches; process 0 only."""
+def log(text: str) -> None:
+    """Prints a line to the terminal; process 0 only."""
     if jax.process_index() == 0:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 
 
+# for modules that have not moved to the new name yet
+say = log
+
+
 def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of a device, or None where it is not known (CPUs).
+    """Peak FLOP/s of a device, or None if unknown (CPUs).
 
     Example:
       >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
@@ -60,14 +64,13 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def flops_a_token(model: Mapping[str, Any], matrix_parameters: int, steps: int) -> float:
-    """Analytic FLOPs of training on one token: 3 (forward, and twice that backward) times
+    """Analytic training FLOPs per token: 3 (forward, and twice that backward) times
 
         2 (parameters of matrix products) + depth * heads * mix
 
-    where mix, the reading and writing of a memory, is 2 S (K + V) / 2 for a memory that looks back over S
-    tokens (a causal half of `steps`), twice that for deltaformer (which also looks back as it writes), and
-    6 K V for a matrix state. Of models other than memory_lm the parameters alone count. Rematerialisation is
-    not counted, as is usual for MFU.
+    where mix, the reads and writes of a memory, is 2 S (K + V) / 2 for softmax attention over S = `steps` tokens
+    (the causal half), twice that for deltaformer (its writes attend too), and 6 K V for a matrix state. For models
+    other than memory_lm only the parameters count. Rematerialization is not counted, as is usual for MFU.
     """
     if model.get("type", "memory_lm") != "memory_lm":
         return 6.0 * matrix_parameters
@@ -78,8 +81,8 @@ def flops_a_token(model: Mapping[str, Any], matrix_parameters: int, steps: int) 
     names = memory_pattern(model["memory"])
     for layer in range(model["depth"]):
         name = names[layer % len(names)]
-        looks_back = steps * (key + value)
-        mixes = {"softmax_attention": looks_back, "deltaformer": 2 * looks_back}
+        attention = steps * (key + value)
+        mixes = {"softmax_attention": attention, "deltaformer": 2 * attention}
         total += heads * mixes.get(name, 6 * key * value)
     return 3.0 * (2.0 * matrix_parameters + total)
 
@@ -95,7 +98,7 @@ def memory_pattern(memory: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def model_name(model: Mapping[str, Any]) -> str:
-    """What tables and folders call the model of a config: its memory, or its type where it is no memory_lm.
+    """Name of a config's model in tables and folders: its memory, or its type for models other than memory_lm.
 
     Example:
       >>> model_name({"type": "ntm"}), model_name({"memory": "delta_rule, softmax_attention"})
@@ -106,7 +109,7 @@ def model_name(model: Mapping[str, Any]) -> str:
 
 
 def read_records(path: str) -> list[dict[str, Any]]:
-    """Records of a metrics.jsonl; a last line torn by a kill is left out."""
+    """Records of a metrics.jsonl, without a last line that a kill left incomplete."""
     records = []
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
@@ -119,7 +122,7 @@ def read_records(path: str) -> list[dict[str, Any]]:
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A plain table, columns aligned to the right but the first.
+    """A plain-text table; all columns but the first are right-aligned.
 
     Example:
       >>> print(format_table(("memory", "accuracy"), [("delta_rule", "99.9%")]))
@@ -138,20 +141,20 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 class RunLog:
     """The records of one run, in its folder and on the terminal.
 
-    Records are one JSON object a line, with `step` and `kind` ("train", "eval", "final"); times
-    and rates are measured, all else is the same bits for the same run.
+    One JSON object per line, with `step` and `kind` ("train" or "eval"). Times and rates are measured; everything
+    else is reproducible bit for bit.
 
     Args:
       folder: the run's folder.
-      step: the step resumed from; records beyond it are dropped, so that none appears twice.
+      step: the step the run resumes from; later records are dropped, so that none appears twice.
       total: number of steps, for the progress line.
       tensorboard: also write event files to <folder>/tensorboard.
-      progress: show progress: a moving line on a terminal, plain lines otherwise.
+      progress: show progress, as a progress bar on a terminal, as plain lines otherwise.
     """
 
     def __init__(self, folder: str, *, step: int, total: int, tensorboard: bool = True, progress: bool = True):
         self._file = self._board = self._bar = None
-        self._progress, self._total, self._last_said = progress, total, -math.inf
+        self._progress, self._total, self._last_shown = progress, total, -math.inf
         if jax.process_index():
             return
         path = os.path.join(folder, "metrics.jsonl")
@@ -179,7 +182,7 @@ class RunLog:
                     self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def show(self, step: int, text: str, *, always: bool = False) -> None:
-        """Moves the progress line; without a terminal at most one line in five seconds. `always` makes a line stay."""
+        """Updates the progress bar; without a terminal, prints a line every five seconds. `always` prints a line."""
         if self._file is None or not self._progress:
             return
         if self._bar is not None:
@@ -190,25 +193,25 @@ class RunLog:
                 self._bar.set_postfix_str(text)
             return
         now = time.monotonic()
-        if always or now - self._last_said >= 5 or step >= self._total:
-            self._last_said = now
-            say(f"step {step}/{self._total}  {text}")
+        if always or now - self._last_shown >= 5 or step >= self._total:
+            self._last_shown = now
+            log(f"step {step}/{self._total}  {text}")
 
     def note(self, text: str) -> None:
-        """A line of its own, above the progress line."""
+        """Prints a line above the progress bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         elif self._progress:
-            say(text)
+            log(text)
 
     def sync(self) -> None:
-        """Brings the records to disk, before a checkpoint that will count on them."""
+        """Flushes the records to disk; called before a checkpoint that relies on them."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Ends the progress line and closes the files."""
+        """Closes the progress bar and the files."""
         if self._bar is not None:
             self._bar.close()
         if self._file is not None:
@@ -227,10 +230,10 @@ def _json(value: Any) -> Any:
 
 
 def _keep_until(path: str, step: int) -> None:
-    """Drops records beyond `step` and a torn last line; the file is replaced whole."""
+    """Drops records after `step` and an incomplete last line; replaces the file atomically."""
     if not os.path.exists(path):
         return
-    kept = [record for record in read_records(path) if record["step"] <= step and record["kind"] != "final"]
+    kept = [record for record in read_records(path) if record["step"] <= step]
     with replace_file(path) as file:
         for record in kept:
             file.write(json.dumps(record) + "\n")
@@ -238,7 +241,7 @@ def _keep_until(path: str, step: int) -> None:
 
 @contextlib.contextmanager
 def replace_file(path: str) -> Iterator[TextIO]:
-    """Writes a text file so that a kill leaves the old one or the new one, never a part.
+    """Writes a text file atomically: a kill leaves the old file or the new one, never a part.
 
     Raises:
       RunError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""A train state by the paths of its arrays: what a checkpoint stores and compares."""
+"""Train states as flat mappings from path to array, as checkpoints store and compare them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,13 @@ Path = tuple[str, ...]
 
 
 def flatten(tree: Any) -> dict[Path, Any]:
-    """Leaves by the names on the way to them, in the order of `jax.tree.leaves`."""
+    """Leaves by their paths, in the order of `jax.tree.leaves`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
 
 
 def nest(flat: Mapping[Path, Any]) -> dict[str, Any]:
-    """Plain dicts of dicts: what is on disk does not depend on optax's or Flax's classes."""
+    """Nested plain dicts, so that files do not depend on the classes of optax or Flax."""
     nested: dict[str, Any] = {}
     for path, leaf in flat.items():
         inner = nested
@@ -34,7 +34,7 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def describe(flat: Mapping[Path, Any]) -> dict[str, list]:
-    """Slashed path -> [dtype, shape]."""
+    """Path joined by slashes -> [dtype, shape]."""
     return {"/".join(path): [str(leaf.dtype), list(leaf.shape)] for path, leaf in flat.items()}
 
 

@@ -1,11 +1,11 @@
-"""The pictures of a run: its learning curve, and accuracy by length. Matplotlib is imported when drawn."""
+"""Plots of a run: learning curve, and accuracy by length. Matplotlib is imported on first use."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["COLOURS", "plot_learning_curve", "plot_lengths"]
 
-# Okabe and Ito's colours, told apart by colour-blind readers too
+# Okabe and Ito's palette, safe for color-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
@@ -13,7 +13,7 @@ def _axes(count: int, width: float = 7.0) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # no pyplot: nothing global, and no window system is looked for
+    # no pyplot: no global state, no window system
     figure = Figure(figsize=(width, 3.2 * count), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0]
@@ -26,13 +26,13 @@ def _axes(count: int, width: float = 7.0) -> Any:
 def plot_learning_curve(
     records: Sequence[Mapping[str, Any]], path: str, *, title: str, chance: float | None = None
 ) -> None:
-    """Loss above, accuracy below (where the run has one), training and evaluation, against steps.
+    """Plots loss and accuracy (if the run has it) of training and evaluation against steps.
 
     Args:
-      records: of metrics.jsonl.
-      path: PNG to write.
-      title: above the plot.
-      chance: accuracy of guessing, drawn dotted.
+      records: records of metrics.jsonl.
+      path: PNG file to write.
+      title: title of the plot.
+      chance: accuracy of a constant guess, drawn dotted.
     """
     names = [n for n in ("loss", "accuracy") if any(n in r for r in records)]
     if not names:
@@ -52,7 +52,7 @@ def plot_learning_curve(
         elif any(r.get("loss") for r in records):
             axis.set_yscale("log")
         _mark_lengths(axis, records, labelled=axis is axes[0])
-    # the last panel has every line; outside, for there is no corner that curves leave free
+    # the last panel has every line; curves leave no corner free, so the legend is outside
     handles, labels = axes[-1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     axes[0].set_title(title)
@@ -61,7 +61,7 @@ def plot_learning_curve(
 
 
 def _mark_lengths(axis: Any, records: Sequence[Mapping[str, Any]], *, labelled: bool) -> None:
-    """A thin line where a curriculum changed the length."""
+    """Marks the steps at which a curriculum changed the length."""
     trained = [record for record in records if record["kind"] == "train"]
     for before, after in zip(trained, trained[1:], strict=False):
         if before.get("length") != after.get("length"):
@@ -88,12 +88,12 @@ def plot_lengths(
     chance: Mapping[int, float] | None = None,
     trained: Sequence[int] = (),
 ) -> None:
-    """Accuracy against length, one line a model.
+    """Plots accuracy against length, one line per model.
 
     Args:
       results: label -> length -> accuracy.
-      path: PNG to write.
-      title: above the plot.
+      path: PNG file to write.
+      title: title of the plot.
       chance: length -> accuracy of the best constant guess.
       trained: shortest and longest length of training, shaded.
     """

@@ -1,4 +1,4 @@
-"""The end of a run: the table that is printed, result.json and the learning curve."""
+"""End of a run: the printed table, result.json and the learning curve."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import jax
 
 from memformer.tasks import Task
 from memformer.training.evaluation import Scorer, format_score
-from memformer.training.metrics import format_table, read_records, replace_file, say
+from memformer.training.metrics import format_table, log, read_records, replace_file
 from memformer.training.plots import plot_learning_curve
 from memformer.training.step import Arrays
 
@@ -17,31 +17,31 @@ __all__ = ["draw_curve", "final_scores", "result_table", "write_report"]
 
 
 def final_scores(
-    score: Scorer, weights: tuple[Arrays, Arrays], task: Task, options: Mapping[str, Any]
+    score: Scorer, parameters: tuple[Arrays, Arrays], task: Task, options: Mapping[str, Any]
 ) -> dict[int, dict[str, float]]:
     """Scores on the test split at the task's length and at `train.final_lengths`, by length."""
     lengths = sorted({task.length, *options["final_lengths"]})
     batches = options["final_batches"]
-    return {n: score(weights, task.with_length(n), split="test", batches=batches) for n in lengths}
+    return {n: score(parameters, task.with_length(n), split="test", batches=batches) for n in lengths}
 
 
 def write_report(folder: str, result: dict[str, Any]) -> None:
-    """Prints the run's table and writes result.json into its folder.
+    """Prints the table of a run and writes result.json to its folder.
 
     Args:
       folder: the run's folder.
-      result: as `Trainer.train` returns it.
+      result: the return value of `Trainer.train`.
     """
-    say("")
-    say(f"{result['task']}, test split:")
-    say(result_table([result]))
+    log("")
+    log(f"{result['task']}, test split:")
+    log(result_table([result]))
     if jax.process_index() == 0:
         with replace_file(os.path.join(folder, "result.json")) as file:
             json.dump(result, file, indent=2)
 
 
 def draw_curve(folder: str, memory: str, task: Task) -> None:
-    """Draws <folder>/curve.png from its metrics.jsonl; `task` is at the length of the end."""
+    """Draws <folder>/curve.png from its metrics.jsonl; `task` has its final length."""
     if jax.process_index():
         return
     records = read_records(os.path.join(folder, "metrics.jsonl"))
@@ -50,7 +50,7 @@ def draw_curve(folder: str, memory: str, task: Task) -> None:
 
 
 def result_table(results: list[dict[str, Any]]) -> str:
-    """One row a run: memory, steps, loss and scores, then the first score at each other length.
+    """One row per run: memory, steps, loss and scores, then the first score at each other length.
 
     Example:
       >>> lengths = {"8": {"loss": 0.1, "accuracy": 0.97}, "16": {"loss": 0.2, "accuracy": 0.95}}

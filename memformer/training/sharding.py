@@ -1,4 +1,4 @@
-"""The mesh of a run, and the one table from logical axis names to mesh axes."""
+"""The mesh of a run, and the table from logical axis names to mesh axes."""
 
 import contextlib
 import math
@@ -17,8 +17,8 @@ __all__ = ["AXES", "RULES", "global_batch", "make_mesh", "mesh_scope", "partitio
 
 AXES = ("data", "fsdp", "context", "tensor")
 
-# logical axis -> mesh axes. Parameters lie split over fsdp and tensor; activations over data and
-# fsdp (batch), context (time) and tensor (heads, hidden units, vocabulary).
+# Logical axis -> mesh axes. Parameters are sharded over fsdp and tensor; activations over data and fsdp (batch),
+# context (time) and tensor (heads, hidden units, vocabulary).
 RULES = (
     ("embed", "fsdp"),
     ("vocab", "tensor"),
@@ -36,14 +36,14 @@ RULES = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh of the axes data, fsdp, context, tensor over `devices` (all of them by default).
+    """Returns the mesh of axes data, fsdp, context, tensor over `devices` (by default all).
 
     Args:
-      sizes: axis name to size; one may be -1 and takes the devices that the others leave.
-      devices: the devices to use; a mesh smaller than their number is an error.
+      sizes: axis name to size; one may be -1, the devices that the others leave.
+      devices: the devices of the mesh; all of them must be used.
 
     Raises:
-      RunError: sizes that these devices cannot form; names, sizes and the devices found are said.
+      RunError: sizes that these devices cannot form.
 
     Example:
       >>> make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1]).axis_names
@@ -72,19 +72,19 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
 @contextlib.contextmanager
 def mesh_scope(mesh: Mesh) -> Iterator[None]:
-    """Under it models are built, traced and run: sets the mesh and the rules, which layers read."""
+    """Scope in which models are built, traced and run: sets the mesh and the rules that layers read."""
     with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
         yield
 
 
 def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """How an array whose axes have these logical names lies on the mesh.
+    """Partition spec of an array whose axes have these logical names.
 
-    An axis that the mesh axes do not divide stays whole, and a mesh axis serves one array axis only
-    (the first that names it).
+    An axis that the mesh axes do not divide stays unsharded, and a mesh axis shards one array axis only (the first
+    that names it).
 
     Raises:
-      ValueError: a logical name without a rule, or as many names as axes there are not.
+      ValueError: a logical name without a rule, or another number of names than axes.
 
     Example:
       >>> mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
@@ -110,10 +110,10 @@ def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mes
 
 
 def state_shardings(state: Any, params: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
-    """A sharding for every leaf of an (abstract) train state.
+    """Sharding of every leaf of an (abstract) train state.
 
-    A leaf that sits under a parameter's name and has its rank (the parameter, a moment of the
-    optimiser, an average) lies as the parameter does; everything else is on every device.
+    A leaf with a parameter's name and rank (the parameter, a moment of the optimizer, an average) is sharded like the
+    parameter; everything else is replicated.
     """
     whole = NamedSharding(mesh, PartitionSpec())
 
@@ -132,10 +132,10 @@ def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
 
 
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on its devices, as arrays of the whole batch.
+    """Puts this process's rows of a batch on its devices, as global arrays.
 
     Raises:
-      RunError: a batch size that the data and fsdp axes do not divide.
+      RunError: a batch size not divisible by the data and fsdp axes.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = len(batch["inputs"]) * jax.process_count()

@@ -1,12 +1,12 @@
 """The model as pure functions of flat parameters, and the compiled steps of training and evaluation.
 
-Parameters are one flat dict, dotted path -> array ("layers.0.memory.query.kernel"): optimiser masks,
-shardings, checkpoints and messages all speak that name. A train state is a plain dict:
+Parameters are a flat dict from dotted path to array ("layers.0.memory.query.kernel"); optimizer masks, shardings,
+checkpoints and error messages use these paths. A train state is a plain dict:
 
     step       int32 []        steps taken
-    key        uint32 [2]      the run's randomness: step s uses fold_in(key, s)
+    key        uint32 [2]      random key of the run: step s uses fold_in(key, s)
     params     {path: array}
-    rest       {path: array}   other variables of the model; absent where it has none
+    rest       {path: array}   other variables of the model; absent if it has none
     opt_state                  optax state
     ema        {path: float32} absent without optimizer.ema
     sums       {name: float32} counts since the last log
@@ -52,12 +52,12 @@ class Functional:
     """A model without its arrays; made by `make_functional`.
 
     Attributes:
-      build: makes the module from rngs.
+      build: creates the module from rngs.
       graphdef: static structure for `nnx.merge`.
-      params: abstract value of each parameter, by its dotted path.
+      params: abstract value of each parameter, by dotted path.
       axes: logical axis names of each parameter, or None.
       streams: abstract keys and counts of the random streams (dropout).
-      paths: dotted path -> path of keys inside the module, for all variables.
+      paths: dotted path -> path of keys in the module, for all variables.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
@@ -68,13 +68,13 @@ class Functional:
     paths: dict[str, tuple]
 
     def init(self, key: jax.Array) -> tuple[Arrays, Arrays]:
-        """Parameters and other variables, drawn from `key`."""
+        """Initializes the parameters and the other variables from `key`."""
         with nnx.use_eager_sharding(False):
             _, params, _, rest = nnx.split(self.build(nnx.Rngs(key)), nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
         return _values(params), _values(rest)
 
     def module(self, params: Arrays, rest: Arrays, key: jax.Array) -> nnx.Module:
-        """The module with these arrays, its random streams started from `key`."""
+        """Returns the module with these arrays; its random streams start from `key`."""
         arrays = {**params, **rest, **self._start_streams(key)}
         return nnx.merge(self.graphdef, nnx.from_flat_state([(self.paths[n], x) for n, x in arrays.items()]))
 
@@ -88,19 +88,19 @@ class Functional:
         return started
 
     def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
-        """How each parameter lies on `mesh`."""
+        """Sharding of each parameter on `mesh`."""
         specs = {name: partition_spec(self.axes[name], x.shape, mesh) for name, x in self.params.items()}
         return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
     def size(self, without: tuple[str, ...] = ()) -> int:
-        """Number of parameters, those with one of `without` in their path left out."""
+        """Number of parameters, without those whose path contains a word of `without`."""
         kept = [x for name, x in self.params.items() if not any(word in name for word in without)]
         return sum(x.size for x in kept)
 
 
 def make_functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
-    """Learns a model's structure without making its arrays."""
-    # without rules: Flax would place each parameter by its names alone, and refuse two of them on one mesh axis
+    """Traces a model for its structure, without allocating arrays."""
+    # with rules Flax would shard each parameter by its names alone, and refuse two names on one mesh axis
     with nnx.use_eager_sharding(False), nnx.logical_axis_rules([(name, None) for name, _ in RULES]):
         module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, params, streams, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
@@ -131,7 +131,7 @@ def _new_state(model: Functional, tx: optax.GradientTransformation, ema: float, 
     if rest:
         state["rest"] = rest
     if ema:
-        # a copy: the step is given both to overwrite
+        # a copy: the step donates both
         state["ema"] = {name: jnp.array(x, jnp.float32, copy=True) for name, x in params.items()}
     return state
 
@@ -141,7 +141,7 @@ def _no_sums() -> Arrays:
 
 
 def abstract_state(model: Functional, tx: optax.GradientTransformation, mesh: Mesh, ema: float = 0.0) -> State:
-    """Shapes, dtypes and shardings of a run's train state: what a checkpoint is restored into."""
+    """Shapes, dtypes and shardings of the train state of a run: the target of a restore."""
     shapes = jax.eval_shape(lambda: _new_state(model, tx, ema, jax.random.key(0)))
     shardings = state_shardings(shapes, model.shardings(mesh), mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -150,9 +150,9 @@ def abstract_state(model: Functional, tx: optax.GradientTransformation, mesh: Me
 def init_state(
     model: Functional, tx: optax.GradientTransformation, mesh: Mesh, *, seed: int, ema: float = 0.0
 ) -> State:
-    """A train state at step 0, made where it will lie: no device ever holds all of it.
+    """Creates the train state at step 0, sharded from the start: no device ever holds all of it.
 
-    The values do not depend on the mesh. Call inside `mesh_scope`.
+    The values do not depend on the mesh. Call it inside `mesh_scope`.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, ema))
     return jax.jit(lambda key: _new_state(model, tx, ema, key), out_shardings=shardings)(jax.random.key(seed))
@@ -166,19 +166,19 @@ def make_train_step(
     options: Mapping[str, Any],
     ema: float = 0.0,
 ) -> jax.stages.Wrapped:
-    """The compiled step (state, batch) -> (state, report); the state given is overwritten.
+    """Returns the compiled step (state, batch) -> (state, report); it donates the state.
 
-    The gradient is that of the mean loss over the whole batch, whatever the shards and
-    `accumulate` micro-batches. The report holds the sums since the last log (a multiple of
-    `log_every` steps) and the norms and learning rate of this step.
+    The gradient is that of the mean loss over the whole batch, independent of the shards and of the `accumulate`
+    micro-batches. The report holds the sums since the last log (a multiple of `log_every` steps), and the norms and
+    learning rate of this step.
 
     Args:
       model: from `make_functional`.
-      tx: optimiser.
-      schedule: learning rate by step, reported.
-      mesh: where it runs.
+      tx: optimizer.
+      schedule: learning rate by step, for the report.
+      mesh: the mesh of the run.
       options: the run's `train` section: accumulate, label_smoothing, log_every, on_nan.
-      ema: decay of the averaged parameters, 0 for none.
+      ema: decay of the moving average of the parameters; 0 for none.
     """
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, ema))
     whole = NamedSharding(mesh, PartitionSpec())
@@ -213,7 +213,7 @@ def make_train_step(
 
 
 def _add_sums(state: State, counts: Arrays, good: jax.Array, log_every: int) -> Arrays:
-    """Sums since the last log; they live in the state, so that a resumed run logs what an unbroken one does."""
+    """Sums since the last log, kept in the state so that a resumed run logs what an uninterrupted one does."""
     start = state["step"] % log_every == 0
     before = {name: jnp.where(start, zero, state["sums"][name]) for name, zero in _no_sums().items()}
     number = (state["step"] + 1).astype(jnp.float32)
@@ -227,7 +227,7 @@ def _add_sums(state: State, counts: Arrays, good: jax.Array, log_every: int) -> 
 def _gradients(
     model: Functional, state: State, batch: Batch, key: jax.Array, options: Mapping[str, Any]
 ) -> tuple[Arrays, Arrays, Arrays]:
-    """Gradient of the batch's mean loss (and auxiliary losses), its counts, the model's new variables."""
+    """Gradient of the mean loss of a batch (with auxiliary losses), its counts, and the new variables of the model."""
     weight = jnp.maximum(jnp.sum(batch["loss_weights"]), jnp.float32(1e-8))
     parts, smoothing = options["accumulate"], options["label_smoothing"]
 
@@ -266,18 +266,18 @@ def _gradients(
 
 
 def _micro_batches(x: jax.Array, parts: int) -> jax.Array:
-    """[B, ...] -> [parts, B / parts, ...], each device keeping its own rows."""
+    """Reshapes [B, ...] to [parts, B / parts, ...]; every device keeps its own rows."""
     return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
 
 
 def _call(module: nnx.Module, batch: Batch) -> Any:
-    """The model's output; whatever a batch holds besides inputs and scoring is an argument of its name."""
+    """Calls the model; arrays of a batch other than inputs and scoring are keyword arguments of their names."""
     arguments = {name: x for name, x in batch.items() if name not in ("inputs", "targets", "loss_weights")}
     return module(batch["inputs"], **arguments)
 
 
 def make_eval_step(model: Functional, mesh: Mesh) -> Callable[[Arrays, Arrays, Batch], Arrays]:
-    """The compiled (params, rest, batch) -> sums of `count_batch`; dropout is off."""
+    """Returns the compiled (params, rest, batch) -> sums of `count_batch`; dropout is off."""
 
     def step(params: Arrays, rest: Arrays, batch: Batch) -> Arrays:
         module = model.module(params, rest, jax.random.key(0))

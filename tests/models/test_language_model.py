@@ -37,7 +37,7 @@ IDS = jax.random.randint(jax.random.key(5), (2, TIME), 0, VOCAB)
 
 def build(vocab_size=VOCAB, seed=0, num_classes=None, features=0, **config):
     sizes = {"vocab_size": vocab_size, "num_classes": num_classes, "features": features}
-    return build_model({**HYBRID, **config}, rngs=nnx.Rngs(seed), **sizes)
+    return build_model({**HYBRID, "scan_layers": True, **config}, rngs=nnx.Rngs(seed), **sizes)
 
 
 def functional(model):

@@ -60,7 +60,7 @@ def test_killed_five_times(settings, unbroken, tmp_path):
         process.kill()
         assert process.wait() == -signal.SIGKILL
     said = runs.finish(runs.start(folder, settings), f"{folder}.log")
-    assert said.count("going on from step") >= 4
+    assert said.count("resuming from step") >= 4
     runs.assert_same_run(folder, unbroken)
     assert not half_written(folder)
 
@@ -79,8 +79,8 @@ def test_terminated_then_damaged(settings, unbroken, tmp_path):
     largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     said = runs.finish(runs.start(folder, settings), f"{folder}.log")
-    assert f"Checkpoint {steps[-1]} in" in said and "passed over" in said
-    assert f"going on from step {steps[-2]}" in said
+    assert f"Checkpoint {steps[-1]} in" in said and "skipped" in said
+    assert f"resuming from step {steps[-2]}" in said
     runs.assert_same_run(folder, unbroken)
 
 

@@ -61,7 +61,7 @@ def test_splits_steps_and_variants(run):
 
 ERRORS = [
     ({"split": "dev"}, "--split must be one of train, validation, test, got 'dev'"),
-    ({"settings": ["task.objects=4"]}, "built for vocab_size = 6, but the task asked for has 10"),
+    ({"settings": ["task.objects=4"]}, "built for vocab_size = 6, but this task has 10"),
     ({"settings": ["task.lenght=4"]}, "no setting 'lenght'"),
     ({"settings": ["trian.steps=4"]}, "did you mean train"),
     ({"lengths": ["0"]}, "--lengths: length must be an integer of at least 1"),

@@ -46,14 +46,14 @@ def test_two_processes(tmp_path):
     runs.wait_until(lambda: runs.last_step(whole) >= 5, processes[0])
     processes[1].send_signal(signal.SIGTERM)
     said = finish_both(processes, whole)
-    assert "data 2, fsdp 2" in said and "saved; the same command goes on" in said
+    assert "data 2, fsdp 2" in said and "saved; rerun the command to resume" in said
 
     stopped, arrays, data, _ = runs.last_checkpoint(whole)
     assert stopped == runs.last_step(whole) < 1000
     before = 3 * ((stopped - 1) // 3)
     shutil.copytree(whole, folder)
     shutil.rmtree(folder / "checkpoints" / str(stopped))
-    assert f"going on from step {before}" in finish_both(start_both(folder, stopped), folder)
+    assert f"resuming from step {before}" in finish_both(start_both(folder, stopped), folder)
     again, arrays_again, data_again, _ = runs.last_checkpoint(folder)
     assert (again, data_again["position"]) == (stopped, data["position"])
     runs.assert_same_arrays(arrays_again, arrays)

@@ -1,0 +1,201 @@
+"""The command line of train.py and eval.py: the --config flag, its overrides, and errors as one paragraph."""
+
+import contextlib
+import difflib
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ml_collections
+from absl import flags, logging
+from ml_collections import config_flags
+
+from memformer.training.config import (
+    RunError,
+    add_options,
+    apply_preset,
+    complete_config,
+    drop_options,
+    unknown_key,
+)
+
+__all__ = ["define_config", "parse_flags", "read_config", "report_errors"]
+
+
+class _WholeNumber(flags.ArgumentParser):
+    """Parses an integer, also written as 1e3."""
+
+    def parse(self, argument: Any) -> int:
+        """Returns the integer; raises ValueError for any other text."""
+        try:
+            return int(argument)
+        except ValueError:
+            with contextlib.suppress(ValueError, OverflowError):
+                if float(argument).is_integer():
+                    return int(float(argument))
+        raise ValueError(f"must be a whole number, got {argument!r}.")
+
+    def flag_type(self) -> str:
+        """The type as --help shows it."""
+        return "int"
+
+
+class _ConfigParser(flags.ArgumentParser):
+    """Reads the config file of a --config flag; remembers what it read, to explain errors in overrides."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the last command line."""
+        self.path: str | None = None
+        self.config: ml_collections.ConfigDict | None = None
+        self.options: set[str] = set()
+
+    def parse(self, argument: str) -> ml_collections.ConfigDict:
+        """Returns the locked config, with room for overrides of all options."""
+        if self.path is not None:
+            raise RunError(f"--config is given twice, as {self.path} and {argument}; give one config file.")
+        self.path, self.config = argument, read_config(argument)
+        self.options = add_options(self.config)
+        return self.config
+
+    def flag_type(self) -> str:
+        """The type as --help shows it."""
+        return "config file"
+
+
+def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
+    """Defines the flag --config=FILE[:VARIANT] with overrides --config.section.key=value; see `parse_flags`."""
+    config_flags.register_flag_parser_for_type(int, _WholeNumber())
+    holder = config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A file of configs/, or FILE:VARIANT; any key is overridden as --config.section.key=value.",
+        flag_values=flag_values,
+        lock_config=True,
+    )
+    flag_values["config"].parser = _ConfigParser()
+    return holder
+
+
+def read_config(argument: str) -> ml_collections.ConfigDict:
+    """Returns the complete, locked config of "path/to/file.py" or "path/to/file.py:variant".
+
+    Raises:
+      RunError: no such file, no get_config, an unknown variant, or an error in the file.
+    """
+    path, variant = argument, None
+    if not os.path.isfile(path) and ":" in argument:
+        path, _, variant = argument.rpartition(":")
+    expected = "--config must name a Python file that defines get_config(), such as configs/swap.py"
+    if not os.path.isfile(path):
+        raise RunError(f"{expected}; there is no file {path!r}.")
+    spec = importlib.util.spec_from_loader("run_config", importlib.machinery.SourceFileLoader("run_config", path))
+    if spec is None or spec.loader is None:
+        raise RunError(f"{expected}, got {path!r}.")
+    module = importlib.util.module_from_spec(spec)
+    with _errors_of(path):
+        spec.loader.exec_module(module)
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise RunError(f"{expected}; {path} does not define it.")
+    if variant is not None:
+        _check_variant(path, variant, module, get_config)
+    with _errors_of(path):
+        config = get_config() if variant is None else get_config(variant)
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise RunError(f"get_config() of {path} must return the config of default_config(), got {config!r}.")
+    return complete_config(config)
+
+
+def _check_variant(path: str, variant: str, module: Any, get_config: Any) -> None:
+    known = getattr(module, "VARIANTS", None)
+    if known is None and not inspect.signature(get_config).parameters:
+        raise RunError(f"{path} has no variants, got {path}:{variant}; give --config={path}.")
+    if known is not None and variant not in known:
+        near = difflib.get_close_matches(variant, known, 1, 0.6)
+        hint = f"; did you mean {near[0]}?" if near else "."
+        raise RunError(f"{path} has no variant {variant!r}{hint} It has: {', '.join(known)}.")
+
+
+@contextlib.contextmanager
+def _errors_of(path: str) -> Iterator[None]:
+    """Reports an error raised by the code of a config file with its line."""
+    try:
+        yield
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = frames[-1].lineno if frames else getattr(error, "lineno", None)
+        where = f"{path}, line {line}" if line else path
+        reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+        raise RunError(f"{where}: {type(error).__name__}: {' '.join(reason.split())}") from error
+
+
+def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:
+    """Flag parser for `app.run` that reports every mistake in one line.
+
+    The config is locked: an override of a key that it does not have is an error that names the known keys.
+    `model.preset` replaces the sizes of the config file, and other overrides win over the preset.
+    """
+    parser = flag_values["config"].parser if "config" in flag_values else _ConfigParser()
+    parser.reset()
+    with report_errors():
+        try:
+            rest = flag_values(argv)
+        except (flags.Error, AttributeError, KeyError, TypeError) as error:
+            raise _explain(error, argv, parser) from error
+        if parser.config is not None:
+            _finish(parser, config_flags.get_override_values(flag_values["config"]))
+    if "verbosity" in flag_values and flag_values["verbosity"].using_default_value:
+        # the INFO messages of JAX and Orbax are for their developers; absl keeps a value that the user set
+        flag_values["verbosity"].value, flag_values["verbosity"].using_default_value = logging.WARNING, False
+    return rest
+
+
+def _finish(parser: _ConfigParser, overrides: dict[str, Any]) -> None:
+    """Applies the preset and removes the options that nobody set."""
+    config = parser.config
+    for key in ("task.name", "model.type"):
+        if key in overrides:
+            raise RunError(
+                f"config.{key} is chosen by the config file, which defines the keys that go with it: give the file "
+                f"for {overrides[key]}, or a copy of {parser.path} with default_config({overrides[key]!r})."
+            )
+    if overrides.get("model.preset") is not None:
+        apply_preset(config, overrides["model.preset"], given=tuple(overrides))
+    drop_options(config, parser.options - overrides.keys())
+
+
+def _explain(error: Exception, argv: Sequence[str], parser: _ConfigParser) -> Exception:
+    """The error of a command line as a sentence; any other error as it is."""
+    if isinstance(error.__context__, RunError):
+        return error.__context__
+    keys = [argument.lstrip("-").partition("=")[0] for argument in argv if argument.startswith("-")]
+    overrides = [key.removeprefix("config.") for key in keys if key.startswith("config.")]
+    if overrides and parser.config is None:
+        return RunError(f"--config.{overrides[0]} needs --config=configs/NAME.py before it.")
+    if not isinstance(error, flags.Error):
+        for key in overrides:
+            message = unknown_key(parser.config, key)
+            if message:
+                return RunError(message)
+        if not isinstance(error, TypeError):
+            return error
+    reason = str(error).replace("=None: Flag --", ": --").replace("have a value other than None", "be given")
+    return RunError(f"{reason} See {os.path.basename(argv[0])} --help.")
+
+
+@contextlib.contextmanager
+def report_errors() -> Iterator[None]:
+    """Ends the program with one paragraph and exit code 1 on a `RunError`; bugs keep their traceback."""
+    try:
+        yield
+    except RunError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
