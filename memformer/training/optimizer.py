@@ -1,4 +1,4 @@
-"""Optimiser of a run: AdamW with a mask, clipping, and the schedules of the field."""
+"""Optimizer of a run: AdamW with a weight-decay mask, gradient clipping, learning-rate schedules, EMA."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -10,19 +10,38 @@ import optax
 
 __all__ = ["decay_mask", "make_optimizer", "make_schedule", "update_ema"]
 
-# parameters that scale, shift, gate or set a rate of forgetting are not pulled to zero
-NO_DECAY = ("bias", "scale", "norm", "decay", "a_log", "dt", "initial_state", "gamma")
+# Words in the names of parameters without weight decay. The rule is by name and not by rank, so that stacking the
+# parameters of scanned layers changes nothing. Of a path such as "blocks.0.norm.scale" the last part counts.
+NO_DECAY = frozenset(
+    {
+        "bias",
+        # of norms
+        "scale",
+        # decay rates, step sizes and gates of memories
+        "rate",
+        "decay",
+        "log",
+        "dt",
+        "gamma",
+        # weight of a skip connection
+        "skip",
+        # the vector that scores additive attention
+        "score",
+        # learned initial states
+        "initial",
+    }
+)
 
 
 def make_schedule(options: Mapping[str, Any], steps: int) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    """Learning rate of each step (counted from 0), `options` being the run's `optimizer` section.
+    """Returns the learning rate as a function of the step (counted from 0); `options` is the `optimizer` section.
 
     - constant: lr
-    - cosine: linear warm-up, then a cosine to end_factor lr at the last step
-    - warmup_stable_decay: warm-up, lr, then linear to end_factor lr over the last decay_fraction
+    - cosine: linear warm-up, then a cosine to end_factor lr at the last of `steps`
+    - warmup_stable_decay: warm-up, lr, then linear to end_factor lr over the last decay_fraction of `steps`
     - rsqrt: lr min(1, sqrt(warmup_steps / step)) after the warm-up
     - exponential: lr step_factor^floor(step / step_every)
-    All but exponential and constant start with `warmup_steps` of a linear climb; with 0 there is none.
+    All start with `warmup_steps` of linear warm-up, if any.
 
     Example:
       >>> options = {"learning_rate": 1.0, "schedule": "exponential", "warmup_steps": 0,
@@ -55,7 +74,7 @@ def make_schedule(options: Mapping[str, Any], steps: int) -> Callable[[jax.typin
 
 
 def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs optax as it is written, with JAX's usual promotion of dtypes, under stricter settings too."""
+    """Runs an optax function with standard dtype promotion, which optax relies on, under stricter settings too."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
@@ -66,27 +85,19 @@ def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
-    """True for the parameters that weight decay applies to: matrices that are no norm, bias or decay rate.
+    """True for the parameters that weight decay applies to: those without a word of `NO_DECAY` in their name.
 
     Example:
       >>> decay_mask({"layers.0.norm.scale": jnp.ones(4), "head.kernel": jnp.ones((4, 4))})
       {'layers.0.norm.scale': False, 'head.kernel': True}
     """
-
-    def decays(name: str, value: jax.Array) -> bool:
-        last = name.lower().split(".")[-1]
-        parts = name.lower().split(".")
-        if value.ndim < 2 or any(last == word or last.endswith("_" + word) for word in NO_DECAY):
-            return False
-        return not any("norm" in part for part in parts[-2:])
-
-    return {name: decays(name, value) for name, value in params.items()}
+    return {name: NO_DECAY.isdisjoint(name.rpartition(".")[2].lower().split("_")) for name in params}
 
 
 def make_optimizer(
     options: Mapping[str, Any], steps: int
 ) -> tuple[optax.GradientTransformation, Callable[[jax.typing.ArrayLike], jax.Array]]:
-    """Returns the transformation of a run's `optimizer` section and its learning-rate schedule.
+    """Returns the gradient transformation of the `optimizer` section, and its learning-rate schedule.
 
     Source: AdamW, Loshchilov and Hutter, 2019 (https://arxiv.org/abs/1711.05101), algorithm 2.
     """
@@ -107,7 +118,7 @@ def make_optimizer(
 def update_ema(ema: dict[str, jax.Array], params: dict[str, jax.Array], decay: float, step: jax.Array) -> dict:
     """ema <- d ema + (1 - d) params with d = min(decay, (1 + step) / (10 + step)), in float32.
 
-    The early d keeps the average from holding on to the initial parameters.
+    The smaller early d keeps the initial parameters from dominating the average.
     """
     count = step.astype(jnp.float32)
     d = jnp.minimum(jnp.float32(decay), (1 + count) / (10 + count))

@@ -62,7 +62,7 @@ def test_splits_steps_and_variants(run):
 ERRORS = [
     ({"split": "dev"}, "--split must be one of train, validation, test, got 'dev'"),
     ({"settings": ["task.objects=4"]}, "built for vocab_size = 6, but this task has 10"),
-    ({"settings": ["task.lenght=4"]}, "no setting 'lenght'"),
+    ({"settings": ["task.lenght=4"]}, "config.task has no key lenght .*did you mean length"),
     ({"settings": ["trian.steps=4"]}, "did you mean train"),
     ({"lengths": ["0"]}, "--lengths: length must be an integer of at least 1"),
     ({"step": 3}, "no checkpoint of step 3"),
@@ -76,7 +76,7 @@ def test_errors(run, arguments, says):
 
 
 def test_missing_and_damaged_checkpoints(run, tmp_path):
-    with pytest.raises(RunError, match="no checkpoint to evaluate: .*checkpoints is not there"):
+    with pytest.raises(RunError, match="no checkpoint to evaluate: .*there is no folder"):
         evaluate_checkpoint(str(tmp_path))
     os.mkdir(tmp_path / "checkpoints")
     with pytest.raises(RunError, match="no checkpoint to evaluate: .* holds no step"):
@@ -103,7 +103,7 @@ def test_batches_add_up(run):
 def test_command_lines_end_with_one_paragraph():
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     commands = {
-        "no option 'write_kernle'|no key 'write_kernle'": [
+        "has no key write_kernle": [
             "train.py",
             "--config=configs/swap.py",
             "--config.model.memory_options.deltaformer.write_kernle=relu",
@@ -118,4 +118,4 @@ def test_command_lines_end_with_one_paragraph():
     for says, process in running.items():
         error = process.communicate()[1]
         assert process.returncode == 1 and error.startswith("error: ") and error.count("\n") == 1, error
-        assert any(part in error for part in says.split("|")), error
+        assert says in error, error

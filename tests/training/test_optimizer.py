@@ -1,12 +1,17 @@
 """Schedules at named steps, the mask of weight decay, clipping, the moving average."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from memformer.layers.memory import MEMORIES
+from memformer.models import build_model
 from memformer.training.config import default_config
 from memformer.training.optimizer import decay_mask, make_optimizer, make_schedule, update_ema
+from memformer.training.step import make_functional
 
 # options, steps of the run, {step: learning rate}
 SCHEDULES = {
@@ -64,6 +69,47 @@ def test_decay_spares_norms_biases_and_decay_rates():
     assert {n: float(jnp.max(jnp.abs(x))) for n, x in updates.items()} == {
         n: 0.5 if i < 2 else 0.0 for i, n in enumerate(params)
     }
+
+
+# options that add parameters to a memory beyond its defaults
+MORE = {
+    "linear_attention": {"skip": True, "decay": "log_sigmoid"},
+    "delta_product": {"decay": "step"},
+    "deltaformer": {"alpha": "sigmoid", "write_query": True, "conv_width": 2, "output_norm": True},
+    "softmax_attention": {"conv_width": 2, "output_norm": True, "output_gate": "silu"},
+}
+
+
+def parameters(options):
+    """{path without layer numbers: shapes} of a model."""
+    model = make_functional(lambda rngs: build_model(options, vocab_size=8, rngs=rngs))
+    shapes = {}
+    for path, x in model.params.items():
+        shapes.setdefault(re.sub(r"\.\d+", "", path), []).append(x)
+    return shapes
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_decay_of_every_memory_is_the_same_scanned_and_not(memory):
+    """Of one layer, vectors are exempt, and arrays of more axes decay."""
+    norm, feedforward = ("layer", "mlp") if memory == "deltaformer" else ("rms", "swiglu")
+    model = {"memory": memory, "memory_options": MORE.get(memory, {}), "width": 8, "heads": 2, "depth": 2}
+    model |= {"norm": norm, "feedforward": feedforward, "positions": "learned", "max_length": 4}
+    plain, scanned = parameters({**model, "scan_layers": False}), parameters({**model, "scan_layers": True})
+    assert plain.keys() == scanned.keys() and len(plain) > 5
+    assert decay_mask(scanned) == decay_mask(plain) == {name: xs[0].ndim > 1 for name, xs in plain.items()}
+    stacked = [name for name, decays in decay_mask(scanned).items() if not decays and scanned[name][0].ndim > 1]
+    assert stacked
+
+
+@pytest.mark.parametrize("kind", ["armt", "rmt", "encoder", "transformer", "seq2seq", "recurrent_lm", "ntm"])
+def test_decay_of_other_models(kind):
+    own = {"encoder": {"token_types": 2}, "ntm": {"initial_focus": "learned", "slots": 4}}
+    shapes = parameters({"type": kind, **own.get(kind, {})})
+    vectors = {name for name, xs in shapes.items() if xs[0].ndim < 2}
+    # an initial state, one row per head
+    vectors |= {"initial_weights"} & shapes.keys()
+    assert {name for name, decays in decay_mask(shapes).items() if not decays} == vectors
 
 
 def test_clipping_comes_first():
