@@ -135,9 +135,7 @@ def test_errors_name_the_argument(name):
             op(*(given or (q, k, v)), **options)
 
     refuses("query heads must be a multiple of key/value heads: got H = 3, G = 2", *_three())
-    refuses(
-        r"initial_state must be a .*Cache, as .* returns it or .*init_cache\(.*\) makes it, got tuple", initial_state=()
-    )
+    refuses(r"initial_state must be a .*Cache, as .* or .*init_cache\(.*\) makes it, got tuple", initial_state=())
     state = empty(name, 2, 8, width=8)
     refuses(r"initial_state.k must be \[B, S, G, K\] .*got \(2, 8, 1, 8\)", initial_state=state)
     refuses("precision must be None, 'default'", precision="best")

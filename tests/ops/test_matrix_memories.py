@@ -224,8 +224,20 @@ def test_erase_vector_and_write_strength():
             state = state + k[:, t, n, ..., None] * (alpha[:, t, n, :, None] * v[:, t, n] - erased)[..., None, :]
         want[:, t] = 0.5 * np.einsum("bhk,bhkv->bhv", q[:, t], state)
     with jax.enable_x64(True):
-        given = dict(decay=decay, scale=0.5, initial_state=start, segment_ids=None, chunk_size=None, precision=None)
-        call = make_call("delta_product", q, k, v, beta, **given, several_writes=True)
+        call = make_call(
+            "delta_product",
+            q,
+            k,
+            v,
+            beta,
+            decay=decay,
+            scale=0.5,
+            segment_ids=None,
+            initial_state=start,
+            chunk_size=None,
+            precision=None,
+            several_writes=True,
+        )
         flat = (jnp.asarray(x.reshape(BATCH, length * writes, *x.shape[3:])) for x in (w, alpha))
         call = dataclasses.replace(call, **dict(zip(("w", "alpha"), flat, strict=True)))
         output, last = recurrent.run(call)
