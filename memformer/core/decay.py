@@ -9,8 +9,8 @@ from memformer.core.types import Array, Float
 
 __all__ = ["CumulativeDecay", "cumulative_decay"]
 
-# exp of this is 0 even in float64, and sums of it are exact.
-FORGOTTEN = -32768.0
+# exp of this is 0 even in float64, and a chunk may hold 2^14 tokens of it before whole numbers stop adding exactly.
+FORGOTTEN = -1024.0
 
 
 class CumulativeDecay(NamedTuple):

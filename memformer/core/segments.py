@@ -13,7 +13,7 @@ from jax import lax
 from memformer.core.checks import check_array
 from memformer.core.types import Array, Bool, Dims, Int
 
-__all__ = ["Segments", "chunk_time", "find_segments", "pad_time", "unchunk_time"]
+__all__ = ["Segments", "chunk_time", "clear", "find_segments", "pad_time", "unchunk_time"]
 
 
 class Segments(NamedTuple):
@@ -55,6 +55,17 @@ def find_segments(segment_ids: Int[Array, "B T"] | None, dims: Dims) -> Segments
     change = (filled[:, 1:] != filled[:, :-1]) & started[:, :-1]
     change = jnp.pad(change, ((0, 0), (1, 0)))
     return Segments(jnp.cumsum(change, axis=1, dtype=jnp.int32), valid)
+
+
+def clear(valid: Bool[Array, "B T"] | None, x: Array | None) -> Array | None:
+    """Sets x [B, T, ...] to zero where it is not valid.
+
+    Operands are cleared rather than multiplied by zero, so that NaN and infinity at padding reach neither outputs nor
+    gradients.
+    """
+    if valid is None or x is None:
+        return x
+    return jnp.where(lax.expand_dims(valid, range(2, x.ndim)), x, jnp.zeros((), x.dtype))
 
 
 def pad_time(x: Array, multiple: int, axis: int = 1) -> Array:

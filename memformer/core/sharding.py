@@ -1,11 +1,26 @@
-"""Arrays that keep the sharding of others: inside shard_map and on Explicit meshes."""
+"""Ops on sharded arrays: Explicit meshes, and shard_map."""
+
+import contextvars
+import dataclasses
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax import lax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from memformer.core.types import Array
 
-__all__ = ["vary_like"]
+__all__ = ["keep_shardings", "mesh_axes", "vary_like"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_axes: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("axes", default={})  # noqa: B039
 
 
 def vary_like(x: Array, *others: Array | None) -> Array:
@@ -21,3 +36,106 @@ def vary_like(x: Array, *others: Array | None) -> Array:
 
 def _varying(x: Array) -> frozenset:
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def keep_shardings(function: F) -> F:
+    """Lets an op run on Explicit meshes: the op sees Auto axes, its results have the shardings of its arguments.
+
+    A mesh from `jax.make_mesh` has Explicit axes by default: shardings are part of the types of arrays, and zeros,
+    masks and reshapes inside an op would each have to be typed. Inside `function` all axes are Auto instead, and the
+    compiler propagates shardings. Dimensions of one letter in the annotations are sharded alike: a result takes, for
+    each of its letters, the mesh axes of the first argument that is sharded there. Elsewhere this does nothing.
+
+    Args:
+      function: a function whose arrays, cache and state types are annotated with letters, results included.
+
+    Example:
+      >>> @keep_shardings
+      ... def double(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
+      ...     return x + x
+      >>> double(jnp.ones((1, 2)))
+      Array([[2., 2.]], dtype=float32)
+    """
+    signature = inspect.signature(function)
+    results = list(_letters(signature.return_annotation, None))
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+        mesh = _explicit_mesh([leaves[i] for i in places])
+        if mesh is None:
+            return function(*args, **kwargs)
+        axes: dict[str, Any] = {}
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            for letters, x in _letters(signature.parameters[name].annotation, value):
+                if len(letters) == getattr(x, "ndim", None):
+                    for letter, part in zip(letters, jax.typeof(x).sharding.spec, strict=False):
+                        if part is not None:
+                            axes.setdefault(letter, part)
+        structure = None
+
+        def run(*arrays):
+            nonlocal structure
+            full = list(leaves)
+            for place, x in zip(places, arrays, strict=True):
+                full[place] = x
+            args, kwargs = jax.tree.unflatten(tree, full)
+            token = _axes.set(axes)
+            try:
+                out, structure = jax.tree.flatten(function(*args, **kwargs))
+            finally:
+                _axes.reset(token)
+            return out
+
+        specs = [NamedSharding(mesh, _spec(letters, axes)) for letters, _ in results]
+        arrays = (jax.numpy.asarray(leaves[i]) for i in places)
+        out = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=specs)(*arrays)
+        return jax.tree.unflatten(structure, out)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def mesh_axes(letter: str) -> Any:
+    """The Explicit mesh axes on which a letter's dimension lies, while an op runs; None where it is not sharded.
+
+    Inside an op these axes are Auto, so that types no longer show them. Kernels need them to run per device.
+    """
+    return _axes.get().get(letter)
+
+
+def _explicit_mesh(arrays: list[Any]) -> AbstractMesh | None:
+    """The mesh with Explicit axes that is set, or that arrays lie on."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.explicit_axes:
+        return mesh
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+def _spec(letters: tuple[str, ...], axes: dict[str, Any]) -> PartitionSpec:
+    """The spec of an array of these letters; an axis that an earlier dimension has is left out."""
+    used: set[str] = set()
+    parts = []
+    for letter in letters:
+        part = axes.get(letter)
+        names = set(part if isinstance(part, tuple) else () if part is None else (part,))
+        parts.append(None if names & used else part)
+        used |= names
+    return PartitionSpec(*parts)
+
+
+def _letters(annotation: Any, value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Letters of each array in an annotated value, with that array; for results the value is None."""
+    if hasattr(annotation, "dim_str"):
+        yield tuple(annotation.dim_str.split()), value
+    elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        if value is not None:
+            for option in typing.get_args(annotation):
+                yield from _letters(option, value)
+    elif typing.get_origin(annotation) is tuple:
+        for i, part in enumerate(typing.get_args(annotation)):
+            yield from _letters(part, None if value is None else value[i])
+    elif dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
+        for name, part in annotation.__annotations__.items():
+            yield from _letters(part, getattr(value, name, None))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.numerics import l2norm
+from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float
 
 __all__ = [
@@ -47,6 +48,7 @@ class Focus(NamedTuple):
     sharpness: Float[Array, "B H"]
 
 
+@keep_shardings
 def content_weights(
     key: Float[Array, "B H K"], strength: Float[Array, "B H"], memory: Float[Array, "B K S"]
 ) -> Float[Array, "B H S"]:
@@ -64,6 +66,7 @@ def content_weights(
     return jax.nn.softmax(products * inverse_length[:, None])
 
 
+@keep_shardings
 def interpolate(
     content: Float[Array, "B H S"], before: Float[Array, "B H S"], gate: Float[Array, "B H"]
 ) -> Float[Array, "B H S"]:
@@ -76,6 +79,7 @@ def interpolate(
     return before + gate[..., None] * (content - before)
 
 
+@keep_shardings
 def shift_weights(weights: Float[Array, "B H S"], shifts: Float[Array, "B H 3"]) -> Float[Array, "B H S"]:
     """Shifts weights around the circle of slots: w'_i = sum over j in (-1, 0, 1) of s_j w_(i - j).
 
@@ -90,6 +94,7 @@ def shift_weights(weights: Float[Array, "B H S"], shifts: Float[Array, "B H 3"])
     return back * circle[..., 2:] + stay * weights + forward * circle[..., :-2]
 
 
+@keep_shardings
 def sharpen(weights: Float[Array, "B H S"], sharpness: Float[Array, "B H"]) -> Float[Array, "B H S"]:
     """Sharpens weights: w_i^gamma / sum_j w_j^gamma. Source: equation 9.
 
@@ -105,6 +110,7 @@ def sharpen(weights: Float[Array, "B H S"], sharpness: Float[Array, "B H"]) -> F
     return jax.nn.softmax(sharpness[..., None] * jnp.log(weights + least))
 
 
+@keep_shardings
 def address(focus: Focus, before: Float[Array, "B H S"], memory: Float[Array, "B K S"]) -> Float[Array, "B H S"]:
     """Computes the weights of all heads: content, interpolation, shift, sharpening. Source: figure 2.
 
@@ -119,6 +125,7 @@ def address(focus: Focus, before: Float[Array, "B H S"], memory: Float[Array, "B
     return sharpen(shift_weights(weights, focus.shifts), focus.sharpness)
 
 
+@keep_shardings
 def read_slots(weights: Float[Array, "B H S"], memory: Float[Array, "B K S"]) -> Float[Array, "B H K"]:
     """Reads r = sum over slots of w_s M_s. Source: equation 2.
 
@@ -129,6 +136,7 @@ def read_slots(weights: Float[Array, "B H S"], memory: Float[Array, "B K S"]) ->
     return jnp.einsum("bhs,bks->bhk", weights, memory)
 
 
+@keep_shardings
 def write_slots(
     memory: Float[Array, "B K S"],
     weights: Float[Array, "B H S"],

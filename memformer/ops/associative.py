@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.numerics import accumulation_dtype, l2norm, matmul_precision
+from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float
 
 __all__ = ["NEIGHBOURS", "AssociativeMemory", "associative_read", "associative_write", "dpfp"]
@@ -58,6 +59,7 @@ class AssociativeMemory:
     normaliser: Float[Array, "B P"]
 
 
+@keep_shardings
 def associative_read(memory: AssociativeMemory, phi: Float[Array, "B T P"]) -> Float[Array, "B T V"]:
     """Reads A phi / (z . phi + 1e-5), which is 0 for an empty memory: the first segment reads nothing.
 
@@ -79,6 +81,7 @@ def _read(memory: AssociativeMemory, phi: Array) -> tuple[Array, Array]:
     return stored / (total + jnp.asarray(EPSILON, total.dtype))[:, :, None], total
 
 
+@keep_shardings
 def associative_write(
     memory: AssociativeMemory,
     phi: Float[Array, "B T P"],

@@ -3,6 +3,7 @@
 import jax
 
 from memformer.core.dispatch import dispatch
+from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
 from memformer.ops.matrix_memory import chunked, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
@@ -14,6 +15,7 @@ __all__ = ["delta_rule"]
 IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": pallas.run}
 
 
+@keep_shardings
 def delta_rule(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],

@@ -3,6 +3,7 @@
 from jax import lax
 
 from memformer.core.dispatch import dispatch
+from memformer.core.sharding import keep_shardings
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.types import Array, Float, Int
 from memformer.ops.attention import recurrent, tiled
@@ -16,6 +17,7 @@ __all__ = ["deltaformer"]
 IMPLEMENTATIONS = {"recurrent": recurrent.deltaformer, "chunked": tiled.deltaformer, "pallas": pallas.deltaformer}
 
 
+@keep_shardings
 def deltaformer(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
@@ -92,4 +94,4 @@ def deltaformer(
         precision=precision,
     )
     output, u = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1], few=1))
-    return output.astype(call.v.dtype), append(DeltaCache, call.cache, segments, call.k, u)
+    return output.astype(call.v.dtype), append(DeltaCache, initial_state, segments, call.k, u)

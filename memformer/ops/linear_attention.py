@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from memformer.core.dispatch import dispatch
+from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
 from memformer.ops.matrix_memory import chunked, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
@@ -15,6 +16,7 @@ __all__ = ["linear_attention"]
 IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": pallas.run}
 
 
+@keep_shardings
 def linear_attention(
     q: Float[Array, "B T G K"],
     k: Float[Array, "B T G K"],

@@ -16,7 +16,7 @@ from jax import lax
 from memformer.core.checks import check_array
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.segments import Segments, find_segments
-from memformer.core.sharding import vary_like
+from memformer.core.sharding import keep_shardings, vary_like
 from memformer.core.types import Array, Dims, Float, Int
 
 __all__ = ["LSTMState", "gru", "lstm", "rnn"]
@@ -42,6 +42,7 @@ class LSTMState(NamedTuple):
     c: Float[Array, "B D"]
 
 
+@keep_shardings
 def rnn(
     x: Float[Array, "B T F"],
     w_in: Float[Array, "F D"],
@@ -80,6 +81,7 @@ def rnn(
     return y, h
 
 
+@keep_shardings
 def lstm(
     x: Float[Array, "B T F"],
     w_in: Float[Array, "F 4*D"],
@@ -127,6 +129,7 @@ def lstm(
     return y, LSTMState(*states)
 
 
+@keep_shardings
 def gru(
     x: Float[Array, "B T F"],
     w_in: Float[Array, "F 3*D"],

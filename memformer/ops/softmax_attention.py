@@ -3,6 +3,7 @@
 from jax import lax
 
 from memformer.core.dispatch import dispatch
+from memformer.core.sharding import keep_shardings
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float, Int
 from memformer.ops.attention import cudnn, recurrent, tiled
@@ -21,6 +22,7 @@ IMPLEMENTATIONS = {
 }
 
 
+@keep_shardings
 def softmax_attention(
     q: Float[Array, "B T H K"],
     k: Float[Array, "B T G K"],
@@ -96,4 +98,4 @@ def softmax_attention(
         precision=precision,
     )
     output = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1], few=1, library="cudnn"))
-    return output.astype(call.v.dtype), append(KVCache, call.cache, segments, call.k, call.v)
+    return output.astype(call.v.dtype), append(KVCache, initial_state, segments, call.k, call.v)

@@ -8,10 +8,10 @@ from memformer.core.calls import AttentionCall
 from memformer.core.checks import check_array, check_multiple, check_positive
 from memformer.core.mask import make_mask
 from memformer.core.numerics import accumulation_dtype, matmul_precision
-from memformer.core.segments import Segments, find_segments
+from memformer.core.segments import Segments, clear, find_segments
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Dims
-from memformer.ops.attention.cache import Cache, check_cache
+from memformer.ops.attention.cache import Cache, check_cache, clear_slots
 
 __all__ = ["make_call", "write_operands"]
 
@@ -64,7 +64,9 @@ def make_call(
     chunk_size = check_positive("chunk_size", chunk_size)
     segments = find_segments(segment_ids, dims)
     state = check_cache(initial_state, cache, dims, op)
-    valid = None if state is None else state.valid
+    valid = None if segments is None else segments.valid
+    q, k, v, w, alpha, beta = (clear(valid, x) for x in (q, k, v, w, alpha, beta))
+    cache_valid = None if state is None else state.valid
     call = AttentionCall(
         op=op,
         q=q,
@@ -75,10 +77,10 @@ def make_call(
         beta=beta,
         write_kernel=None if write_kernel is None else _with_scale(write_kernel, dims["K"]),
         read_kernel=_with_scale(read_kernel, dims["K"]),
-        mask=make_mask(valid, segments, dims, ranks=window is not None),
+        mask=make_mask(cache_valid, segments, dims, ranks=window is not None),
         causal=causal,
         window=window,
-        cache=state,
+        cache=None if state is None else clear_slots(state),
         precision=matmul_precision(precision, q, k, v, w),
         chunk_size=chunk_size,
     )

@@ -1,7 +1,7 @@
 """Caches of the attention ops: keys and values of earlier tokens, growing or of fixed capacity.
 
 A cache lists slots in order of time; every token of a call takes one, padding included. `valid` marks the slots that
-the next call can see: those of tokens of the last segment. The contents of the other slots do not matter.
+the next call can see: those of tokens of the last segment; the others hold zeros.
 
 A growing cache (`fixed` False) has exactly the slots in use, and each call returns a longer one. A fixed cache
 (`init_cache`) has a capacity; a call writes in place from `length` on, so that decoding compiles once. A call that
@@ -19,10 +19,10 @@ from jax import lax
 
 from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.numerics import accumulation_dtype
-from memformer.core.segments import Segments
+from memformer.core.segments import Segments, clear
 from memformer.core.types import Array, Bool, Dims, Float, Int
 
-__all__ = ["Cache", "DeltaCache", "KVCache", "append", "check_cache", "init_cache", "offset", "place"]
+__all__ = ["Cache", "DeltaCache", "KVCache", "append", "check_cache", "clear_slots", "init_cache", "offset", "place"]
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "valid", "length"], meta_fields=["fixed"])
@@ -145,6 +145,17 @@ def _overflow(tokens: int, capacity: int, length: int) -> str:
     )
 
 
+def clear_slots(cache: C) -> C:
+    """The cache with zeros in the slots that no query sees, so that NaN there reaches neither outputs nor gradients.
+
+    `append` keeps these slots of a fixed cache at zero: clearing all of it would double the cost of decoding.
+    """
+    if cache.fixed:
+        return cache
+    k, values = clear(cache.valid, cache.k), clear(cache.valid, cache.values)
+    return type(cache)(k, values, cache.valid, cache.length, cache.fixed)
+
+
 def place(cache: Cache | None, cached: Array | None, new: Array) -> Array:
     """Appends `new` [B, T, ...] to the cached array `cached` [B, S, ...], in its dtype."""
     if cache is None or cached is None:
@@ -182,18 +193,29 @@ def append(kind: type[C], cache: C | None, segments: Segments | None, k: Array, 
       values: v or u of the call's tokens, [B, T, G, V].
     """
     batch, tokens = k.shape[:2]
-    if segments is None:
-        valid = jnp.ones((batch, tokens), bool)
-    else:
+    valid = jnp.ones((batch, tokens), bool)
+    if segments is not None:
         valid = segments.valid & (segments.index == segments.index[:, -1:])
+        k, values = clear(valid, k), clear(valid, values)
     if cache is None:
         return kind(k, values, valid, jnp.int32(tokens))
-    kept = cache.valid if segments is None else cache.valid & (segments.index[:, -1:] == 0)
-    valid, length = place(cache, kept, valid), jnp.asarray(cache.length, jnp.int32) + jnp.int32(tokens)
+    full = room(cache, tokens)[1] if cache.fixed else jnp.bool_(False)
+    if segments is not None:
+        cache = _drop_segments(cache, full | (segments.index[:, -1] == 0))
+    valid, length = place(cache, cache.valid, valid), jnp.asarray(cache.length, jnp.int32) + jnp.int32(tokens)
     if cache.fixed:
-        _, full = room(cache, tokens)
         valid, length = jnp.where(full, cache.valid, valid), jnp.where(full, length - jnp.int32(tokens), length)
     return kind(place(cache, cache.k, k), place(cache, cache.values, values), valid, length, cache.fixed)
+
+
+def _drop_segments(cache: C, kept: Bool[Array, "B"]) -> C:
+    """Clears all slots of the rows that are not kept; most calls keep all rows and copy nothing."""
+
+    def clear_rows(cache):
+        valid = cache.valid & kept[:, None]
+        return type(cache)(clear(valid, cache.k), clear(valid, cache.values), valid, cache.length, cache.fixed)
+
+    return lax.cond(jnp.all(kept), lambda cache: cache, clear_rows, cache)
 
 
 def init_cache(

@@ -3,14 +3,13 @@
 import math
 
 import jax.numpy as jnp
-from jax import lax
 
 from memformer.core.calls import MatrixCall
 from memformer.core.checks import check_array, check_multiple, check_positive
 from memformer.core.numerics import accumulation_dtype, matmul_precision
-from memformer.core.segments import Segments, find_segments
+from memformer.core.segments import clear, find_segments
 from memformer.core.sharding import vary_like
-from memformer.core.types import Array, Dims
+from memformer.core.types import Dims
 
 __all__ = ["make_call"]
 
@@ -62,7 +61,8 @@ def make_call(
     segments = find_segments(segment_ids, dims)
     chunk_size = check_positive("chunk_size", chunk_size)
     precision = matmul_precision(precision, q, k, v)
-    q, k, v, beta, decay = (_clear_padding(x, segments) for x in (q, k, v, beta, decay))
+    valid = None if segments is None else segments.valid
+    q, k, v, beta, decay = (clear(valid, x) for x in (q, k, v, beta, decay))
     if normalize:
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     if several_writes:
@@ -86,9 +86,3 @@ def make_call(
         precision=precision,
         chunk_size=chunk_size,
     )
-
-
-def _clear_padding(x: Array | None, segments: Segments | None) -> Array | None:
-    if x is None or segments is None:
-        return x
-    return jnp.where(lax.expand_dims(segments.valid, range(2, x.ndim)), x, jnp.zeros((), x.dtype))
