@@ -1,0 +1,76 @@
+"""Data: tokenizers, documents and packing, offline data sets, and sources of examples."""
+
+from memformer.data.bpe import BytePairs, split_words, train_bpe
+from memformer.data.documents import list_documents, read_documents, split_documents, standard_library
+from memformer.data.packing import PackedDocuments
+from memformer.data.shapes import Figure, describe_scene, draw_scene, figure_coverage, paint_scene
+from memformer.data.source import (
+    BATCH_KEYS,
+    SPLITS,
+    Example,
+    Extra,
+    FiniteSource,
+    RandomAccessSource,
+    SyntheticSource,
+    make_example,
+)
+from memformer.data.splits import split_by_hash
+from memformer.data.stamps import (
+    STAMPS_FOLDER,
+    STAMPS_PACKAGE,
+    Stamp,
+    clean_caption,
+    list_stamps,
+    read_pictures,
+    split_stamps,
+)
+from memformer.data.verses import (
+    VERSES_PACKAGES,
+    Verse,
+    find_verses,
+    read_verse_slice,
+    read_verses,
+    split_verses,
+    strip_markup,
+)
+from memformer.data.wordpiece import WordPiece
+
+__all__ = [
+    "BATCH_KEYS",
+    "SPLITS",
+    "STAMPS_FOLDER",
+    "STAMPS_PACKAGE",
+    "VERSES_PACKAGES",
+    "BytePairs",
+    "Example",
+    "Extra",
+    "Figure",
+    "FiniteSource",
+    "PackedDocuments",
+    "RandomAccessSource",
+    "Stamp",
+    "SyntheticSource",
+    "Verse",
+    "WordPiece",
+    "clean_caption",
+    "describe_scene",
+    "draw_scene",
+    "figure_coverage",
+    "find_verses",
+    "list_documents",
+    "list_stamps",
+    "make_example",
+    "paint_scene",
+    "read_documents",
+    "read_pictures",
+    "read_verse_slice",
+    "read_verses",
+    "split_by_hash",
+    "split_documents",
+    "split_stamps",
+    "split_verses",
+    "split_words",
+    "standard_library",
+    "strip_markup",
+    "train_bpe",
+]

@@ -1,8 +1,7 @@
-"""Byte-pair encoding, trained here: frequent neighbours become one token, again and again.
+"""Byte-pair encoding and its training.
 
-A text is cut into words (with the space before them), a word starts as its UTF-8 bytes, and the
-learned merges are applied in the order in which they were learned. Every text has an encoding, and
-decoding gives it back exactly.
+A text is cut into words (with the space before them), and a word into its UTF-8 bytes; the learned merges are applied
+in the order in which they were learned. Every text has an encoding, and decoding restores it exactly.
 """
 
 import collections
@@ -12,22 +11,22 @@ import heapq
 import re
 from collections.abc import Iterable, Sequence
 
-from memformer.data.source import check_at_least
+from memformer.core.checks import check_at_least
 
 __all__ = ["BytePairs", "split_words", "train_bpe"]
 
 BYTES = 256
 
-# GPT-2's rule in the classes that `re` has: English endings; letters, digits or other marks with at most one space
-# before; space.
+# GPT-2's pattern in the classes of `re`: English endings; letters, digits or other marks after at most one space;
+# whitespace.
 WORD = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
 
-# Merges stop at words, so a language has few different ones: those of the largest corpus here are 40,000.
+# Merges never cross words, and a language has few different words: the largest corpus here has 40,000.
 CACHED_WORDS = 2**17
 
 
 def split_words(text: str) -> list[str]:
-    """The pieces of a text that merges do not cross; joined they are the text.
+    """Splits a text into the pieces that merges never cross; joined, they are the text.
 
     Example:
       >>> split_words("Let there be light: 3 days.")
@@ -38,13 +37,13 @@ def split_words(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class BytePairs:
-    """An encoding: ids 0...255 are the bytes, 256 + i is what merge i joins.
+    """A byte-pair encoding: ids 0...255 are the bytes, 256 + i is the result of merge i.
 
     Attributes:
-      merges: pairs of ids, in the order learned; each names bytes and earlier merges only.
+      merges: pairs of ids in the order learned; a merge may contain bytes and earlier merges only.
 
     Raises:
-      ValueError: a merge of ids that it cannot know.
+      ValueError: a merge of an id that is neither a byte nor an earlier merge.
 
     Source: arXiv 1508.07909; on bytes as in GPT-2 (Radford et al. 2019, section 2.2).
 
@@ -67,16 +66,16 @@ class BytePairs:
         return BYTES + len(self.merges)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text."""
+        """Ids of a text."""
         return [i for word in split_words(text) for i in self._encode_word(word)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; bytes that are no UTF-8 (a cut character) become the replacement character."""
+        """Text of ids; invalid UTF-8, such as a cut character, becomes the replacement character."""
         return b"".join(self.spellings[i] for i in ids).decode("utf-8", "replace")
 
     @functools.cached_property
     def spellings(self) -> tuple[bytes, ...]:
-        """The bytes of each id."""
+        """Bytes of each id."""
         known = [bytes([i]) for i in range(BYTES)]
         for left, right in self.merges:
             known.append(known[left] + known[right])
@@ -84,7 +83,7 @@ class BytePairs:
 
     @functools.cached_property
     def _ranks(self) -> dict[tuple[int, int], int]:
-        # of merges named twice the first is the one that happens
+        # Of duplicate merges the first applies.
         return {pair: BYTES + i for i, pair in reversed(list(enumerate(self.merges)))}
 
     @functools.cached_property
@@ -104,13 +103,12 @@ class BytePairs:
 def train_bpe(texts: Iterable[str], size: int) -> BytePairs:
     """Learns merges from texts until there are `size` ids, or no pair occurs twice.
 
-    Each merge joins the pair that occurs most often in the words as they stand; of equally frequent
-    ones the pair with the smallest ids, so that the same texts give the same merges. Counts are kept
-    by different word and changed only where a merge happens.
+    Each merge joins the most frequent pair of the current words; ties go to the pair with the smallest ids, which makes
+    training deterministic. Counts are kept per distinct word and updated only where a merge applies.
 
     Args:
       texts: the corpus.
-      size: ids wanted, the 256 bytes counted.
+      size: number of ids, the 256 bytes included.
 
     Raises:
       ValueError: size below 256.
@@ -130,7 +128,7 @@ def train_bpe(texts: Iterable[str], size: int) -> BytePairs:
     places: dict[tuple[int, int], set[int]] = collections.defaultdict(set)
     for place, word in enumerate(words):
         _count(word, times[place], place, counts, places)
-    # a heap whose entries count only while they say what the counts say
+    # Heap entries are valid only while they agree with the counts.
     heap = [(-count, pair) for pair, count in counts.items()]
     heapq.heapify(heap)
     merges: list[tuple[int, int]] = []
@@ -152,7 +150,7 @@ def train_bpe(texts: Iterable[str], size: int) -> BytePairs:
 
 
 def _join(ids: Sequence[int], pair: tuple[int, int], joined: int) -> tuple[int, ...]:
-    """Every `pair` from left to right becomes `joined`."""
+    """Replaces every `pair`, from left to right, by `joined`."""
     out: list[int] = []
     at = 0
     while at < len(ids):
@@ -172,7 +170,7 @@ def _count(
     counts: collections.Counter[tuple[int, int]],
     places: dict[tuple[int, int], set[int]],
 ) -> set[tuple[int, int]]:
-    """Adds a word's pairs to the counts, or takes them away where `times` is negative; returns the pairs."""
+    """Adds the pairs of a word to the counts, or removes them where `times` is negative; returns the pairs."""
     pairs = list(zip(word, word[1:], strict=False))
     for pair in pairs:
         counts[pair] += times

@@ -1,29 +1,28 @@
-"""The base of every task: counter-based random access, and the shape of one example.
+"""Sources: random access to examples by number, drawn from a counter-based generator or stored.
 
-Example i of (seed, split) is drawn by a Philox generator whose key is (seed, split) and whose
-counter starts at i * 2**128: it depends on nothing else, so that a source is endless, costs nothing
-to resume, is the same for any number of workers and processes, and never shares a draw between
-splits (their keys differ). Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+Example i of (seed, split) is drawn by a Philox generator whose key is (seed, split) and whose counter starts at
+i * 2**128. It depends on nothing else: a source is endless, resumes at no cost, is the same for any number of workers
+and processes, and never shares a draw between splits, whose keys differ. Source: Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3".
 """
 
-import dataclasses
-from collections.abc import Callable, Collection, Mapping
-from typing import ClassVar, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
+
+from memformer.core.checks import check, check_choice
 
 __all__ = [
     "BATCH_KEYS",
     "SPLITS",
     "Example",
     "Extra",
+    "FiniteSource",
     "RandomAccessSource",
     "SyntheticSource",
-    "Task",
-    "check_at_least",
-    "check_choice",
-    "example",
+    "make_example",
 ]
 
 Example: TypeAlias = dict[str, np.ndarray]
@@ -34,16 +33,16 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 # The arrays that every example has; all have time as their first axis.
 BATCH_KEYS = ("inputs", "targets", "loss_weights", "segment_ids", "positions")
 
-# Far more examples than any run draws, and well inside what Grain counts with (sys.maxsize).
+# More examples than any run draws, and within the integers that Grain counts with (sys.maxsize).
 ENDLESS = 2**48
 
 
 class Extra(NamedTuple):
-    """An array of an example beside those that every task has, such as the sentence to translate.
+    """Shape and range of an array that an example has beyond `BATCH_KEYS`, such as the sentence to translate.
 
     Attributes:
-      shape: of one example, without the batch.
-      dtype: NumPy's name of it.
+      shape: shape per example, without the batch axis.
+      dtype: NumPy dtype name.
       end: integers lie in [0, end); None for floats, which must be finite.
     """
 
@@ -53,7 +52,11 @@ class Extra(NamedTuple):
 
 
 class RandomAccessSource(Protocol):
-    """What the input pipeline reads: a length, examples by number, and whether draws ever repeat."""
+    """The interface that the input pipeline reads: a length and examples by number.
+
+    Attributes:
+      endless: True where every draw is new; False where the source is a stored set.
+    """
 
     endless: bool
 
@@ -63,7 +66,7 @@ class RandomAccessSource(Protocol):
 
 
 class SyntheticSource:
-    """An endless source that draws example i of (seed, split) by `draw(generator, i)`.
+    """Endless source that draws example i of (seed, split) by `draw(generator, i)`.
 
     Args:
       draw: makes one example from a fresh generator and the example's number.
@@ -71,8 +74,8 @@ class SyntheticSource:
       seed: integer in [0, 2**64).
 
     Raises:
-      ValueError: unknown split, or a seed that is no such integer.
-      IndexError: example numbers outside [0, len(source)).
+      ValueError: unknown split, or invalid seed.
+      IndexError: example number outside [0, len(source)).
 
     Example:
       >>> source = SyntheticSource(lambda rng, i: {"x": rng.integers(10, size=3)}, "train", 0)
@@ -84,102 +87,51 @@ class SyntheticSource:
 
     def __init__(self, draw: Callable[[np.random.Generator, int], Example], split: str, seed: int):
         check_choice("split", split, SPLITS)
-        self._key = np.array([check_seed(seed), SPLITS[split]], np.uint64)
+        self._key = np.array([_check_seed(seed), SPLITS[split]], np.uint64)
         self._draw = draw
 
     def __len__(self) -> int:
         return ENDLESS
 
     def __getitem__(self, index: int) -> Example:
-        index = int(index)
-        if not 0 <= index < ENDLESS:
-            raise IndexError(f"example number must be in [0, {ENDLESS}), got {index}")
+        index = _check_index(index, ENDLESS)
         counter = np.array([0, 0, index, 0], np.uint64)
         return self._draw(np.random.Generator(np.random.Philox(key=self._key, counter=counter)), index)
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """A task: what an example looks like, how it is scored, and where examples come from.
+class FiniteSource:
+    """Stored set of `length` examples, of which example i is `make(i)`.
 
-    A subclass is a frozen dataclass of the task's settings with a field `length` (the size that
-    curricula and evaluations vary), and gives `vocab_size` or `features`, `num_classes`, `steps`
-    and `source`.
+    Raises:
+      IndexError: example number outside [0, length).
 
-    Attributes:
-      name: the key in `TASKS`.
-      scores: metrics shown beside the loss, keys of `memformer.training.losses.SCORES`.
-      loss: "classes", where a target is a class and the loss its cross entropy, or "bits", where a target is
-        [num_classes] zeros and ones and the loss the sum of their binary cross entropies.
+    Example:
+      >>> source = FiniteSource(lambda i: {"x": np.array([i])}, 3)
+      >>> len(source), source[2]["x"].item()
+      (3, 2)
     """
 
-    name: ClassVar[str]
-    scores: ClassVar[tuple[str, ...]] = ("accuracy",)
-    loss: ClassVar[str] = "classes"
+    endless = False
 
-    length: int
+    def __init__(self, make: Callable[[int], Example], length: int):
+        self._make = make
+        self._length = length
 
-    @property
-    def resolved(self) -> Mapping[str, str]:
-        """Settings that depend on what is installed here, resolved; a run records them."""
-        return {}
+    def __len__(self) -> int:
+        return self._length
 
-    @property
-    def eval_lengths(self) -> tuple[int, ...]:
-        """Lengths that an evaluation by length visits."""
-        return ()
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of input ids; 0 where inputs are float features."""
-        return 0
-
-    @property
-    def features(self) -> int:
-        """Width of float inputs [T, features]; 0 where inputs are ids."""
-        return 0
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of a target, or of its bits."""
-        raise NotImplementedError(f"{type(self).__name__} has no num_classes")
-
-    @property
-    def extras(self) -> Mapping[str, Extra]:
-        """Further arrays of an example, each given to the model as the keyword argument of its name."""
-        return {}
-
-    @property
-    def steps(self) -> int:
-        """T, the time steps of an example's arrays (start tokens and queries counted)."""
-        return self.length
-
-    @property
-    def chance(self) -> float | None:
-        """Accuracy of an answer that ignores the inputs; None where accuracy is not the score."""
-        return 1 / self.num_classes if self.loss == "classes" else None
-
-    def source(self, split: str, seed: int) -> RandomAccessSource:
-        """Examples of one split, by number."""
-        raise NotImplementedError(f"{type(self).__name__} has no source")
-
-    def with_length(self, length: int) -> "Task":
-        """The same task at another length.
-
-        Raises:
-          ValueError: the task cannot have that length.
-        """
-        return dataclasses.replace(self, length=length)
+    def __getitem__(self, index: int) -> Example:
+        return self._make(_check_index(index, self._length))
 
 
-def example(inputs: np.ndarray, targets: ArrayLike, loss_weights: np.ndarray, used: int | None = None) -> Example:
-    """One example of a single segment; time steps from `used` on are padding.
+def make_example(inputs: np.ndarray, targets: ArrayLike, loss_weights: np.ndarray, used: int | None = None) -> Example:
+    """Makes an example of a single segment; time steps from `used` on are padding.
 
     Args:
       inputs: ids [T], or features [T, F].
       targets: classes [T], or bits [T, num_classes].
-      loss_weights: [T]; 0 is not scored. Padding must hold 0.
-      used: number of steps that are not padding, all by default.
+      loss_weights: [T]; a step of weight 0 is not scored. Padding must have weight 0.
+      used: number of steps before the padding; default: all.
     """
     steps = len(inputs)
     time = np.arange(steps, dtype=np.int32)
@@ -193,20 +145,14 @@ def example(inputs: np.ndarray, targets: ArrayLike, loss_weights: np.ndarray, us
     }
 
 
-def check_at_least(name: str, value: int, least: int) -> None:
-    """Raises ValueError unless `value` is an integer of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _check_index(index: int, length: int) -> int:
+    if not 0 <= index < length:
+        raise IndexError(f"example number must be in [0, {length}), got {index}")
+    return int(index)
 
 
-def check_choice(name: str, value: object, choices: Collection[object]) -> None:
-    """Raises ValueError unless `value` is among `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def check_seed(seed: int) -> int:
-    """The seed, or ValueError: a key word of the generator holds 64 bits."""
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
+def _check_seed(seed: int) -> int:
+    # A word of the generator's key has 64 bits.
+    valid = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and 0 <= seed < 2**64
+    check(valid, "seed", "an integer in [0, 2**64)", seed)
     return int(seed)

@@ -1,11 +1,10 @@
-"""Real pictures with captions: the stamps of Tux Paint, read where Debian's package installs them.
+"""Real pictures with captions: the stamps of Tux Paint, read from the folder of Debian's package.
 
-The stamps are under the GPL: they are read from their folder and nothing of them is kept in this project. Each
-is NAME.png with NAME.txt, whose first line is the English caption, and where it has options NAME.dat.
+The stamps are under the GPL: they are read in place, and this project contains none of them. A stamp is NAME.png with
+NAME.txt, whose first line is the English caption, and optionally NAME.dat with its options.
 """
 
 import functools
-import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +13,24 @@ from typing import NamedTuple
 import numpy as np
 
 from memformer.data.source import SPLITS
+from memformer.data.splits import split_by_hash
 
-__all__ = ["FOLDER", "PACKAGE", "Stamp", "clean", "list_stamps", "read_pictures", "split_stamps"]
+__all__ = ["STAMPS_FOLDER", "STAMPS_PACKAGE", "Stamp", "clean_caption", "list_stamps", "read_pictures", "split_stamps"]
 
-PACKAGE = "tuxpaint-stamps-default"
-FOLDER = "/usr/share/tuxpaint/stamps"
+STAMPS_PACKAGE = "tuxpaint-stamps-default"
+STAMPS_FOLDER = "/usr/share/tuxpaint/stamps"
 
-# Of a hundred pictures, by hash of the path: test below the first number, validation below the second.
-TEST_SHARE, VALIDATION_SHARE = 10, 20
+# Percentages of the pictures.
+TEST, VALIDATION = 10, 10
 
 
 class Stamp(NamedTuple):
-    """One picture and what is said of it.
+    """A picture and its caption.
 
     Attributes:
-      path: of the PNG, relative to the folder, with forward slashes.
-      words: of the cleaned caption.
-      mirrors: it may be mirrored (letters and signs may not).
+      path: path of the PNG, relative to the folder, with forward slashes.
+      words: words of the cleaned caption.
+      mirrors: True where the picture may be mirrored (letters and signs may not).
     """
 
     path: str
@@ -38,25 +38,25 @@ class Stamp(NamedTuple):
     mirrors: bool
 
 
-def clean(caption: str) -> tuple[str, ...]:
-    """The words of a caption's first sentence in lower case, without what stands in brackets.
+def clean_caption(caption: str) -> tuple[str, ...]:
+    """Words of a caption's first sentence, in lower case, without text in brackets.
 
     Example:
-      >>> clean("An inukshuk (or inuksuk), a landmark. It was used as a milestone.")
+      >>> clean_caption("An inukshuk (or inuksuk), a landmark. It was used as a milestone.")
       ('an', 'inukshuk', 'a', 'landmark')
     """
     plain = re.sub(r"\([^)]*\)", " ", caption.replace("’", "'").lower())
-    # A stop or mark that a space follows ends the sentence; "no. 5" and "f.22" do not occur.
+    # A full stop or mark before a space ends the sentence; "no. 5" and "f.22" do not occur.
     sentences = re.split(r"(?<=[.!?])\s", plain.strip())
     return tuple(re.findall(r"[^\W_]+(?:['-][^\W_]+)*", sentences[0]))
 
 
 @functools.cache
 def list_stamps(folder: str) -> tuple[Stamp, ...]:
-    """All pictures with a caption below `folder`, in the order of their paths.
+    """All pictures with a caption below `folder`, sorted by path.
 
     Raises:
-      ValueError: the folder is not there, or holds no such pair of files.
+      ValueError: the folder does not exist, or holds no captioned picture.
     """
     root = Path(folder)
     found = []
@@ -64,48 +64,47 @@ def list_stamps(folder: str) -> tuple[Stamp, ...]:
         text, options = picture.with_suffix(".txt"), picture.with_suffix(".dat")
         if not text.is_file():
             continue
-        # The other lines are the caption in other languages.
-        words = clean((text.read_text("utf-8").splitlines() or [""])[0])
+        # The other lines are translations.
+        words = clean_caption((text.read_text("utf-8").splitlines() or [""])[0])
         if words:
             fixed = options.is_file() and "nomirror" in options.read_text("utf-8").split()
             found.append(Stamp(picture.relative_to(root).as_posix(), words, not fixed))
     if not found:
-        state = "holds no PNG with a caption" if root.is_dir() else "is not there"
+        state = "has no PNG with a caption" if root.is_dir() else "does not exist"
         raise ValueError(
-            f"task.folder {folder!r} {state}: task.pictures='stamps' reads the stamps of Debian's package {PACKAGE}. "
-            f"Install it (apt-get install {PACKAGE}) or set task.folder to where its stamps lie; without it, "
-            "task.pictures='shapes' runs on pictures that are generated"
+            f"task.folder {folder!r} {state}: task.pictures='stamps' reads the stamps of Debian's package "
+            f"{STAMPS_PACKAGE}. Install it (apt-get install {STAMPS_PACKAGE}) or set task.folder to the folder of its "
+            "stamps; task.pictures='shapes' needs no files"
         )
     return tuple(sorted(found))
 
 
 @functools.cache
 def split_stamps(folder: str) -> dict[str, tuple[Stamp, ...]]:
-    """The stamps of each split: about 80% train, 10% validation, 10% test, by the hash of a picture's path.
+    """Stamps of each split: about 80% train, 10% validation and 10% test, by the hash of a picture's path.
 
-    A picture is in one split only, but its like may be in another: the letters come filled and outlined, many
-    things both as a photograph and as a drawing. Held-out scores are flattered by that; those of pictures whose
-    caption no training picture has are the ones that measure more than recognition of a near-duplicate.
+    A picture is in one split only, but a near-duplicate may be in another: letters come filled and outlined, many
+    things as a photograph and as a drawing. This inflates held-out scores; the scores on pictures whose caption no
+    training picture has measure more than the recognition of near-duplicates.
 
     Raises:
       ValueError: see `list_stamps`.
     """
     parts: dict[str, list[Stamp]] = {split: [] for split in SPLITS}
     for stamp in list_stamps(folder):
-        number = int.from_bytes(hashlib.sha256(stamp.path.encode()).digest()[:8], "big") % 100
-        parts["test" if number < TEST_SHARE else "validation" if number < VALIDATION_SHARE else "train"].append(stamp)
+        parts[split_by_hash(stamp.path.encode(), test=TEST, validation=VALIDATION)].append(stamp)
     return {split: tuple(stamps) for split, stamps in parts.items()}
 
 
 # The whole package at 64 x 64 is 12 MB.
 @functools.lru_cache(maxsize=6)
 def read_pictures(folder: str, stamps: Sequence[Stamp], size: int) -> np.ndarray:
-    """The pictures on white, fitted into a square: uint8 [stamps, size, size, 3].
+    """Reads pictures on a white background, fitted into a square: uint8 [stamps, size, size, 3].
 
     Args:
-      folder: where their paths begin.
-      stamps: a tuple of which pictures.
-      size: side of the square in pixels; a picture is scaled until its longer side fills it.
+      folder: root of the pictures' paths.
+      stamps: the pictures, as a tuple.
+      size: side of the square in pixels; the longer side of a picture is scaled to it.
 
     Raises:
       ValueError: a file that cannot be read.

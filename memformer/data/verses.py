@@ -1,9 +1,9 @@
-"""Verses in English and Spanish: of two installed packages, or of the part of them that is kept here.
+"""Verses in English and Spanish, from two Debian packages or from the excerpt that this package contains.
 
-Both are in the public domain: the King James Version (1769 text) and the Reina-Valera of 1909, as the packages
-sword-text-kjv and sword-text-sparv bring them. A SWORD module of kind zText keeps each testament in three files:
-the compressed books (bzz), where each of them lies (bzs), and which part of a book each verse is (bzv). Verses
-have the same numbers in both modules.
+Both texts are in the public domain: the King James Version (1769 text) and the Reina-Valera of 1909, of the packages
+sword-text-kjv and sword-text-sparv. A SWORD module of kind zText stores each testament in three files: the compressed
+books (bzz), the offset and size of each book (bzs), and the book, offset and size of each verse (bzv). Verses have the
+same numbers in both modules.
 """
 
 import functools
@@ -16,13 +16,26 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["PACKAGES", "Verse", "find_modules", "read_modules", "read_slice", "strip_markup"]
+from memformer.data.splits import split_by_hash
 
-PACKAGES = ("sword-text-kjv", "sword-text-sparv")
+__all__ = [
+    "VERSES_PACKAGES",
+    "Verse",
+    "find_verses",
+    "read_verse_slice",
+    "read_verses",
+    "split_verses",
+    "strip_markup",
+]
+
+VERSES_PACKAGES = ("sword-text-kjv", "sword-text-sparv")
 MODULES = ("modules/texts/ztext/engKJV2006eb", "modules/texts/ztext/spaRV1909eb")
 SLICE = "files/genesis_en_es.tsv"
 
-# A note's or title's own text is no verse; one that closes itself has none.
+# Percentages of the English verses.
+TEST, VALIDATION = 6, 6
+
+# The text of notes and titles is not part of the verse; self-closing ones have none.
 INSETS = re.compile(r"<(note|title)\b(?:[^>]*/>|.*?</\1>)", re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
 
@@ -35,7 +48,7 @@ class Verse(NamedTuple):
 
 
 def strip_markup(text: str) -> str:
-    """A verse without notes, titles and tags, its spaces single.
+    """Removes notes, titles and tags from a verse, and collapses its spaces.
 
     Example:
       >>> strip_markup('<w lemma="x">In</w> the  <note>or: at</note>beginning<title type="t"/> ')
@@ -44,8 +57,12 @@ def strip_markup(text: str) -> str:
     return " ".join(TAG.sub("", INSETS.sub("", text)).split())
 
 
-def find_modules(folder: str = "") -> str | None:
-    """The folder that holds both modules: `folder` or, where that is "", the first of SWORD's usual ones; or None."""
+def find_verses(folder: str = "") -> str | None:
+    """The folder that holds both modules, or None.
+
+    Args:
+      folder: the only folder to search; "" searches the usual folders of SWORD modules.
+    """
     if folder:
         places = [folder]
     else:
@@ -59,18 +76,18 @@ def find_modules(folder: str = "") -> str | None:
 
 
 @functools.cache
-def read_modules(folder: str) -> tuple[Verse, ...]:
+def read_verses(folder: str) -> tuple[Verse, ...]:
     """All verses that have words in both languages, in the order of the modules.
 
     Raises:
-      ValueError: files that are missing or not in the format.
+      ValueError: files that are missing or damaged.
     """
     try:
         english, spanish = (_read_module(Path(folder, module)) for module in MODULES)
     except (OSError, struct.error, zlib.error, IndexError, UnicodeDecodeError) as error:
         raise ValueError(
             f"task.folder {folder!r}: the verses cannot be read ({error}); install the packages "
-            f"{' and '.join(PACKAGES)} anew, or set task.corpus='slice'"
+            f"{' and '.join(VERSES_PACKAGES)} again, or set task.corpus='slice'"
         ) from error
     if len(english) != len(spanish):
         raise ValueError(
@@ -93,10 +110,25 @@ def _read_module(folder: Path) -> list[str]:
 
 
 @functools.cache
-def read_slice() -> tuple[Verse, ...]:
-    """The verses that are kept in this package: Genesis 1 to 20."""
+def read_verse_slice() -> tuple[Verse, ...]:
+    """The verses that this package contains: Genesis 1 to 20."""
     text = resources.files("memformer.data").joinpath(SLICE).read_text("utf-8")
     return tuple(_parse(text.splitlines()))
+
+
+@functools.cache
+def split_verses(folder: str, split: str) -> tuple[Verse, ...]:
+    """Verses of one split: about 88% train, 6% validation and 6% test, by the hash of the English verse.
+
+    The same English verse is never in two splits.
+
+    Args:
+      folder: folder of the modules; "" is the excerpt of this package.
+      split: "train", "validation" or "test".
+    """
+    verses = read_verses(folder) if folder else read_verse_slice()
+    keys = ((verse, verse.english.encode()) for verse in verses)
+    return tuple(verse for verse, key in keys if split_by_hash(key, test=TEST, validation=VALIDATION) == split)
 
 
 def _parse(lines: Sequence[str]) -> list[Verse]:

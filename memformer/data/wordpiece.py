@@ -1,4 +1,4 @@
-"""BERT's tokenizer: words and punctuation apart, then the longest pieces that the vocabulary has."""
+"""BERT's tokenizer: splits text into words and punctuation, and words into pieces of a vocabulary."""
 
 import pathlib
 import re
@@ -11,7 +11,7 @@ __all__ = ["WordPiece"]
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
-# A longer word is one unknown piece.
+# Longer words become [UNK].
 LONGEST_WORD = 100
 # CJK ideographs, each a word of its own.
 IDEOGRAPHS = (
@@ -27,15 +27,15 @@ IDEOGRAPHS = (
 
 
 class WordPiece:
-    """Text to ids of a BERT vocabulary.
+    """Encodes text with a BERT vocabulary.
 
-    Text is cleaned of control characters, lowered and freed of accents (where `lower`), cut at spaces,
-    punctuation and ideographs; each word is cut from the left into the longest pieces of the vocabulary, those
-    inside a word written ##piece. A word that cannot be cut whole is [UNK].
+    Control characters are removed, letters are lowercased and stripped of accents (with `lower`), and the text is split
+    at spaces, punctuation and ideographs. Each word is split greedily from the left into the longest pieces of the
+    vocabulary; pieces inside a word are written ##piece. A word that cannot be split completely is [UNK].
 
     Args:
-      vocabulary: the pieces; a piece's id is its place.
-      lower: an uncased vocabulary.
+      vocabulary: the pieces; the index of a piece is its id.
+      lower: True for an uncased vocabulary.
 
     Raises:
       ValueError: a vocabulary without [PAD], [UNK], [CLS], [SEP] or [MASK].
@@ -55,17 +55,17 @@ class WordPiece:
         self.ids = {piece: place for place, piece in enumerate(self.vocabulary)}
         missing = [piece for piece in SPECIAL if piece not in self.ids]
         if missing:
-            raise ValueError(f"vocabulary must have the pieces {', '.join(SPECIAL)}; missing: {', '.join(missing)}")
+            raise ValueError(f"vocabulary must contain the pieces {', '.join(SPECIAL)}; missing: {', '.join(missing)}")
 
     @classmethod
     def from_file(cls, path: str | pathlib.Path, *, lower: bool = True) -> "WordPiece":
-        """Reads a vocab.txt, one piece a line."""
-        # only a line feed ends a line: some pieces are other separators of Unicode
+        """Reads a vocab.txt with one piece per line."""
+        # Only a line feed ends a line: some pieces are other line separators of Unicode.
         lines = pathlib.Path(path).read_bytes().decode("utf-8").split("\n")
         return cls([line.rstrip("\r") for line in lines[: -1 if not lines[-1] else None]], lower=lower)
 
     def words(self, text: str) -> list[str]:
-        """Words, punctuation marks and ideographs of a text; special pieces stay whole.
+        """Splits a text into words, punctuation marks and ideographs; special pieces stay intact.
 
         Example:
           >>> WordPiece(SPECIAL).words("Don't [MASK]")
@@ -76,19 +76,19 @@ class WordPiece:
             if part in SPECIAL:
                 found.append(part)
             else:
-                found.extend("".join(map(_spaced, self._clean(part))).split())
+                found.extend("".join(map(_space_out, self._clean(part))).split())
         return found
 
     def _clean(self, text: str) -> str:
-        text = "".join(map(_visible, text))
+        text = "".join(map(_normalize, text))
         if not self.lower:
             return text
         apart = unicodedata.normalize("NFD", text)
-        # one by one: lowering a word whole would make a sigma at its end another letter
+        # Character by character: lowercasing a whole word turns a final sigma into another letter.
         return "".join(c.lower() for c in apart if unicodedata.category(c) != "Mn")
 
     def pieces(self, text: str) -> list[str]:
-        """The pieces of a text, without [CLS] and [SEP]."""
+        """Pieces of a text, without [CLS] and [SEP]."""
         return [piece for word in self.words(text) for piece in self._cut(word)]
 
     def _cut(self, word: str) -> list[str]:
@@ -110,34 +110,34 @@ class WordPiece:
         return cut
 
     def encode(self, text: str, pair: str | None = None, *, length: int | None = None) -> tuple[list[int], list[int]]:
-        """Ids of [CLS] text [SEP] (pair [SEP]), and the kind of each: 0, and 1 from the pair on.
+        """Ids of [CLS] text [SEP] (pair [SEP]), and their token types: 0 for the text, 1 for the pair.
 
         Args:
-          text: the (first) text.
-          pair: the second, or None.
-          length: ids at most, None for all; what is longer loses the end of the text (without a pair only).
+          text: the first text.
+          pair: the second text, or None.
+          length: maximum number of ids, which truncates the text; None for no limit.
 
         Raises:
-          ValueError: a length below 3, or one with a pair.
+          ValueError: a length below 3, or a length together with a pair.
         """
         pieces = self.pieces(text)
         if length is not None:
             if length < 3 or pair is not None:
-                raise ValueError(f"length must be at least 3 and is for texts without a pair, got {length!r}")
+                raise ValueError(f"length must be at least 3, and None with a pair, got {length!r}")
             pieces = pieces[: length - 2]
         first = ["[CLS]", *pieces, "[SEP]"]
         second = [] if pair is None else [*self.pieces(pair), "[SEP]"]
         return [self.ids[piece] for piece in first + second], [0] * len(first) + [1] * len(second)
 
     def batch(self, texts: Sequence[str], *, length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Ids [B, T] and segment_ids [B, T] (1, and 0 at padding) of texts, padded to the longest.
+        """Ids [B, T] and segment_ids [B, T] (1, and 0 for padding) of texts, padded to the longest.
 
         Args:
-          texts: one a row.
-          length: ids at most a text; None for all.
+          texts: one text per row.
+          length: maximum number of ids per text; None for no limit.
 
         Raises:
-          ValueError: no text.
+          ValueError: `texts` is empty.
 
         Example:
           >>> ids, segments = WordPiece([*SPECIAL, "a", "b"]).batch(["a b", "b"])
@@ -147,7 +147,7 @@ class WordPiece:
         """
         rows = [self.encode(text, length=length)[0] for text in texts]
         if not rows:
-            raise ValueError("texts must hold at least one text")
+            raise ValueError("texts must contain at least one text")
         ids = np.full((len(rows), max(map(len, rows))), self.ids["[PAD]"], np.int32)
         segments = np.zeros_like(ids)
         for i, row in enumerate(rows):
@@ -155,20 +155,20 @@ class WordPiece:
         return ids, segments
 
 
-def _visible(character: str) -> str:
-    """A space for every white character, nothing for control characters."""
+def _normalize(character: str) -> str:
+    """Maps whitespace to a space and control characters to nothing."""
     if character in "\t\n\r" or unicodedata.category(character) == "Zs":
         return " "
-    # control, format, private: not what a later Unicode may assign
+    # Control, format, private use, surrogate; unassigned characters stay.
     if character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cf", "Co", "Cs"):
         return ""
     return character
 
 
-def _spaced(character: str) -> str:
-    """Punctuation and ideographs with spaces around them."""
+def _space_out(character: str) -> str:
+    """Surrounds punctuation and ideographs with spaces."""
     code = ord(character)
-    # every mark of ASCII counts, also those that Unicode calls symbols, such as $ and ^
+    # All ASCII marks count, including those that Unicode classifies as symbols, such as $ and ^.
     mark = 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
     mark = mark or unicodedata.category(character).startswith("P")
     alone = mark or any(low <= code <= high for low, high in IDEOGRAPHS)

@@ -1,36 +1,35 @@
-"""Captions of pictures: real ones (Tux Paint's stamps, where they are installed) or generated ones (placed shapes)."""
+"""Captions of pictures: generated shapes, or Tux Paint's stamps where they are installed."""
 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from memformer.data import stamps
+from memformer.core.checks import check, check_at_least, check_choice
+from memformer.data import shapes, stamps
 from memformer.data.source import (
     SPLITS,
     Example,
     Extra,
+    FiniteSource,
     RandomAccessSource,
     SyntheticSource,
-    Task,
-    check_at_least,
-    check_choice,
-    example,
+    make_example,
 )
-from memformer.tasks import shapes
+from memformer.tasks.task import Task
 
-__all__ = ["END", "START", "UNKNOWN", "Captions"]
+__all__ = ["Captions"]
 
-# Ids before those of words: padding, the first input, the last target, and any word that is not in the vocabulary.
+# Special ids, before those of words: padding, the first input, the last target, words outside the vocabulary.
 PADDING, START, END, UNKNOWN = range(4)
 SPECIAL = ("<padding>", "<start>", "<end>", "<unknown>")
 
-# Captions of training pictures that must have a word, for the word to have an id of its own.
+# Minimum number of training captions that contain a word of the vocabulary.
 LEAST_COUNT = 2
 
-# Stamps move by up to this part of the side in training.
+# Training stamps are shifted by up to this fraction of the side.
 SHIFT = 1 / 8
 
 PICTURES = ("shapes", "stamps")
@@ -38,29 +37,29 @@ PICTURES = ("shapes", "stamps")
 
 @dataclasses.dataclass(frozen=True)
 class Captions(Task):
-    """Say what a picture shows, word by word.
+    """Describe a picture, word by word.
 
-    Inputs are the start token and the caption's words, targets the words and the end token; `picture` is an extra
-    of each example. A caption of more than `length` - 1 words is cut, and has no end token then.
+    Inputs are the start token and the words of the caption, targets are the words and the end token; `picture` is an
+    extra. A caption of more than `length` - 1 words is truncated, and has no end token.
 
-    `pictures` = "shapes": one coloured shape or two, generated (`memformer.tasks.shapes`), endless. Six of the thirty
-    pairs of colour and kind are in no training or validation picture; every test picture has at least one of them.
+    With `pictures` = "shapes", pictures of one or two coloured shapes are generated (`memformer.data.draw_scene`). Six
+    of the thirty pairs of colour and kind are in no training or validation picture; every test picture has one of them.
 
-    `pictures` = "stamps": the 785 captioned stamps of the package tuxpaint-stamps-default, split by picture
-    (`memformer.data.stamps.split_stamps` says what that does and does not keep apart). Training pictures are drawn
-    at random, endlessly, moved by up to an eighth of the side, and mirrored where their options allow it; validation
-    and test are each picture once. Words of one training caption only, and words that none has, are "<unknown>": read,
-    but not scored, so that no model is praised for saying it.
+    With `pictures` = "stamps", pictures are the 785 captioned stamps of the package tuxpaint-stamps-default, split by
+    picture (`memformer.data.split_stamps`, which also says what this does not separate). Training pictures are drawn at
+    random, shifted by up to an eighth of the side, and mirrored where their options allow it; validation and test have
+    each picture once. Words of fewer than two training captions are "<unknown>", which is an input but is not scored,
+    so that no model is rewarded for predicting it.
 
     Attributes:
       length: time steps of an example.
       pictures: "shapes" or "stamps".
       size: side of the square pictures in pixels.
-      folder: where the stamps lie; "" is where the package puts them. Shapes have none.
+      folder: folder of the stamps; "" is that of the package. Must be "" for shapes.
 
     Raises:
-      ValueError: a setting out of range, named; stamps that are not installed (naming the package to install, and
-        what runs without it).
+      ValueError: an option out of range; stamps that are not installed (the message names the package, and the
+        alternative without it).
 
     Example:
       >>> task = Captions()
@@ -79,27 +78,26 @@ class Captions(Task):
 
     def __post_init__(self):
         check_choice("pictures", self.pictures, PICTURES)
-        # With the end token, a sentence of shapes always fits.
+        # A caption of shapes always fits, with its end token.
         check_at_least("length", self.length, shapes.LONGEST + 1 if self.pictures == "shapes" else 2)
         check_at_least("size", self.size, 16)
-        if not isinstance(self.folder, str):
-            raise ValueError(f"folder must be a text, got {self.folder!r}")
-        if self.folder and self.pictures == "shapes":
-            raise ValueError(f"folder must be '' where pictures is 'shapes', which has no files, got {self.folder!r}")
+        check(isinstance(self.folder, str), "folder", "a string", self.folder)
+        unused = not self.folder or self.pictures != "shapes"
+        check(unused, "folder", "'' for pictures='shapes', which has no files", self.folder)
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The vocabulary: the word of each id, the special ones first."""
+        """The vocabulary: the word of each id, special ids first."""
         return SPECIAL + (shapes.WORDS if self.pictures == "shapes" else _stamp_words(self._root()))
 
     @property
     def vocab_size(self) -> int:
-        """Words and the four special ids."""
+        """Words and special ids."""
         return len(self.words)
 
     @property
     def num_classes(self) -> int:
-        """Targets have the ids of inputs."""
+        """Targets have the same ids as inputs."""
         return self.vocab_size
 
     @property
@@ -109,28 +107,28 @@ class Captions(Task):
 
     @property
     def chance(self) -> None:
-        """None: a blind caption is not one constant answer."""
+        """None: no constant answer is a baseline for captions."""
         return None
 
     def encode(self, words: Sequence[str]) -> list[int]:
-        """Ids of words; those that the vocabulary lacks are `UNKNOWN`."""
+        """Ids of words; words outside the vocabulary are `UNKNOWN`."""
         ids = _number(self.words)
         return [ids.get(word, UNKNOWN) for word in words]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """Words up to the end token or the first padding."""
-        known, said = self.words, []
+        known, words = self.words, []
         for number in map(int, ids):
             if number in (PADDING, END):
                 break
-            said.append(known[number])
-        return said
+            words.append(known[number])
+        return words
 
     def reference(self, split: str, seed: int, index: int) -> tuple[str, ...]:
-        """The caption of an example in full: words that have no id of their own, and those that were cut.
+        """The full caption of an example, with the words outside the vocabulary and the truncated ones.
 
         Raises:
-          ValueError: training stamps, which are drawn at random, have no number.
+          ValueError: training stamps, which are drawn at random.
         """
         if self.pictures == "shapes":
             source = self.source(split, seed)
@@ -140,28 +138,29 @@ class Captions(Task):
         return stamps.split_stamps(self._root())[split][index].words
 
     def regions(self, split: str, seed: int, index: int) -> np.ndarray:
-        """Where the shapes of an example lie: coverage of each pixel, [shapes, size, size], in the order of naming.
+        """Coverage of each pixel by the shapes of an example, [shapes, size, size], in the order of the caption.
 
         Raises:
-          ValueError: stamps, of which nobody knows.
+          ValueError: stamps, which have no annotated regions.
         """
         if self.pictures != "shapes":
-            raise ValueError("pictures must be 'shapes' for regions: where the things of a stamp lie is not known")
+            raise ValueError("pictures must be 'shapes' for regions: stamps have no annotated regions")
 
         def cover(rng: np.random.Generator, _: int) -> Example:
-            figures = shapes.draw(rng, held_out=split == "test")[1]
-            return {"regions": np.stack([shapes.cover(figure, self.size) for figure in figures])}
+            figures = shapes.draw_scene(rng, held_out=split == "test")[1]
+            return {"regions": np.stack([shapes.figure_coverage(figure, self.size) for figure in figures])}
 
         return SyntheticSource(cover, split, seed)[index]["regions"]
 
     def source(self, split: str, seed: int) -> RandomAccessSource:
-        """Pictures of one split; the seed plays no part where stamps are held out."""
+        """Pictures of one split; the seed has no effect on held-out stamps."""
         check_choice("split", split, SPLITS)
         if self.pictures == "shapes":
 
             def draw(rng: np.random.Generator, _: int) -> Example:
-                relation, figures = shapes.draw(rng, held_out=split == "test")
-                return self._example(shapes.caption(relation, figures), shapes.paint(rng, figures, self.size))
+                relation, figures = shapes.draw_scene(rng, held_out=split == "test")
+                picture = shapes.paint_scene(rng, figures, self.size)
+                return self._example(shapes.describe_scene(relation, figures), picture)
 
             return SyntheticSource(draw, split, seed)
         chosen = stamps.split_stamps(self._root())[split]
@@ -173,7 +172,7 @@ class Captions(Task):
                 return self._example(chosen[number].words, _vary(rng, pictures[number], chosen[number].mirrors))
 
             return SyntheticSource(vary, split, seed)
-        return _Each(lambda i: self._example(chosen[i].words, _scale(pictures[i])), len(chosen))
+        return FiniteSource(lambda i: self._example(chosen[i].words, _scale(pictures[i])), len(chosen))
 
     def _example(self, words: Sequence[str], picture: np.ndarray) -> Example:
         ids = self.encode(words)
@@ -182,33 +181,15 @@ class Captions(Task):
         inputs[:used] = [START, *ids][:used]
         targets[:used] = [*ids, END][:used]
         weights = ((np.arange(self.length) < used) & (targets != UNKNOWN)).astype(np.float32)
-        return {**example(inputs, targets, weights, used), "picture": picture}
+        return {**make_example(inputs, targets, weights, used), "picture": picture}
 
     def _root(self) -> str:
-        return self.folder or stamps.FOLDER
-
-
-class _Each:
-    """Held-out pictures, each once."""
-
-    endless = False
-
-    def __init__(self, make: Callable[[int], Example], length: int):
-        self._make = make
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < self._length:
-            raise IndexError(f"picture number must be in [0, {self._length}), got {index}")
-        return self._make(index)
+        return self.folder or stamps.STAMPS_FOLDER
 
 
 @functools.cache
 def _stamp_words(folder: str) -> tuple[str, ...]:
-    """Words that at least `LEAST_COUNT` training captions have, in the order of the alphabet."""
+    """Words of at least `LEAST_COUNT` training captions, sorted."""
     captions = [stamp.words for stamp in stamps.split_stamps(folder)["train"]]
     counts = collections.Counter(word for words in captions for word in set(words))
     return tuple(sorted(word for word, count in counts.items() if count >= LEAST_COUNT))
@@ -224,7 +205,7 @@ def _scale(picture: np.ndarray) -> np.ndarray:
 
 
 def _vary(rng: np.random.Generator, picture: np.ndarray, mirrors: bool) -> np.ndarray:
-    """Moves a picture over its white ground, and mirrors half of those that may be."""
+    """Shifts a picture on its white background, and mirrors half of those that allow it."""
     size = len(picture)
     reach = round(SHIFT * size)
     down, right = rng.integers(2 * reach + 1, size=2)

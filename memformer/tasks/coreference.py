@@ -1,4 +1,4 @@
-"""Who does "it" refer to? Sentences in twins, where one word decides between two nouns."""
+"""Coreference of "it": pairs of sentences in which one word decides between two nouns."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,18 +6,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from memformer.data.source import Example, SyntheticSource, Task, check_at_least, check_choice, example
+from memformer.core.checks import check_at_least, check_choice
+from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.tasks.task import Task
 
-__all__ = ["NOUNS", "WORDS", "Coreference", "Sentence"]
+__all__ = ["Coreference", "Sentence"]
 
 
 class Family(NamedTuple):
-    """Sentences about one relation between A and B.
+    """Templates of sentences about one relation between A and B.
 
     Attributes:
-      nouns: that can be A, and can be B.
-      frames: main clauses (A named first, B named first) of the same meaning.
-      reasons: twins: a word that makes "it" A, and one that makes it B.
+      nouns: nouns for A and B.
+      frames: pairs of main clauses with the same meaning, with A or with B first.
+      reasons: pairs of words, of which the first makes "it" refer to A and the second to B.
     """
 
     nouns: Sequence[str]
@@ -60,7 +62,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Drawn only where task.families asks for it: no sentence of it is in the training of "trained".
+# Family of task.families="held_out"; no sentence of it is in "trained".
 HELD_OUT = "behind"
 
 NOUNS = (*CONTAINERS, *MOVERS)
@@ -69,14 +71,14 @@ REASON = "because it is too"
 
 
 class Sentence(NamedTuple):
-    """One sentence and where its words stand.
+    """A sentence and the positions of its key words.
 
     Attributes:
-      words: in order.
-      pronoun: place of "it".
-      referent: place of the noun it stands for.
-      other: place of the other noun.
-      reason: place of the word that decides.
+      words: words in order.
+      pronoun: position of "it".
+      referent: position of the noun that "it" refers to.
+      other: position of the other noun.
+      reason: position of the deciding word.
     """
 
     words: tuple[str, ...]
@@ -89,14 +91,14 @@ class Sentence(NamedTuple):
 def write_sentence(
     pair: tuple[str, str], frame: str, reasons: tuple[str, str], twin: int, reason_first: bool
 ) -> Sentence:
-    """A sentence from its choices.
+    """Builds a sentence.
 
     Args:
       pair: the nouns (A, B).
       frame: the main clause, with A and B for the nouns.
-      reasons: the words that make "it" A or B.
-      twin: which of the two is said, 0 or 1.
-      reason_first: "because it is too big , the ..." instead of the main clause first.
+      reasons: the words that make "it" refer to A or to B.
+      twin: index of the reason, 0 or 1.
+      reason_first: True puts the reason before the main clause: "because it is too big , the ...".
     """
     clause = [*frame.split()]
     reason = [*REASON.split(), reasons[twin]]
@@ -127,24 +129,24 @@ _LONGEST = max(
 
 @dataclasses.dataclass(frozen=True)
 class Coreference(Task):
-    """Which noun does "it" stand for? Scored at "it"; a class is a noun.
+    """Name the noun that "it" refers to. Scored at "it"; the classes are the nouns.
 
-    "the box does not fit in the bag because it is too big" has a twin, "... too small", whose "it" is the other noun.
-    Examples 2 i and 2 i + 1 are twins. Either noun may be named first ("the bag can not hold the box ..."), the reason
-    may come first, and any noun can take either part, so that neither order nor distance nor the nouns tell anything:
-    an answer needs who does what, and the word that decides.
+    "the box does not fit in the bag because it is too big" has a twin, "... too small", in which "it" refers to the
+    other noun. Examples 2 i and 2 i + 1 are twins. Either noun may come first ("the bag can not hold the box ..."), the
+    reason may come first, and any noun can play either role, so that order, distance and the nouns themselves carry no
+    information: the answer depends on the roles and on the deciding word.
 
-    One noun pair in five (of each family) is never in a training sentence, and is what validation and test draw.
-    A whole family, "behind", is left out of all splits unless asked for.
+    One noun pair in five, per family, is in no training sentence; validation and test draw from these pairs only. The
+    family "behind" is in no split unless `families` is "held_out".
 
     Attributes:
-      length: words of the arrays; shorter sentences are padded.
+      length: time steps; shorter sentences are padded.
       families: "trained" (fit, lift, catch) or "held_out" (behind).
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
-    Source: the form of Levesque et al. 2012, "The Winograd schema challenge".
+    Source: after Levesque et al. 2012, "The Winograd schema challenge".
 
     Example:
       >>> task = Coreference()
@@ -166,7 +168,7 @@ class Coreference(Task):
 
     @property
     def vocab_size(self) -> int:
-        """Words, and padding."""
+        """Words and padding."""
         return len(WORDS)
 
     @property
@@ -184,12 +186,12 @@ class Coreference(Task):
         return _Sentences(self, split, seed)
 
     def sentence(self, split: str, seed: int, number: int) -> Sentence:
-        """The words of example `number`, and where what matters stands."""
+        """The sentence of example `number`."""
         return self.source(split, seed).sentence(number)
 
 
 class _Sentences:
-    """Sentences by number; 2 i and 2 i + 1 have one draw."""
+    """Sentences by number; 2 i and 2 i + 1 share a draw."""
 
     endless = True
 
@@ -216,16 +218,16 @@ class _Sentences:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(f"example number must be in [0, {len(self)}), got {index}")
-        said = self.sentence(index)
-        used = len(said.words)
+        sentence = self.sentence(index)
+        used = len(sentence.words)
         inputs = np.zeros(self._length, np.int32)
-        inputs[:used] = [_IDS[word] for word in said.words]
+        inputs[:used] = [_IDS[word] for word in sentence.words]
         targets, weights = np.zeros(self._length), np.zeros(self._length)
-        targets[said.pronoun], weights[said.pronoun] = NOUNS.index(said.words[said.referent]), 1
-        return example(inputs, targets, weights, used)
+        targets[sentence.pronoun], weights[sentence.pronoun] = NOUNS.index(sentence.words[sentence.referent]), 1
+        return make_example(inputs, targets, weights, used)
 
     def _choose(self, rng: np.random.Generator, index: int) -> Example:
-        """The numbers of a sentence's choices: uniform over families, and over all that a family can say."""
+        """Draws the choices of a sentence: uniform over families, and over the sentences of a family."""
         which = int(rng.integers(len(self._families)))
         family = FAMILIES[self._families[which]]
         pairs = [

@@ -1,18 +1,20 @@
-"""Formal languages: one answer at the end of a regular one, or a string to be given back.
+"""Formal languages, the tasks of table 5 of DeltaFormer (NeurIPS 2025).
 
-Regular: parity, even pairs, cycle navigation, modular arithmetic without brackets. Context-free, answered token by
-token: a string in reverse, and what a stack holds. They are the tasks of table 5 of DeltaFormer (NeurIPS 2025).
+Regular languages with one answer at the end: parity, even pairs, cycle navigation, modular arithmetic without brackets.
+Context-free languages answered with a string: string reversal, stack manipulation.
 
 Source: Grazzi et al. 2024, "Unlocking state-tracking in linear RNNs through negative eigenvalues"
-(arXiv 2411.12537), after Deletang et al. 2022 (arXiv 2207.02098). Trained on lengths 3 to 40, tested
-on 40 to 256, scored by `scaled_accuracy`.
+(arXiv 2411.12537), after Deletang et al. 2022 (arXiv 2207.02098): trained on lengths 3 to 40, tested on 40
+to 256, scored by `scaled_accuracy`.
 """
 
 import dataclasses
 
 import numpy as np
 
-from memformer.data.source import Example, SyntheticSource, Task, check_at_least, example
+from memformer.core.checks import check_at_least
+from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.tasks.task import Task
 
 __all__ = [
     "CycleNavigation",
@@ -26,7 +28,7 @@ __all__ = [
 
 
 def scaled_accuracy(accuracy: float, chance: float) -> float:
-    """(accuracy - chance) / (1 - chance): 0 for guessing, 1 for no mistake.
+    """Rescales accuracy to 0 at chance and 1 at no error: (accuracy - chance) / (1 - chance).
 
     Example:
       >>> scaled_accuracy(0.75, 0.5)
@@ -37,7 +39,7 @@ def scaled_accuracy(accuracy: float, chance: float) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class _OneAnswer(Task):
-    """Lengths are uniform in [min_length, length]; shorter examples are padded at the end."""
+    """Base of tasks with one answer: lengths are uniform in [min_length, length], and shorter examples are padded."""
 
     length: int = 40
     min_length: int = 3
@@ -48,14 +50,14 @@ class _OneAnswer(Task):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Lengths that an evaluation by length visits."""
+        """Lengths of an evaluation by length."""
         return (40, 64, 128, 256)
 
     def with_length(self, length: int) -> Task:
-        """Itself at its own length; at another, the task at that very length: min_length follows.
+        """The same task at exactly that length: min_length becomes `length`, unless it is the task's own length.
 
         Raises:
-          ValueError: the task cannot have that length.
+          ValueError: the task does not support that length.
         """
         return self if length == self.length else dataclasses.replace(self, length=length, min_length=length)
 
@@ -64,25 +66,25 @@ class _OneAnswer(Task):
         return SyntheticSource(self._draw, split, seed)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
-        raise NotImplementedError(f"{type(self).__name__} draws nothing")
+        raise NotImplementedError(f"{type(self).__name__} has no _draw")
 
     def _example(self, tokens: np.ndarray, answer: int) -> Example:
         used = len(tokens)
         targets, weights = np.zeros(self.steps), np.zeros(self.steps)
         targets[used - 1], weights[used - 1] = answer, 1
-        return example(np.pad(tokens, (0, self.steps - used)), targets, weights, used)
+        return make_example(np.pad(tokens, (0, self.steps - used)), targets, weights, used)
 
 
 @dataclasses.dataclass(frozen=True)
 class Parity(_OneAnswer):
-    """Is the number of ones odd? Bits are uniform; the answer is scored at the last bit.
+    """Tell whether the number of ones is odd. Bits are uniform; the answer is scored at the last bit.
 
     Attributes:
-      length: greatest number of bits.
-      min_length: least number of bits.
+      length: maximum number of bits.
+      min_length: minimum number of bits.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> e = Parity().source("train", 0)[0]
@@ -109,14 +111,14 @@ class Parity(_OneAnswer):
 
 @dataclasses.dataclass(frozen=True)
 class EvenPairs(_OneAnswer):
-    """Are the pairs 01 and 10 of neighbours even in number? So they are where first and last bit are the same.
+    """Tell whether the number of adjacent pairs 01 and 10 is even, that is, whether the first and last bit agree.
 
     Attributes:
-      length: greatest number of bits.
-      min_length: least number of bits.
+      length: maximum number of bits.
+      min_length: minimum number of bits.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> e = EvenPairs(min_length=40).source("train", 0)[0]
@@ -143,15 +145,15 @@ class EvenPairs(_OneAnswer):
 
 @dataclasses.dataclass(frozen=True)
 class CycleNavigation(_OneAnswer):
-    """Where on a cycle is one who started at place 0? Moves are 0 stay, 1 forward, 2 back, uniform.
+    """Track the position on a cycle, from position 0. Moves are uniform: 0 stay, 1 forward, 2 back.
 
     Attributes:
-      length: greatest number of moves.
-      min_length: least number of moves.
-      places: of the cycle.
+      length: maximum number of moves.
+      min_length: minimum number of moves.
+      places: number of positions of the cycle.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> e = CycleNavigation().source("train", 0)[0]
@@ -175,7 +177,7 @@ class CycleNavigation(_OneAnswer):
 
     @property
     def num_classes(self) -> int:
-        """Places."""
+        """Positions."""
         return self.places
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
@@ -185,20 +187,19 @@ class CycleNavigation(_OneAnswer):
 
 @dataclasses.dataclass(frozen=True)
 class ModularArithmetic(_OneAnswer):
-    """The value of an expression such as 3 + 1 * 4 - 2 =, modulo `modulus`.
+    """Evaluate an expression such as 3 + 1 * 4 - 2 =, modulo `modulus`.
 
-    Digits and the operators +, -, * are uniform; * binds closer; the answer is scored at "=".
-    An expression has an odd number of tokens, so that the lengths in use are the odd ones of
-    [min_length, length], or the greatest below where there is none; "=" is not counted. Ids: the
-    digits, then +, -, *, =.
+    Digits and the operators +, -, * are uniform; * binds more tightly; the answer is scored at "=". An expression has
+    an odd number of tokens before "=": lengths are the odd ones of [min_length, length], or the greatest odd one below
+    where there is none. Ids: the digits, then +, -, *, =.
 
     Attributes:
-      length: greatest number of tokens before "=".
-      min_length: least number of tokens before "=".
+      length: maximum number of tokens before "=".
+      min_length: minimum number of tokens before "=".
       modulus: digits are 0...modulus - 1.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> task = ModularArithmetic()
@@ -226,7 +227,7 @@ class ModularArithmetic(_OneAnswer):
 
     @property
     def steps(self) -> int:
-        """The longest expression and "="."""
+        """T: the longest expression and "="."""
         return self.length + 1
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
@@ -240,13 +241,13 @@ class ModularArithmetic(_OneAnswer):
 
 
 class _OneString(_OneAnswer):
-    """The answer is a string, given at blanks behind the question: one blank for each of `room` tokens."""
+    """Base of tasks whose answer is a string, given at `room` blanks after the question."""
 
     scores = ("accuracy", "sequence_accuracy")
 
     @property
     def chance(self) -> float:
-        """Accuracy of guessing the bits."""
+        """Accuracy of guessing bits."""
         return 0.5
 
     def _answered(self, tokens: np.ndarray, room: int, answer: np.ndarray) -> Example:
@@ -254,19 +255,19 @@ class _OneString(_OneAnswer):
         inputs, targets, weights = np.zeros(self.steps), np.zeros(self.steps), np.zeros(self.steps)
         inputs[:asked], inputs[asked:used] = tokens, self.vocab_size - 1
         targets[asked : asked + len(answer)], weights[asked : asked + len(answer)] = answer, 1
-        return example(inputs, targets, weights, used)
+        return make_example(inputs, targets, weights, used)
 
 
 @dataclasses.dataclass(frozen=True)
 class ReverseString(_OneString):
-    """Give a string of bits back in reverse, a bit at each of as many blanks. Ids: 0, 1, blank.
+    """Reverse a string of bits, one bit per blank. Ids: 0, 1, blank.
 
     Attributes:
-      length: greatest number of bits.
-      min_length: least number of bits.
+      length: maximum number of bits.
+      min_length: minimum number of bits.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> e = ReverseString(length=3).source("train", 0)[0]
@@ -288,7 +289,7 @@ class ReverseString(_OneString):
 
     @property
     def steps(self) -> int:
-        """The string and its blanks."""
+        """T: the string and its blanks."""
         return 2 * self.length
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
@@ -298,17 +299,17 @@ class ReverseString(_OneString):
 
 @dataclasses.dataclass(frozen=True)
 class StackManipulation(_OneString):
-    """What a stack holds after actions on it: from its top down, then the class that stands for its bottom.
+    """List a stack after a sequence of actions, from top to bottom, followed by an end-of-stack class.
 
-    The first tokens are the stack, bottom first, the others are actions; how many are which is uniform. To take from
-    an empty stack does nothing. Ids: bits 0 and 1, 2 takes the top off, 3 and 4 put 0 or 1 on it, 5 is the blank.
+    The first tokens are the stack, bottom first, the others are actions; their proportion is uniform. Popping an empty
+    stack has no effect. Ids: 0 and 1 are bits, 2 pops, 3 and 4 push 0 and 1, 5 is the blank.
 
     Attributes:
-      length: greatest number of bits and actions.
-      min_length: least number of bits and actions.
+      length: maximum number of bits and actions.
+      min_length: minimum number of bits and actions.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> task = StackManipulation(length=3)
@@ -325,12 +326,12 @@ class StackManipulation(_OneString):
 
     @property
     def num_classes(self) -> int:
-        """Two bits and the bottom."""
+        """Two bits and the end of the stack."""
         return 3
 
     @property
     def steps(self) -> int:
-        """The question and its blanks, one more for the bottom."""
+        """T: the question and its blanks, one more for the end of the stack."""
         return 2 * self.length + 1
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
@@ -347,7 +348,7 @@ class StackManipulation(_OneString):
 
 
 def _value(digits: list[int], operators: list[int]) -> int:
-    """The value, 0, 1, 2 standing for +, -, *."""
+    """Value of an expression; operators 0, 1, 2 are +, -, *."""
     total, product = 0, digits[0]
     for operator, digit in zip(operators, digits[1:], strict=True):
         if operator == 2:

@@ -1,4 +1,4 @@
-"""Words over a group: tag every letter with the product of the letters so far.
+"""Words over a group: label every letter with the product of the letters so far.
 
 Source: Merrill, Petty, Sabharwal 2024, "The illusion of state in state-space models"
 (arXiv 2404.08819); the swaps-only alphabet: Grazzi et al. 2024 (arXiv 2411.12537).
@@ -10,11 +10,13 @@ import itertools
 
 import numpy as np
 
-from memformer.data.source import Example, SyntheticSource, Task, check_at_least, check_choice, example
+from memformer.core.checks import check_at_least, check_choice
+from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.tasks.task import Task
 
 __all__ = ["GROUPS", "GroupWords", "cayley_table"]
 
-# Name to (order, letters of its alphabet).
+# (order of the group, letters of the alphabet) by name.
 GROUPS = {
     "S3": (6, 6),
     "S4": (24, 24),
@@ -28,29 +30,29 @@ GROUPS = {
     "Z60": (60, 60),
 }
 
-# In training every 16th example is packed with words of length two.
+# In training, every 16th example is packed with words of length two.
 PAIRS_EVERY = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupWords(Task):
-    """The label at t is x_1 x_2 ... x_t, the first letter acting first.
+    """Label each letter with the product x_1 x_2 ... x_t, in which the first letter acts first.
 
-    Letters are drawn uniformly. Every 16th example of the train split holds length // 2 words of
-    length two instead, one a segment, in the order of their numbers: all pairs of letters come by
-    again and again (for A5 at length 32 within 3,600 examples).
+    Letters are uniform. Every 16th training example instead packs length // 2 words of length two, one per segment, in
+    the order of their numbers, so that training cycles through all pairs of letters (for A5 at length 32 within 3,600
+    examples).
+
+    Ids are element numbers (see `cayley_table`), 0 for the identity; with a restricted alphabet, indices into the
+    alphabet, sorted by element number.
 
     Attributes:
-      length: letters of a word.
-      group: "S3", "S4", "S5", "A5", "A4xZ5", "Z60"; or one with fewer letters, whose labels still range over the
-        whole group: "S5_swaps" (the identity and the ten transpositions), and "S4_two", "A5_two", "S5_two" (two
-        elements that generate it: a swap of the first two, in A5 a turn of the first three, and the turn of all).
-
-    Ids are element numbers (see `cayley_table`), 0 the identity; with fewer letters the number in the alphabet, by
-    element number.
+      length: letters per word.
+      group: "S3", "S4", "S5", "A5", "A4xZ5", "Z60"; or one with a restricted alphabet, whose labels still range over
+        the whole group: "S5_swaps" (the identity and the ten transpositions), and "S4_two", "A5_two", "S5_two" (two
+        generators: the swap of the first two elements, in A5 the 3-cycle of the first three, and the cycle of all).
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> task = GroupWords(length=8, group="S3")
@@ -71,12 +73,12 @@ class GroupWords(Task):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Lengths that an evaluation by length visits."""
+        """Lengths of an evaluation by length."""
         return (32, 64, 128, 256, 500)
 
     @property
     def vocab_size(self) -> int:
-        """Letters of the alphabet."""
+        """Size of the alphabet."""
         return GROUPS[self.group][1]
 
     @property
@@ -90,14 +92,14 @@ class GroupWords(Task):
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
         letters = rng.integers(self.vocab_size, size=self.length)
-        return example(letters, _products(self.group, letters), np.ones(self.length))
+        return make_example(letters, _products(self.group, letters), np.ones(self.length))
 
     def _draw_training(self, rng: np.random.Generator, index: int) -> Example:
         block, place = divmod(index, PAIRS_EVERY)
         return self._draw(rng, index) if place else self._pairs(block)
 
     def _pairs(self, block: int) -> Example:
-        """Words of length two from number block * (length // 2) on, modulo their count."""
+        """Packs the words of length two from number block * (length // 2) on, modulo their count."""
         words = self.length // 2
         letters = np.zeros((words, 2), np.int64)
         numbers = (block * words + np.arange(words)) % self.vocab_size**2
@@ -105,7 +107,7 @@ class GroupWords(Task):
         products = [_products(self.group, word) for word in letters]
         used = 2 * words
         padding = (0, self.length - used)
-        packed = example(
+        packed = make_example(
             np.pad(letters.ravel(), padding),
             np.pad(np.ravel(products), padding),
             np.pad(np.ones(used), padding),
@@ -128,7 +130,7 @@ def _products(group: str, letters: np.ndarray) -> list[int]:
 
 @functools.cache
 def _alphabet(group: str) -> tuple[list[int], list[list[int]]]:
-    """Element number of every letter, and the table as lists: plain integers are fast to chain."""
+    """Element number of every letter, and the Cayley table as lists, whose integers are fast to chain."""
     base, _, kind = group.partition("_")
     table = cayley_table(base)
     letters = list(range(len(table)))
@@ -145,10 +147,10 @@ def _alphabet(group: str) -> tuple[list[int], list[list[int]]]:
 
 @functools.cache
 def cayley_table(group: str) -> np.ndarray:
-    """Multiplication table: entry [a, b] is the element "first a, then b".
+    """Multiplication table of a group: entry [a, b] is the element "first a, then b".
 
-    Elements of S_n and A_n are numbered by the lexicographic order of the permutations, of A4xZ5 as
-    5 a + z, of Z60 as themselves; element 0 is the identity.
+    Elements of S_n and A_n are numbered in the lexicographic order of the permutations, those of A4xZ5 as 5 a + z,
+    those of Z60 as themselves; element 0 is the identity.
 
     Args:
       group: "S<n>", "A<n>", "Z<n>", or two of these joined by "x".

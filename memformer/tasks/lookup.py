@@ -1,31 +1,33 @@
-"""Content-addressable lookup: pairs of a random key and a value stand in random order; a key is asked for."""
+"""Content-addressable lookup: pairs of a random key and a value, and one query."""
 
 import dataclasses
 
 import numpy as np
 
-from memformer.data.source import Example, SyntheticSource, Task, check_at_least, check_choice, example
+from memformer.core.checks import check_at_least, check_choice, check_number
+from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.tasks.task import Task
 
 __all__ = ["Lookup"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Lookup(Task):
-    """Which value was stored with this key? Asked, and scored, at the last step.
+    """Recall the value that was stored with a key; scored at the last step.
 
-    A step is a pair: its key and, beside it, its value (one number of a row is 1). Keys are drawn anew for each
-    example, of length 1 in a random direction, so that none is known from training; the last step has one of them
-    again, with noise, and no value. Where a pair stands tells nothing: the order is random.
+    A step is a pair: its key, followed by its value as a one-hot vector. Keys are unit vectors in random directions,
+    drawn anew for each example, so that none is known from training. The last step is the query: one of the keys with
+    noise, and no value. Pairs are in random order, so that positions carry no information.
 
     Attributes:
-      length: steps, the pairs and the question.
-      key_width: numbers a key.
-      values: kinds of value.
-      noise: the question is off by a random vector of this length.
-      asked: "anywhere", or "first": always the pair at the first step, so that there a place does tell.
+      length: steps, that is, the pairs and the query.
+      key_width: width of a key.
+      values: number of values.
+      noise: norm of the random vector added to the query.
+      asked: "anywhere"; or "first", which always queries the first pair, so that its position is informative.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> e = Lookup(length=5).source("train", 0)[0]
@@ -46,22 +48,21 @@ class Lookup(Task):
         check_at_least("key_width", self.key_width, 1)
         check_at_least("values", self.values, 2)
         check_choice("asked", self.asked, ("anywhere", "first"))
-        if isinstance(self.noise, bool) or not isinstance(self.noise, (int, float)) or not 0 <= self.noise < np.inf:
-            raise ValueError(f"noise must be a number of at least 0, got {self.noise!r}")
+        check_number("noise", self.noise, at_least=0)
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """8, 16, 32 and 64 pairs."""
+        """Lengths of an evaluation by length: 8, 16, 32 and 64 pairs."""
         return (9, 17, 33, 65)
 
     @property
     def features(self) -> int:
-        """A key and a value."""
+        """Width of a key and a value."""
         return self.key_width + self.values
 
     @property
     def num_classes(self) -> int:
-        """Kinds of value."""
+        """Number of values."""
         return self.values
 
     def source(self, split: str, seed: int) -> SyntheticSource:
@@ -69,7 +70,7 @@ class Lookup(Task):
         return SyntheticSource(self._draw, split, seed)
 
     def asked_place(self, inputs: np.ndarray) -> int:
-        """The step of the pair whose key is nearest to the question of an example.
+        """The step of the pair whose key is nearest to the query of an example.
 
         Example:
           >>> task = Lookup(length=5)
@@ -85,16 +86,16 @@ class Lookup(Task):
         keys = _directions(rng, self.length - 1, self.key_width)
         values = rng.integers(self.values, size=self.length - 1)
         place = 0 if self.asked == "first" else int(rng.integers(self.length - 1))
-        question = keys[place] + self.noise * _directions(rng, 1, self.key_width)[0]
+        query = keys[place] + self.noise * _directions(rng, 1, self.key_width)[0]
         inputs = np.zeros((self.length, self.features), np.float32)
-        inputs[:-1, : self.key_width], inputs[-1, : self.key_width] = keys, question
+        inputs[:-1, : self.key_width], inputs[-1, : self.key_width] = keys, query
         inputs[np.arange(self.length - 1), self.key_width + values] = 1
         targets, weights = np.zeros(self.length), np.zeros(self.length)
         targets[-1], weights[-1] = values[place], 1
-        return example(inputs, targets, weights)
+        return make_example(inputs, targets, weights)
 
 
 def _directions(rng: np.random.Generator, count: int, width: int) -> np.ndarray:
-    """Vectors of length 1, uniform over directions."""
+    """Unit vectors in uniformly random directions."""
     drawn = rng.normal(size=(count, width))
     return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)

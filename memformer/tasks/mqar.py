@@ -1,4 +1,4 @@
-"""Recall: multi-query associative recall (MQAR).
+"""Multi-query associative recall (MQAR).
 
 Source: Arora et al. 2023, "Zoology: measuring and improving recall in efficient language models"
 (arXiv 2312.04927). Setting A: vocab_size 8192 with (length, pairs) = (64, 4), (128, 8), (256, 16).
@@ -10,28 +10,30 @@ import functools
 
 import numpy as np
 
-from memformer.data.source import Example, SyntheticSource, Task, check_at_least, example
+from memformer.core.checks import check, check_at_least, check_number
+from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.tasks.task import Task
 
 __all__ = ["MQAR"]
 
 
 @dataclasses.dataclass(frozen=True)
 class MQAR(Task):
-    """Key, value, key, value, ...; then every key once more, to be answered with its value.
+    """Answer each repeated key with its value: key, value, key, value, ..., then every key once more.
 
-    Keys are drawn from [1, V/2), values from [V/2, V), both without replacement. After the 2N tokens
-    of the pairs, key n comes back 2 g_n tokens later; the gaps g are drawn without replacement from
-    1, 2, ... with odds g^(a - 1), a = `power`. The answer is scored at the key itself; all other
-    tokens after the pairs are uniform over the vocabulary.
+    Keys are drawn from [1, V/2), values from [V/2, V), both without replacement. After the 2N tokens of the pairs, key
+    n is repeated at offset 2 g_n; the gaps g are drawn without replacement from 1, 2, ... with probabilities
+    proportional to g^(a - 1), a = `power`. The answer is scored at the repeated key; all other tokens after the pairs
+    are uniform over the vocabulary.
 
     Attributes:
       length: tokens L.
       pairs: N; 4 N <= L and N < V / 2.
       vocab_size: V, even.
-      power: a; small values bring most keys back early.
+      power: a; small values repeat most keys early.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> e = MQAR().source("train", 0)[0]
@@ -49,17 +51,15 @@ class MQAR(Task):
     def __post_init__(self):
         check_at_least("pairs", self.pairs, 1)
         check_at_least("length", self.length, 1)
-        if self.length < 4 * self.pairs:
-            raise ValueError(f"length must be at least 4 * pairs = {4 * self.pairs}, got {self.length}")
+        check(self.length >= 4 * self.pairs, "length", f"at least 4 * pairs = {4 * self.pairs}", self.length)
         check_at_least("vocab_size", self.vocab_size, 4)
-        if self.vocab_size % 2 or self.vocab_size // 2 <= self.pairs:
-            raise ValueError(f"vocab_size must be even and above 2 * pairs = {2 * self.pairs}, got {self.vocab_size}")
-        if not isinstance(self.power, (int, float)) or not 0 < self.power < np.inf:
-            raise ValueError(f"power must be above 0, got {self.power!r}")
+        fits = self.vocab_size % 2 == 0 and self.vocab_size // 2 > self.pairs
+        check(fits, "vocab_size", f"even and above 2 * pairs = {2 * self.pairs}", self.vocab_size)
+        check_number("power", self.power, above=0)
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Lengths from 4 * pairs on, doubling from 64 to 1024."""
+        """Lengths of an evaluation by length: from 64 to 1024, at least 4 * pairs."""
         return tuple(n for n in (64, 128, 256, 512, 1024) if n >= 4 * self.pairs)
 
     @property
@@ -80,18 +80,18 @@ class MQAR(Task):
         half, context = self.vocab_size // 2, 2 * self.pairs
         keys = 1 + rng.choice(half - 1, self.pairs, replace=False)
         values = half + rng.choice(half, self.pairs, replace=False)
-        odds = _gap_odds((self.length - context) // 2, float(self.power))
-        asked = context + 2 * rng.choice(len(odds), self.pairs, replace=False, p=odds)
+        probabilities = _gap_probabilities((self.length - context) // 2, float(self.power))
+        asked = context + 2 * rng.choice(len(probabilities), self.pairs, replace=False, p=probabilities)
         inputs = rng.integers(self.vocab_size, size=self.length)
         inputs[0:context:2], inputs[1:context:2] = keys, values
         inputs[asked] = keys
         targets, weights = np.zeros(self.length), np.zeros(self.length)
         targets[asked], weights[asked] = values, 1
-        return example(inputs, targets, weights)
+        return make_example(inputs, targets, weights)
 
 
 @functools.cache
-def _gap_odds(count: int, power: float) -> np.ndarray:
-    """Probabilities of the gaps 1...count, in proportion to g^(power - 1)."""
-    odds = np.arange(1, count + 1) ** (power - 1)
-    return odds / odds.sum()
+def _gap_probabilities(count: int, power: float) -> np.ndarray:
+    """Probabilities of the gaps 1...count, proportional to g^(power - 1)."""
+    probabilities = np.arange(1, count + 1) ** (power - 1)
+    return probabilities / probabilities.sum()

@@ -1,8 +1,8 @@
 """The tasks of the Neural Turing Machine: copy, repeat copy, associative recall, dynamic n-grams, priority sort.
 
-Inputs are float channels, answers are bits: the loss is summed over the bits of an answer, and scores are bits and
-wrong bits a sequence. An example's channels are its bits, then its marks; where the answer is due they are silent.
-Source of all: Graves et al. 2014, "Neural Turing machines" (arXiv 1410.5401), section 4.
+Inputs are float channels, answers are bits: the loss is summed over the bits of an answer, and scores are bits and bit
+errors per sequence. The channels are the bits, then the markers; all are zero while the answer is given. Source: Graves
+et al. 2014, "Neural Turing machines" (arXiv 1410.5401), section 4.
 """
 
 import dataclasses
@@ -10,21 +10,23 @@ from typing import ClassVar
 
 import numpy as np
 
-from memformer.data.source import Example, SyntheticSource, Task, check_at_least, example
+from memformer.core.checks import check_at_least
+from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.tasks.task import Task
 
 __all__ = ["AssociativeRecall", "Copy", "DynamicNGrams", "PrioritySort", "RepeatCopy", "optimal_bits"]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Bits(Task):
-    """A question of float channels, and an answer of bits after it."""
+    """Base of tasks with a question of float channels, followed by an answer of bits."""
 
     scores: ClassVar[tuple[str, ...]] = ("bits_per_sequence", "bit_errors", "sequence_accuracy", "accuracy")
     loss = "bits"
 
     @property
     def chance(self) -> float | None:
-        """Share of the answer's vectors that fair coins get right."""
+        """Fraction of the answer's vectors that fair coin flips get right."""
         return 0.5**self.num_classes
 
     def source(self, split: str, seed: int) -> SyntheticSource:
@@ -32,20 +34,20 @@ class _Bits(Task):
         return SyntheticSource(self._draw, split, seed)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
-        raise NotImplementedError(f"{type(self).__name__} draws nothing")
+        raise NotImplementedError(f"{type(self).__name__} has no _draw")
 
     def _example(self, question: np.ndarray, answer: np.ndarray) -> Example:
-        """The question, then silence while the answer is due, then padding."""
+        """The question, then zeros while the answer is given, then padding."""
         first, used = len(question), len(question) + len(answer)
         inputs, targets = np.zeros((self.steps, self.features)), np.zeros((self.steps, self.num_classes))
         weights = np.zeros(self.steps)
         inputs[:first], targets[first:used], weights[first:used] = question, answer, 1
-        return example(inputs, targets.astype(np.float32), weights, used)
+        return make_example(inputs, targets.astype(np.float32), weights, used)
 
 
 @dataclasses.dataclass(frozen=True)
 class _UpTo(_Bits):
-    """Lengths are uniform in [min_length, length]; shorter examples are padded at the end."""
+    """Base of tasks with random lengths: uniform in [min_length, length]; shorter examples are padded."""
 
     shortest: ClassVar[int] = 1
 
@@ -59,10 +61,10 @@ class _UpTo(_Bits):
         check_at_least("length", self.length, self.min_length)
 
     def with_length(self, length: int) -> Task:
-        """Itself at its own length; at another, the task at that very length: min_length follows.
+        """The same task at exactly that length: min_length becomes `length`, unless it is the task's own length.
 
         Raises:
-          ValueError: the task cannot have that length.
+          ValueError: the task does not support that length.
         """
         return self if length == self.length else dataclasses.replace(self, length=length, min_length=length)
 
@@ -72,17 +74,17 @@ class _UpTo(_Bits):
 
 @dataclasses.dataclass(frozen=True)
 class Copy(_UpTo):
-    """Say again what was said: random vectors, a delimiter, then silence in which they are due.
+    """Copy random vectors, after a delimiter.
 
     Channels: the bits, the delimiter.
 
     Attributes:
-      length: greatest number of vectors; the paper trains on 1 to 20 and tests to 120.
-      min_length: least number of vectors.
-      bits: of a vector.
+      length: maximum number of vectors; the paper trains on 1 to 20 and tests up to 120.
+      min_length: minimum number of vectors.
+      bits: bits per vector.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> task = Copy()
@@ -94,27 +96,27 @@ class Copy(_UpTo):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """The lengths of the paper's figures."""
+        """Lengths of an evaluation by length: those of the paper's figures."""
         return (10, 20, 30, 50, 120)
 
     @property
     def features(self) -> int:
-        """Channels."""
+        """Number of channels."""
         return self.bits + 1
 
     @property
     def num_classes(self) -> int:
-        """Bits of an answer's vector."""
+        """Bits per vector of an answer."""
         return self.bits
 
     @property
     def steps(self) -> int:
-        """The vectors twice, and the delimiter between."""
+        """T: the vectors, the delimiter, and the vectors again."""
         return 2 * self.length + 1
 
     @property
     def guessing_bits(self) -> float:
-        """Bits a sequence of one who says 1/2 to every bit: bits times the mean length."""
+        """Bits per sequence of predicting 1/2 for every bit: bits times the mean length."""
         return self.bits * (self.min_length + self.length) / 2
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
@@ -127,19 +129,20 @@ class Copy(_UpTo):
 
 @dataclasses.dataclass(frozen=True)
 class RepeatCopy(_UpTo):
-    """Say it so many times: random vectors, the number of repeats, silence for the copies and a last mark.
+    """Copy random vectors a given number of times, then mark the end.
 
-    Channels: the bits, the delimiter, and beside it the number of repeats, brought to mean 0 and variance 1 over
-    1...repeats. An answer has one bit more: 1 at the step after the last copy, where the others are 0.
+    Channels: the bits, the delimiter, and the number of repeats (at the step of the delimiter), normalised to mean 0
+    and variance 1 over 1...repeats. An answer has one more bit, the end marker: 1 at the step after the last copy,
+    where the other bits are 0.
 
     Attributes:
-      length: greatest number of vectors.
-      min_length: least number of vectors.
-      bits: of a vector.
+      length: maximum number of vectors.
+      min_length: minimum number of vectors.
+      bits: bits per vector.
       repeats: the number of copies is uniform in 1...repeats.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> task = RepeatCopy()
@@ -158,22 +161,22 @@ class RepeatCopy(_UpTo):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Lengths that an evaluation by length visits."""
+        """Lengths of an evaluation by length."""
         return (5, 10, 20)
 
     @property
     def features(self) -> int:
-        """Channels."""
+        """Number of channels."""
         return self.bits + 2
 
     @property
     def num_classes(self) -> int:
-        """Bits of an answer's vector, and the mark of the end."""
+        """Bits per vector of an answer, and the end marker."""
         return self.bits + 1
 
     @property
     def steps(self) -> int:
-        """The vectors, the delimiter, all copies, the mark of the end."""
+        """T: the vectors, the delimiter, all copies, the end marker."""
         return self.length * (1 + self.repeats) + 2
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
@@ -191,19 +194,20 @@ class RepeatCopy(_UpTo):
 
 @dataclasses.dataclass(frozen=True)
 class AssociativeRecall(_UpTo):
-    """What came after this? Items, one of them again between two marks; the item that followed it is due.
+    """Recall the item that followed the queried one.
 
-    An item is a mark and `rows` vectors. The item asked for is uniform over all but the last. Channels: the bits,
-    the mark of an item, the mark of the question.
+    The question is a list of items, then one of them again between two query markers. An item is an item marker and
+    `rows` vectors. The queried item is uniform over all but the last. Channels: the bits, the item marker, the query
+    marker.
 
     Attributes:
-      length: greatest number of items; the paper trains on 2 to 6 and tests to 20.
-      min_length: least number of items.
-      bits: of a vector.
-      rows: vectors of an item.
+      length: maximum number of items; the paper trains on 2 to 6 and tests up to 20.
+      min_length: minimum number of items.
+      bits: bits per vector.
+      rows: vectors per item.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> task = AssociativeRecall()
@@ -225,50 +229,50 @@ class AssociativeRecall(_UpTo):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Numbers of items, in training and beyond."""
+        """Lengths of an evaluation by length: numbers of items in training and beyond."""
         return (2, 4, 6, 8, 10, 12, 15, 20)
 
     @property
     def features(self) -> int:
-        """Channels."""
+        """Number of channels."""
         return self.bits + 2
 
     @property
     def num_classes(self) -> int:
-        """Bits of an answer's vector."""
+        """Bits per vector of an answer."""
         return self.bits
 
     @property
     def steps(self) -> int:
-        """Items with their marks, the item asked for between two marks, the answer."""
+        """T: the items with their markers, the queried item between two markers, the answer."""
         return (self.length + 1) * (self.rows + 1) + 1 + self.rows
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
         items = rng.integers(2, size=(self._size(rng), self.rows, self.bits))
-        asked = int(rng.integers(len(items) - 1))
+        queried = int(rng.integers(len(items) - 1))
         blocks = np.zeros((len(items) + 1, self.rows + 1, self.features))
         blocks[:-1, 0, self.bits] = 1
         blocks[-1, 0, self.bits + 1] = 1
-        blocks[:-1, 1:, : self.bits], blocks[-1, 1:, : self.bits] = items, items[asked]
+        blocks[:-1, 1:, : self.bits], blocks[-1, 1:, : self.bits] = items, items[queried]
         last = np.zeros((1, self.features))
         last[0, self.bits + 1] = 1
-        return self._example(np.concatenate([blocks.reshape(-1, self.features), last]), items[asked + 1])
+        return self._example(np.concatenate([blocks.reshape(-1, self.features), last]), items[queried + 1])
 
 
 @dataclasses.dataclass(frozen=True)
 class DynamicNGrams(_Bits):
-    """Which bit comes next, where each context's odds are drawn anew for every example?
+    """Predict the next bit of an n-gram source whose probabilities are drawn anew for every example.
 
-    Each of the 2^context contexts has a probability of a one drawn from Beta(1/2, 1/2). The first `context` bits are
-    fair coins; each later one is drawn by the odds of the bits before it, and predicted. `optimal_bits` gives the cost
-    of the best possible prediction.
+    Each of the 2^context contexts has a probability of a one, drawn from Beta(1/2, 1/2). The first `context` bits are
+    uniform; each later bit is drawn with the probability of its context, and predicted. `optimal_bits` is the cost of
+    the optimal predictor.
 
     Attributes:
-      length: bits of a sequence.
-      context: bits that the odds depend on.
+      length: bits per sequence.
+      context: number of preceding bits that determine the probability.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> task = DynamicNGrams()
@@ -288,7 +292,7 @@ class DynamicNGrams(_Bits):
 
     @property
     def features(self) -> int:
-        """One channel: the bit."""
+        """One channel, the bit."""
         return 1
 
     @property
@@ -298,36 +302,37 @@ class DynamicNGrams(_Bits):
 
     @property
     def chance(self) -> None:
-        """None: the score is how sure a prediction is."""
+        """None: predictions are scored by their likelihood."""
         return None
 
     @property
     def steps(self) -> int:
-        """All bits but the last go in."""
+        """T: all bits but the last are inputs."""
         return self.length - 1
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
-        odds = rng.beta(0.5, 0.5, size=2**self.context)
+        probabilities = rng.beta(0.5, 0.5, size=2**self.context)
         sequence = np.empty(self.length)
         sequence[: self.context] = rng.integers(2, size=self.context)
         uniform = rng.random(self.length)
-        seen, past = int("".join(str(int(bit)) for bit in sequence[: self.context]), 2), 2**self.context
+        context, contexts = int("".join(str(int(bit)) for bit in sequence[: self.context]), 2), 2**self.context
         for t in range(self.context, self.length):
-            sequence[t] = uniform[t] < odds[seen]
-            seen = (2 * seen + int(sequence[t])) % past
+            sequence[t] = uniform[t] < probabilities[context]
+            context = (2 * context + int(sequence[t])) % contexts
         weights = np.arange(1, self.length) >= self.context
-        return example(sequence[:-1, None], sequence[1:, None].astype(np.float32), weights)
+        return make_example(sequence[:-1, None], sequence[1:, None].astype(np.float32), weights)
 
 
 def optimal_bits(sequence: np.ndarray, context: int = 5) -> float:
-    """Bits that the optimal predictor pays for a sequence of `DynamicNGrams`.
+    """Bits per sequence of the optimal predictor of `DynamicNGrams`.
 
-    It says (N1 + 1/2) / (N0 + N1 + 1) for a one, N1 and N0 counting the ones and zeros that followed this context
-    so far: the Bayes estimate under the Beta(1/2, 1/2) prior. Source: Murphy 2012; arXiv 1410.5401, equation 10.
+    It predicts a one with probability (N1 + 1/2) / (N0 + N1 + 1), where N1 and N0 count the ones and zeros that
+    followed the context so far: the Bayes estimate under the Beta(1/2, 1/2) prior. Source: Murphy 2012; arXiv
+    1410.5401, equation 10.
 
     Args:
       sequence: zeros and ones [T]; the first `context` of them cost nothing.
-      context: bits that the odds depend on.
+      context: number of preceding bits that determine the probability.
 
     Example:
       >>> round(optimal_bits(np.array([0, 0, 0]), context=1), 3)
@@ -337,25 +342,25 @@ def optimal_bits(sequence: np.ndarray, context: int = 5) -> float:
     total = 0.0
     bits = tuple(int(bit) for bit in sequence)
     for t in range(context, len(bits)):
-        seen = counts[bits[t - context : t]]
-        total -= float(np.log2(seen[bits[t]] / seen.sum()))
-        seen[bits[t]] += 1
+        count = counts[bits[t - context : t]]
+        total -= float(np.log2(count[bits[t]] / count.sum()))
+        count[bits[t]] += 1
     return total
 
 
 @dataclasses.dataclass(frozen=True)
 class PrioritySort(_Bits):
-    """Random vectors, each with a priority; the highest of them are due, highest first.
+    """Sort random vectors by priority, and return those with the highest, in descending order.
 
-    Channels: the bits, the delimiter, the priority, uniform in (-1, 1).
+    Channels: the bits, the delimiter, the priority, which is uniform in (-1, 1).
 
     Attributes:
       length: number of vectors.
-      answers: how many of them are due.
-      bits: of a vector.
+      answers: number of vectors returned.
+      bits: bits per vector.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> task = PrioritySort()
@@ -376,17 +381,17 @@ class PrioritySort(_Bits):
 
     @property
     def features(self) -> int:
-        """Channels."""
+        """Number of channels."""
         return self.bits + 2
 
     @property
     def num_classes(self) -> int:
-        """Bits of an answer's vector."""
+        """Bits per vector of an answer."""
         return self.bits
 
     @property
     def steps(self) -> int:
-        """The vectors, the delimiter, the answer."""
+        """T: the vectors, the delimiter, the answer."""
         return self.length + 1 + self.answers
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:

@@ -1,4 +1,4 @@
-"""Reachability: which nodes of a graph are connected with the first one?
+"""Reachability: the nodes of a graph that are connected to the first one.
 
 Source: DeltaFormer (NeurIPS 2025), listing G.2. One DeltaFormer layer is highly accurate, several
 Transformer layers are not.
@@ -8,27 +8,28 @@ import dataclasses
 
 import numpy as np
 
-from memformer.data.source import Example, SyntheticSource, Task, check_at_least, example
+from memformer.core.checks import check, check_at_least
+from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.tasks.task import Task
 
 __all__ = ["Reachability"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Reachability(Task):
-    """Label of node i: 1 where it is in the same tree as node 1, else 0; every node is scored.
+    """Label each node with 1 if it is in the tree of node 1, else with 0; every node is scored.
 
-    The nodes fall at random into two halves of equal size; in each, every node but its first takes
-    a uniformly drawn earlier node of the half as its parent. Token i is a float row: columns
-    0...length-1 hold row i of the symmetric adjacency matrix with 1 on the diagonal, column `length`
-    is 1 for node 1 and 0 for others, the rest is 0. A label depends on tokens up to its own only,
-    for a node's parent comes before it.
+    The nodes are split at random into two halves of equal size. In each half, every node but the first has a uniformly
+    drawn earlier node as its parent. Token i is a row of floats: columns 0...length-1 are row i of the symmetric
+    adjacency matrix with a unit diagonal, column `length` is 1 for node 1 and 0 for others, and the rest is 0. Parents
+    precede their children, so that a label depends only on tokens up to its own.
 
     Attributes:
       length: number of nodes, even and at least 4.
-      width: features of a token, at least length + 1.
+      width: features per token, at least length + 1.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> Reachability().source("train", 0)[0]["inputs"].shape
@@ -43,25 +44,23 @@ class Reachability(Task):
 
     def __post_init__(self):
         check_at_least("length", self.length, 4)
-        if self.length % 2:
-            raise ValueError(f"length must be even (two halves of the nodes), got {self.length}")
+        check(self.length % 2 == 0, "length", "even (two halves of the nodes)", self.length)
         check_at_least("width", self.width, 1)
-        if self.width <= self.length:
-            raise ValueError(f"width must be at least length + 1 = {self.length + 1}, got {self.width}")
+        check(self.width > self.length, "width", f"at least length + 1 = {self.length + 1}", self.width)
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Lengths that an evaluation by length visits."""
+        """Lengths of an evaluation by length."""
         return tuple(n for n in (8, 16, 32, 64, 96) if n < self.width)
 
     @property
     def features(self) -> int:
-        """Width of a token."""
+        """Features per token."""
         return self.width
 
     @property
     def num_classes(self) -> int:
-        """Connected with node 1, or not."""
+        """Connected to node 1, or not."""
         return 2
 
     def source(self, split: str, seed: int) -> SyntheticSource:
@@ -76,8 +75,8 @@ class Reachability(Task):
         rows[0, n] = 1
         for nodes in (np.flatnonzero(half), np.flatnonzero(~half)):
             children = nodes[1:]
-            # Child number c of a half (from 1) has c earlier nodes to choose from.
+            # Child c of a half, counted from 1, has c candidates.
             parents = nodes[rng.integers(np.arange(1, len(nodes)))]
             rows[children, parents] = 1
             rows[parents, children] = 1
-        return example(rows, half == half[0], np.ones(n))
+        return make_example(rows, half == half[0], np.ones(n))

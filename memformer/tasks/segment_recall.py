@@ -1,39 +1,41 @@
-"""Remember and rewrite: key-value pairs one segment each, and questions for the value of a key.
+"""Remember and rewrite: key-value pairs, one per segment, and queries for the value of a key.
 
 Source: Rodkin et al. 2024, "Associative recurrent memory transformer" (arXiv 2407.04841) and its code
-(RodkinIvan/associative-recurrent-memory-transformer). There `queries` is 1, training draws the number of pairs anew
-for each batch, and keys of remember grow from one symbol to three with the number of pairs.
+(RodkinIvan/associative-recurrent-memory-transformer). There `queries` is 1, training draws the number of pairs
+anew for each batch, and the keys of remember grow from one symbol to three with the number of pairs.
 """
 
 import dataclasses
 
 import numpy as np
 
-from memformer.data.source import Example, SyntheticSource, Task, check_at_least, example
+from memformer.core.checks import check, check_at_least
+from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.tasks.task import Task
 
 __all__ = ["Remember", "Rewrite"]
 
-# Tokens beside the symbols, as in the paper's code: a pair, a question, the end of a segment.
-PAIR, QUESTION, END = 100, 101, 102
+# Marker ids, as in the paper's code: a pair, a query, the end of a segment.
+PAIR, QUERY, END = 100, 101, 102
 
 
 @dataclasses.dataclass(frozen=True)
 class Remember(Task):
-    """Segments `key 100 value 102`, one a pair with a key of its own; at the end `key 101 value 102`, a question.
+    """Recall the value of a key: segments `key 100 value 102` with distinct keys, then the query `key 101 value 102`.
 
-    Only the answer is scored: its symbols are predicted from the question mark 101 and the symbols before each. With
-    `queries` above 1 the further questions stand at random places behind the first pair: the number of pairs before
-    a question is then spread over 1 to `length`. Each asks for any of the keys seen so far.
+    Only the answer is scored: its symbols are predicted from the query marker 101 and the symbols before each. With
+    `queries` above 1, the further queries are at random positions after the first pair, which spreads the number of
+    pairs before a query over 1 to `length`. Each queries any of the earlier keys.
 
     Attributes:
-      length: pairs.
-      key_size: symbols of a key; length <= symbols^key_size.
-      value_size: symbols of a value.
-      symbols: of keys and values, ids from 0.
-      queries: questions, the last of them behind all pairs.
+      length: number of pairs.
+      key_size: symbols per key; length <= symbols^key_size.
+      value_size: symbols per value.
+      symbols: number of symbols of keys and values, with ids from 0.
+      queries: number of queries; the last follows all pairs.
 
     Raises:
-      ValueError: a setting out of range, named.
+      ValueError: an option out of range.
 
     Example:
       >>> Remember(length=2, key_size=1).source("train", 0)[0]["inputs"].reshape(3, 4)
@@ -54,35 +56,30 @@ class Remember(Task):
     def __post_init__(self):
         for name, least in (("length", 1), ("key_size", 1), ("value_size", 1), ("symbols", 2), ("queries", 1)):
             check_at_least(name, getattr(self, name), least)
-        if self.symbols > PAIR:
-            raise ValueError(f"symbols must be at most {PAIR}, the first id that is none, got {self.symbols}")
+        check(self.symbols <= PAIR, "symbols", f"at most {PAIR}, the id of the first marker", self.symbols)
         self._check_keys()
 
     def _check_keys(self) -> None:
-        if self.length > self.symbols**self.key_size:
-            raise ValueError(
-                f"length must be at most symbols ** key_size = {self.symbols**self.key_size}, for as many different "
-                f"keys, got {self.length}"
-            )
+        check(self.length <= self.most, "length", f"at most symbols ** key_size = {self.most}", self.length)
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Numbers of pairs from 2 to 500 for which there are keys."""
+        """Lengths of an evaluation by length: from 2 to 500 pairs, as far as there are keys."""
         return tuple(n for n in (2, 5, 10, 20, 50, 100, 200, 500) if n <= self.most)
 
     @property
     def most(self) -> int:
-        """The most pairs that a sequence can have."""
+        """Number of distinct keys."""
         return self.symbols**self.key_size
 
     @property
     def segment_length(self) -> int:
-        """Tokens of a pair, and of a question with its answer."""
+        """Tokens of a pair, and of a query with its answer."""
         return self.key_size + self.value_size + 2
 
     @property
     def vocab_size(self) -> int:
-        """Symbols, the ids between them and the marks, and the three marks."""
+        """All ids up to the last marker; those between the symbols and the markers are unused."""
         return END + 1
 
     @property
@@ -97,7 +94,7 @@ class Remember(Task):
 
     @property
     def steps(self) -> int:
-        """T: a segment for each pair and each question."""
+        """T: a segment for each pair and each query."""
         return (self.length + self.queries) * self.segment_length
 
     def source(self, split: str, seed: int) -> SyntheticSource:
@@ -105,25 +102,25 @@ class Remember(Task):
         return SyntheticSource(self._draw, split, seed)
 
     def _draw_keys(self, rng: np.random.Generator) -> np.ndarray:
-        """A number for the key of each pair."""
+        """The number of each pair's key."""
         return rng.choice(self.most, self.length, replace=False)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
         keys = self._draw_keys(rng)
         values = rng.integers(self.symbols, size=(self.length, self.value_size))
-        # The pair that each segment shows, and which segments ask for it.
+        # The pair of each segment, and the segments that query it.
         pairs, asks = self._arrange(rng, keys.tolist())
         digits = keys[pairs, None] // self.symbols ** np.arange(self.key_size) % self.symbols
-        marks, ends = np.where(asks, QUESTION, PAIR)[:, None], np.full((len(pairs), 1), END)
-        inputs = np.concatenate([digits, marks, values[pairs], ends], axis=1)
+        markers, ends = np.where(asks, QUERY, PAIR)[:, None], np.full((len(pairs), 1), END)
+        inputs = np.concatenate([digits, markers, values[pairs], ends], axis=1)
         scored = np.zeros(inputs.shape, bool)
         scored[asks, self.key_size : -2] = True
         targets = np.where(scored, np.roll(inputs, -1, axis=1), 0)
-        return example(inputs.reshape(-1), targets.reshape(-1), scored.reshape(-1))
+        return make_example(inputs.reshape(-1), targets.reshape(-1), scored.reshape(-1))
 
     def _arrange(self, rng: np.random.Generator, keys: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The pair of each segment, in order of time, and whether the segment is a question."""
-        # How many pairs stand before each question.
+        """The pair of each segment, in order, and whether the segment is a query."""
+        # The number of pairs before each query.
         before = np.sort(np.append(rng.integers(1, self.length + 1, size=self.queries - 1), self.length))
         counts = np.bincount(before, minlength=self.length + 1)[1:].tolist()
         pairs, asks = [], []
@@ -139,16 +136,14 @@ class Remember(Task):
 
 @dataclasses.dataclass(frozen=True)
 class Rewrite(Remember):
-    """Remember with keys that come again: each pair's key is any of symbols^key_size, and its latest value counts.
-
-    The question is for any of the keys seen.
+    """Recall the latest value of a key: like `Remember`, with keys drawn with replacement from symbols^key_size.
 
     Attributes:
-      length: pairs.
-      key_size: symbols of a key.
-      value_size: symbols of a value.
-      symbols: of keys and values, ids from 0.
-      queries: questions, the last of them behind all pairs.
+      length: number of pairs.
+      key_size: symbols per key.
+      value_size: symbols per value.
+      symbols: number of symbols of keys and values, with ids from 0.
+      queries: number of queries; the last follows all pairs.
 
     Example:
       >>> Rewrite(length=500).segment_length
@@ -164,7 +159,7 @@ class Rewrite(Remember):
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Numbers of pairs from 2 to 500."""
+        """Lengths of an evaluation by length: from 2 to 500 pairs."""
         return (2, 5, 10, 20, 50, 100, 200, 500)
 
     def _draw_keys(self, rng: np.random.Generator) -> np.ndarray:

@@ -1,50 +1,38 @@
-"""A byte-level language model on real text that is always there: the Python standard library's sources."""
+"""Byte-level language modelling on text files, by default the sources of the Python standard library."""
 
 import dataclasses
 import functools
-import hashlib
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
-from memformer.data.source import SPLITS, Example, Task, check_at_least, check_choice
+from memformer.core.checks import check, check_at_least, check_choice
+from memformer.data.documents import read_documents, split_documents, standard_library
+from memformer.data.packing import PackedDocuments
+from memformer.data.source import SPLITS
+from memformer.tasks.task import Task
 
 __all__ = ["Text"]
 
-# The id before a file's first byte; ids 0...255 are the bytes.
+# Id before the first byte of a file; ids 0...255 are the bytes.
 START = 256
-
-# Folders that differ between installations of one Python, or hold what pip installed.
-SKIPPED_FOLDERS = frozenset({"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"})
-
-# Of a hundred files, by hash of the path: test below the first number, validation below the second.
-TEST_SHARE, VALIDATION_SHARE = 5, 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Text(Task):
-    """Predict every byte of a folder of text files from the bytes of that file before it.
+    """Predict every byte of a text file from the bytes before it.
 
-    Files belong to a split by the hash of their relative path: about 90% train, 5% validation, 5%
-    test, disjoint by file, and the same wherever the path is the same. A file of n bytes takes n time steps: inputs
-    are the start token and its bytes but the last, targets its bytes, so that each byte is scored
-    exactly once. A split is its files one after another in the order of their paths, cut into
-    windows of `length` steps; a new file starts a new segment, positions count from 0 in each, and
-    the last window is padded.
+    The files of a split are packed into windows of `length` steps (`memformer.data.PackedDocuments`): a file is a
+    segment, and each byte is scored exactly once. Files are assigned to splits by the hash of their relative path:
+    about 90% train, 5% validation and 5% test.
 
     Attributes:
-      length: time steps of a window.
-      folder: where files are looked for, with all folders below; "" is the standard library's.
-        Folders of tests and of installed packages are left out: whether they are there differs
-        between installations.
-      suffix: ending of the files' names.
+      length: time steps per window.
+      folder: root of the text files; "" is the standard library.
+      suffix: ending of the file names.
 
     Raises:
-      ValueError: a setting out of range, named; from `source`, a folder that is not there, holds no
-        such file, or cannot be read.
+      ValueError: an option out of range; from `source`, a folder that does not exist, cannot be read, or has no such
+        file.
 
     Example:
       >>> task = Text(length=128)
@@ -62,12 +50,11 @@ class Text(Task):
     def __post_init__(self):
         check_at_least("length", self.length, 1)
         for name in ("folder", "suffix"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
+            check(isinstance(getattr(self, name), str), name, "a string", getattr(self, name))
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:
-        """Lengths that an evaluation by length visits."""
+        """Lengths of an evaluation by length."""
         return (256, 512, 1024, 2048)
 
     @property
@@ -82,105 +69,26 @@ class Text(Task):
 
     @property
     def chance(self) -> None:
-        """None: accuracy is not what text is scored by."""
+        """None: text is not scored by accuracy."""
         return None
 
     def files(self, split: str) -> list[str]:
-        """Paths of a split's files, relative to the folder, in order."""
+        """Paths of the files of a split, relative to the folder, in order."""
         check_choice("split", split, SPLITS)
-        return [path for path in _list_files(self._root(), self.suffix) if _split_of(path) == split]
+        return split_documents(self._root(), self.suffix, split)
 
-    def source(self, split: str, seed: int) -> "_Windows":
-        """Windows of one split; the seed plays no part."""
+    def source(self, split: str, seed: int) -> PackedDocuments:
+        """Windows of one split; the seed has no effect."""
         check_choice("split", split, SPLITS)
-        return _Windows(*_read_split(self._root(), self.suffix, split), self.length)
+        return PackedDocuments(*_load(self._root(), self.suffix, split), self.length, START)
 
     def _root(self) -> str:
-        return self.folder or os.path.dirname(os.__file__)
-
-
-class _Windows:
-    """Fixed windows over the bytes of a split."""
-
-    endless = False
-
-    def __init__(self, text: np.ndarray, starts: np.ndarray, length: int):
-        self._text = text
-        self._starts = starts
-        self._length = length
-
-    def __len__(self) -> int:
-        return -(-len(self._text) // self._length)
-
-    def __getitem__(self, index: int) -> Example:
-        if not 0 <= index < len(self):
-            raise IndexError(f"window number must be in [0, {len(self)}), got {index}")
-        first = index * self._length
-        targets = self._text[first : first + self._length].astype(np.int32)
-        used = len(targets)
-        # Where files begin, counted from the window's first step.
-        begins = self._starts[slice(*np.searchsorted(self._starts, [first, first + used]))] - first
-        inputs = np.empty(used, np.int32)
-        inputs[1:] = targets[:-1]
-        inputs[0] = self._text[first - 1]
-        inputs[begins] = START
-        time = np.arange(used, dtype=np.int32)
-        newest = np.zeros(used, np.int32)
-        newest[begins] = begins
-        newest = np.maximum.accumulate(newest)
-        segments = 1 + np.searchsorted(begins[begins > 0], time, side="right")
-        padding = (0, self._length - used)
-        return {
-            "inputs": np.pad(inputs, padding),
-            "targets": np.pad(targets, padding),
-            "loss_weights": np.pad(np.ones(used, np.float32), padding),
-            "segment_ids": np.pad(segments.astype(np.int32), padding),
-            "positions": np.pad(time - newest, padding),
-        }
-
-
-def _split_of(path: str) -> str:
-    number = int.from_bytes(hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()[:8], "big") % 100
-    return "test" if number < TEST_SHARE else "validation" if number < VALIDATION_SHARE else "train"
-
-
-@functools.cache
-def _list_files(root: str, suffix: str) -> tuple[str, ...]:
-    """Relative paths with forward slashes, sorted; at least one."""
-    if not os.path.isdir(root):
-        raise ValueError(f"task.folder must be a folder of text files, got {root!r}, which is not there")
-
-    def refuse(error: OSError) -> NoReturn:
-        raise ValueError(f"task.folder {root!r} cannot be read: {error}") from error
-
-    found = []
-    for folder, inner, names in os.walk(root, onerror=refuse):
-        inner[:] = [name for name in inner if name not in SKIPPED_FOLDERS]
-        paths = (Path(folder, name) for name in names if name.endswith(suffix))
-        found += [path.relative_to(root).as_posix() for path in paths if path.is_file()]
-    if not found:
-        raise ValueError(
-            f"task.folder {root!r} holds no file that ends in {suffix!r}; set task.folder to a folder of text"
-            " (a Python whose library is zipped or stripped of its sources has none)"
-        )
-    return tuple(sorted(found))
+        return self.folder or standard_library()
 
 
 # One split of the standard library is 15 MB at most.
 @functools.lru_cache(maxsize=6)
-def _read_split(root: str, suffix: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """All bytes of a split's files, and where each file starts; empty files are left out."""
-    texts = []
-    for path in _list_files(root, suffix):
-        if _split_of(path) != split:
-            continue
-        try:
-            texts.append(Path(root, path).read_bytes())
-        except OSError as error:
-            raise ValueError(f"task.folder {root!r}: {path} cannot be read: {error}") from error
-    return np.frombuffer(b"".join(texts), np.uint8), _starts(texts)
-
-
-def _starts(texts: Sequence[bytes]) -> np.ndarray:
-    sizes = np.array([len(text) for text in texts if text], np.int64)
-    return np.cumsum(sizes) - sizes
+def _load(root: str, suffix: str, split: str) -> tuple[np.ndarray, list[int]]:
+    """Bytes of all files of a split, and the size of each."""
+    texts = read_documents(root, suffix, split)
+    return np.frombuffer(b"".join(texts), np.uint8), [len(text) for text in texts]

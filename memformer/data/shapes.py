@@ -1,7 +1,7 @@
-"""Generated pictures of placed coloured shapes, and the sentence that each picture determines.
+"""Generated pictures of coloured shapes, with captions.
 
-A scene is one shape, or two of which the larger is named first: "a red circle above a blue square". Every
-random number is one of the scene's generator, so that scene i of (seed, split) is the same everywhere.
+A scene has one shape, or two, of which the caption names the larger first: "a red circle above a blue square". All
+random numbers come from the scene's generator, so that scene i of (seed, split) is the same everywhere.
 """
 
 from collections.abc import Sequence
@@ -9,19 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = [
-    "COLOURS",
-    "HELD_OUT",
-    "KINDS",
-    "LONGEST",
-    "RELATIONS",
-    "WORDS",
-    "Figure",
-    "caption",
-    "cover",
-    "draw",
-    "paint",
-]
+__all__ = ["Figure", "describe_scene", "draw_scene", "figure_coverage", "paint_scene"]
 
 COLOURS = {
     "red": (0.85, 0.1, 0.1),
@@ -33,33 +21,32 @@ COLOURS = {
 }
 KINDS = ("circle", "square", "triangle", "cross", "ring")
 
-# Where the larger shape stands, as the direction (x, y) from it to the smaller; y grows downwards.
+# Position of the larger shape, with the direction (x, y) from it to the smaller; y points down.
 RELATIONS = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}
 
-# Each colour and each kind is trained on, these pairs of them are not: the test split's.
+# Pairs of colour and kind that only the test split has; every colour and every kind is in training.
 HELD_OUT = tuple((colour, KINDS[(i + 1) % len(KINDS)]) for i, colour in enumerate(COLOURS))
 SEEN = tuple((colour, kind) for colour in COLOURS for kind in KINDS if (colour, kind) not in HELD_OUT)
 
 WORDS = ("a", *COLOURS, *KINDS, "above", "below", "left", "right", "of")
 
-# Words of the longest sentence: "a red circle left of a blue square".
+# Number of words of the longest caption: "a red circle left of a blue square".
 LONGEST = 8
 
-# Radii as parts of the picture's side: never so close that "the larger" is in doubt.
+# Radii, as fractions of the picture's side, apart enough that "the larger" is unambiguous.
 LARGE, SMALL = (0.17, 0.21), (0.09, 0.12)
-# The least space between two shapes along the direction in which they lie.
+# Minimum gap between two shapes along their direction.
 GAP = 0.04
 
 
 class Figure(NamedTuple):
-    """One shape of a scene; lengths are parts of the picture's side, (0, 0) is the upper left corner.
+    """One shape of a scene; lengths are fractions of the picture's side, and (0, 0) is the upper left corner.
 
     Attributes:
       colour: a key of `COLOURS`.
       kind: one of `KINDS`.
-      x: of the centre.
-      y: of the centre.
-      radius: half the side of the box that holds it.
+      x, y: the centre.
+      radius: half the side of the bounding box.
     """
 
     colour: str
@@ -69,20 +56,20 @@ class Figure(NamedTuple):
     radius: float
 
 
-def draw(rng: np.random.Generator, *, held_out: bool) -> tuple[str, tuple[Figure, ...]]:
+def draw_scene(rng: np.random.Generator, *, held_out: bool) -> tuple[str, tuple[Figure, ...]]:
     """Draws a scene.
 
     Args:
-      rng: the scene's own generator.
-      held_out: at least one shape is of `HELD_OUT`; otherwise none is.
+      rng: the scene's generator.
+      held_out: True for at least one shape of `HELD_OUT`, False for none.
 
     Returns:
-      (relation, figures): a key of `RELATIONS`, and the larger and the smaller figure; or ("", (figure,)) for
-      the quarter of the scenes that have one shape.
+      (relation, figures): a key of `RELATIONS` with the larger and the smaller figure; or, for a quarter of the scenes,
+      ("", (figure,)).
 
     Example:
-      >>> relation, figures = draw(np.random.default_rng(0), held_out=False)
-      >>> caption(relation, figures)
+      >>> relation, figures = draw_scene(np.random.default_rng(0), held_out=False)
+      >>> describe_scene(relation, figures)
       ('a', 'black', 'circle', 'above', 'a', 'yellow', 'cross')
     """
     pairs = [SEEN[rng.integers(len(SEEN))], SEEN[rng.integers(len(SEEN))]]
@@ -100,29 +87,29 @@ def draw(rng: np.random.Generator, *, held_out: bool) -> tuple[str, tuple[Figure
     relation = tuple(RELATIONS)[rng.integers(len(RELATIONS))]
     direction = np.array(RELATIONS[relation])
     distance = rng.uniform(large + small + GAP, 1 - large - small)
-    # Sideways it is less than half of that: which relation holds is never in doubt.
+    # The sideways offset is less than half of that, which makes the relation unambiguous.
     offset = np.where(direction, direction * distance, rng.uniform(-0.4, 0.4) * distance)
     first = rng.uniform(np.maximum(large, small - offset), np.minimum(1 - large, 1 - small - offset))
     (x, y), (right, down) = first, offset
     return relation, (Figure(*pairs[0], x, y, large), Figure(*pairs[1], x + right, y + down, small))
 
 
-def caption(relation: str, figures: Sequence[Figure]) -> tuple[str, ...]:
-    """The sentence of a scene, word by word.
+def describe_scene(relation: str, figures: Sequence[Figure]) -> tuple[str, ...]:
+    """Words of the caption of a scene.
 
     Example:
-      >>> caption("left of", [Figure("red", "ring", 0.2, 0.5, 0.2), Figure("blue", "cross", 0.8, 0.5, 0.1)])
+      >>> describe_scene("left of", [Figure("red", "ring", 0.2, 0.5, 0.2), Figure("blue", "cross", 0.8, 0.5, 0.1)])
       ('a', 'red', 'ring', 'left', 'of', 'a', 'blue', 'cross')
     """
     words = [word for figure in figures for word in ("a", figure.colour, figure.kind)]
     return (*words[:3], *relation.split(), *words[3:])
 
 
-def cover(figure: Figure, size: int) -> np.ndarray:
-    """How much of each pixel a figure covers, [size, size] in [0, 1] (edges are smooth).
+def figure_coverage(figure: Figure, size: int) -> np.ndarray:
+    """Fraction of each pixel that a figure covers, [size, size] in [0, 1], with smooth edges.
 
     Example:
-      >>> cover(Figure("red", "square", 0.5, 0.5, 0.2), 5)[2]
+      >>> figure_coverage(Figure("red", "square", 0.5, 0.5, 0.2), 5)[2]
       array([0. , 0.35..., 1. , 0.35..., 0. ])
     """
     centres = (np.arange(size) + 0.5) / size
@@ -131,7 +118,7 @@ def cover(figure: Figure, size: int) -> np.ndarray:
 
 
 def _distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
-    """Signed distance to a shape's edge (or a bound of it), negative inside; all are symmetric in x, given as |x|."""
+    """Signed distance to a shape's edge, or a bound of it; negative inside. Shapes are symmetric, and x is |x|."""
     if kind == "circle":
         return np.hypot(x, y) - r
     if kind == "ring":
@@ -145,11 +132,11 @@ def _distance(kind: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     return np.minimum(np.maximum(x - r, y - 0.3 * r), np.maximum(x - 0.3 * r, y - r))
 
 
-def paint(rng: np.random.Generator, figures: Sequence[Figure], size: int) -> np.ndarray:
-    """The picture, float32 [size, size, 3] in [0, 1], on a background of a random light grey."""
+def paint_scene(rng: np.random.Generator, figures: Sequence[Figure], size: int) -> np.ndarray:
+    """Paints a scene on a background of random light grey: float32 [size, size, 3] in [0, 1]."""
     picture = np.full((size, size, 3), rng.uniform(0.85, 1))
     for figure in figures:
-        covered = cover(figure, size)[:, :, None]
-        # Shades differ, so that a colour is a name for many colours.
+        covered = figure_coverage(figure, size)[:, :, None]
+        # Shades vary within each named colour.
         picture += covered * (np.array(COLOURS[figure.colour]) * rng.uniform(0.8, 1) - picture)
     return picture.astype(np.float32)
