@@ -4,6 +4,7 @@ Every check raises ValueError naming the argument, what was expected and what wa
 numpy integers and return a Python int.
 """
 
+import math
 import numbers
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = [
     "check_choice",
     "check_groups",
     "check_multiple",
+    "check_number",
     "check_options",
     "check_positive",
     "check_size",
@@ -124,6 +126,23 @@ def check_at_least(name: str, value: Any, least: int) -> int:
     """Returns `value` as an int; it must be an integer of at least `least`."""
     check(_is_integer(value) and value >= least, name, f"an integer of at least {least}", value)
     return int(value)
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
+    """Returns `value` as a float; it must be a finite number above, or of at least, a bound.
+
+    Example:
+      >>> check_number("rate", 0, above=0)
+      Traceback (most recent call last):
+      ...
+      ValueError: rate must be a finite number above 0, got 0
+    """
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    bounds = [] if above is None else [f" above {above}"]
+    bounds += [] if at_least is None else [f" of at least {at_least}"]
+    inside = number and (above is None or value > above) and (at_least is None or value >= at_least)
+    check(inside, name, f"a finite number{' and'.join(bounds)}", value)
+    return float(value)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -76,7 +76,8 @@ def read_sentences(model: Any, task: Coreference, split: str, seed: int, count: 
 
 def measure(runs: Sequence[LoadedRun], study: Study) -> None:
     """Measures one finished run of configs/coreference.py."""
-    if len(runs) != 1 or not isinstance(runs[0].task, Coreference) or not hasattr(runs[0].module(), "attention_weights"):
+    tasks = [run.task for run in runs]
+    if len(runs) != 1 or not isinstance(tasks[0], Coreference) or not hasattr(runs[0].module(), "attention_weights"):
         raise RunError("coreference measures one run of the task coreference by an encoder: runs/coreference.")
     run = runs[0]
     model, seed, length = run.module(), run.config["seed"], run.task.length

@@ -9,7 +9,7 @@ import numpy as np
 from memformer.lab.bleu import measure_bleu
 from memformer.lab.study import Study, new_figure
 from memformer.models.beam import decode
-from memformer.tasks.translation import END, START, Pair, Translation
+from memformer.tasks.translation import END, START, Translation, VersePair
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
@@ -98,11 +98,11 @@ def _name(run: LoadedRun) -> str:
     return "LSTM, last state" if model["attention"] == "none" else "LSTM, attention"
 
 
-def _size(pair: Pair) -> int:
+def _size(pair: VersePair) -> int:
     return len(pair.source)
 
 
-def _translate(model: Any, task: Translation, pairs: Sequence[Pair]) -> list[str]:
+def _translate(model: Any, task: Translation, pairs: Sequence[VersePair]) -> list[str]:
     """The best translation of each verse; verses are taken by length, so that a batch is done at once."""
     source = task.source("test", 0)
     order = sorted(range(len(pairs)), key=lambda i: _size(pairs[i]))
@@ -133,7 +133,7 @@ def _bleu(said: Sequence[str], wanted: Sequence[str]) -> Any:
     return found
 
 
-def _row(told: Told, pairs: Sequence[Pair], first: int, last: int) -> dict[str, Any]:
+def _row(told: Told, pairs: Sequence[VersePair], first: int, last: int) -> dict[str, Any]:
     chosen = [i for i, pair in enumerate(pairs) if first <= _size(pair) <= last]
     said, wanted = [told.said[i] for i in chosen], [pairs[i].verse.spanish for i in chosen]
     return {
@@ -150,7 +150,7 @@ def _words(texts: Sequence[str]) -> int:
     return sum(len(text.split()) for text in texts)
 
 
-def _whole(told: Told, pairs: Sequence[Pair], groups: Sequence[tuple[int, int]]) -> dict[str, Any]:
+def _whole(told: Told, pairs: Sequence[VersePair], groups: Sequence[tuple[int, int]]) -> dict[str, Any]:
     row = _row(told, pairs, groups[0][0], groups[-1][1])
     lengths: dict[str, Any] = (told.run.result or {}).get("lengths", {})
     scores: dict[str, Any] = next(iter(lengths.values()), {})
@@ -164,7 +164,7 @@ def _whole(told: Told, pairs: Sequence[Pair], groups: Sequence[tuple[int, int]])
     }
 
 
-def _examples(told: Sequence[Told], pairs: Sequence[Pair], count: int = 3) -> list[dict[str, Any]]:
+def _examples(told: Sequence[Told], pairs: Sequence[VersePair], count: int = 3) -> list[dict[str, Any]]:
     chosen = _choose(pairs, count)
     rows = []
     for i in chosen:
@@ -173,7 +173,7 @@ def _examples(told: Sequence[Told], pairs: Sequence[Pair], count: int = 3) -> li
     return rows
 
 
-def _choose(pairs: Sequence[Pair], count: int) -> list[int]:
+def _choose(pairs: Sequence[VersePair], count: int) -> list[int]:
     """Numbers of the first test verses of `SHOWN` words, of any verses where there are too few."""
     fitting = [i for i, pair in enumerate(pairs) if SHOWN[0] <= len(pair.verse.english.split()) <= SHOWN[1]]
     return (fitting + [i for i in range(len(pairs)) if i not in fitting])[:count]
@@ -202,7 +202,7 @@ def _cycle(values: Sequence[str], like: Sequence[Any]) -> list[str]:
     return [values[i % len(values)] for i in range(len(like))]
 
 
-def _draw_alignments(study: Study, told: Sequence[Told], task: Translation, pairs: Sequence[Pair]) -> None:
+def _draw_alignments(study: Study, told: Sequence[Told], task: Translation, pairs: Sequence[VersePair]) -> None:
     """One verse, its true translation given: where each model looks for each token."""
     looking = [one for one in told if one.run.config["model"].get("attention") != "none"]
     if not looking:

@@ -117,7 +117,7 @@ class Translation(Task):
         """Description of the corpus for people."""
         root = self._root()
         count = sum(len(split_verses(root, split)) for split in SPLITS)
-        corpus = " and ".join(VERSES_PACKAGES) if root else "Genesis 1 to 20, contained in the package"
+        corpus = " and ".join(VERSES_PACKAGES) if root else "Genesis 1 to 20, included in the package"
         return f"{count:,} verses of {corpus}"
 
     def encode(self, text: str) -> list[int]:
@@ -165,7 +165,8 @@ class Translation(Task):
         if not root and (self.corpus == "installed" or self.folder):
             raise ValueError(
                 f"task.folder {self.folder!r} has no verses: install them (apt-get install "
-                f"{' '.join(VERSES_PACKAGES)}) or set task.folder to the folder of the SWORD modules; task.corpus='slice' needs neither"
+                f"{' '.join(VERSES_PACKAGES)}) or set task.folder to the folder of the SWORD modules; "
+                "task.corpus='slice' needs neither"
             )
         if not root and self.corpus == "auto":
             _warn()

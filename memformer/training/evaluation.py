@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from memformer.tasks import SPLITS, Task, make_task
+from memformer.data.source import SPLITS
+from memformer.tasks import Task, make_task
 from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError, complete_config, run_errors, set_values

@@ -12,7 +12,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from memformer.data.source import BATCH_KEYS, Example, Extra, RandomAccessSource, Task
+from memformer.data.source import BATCH_KEYS, Example, Extra, RandomAccessSource
+from memformer.tasks import Task
 
 __all__ = ["Batch", "Loader", "batch_arrays", "check_batch", "make_loader"]
 

@@ -5,9 +5,9 @@ import collections
 import pytest
 
 from memformer.data.bpe import BYTES, BytePairs, split_words, train_bpe
-from memformer.data.verses import read_slice
+from memformer.data.verses import read_verse_slice
 
-TEXTS = [text for verse in read_slice()[:40] for text in verse]
+TEXTS = [text for verse in read_verse_slice()[:40] for text in verse]
 STRANGE = ["", " ", "a", "  two  spaces \n\n and\ttabs ", "it's 'tis we'll", "año 你好 🙂 \x00 x_1=-3.5;", TEXTS[3] * 2]
 
 

@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 
+from memformer.data.shapes import COLOURS, HELD_OUT, KINDS, describe_scene, draw_scene, paint_scene
 from memformer.data.source import SPLITS
-from memformer.data.stamps import FOLDER, PACKAGE, clean, list_stamps, split_stamps
+from memformer.data.stamps import STAMPS_FOLDER, STAMPS_PACKAGE, clean_caption, list_stamps, split_stamps
 from memformer.tasks import Captions, make_task
 from memformer.tasks import captions as module
-from memformer.tasks.shapes import COLOURS, HELD_OUT, KINDS, caption, draw, paint
 
 SHAPES = Captions()
 
@@ -60,12 +60,12 @@ def test_a_picture_determines_its_sentence(held_out):
     """Told from pixels alone: how many shapes, which is larger, and where it stands."""
     for seed in range(60):
         rng = np.random.default_rng(seed)
-        relation, figures = draw(rng, held_out=held_out)
-        regions = [module.shapes.cover(figure, 64) > 0.5 for figure in figures]
+        relation, figures = draw_scene(rng, held_out=held_out)
+        regions = [module.shapes.figure_coverage(figure, 64) > 0.5 for figure in figures]
         for figure in figures:
             assert figure.radius <= min(figure.x, figure.y) and max(figure.x, figure.y) <= 1 - figure.radius
         if not relation:
-            assert len(figures) == 1 and caption(relation, figures) == ("a", figures[0].colour, figures[0].kind)
+            assert len(figures) == 1 and describe_scene(relation, figures) == ("a", figures[0].colour, figures[0].kind)
             continue
         assert not (regions[0] & regions[1]).any()
         boxes = [np.argwhere(region) for region in regions]
@@ -76,7 +76,7 @@ def test_a_picture_determines_its_sentence(held_out):
             want = "above" if rows > 0 else "below"
         else:
             want = "left of" if columns > 0 else "right of"
-        assert relation == want and " ".join(caption(relation, figures)[3:-3]) == want
+        assert relation == want and " ".join(describe_scene(relation, figures)[3:-3]) == want
 
 
 def test_regions_are_where_the_shapes_were_painted():
@@ -92,7 +92,7 @@ def test_regions_are_where_the_shapes_were_painted():
 
 
 def test_paint_is_in_range():
-    picture = paint(np.random.default_rng(0), draw(np.random.default_rng(1), held_out=False)[1], 16)
+    picture = paint_scene(np.random.default_rng(0), draw_scene(np.random.default_rng(1), held_out=False)[1], 16)
     assert picture.dtype == np.float32 and 0 <= picture.min() and picture.max() <= 1
 
 
@@ -118,7 +118,7 @@ CLEANED = {
 
 @pytest.mark.parametrize("text", CLEANED)
 def test_clean(text):
-    assert " ".join(clean(text)) == CLEANED[text]
+    assert " ".join(clean_caption(text)) == CLEANED[text]
 
 
 @pytest.fixture(scope="module")
@@ -196,10 +196,10 @@ def test_a_caption_that_is_too_long_is_cut(stamps):
 
 
 def test_without_the_package(tmp_path):
-    for folder, state in ((tmp_path / "nowhere", "is not there"), (tmp_path, "holds no PNG with a caption")):
+    for folder, state in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "has no PNG with a caption")):
         task = Captions(pictures="stamps", folder=str(folder))
         for ask in (lambda task: task.source("train", 0), lambda task: task.vocab_size):
-            with pytest.raises(ValueError, match=f"{state}.*apt-get install {PACKAGE}.*pictures='shapes' runs"):
+            with pytest.raises(ValueError, match=f"{state}.*apt-get install {STAMPS_PACKAGE}.*pictures='shapes' needs"):
                 ask(task)
 
 
@@ -215,8 +215,8 @@ MISUSE = [
     ({"pictures": "photos"}, "pictures must be one of 'shapes', 'stamps', got 'photos'"),
     ({"length": 8}, "length must be an integer of at least 9, got 8"),
     ({"size": 8}, "size must be an integer of at least 16, got 8"),
-    ({"folder": "x"}, "folder must be '' where pictures is 'shapes'"),
-    ({"pictures": "stamps", "folder": None}, "folder must be a text, got None"),
+    ({"folder": "x"}, "folder must be '' for pictures='shapes'"),
+    ({"pictures": "stamps", "folder": None}, "folder must be a string, got None"),
 ]
 
 
@@ -234,9 +234,9 @@ def test_what_stamps_do_not_know(stamps):
         task.reference("train", 0, 0)
 
 
-@pytest.mark.skipif(not os.path.isdir(FOLDER), reason=f"needs the package {PACKAGE}")
+@pytest.mark.skipif(not os.path.isdir(STAMPS_FOLDER), reason=f"needs the package {STAMPS_PACKAGE}")
 def test_the_installed_package():
-    stamps = list_stamps(FOLDER)
+    stamps = list_stamps(STAMPS_FOLDER)
     assert len(stamps) > 700
     words = collections.Counter(word for stamp in stamps for word in stamp.words)
     assert words["a"] > 400 and words["letter"] > 100

@@ -1,4 +1,4 @@
-"""Coreference: twins differ in one word and in the referent; order, distance and nouns tell nothing; what is held out."""
+"""Coreference: twins differ in one word and the referent; order, distance and nouns carry no information."""
 
 import collections
 

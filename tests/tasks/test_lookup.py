@@ -48,7 +48,7 @@ def test_keys_are_drawn_anew():
         ({"values": 1}, "values must be an integer of at least 2, got 1"),
         ({"key_width": 0}, "key_width must be an integer of at least 1, got 0"),
         ({"asked": "last"}, "asked must be one of 'anywhere', 'first', got 'last'"),
-        ({"noise": -0.1}, "noise must be a number of at least 0, got -0.1"),
+        ({"noise": -0.1}, "noise must be a finite number of at least 0, got -0.1"),
     ],
     ids=str,
 )

@@ -101,7 +101,7 @@ def test_largest_size_has_512_objects():
         ({"start": "all"}, "start must be one of 'objects', 'token', 'none', got 'all'"),
         ({"encoding": "onehot"}, "encoding must be one of 'pair', 'positions', got 'onehot'"),
         ({"queries": 1}, "queries must be True or False, got 1"),
-        ({"lenght": 3}, "task 'swap' has no setting 'lenght'; it has length, objects, start"),
+        ({"lenght": 3}, "task 'swap' has no key 'lenght'; known keys: length, objects, start"),
     ],
     ids=str,
 )

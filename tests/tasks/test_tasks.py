@@ -114,7 +114,7 @@ def test_misuse_is_named(settings, other):
     task = make_task(settings)
     with pytest.raises(ValueError, match="split must be one of 'train', 'validation', 'test', got 'dev'"):
         task.source("dev", 0)
-    with pytest.raises(ValueError, match=f"task '{task.name}' has no setting 'lenght'; it has length"):
+    with pytest.raises(ValueError, match=f"task '{task.name}' has no key 'lenght'; known keys: length"):
         make_task({**settings, "lenght": 3})
     with pytest.raises(ValueError, match="length must be an integer of at least"):
         make_task({**settings, "length": 0})

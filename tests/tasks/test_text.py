@@ -106,13 +106,13 @@ def test_the_standard_library_is_there_and_large_enough():
 
 
 def test_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match="task.folder must be a folder of text files, got .*nowhere.*not there"):
+    with pytest.raises(ValueError, match="task.folder must be a folder of text files, got .*nowhere.*does not exist"):
         Text(folder=str(tmp_path / "nowhere")).source("train", 0)
 
 
 def test_folder_without_sources(tmp_path):
     (tmp_path / "only.pyc").write_bytes(b"compiled")
-    with pytest.raises(ValueError, match="holds no file that ends in '.py'; set task.folder"):
+    with pytest.raises(ValueError, match="has no file that ends in '.py'; set task.folder"):
         Text(folder=str(tmp_path)).source("train", 0)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from memformer.data.source import SPLITS
-from memformer.data.verses import MODULES, Verse, find_modules, read_modules, read_slice, strip_markup
+from memformer.data.verses import MODULES, Verse, find_verses, read_verse_slice, read_verses, strip_markup
 from memformer.tasks import translation
 from memformer.tasks.translation import END, PADDING, SPECIAL, START, Translation
 from memformer.training.build import build_run
@@ -62,7 +62,7 @@ def test_splits_share_no_source_and_hold_every_verse():
     english = {split: {pair.verse.english for pair in long.pairs(split)} for split in SPLITS}
     assert not english["train"] & english["test"] and not english["train"] & english["validation"]
     assert not english["test"] & english["validation"]
-    assert sum(len(long.pairs(split)) for split in SPLITS) == len(read_slice()) == 514
+    assert sum(len(long.pairs(split)) for split in SPLITS) == len(read_verse_slice()) == 514
 
 
 def test_the_vocabulary_does_not_depend_on_the_length_and_serves_all():
@@ -95,7 +95,7 @@ def test_markup_is_stripped(text, want):
 
 
 def test_modules_are_read(modules):
-    verses = read_modules(modules)
+    verses = read_verses(modules)
     assert verses[0] == Verse("In the", "EN el") and verses[1] == Verse("verse 0", "versículo 0") and len(verses) == 61
     task = Translation(folder=modules, vocab_size=300)
     assert "61 verses of sword-text-kjv" in task.origin
@@ -104,22 +104,22 @@ def test_modules_are_read(modules):
 
 def test_modules_are_looked_for_where_they_usually_are(modules, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("SWORD_PATH", modules)
-    assert find_modules() == modules
+    assert find_verses() == modules
     monkeypatch.delenv("SWORD_PATH")
     shared = tmp_path_factory.mktemp("share")
     write_modules(shared / "sword", [[("a", "b")], [("c", "d")]])
     monkeypatch.setenv("XDG_DATA_DIRS", f"/nowhere:{shared}")
-    assert find_modules() == str(shared / "sword")
+    assert find_verses() == str(shared / "sword")
 
 
-def test_without_modules_the_slice_is_used_and_that_is_said(monkeypatch, caplog):
-    monkeypatch.setattr(translation, "find_modules", lambda folder: None)
+def test_without_modules_the_slice_is_used_with_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(translation, "find_verses", lambda folder: None)
     translation._warn.cache_clear()
     with caplog.at_level(logging.WARNING):
         task = Translation(vocab_size=800)
-        assert task.origin == "514 verses of Genesis 1 to 20, kept in the package"
+        assert task.origin == "514 verses of Genesis 1 to 20, included in the package"
     assert "apt-get install sword-text-kjv sword-text-sparv" in caplog.text
-    with pytest.raises(ValueError, match=r"holds no verses: install them \(apt-get install sword-text-kjv"):
+    with pytest.raises(ValueError, match=r"has no verses: install them \(apt-get install sword-text-kjv"):
         Translation(corpus="installed").source("train", 0)
 
 
@@ -131,9 +131,9 @@ def test_a_run_keeps_which_verses_it_was_trained_on(modules, monkeypatch):
         here.setenv("SWORD_PATH", modules)
         kept = build_run(config).config
     assert kept["task"] == {"name": "translation", "length": 8, "vocab_size": 300, "corpus": "installed"}
-    monkeypatch.setattr(translation, "find_modules", lambda folder: None)
+    monkeypatch.setattr(translation, "find_verses", lambda folder: None)
     assert build_run(config).config["task"]["corpus"] == "slice"
-    with pytest.raises(RunError, match="holds no verses: install them"):
+    with pytest.raises(RunError, match="has no verses: install them"):
         build_run(kept)
 
 
@@ -141,15 +141,15 @@ def test_damaged_modules_are_named(modules, tmp_path):
     path = tmp_path / MODULES[0] / "ot.bzz"
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="the verses cannot be read .* install the packages"):
-        read_modules(modules)
+        read_verses(modules)
 
 
 MISTAKES = {
     "corpus": ({"corpus": "web"}, "corpus must be one of 'auto', 'installed', 'slice', got 'web'"),
     "vocab_size": ({"vocab_size": 200}, "vocab_size must be an integer of at least 259"),
     "length": ({"length": 1}, "length must be an integer of at least 2"),
-    "folder": ({"folder": 3}, "folder must be a text"),
-    "both": ({"corpus": "slice", "folder": "/x"}, "folder must be '' where corpus is 'slice'"),
+    "folder": ({"folder": 3}, "folder must be a string"),
+    "both": ({"corpus": "slice", "folder": "/x"}, "folder must be '' for corpus='slice'"),
 }
 
 
@@ -161,5 +161,5 @@ def test_mistakes_are_named(name):
 
 
 def test_another_folder_without_verses_is_named(tmp_path):
-    with pytest.raises(ValueError, match="task.folder .* holds no verses"):
+    with pytest.raises(ValueError, match="task.folder .* has no verses"):
         Translation(folder=str(tmp_path)).source("train", 0)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from memformer.data.source import Extra, Task, example
-from memformer.tasks import Swap
+from memformer.data.source import Extra, make_example
+from memformer.tasks import Swap, Task
 from memformer.training.input import check_batch, make_loader
 from memformer.training.sharding import global_batch, make_mesh
 
@@ -27,7 +27,7 @@ class Numbers:
         return self.size
 
     def __getitem__(self, index: int):
-        return example(np.full(2, index), np.zeros(2), np.ones(2))
+        return make_example(np.full(2, index), np.zeros(2), np.ones(2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Answers(Task):
 
     def batch(self, rows: int):
         bits = np.random.default_rng(0).integers(2, size=(rows, 3, 4)).astype(np.float32)
-        one = example(np.zeros((3, 2)), bits[0], np.ones(3))
+        one = make_example(np.zeros((3, 2)), bits[0], np.ones(3))
         batch = {key: np.stack([array] * rows) for key, array in one.items()}
         extras = {"picture": np.zeros((rows, 4, 6), np.float32), "source": np.full((rows, 8), 8, np.int32)}
         return {**batch, "targets": bits, **extras}
