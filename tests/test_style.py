@@ -75,7 +75,7 @@ RENAMED = {
     "token_rows": "token_scalars",
     "unlay": "unchunk_queries",
 }
-# In core, ops and pallas only: elsewhere the word may have its everyday sense (`ast.walk`, a dropout's keep).
+# In ops and pallas only: elsewhere the word may have its everyday sense (`ast.walk`, a dropout's keep).
 RENAMED_IN_KERNELS = {
     "walk": "chunk_scan",
     "_walk": "chunk_scan",
@@ -185,7 +185,7 @@ def is_kernel(file: str) -> bool:
 
 
 def is_op(file: str) -> bool:
-    return file.startswith(("memformer/pallas/", "memformer/ops/", "memformer/core/"))
+    return file.startswith(("memformer/pallas/", "memformer/ops/"))
 
 
 def files(*patterns: str) -> dict[str, str]:
