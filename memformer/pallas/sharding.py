@@ -23,15 +23,22 @@ BATCH, HEADS = ("data", "fsdp"), ("tensor",)
 
 
 def split_batch_and_heads(
-    function: Callable[..., Sequence[Array]], static: tuple[Any, ...], results: int
+    function: Callable[..., Sequence[Array]],
+    static: tuple[Any, ...] = (),
+    *,
+    results: int | Sequence[int],
+    operands: Sequence[int] | None = None,
 ) -> Callable[..., Sequence[Array]]:
-    """`function(*static, *arrays)`, made for sharded and for mapped arrays.
+    """`function(*static, *arrays)` for sharded arrays and under vmap: each device runs it on its own shard.
 
     Args:
-      function: takes arrays [B, H, ...], the first two [B, G, ...], of any B and as many heads as a device holds.
+      function: takes arrays with batch first, of any B and as many heads as a device holds; the first has G heads.
       static: its first arguments.
-      results: how many it returns, [B, H, ...] or [B, G, ...].
+      results: head axis of each result, or how many results there are if it is axis 1 of all.
+      operands: head axis of each array; None is axis 1 of all.
     """
+    if isinstance(results, int):
+        results = (1,) * results
 
     def local(*arrays):
         return tuple(function(*static, *arrays))
@@ -42,9 +49,10 @@ def split_batch_and_heads(
         free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
         if math.prod(mesh.shape[name] for name in free) == 1:
             return local(*arrays)
-        spec = _spec(mesh, free, arrays)
-        out_specs = (spec,) * results
-        return jax.shard_map(local, in_specs=spec, out_specs=out_specs, axis_names=set(free))(*arrays)
+        axes = operands or (1,) * len(arrays)
+        batch, heads = _mesh_axes(mesh, free, arrays[0], axes[0])
+        in_specs, out_specs = (tuple(_spec(batch, heads, axis) for axis in group) for group in (axes, results))
+        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(free))(*arrays)
 
     @call.def_vmap
     def _(size, batched, *arrays):
@@ -55,18 +63,23 @@ def split_batch_and_heads(
     return call
 
 
-def _spec(mesh: AbstractMesh, free: Sequence[str], arrays: Sequence[Array]) -> PartitionSpec:
-    """Where batch and heads lie; an axis that does not divide them is left out."""
+def _spec(batch, heads, axis: int) -> PartitionSpec:
+    """Of an array with its heads on this axis."""
+    return PartitionSpec(batch, *(None,) * (axis - 1), heads)
+
+
+def _mesh_axes(mesh: AbstractMesh, free: Sequence[str], array: Array, axis: int) -> tuple[Any, Any]:
+    """Mesh axes of batch and of heads; None for one that does not divide them."""
     if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-        # Types say where arrays lie; the first has the fewest heads.
-        return PartitionSpec(*jax.typeof(arrays[0]).sharding.spec[:2])
-    batch, heads = arrays[0].shape[:2]
+        # Types say how arrays are sharded; the first has the fewest heads.
+        spec = jax.typeof(array).sharding.spec
+        return spec[0], spec[axis]
 
     def fitting(names, size):
         names = tuple(name for name in names if name in free)
         return names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
-    return PartitionSpec(fitting(BATCH, batch), fitting(HEADS, heads))
+    return fitting(BATCH, array.shape[0]), fitting(HEADS, array.shape[axis])
 
 
 def varying_result(shape: tuple[int, ...], dtype, *like: Array) -> jax.ShapeDtypeStruct:

@@ -1,4 +1,4 @@
-"""What differs between the versions of JAX that are served (0.10.2 to 0.12): nowhere else."""
+"""Differences between the supported versions of JAX (0.10.2 to 0.12)."""
 
 import contextlib
 import inspect
@@ -10,25 +10,25 @@ __all__ = ["gpu_interpret_mode", "load", "transpose_ref"]
 
 
 def gpu_interpret_mode() -> contextlib.AbstractContextManager:
-    """Context in which Mosaic GPU kernels run in the interpreter, with race detection.
+    """A context in which Mosaic GPU kernels run in the interpreter, with race detection.
 
     Raises:
-      NotImplementedError: before 0.11 the interpreter lacks what the kernels use (layout_cast).
+      NotImplementedError: before 0.11, whose interpreter lacks what the kernels use (layout_cast).
     """
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
-        raise NotImplementedError(f"kernels for GPU are interpreted from jax 0.11 on, this is {jax.__version__}")
+        raise NotImplementedError(f"GPU kernels can be interpreted from jax 0.11 on, this is jax {jax.__version__}")
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
     return plgpu.force_gpu_interpret_mode(params)
 
 
 def load(ref, layout, optimized: bool = True) -> jax.Array:
-    """plgpu.load of a whole ref: 0.10 wants an index."""
+    """Loads a whole ref; `plgpu.load` needs an index in 0.10."""
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
     return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def transpose_ref(ref):
-    """A ref of two axes with the axes exchanged: a function before 0.11, a method since."""
+    """Transposes a ref of two axes: a function before 0.11, a method since."""
     if hasattr(ref, "transpose"):
         return ref.transpose((1, 0))
     return plgpu.transpose_ref(ref, (1, 0))

@@ -1,11 +1,11 @@
-"""(I + A)^-1 for strictly lower A of 64 rows, inside a kernel.
+"""(I + A)^-1 for a strictly lower triangular A of 64 rows, inside a kernel.
 
-Diagonal blocks of 16 rows by forward substitution: a warp takes a block, a lane one column, so that a step needs no
-other lane. The right sides of every second block are its identity and, beside it, the block of A to its left, which
-is half of the first join. What is left of the ladder of core/triangular.py are three products on the tensor cores,
-their operands as two bfloat16 halves, the last one's as three: identical keys make the same rounding in every row, and
-the state adds them up (at beta 2 4% of it in 256 tokens, with three parts 1%). No power of A is ever formed. With
-single halves, or TF32, nearly equal keys at beta 2 would lose all but a digit.
+Forward substitution inverts the diagonal blocks of 16 rows: one warp per block and one lane per column, so that no
+step needs another lane. The right-hand sides of every second block are its identity and, beside it, the block of A to
+its left, which is half of the first join. The rest of the ladder of core/triangular.py is three products on the tensor
+cores. Their operands are split into two bfloat16 parts, those of the last into three: identical keys round alike in
+every row, and the state accumulates the error (at beta 2, 4% in 256 tokens; with three parts, 1%). No power of A is
+formed. With bfloat16 or TF32 operands nearly equal keys at beta 2 would leave one correct digit.
 """
 
 import jax.numpy as jnp
@@ -15,24 +15,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat
-from memformer.pallas.gpu.common import halves, iotas, pairs, products, put_parts
+from memformer.pallas.gpu.wgmma import iotas, partial_products, products, split_block, store_split
 
 __all__ = ["ROWS", "inverse_scratch", "unit_lower_inverse"]
 
 ROWS, BLOCK = 64, 16
 PAIR = 2 * BLOCK
 
-# Entry (block, column) of an array [4, 32] lies in that warp and lane; all of a row [4, n] in every lane of that warp.
+# Entry (block, column) of an array [4, 32] lies in that warp and lane.
 LANES = plgpu.Layout.TILED(plgpu.Tiling(((4, 32), (1,))), warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+# Row r of an array [4, n] lies in every lane of warp r.
 EVERY_LANE = plgpu.Layout.TILED(
     plgpu.Tiling(((4, 1),)), warp_dims=(-2,), lane_dims=(plgpu.Replicated(32),), vector_dim=-1
 )
 
 
 def inverse_scratch() -> list:
-    """Shared memory that `unit_lower_inverse` works in, 56 KiB; its result may go to the first two pairs."""
+    """Shared memory of `unit_lower_inverse`, 56 KiB. The caller may store the result in the first two pairs."""
     shapes = ((ROWS, BLOCK + PAIR), (ROWS // BLOCK, BLOCK, BLOCK + PAIR))
-    return [halves(PAIR, ROWS, PAIR)] * 4 + [plgpu.SMEM(shape, jnp.float32) for shape in shapes]
+    return [split_block(ROWS, PAIR, columns=PAIR)] * 4 + [plgpu.SMEM(shape, jnp.float32) for shape in shapes]
 
 
 def unit_lower_inverse(a: Array, scratch) -> tuple[Array, Array]:
@@ -40,37 +42,37 @@ def unit_lower_inverse(a: Array, scratch) -> tuple[Array, Array]:
 
     Args:
       a: [64, 64] float32, zero on and above the diagonal.
-      scratch: as `inverse_scratch` says.
+      scratch: see `inverse_scratch`.
     """
-    *spread, stack, corner_left, flat, blocks = scratch
+    *corners, stack, corner_left, flat, blocks = scratch
     rows, columns = iotas(ROWS, PAIR)
     block, later = lax.div(rows, BLOCK), rows >= PAIR
     odd, left = lax.rem(block, 2) == 1, columns < BLOCK
-    halves_of_a = [lax.slice(a, (0, side), (ROWS, side + PAIR)) for side in (0, PAIR)]
-    put_parts(corner_left, jnp.where(later, halves_of_a[0], 0.0))
-    x = _substitute(a, halves_of_a, flat, blocks)
-    # Blocks of 32: below X1 stands X2 A21, and -X2 A21 X1 shall.
+    sides = [lax.slice(a, (0, side), (ROWS, side + PAIR)) for side in (0, PAIR)]
+    store_split(corner_left, jnp.where(later, sides[0], 0.0))
+    x = _substitute(a, sides, flat, blocks)
+    # Join blocks of 16 rows: X2 A21 stands below X1 and becomes -X2 A21 X1.
     between = jnp.where(odd & left, x, 0.0)
-    put_parts(spread[0], jnp.where(later, 0.0, between))
-    put_parts(spread[1], jnp.where(later, between, 0.0))
-    put_parts(stack, x)
+    store_split(corners[0], jnp.where(later, 0.0, between))
+    store_split(corners[1], jnp.where(later, between, 0.0))
+    store_split(stack, x)
     plgpu.commit_smem()
     first, second = ([ref.at[pl.ds(top, PAIR)] for ref in stack] for top in (0, PAIR))
-    (corner,) = products(pairs(spread[0], first) + pairs(spread[1], second))
+    (corner,) = products(partial_products(corners[0], first) + partial_products(corners[1], second))
     x = jnp.where(odd & left, -corner, x)
-    # The blocks of the first product are free again.
-    stack, product = [*stack, spread[0][0]], [spread[0][1], *spread[1]]
-    put_parts(stack, x)
+    # The first product has finished, so its blocks can be reused.
+    stack, product = [*stack, corners[0][0]], [corners[0][1], *corners[1]]
+    store_split(stack, x)
     plgpu.commit_smem()
-    (y,) = products(pairs(corner_left, first))
-    put_parts(product, y)
+    (y,) = products(partial_products(corner_left, first))
+    store_split(product, y)
     plgpu.commit_smem()
-    (corner,) = products(pairs(stack, [ref.at[pl.ds(PAIR, PAIR)] for ref in product]))
+    (corner,) = products(partial_products(stack, [ref.at[pl.ds(PAIR, PAIR)] for ref in product]))
     return jnp.where(later, -corner, x), jnp.where(later, x, 0.0)
 
 
 def _substitute(a: Array, sides, flat, blocks) -> Array:
-    """[64, 32]: X1, and beside it nothing, above X2 A21 and X2, of both pairs of blocks."""
+    """[64, 32]: for both pairs of blocks, [X1, 0] above [X2 A21, X2]."""
     rows, columns = iotas(ROWS, PAIR)
     block, place = lax.div(rows, BLOCK), lax.rem(rows, BLOCK)
     own = lax.div(columns, BLOCK) == lax.rem(block, 2)
@@ -86,7 +88,7 @@ def _substitute(a: Array, sides, flat, blocks) -> Array:
     flat[:, 0:BLOCK] = diagonal
     flat[:, BLOCK:] = right
     plgpu.commit_smem()
-    # Wgmma's rows cannot be split into blocks, those of a plain layout can.
+    # The rows of wgmma's layout cannot be split into blocks; those of a plain layout can.
     blocks[...] = flat[...].reshape(blocks.shape)
     plgpu.commit_smem()
     solved = []
@@ -94,7 +96,7 @@ def _substitute(a: Array, sides, flat, blocks) -> Array:
         x = compat.load(blocks.at[:, r, BLOCK:], LANES)
         factors = compat.load(blocks.at[:, r, 0:BLOCK], EVERY_LANE)
         for i, earlier in enumerate(solved):
-            x = x - _spread(factors, i) * earlier
+            x = x - _broadcast_column(factors, i) * earlier
         solved.append(x)
     for r, x in enumerate(solved):
         blocks[:, r, BLOCK:] = x
@@ -104,7 +106,7 @@ def _substitute(a: Array, sides, flat, blocks) -> Array:
     return compat.load(flat.at[:, BLOCK:], plgpu.Layout.WGMMA)
 
 
-def _spread(factors: Array, i: int) -> Array:
-    """Column i of [4, n], one number a block, for all columns of the blocks."""
+def _broadcast_column(factors: Array, i: int) -> Array:
+    """Column i of [4, n], broadcast to [4, 32]."""
     one = jnp.sum(lax.slice(factors, (0, i), (factors.shape[0], i + 1)), axis=1)
     return plgpu.layout_cast(lax.broadcast_in_dim(one, (factors.shape[0], PAIR), (0,)), LANES)

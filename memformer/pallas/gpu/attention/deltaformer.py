@@ -1,206 +1,199 @@
-"""DeltaFormer and softmax attention on Hopper: the arrays of a call laid out for parts.py and attention.py."""
+"""DeltaFormer on Hopper: layout of a call, and the write in spans of tokens, with its rule of differentiation.
+
+What the rows of a span see of earlier slots is a read of keys and u that exist already, with programs for all row
+blocks of all heads: few heads fill the chip too. The scan of write.py is left with what lies within the span.
+Backward, spans in reverse: what reaches a span's dU from later rows is again parallel over blocks, then the reverse
+scan gives dP. Once all of dP is known the gradients of the scores are those of attention.
+
+Memory is linear in time, backward too. Saved: the inputs, u, and the log-sum-exp of the rows.
+"""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.calls import AttentionCall
+from memformer.core.mask import Mask, join_cache
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
-from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float
-from memformer.pallas.gpu import tuning
-from memformer.pallas.gpu.attention.forward import attend
-from memformer.pallas.gpu.attention.tiles import TILE, Plan
-from memformer.pallas.gpu.attention.write_parts import write
-from memformer.pallas.gpu.common import interpreting, is_hopper
-from memformer.pallas.mask import Sight, by_head, join, marks_of, sight_of
+from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients
+from memformer.pallas.gpu.attention.config import AttentionConfig, plan_call
+from memformer.pallas.gpu.attention.forward import read
+from memformer.pallas.gpu.attention.softmax_attention import attend
+from memformer.pallas.gpu.attention.write import write_backward, write_forward
+from memformer.pallas.gpu.wgmma import split_outside
+from memformer.pallas.mask import by_head, join
 
-__all__ = ["attention", "deltaformer", "run"]
-
-
-def _plan(
-    op: str, kernel: Kernel, scale: float, arrays: tuple[Array, ...], held, sight: Sight, chunk_size, precision
-) -> Plan:
-    """Checks that the kernels serve this call, and cuts it.
-
-    Args:
-      op: name of the public function.
-      kernel: the similarity kernel.
-      scale: factor on inner products.
-      arrays: q, k and the others of the call in bfloat16, v the last.
-      held: keys and values of the state, or None.
-      sight: segments.
-      chunk_size: the caller's, or None.
-      precision: of the products.
-
-    Raises:
-      NotImplementedError: not an sm_90 GPU; inputs that are not bfloat16; a precision above bfloat16 products; keys or
-        values wider than the kernels hold; a chunk size that no kernel has.
-    """
-    else_chunked = "implementation='chunked' serves it"
-    if not (interpreting() or is_hopper()):
-        raise NotImplementedError(
-            f"the {op} kernel needs an sm_90 GPU (or a trace for one under jax.sharding.use_abstract_mesh), and this"
-            f" is {jax.default_backend()!r}; implementation='chunked' serves here"
-        )
-    if any(x.dtype != jnp.bfloat16 for x in arrays):
-        found = ", ".join(str(x.dtype) for x in arrays)
-        raise NotImplementedError(
-            f"the {op} kernel takes bfloat16 queries, keys and values (its products are wgmma on bfloat16), got"
-            f" {found}; {else_chunked}"
-        )
-    if precision != lax.Precision.DEFAULT:
-        raise NotImplementedError(f"the {op} kernel has products at default precision only; {else_chunked}")
-    key, value = arrays[1].shape[-1], arrays[-1].shape[-1]
-    if max(key, value) > tuning.KEYS[-1]:
-        raise NotImplementedError(
-            f"the {op} kernel holds keys and values of at most {tuning.KEYS[-1]} channels, got {key} and {value};"
-            f" {else_chunked}"
-        )
-    batch, length, heads = arrays[1].shape[:3]
-    groups = 1 if length <= TILE else 2
-    if chunk_size not in (None, TILE):
-        raise NotImplementedError(f"the {op} kernel takes chunk_size {TILE}, got {chunk_size}; {else_chunked}")
-    parts = -(-length // tuning.part(batch * heads))
-    key, value = (next(width for width in tuning.KEYS if width >= x) for x in (key, value))
-    size = groups * TILE
-    return Plan(
-        kernel=kernel,
-        scale=scale,
-        groups=groups,
-        slots=tuning.SLOTS[1 if kernel.normalized else 2],
-        key=key,
-        value=value,
-        block=min(value, tuning.WRITE_BLOCK),
-        part=-(-length // (parts * size)) * size,
-        before=0 if held is None else -(-held[0].shape[1] // size),
-        own=True,
-        strict=False,
-        segments=sight.key is not None,
-    )
-
-
-def _widen(x: Array, width: int) -> Array:
-    return pad_time(x, width, axis=3)
-
-
-def attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    *,
-    kernel: Kernel,
-    scale: float,
-    sight: Sight,
-    held: tuple[Array, Array] | None,
-    chunk_size: int | None = None,
-    precision: lax.Precision = lax.Precision.DEFAULT,
-    op: str = "softmax_attention",
-) -> Float[Array, "B T H V"]:
-    """Reads v, and what the state holds, at the queries; each sees slots up to its own.
-
-    Args:
-      q: queries.
-      k: keys.
-      v: values.
-      kernel: the similarity kernel.
-      scale: factor on inner products.
-      sight: segments.
-      held: keys and values of the state, [B, S, G, K] and [B, S, G, V], or None.
-      chunk_size: rows of a tile, or None.
-      precision: of the products.
-      op: name of the public function, for messages.
-
-    Returns:
-      The output in bfloat16.
-
-    Raises:
-      NotImplementedError: no kernel serves this machine or call; the message says why.
-    """
-    plan = _plan(op, kernel, scale, (q, k, v), held, sight, chunk_size, precision)
-    length, width = v.shape[1], v.shape[3]
-    keys, values = (None, None) if held is None else (_widen(held[0], plan.key), _widen(held[1], plan.value))
-    marks = marks_of(sight, plan.size) if plan.segments else ()
-    k, q, v = _widen(k, plan.key), _widen(q, plan.key), _widen(v, plan.value)
-    arrays = (join(keys, k, plan.size), by_head(q, plan.size), join(values, v, plan.size))
-    k, q, x = (vary_like(y, *arrays, *marks) for y in arrays)
-    return jnp.swapaxes(attend(plan, jnp.bfloat16, k, q, x, marks), 1, 2)[:, :length, :, :width]
-
-
-def deltaformer(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T G K"],
-    w: Float[Array, "B T G K"],
-    v: Float[Array, "B T G V"],
-    alpha: Float[Array, "B T G"],
-    beta: Float[Array, "B T G"],
-    *,
-    kernels: tuple[Kernel, Kernel],
-    scales: tuple[float, float],
-    sight: Sight,
-    held: tuple[Array, Array] | None,
-    chunk_size: int | None = None,
-    precision: lax.Precision = lax.Precision.DEFAULT,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
-    """DeltaFormer by Hopper kernels; arguments checked.
-
-    Args:
-      q: queries.
-      k: keys.
-      w: what is erased before a write.
-      v: values.
-      alpha: strength of the write.
-      beta: strength of the erasure.
-      kernels: of the write and of the read.
-      scales: theirs.
-      sight: segments.
-      held: keys and u of the state, [B, S, G, K] and [B, S, G, V], or None.
-      chunk_size: rows of a tile, or None.
-      precision: of the products.
-
-    Returns:
-      The output in bfloat16, and u in float32 (to 16 bits).
-
-    Raises:
-      NotImplementedError: no kernel serves this machine or call; the message says why.
-    """
-    plan, read = (
-        _plan("deltaformer", kernel, scale, (q, k, w, v), held, sight, chunk_size, precision)
-        for kernel, scale in zip(kernels, scales, strict=True)
-    )
-    length, width = v.shape[1], v.shape[3]
-    held_k, held_u = (None, None) if held is None else (_widen(held[0], plan.key), _widen(held[1], plan.value))
-    marks = marks_of(sight, plan.size, plan.part) if plan.segments else ()
-    q, k, w = (_widen(x, plan.key) for x in (q, k, w))
-    k = join(held_k, k, plan.size, plan.part)
-    v = _widen(v, plan.value)
-    start = jnp.zeros((k.shape[0], k.shape[1], 0, plan.value), jnp.float32)
-    start = start if held_u is None else by_head(held_u, plan.size).astype(jnp.float32)
-    alpha, beta = alpha.astype(jnp.float32), beta.astype(jnp.float32)
-    q, w, v, alpha, beta = (by_head(x, plan.part) for x in (q, w, v, alpha, beta))
-    arrays = (k, w, v, alpha, beta, start, q)
-    k, w, v, alpha, beta, start, q = (vary_like(x, *arrays, *marks) for x in arrays)
-    u = write(plan, k, w, v, alpha, beta, start, marks)
-    everything = u if held_u is None else jnp.concatenate([start, u], axis=2)
-    o = attend(read, jnp.bfloat16, k, q, everything, marks)
-    return tuple(jnp.swapaxes(x, 1, 2)[:, :length, :, :width] for x in (o, u))
+__all__ = ["run"]
 
 
 def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
-    """Runs a call of DeltaFormer; w, alpha and beta are arrays."""
-    kernels = (call.write_kernel, call.read_kernel)
-    return deltaformer(
-        call.q,
-        call.k,
-        call.w,
-        call.v,
-        call.alpha,
-        call.beta,
-        kernels=kernels,
-        scales=tuple(kernel.scale for kernel in kernels),
-        sight=sight_of(call.mask),
-        held=None if call.cache is None else (call.cache.k, call.cache.values),
-        chunk_size=call.chunk_size,
-        precision=call.precision,
+    """Runs DeltaFormer; w, alpha and beta are given.
+
+    Returns:
+      The output in bfloat16, and u in float32 (16 bits are exact).
+
+    Raises:
+      NotImplementedError: no kernel serves this machine or call; the message says why.
+    """
+    operands = {"q": call.q, "k": call.k, "w": call.w, "v": call.v}
+    config, reading = (plan_call(call, kernel, operands) for kernel in (call.write_kernel, call.read_kernel))
+    length, width = call.v.shape[1], call.v.shape[3]
+    mask = join_cache(call.mask, config.rows, config.span)
+
+    def pad(x, width):
+        return pad_time(x, width, axis=3)
+
+    cache_k = None if call.cache is None else pad(call.cache.k, config.key)
+    k = join(cache_k, pad(call.k, config.key), config.rows, config.span)
+    q, w = (by_head(pad(x, config.key), config.span) for x in (call.q, call.w))
+    v = by_head(pad(call.v, config.value), config.span)
+    alpha, beta = (by_head(x.astype(jnp.float32), config.span) for x in (call.alpha, call.beta))
+    if call.cache is None:
+        cache_u = jnp.zeros((*k.shape[:2], 0, config.value), jnp.float32)
+    else:
+        cache_u = by_head(pad(call.cache.values, config.value), config.rows).astype(jnp.float32)
+    arrays = (k, w, v, alpha, beta, cache_u, q)
+    k, w, v, alpha, beta, cache_u, q = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
+    u = write(config, k, w, v, alpha, beta, cache_u, mask)
+    o = attend(reading, jnp.bfloat16, k, q, jnp.concatenate([cache_u, u], axis=2), mask)
+    return tuple(jnp.swapaxes(x, 1, 2)[:, :length, :, :width] for x in (o, u))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def write(
+    config: AttentionConfig, k: Array, w: Array, v: Array, alpha: Array, beta: Array, cache_u: Array, mask: Mask
+) -> Array:
+    """The writes u [B, G, T, V] of a call, float32, exact to 16 bits.
+
+    Args:
+      config: sizes; `before` counts the blocks of the cache. T is a multiple of the span.
+      k: keys of the cache and then of the call, [B, G, S, K].
+      w: [B, G, T, K].
+      v: [B, G, T, V].
+      alpha: [B, G, T].
+      beta: [B, G, T].
+      cache_u: u of the cache, [B, G, S - T, V].
+      mask: over whole tiles.
+    """
+    parts, _ = _write(config, k, w, v, alpha, beta, cache_u, mask)
+    return _sum_parts(parts, cache_u.shape[2])
+
+
+def _write_forward(config, k, w, v, alpha, beta, cache_u, mask):
+    parts, lse = _write(config, k, w, v, alpha, beta, cache_u, mask)
+    return _sum_parts(parts, cache_u.shape[2]), (k, w, v, alpha, beta, cache_u, mask, parts, lse)
+
+
+def _write_backward(config, saved, du):
+    k, w, v, alpha, beta, cache_u, mask, u, lse = saved
+    before = cache_u.shape[2]
+    dp = _solve_transposed(config, k[:, :, before:], w, beta, lse, du, u[0][:, :, before:], mask)
+    exact = _sum_parts(dp)
+    target = alpha[..., None] * v.astype(jnp.float32)
+    scalars = {"lse": lse, "beta": beta, "delta": None}
+    if lse is not None:
+        scalars["delta"] = -jnp.sum(exact * (target - _sum_parts(u, before)), axis=-1)
+    everything = dataclasses.replace(config, own=True, strict=True)
+    dw, dbeta = query_gradients(everything, k, w, u, dp, mask, scalars)
+    (dk,) = key_gradients(everything, k, w, u, dp, mask, scalars, ("dk",))
+    dcache = jnp.zeros(cache_u.shape, cache_u.dtype)
+    if before:
+        _, far = _span_configs(config)
+        cached = (k[:, :, :before], w, tuple(x[:, :, :before] for x in u), dp)
+        (dcache,) = key_gradients(far, *cached, _slice_mask(mask, keys=(0, before)), scalars, ("dx",))
+    dv, dalpha = alpha[..., None] * exact, jnp.sum(v.astype(jnp.float32) * exact, axis=-1)
+    inputs = (k, w, v, alpha, beta, cache_u)
+    gradients = (dk, dw, dv, dalpha, dbeta, dcache)
+    return *(x.astype(y.dtype) for x, y in zip(gradients, inputs, strict=True)), None
+
+
+write.defvjp(_write_forward, _write_backward)
+
+
+def _span_configs(config: AttentionConfig) -> tuple[AttentionConfig, AttentionConfig]:
+    """Of the scan within a span, and of the read of all slots before it."""
+    far = dataclasses.replace(config, before=0, own=False, strict=True)
+    return dataclasses.replace(far, own=True), far
+
+
+def _sum_parts(parts: tuple[Array, Array], start: int = 0) -> Array:
+    return parts[0][:, :, start:].astype(jnp.float32) + parts[1][:, :, start:].astype(jnp.float32)
+
+
+def _slice(x: Array, start, size: int, axis: int = 2) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _slice_mask(mask: Mask, *, queries=None, keys=None) -> Mask:
+    """The mask of the (start, size) ranges of queries and of keys that are given."""
+    if mask.query_segment is None:
+        return mask
+    query, key = (
+        x if place is None else _slice(x, *place, axis=1)
+        for x, place in ((mask.query_segment, queries), (mask.key_segment, keys))
     )
+    return Mask(query_segment=query, key_segment=key)
+
+
+def _write(config, k, w, v, alpha, beta, cache_u, mask):
+    """u of all slots in two parts [B, G, S, V], and the log-sum-exp of the rows [B, G, T], None without a normaliser."""
+    before, length, span = cache_u.shape[2], w.shape[2], config.span
+    own, far = _span_configs(config)
+    target = alpha[..., None] * v.astype(jnp.float32)
+    if before == 0 and length == span:
+        return write_forward(own, k, w, target, beta, mask, None)
+    zeros = jnp.zeros(target.shape, jnp.bfloat16)
+    everything = tuple(jnp.concatenate([x, zeros], axis=2) for x in split_outside(cache_u))
+
+    def step(everything, start):
+        queries = (start, span)
+        rows = _slice(w, *queries)
+        value, lse = read(far, jnp.float32, k, rows, everything, _slice_mask(mask, queries=queries), before + start)
+        keys = (before + start, span)
+        u, lse = write_forward(
+            own,
+            _slice(k, *keys),
+            rows,
+            _slice(target, *queries),
+            _slice(beta, *queries),
+            _slice_mask(mask, queries=queries, keys=keys),
+            (value, lse),
+        )
+        everything = tuple(
+            lax.dynamic_update_slice_in_dim(x, y, before + start, 2) for x, y in zip(everything, u, strict=True)
+        )
+        return everything, lse
+
+    starts = jnp.arange(0, length, span, dtype=jnp.int32)
+    everything, lse = lax.scan(step, everything, starts)
+    return everything, None if lse is None else jnp.moveaxis(lse, 0, 2).reshape(beta.shape)
+
+
+def _solve_transposed(config, k, w, beta, lse, du, u, mask):
+    """dP in two parts [B, G, T, V], from the last span to the first; arrays of the call's own slots."""
+    length, span, before = w.shape[2], config.span, config.before * config.rows
+    own, far = _span_configs(config)
+    # delta has no part in dx.
+    scalars = {"lse": lse, "beta": beta, "delta": lse}
+    if length == span:
+        return write_backward(own, k, w, du, scalars, _slice_mask(mask, keys=(before, length)))
+    dp = (jnp.zeros(du.shape, jnp.bfloat16),) * 2
+
+    def step(dp, start):
+        queries, keys = (start, span), (before + start, span)
+        rows = {name: None if x is None else _slice(x, *queries) for name, x in scalars.items()}
+        own_k, own_u = _slice(k, *queries), (_slice(u, *queries),)
+        (later,) = key_gradients(
+            far, own_k, w, own_u, dp, _slice_mask(mask, keys=keys), scalars, ("dx",), start + span
+        )
+        here = _slice_mask(mask, queries=queries, keys=keys)
+        new = write_backward(own, own_k, _slice(w, *queries), _slice(du, *queries) + later, rows, here)
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, start, 2) for x, y in zip(dp, new, strict=True)), None
+
+    starts = jnp.arange(0, length, span, dtype=jnp.int32)
+    return lax.scan(step, dp, starts, reverse=True)[0]

@@ -1,18 +1,16 @@
-"""DeltaFormer's write on Hopper: one kernel that walks the blocks of a head, forward for u, in reverse for dP.
+"""DeltaFormer's write on Hopper: one kernel that scans the blocks of a head, forward for u, in reverse for dP.
 
-Rows R of one block, earlier slots E, A the write kernel, B = diag(beta):
+Rows R of one block, earlier slots E, A the matrix of the write kernel, B = diag(beta):
 
     u_R  = (I + B A[R, R])^-1 (alpha V_R - B A[R, E] u_E)
-    dP_R = (I + B A[R, R])^-T (dU_R - later A[R', R]^T B dP_R')
+    dP_R = (I + B A[R, R])^-T (dU_R - sum over later R' of A[R', R]^T B dP_R')
 
-Both read finished tiles as attention does and then solve inside the block. A program walks one head and a block of
-value columns, which know nothing of each other. Two warpgroups compute: the second one's rows see the first one's,
-which come back from global memory as all finished tiles do, once a barrier says that they are there. What lies before
-a part of the call is read by attention, whose programs are row blocks of all heads (parts.py): so few heads fill the
-chip too.
+Both read finished tiles as attention does and then solve inside the block. A program scans one head and one block of
+value columns, which are independent of each other. Two warpgroups compute. The second one's rows see the first one's,
+which come back from global memory as all finished tiles do, once a barrier announces them.
 
-The inverse of a tile's 64 rows is the ladder of core.triangular on bfloat16 halves. For the walk in reverse tiles lie
-transposed, and so does the triangle.
+The inverse of a tile's 64 rows is the ladder of core/triangular.py on two bfloat16 parts. In reverse tiles are
+transposed, and so is the triangle.
 
 Source: "DeltaFormer: Unlock the State Space of Transformer" (NeurIPS 2025), section 3.3.
 """
@@ -25,76 +23,102 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from memformer.core.mask import Mask
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention import tiles
-from memformer.pallas.gpu.attention.forward import Sums, add_tile, start_sums, widen
-from memformer.pallas.gpu.attention.tiles import LOW, TILE, Plan, Refs, Ring
-from memformer.pallas.gpu.common import column, row
+from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
+from memformer.pallas.gpu.attention.forward import RunningSums, add_tile, rescale, start_sums
+from memformer.pallas.gpu.attention.tiles import LOW, Refs, Ring
+from memformer.pallas.gpu.wgmma import (
+    broadcast_rows,
+    load_column,
+    load_row,
+    partial_products,
+    shared_block,
+    split_bf16,
+    store_split,
+)
 from memformer.pallas.sharding import split_batch_and_heads
 
-__all__ = ["walk_back", "walk_forward"]
+__all__ = ["write_backward", "write_forward"]
 
 
-class _Walk:
-    """What a warpgroup of the kernel knows: its head, its columns, and which tiles its blocks take.
+class _Program:
+    """One program of the kernel: its head, its columns, and which tiles its blocks take.
 
-    Tiles of a block are counted in the order of the walk: first those of finished blocks, then its own.
+    Tiles of a block are counted in the order in which they are read: those of finished blocks, then its own.
     """
 
-    def __init__(self, plan: Plan, refs: Refs, back: bool):
-        self.plan, self.refs, self.back = plan, refs, back
+    def __init__(self, config: AttentionConfig, refs: Refs, reverse: bool):
+        self.config, self.refs, self.reverse = config, refs, reverse
         self.b, self.h, self.block = (lax.axis_index(name) for name in ("batch_row", "head", "block"))
-        self.blocks = refs.out0.shape[2] // plan.size
-        self.columns = pl.ds(self.block * plan.block, plan.block)
-        self.names = ("norm",) * (back and plan.kernel.normalized) + ("beta",) * back + ("segment",) * plan.segments
-        self.ring = Ring(plan, refs, self._keys, self._values)
+        self.blocks = refs.out0.shape[2] // config.rows
+        self.columns = pl.ds(self.block * config.value_block, config.value_block)
+        self.names = _key_names(config, reverse)
+        self.ring = Ring(config, refs, self._keys, self._values)
 
     def index(self, step):
         """The block of a step."""
-        return self.blocks - 1 - step if self.back else step
+        return self.blocks - 1 - step if self.reverse else step
 
     def order(self, g):
-        """When warpgroup g has its turn."""
-        return self.plan.groups - 1 - g if self.back else g
+        """Position of warpgroup g among the warpgroups of a block."""
+        return self.config.warpgroups - 1 - g if self.reverse else g
 
     def finished(self, i):
-        """How many tiles of finished blocks block i sees."""
-        plan = self.plan
-        if self.back:
-            end = jnp.int32(self.blocks * plan.groups)
-            after = (i + 1) * plan.groups
-            return jnp.maximum(self.refs.limit[self.b, self.h, i], after) - after if plan.segments else end - after
-        own = i * plan.groups
+        """Number of tiles of finished blocks that block i sees."""
+        warpgroups = self.config.warpgroups
+        if self.reverse:
+            end = jnp.int32(self.blocks * warpgroups)
+            after = (i + 1) * warpgroups
+            if not self.config.segments:
+                return end - after
+            return jnp.maximum(self.refs.limit[self.b, self.h, i], after) - after
+        own = i * warpgroups
         return own - jnp.minimum(self.refs.limit[self.b, self.h, i], own)
 
     def tile(self, i, finished, c):
-        """The tile that is the c-th one of block i."""
-        if self.back:
-            return (i + 1) * self.plan.groups + finished - 1 - c
-        return i * self.plan.groups - finished + c
+        """The c-th tile of block i."""
+        if self.reverse:
+            return (i + 1) * self.config.warpgroups + finished - 1 - c
+        return i * self.config.warpgroups - finished + c
+
+    def key_scalar(self, slot, name: str):
+        """Ref to a scalar of the tokens of a slot."""
+        return self.refs.scalar_slots.at[slot, self.names.index(name)]
 
     def _keys(self, t):
-        tokens = pl.ds(t * TILE, TILE)
-        found = [(self.refs.k.at[self.b, self.h, tokens], self.refs.key_slots)]
-        return found + ([(self.refs.key_rows.at[self.b, self.h, t], self.refs.number_slots)] if self.names else [])
+        copies = [(self.refs.k.at[self.b, self.h, pl.ds(t * TILE, TILE)], self.refs.key_slots)]
+        return copies + ([(self.refs.k_scalars.at[self.b, self.h, t], self.refs.scalar_slots)] if self.names else [])
 
     def _values(self, t):
-        places = (self.b, self.h, pl.ds(t * TILE, TILE), self.columns)
-        return [(self.refs[f"out{n}"].at[places], self.refs[f"value_slots{n}"]) for n in range(self.plan.halves)]
+        place = (self.b, self.h, pl.ds(t * TILE, TILE), self.columns)
+        return [(self.refs[f"out{n}"].at[place], self.refs[f"value_slots{n}"]) for n in range(self.config.parts)]
 
 
-def _bring(refs: Refs, plan: Plan, back: bool) -> None:
-    walk = _Walk(plan, refs, back)
-    ring, last = walk.ring, jnp.int32(0 if back else plan.groups - 1)
+def _query_names(config: AttentionConfig, earlier: bool) -> tuple[str, ...]:
+    """Names of the scalars per query, forward; `earlier` is the log-sum-exp over earlier slots."""
+    return ("beta", *("earlier",) * (earlier and config.similarity.normalized), *("segment",) * config.segments)
+
+
+def _key_names(config: AttentionConfig, reverse: bool) -> tuple[str, ...]:
+    """Names of the scalars per token of a tile of columns."""
+    names = ("lse",) * (reverse and config.similarity.normalized) + ("beta",) * reverse
+    return names + ("segment",) * config.segments
+
+
+def _copy(refs: Refs, config: AttentionConfig, reverse: bool) -> None:
+    program = _Program(config, refs, reverse)
+    ring, last = program.ring, jnp.int32(0 if reverse else config.warpgroups - 1)
 
     def step(s, count):
-        i = walk.index(s)
-        finished = walk.finished(i)
+        i = program.index(s)
+        finished = program.finished(i)
 
         def both(c):
-            ring.bring_key(count + c, walk.tile(i, finished, c))
-            ring.bring_value(count + c, walk.tile(i, finished, c))
+            ring.copy_key(count + c, program.tile(i, finished, c))
+            ring.copy_value(count + c, program.tile(i, finished, c))
 
         pl.loop(0, finished - 1)(both)
 
@@ -106,150 +130,145 @@ def _bring(refs: Refs, plan: Plan, back: bool) -> None:
         def _():
             both(finished - 1)
 
-        for n in range(plan.groups):
-            ring.bring_key(count + finished + n, walk.tile(i, finished, finished + n))
-        if plan.groups == 2:
-            plgpu.barrier_wait(refs.written.at[plan.groups - 1 - last])
-            ring.bring_value(count + finished, walk.tile(i, finished, finished))
-        return count + finished + plan.groups
+        for n in range(config.warpgroups):
+            ring.copy_key(count + finished + n, program.tile(i, finished, finished + n))
+        if config.warpgroups == 2:
+            plgpu.barrier_wait(refs.written.at[config.warpgroups - 1 - last])
+            ring.copy_value(count + finished, program.tile(i, finished, finished))
+        return count + finished + config.warpgroups
 
-    count = lax.fori_loop(0, walk.blocks, step, jnp.int32(0))
+    count = lax.fori_loop(0, program.blocks, step, jnp.int32(0))
     plgpu.barrier_wait(refs.written.at[last])
     ring.drain(count)
 
 
-def _compute(refs: Refs, plan: Plan, back: bool, held: bool) -> None:
-    walk = _Walk(plan, refs, back)
-    ring, g = walk.ring, lax.axis_index("warpgroup")
-    tiles.bring_places(refs, g)
+def _compute(refs: Refs, config: AttentionConfig, reverse: bool, earlier: bool) -> None:
+    program = _Program(config, refs, reverse)
+    ring, g = program.ring, lax.axis_index("warpgroup")
+    tiles.copy_indices(refs, g)
 
     def step(s, count):
-        i = walk.index(s)
-        finished = walk.finished(i)
-        mine = i * plan.groups + g
-        rows = (walk.b, walk.h, pl.ds(mine * TILE, TILE))
-        sources = [(refs.q.at[rows], refs.q_rows)]
-        if "rows" in refs:
-            sources.append((refs.rows.at[walk.b, walk.h, mine], refs.numbers))
-        for source, target in sources:
-            plgpu.copy_gmem_to_smem(source, target.at[g], refs.rows_there.at[g])
-        plgpu.barrier_wait(refs.rows_there.at[g])
-        own = count + finished + walk.order(g)
-        solve = _back_block if back else _forward_block
-        # What is left to write goes to shared memory, since the inverse needs the registers.
-        _stage(refs, g, "work", solve(walk, g, rows, count, own, held))
-        out = _solve(refs, g, _inverse(refs, g, back))
-        _put(walk, g, out, (*rows, walk.columns))
-        _pass_by(ring, plan, own, count + finished)
-        return count + finished + plan.groups
+        i = program.index(s)
+        finished = program.finished(i)
+        mine = i * config.warpgroups + g
+        rows = (program.b, program.h, pl.ds(mine * TILE, TILE))
+        copies = [(refs.q.at[rows], refs.q_tile)]
+        if "q_scalars" in refs:
+            copies.append((refs.q_scalars.at[program.b, program.h, mine], refs.own_scalars))
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target.at[g], refs.own_ready.at[g])
+        plgpu.barrier_wait(refs.own_ready.at[g])
+        own = count + finished + program.order(g)
+        if reverse:
+            right = _reverse_side(program, g, rows, count, own)
+        else:
+            right = _forward_side(program, g, rows, count, own, earlier)
+        # The right-hand side goes to shared memory, because the inverse needs the registers.
+        _stage(refs, g, "right", right)
+        _store(program, g, _solve(refs, g, _inverse(refs, g, reverse)), (*rows, program.columns))
+        _release_block(ring, config, own, count + finished)
+        return count + finished + config.warpgroups
 
-    lax.fori_loop(0, walk.blocks, step, jnp.int32(0))
+    lax.fori_loop(0, program.blocks, step, jnp.int32(0))
 
 
-def _put(walk: _Walk, g, out: Array, place) -> None:
-    """Writes a finished tile, and says so once it is there."""
-    refs = walk.refs
-    for n, half in enumerate(_stage(refs, g, "work", out)):
-        plgpu.copy_smem_to_gmem(half, refs[f"out{n}"].at[place])
+def _store(program: _Program, g, out: Array, place) -> None:
+    """Writes a finished tile, and announces it once it has arrived."""
+    refs = program.refs
+    for n, part in enumerate(_stage(refs, g, "right", out)):
+        plgpu.copy_smem_to_gmem(part, refs[f"out{n}"].at[place])
     plgpu.wait_smem_to_gmem(0)
     plgpu.barrier_arrive(refs.written.at[g])
 
 
-def _pass_by(ring: Ring, plan: Plan, own, first) -> None:
-    """Releases the tiles of the block that were not read: its own, and the one behind it."""
-    if plan.groups == 1:
+def _release_block(ring: Ring, config: AttentionConfig, own, first) -> None:
+    """Releases the tiles of the block that this warpgroup did not read: its own, and the one after it."""
+    if config.warpgroups == 1:
         ring.release(own)
         return
 
     @pl.when(own == first)
     def _():
-        ring.await_value(own)
+        ring.wait_value(own)
         ring.release(own)
-        ring.await_key(own + 1)
+        ring.wait_key(own + 1)
 
     ring.release(first + 1)
 
 
-def _forward_block(walk: _Walk, g, rows, count, own, held: bool) -> Array:
-    """What is left to write of one warpgroup's rows; beta A of them against themselves is staged as own."""
-    plan, refs = walk.plan, walk.refs
-    names = _row_names(plan, held)
-    q = refs.q_rows.at[g]
+def _forward_side(program: _Program, g, rows, count, own, earlier: bool) -> Array:
+    """alpha V less the read of earlier slots, for one warpgroup's rows; stages B A of its own tile."""
+    config, refs = program.config, program.refs
+    names = _query_names(config, earlier)
+    q = refs.q_tile.at[g]
 
-    def mask(diagonal):
-        if not plan.segments:
-            return lambda slot: tiles.tile_mask(diagonal, None, None, tiles.places(refs, g) if diagonal else None)
-        segment = refs.numbers.at[g, names.index("segment")]
-        return lambda slot: tiles.tile_mask(
-            diagonal, segment, refs.number_slots.at[slot, 0], tiles.places(refs, g) if diagonal else None
-        )
+    def scalar(name):
+        return refs.own_scalars.at[g, names.index(name)]
 
-    sums = start_sums(plan.block)
-    if held:
-        sums = sums._replace(value=tiles.load(refs.start.at[(*rows, walk.columns)]))
-        if plan.kernel.normalized:
-            top = compat.load(refs.numbers.at[g, names.index("start")], plgpu.Layout.WGMMA.reduce(1))
+    def mask(slot, diagonal=None):
+        segments = (scalar("segment"), program.key_scalar(slot, "segment")) if config.segments else (None, None)
+        return tiles.tile_mask(diagonal, *segments, tiles.load_indices(refs, g) if diagonal else None)
+
+    sums = start_sums(config.value_block)
+    if earlier:
+        sums = sums._replace(value=tiles.load_tile(refs.earlier.at[(*rows, program.columns)]))
+        if config.similarity.normalized:
+            top = compat.load(scalar("earlier"), plgpu.Layout.WGMMA.reduce(1))
             total = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-            sums = Sums(top, total, sums.value)
-    sums = lax.fori_loop(count, own, lambda c, sums: add_tile(plan, walk.ring, refs, sums, c, g, q, mask(None)), sums)
-    slot = walk.ring.await_key(own)
-    scores, seen = tiles.scores_of(plan, q, refs.key_slots.at[slot]), mask("<")(slot)
-    if plan.kernel.normalized:
-        sums, weights = widen(sums, jnp.where(seen, scores, LOW))
+            sums = RunningSums(top, total, sums.value)
+    add = functools.partial(add_tile, config, program.ring, refs)
+    sums = lax.fori_loop(count, own, lambda c, sums: add(sums, c, g, q, mask), sums)
+    slot = program.ring.wait_key(own)
+    scores, visible = tiles.compute_scores(config, q, refs.key_slots.at[slot]), mask(slot, "<")
+    if config.similarity.normalized:
+        sums, weights = rescale(sums, jnp.where(visible, scores, LOW))
         total = jnp.where(sums.total > 0, sums.total, 1.0)
-        weights = weights / tiles.spread(total, TILE)
-        sums = sums._replace(value=sums.value / tiles.spread(total, plan.block))
-        _put_norm(walk, g, rows, sums.top + jnp.log2(total))
+        weights = weights / broadcast_rows(total, TILE)
+        sums = sums._replace(value=sums.value / broadcast_rows(total, config.value_block))
+        _store_lse(program, g, rows, sums.top + jnp.log2(total))
     else:
-        weights = tiles.weights_of(plan, scores, seen, None)
-    beta = refs.numbers.at[g, names.index("beta")]
-    _stage(refs, g, "own", column(beta, TILE) * weights)
-    target = tiles.load(refs.target.at[(*rows, walk.columns)])
-    return target - column(beta, plan.block) * sums.value
+        weights = tiles.attention_weights(config, scores, visible, None)
+    _stage(refs, g, "own", load_column(scalar("beta"), TILE) * weights)
+    target = tiles.load_tile(refs.target.at[(*rows, program.columns)])
+    return target - load_column(scalar("beta"), config.value_block) * sums.value
 
 
-def _put_norm(walk: _Walk, g, rows, norm: Array) -> None:
-    """Every block of columns finds the same; one writes it."""
+def _store_lse(program: _Program, g, rows, lse: Array) -> None:
+    """Writes the log-sum-exp from one block of columns: all of them compute the same."""
 
-    @pl.when(walk.block == 0)
+    @pl.when(program.block == 0)
     def _():
-        walk.refs.norms.at[g][...] = norm
+        program.refs.lse_tile.at[g][...] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(walk.refs.norms.at[g], walk.refs.norm.at[rows])
+        plgpu.copy_smem_to_gmem(program.refs.lse_tile.at[g], program.refs.lse.at[rows])
 
 
-def _back_block(walk: _Walk, g, rows, count, own, held: bool) -> Array:
-    """dU less what later rows take of it, for one warpgroup's slots; their own (beta A)^T is staged as own."""
-    plan, refs = walk.plan, walk.refs
+def _reverse_side(program: _Program, g, rows, count, own) -> Array:
+    """dU less what reaches it from later rows, for one warpgroup's slots; stages (B A)^T of its own tile."""
+    config, refs = program.config, program.refs
 
-    def felt(slot, diagonal):
-        scores = tiles.scores_of(plan, refs.q_rows.at[g], refs.key_slots.at[slot])
+    def signed(slot, diagonal):
+        scores = tiles.compute_scores(config, refs.q_tile.at[g], refs.key_slots.at[slot])
+        segments = (refs.own_scalars.at[g, 0], program.key_scalar(slot, "segment")) if config.segments else (None, None)
+        lse = load_row(program.key_scalar(slot, "lse"), TILE) if config.similarity.normalized else None
+        indices = tiles.load_indices(refs, g) if diagonal else None
+        weights = tiles.attention_weights(config, scores, tiles.tile_mask(diagonal, *segments, indices), lse)
+        return weights * load_row(program.key_scalar(slot, "beta"), TILE)
 
-        def number(name):
-            return refs.number_slots.at[slot, walk.names.index(name)]
+    def tile(c, right):
+        slot = program.ring.wait_key(c)
+        scratch = [refs[f"left{n}"].at[g] for n in range(config.parts) if f"left{n}" in refs]
+        parts = tiles.left_operand(split_bf16(-signed(slot, None), config.parts), scratch)
+        program.ring.wait_value(c)
+        values = tuple(refs[f"value_slots{n}"].at[slot] for n in range(config.parts))
+        right = tiles.accumulate(right, partial_products(parts, values))
+        program.ring.release(c)
+        return right
 
-        marks = (refs.numbers.at[g, 0], number("segment")) if plan.segments else (None, None)
-        norm = row(number("norm"), TILE) if plan.kernel.normalized else None
-        places = tiles.places(refs, g) if diagonal else None
-        weights = tiles.weights_of(plan, scores, tiles.tile_mask(diagonal, *marks, places), norm)
-        return weights * row(number("beta"), TILE)
-
-    def tile(c, left):
-        slot = walk.ring.await_key(c)
-        scratch = [refs[f"left{n}"].at[g] for n in range(plan.halves)] if tiles.interpreting() else ()
-        parts = tiles.left(tiles.halves(-felt(slot, None), plan.halves), scratch)
-        walk.ring.await_value(c)
-        left = tiles.accumulate(left, tiles.pairs(parts, tuple(_values(refs, plan, slot))))
-        walk.ring.release(c)
-        return left
-
-    left = lax.fori_loop(count, own, tile, tiles.load(refs.target.at[(*rows, walk.columns)]))
-    _stage(refs, g, "own", felt(walk.ring.await_key(own), ">"))
-    return left
-
-
-def _values(refs: Refs, plan: Plan, slot):
-    return [refs[f"value_slots{n}"].at[slot] for n in range(plan.halves)]
+    target = tiles.load_tile(refs.target.at[(*rows, program.columns)])
+    right = lax.fori_loop(count, own, tile, target)
+    _stage(refs, g, "own", signed(program.ring.wait_key(own), ">"))
+    return right
 
 
 def _inverse(refs: Refs, g, upper: bool) -> Array:
@@ -257,95 +276,90 @@ def _inverse(refs: Refs, g, upper: bool) -> Array:
     own = tuple(refs[f"own{n}"].at[g] for n in range(2))
 
     def part(size):
-        later, earlier = tiles.places(refs, g)[:: -1 if upper else 1]
+        later, earlier = tiles.load_indices(refs, g)[:: -1 if upper else 1]
         odd = lax.bitwise_and(later, size) != 0
         beside = lax.bitwise_and(earlier, -size) == lax.bitwise_and(later, -size) - size
-        return tuple(jnp.where(odd & beside, half, jnp.bfloat16(0)) for half in _taken(own))
+        return tuple(jnp.where(odd & beside, x, jnp.bfloat16(0)) for x in _load_staged(own))
 
     def join(level, x):
         # With X = I + x: X - X S X. Small entries are not rounded beside ones.
         staged = _stage(refs, g, "square", x)
         s = part(lax.shift_left(jnp.int32(1), level))
-        y = tiles.accumulate(_whole(s), tiles.pairs(_left(refs, g, s), staged))
-        return tiles.accumulate(x - y, tiles.pairs(staged, _stage(refs, g, "other", -y)))
+        y = tiles.accumulate(_sum_parts(s), partial_products(_left(refs, g, s), staged))
+        return tiles.accumulate(x - y, partial_products(staged, _stage(refs, g, "other", -y)))
 
-    # A loop, not its five steps in a row: else the compiler fills the registers with the parts of all.
-    return lax.fori_loop(1, 6, join, -_whole(part(jnp.int32(1))))
+    # A loop instead of five unrolled steps: the compiler would fill the registers with the parts of all steps.
+    return lax.fori_loop(1, 6, join, -_sum_parts(part(jnp.int32(1))))
 
 
-def _space(refs: Refs, g, name: str, n: int):
-    """A block of warpgroup g's shared memory; "other" is that of its queries, where they are wide enough."""
+def _staging(refs: Refs, g, name: str, n: int):
+    """A block of warpgroup g's shared memory; "other" shares that of its queries, where they are wide enough."""
     if name == "other" and "other0" not in refs:
-        return refs.q_rows.at[g, :, pl.ds(n * TILE, TILE)]
+        return refs.q_tile.at[g, :, pl.ds(n * TILE, TILE)]
     return refs[f"{name}{n}"].at[g]
 
 
 def _stage(refs: Refs, g, name: str, x: Array) -> tuple[Any, ...]:
-    """Two halves of a matrix, in warpgroup g's shared memory of that name."""
-    staged = tuple(_space(refs, g, name, n) for n in range(2))
-    for ref, half in zip(staged, tiles.halves(x, 2), strict=True):
-        ref[...] = half
+    """Stores a matrix in two parts in warpgroup g's shared memory of that name."""
+    staged = tuple(_staging(refs, g, name, n) for n in range(2))
+    store_split(staged, x)
     plgpu.commit_smem()
     return staged
 
 
-def _taken(staged: tuple[Any, ...]) -> tuple[Array, ...]:
+def _load_staged(staged: tuple[Any, ...]) -> tuple[Array, ...]:
     return tuple(compat.load(ref, plgpu.Layout.WGMMA) for ref in staged)
 
 
-def _whole(parts: tuple[Array, ...]) -> Array:
+def _sum_parts(parts: tuple[Array, ...]) -> Array:
     return parts[0].astype(jnp.float32) + parts[1].astype(jnp.float32)
 
 
 def _left(refs: Refs, g, parts: tuple[Array, ...]) -> tuple[Any, ...]:
-    return tiles.left(parts, [refs[f"left{n}"].at[g] for n in range(2)] if tiles.interpreting() else ())
+    return tiles.left_operand(parts, [refs[f"left{n}"].at[g] for n in range(2) if f"left{n}" in refs])
 
 
 def _solve(refs: Refs, g, inverse: Array) -> Array:
-    """What is staged as work, plus the inverse (less I) times it."""
-    staged = tuple(refs[f"work{n}"].at[g] for n in range(2))
-    sums = tiles.pairs(_left(refs, g, tiles.halves(inverse, 2)), staged)
-    return tiles.accumulate(_whole(_taken(staged)), sums)
+    """(I + inverse) times the staged right-hand side."""
+    staged = tuple(refs[f"right{n}"].at[g] for n in range(2))
+    pairs = partial_products(_left(refs, g, split_bf16(inverse, 2)), staged)
+    return tiles.accumulate(_sum_parts(_load_staged(staged)), pairs)
 
 
-def _row_names(plan: Plan, held: bool) -> tuple[str, ...]:
-    """Numbers of the rows forward."""
-    return ("beta", *("start",) * (held and plan.kernel.normalized), *("segment",) * plan.segments)
-
-
-def _walk(plan: Plan, back: bool, held: bool, k, q, target, *rest) -> tuple[Array, ...]:
-    """One device's part of a walk; rest: what the state gave, numbers of rows, numbers of columns, `limit`."""
+def _write(config: AttentionConfig, reverse: bool, earlier: bool, k, q, target, *rest) -> tuple[Array, ...]:
+    """One device's shard; rest: the read of earlier slots, scalars of queries, scalars of keys, `limit`."""
     batch, heads, length, value = target.shape
     rest = list(rest)
-    inputs = {"k": k, "q": q, "target": target, "places": tiles.place_numbers()}
-    if held:
-        inputs["start"] = rest.pop(0)
-    if not back or plan.segments:
-        inputs["rows"] = rest.pop(0)
-    if back or plan.segments:
-        inputs["key_rows"] = rest.pop(0)
-    if plan.segments or not back:
+    inputs = {"k": k, "q": q, "target": target, "indices": tiles.index_vectors()}
+    if earlier:
+        inputs["earlier"] = rest.pop(0)
+    if not reverse or config.segments:
+        inputs["q_scalars"] = rest.pop(0)
+    if reverse or config.segments:
+        inputs["k_scalars"] = rest.pop(0)
+    if config.segments or not reverse:
         inputs["limit"] = rest.pop(0)
     outputs: dict[str, Any] = {f"out{n}": (target.shape, jnp.bfloat16) for n in range(2)}
-    numbers = inputs["key_rows"].shape[3] if "key_rows" in inputs else 0
-    scratch = tiles.ring_scratch(plan, plan.block, plan.halves, numbers)
-    scratch["q_rows"] = tiles.shared(TILE, plan.key, plan.groups)
-    scratch["rows_there"] = plgpu.Barrier(num_arrivals=1 + ("rows" in inputs), num_barriers=plan.groups)
-    scratch["written"] = plgpu.Barrier(num_barriers=plan.groups)
-    widths = [("work", plan.block), ("own", TILE), ("square", TILE)] + [("other", TILE)] * (plan.key == TILE)
-    scratch |= {f"{name}{n}": tiles.shared(TILE, width, plan.groups) for name, width in widths for n in range(2)}
-    if "rows" in inputs:
-        scratch["numbers"] = plgpu.SMEM((plan.groups, inputs["rows"].shape[3], TILE), jnp.float32)
-    if plan.kernel.normalized and not back:
-        outputs["norm"] = ((batch, heads, length), jnp.float32)
-        scratch["norms"] = plgpu.SMEM((plan.groups, TILE), jnp.float32)
-    scratch |= tiles.place_scratch(plan) | tiles.interpreter_scratch(plan, 2)
+    scratch = tiles.ring_scratch(config, config.value_block, config.parts, len(_key_names(config, reverse)))
+    scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key)
+    scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + ("q_scalars" in inputs), num_barriers=config.warpgroups)
+    scratch["written"] = plgpu.Barrier(num_barriers=config.warpgroups)
+    widths = [("right", config.value_block), ("own", TILE), ("square", TILE)] + [("other", TILE)] * (config.key == TILE)
+    blocks = {f"{name}{n}": width for name, width in widths for n in range(2)}
+    scratch |= {name: shared_block(config.warpgroups, TILE, width) for name, width in blocks.items()}
+    if "q_scalars" in inputs:
+        count = inputs["q_scalars"].shape[3]
+        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, count, TILE), jnp.float32)
+    if config.similarity.normalized and not reverse:
+        outputs["lse"] = ((batch, heads, length), jnp.float32)
+        scratch["lse_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
+    scratch |= tiles.index_scratch(config) | tiles.interpreter_scratch(config, 2)
     return tiles.call(
-        plan,
-        f"write_{'backward' if back else 'forward'}",
-        functools.partial(_compute, plan=plan, back=back, held=held),
-        functools.partial(_bring, plan=plan, back=back),
-        (batch, heads, value // plan.block),
+        config,
+        f"write_{'backward' if reverse else 'forward'}",
+        functools.partial(_compute, config=config, reverse=reverse, earlier=earlier),
+        functools.partial(_copy, config=config, reverse=reverse),
+        (batch, heads, value // config.value_block),
         inputs,
         outputs,
         scratch,
@@ -353,45 +367,47 @@ def _walk(plan: Plan, back: bool, held: bool, k, q, target, *rest) -> tuple[Arra
     )
 
 
-def walk_forward(
-    plan: Plan, k: Array, w: Array, target: Array, beta: Array, marks: tuple[Array, ...], start
+def write_forward(
+    config: AttentionConfig, k: Array, w: Array, target: Array, beta: Array, mask: Mask, earlier
 ) -> tuple[tuple[Array, Array], Array | None]:
-    """u [B, G, T, V] by halves, and the log-sum-exp of the rows to base 2 (None without a normaliser).
+    """u [B, G, T, V] in two parts, and the log-sum-exp of the rows to base 2 (None without a normaliser).
 
     Args:
-      plan: as ever.
+      config: sizes.
       k: [B, G, T, K].
       w: [B, G, T, K].
       target: alpha v, [B, G, T, V] float32.
       beta: [B, G, T].
-      marks: segments of the tokens as queries and as keys [B, T], or nothing.
-      start: what the rows read of slots before these, [B, G, T, V], and its log-sum-exp; or None.
-    """
-    held, heads = start is not None, k.shape[1]
-    given = {"beta": beta, "start": start[1] if held else None, "segment": marks[0] if marks else None}
-    rest: tuple[Array, ...] = (start[0],) if held else ()
-    rest += (tiles.pack(heads, *(given[name] for name in _row_names(plan, held))),)
-    if plan.segments:
-        rest += (tiles.pack(heads, marks[1]), tiles.first_tiles(plan, heads, *marks))
-    else:
-        # The same, where it is known: what the compiler works out of that ahead has no room in registers.
-        rest += (jnp.zeros((*w.shape[:2], w.shape[2] // plan.size), jnp.int32),)
-    call = split_batch_and_heads(_walk, (plan, False, held), results=2 + plan.kernel.normalized)
-    high, low, *norm = call(k, w, target, *rest)
-    return (high, low), norm[0] if norm else None
-
-
-def walk_back(plan: Plan, k: Array, w: Array, du: Array, numbers: dict[str, Array], marks: tuple[Array, ...]):
-    """dP [B, G, T, V] by halves.
-
-    Args:
-      plan, k, w, marks: as in `walk_forward`.
-      du: gradient of u, [B, G, T, V] float32.
-      numbers: norm (with a normaliser) and beta of the rows [B, G, T].
+      mask: of these tokens, over whole tiles.
+      earlier: the read of earlier slots, [B, G, T, V], and its log-sum-exp; or None.
     """
     heads = k.shape[1]
-    given = [numbers[name] for name in ("norm",) * plan.kernel.normalized + ("beta",)]
-    rest = (tiles.pack(heads, *given, *marks[:1]),)
-    if plan.segments:
-        rest = (tiles.pack(heads, marks[1]), *rest, tiles.last_tiles(plan, heads, *marks))
-    return split_batch_and_heads(_walk, (plan, True, False), results=2)(w, k, du, *rest)
+    scalars = {"beta": beta, "earlier": earlier and earlier[1], "segment": mask.query_segment}
+    rest: tuple[Array, ...] = (earlier[0],) if earlier else ()
+    rest += (tiles.pack_scalars(heads, *(scalars[name] for name in _query_names(config, bool(earlier)))),)
+    if config.segments:
+        rest += (tiles.pack_scalars(heads, mask.key_segment), tiles.first_tiles(config, heads, mask))
+    else:
+        # Static zeros would do, but the compiler hoists what it derives from them, and has no registers for that.
+        rest += (jnp.zeros((*w.shape[:2], w.shape[2] // config.rows), jnp.int32),)
+    results = 2 + config.similarity.normalized
+    kernel = split_batch_and_heads(_write, (config, False, bool(earlier)), results=results)
+    high, low, *lse = kernel(k, w, target, *rest)
+    return (high, low), lse[0] if lse else None
+
+
+def write_backward(config: AttentionConfig, k: Array, w: Array, du: Array, scalars: dict[str, Array], mask: Mask):
+    """dP [B, G, T, V] in two parts.
+
+    Args:
+      config, k, w, mask: see `write_forward`.
+      du: gradient of u, [B, G, T, V] float32.
+      scalars: lse (with a normaliser) and beta of the rows [B, G, T].
+    """
+    heads = k.shape[1]
+    given = scalars | {"segment": mask.query_segment}
+    rest = (tiles.pack_scalars(heads, *(given[name] for name in _key_names(config, True))),)
+    if config.segments:
+        keys = tiles.pack_scalars(heads, mask.key_segment)
+        rest = (keys, *rest, tiles.last_tiles(config, heads, mask))
+    return split_batch_and_heads(_write, (config, True, False), results=2)(w, k, du, *rest)

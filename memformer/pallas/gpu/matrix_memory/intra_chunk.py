@@ -1,6 +1,6 @@
-"""What of a chunk needs no state, for all chunks and heads at once: a Mosaic GPU kernel.
+"""Intra-chunk terms, parallel over chunks and heads: a Mosaic GPU kernel.
 
-With D the decay between tokens (0 where hidden), s the scale, beta on the columns:
+With D the decay between tokens (0 where masked), s the scale, beta on the columns:
 
     P = s D (Q K^T), i <= r        X = (I + M beta)^-1 with M = D (K K^T), i < r
 """
@@ -14,37 +14,39 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.types import Array
-from memformer.pallas.gpu.common import AXES, Cut, call_kernel, iotas, products, put, put_parts, shared, turned
 from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
-from memformer.pallas.gpu.matrix_memory.token_scalars import Tokens
+from memformer.pallas.gpu.matrix_memory.config import AXES, ScanConfig, call_kernel
+from memformer.pallas.gpu.matrix_memory.token_scalars import TokenScalars
+from memformer.pallas.gpu.wgmma import iotas, products, shared_block, store, store_split, transposed
 
-__all__ = ["prepare"]
+__all__ = ["intra_chunk"]
 
 
-def _kernel(*refs, cut: Cut):
-    takes = 2 + bool(cut.names)
-    (q_g, k_g, *rows_g), (read_g, *inverse_g), refs = refs[:takes], refs[takes : takes + 1 + 2 * cut.beta], refs[takes:]
-    q_s, k_s, *rows_s, read_s = refs[1 + 2 * cut.beta : 2 + 2 * cut.beta + takes]
-    *scratch, barrier = refs[2 + 2 * cut.beta + takes :]
+def _kernel(*refs, config: ScanConfig):
+    count = 2 + bool(config.scalars)
+    (q_g, k_g, *scalars_g), refs = refs[:count], refs[count:]
+    (qk_g, *inverse_g), refs = refs[: 1 + 2 * config.beta], refs[1 + 2 * config.beta :]
+    (q_s, k_s, *scalars_s, qk_s), (*scratch, barrier) = refs[: count + 1], refs[count + 1 :]
     b, h, n = (lax.axis_index(name) for name in AXES)
-    keys = (b, pl.ds(n * cut.chunk, cut.chunk), lax.div(h, jnp.int32(cut.repeat)))
+    keys = (b, pl.ds(n * config.chunk, config.chunk), lax.div(h, jnp.int32(config.repeat)))
     plgpu.copy_gmem_to_smem(q_g.at[keys], q_s, barrier)
     plgpu.copy_gmem_to_smem(k_g.at[keys], k_s, barrier)
-    if cut.names:
-        plgpu.copy_gmem_to_smem(rows_g[0].at[b, h, n], rows_s[0], barrier)
+    if config.scalars:
+        plgpu.copy_gmem_to_smem(scalars_g[0].at[b, h, n], scalars_s[0], barrier)
     plgpu.barrier_wait(barrier)
-    tokens, places = Tokens(cut, rows_s[0] if cut.names else None), iotas(cut.chunk)
-    read, *match = products(((q_s, turned(k_s)),), *([((k_s, turned(k_s)),)] if cut.beta else []))
-    read, *match = tokens.weigh(places, read, *match)
-    put(read_s, read * cut.scale)
+    scalars, places = TokenScalars(config, scalars_s[0] if config.scalars else None), iotas(config.chunk)
+    k_t = transposed(k_s)
+    qk, *kk = products(((q_s, k_t),), *([((k_s, k_t),)] if config.beta else []))
+    qk, *kk = scalars.mask_and_decay(places, qk, *kk)
+    store(qk_s, qk * config.scale)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(read_s, read_g.at[b, h, n])
-    if cut.beta:
-        match = jnp.where(places[0] > places[1], match[0], 0.0)
-        sides = unit_lower_inverse(tokens.times_beta(match), scratch)
+    plgpu.copy_smem_to_gmem(qk_s, qk_g.at[b, h, n])
+    if config.beta:
+        kk = jnp.where(places[0] > places[1], kk[0], 0.0)
+        sides = unit_lower_inverse(scalars.scale_columns(kk), scratch)
         for i, x in enumerate(sides):
             # The first blocks of the scratch are free again.
-            put_parts(scratch[i], x)
+            store_split(scratch[i], x)
         plgpu.commit_smem()
         for i, x in enumerate(sides):
             for source, target in zip(scratch[i], inverse_g, strict=True):
@@ -52,20 +54,24 @@ def _kernel(*refs, cut: Cut):
     plgpu.wait_smem_to_gmem(0)
 
 
-def prepare(cut: Cut, q: Array, k: Array, rows: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-    """P [B, H, N, C, C] bfloat16, and X as the sum of two such halves; () in its place where writes add.
+def intra_chunk(
+    config: ScanConfig, q: Array, k: Array, scalars: tuple[Array, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    """P [B, H, N, C, C] in bfloat16, and X in two bfloat16 parts; () instead of X where writes add.
 
     Args:
-      cut: sizes.
+      config: sizes.
       q, k: [B, T, G, K] bfloat16.
-      rows: of the tokens.
+      scalars: the token scalars, if there are any.
     """
-    squares = jax.ShapeDtypeStruct((cut.batch, cut.heads, cut.chunks, cut.chunk, cut.chunk), jnp.bfloat16)
-    scratch = [shared(64, cut.chunk, cut.key), shared(64, cut.chunk, cut.key)]
-    scratch += [plgpu.SMEM((len(cut.names), cut.chunk), jnp.float32)] * len(rows)
-    scratch += [shared(64, cut.chunk, cut.chunk), *(inverse_scratch() if cut.beta else [])]
-    scratch.append(plgpu.Barrier(num_arrivals=2 + len(rows)))
-    body = functools.partial(_kernel, cut=cut)
-    grid = (cut.batch, cut.heads, cut.chunks)
-    read, *inverse = call_kernel(cut, "prepare", body, grid, [squares] * (1 + 2 * cut.beta), scratch, (q, k, *rows))
-    return read, tuple(inverse)
+    C, K = config.chunk, config.key
+    squares = jax.ShapeDtypeStruct((config.batch, config.heads, config.chunks, C, C), jnp.bfloat16)
+    scratch = [shared_block(C, K), shared_block(C, K)]
+    scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * len(scalars)
+    scratch += [shared_block(C, C), *(inverse_scratch() if config.beta else [])]
+    scratch.append(plgpu.Barrier(num_arrivals=2 + len(scalars)))
+    body = functools.partial(_kernel, config=config)
+    grid = (config.batch, config.heads, config.chunks)
+    out = [squares] * (1 + 2 * config.beta)
+    qk, *inverse = call_kernel(config, "intra_chunk", body, grid, out, scratch, (q, k, *scalars))
+    return qk, tuple(inverse)

@@ -1,119 +1,93 @@
-"""What is one number a token and head: strength of the write, decay, segments.
+"""Token scalars in the kernels: write strength, decay and segment per token and head.
 
-One float32 array [B, H, N, names, C], names in the order of `Cut.names`:
+One float32 array [B, H, N, names, C], names in the order of `ScanConfig.scalars`: those of pallas/token_scalars.py,
+and "-beta", "-log_decay", "-segment", their negatives. A kernel loads a name either for the rows of a matrix or for
+its columns, because the compiler merges two loads of one name and then finds no layout for the result.
 
-    beta     strength of the write; not quite 0, since its gradient is something that it multiplies, divided by it
-    enter    how a token sees the state that enters the chunk; the last token's is what the chunk keeps of it
-    leave    how a write reaches the state that leaves the chunk
-    total    log decay since the start of the chunk
-    segment  index of the token's segment
-
-and "-beta", "-total", "-segment", their negatives: a row is loaded either for the rows of a matrix or for its
-columns, since the compiler merges two loads of one row, and then finds no layout for it.
+Where writes have a strength it is never quite 0: its gradient is computed as a product that contains it, divided by
+it.
 """
 
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from memformer.core.segments import pad_time
+from memformer.core.calls import MatrixCall
 from memformer.core.types import Array
+from memformer.pallas import token_scalars
 from memformer.pallas.gpu import compat
-from memformer.pallas.gpu.common import Cut, column, row
+from memformer.pallas.gpu.matrix_memory.config import ScanConfig
+from memformer.pallas.gpu.wgmma import load_column, load_row
 
-__all__ = ["Tokens", "token_rows"]
+__all__ = ["TokenScalars", "stack_scalars"]
 
-# Strength of a write that is none.
+# Stands for a write strength of 0.
 LEAST = 2.0**-60
 
 
-def token_rows(cut: Cut, beta: Array | None, decay: Array | None, index: Array | None) -> tuple[Array, ...]:
-    """The array of rows, or none where a token has no numbers.
-
-    Args:
-      cut: sizes.
-      beta: [B, T, H] or None.
-      decay: log decay [B, T, H], or None.
-      index: segment of every token [B, T], or None.
-    """
-    if not cut.names:
+def stack_scalars(config: ScanConfig, call: MatrixCall) -> tuple[Array, ...]:
+    """The array of the kernels, or () where tokens have no scalars."""
+    if not config.scalars:
         return ()
-    shape = (cut.batch, cut.chunks, cut.chunk, cut.heads)
-
-    def cut_time(x):
-        return pad_time(x.astype(jnp.float32), cut.chunk).reshape(shape)
-
-    enter = leave = jnp.ones(shape, jnp.float32)
-    rows = {}
-    if beta is not None:
-        beta = cut_time(beta)
-        rows["beta"] = beta + lax.stop_gradient(jnp.where(jnp.abs(beta) < LEAST, LEAST - beta, 0.0))
-    if decay is not None:
-        total = rows["total"] = jnp.cumsum(cut_time(decay), axis=2)
-        enter, leave = jnp.exp(total), jnp.exp(total[:, :, -1:] - total)
-    if index is not None:
-        # Padding at the end belongs to the last segment, so that the state it leaves is the last segment's.
-        index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % cut.chunk)), mode="edge").reshape(shape[:3])
-        last = index[:, :, -1]
-        before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
-        enter *= (index == before[:, :, None]).astype(jnp.float32)[..., None]
-        leave *= (index == last[:, :, None]).astype(jnp.float32)[..., None]
-        rows["segment"] = jnp.broadcast_to(index[..., None], shape).astype(jnp.float32)
-    rows |= {"enter": enter, "leave": leave}
-    rows |= {f"-{name}": -rows[name] for name in ("beta", "total", "segment") if name in rows}
-    return (jnp.stack([rows[name] for name in cut.names], axis=-1).transpose(0, 3, 1, 4, 2),)
+    scalars = token_scalars.token_scalars(config, call)
+    if config.beta:
+        beta = scalars["beta"]
+        scalars["beta"] = beta + lax.stop_gradient(jnp.where(jnp.abs(beta) < LEAST, LEAST - beta, 0.0))
+    scalars |= {f"-{name}": -scalars[name] for name in ("beta", "log_decay", "segment") if name in scalars}
+    # [B, N, C, H, names] to [B, H, N, names, C].
+    return (jnp.stack([scalars[name] for name in config.scalars], axis=-1).transpose(0, 3, 1, 4, 2),)
 
 
-class Tokens:
-    """The rows of one chunk in shared memory, inside a kernel.
+class TokenScalars:
+    """The token scalars of one chunk in shared memory, inside a kernel.
 
     Args:
-      cut: sizes.
-      ref: [names, C], or None where a token has no numbers.
+      config: sizes.
+      ref: [names, C], or None where tokens have no scalars.
     """
 
-    def __init__(self, cut: Cut, ref):
-        self.cut, self.ref = cut, ref
-        if cut.carries:
-            # Now, although it is needed last: commit_smem must come between this read and the next copy to this slot.
-            self._kept = ref[cut.names.index("enter"), cut.chunk - 1]
+    def __init__(self, config: ScanConfig, ref):
+        self.config, self.ref = config, ref
+        if config.carries:
+            # Loaded first although needed last: a commit_smem must separate this load from the next copy to the slot.
+            self._chunk_decay = ref[config.scalars.index("decay_in"), config.chunk - 1]
 
-    def times(self, names: tuple[str, ...], x: Array) -> Array:
-        """x [C, width], its rows multiplied by what of `names` is there."""
+    def scale_rows(self, names: tuple[str, ...], x: Array) -> Array:
+        """x [C, width], each row multiplied by its token's scalars of these names, as far as the call has them."""
         for name in names:
-            if name in self.cut.names:
-                x = x * column(self._named(name), x.shape[1])
+            if name in self.config.scalars:
+                x = x * load_column(self._named(name), x.shape[1])
         return x
 
-    def times_beta(self, x: Array) -> Array:
-        """x [C, C], its columns multiplied by the strengths of the writes, if there are any."""
-        return x * -row(self._named("-beta"), x.shape[0]) if self.cut.beta else x
+    def scale_columns(self, x: Array) -> Array:
+        """x [C, C], each column multiplied by its token's write strength, if there is one."""
+        return x * -load_row(self._named("-beta"), x.shape[0]) if self.config.beta else x
 
-    def over_beta(self, x: Array) -> Array:
-        """x [C] divided by the strengths of the writes."""
+    def divide_by_beta(self, x: Array) -> Array:
+        """x [C], divided by the write strengths."""
         return x / compat.load(self._named("beta"), plgpu.Layout.WGMMA.reduce(1))
 
-    def keep(self, state: Array) -> Array:
-        """What stays of a state [K, V] over the chunk."""
-        return state * self._kept if self.cut.carries else state
+    def decay_state(self, state: Array) -> Array:
+        """A state [K, V], decayed over the whole chunk."""
+        return state * self._chunk_decay if self.config.carries else state
 
-    def weigh(self, places: tuple[Array, Array], *scores: Array) -> list[Array]:
-        """D times each of scores [C, C], 0 where hidden; rows are the tokens that read.
+    def mask_and_decay(self, places: tuple[Array, Array], *scores: Array) -> list[Array]:
+        """D times each of the scores [C, C], 0 where masked; rows are the tokens that read.
 
         Args:
           places: row and column index of every entry.
-          *scores: one number for every pair of tokens.
+          *scores: one value per pair of tokens.
         """
-        visible, size = places[0] >= places[1], self.cut.chunk
-        if self.cut.segments:
-            apart = column(self._named("segment"), size) + row(self._named("-segment"), size)
-            visible = visible & (apart == 0.0)
-        if self.cut.decay:
-            gap = column(self._named("total"), size) + row(self._named("-total"), size)
-            # Where hidden the gap may be positive and overflow.
-            weights = jnp.exp(jnp.where(visible, gap, 0.0))
-            scores = tuple(x * weights for x in scores)
-        return [jnp.where(visible, x, 0.0) for x in scores]
+        mask, size = places[0] >= places[1], self.config.chunk
+        if self.config.segments:
+            difference = load_column(self._named("segment"), size) + load_row(self._named("-segment"), size)
+            mask = mask & (difference == 0.0)
+        if self.config.decay:
+            difference = load_column(self._named("log_decay"), size) + load_row(self._named("-log_decay"), size)
+            # Where masked the exponent may be positive and overflow.
+            decay = jnp.exp(jnp.where(mask, difference, 0.0))
+            scores = tuple(x * decay for x in scores)
+        return [jnp.where(mask, x, 0.0) for x in scores]
 
     def _named(self, name: str):
-        return self.ref.at[self.cut.names.index(name)]
+        return self.ref.at[self.config.scalars.index(name)]

@@ -1,0 +1,78 @@
+"""Static configuration of a call of an attention op, and how it is cut into tiles."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from memformer.core.calls import AttentionCall
+from memformer.core.similarity import Kernel
+from memformer.core.types import Array
+from memformer.pallas.config import BaseAttentionConfig
+from memformer.pallas.gpu import tuning
+from memformer.pallas.gpu.checks import check_call
+
+__all__ = ["TILE", "AttentionConfig", "plan_call"]
+
+# Rows of wgmma.
+TILE = tuning.CHUNK
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig(BaseAttentionConfig):
+    """Sizes of one kernel of attention.
+
+    Attributes:
+      warpgroups: warpgroups that compute, each with its own tile of rows.
+      slots: tiles of columns in flight.
+      key, value: widths as padded for the kernels.
+      value_block: value columns per program of the write.
+      span: tokens per span of the write, see deltaformer.py.
+    """
+
+    warpgroups: int
+    slots: int
+    key: int
+    value: int
+    value_block: int
+    span: int
+
+    @property
+    def rows(self) -> int:
+        """R, rows per program."""
+        return TILE * self.warpgroups
+
+    @property
+    def parts(self) -> int:
+        """Bfloat16 arrays whose sum makes up the weights, and the values."""
+        return 1 if self.similarity.normalized else 2
+
+
+def plan_call(call: AttentionCall, similarity: Kernel, operands: Mapping[str, Array]) -> AttentionConfig:
+    """Checks that the kernels serve this call, and cuts it into tiles.
+
+    Args:
+      call: of an op.
+      similarity: kappa of the kernel, its scale filled in.
+      operands: the arrays that enter products, by name.
+
+    Raises:
+      NotImplementedError: see `check_call`.
+    """
+    key, value = call.k.shape[-1], call.v.shape[-1]
+    check_call(call, operands, {"key": key, "value": value})
+    batch, length, heads = call.k.shape[:3]
+    warpgroups = 1 if length <= TILE else 2
+    rows = warpgroups * TILE
+    spans = -(-length // tuning.span_length(batch * heads))
+    return AttentionConfig(
+        similarity=similarity,
+        before=0 if call.cache is None else -(-call.cache.k.shape[1] // rows),
+        own=True,
+        strict=False,
+        segments=call.mask.query_segment is not None,
+        warpgroups=warpgroups,
+        slots=tuning.SLOTS[1 if similarity.normalized else 2],
+        key=tuning.padded_width(key),
+        value=tuning.padded_width(value),
+        value_block=min(tuning.padded_width(value), tuning.WRITE_BLOCK),
+        span=-(-length // (spans * rows)) * rows,
+    )

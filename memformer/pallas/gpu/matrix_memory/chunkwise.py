@@ -1,0 +1,109 @@
+"""The chunkwise form of matrix memories on Hopper: its kernels in order, and their rule of differentiation.
+
+Forward: intra-chunk terms for all chunks in parallel (intra_chunk.py), then the scan over chunks (chunk_scan.py).
+Backward: the reverse scan gives the gradients that flow through the state; the rest is parallel over chunks again
+(intra_chunk_backward.py). Saved: the inputs, P, X, W and the state that enters each chunk.
+
+Arrays stay as the call has them, [B, T, H, K]: no kernel wants another layout.
+
+Source: arXiv 2406.06484 (chunkwise delta rule), 2312.06635 (linear attention), 2412.06464 and 2405.21060 (per-head
+decay).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from memformer.core.calls import MatrixCall
+from memformer.core.segments import pad_time
+from memformer.core.sharding import vary_like
+from memformer.core.types import Array, Float
+from memformer.pallas.gpu.matrix_memory import chunk_scan
+from memformer.pallas.gpu.matrix_memory.config import ScanConfig, plan_call
+from memformer.pallas.gpu.matrix_memory.intra_chunk import intra_chunk
+from memformer.pallas.gpu.matrix_memory.intra_chunk_backward import intra_chunk_backward
+from memformer.pallas.gpu.matrix_memory.token_scalars import stack_scalars
+from memformer.pallas.sharding import split_batch_and_heads
+
+__all__ = ["run"]
+
+# Where the heads are: in arrays over time, and in all others.
+TIME, OTHER = 2, 1
+
+
+def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs the delta rule, or linear attention where the call has no beta; one write per token.
+
+    Returns:
+      The output in bfloat16, and the state in float32.
+
+    Raises:
+      NotImplementedError: no kernel serves this machine or call; the message says why.
+    """
+    config = plan_call(call)
+    length, key, value = call.q.shape[1], call.q.shape[-1], call.v.shape[-1]
+
+    def pad(x, width):
+        return pad_time(pad_time(x, config.chunk), width, axis=3)
+
+    q, k, v = pad(call.q, config.key), pad(call.k, config.key), pad(call.v, config.value)
+    scalars = stack_scalars(config, call)
+    state = pad_time(pad_time(call.state.astype(jnp.float32), config.key, axis=2), config.value, axis=3)
+    o, end = _chunkwise(config, q, k, v, scalars, vary_like(state, q, k, v, *scalars))
+    return o[:, :length, :, :value], end[:, :, :key, :value]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunkwise(config: ScanConfig, q, k, v, scalars, start):
+    return _forward(config, False, q, k, v, scalars, start)[:2]
+
+
+def _chunkwise_forward(config, q, k, v, scalars, start):
+    o, end, *saved = _forward(config, True, q, k, v, scalars, start)
+    return (o, end), (q, k, v, scalars, saved)
+
+
+def _chunkwise_backward(config, inputs, cotangents):
+    q, k, v, scalars, saved = inputs
+    do, dend = cotangents
+    squares = 1 + 2 * config.beta
+    kernels = split_batch_and_heads(
+        functools.partial(_backward_kernels, config),
+        operands=(TIME,) * 4 + (OTHER,) * (2 + squares) + (TIME,) * (2 * config.beta) + (OTHER,) * len(scalars),
+        results=(TIME,) * 3 + (OTHER,) * (1 + len(scalars)),
+    )
+    dq, dk, dv, dstart, *dscalars = kernels(q, k, v, do, dend, *saved, *scalars)
+    return dq, dk, dv, tuple(dscalars), dstart
+
+
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
+
+
+def _forward(config: ScanConfig, save: bool, q, k, v, scalars, start) -> tuple[Array, ...]:
+    """O, the last state and, to be saved, P, X, the states that enter chunks, and W."""
+    squares = 1 + 2 * config.beta
+    kernels = split_batch_and_heads(
+        functools.partial(_forward_kernels, config, save),
+        operands=(TIME,) * 3 + (OTHER,) * (1 + len(scalars)),
+        results=(TIME, OTHER) + ((OTHER,) * (squares + 1) + (TIME,) * (2 * config.beta)) * save,
+    )
+    return tuple(kernels(q, k, v, start, *scalars))
+
+
+def _forward_kernels(config: ScanConfig, save: bool, q, k, v, start, *scalars) -> tuple[Array, ...]:
+    """One device's shard of `_forward`."""
+    config = config.local(q, v)
+    qk, inverse = intra_chunk(config, q, k, scalars)
+    o, end, *saved = chunk_scan.forward(config, save, q, k, v, qk, inverse, scalars, start)
+    return (o, end, qk, *inverse, *saved) if save else (o, end)
+
+
+def _backward_kernels(config: ScanConfig, q, k, v, do, dend, qk, *rest) -> tuple[Array, ...]:
+    """One device's shard of the gradients; rest: X, the states that enter chunks, W and the token scalars."""
+    config, parts = config.local(q, v), 2 * config.beta
+    inverse, states, w, scalars = rest[:parts], rest[parts], rest[parts + 1 : 2 * parts + 1], rest[2 * parts + 1 :]
+    dv, dstates, dstart = chunk_scan.backward(config, q, k, do, qk, inverse, scalars, dend)
+    values = (w, (dv,)) if config.beta else ((v,), ())
+    dq, dk, dscalars = intra_chunk_backward(config, q, k, do, *values, states, dstates, scalars)
+    return (dq, dk, dv, dstart, *dscalars)

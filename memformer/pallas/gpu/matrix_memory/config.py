@@ -1,0 +1,93 @@
+"""Static configuration of a call of a matrix memory, and how its kernels are launched."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from memformer.core.calls import MatrixCall
+from memformer.core.sharding import vary_like
+from memformer.core.types import Array
+from memformer.pallas.config import BaseScanConfig
+from memformer.pallas.gpu import tuning
+from memformer.pallas.gpu.checks import check_call
+
+__all__ = ["AXES", "ScanConfig", "call_kernel", "plan_call"]
+
+# Grid axes: batch row, value head, and chunk or block of value columns.
+AXES = ("batch_row", "head", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanConfig(BaseScanConfig):
+    """Sizes of a call; key and value are the widths as padded for the kernels."""
+
+    def local(self, q: Array, v: Array) -> "ScanConfig":
+        """The configuration of one device's shard: q [B, T, G, K], v [B, T, H, V]."""
+        return dataclasses.replace(self, batch=v.shape[0], heads=v.shape[2], groups=q.shape[2])
+
+    @property
+    def value_block(self) -> int:
+        """Value columns per warpgroup of the chunk scan."""
+        return tuning.VALUE_BLOCKS[self.key]
+
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups per program of the chunk scan, each with its own block of value columns."""
+        return 1 + (self.value // self.value_block % 2 == 0)
+
+    @property
+    def scalars(self) -> tuple[str, ...]:
+        """Names of the token scalars of this call, in the order of their array; see token_scalars.py."""
+        kinds: tuple[tuple[str, bool], ...] = (("decay_in", self.carries), ("decay_out", self.carries))
+        kinds += (
+            ("beta", self.beta),
+            ("-beta", self.beta),
+            ("log_decay", self.decay),
+            ("-log_decay", self.decay),
+            ("segment", self.segments),
+            ("-segment", self.segments),
+        )
+        return tuple(name for name, present in kinds if present)
+
+
+def plan_call(call: MatrixCall) -> ScanConfig:
+    """Checks that the kernels serve this call, and chooses its padded widths.
+
+    Raises:
+      NotImplementedError: see `check_call`; keys wider than the kernels support.
+    """
+    check_call(call, {"q": call.q, "k": call.k, "v": call.v}, {"key": call.q.shape[-1]})
+    key, value = call.q.shape[-1], call.v.shape[-1]
+    return ScanConfig.of(call, tuning.CHUNK, key=tuning.padded_width(key), value=-(-value // 64) * 64)
+
+
+def call_kernel(config: ScanConfig, name: str, body, grid, out, scratch, operands, **threads) -> tuple[Array, ...]:
+    """Launches a Mosaic GPU kernel named after its memory and `name`.
+
+    Args:
+      config: sizes.
+      name: of the kernel.
+      body: the kernel.
+      grid: programs along AXES.
+      out: shapes and dtypes of the results.
+      scratch: shared memory and barriers.
+      operands: arrays.
+      **threads: num_threads and thread_name, with more than one warpgroup per program.
+    """
+    memory = "delta_rule" if config.beta else "linear_attention"
+    kernel = plgpu.kernel(
+        body,
+        out_type=list(out),
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=AXES,
+        kernel_name=f"memformer_{memory}_{name}",
+        # Warpgroup semantics, the default since 0.11, solves for layouts: that takes minutes for the inverse, and
+        # some layouts are never found.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **threads,
+    )
+    # Under shard_map results vary as the operands do; the kernel's own types do not say so.
+    return tuple(vary_like(x, *operands) for x in kernel(*operands))
