@@ -64,7 +64,7 @@ SHIPPED = (
         for width in (64, 128)
         for segments in (2, 0)
     ),
-    # Several parts of a write (pallas/gpu/attention/write_parts.py), one part, and less than two tiles.
+    # Several spans of a write (pallas/gpu/attention/deltaformer.py), one span, and less than two tiles.
     *(
         Case("deltaformer", 1, length, 2, 1, width, width, write=write, segments=segments)
         for length, writes in ((2048, ("softmax", "linear", "round", "relu")), (256, ("softmax", "linear")))

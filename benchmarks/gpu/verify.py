@@ -75,7 +75,7 @@ def _wide() -> list[Wide]:
     writes = [("softmax", 64, 0), ("softmax", 64, 3), ("softmax", 128, 0), ("softmax", 128, 3)]
     writes += [(write, 128, 3) for write in ("linear", "relu", "round")]
     calls += [
-        # Two parts of a write (pallas/gpu/tuning.py), with few heads.
+        # Two spans of a write (pallas/gpu/tuning.py), with few heads.
         Wide(Case("deltaformer", 1, 1090, 2, 1, width, width, write=write, segments=segments))
         for write, width, segments in writes
     ]

@@ -32,7 +32,7 @@ from benchmarks.cases import Case
 from benchmarks.gpu.contestants import compile_call, round_inputs
 from benchmarks.torch_peers import MAX_COPIES, ROTATED
 from benchmarks.workers import serve
-from memformer.pallas.gpu.common import is_hopper
+from memformer.pallas.platform import is_hopper
 
 
 class Bench:

@@ -24,11 +24,12 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     check_matrix_call(call)
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
     if chip() == "gpu":
-        from memformer.pallas.gpu.matrix_memory import delta_rule, linear_attention
+        from memformer.pallas.gpu.matrix_memory.chunkwise import run as kernels
+    elif call.beta is None:
+        from memformer.pallas.tpu.matrix_memory.linear_attention import run as kernels  # type: ignore[assignment]
     else:
-        from memformer.pallas.tpu.matrix_memory import delta_rule, linear_attention  # type: ignore[no-redef]
-    family = linear_attention if call.beta is None else delta_rule
-    output, state = family.run(_one_write_per_token(call))
+        from memformer.pallas.tpu.matrix_memory.delta_rule import run as kernels  # type: ignore[assignment]
+    output, state = kernels(_one_write_per_token(call))
     return output[:, call.writes - 1 :: call.writes], state
 
 

@@ -1,6 +1,6 @@
-"""The GPU kernels in Pallas' GPU interpreter: races are errors, fresh memory is NaN. No GPU is needed.
+"""GPU kernels of matrix memories in Pallas' GPU interpreter, which raises on races and fills fresh memory with NaN.
 
-The interpreter came with jax 0.11 for what the kernels use; before, the program made for a GPU is looked at only.
+No GPU is needed. The interpreter runs these kernels from jax 0.11 on; older versions only trace the program.
 """
 
 import jax
@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import memformer as mf
-from memformer.pallas.gpu import common, compat
+from memformer.pallas.gpu import compat
+from memformer.pallas.gpu.interpreter import interpreted
 from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
@@ -21,7 +22,7 @@ H200 = AbstractMesh((1,), ("one",), abstract_device=AbstractDevice("NVIDIA H200"
 
 interprets = pytest.mark.skipif(
     not hasattr(plgpu, "force_gpu_interpret_mode"),
-    reason=f"jax {jax.__version__} cannot interpret the GPU kernels (0.11 can): their program is made, not run",
+    reason=f"jax {jax.__version__} cannot interpret GPU kernels (0.11 can): their program is traced, not run",
 )
 
 # Rows of the shared suite. Together: decay, shared heads, segments, an initial state, V + 1 columns, two writes.
@@ -34,7 +35,7 @@ def interpreter():
     """Runs kernels in the interpreter, and leaves no state to the next test."""
     from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
 
-    with common.interpreted():
+    with interpreted():
         yield
     reset_gpu_interpret_mode_state()
 
@@ -51,7 +52,7 @@ def test_packed_against_oracle(name, interpreter):
 
 @interprets
 def test_inverse(interpreter):
-    """(I + A)^-1 by itself, where a power series of A would reach 1e18: 16 bits of the operands, not 8."""
+    """(I + A)^-1 alone, where a power series of A would reach 1e18: operands have 16 bits, not 8."""
     rng = np.random.default_rng(3)
     k = np.stack([keys(kind, rng, 64, 128) for kind in ("identical", "close")])
     a = np.tril(2.0 * np.asarray(jnp.asarray(k @ np.swapaxes(k, 1, 2), jnp.float32)), -1)
@@ -75,7 +76,7 @@ def test_inverse(interpreter):
 @interprets
 @pytest.mark.parametrize("kind", ["identical", "close"])
 def test_hard_keys(kind, interpreter):
-    """Three chunks of keys where a power series of A would reach 1e18; a head at beta 1, one at 2, some writes at 0."""
+    """Three chunks of keys where a power series of A would reach 1e18; heads at beta 1 and 2, some writes at 0."""
     rng = np.random.default_rng(3)
     length, width = 192, 64
     beta = np.stack([np.ones(length), np.full(length, 2.0)], axis=-1)[None]
@@ -86,14 +87,14 @@ def test_hard_keys(kind, interpreter):
         "v": suite.cast(rng.standard_normal((1, length, 2, 16)), "bfloat16"),
         "beta": jnp.asarray(beta, "float32"),
     }
-    # The same cotangent for both: rounding the output would change it by as much as the tolerance allows.
+    # One cotangent for both: that of a rounded output would differ by as much as the tolerance allows.
     cotangent = suite.cast(rng.standard_normal((1, length, 2, 16)), "bfloat16")
 
     def run(arrays, implementation):
         def loss(arrays):
             output, state = mf.delta_rule(**arrays, implementation=implementation)
-            seen = output * cotangent.astype(output.dtype)
-            return jnp.sum(seen.astype(state.dtype)) + jnp.sum(state), (output, state)
+            weighted = output * cotangent.astype(output.dtype)
+            return jnp.sum(weighted.astype(state.dtype)) + jnp.sum(state), (output, state)
 
         (_, (output, state)), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
         return {"output": output, "state": jnp.swapaxes(state, 1, 2), **gradients}
@@ -107,7 +108,7 @@ def test_hard_keys(kind, interpreter):
 
 @interprets
 def test_error_does_not_grow(interpreter):
-    """Six chunks of nearly equal keys: the error of the last chunk is that of the first two."""
+    """Six chunks of nearly equal keys: the error of the last two chunks is that of the first two."""
     rng = np.random.default_rng(5)
     length = 384
     arrays = {
@@ -136,10 +137,10 @@ def test_mapped(interpreter):
 
 
 @interprets
-def test_the_interpreter_sees_a_race(interpreter):
+def test_interpreter_detects_races(interpreter):
     def kernel(x_ref, o_ref, block, barrier):
         plgpu.copy_gmem_to_smem(x_ref, block, barrier)
-        # Read before the copy is waited for.
+        # Read before waiting for the copy.
         o_ref[...] = block[...]
         plgpu.barrier_wait(barrier)
 
@@ -175,7 +176,7 @@ def test_refusals_say_why(why):
         with jax.sharding.use_abstract_mesh(H200):
             with pytest.raises(NotImplementedError, match=message):
                 jax.eval_shape(lambda op=op: op(implementation="pallas", **options))
-            # The library's own choice goes to what serves.
+            # None falls back to an implementation that serves.
             assert "memformer_" not in str(jax.make_jaxpr(lambda op=op: op(**options))())
 
 
@@ -191,10 +192,10 @@ def test_other_gpus_take_the_chunked_form(kind):
 
 @pytest.mark.skipif(
     jax.__version_info__ >= (0, 11),
-    reason=f"jax {jax.__version__} exports no partitioned call without devices (0.10 does): see test_gpu_compile.py",
+    reason=f"jax {jax.__version__} cannot export a partitioned call without devices (0.10 can): see test_gpu_compile.py",
 )
-def test_no_fallback_in_disguise():
-    """Where the library chooses, the program for an H200 calls the kernels, both ways, and walks no chunks."""
+def test_default_runs_the_kernels():
+    """With implementation=None the program for an H200 calls the kernels, forward and backward, and has no loop."""
     wide, scalar = (1, 256, 2, 128), (1, 256, 2)
 
     def both(q, k, v, beta):
@@ -208,6 +209,6 @@ def test_no_fallback_in_disguise():
         checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
         text = jax.export.export(function, platforms=["cuda"], disabled_checks=checks)(*specs).mlir_module()
     for op in ("delta_rule", "linear_attention"):
-        for part in ("prepare", "forward", "backward", "gradients"):
+        for part in ("intra_chunk", "chunk_scan_forward", "chunk_scan_backward", "intra_chunk_backward"):
             assert f"memformer_{op}_{part}" in text
     assert "while" not in text

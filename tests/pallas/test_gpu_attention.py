@@ -1,7 +1,4 @@
-"""DeltaFormer's and attention's GPU kernels in Pallas' GPU interpreter: races are errors, fresh memory is NaN.
-
-As in test_gpu.py: before jax 0.11 the program made for a GPU is looked at only.
-"""
+"""GPU kernels of DeltaFormer and softmax attention in Pallas' GPU interpreter; see test_gpu.py."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +28,7 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
-# Kernels of write and read, and tokens: two parts of two warpgroups' rows with padding, or one warpgroup's.
+# Kernels of write and read, and tokens: two spans of two tiles of rows with padding, or one tile of rows.
 KERNELS = [
     ("softmax", "relu", 130),
     ("relu", mf.Kernel("exp", scale=0.5), 40),
@@ -42,8 +39,8 @@ KERNELS = [
 @interprets
 @pytest.mark.parametrize(("write", "read", "length"), KERNELS, ids=["softmax", "relu", "round"])
 def test_kernels(write, read, length, interpreter, monkeypatch):
-    """Each kernel in each place."""
-    monkeypatch.setattr(tuning, "PARTS", ((None, 128),))
+    """Every similarity kernel, as write kernel and as read kernel."""
+    monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
     arrays, options = given(length, dtype="bfloat16"), {"write_kernel": write, "read_kernel": read}
     got, gradients = evaluate(arrays, "pallas", **options)
     want, want_gradients = oracle(arrays, **options)
@@ -52,12 +49,12 @@ def test_kernels(write, read, length, interpreter, monkeypatch):
 
 
 @interprets
-def test_parts_by_heads(interpreter, monkeypatch):
-    """Few heads have larger parts, and the same results."""
-    assert [tuning.part(heads) for heads in (1, 4, 16, 17, 256)] == [1024, 1024, 1024, 512, 512]
+def test_spans_by_heads(interpreter, monkeypatch):
+    """Few heads have larger spans, and the same results."""
+    assert [tuning.span_length(heads) for heads in (1, 4, 16, 17, 256)] == [1024, 1024, 1024, 512, 512]
     results = []
     for tokens in (128, 256):
-        monkeypatch.setattr(tuning, "PARTS", ((None, tokens),))
+        monkeypatch.setattr(tuning, "SPANS", ((None, tokens),))
         output, cache = mf.deltaformer(**given(130, dtype="bfloat16"), implementation="pallas")
         results.append((output.astype("float32"), cache.u))
     assert_close(*results, 5e-3)
@@ -79,7 +76,7 @@ REFUSED = {
     "float32": ("float32", {}, "takes bfloat16"),
     "chunk": ("bfloat16", {"chunk_size": 32}, "takes chunk_size 64"),
     "precision": ("bfloat16", {"precision": "highest"}, "default precision only"),
-    "width": ("bfloat16", {}, "at most 128 channels"),
+    "width": ("bfloat16", {}, "at most 128 key channels"),
 }
 
 
@@ -91,7 +88,7 @@ def test_refusals_say_why(why, op):
     with jax.sharding.use_abstract_mesh(H200):
         with pytest.raises(NotImplementedError, match=message):
             jax.eval_shape(lambda: op(x, x, x, implementation="pallas", **options))
-        # The library's own choice goes to what serves.
+        # None falls back to an implementation that serves.
         assert "memformer_" not in str(jax.make_jaxpr(lambda: op(x, x, x, **options))())
 
 
@@ -102,10 +99,10 @@ def test_no_window_no_encoder(options):
         jax.eval_shape(lambda: mf.softmax_attention(x, x, x, implementation="pallas", **options))
 
 
-def test_what_is_kept_for_the_backward_pass():
-    """Inputs, output, u in halves and one log-sum-exp a row: nothing that grows with the square of the length."""
+def test_saved_for_backward():
+    """Inputs, output, u in two parts and one log-sum-exp per row: nothing grows with the square of the length."""
 
-    def kept(length):
+    def saved(length):
         arrays = {name: jax.ShapeDtypeStruct(x.shape, "bfloat16") for name, x in given(length).items()}
         with jax.sharding.use_abstract_mesh(H200):
             leaves = jax.tree.leaves(
@@ -115,10 +112,10 @@ def test_what_is_kept_for_the_backward_pass():
             )
         return sum(x.size * x.dtype.itemsize for x in leaves) / length
 
-    assert kept(8192) <= kept(4096)
+    assert saved(8192) <= saved(4096)
 
 
-# Calls, and what runs them on an H200 where the library chooses: cuDNN, our kernel, or the chunked form.
+# Calls, and what runs them on an H200 with implementation=None: cuDNN, our kernel, or the chunked form.
 CUDNN, OURS = ("dot_product_attention_fwd", "dot_product_attention_bwd"), ("memformer_attention_",)
 LIBRARY = {
     "causal": ({}, CUDNN),
@@ -133,8 +130,8 @@ LIBRARY = {
 
 
 @pytest.mark.parametrize("name", LIBRARY)
-def test_the_library_where_it_serves(name, monkeypatch):
-    """cuDNN where jax.nn has it and it can, forward and backward."""
+def test_default_prefers_cudnn(name, monkeypatch):
+    """cuDNN runs what it supports, forward and backward."""
     options, runs = LIBRARY[name]
 
     def version():
@@ -150,7 +147,7 @@ def test_the_library_where_it_serves(name, monkeypatch):
     q, k, v = (jax.ShapeDtypeStruct((1, 192, heads, 64), "bfloat16") for heads in (4, 2, 2))
     with jax.sharding.use_abstract_mesh(H200):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v)
-        # Since 0.11 jax lowers a call of cuDNN only where devices are.
+        # Since 0.11 jax lowers a call of cuDNN only on a machine with devices.
         lowered = jax.__version_info__ < (0, 11) and traced.lower(lowering_platforms=("cuda",)).as_text()
     for part in CUDNN + OURS:
         assert (part in str(traced.jaxpr)) == (part in runs)
@@ -160,10 +157,10 @@ def test_the_library_where_it_serves(name, monkeypatch):
 
 @pytest.mark.skipif(
     jax.__version_info__ >= (0, 11),
-    reason=f"jax {jax.__version__} exports no partitioned call without devices (0.10 does): see test_gpu_compile.py",
+    reason=f"jax {jax.__version__} cannot export a partitioned call without devices (0.10 can): see test_gpu_compile.py",
 )
-def test_no_fallback_in_disguise():
-    """Where the library chooses, the program for an H200 calls the kernels, both ways, and holds no T x T array."""
+def test_default_runs_the_kernels():
+    """With implementation=None the program for an H200 calls the kernels, both ways, and has no T x T array."""
     length = 1024
 
     def both(q, k, v):
@@ -179,6 +176,6 @@ def test_no_fallback_in_disguise():
             jax.jit(jax.grad(both, argnums=(0, 1, 2))), platforms=["cuda"], disabled_checks=checks
         )
         text = exported(*specs).mlir_module()
-    for name in ("write_forward", "write_backward", "attention_forward", "attention_backward_rows"):
+    for name in ("write_forward", "write_backward", "attention_forward", "attention_backward_queries"):
         assert f"memformer_{name}" in text
     assert f"{length}x{length}" not in text

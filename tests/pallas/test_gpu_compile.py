@@ -22,6 +22,7 @@ CASES = [
 
 # Beginnings of the names of an op's own kernels.
 KERNELS = {"deltaformer": "write", "softmax_attention": "attention"}
+KERNELS |= {op: f"{op}_chunk_scan" for op in ("delta_rule", "linear_attention")}
 
 
 @pytest.fixture(scope="module")
@@ -35,5 +36,5 @@ def test_no_spill_no_serialized_product(case, rows):
     of = [row for row in rows if row["case"] == case.name]
     assert all(row["fault"] is None and row["registers"] <= 255 for row in of), of
     for way in ("forward", "backward"):
-        name = f"memformer_{KERNELS.get(case.op, case.op)}_{way}"
+        name = f"memformer_{KERNELS[case.op]}_{way}"
         assert any(row["kernel"].startswith(name) for row in of), name

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.calls import AttentionCall, MatrixCall

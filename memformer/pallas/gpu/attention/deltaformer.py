@@ -141,7 +141,7 @@ def _slice_mask(mask: Mask, *, queries=None, keys=None) -> Mask:
 
 
 def _write(config, k, w, v, alpha, beta, cache_u, mask):
-    """u of all slots in two parts [B, G, S, V], and the log-sum-exp of the rows [B, G, T], None without a normaliser."""
+    """u of all slots in two parts [B, G, S, V]; the log-sum-exp of the rows [B, G, T], None without a normaliser."""
     before, length, span = cache_u.shape[2], w.shape[2], config.span
     own, far = _span_configs(config)
     target = alpha[..., None] * v.astype(jnp.float32)
@@ -188,9 +188,7 @@ def _solve_transposed(config, k, w, beta, lse, du, u, mask):
         queries, keys = (start, span), (before + start, span)
         rows = {name: None if x is None else _slice(x, *queries) for name, x in scalars.items()}
         own_k, own_u = _slice(k, *queries), (_slice(u, *queries),)
-        (later,) = key_gradients(
-            far, own_k, w, own_u, dp, _slice_mask(mask, keys=keys), scalars, ("dx",), start + span
-        )
+        (later,) = key_gradients(far, own_k, w, own_u, dp, _slice_mask(mask, keys=keys), scalars, ("dx",), start + span)
         here = _slice_mask(mask, queries=queries, keys=keys)
         new = write_backward(own, own_k, _slice(w, *queries), _slice(du, *queries) + later, rows, here)
         return tuple(lax.dynamic_update_slice_in_dim(x, y, start, 2) for x, y in zip(dp, new, strict=True)), None

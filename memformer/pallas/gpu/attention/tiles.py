@@ -27,10 +27,10 @@ from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
 from memformer.pallas.gpu.wgmma import iotas, load_column, load_row, products, shared_block, split_outside, transposed
 from memformer.pallas.platform import interpreting_for
 
-__all__ = ["LOW", "Refs", "Ring", "accumulate", "attention_weights", "bounds", "call", "compute_scores"]
-__all__ += ["copy_columns", "copy_indices", "column_ring", "first_tiles", "index_scratch", "index_vectors"]
-__all__ += ["interpreter_scratch", "last_tiles", "left_operand", "load_indices", "load_tile", "key_head", "pack_scalars"]
-__all__ += ["ring_scratch", "row_extent", "split_values", "store_tile", "tile_mask", "zeros"]
+__all__ = ["LOW", "Refs", "Ring", "accumulate", "attention_weights", "bounds", "call", "column_ring", "compute_scores"]
+__all__ += ["copy_columns", "copy_indices", "first_tiles", "index_scratch", "index_vectors", "interpreter_scratch"]
+__all__ += ["key_head", "last_tiles", "left_operand", "load_indices", "load_tile", "pack_scalars", "ring_scratch"]
+__all__ += ["row_extent", "split_values", "store_tile", "tile_mask", "zeros"]
 
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
@@ -249,8 +249,11 @@ def row_extent(config: AttentionConfig, refs: Refs) -> tuple[Any, Any, Any, Any]
     # Blocks that see most columns start first.
     i = refs.q.shape[2] // config.rows - 1 - lax.axis_index("block")
     place = (lax.axis_index("batch_row"), key_head(refs))
-    own = jnp.int32(config.before * config.warpgroups) + i * config.warpgroups if config.own else refs.bound[(*place, 0)]
-    stop = own + config.warpgroups if config.own else own
+    if config.own:
+        own = jnp.int32(config.before * config.warpgroups) + i * config.warpgroups
+        stop = own + config.warpgroups
+    else:
+        own = stop = refs.bound[(*place, 0)]
     first = jnp.minimum(refs.first[(*place, i)], own) if config.segments else jnp.int32(0)
     return i, first, own, stop
 

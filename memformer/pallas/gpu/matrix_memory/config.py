@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.calls import MatrixCall

@@ -54,9 +54,7 @@ def _kernel(*refs, config: ScanConfig):
     plgpu.wait_smem_to_gmem(0)
 
 
-def intra_chunk(
-    config: ScanConfig, q: Array, k: Array, scalars: tuple[Array, ...]
-) -> tuple[Array, tuple[Array, ...]]:
+def intra_chunk(config: ScanConfig, q: Array, k: Array, scalars: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
     """P [B, H, N, C, C] in bfloat16, and X in two bfloat16 parts; () instead of X where writes add.
 
     Args:
