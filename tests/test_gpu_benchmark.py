@@ -36,7 +36,7 @@ def test_every_contestant_has_its_row(result):
     assert result["meaningful"] is False and result["peaks"]["flops"] > 0 and result["anchors"]
 
 
-def test_rows_are_figures_or_say_why_not(result):
+def test_rows_have_figures_or_an_error(result):
     for row in result["rows"]:
         if row["implementation"] in ("chunked", "recurrent"):
             assert 0 < row["low"] <= row["milliseconds"] <= row["high"] and row["floor"] > 0 and row["MiB"] >= 0
@@ -79,7 +79,7 @@ def test_goals_are_judged():
     assert verdicts(rows(0.3, 1.4, 0.5))[backward] is False
 
 
-def test_difference_takes_the_worst_array():
+def test_relative_error_takes_the_worst_array():
     want = {"a": [1.0, 1.0], "b": [1.0, 1.0]}
     assert timing.relative_error({"a": [1.0, 1.0], "b": [1.5, 1.5]}, want) == pytest.approx(0.5)
     # Different sets of gradients give NaN, which no tolerance accepts.
@@ -192,7 +192,7 @@ def test_names_are_unique():
         assert len({case.name for case in table}) == len(table)
     verified = verify.names(False)
     assert len(set(verified)) == len(verified)
-    # Every op that has kernels, and every row of the ops' suite.
+    # Every op with kernels, and every row of the ops' suite.
     for name in (*verify.suite.ROWS, "delta_rule", "linear_attention", "deltaformer", "softmax_attention"):
         assert any(case.startswith((f"{name}:", f"{name} ")) for case in verified), name
     assert Case("delta_rule", 1, 8192, 64, 16, decay="head").name == "delta_rule gated [1, 8192, 16/64, 128]"

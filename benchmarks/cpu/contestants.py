@@ -1,4 +1,4 @@
-"""What benchmarks.cpu times: JAX programs in this process, and peers in a worker."""
+"""The contestants of benchmarks.cpu: JAX programs in this process, and peers in a worker."""
 
 import dataclasses
 import re

@@ -266,12 +266,7 @@ def run_time(report: Report, cases: Iterable[Case], workers: dict[str, Worker], 
 
 def compile_ours(worker: Worker, case: Case, seconds: float) -> None:
     """Compiles all JAX contestants of a case in parallel: compilation takes longer than the timing."""
-    wanted = [
-        (gradient, name)
-        for _, gradient in PASSES
-        for kind, name in contestants(case, gradient)
-        if kind == "jax"
-    ]
+    wanted = [(gradient, name) for _, gradient in PASSES for kind, name in contestants(case, gradient) if kind == "jax"]
     if seconds > 0:
         # A contestant that hangs or crashes here does so again, alone, when it is loaded.
         with contextlib.suppress(WorkerError):

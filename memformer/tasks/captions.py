@@ -46,7 +46,7 @@ class Captions(Task):
     of the thirty pairs of colour and kind are in no training or validation picture; every test picture has one of them.
 
     With `pictures` = "stamps", pictures are the 785 captioned stamps of the package tuxpaint-stamps-default, split by
-    picture (`memformer.data.split_stamps`, which also says what this does not separate). Training pictures are drawn at
+    picture (`memformer.data.split_stamps`, which also states its limits). Training pictures are drawn at
     random, shifted by up to an eighth of the side, and mirrored where their options allow it; validation and test have
     each picture once. Words of fewer than two training captions are "<unknown>", which is an input but is not scored,
     so that no model is rewarded for predicting it.

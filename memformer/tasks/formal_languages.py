@@ -251,10 +251,10 @@ class _OneString(_OneAnswer):
         return 0.5
 
     def _answered(self, tokens: np.ndarray, room: int, answer: np.ndarray) -> Example:
-        asked, used = len(tokens), len(tokens) + room
+        first, used = len(tokens), len(tokens) + room
         inputs, targets, weights = np.zeros(self.steps), np.zeros(self.steps), np.zeros(self.steps)
-        inputs[:asked], inputs[asked:used] = tokens, self.vocab_size - 1
-        targets[asked : asked + len(answer)], weights[asked : asked + len(answer)] = answer, 1
+        inputs[:first], inputs[first:used] = tokens, self.vocab_size - 1
+        targets[first : first + len(answer)], weights[first : first + len(answer)] = answer, 1
         return make_example(inputs, targets, weights, used)
 
 

@@ -81,12 +81,12 @@ class MQAR(Task):
         keys = 1 + rng.choice(half - 1, self.pairs, replace=False)
         values = half + rng.choice(half, self.pairs, replace=False)
         probabilities = _gap_probabilities((self.length - context) // 2, float(self.power))
-        asked = context + 2 * rng.choice(len(probabilities), self.pairs, replace=False, p=probabilities)
+        queried = context + 2 * rng.choice(len(probabilities), self.pairs, replace=False, p=probabilities)
         inputs = rng.integers(self.vocab_size, size=self.length)
         inputs[0:context:2], inputs[1:context:2] = keys, values
-        inputs[asked] = keys
+        inputs[queried] = keys
         targets, weights = np.zeros(self.length), np.zeros(self.length)
-        targets[asked], weights[asked] = values, 1
+        targets[queried], weights[queried] = values, 1
         return make_example(inputs, targets, weights)
 
 

@@ -74,9 +74,7 @@ class _UpTo(_Bits):
 
 @dataclasses.dataclass(frozen=True)
 class Copy(_UpTo):
-    """Copy random vectors, after a delimiter.
-
-    Channels: the bits, the delimiter.
+    """Copy random vectors, after a delimiter. Channels: the bits, the delimiter.
 
     Attributes:
       length: maximum number of vectors; the paper trains on 1 to 20 and tests up to 120.

@@ -109,12 +109,12 @@ class Remember(Task):
         keys = self._draw_keys(rng)
         values = rng.integers(self.symbols, size=(self.length, self.value_size))
         # The pair of each segment, and the segments that query it.
-        pairs, asks = self._arrange(rng, keys.tolist())
+        pairs, is_query = self._arrange(rng, keys.tolist())
         digits = keys[pairs, None] // self.symbols ** np.arange(self.key_size) % self.symbols
-        markers, ends = np.where(asks, QUERY, PAIR)[:, None], np.full((len(pairs), 1), END)
+        markers, ends = np.where(is_query, QUERY, PAIR)[:, None], np.full((len(pairs), 1), END)
         inputs = np.concatenate([digits, markers, values[pairs], ends], axis=1)
         scored = np.zeros(inputs.shape, bool)
-        scored[asks, self.key_size : -2] = True
+        scored[is_query, self.key_size : -2] = True
         targets = np.where(scored, np.roll(inputs, -1, axis=1), 0)
         return make_example(inputs.reshape(-1), targets.reshape(-1), scored.reshape(-1))
 
@@ -123,15 +123,15 @@ class Remember(Task):
         # The number of pairs before each query.
         before = np.sort(np.append(rng.integers(1, self.length + 1, size=self.queries - 1), self.length))
         counts = np.bincount(before, minlength=self.length + 1)[1:].tolist()
-        pairs, asks = [], []
+        pairs, is_query = [], []
         latest: dict[int, int] = {}
         for pair, key in enumerate(keys):
             latest[key] = pair
             seen = list(latest.values())
-            asked = [seen[i] for i in rng.integers(len(seen), size=counts[pair])]
-            pairs += [pair, *asked]
-            asks += [False, *[True] * len(asked)]
-        return np.array(pairs), np.array(asks)
+            queried = [seen[i] for i in rng.integers(len(seen), size=counts[pair])]
+            pairs += [pair, *queried]
+            is_query += [False, *[True] * len(queried)]
+        return np.array(pairs), np.array(is_query)
 
 
 @dataclasses.dataclass(frozen=True)

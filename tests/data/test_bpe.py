@@ -1,4 +1,4 @@
-"""Byte pairs: exact round trips, training against the plainest one, encoding against another library, mistakes."""
+"""Byte pairs: exact round trips, training against a simple implementation, encoding against another library, errors."""
 
 import collections
 
@@ -12,7 +12,7 @@ STRANGE = ["", " ", "a", "  two  spaces \n\n and\ttabs ", "it's 'tis we'll", "a√
 
 
 def plain_training(texts, size):
-    """Counts everything anew for each merge."""
+    """Training that recounts all pairs for each merge."""
     words = collections.Counter(tuple(word.encode()) for text in texts for word in split_words(text))
     merges = []
     while BYTES + len(merges) < size:
@@ -42,7 +42,7 @@ def pairs():
     return train_bpe(TEXTS, 600)
 
 
-def test_training_is_the_plain_one(pairs):
+def test_training_matches_the_simple_implementation(pairs):
     assert len(pairs.merges) == 600 - BYTES
     assert pairs.merges == plain_training(TEXTS, 600)
 
@@ -64,7 +64,7 @@ def test_training_stops_where_nothing_occurs_twice():
 
 
 @pytest.mark.parametrize("text", STRANGE)
-def test_decoding_gives_the_text_back(pairs, text):
+def test_decoding_restores_the_text(pairs, text):
     ids = pairs.encode(text)
     assert pairs.decode(ids) == text
     assert "".join(split_words(text)) == text
@@ -77,13 +77,13 @@ def test_frequent_text_is_shorter_than_its_bytes(pairs):
     assert len(pairs.encode(" God")) == 1
 
 
-def test_a_cut_character_is_shown_as_such(pairs):
+def test_a_cut_character_is_replaced(pairs):
     assert pairs.decode("√±".encode()[:1]) == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_encoding_is_that_of_the_library_tokenizers(pairs):
+def test_encoding_matches_the_library_tokenizers(pairs):
     tokenizers = pytest.importorskip("tokenizers", reason="the library tokenizers (pip) is not installed")
-    # GPT-2's way to write bytes as printable characters.
+    # GPT-2's mapping of bytes to printable characters.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = iter(range(256, 512))
     letter = {b: chr(b) if b in printable else chr(next(others)) for b in range(256)}
@@ -97,7 +97,7 @@ def test_encoding_is_that_of_the_library_tokenizers(pairs):
 
 
 @pytest.mark.parametrize("merges", [((97, 256),), ((97, 98), (257, 97)), ((-1, 97),), ((97, 98, 99),)])
-def test_merges_of_what_is_not_there_are_refused(merges):
+def test_merges_of_unknown_ids_are_refused(merges):
     with pytest.raises(ValueError, match=r"merges\[\d\] must be two ids in"):
         BytePairs(merges)
 

@@ -59,7 +59,7 @@ def test_batches_are_padded_at_the_end():
 
 
 def test_a_vocabulary_is_read_line_by_line(tmp_path):
-    # U+2028 separates lines for str.splitlines, and is a piece in some vocabularies
+    # str.splitlines splits at U+2028, which is a piece of some vocabularies.
     (tmp_path / "vocab.txt").write_bytes("\n".join([*SPECIAL, "a", "\u2028", "b"]).encode())
     tokenizer = WordPiece.from_file(tmp_path / "vocab.txt")
     assert tokenizer.ids["b"] == 7 and len(tokenizer.vocabulary) == 8

@@ -1,4 +1,4 @@
-"""Captions: pictures that determine their sentences, held-out pairs, stamps split by picture, words handled."""
+"""Captions: pictures that determine their captions, held-out pairs, stamps split by picture, the vocabulary."""
 
 import collections
 import os
@@ -35,18 +35,18 @@ def test_inputs_are_targets_one_step_later():
 
 
 def test_pairs_of_the_test_split_are_in_no_other():
-    told = {split: [pairs(s) for s in sentences(split, 400)] for split in SPLITS}
+    found = {split: [pairs(s) for s in sentences(split, 400)] for split in SPLITS}
     for split in ("train", "validation"):
-        assert not any(found & set(HELD_OUT) for found in told[split])
-        assert len(set.union(*told[split])) == len(COLOURS) * len(KINDS) - len(HELD_OUT)
-    assert all(found & set(HELD_OUT) for found in told["test"])
-    assert set(HELD_OUT) <= set.union(*told["test"])
-    # each colour and each kind alone is trained on
-    assert {colour for colour, _ in HELD_OUT} <= set(COLOURS) == {c for found in told["train"] for c, _ in found}
-    assert {kind for found in told["train"] for _, kind in found} == set(KINDS)
+        assert not any(pairs & set(HELD_OUT) for pairs in found[split])
+        assert len(set.union(*found[split])) == len(COLOURS) * len(KINDS) - len(HELD_OUT)
+    assert all(pairs & set(HELD_OUT) for pairs in found["test"])
+    assert set(HELD_OUT) <= set.union(*found["test"])
+    # every colour and every kind is in training
+    assert {colour for colour, _ in HELD_OUT} <= set(COLOURS) == {c for pairs in found["train"] for c, _ in pairs}
+    assert {kind for pairs in found["train"] for _, kind in pairs} == set(KINDS)
 
 
-def test_sentences_vary_as_they_should():
+def test_distribution_of_captions():
     counts = collections.Counter(
         next((word for word in ("above", "below", "left", "right") if word in sentence), "alone")
         for sentence in sentences("train", 800)
@@ -57,7 +57,7 @@ def test_sentences_vary_as_they_should():
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_a_picture_determines_its_sentence(held_out):
-    """Told from pixels alone: how many shapes, which is larger, and where it stands."""
+    """The pixels alone determine the number of shapes, the larger one, and its position."""
     for seed in range(60):
         rng = np.random.default_rng(seed)
         relation, figures = draw_scene(rng, held_out=held_out)
@@ -96,7 +96,7 @@ def test_paint_is_in_range():
     assert picture.dtype == np.float32 and 0 <= picture.min() and picture.max() <= 1
 
 
-def test_words_come_back():
+def test_encoding_round_trip():
     words = ["a", "red", "circle", "left", "of", "a", "blue", "square"]
     assert SHAPES.decode(SHAPES.encode(words)) == words
     assert SHAPES.encode(["a", "zebra"])[1] == module.UNKNOWN
@@ -123,7 +123,7 @@ def test_clean(text):
 
 @pytest.fixture(scope="module")
 def stamps(tmp_path_factory) -> str:
-    """Sixty stamps made here: a dot of one of three colours, left of the middle."""
+    """Sixty generated stamps: a dot of one of three colours, left of the centre."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("stamps")
@@ -164,13 +164,13 @@ def test_stamp_words_are_those_of_several_training_captions(stamps):
     assert task.reference(split, 0, rare)[-1].startswith("number")
 
 
-def test_stamps_lie_on_white(stamps):
+def test_stamps_have_a_white_background(stamps):
     task = Captions(pictures="stamps", folder=stamps, size=16)
     source = task.source("validation", 0)
     for i in range(len(source)):
         picture = source[i]["picture"]
         assert picture.shape == (16, 16, 3) and picture.dtype == np.float32
-        # 40 x 20 fills the width: white above and below, the dot in the middle rows' left half
+        # A 40 x 20 picture fills the width: white above and below, and the dot in the left half of the middle rows.
         np.testing.assert_array_equal(picture[:3], 1)
         np.testing.assert_array_equal(picture[6:10, 12:], 1)
         assert np.all(picture[6:10, :6].min(-1) == 0)
@@ -221,12 +221,12 @@ MISUSE = [
 
 
 @pytest.mark.parametrize("settings, message", MISUSE)
-def test_settings_that_cannot_be(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         make_task({"name": "captions", **settings})
 
 
-def test_what_stamps_do_not_know(stamps):
+def test_stamps_have_no_regions(stamps):
     task = Captions(pictures="stamps", folder=stamps)
     with pytest.raises(ValueError, match="pictures must be 'shapes' for regions"):
         task.regions("test", 0, 0)

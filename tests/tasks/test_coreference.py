@@ -17,7 +17,7 @@ def drawn(split="train", families="trained", count=COUNT):
 
 
 def family_of(sentence):
-    """The family by a word that only its main clauses have."""
+    """The family, by a word that only its main clauses contain."""
     words = {name: {w for pair in f.frames for frame in pair for w in frame.split()} for name, f in FAMILIES.items()}
     own = {name: one.difference(REASON.split(), *(words[o] for o in words if o != name)) for name, one in words.items()}
     (name,) = [name for name in FAMILIES if own[name] & set(sentence.words)]
@@ -36,7 +36,7 @@ def test_twins_differ_in_one_word_and_in_the_referent():
 
 
 def test_the_referent_follows_from_the_meaning():
-    """Written out by hand for one frame of each family and order: (named first, named second, word, referent)."""
+    """Written by hand for one frame of each family and order: (first noun, second noun, word, referent)."""
     cases = {
         ("does not fit in", "big"): 0,
         ("does not fit in", "small"): 1,
@@ -59,7 +59,7 @@ def test_the_referent_follows_from_the_meaning():
 
 
 @pytest.mark.parametrize(
-    "tells",
+    "shortcut",
     {
         "order of the nouns": lambda s: s.referent < s.other,
         "distance": lambda s: abs(s.referent - s.pronoun) < abs(s.other - s.pronoun),
@@ -67,12 +67,12 @@ def test_the_referent_follows_from_the_meaning():
     }.items(),
     ids=lambda item: item[0],
 )
-def test_it_tells_nothing(tells):
-    share = np.mean([tells[1](s) for s in drawn()])
+def test_shortcuts_carry_no_information(shortcut):
+    share = np.mean([shortcut[1](s) for s in drawn()])
     assert abs(share - 0.5) < 4 * 0.5 / COUNT**0.5
 
 
-def test_what_is_held_out():
+def test_held_out_sentences():
     def pairs(split):
         return {(family_of(s), frozenset((s.words[s.referent], s.words[s.other]))) for s in drawn(split)}
 
@@ -81,12 +81,12 @@ def test_what_is_held_out():
     assert 0.15 < len(test) / len(train | test) < 0.25
     assert {name for name, _ in train} == set(FAMILIES) - {HELD_OUT} == {name for name, _ in test}
     assert {family_of(s) for s in drawn("test", "held_out", 100)} == {HELD_OUT}
-    # Every word that decides in the family held out, and every noun of it, is in training sentences.
+    # Every noun and every deciding word of the held-out family is in training sentences.
     known = {word for s in drawn() for word in s.words}
     assert {word for pair in FAMILIES[HELD_OUT].reasons for word in pair} | set(NOUNS) <= known
 
 
-def test_arrays_say_the_sentence():
+def test_arrays_encode_the_sentence():
     task = Coreference()
     source = task.source("validation", 3)
     for i in range(50):
@@ -106,6 +106,6 @@ def test_arrays_say_the_sentence():
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Coreference(**settings)

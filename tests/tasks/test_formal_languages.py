@@ -1,4 +1,4 @@
-"""Parity and modular arithmetic: answers against Python's own, lengths, settings."""
+"""Formal languages: answers against Python, lengths, options."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def answer(e) -> tuple[int, int]:
     return int(time), int(e["targets"][time])
 
 
-def test_parity_is_of_the_bits():
+def test_parity():
     source = Parity().source("train", 0)
     for i in range(200):
         time, odd = answer(source[i])
@@ -32,7 +32,7 @@ def test_parity_is_of_the_bits():
 
 
 @pytest.mark.parametrize("modulus", [5, 7])
-def test_value_is_that_of_python(modulus):
+def test_values_match_python(modulus):
     task = ModularArithmetic(modulus=modulus)
     source = task.source("train", 1)
     letters = [*map(str, range(modulus)), "+", "-", "*", "="]
@@ -51,7 +51,7 @@ def test_pairs_are_counted():
         assert even == ((bits[1:] != bits[:-1]).sum() % 2 == 0)
 
 
-def test_the_walk_is_that_of_a_walker():
+def test_cycle_navigation():
     source = CycleNavigation(places=7).source("train", 0)
     for i in range(200):
         time, place = answer(source[i])
@@ -62,34 +62,34 @@ def test_the_walk_is_that_of_a_walker():
 
 
 def strings(e, blank: int) -> tuple[list[int], int, list[int]]:
-    """(question, number of blanks, answer); what is scored begins at the first blank."""
+    """(question, number of blanks, answer); scoring starts at the first blank."""
     inputs, scored = e["inputs"][: e["segment_ids"].sum()].tolist(), np.flatnonzero(e["loss_weights"])
-    asked = inputs.index(blank)
-    assert inputs[asked:] == [blank] * (len(inputs) - asked)
-    assert scored.tolist() == list(range(asked, asked + len(scored)))
-    return inputs[:asked], len(inputs) - asked, e["targets"][scored].tolist()
+    question = inputs.index(blank)
+    assert inputs[question:] == [blank] * (len(inputs) - question)
+    assert scored.tolist() == list(range(question, question + len(scored)))
+    return inputs[:question], len(inputs) - question, e["targets"][scored].tolist()
 
 
-def test_strings_come_back_in_reverse():
+def test_strings_are_reversed():
     source = ReverseString().source("train", 0)
     for i in range(200):
-        asked, blanks, told = strings(source[i], 2)
-        assert told == asked[::-1] and blanks == len(asked) and 3 <= blanks <= 40
+        question, blanks, answer = strings(source[i], 2)
+        assert answer == question[::-1] and blanks == len(question) and 3 <= blanks <= 40
 
 
-def test_a_stack_is_followed():
+def test_stack_manipulation():
     source, emptied = StackManipulation(length=12).source("train", 0), 0
     for i in range(300):
-        asked, blanks, told = strings(source[i], 5)
+        question, blanks, answer = strings(source[i], 5)
         stack = []
-        for token in asked:
+        for token in question:
             if token == 2:
                 stack = stack[:-1]
             else:
                 stack.append(token % 3 if token < 2 else token - 3)
-        assert told == [*reversed(stack), 2] and blanks == len(asked) + 1
+        assert answer == [*reversed(stack), 2] and blanks == len(question) + 1
         # actions come after all bits
-        assert sorted(asked, key=lambda token: token > 1) == asked
+        assert sorted(question, key=lambda token: token > 1) == question
         emptied += not stack
     assert emptied
 
@@ -145,6 +145,6 @@ def test_scaled_accuracy():
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         make_task(settings)

@@ -1,4 +1,4 @@
-"""Group words: the groups are groups, labels are products, all pairs come by in training."""
+"""Group words: group axioms, labels are products, training contains all pairs."""
 
 import itertools
 
@@ -10,7 +10,7 @@ from memformer.tasks.group_words import GROUPS, PAIRS_EVERY, cayley_table
 
 ORDERS = {"S3": 6, "S4": 24, "S5": 120, "A5": 60, "A4xZ5": 60, "Z60": 60}
 
-# How many elements have which order: this tells the groups of one size apart.
+# Number of elements by order, which distinguishes groups of equal size.
 ELEMENT_ORDERS = {
     "S3": {1: 1, 2: 3, 3: 2},
     "S4": {1: 1, 2: 9, 3: 8, 4: 6},
@@ -39,7 +39,7 @@ def test_axioms(group):
     everything = np.arange(n)
     np.testing.assert_array_equal(table[0], everything)
     np.testing.assert_array_equal(table[:, 0], everything)
-    # Each row and column is a permutation: there are inverses.
+    # Every row and column is a permutation, so that inverses exist.
     np.testing.assert_array_equal(np.sort(table, axis=0), np.tile(everything[:, None], n))
     np.testing.assert_array_equal(np.sort(table, axis=1), np.tile(everything, (n, 1)))
     a, b, c = np.random.default_rng(0).integers(n, size=(3, 5000))
@@ -64,7 +64,7 @@ def test_two_letters_reach_the_whole_group(group):
         (letter, int(np.flatnonzero(table[before] == after)[0]))
         for letter, before, after in zip(word["inputs"][1:], word["targets"], word["targets"][1:], strict=False)
     ]
-    # each letter is one element, whatever came before it
+    # A letter is the same element after every prefix.
     assert len(set(steps)) == 2
 
 
@@ -92,7 +92,7 @@ def test_letters_of_swaps_move_at_most_two():
 
 
 @pytest.mark.parametrize("group, length", [("S3", 7), ("A5", 32)])
-def test_training_holds_every_word_of_length_two(group, length):
+def test_training_contains_every_word_of_length_two(group, length):
     task = GroupWords(length=length, group=group)
     source, table = task.source("train", 0), cayley_table(group)
     pairs = task.vocab_size**2
@@ -110,7 +110,7 @@ def test_training_holds_every_word_of_length_two(group, length):
     assert len(seen) == pairs
 
 
-def test_held_out_splits_hold_whole_words_only():
+def test_held_out_splits_contain_whole_words_only():
     for split in ("validation", "test"):
         for index in (0, PAIRS_EVERY):
             assert set(GroupWords().source(split, 0)[index]["segment_ids"].tolist()) == {1}
@@ -124,6 +124,6 @@ def test_held_out_splits_hold_whole_words_only():
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         GroupWords(**settings)

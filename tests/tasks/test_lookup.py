@@ -1,4 +1,4 @@
-"""Lookup: the nearest key answers, whatever the order; the question is off by the noise that was asked for."""
+"""Lookup: the nearest key answers in any order; the noise of the query has the given norm."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_the_nearest_key_answers(settings):
         assert np.flatnonzero(e["loss_weights"]).tolist() == [task.length - 1]
 
 
-def test_no_place_is_asked_more_often():
+def test_queries_are_uniform_over_positions():
     task, drawn = examples(length=5)
     places = np.bincount([task.asked_place(e["inputs"]) for e in drawn], minlength=4)
     assert len(places) == 4 and np.all(np.abs(places / COUNT - 1 / 4) < 0.13)
@@ -52,6 +52,6 @@ def test_keys_are_drawn_anew():
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Lookup(**settings)

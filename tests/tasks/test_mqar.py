@@ -17,10 +17,10 @@ def test_a_dictionary_answers(vocab_size, length, pairs):
         assert keys.min() >= 1 and keys.max() < vocab_size // 2 <= values.min()
         assert len(set(keys.tolist())) == len(set(values.tolist())) == pairs
         stored = dict(zip(keys.tolist(), values.tolist(), strict=True))
-        asked = np.flatnonzero(e["loss_weights"])
-        assert len(asked) == pairs and asked.min() >= 2 * pairs and not np.any(asked % 2)
-        assert sorted(e["inputs"][asked].tolist()) == sorted(stored)
-        assert [stored[key] for key in e["inputs"][asked].tolist()] == e["targets"][asked].tolist()
+        queried = np.flatnonzero(e["loss_weights"])
+        assert len(queried) == pairs and queried.min() >= 2 * pairs and not np.any(queried % 2)
+        assert sorted(e["inputs"][queried].tolist()) == sorted(stored)
+        assert [stored[key] for key in e["inputs"][queried].tolist()] == e["targets"][queried].tolist()
 
 
 def test_keys_and_values_reach_the_ends_of_their_ranges():
@@ -32,7 +32,7 @@ def test_keys_and_values_reach_the_ends_of_their_ranges():
 
 @pytest.mark.parametrize("power", [0.01, 1.0])
 def test_gaps_follow_the_power_law(power):
-    # A single pair: its gap is one draw of the law, nothing excluded by another.
+    # With a single pair, the gap is one draw of the law without exclusions.
     task = MQAR(length=64, pairs=1, power=power)
     source = task.source("train", 0)
     count = 4000
@@ -73,6 +73,6 @@ def test_eval_lengths_leave_room_for_the_queries():
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         MQAR(**settings)

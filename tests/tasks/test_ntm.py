@@ -1,4 +1,4 @@
-"""The Neural Turing Machine's tasks: what is asked, what is due, what guessing and the best guess cost."""
+"""The tasks of the Neural Turing Machine: questions, answers, the cost of guessing and of the optimal predictor."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def draw(settings, count, split="train"):
 
 
 def parts(example):
-    """(question, answer) of an example, the answer checked to be silent and scored, the rest not scored."""
+    """(question, answer) of an example; checks that inputs are zero during the answer, and that only it is scored."""
     used = int(example["segment_ids"].sum())
     scored = np.flatnonzero(example["loss_weights"])
     first = scored[0]
@@ -64,8 +64,8 @@ def test_associative_recall():
         marks = [[0.0] * 6 + [1.0, 0.0]] * (len(blocks) - 1) + [[0.0] * 7 + [1.0]]
         assert blocks[:, 0].tolist() == marks and not blocks[:, 1:, 6:].any()
         items = blocks[:, 1:, :6]
-        asked = [i for i in range(len(items) - 2) if (items[i] == items[-1]).all()]
-        assert any((items[i + 1] == answer).all() for i in asked)
+        queried = [i for i in range(len(items) - 2) if (items[i] == items[-1]).all()]
+        assert any((items[i + 1] == answer).all() for i in queried)
         sizes.add(len(items) - 1)
     assert sizes == {2, 3, 4, 5} and task.steps == 28
 
@@ -89,7 +89,7 @@ def test_dynamic_ngrams_draw_by_their_contexts():
     for one in examples:
         np.testing.assert_array_equal(one["inputs"][1:], one["targets"][:-1])
         assert one["loss_weights"].tolist() == [0.0] + [1.0] * 3998
-    # Beta(1/2, 1/2) odds: the share of ones after a context has variance 1/8, that of fair coins next to none
+    # With Beta(1/2, 1/2) probabilities, the share of ones after a context has variance 1/8, with fair coins about 0.
     shares = []
     for one in examples:
         bits = np.append(one["inputs"][:, 0], one["targets"][-1, 0]).astype(int)
@@ -98,14 +98,14 @@ def test_dynamic_ngrams_draw_by_their_contexts():
     assert 0.08 < np.var(shares) < 0.17 and abs(np.mean(shares) - 0.5) < 0.12
 
 
-def test_the_best_prediction_costs_127_bits():
-    """The figure of the paper: 127.7 bits a sequence of 200 over the 195 predicted; a second way to count agrees."""
+def test_the_optimal_prediction_costs_127_bits():
+    """The figure of the paper: 127.7 bits per sequence of 200, over the 195 predicted; a second count agrees."""
     source = DynamicNGrams().source("test", 0)
     costs = []
     for i in range(1500):
         one = source[i]
         costs.append(optimal_bits(np.append(one["inputs"][:, 0], one["targets"][-1, 0])))
-    # one sequence deviates by 36 bits
+    # The standard deviation of one sequence is 36 bits.
     assert abs(np.mean(costs) - 127.7) < 3 * 36 / np.sqrt(len(costs))
     ones, zeros, cost = {}, {}, 0.0
     bits = [0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1]
@@ -120,7 +120,7 @@ def test_the_best_prediction_costs_127_bits():
 
 def test_guessing_a_copy_costs_84_bits():
     task, examples = draw({"name": "copy"}, 2000)
-    # log2(2) a bit of each scored position; the lengths' deviation is 5.8 vectors
+    # log2(2) per bit of each scored position; the standard deviation of lengths is 5.8 vectors.
     counted = 8 * np.mean([one["loss_weights"].sum() for one in examples])
     assert task.guessing_bits == 84 and abs(counted - 84) < 3 * 8 * 5.8 / np.sqrt(2000)
 
@@ -137,7 +137,7 @@ def test_guessing_a_copy_costs_84_bits():
         ({"name": "priority_sort", "answers": 0}, "answers must be an integer of at least 1, got 0"),
     ],
 )
-def test_misuse_is_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         make_task(settings)
 

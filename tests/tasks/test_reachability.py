@@ -1,4 +1,4 @@
-"""Reachability: labels by search over the adjacency rows, form of the graph, settings."""
+"""Reachability: labels against a graph search, structure of the graph, options."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ SIZES = [(32, 128), (4, 5), (10, 16)]
 
 
 def search(rows: np.ndarray) -> np.ndarray:
-    """1 for the nodes reached from the first one."""
+    """1 for the nodes reachable from the first one."""
     reached, todo = {0}, [0]
     while todo:
         for other in np.flatnonzero(rows[todo.pop()]):
@@ -20,7 +20,7 @@ def search(rows: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("length, width", SIZES)
-def test_labels_are_those_of_a_search(length, width):
+def test_labels_match_a_search(length, width):
     source = Reachability(length=length, width=width).source("train", 0)
     for i in range(50):
         e = source[i]
@@ -29,7 +29,7 @@ def test_labels_are_those_of_a_search(length, width):
         assert e["targets"].sum() == length // 2
         np.testing.assert_array_equal(rows, rows.T)
         assert np.all(np.diag(rows) == 1) and set(np.unique(rows)) <= {0.0, 1.0}
-        # Two trees: an edge less than nodes in each, and one earlier neighbour for all but two nodes.
+        # Two trees: each has one edge fewer than nodes, and all nodes but two have one earlier neighbour.
         assert rows.sum() == length + 2 * (length - 2)
         assert sorted(np.tril(rows, -1).sum(axis=1).tolist()) == [0, 0] + [1] * (length - 2)
         np.testing.assert_array_equal(e["inputs"][:, length], np.arange(length) == 0)
@@ -57,7 +57,7 @@ def test_parents_are_uniform():
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Reachability(**settings)
 

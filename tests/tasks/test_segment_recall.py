@@ -1,4 +1,4 @@
-"""Remember and rewrite: a dictionary answers, in the paper's layout; lengths, questions, settings."""
+"""Remember and rewrite: a dictionary answers, in the paper's layout; lengths, queries, options."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_a_dictionary_answers(task):
         assert len(e["inputs"]) == task.steps == (task.length + task.queries) * (size + task.value_size + 2)
         assert np.all(e["segment_ids"] == 1) and np.all(e["positions"] == np.arange(task.steps))
         parts = {name: e[name].reshape(-1, task.segment_length) for name in ("inputs", "targets", "loss_weights")}
-        stored, written, asked = {}, 0, 0
+        stored, written, queried = {}, 0, 0
         for inputs, targets, weights in zip(*parts.values(), strict=True):
             key, mark, value = tuple(inputs[:size]), inputs[size], inputs[size + 1 : -1]
             assert inputs[-1] == 102 and max(*key, *value) < task.symbols
@@ -33,15 +33,15 @@ def test_a_dictionary_answers(task):
                 assert not weights.any()
                 continue
             assert mark == 101 and tuple(value) == stored[key]
-            asked += 1
-            # scored: each symbol of the value, at the token before it
+            queried += 1
+            # Each symbol of the value is scored at the token before it.
             assert weights.tolist() == [0] * size + [1] * task.value_size + [0, 0]
             assert tuple(targets[size : size + task.value_size]) == stored[key]
-        assert (written, asked) == (task.length, task.queries)
+        assert (written, queried) == (task.length, task.queries)
         assert inputs[size] == 101, "the last segment is a question"
 
 
-def test_questions_are_for_any_key_after_any_number_of_pairs():
+def test_queries_are_for_any_key_after_any_number_of_pairs():
     task = Remember(length=4, key_size=1, queries=3)
     source, before, ages = task.source("train", 0), [], []
     for i in range(2000):
@@ -54,13 +54,13 @@ def test_questions_are_for_any_key_after_any_number_of_pairs():
                 before.append(len(seen))
                 ages.append(seen.index(key) if len(seen) == 4 else 0)
     share = np.bincount(before, minlength=5)[1:] / len(before)
-    # two of three are spread over 1 to 4, the third stands behind all
+    # Two of the three queries are spread over 1 to 4, the third follows all pairs.
     assert np.all(np.abs(share - [1 / 6, 1 / 6, 1 / 6, 1 / 2]) < 0.03)
-    asked = np.bincount([age for age, count in zip(ages, before, strict=True) if count == 4]) / (len(before) / 2)
-    assert np.all(np.abs(asked - 1 / 4) < 0.04)
+    queried = np.bincount([age for age, count in zip(ages, before, strict=True) if count == 4]) / (len(before) / 2)
+    assert np.all(np.abs(queried - 1 / 4) < 0.04)
 
 
-def test_rewritten_keys_are_asked_with_equal_chance():
+def test_rewritten_keys_are_queried_with_equal_probability():
     source = Rewrite(length=60).source("train", 0)
     share = np.bincount([source[i]["inputs"][-4] for i in range(3000)], minlength=16) / 3000
     assert np.all(np.abs(share - 1 / 16) < 0.02)
@@ -85,6 +85,6 @@ def test_lengths():
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         Rewrite(**settings)

@@ -1,4 +1,4 @@
-"""The swap task: labels against an independent simulation, published constants, settings."""
+"""The swap task: labels against an independent simulation, published constants, options."""
 
 import itertools
 
@@ -18,7 +18,7 @@ VARIANTS = [
 
 
 def read(task: Swap, inputs) -> list[tuple[int, int]]:
-    """(time, answer) by reading the tokens one at a time, as a user of the task would."""
+    """(time, answer) from the tokens, read one at a time."""
     n = task.objects
     pairs = list(itertools.combinations(range(n), 2))
     where = {thing: thing for thing in range(n)}
@@ -44,7 +44,7 @@ def read(task: Swap, inputs) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("settings", VARIANTS, ids=str)
-def test_labels_are_those_of_a_simulation(settings):
+def test_labels_match_a_simulation(settings):
     task = make_task({"name": "swap", "length": 20, **settings})
     for index in (0, 1, 2**40):
         example = task.source("train", 3)[index]
@@ -69,7 +69,7 @@ def test_swaps_are_uniform():
     task = Swap(length=1000, start="none")
     source = task.source("train", 0)
     counts = np.bincount(np.concatenate([source[i]["inputs"] for i in range(50)]), minlength=10)
-    # 50,000 draws among 10: one standard deviation is 67.
+    # 50,000 draws of 10 pairs: the standard deviation of a count is 67.
     assert np.all(np.abs(counts - 5000) < 400)
 
 
@@ -105,6 +105,6 @@ def test_largest_size_has_512_objects():
     ],
     ids=str,
 )
-def test_bad_settings_are_named(settings, message):
+def test_bad_options_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         make_task({"name": "swap", **settings})

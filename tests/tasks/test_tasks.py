@@ -1,4 +1,4 @@
-"""What every task promises: random access, determinism, disjoint splits, valid batches, named errors."""
+"""The contract of every task: random access, determinism, disjoint splits, valid batches, clear errors."""
 
 import concurrent.futures
 import dataclasses
@@ -10,7 +10,7 @@ from memformer.data.source import SPLITS
 from memformer.tasks import TASKS, make_task
 from memformer.training.input import check_batch
 
-# task settings, and another length that it can have
+# options of a task, and another valid length
 SPECS = [
     ({"name": "swap"}, 64),
     ({"name": "swap", "objects": 8, "queries": True, "encoding": "positions", "start": "token"}, 24),
@@ -52,7 +52,7 @@ def assert_equal(got, want):
         np.testing.assert_array_equal(got[key], want[key], err_msg=key, strict=True)
 
 
-def test_every_task_has_a_spec():
+def test_every_task_has_a_row():
     assert {settings["name"] for settings, _ in SPECS} == set(TASKS)
     assert all(task.name == name for name, task in TASKS.items())
 
@@ -66,7 +66,7 @@ def test_batches_are_valid_at_both_lengths(settings, other):
     for one in (task, longer):
         for split in SPLITS:
             source = one.source(split, 0)
-            # Group words have packed examples at multiples of 16.
+            # Group words pack the examples at multiples of 16.
             examples = [source[i] for i in range(20)]
             batch = {key: np.stack([e[key] for e in examples]) for key in examples[0]}
             check_batch(batch, one, 20)
@@ -87,7 +87,7 @@ def test_examples_depend_on_seed_split_and_number_only(settings, other):
 
 @pytest.mark.parametrize("settings, other", SYNTHETIC, ids=label)
 def test_numbers_splits_and_seeds_draw_apart(settings, other):
-    # Long enough that two equal draws mean a shared generator, not chance.
+    # Long enough that two equal draws are due to a shared generator, not to chance.
     task = make_task({"length": other, **{k: v for k, v in settings.items() if k != "length"}})
     if "min_length" in {field.name for field in dataclasses.fields(task)}:
         task = task.with_length(other)
@@ -101,7 +101,7 @@ def test_numbers_splits_and_seeds_draw_apart(settings, other):
 
 
 def test_streams_of_examples_do_not_overlap():
-    """No example goes on where another began: their counters are 2**128 blocks apart."""
+    """The counters of examples are 2**128 blocks apart."""
     from memformer.data.source import SyntheticSource
 
     source = SyntheticSource(lambda rng, i: {"x": rng.integers(2**63, size=4096)}, "train", 0)
@@ -110,7 +110,7 @@ def test_streams_of_examples_do_not_overlap():
 
 
 @pytest.mark.parametrize("settings, other", SPECS, ids=label)
-def test_misuse_is_named(settings, other):
+def test_bad_options_are_named(settings, other):
     task = make_task(settings)
     with pytest.raises(ValueError, match="split must be one of 'train', 'validation', 'test', got 'dev'"):
         task.source("dev", 0)

@@ -1,4 +1,4 @@
-"""Text: no byte lost or scored twice, splits disjoint by file, files never read across their border."""
+"""Text: every byte is scored once, splits are disjoint, segments never cross files."""
 
 import os
 import pathlib
@@ -35,7 +35,7 @@ def folder(tmp_path) -> pathlib.Path:
 
 
 def read(task: Text, split: str) -> tuple[list[bytes], list[dict]]:
-    """Pieces of files, split where segments and windows do, and all examples."""
+    """Pieces of files, cut at segments and windows, and all examples."""
     source = task.source(split, 0)
     examples = [source[i] for i in range(len(source))]
     pieces = []
@@ -87,7 +87,7 @@ def test_suffix(folder):
     assert sum((task.files(split) for split in SPLITS), []) == ["notes.txt"]
 
 
-def test_the_standard_library_is_there_and_large_enough():
+def test_the_standard_library_is_large_enough():
     task = Text()
     parts = {split: task.files(split) for split in SPLITS}
     everything = sum(parts.values(), [])
@@ -105,7 +105,7 @@ def test_the_standard_library_is_there_and_large_enough():
     assert got == want
 
 
-def test_folder_that_is_not_there(tmp_path):
+def test_missing_folder(tmp_path):
     with pytest.raises(ValueError, match="task.folder must be a folder of text files, got .*nowhere.*does not exist"):
         Text(folder=str(tmp_path / "nowhere")).source("train", 0)
 

@@ -1,4 +1,4 @@
-"""Translation: what an example holds, splits, reading SWORD's modules, which verses are used, mistakes."""
+"""Translation: examples, splits, SWORD modules, the choice of corpus, errors."""
 
 import logging
 import struct
@@ -18,7 +18,7 @@ TASK = Translation(corpus="slice", vocab_size=800, length=64)
 
 
 def write_modules(folder, verses):
-    """SWORD modules with one book a testament; (english, spanish) with their markup."""
+    """SWORD modules with one book per testament; (english, spanish) with their markup."""
     for language, module in enumerate(MODULES):
         (folder / module).mkdir(parents=True)
         for place, testament in enumerate(("ot", "nt")):
@@ -57,7 +57,7 @@ def test_an_example_is_the_verse_in_both_languages():
             assert not np.any(one["source"][len(english) + 1 :]) and not np.any(one["inputs"][steps:])
 
 
-def test_splits_share_no_source_and_hold_every_verse():
+def test_splits_share_no_source_and_contain_every_verse():
     long = TASK.with_length(400)
     english = {split: {pair.verse.english for pair in long.pairs(split)} for split in SPLITS}
     assert not english["train"] & english["test"] and not english["train"] & english["validation"]
@@ -73,11 +73,11 @@ def test_the_vocabulary_does_not_depend_on_the_length_and_serves_all():
     assert TASK.decode(TASK.encode(text)) == text
 
 
-def test_decode_stops_at_the_end_and_leaves_out_what_says_nothing():
+def test_decode_stops_at_the_end_and_skips_unused_ids():
     ids = TASK.encode("luz")
     assert TASK.decode([START, *ids, END, *ids]) == "luz"
     assert TASK.decode([*ids, PADDING, *ids]) == "luz"
-    # a slice has fewer pairs than this vocabulary has ids
+    # The slice yields fewer merges than this vocabulary has ids.
     wide = Translation(corpus="slice", vocab_size=20000)
     assert wide.byte_pairs.size < 20000 - SPECIAL and wide.decode([19999]) == ""
 
@@ -102,7 +102,7 @@ def test_modules_are_read(modules):
     assert sum(len(task.source(split, 0)) for split in SPLITS) == 61
 
 
-def test_modules_are_looked_for_where_they_usually_are(modules, monkeypatch, tmp_path_factory):
+def test_modules_are_found_in_the_usual_folders(modules, monkeypatch, tmp_path_factory):
     monkeypatch.setenv("SWORD_PATH", modules)
     assert find_verses() == modules
     monkeypatch.delenv("SWORD_PATH")
@@ -123,14 +123,14 @@ def test_without_modules_the_slice_is_used_with_a_warning(monkeypatch, caplog):
         Translation(corpus="installed").source("train", 0)
 
 
-def test_a_run_keeps_which_verses_it_was_trained_on(modules, monkeypatch):
-    """Taken to a machine without them it fails, instead of reading other words with the same weights."""
+def test_a_run_records_its_corpus(modules, monkeypatch):
+    """On a machine without the verses the run fails, instead of using the weights with another vocabulary."""
     config = default_config("seq2seq").to_dict()
     config["task"] = {"name": "translation", "length": 8, "vocab_size": 300, "corpus": "auto"}
     with monkeypatch.context() as here:
         here.setenv("SWORD_PATH", modules)
         kept = build_run(config).config
-    assert kept["task"] == {"name": "translation", "length": 8, "vocab_size": 300, "corpus": "installed"}
+    assert kept["task"] == {"name": "translation", "length": 8, "vocab_size": 300, "corpus": "installed", "folder": ""}
     monkeypatch.setattr(translation, "find_verses", lambda folder: None)
     assert build_run(config).config["task"]["corpus"] == "slice"
     with pytest.raises(RunError, match="has no verses: install them"):
@@ -154,7 +154,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name):
+def test_bad_options_are_named(name):
     fields, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message):
         Translation(**fields)
