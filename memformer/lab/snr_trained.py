@@ -114,7 +114,7 @@ def read_heads(layer: Any, x: Any) -> list[Head]:
         contents = cache.u
     elif isinstance(layer, DeltaFormer):
         kernel = layer.read_kernel
-        contents = layer._recall(x, parts, None, None)[1].u
+        contents = layer._apply_op(x, parts, None, None)[1].u
     else:
         raise ValueError(f"read_heads knows softmax_attention, delta_rule and deltaformer, got {type(layer).__name__}")
     each = (np.moveaxis(np.asarray(part), 2, 0) for part in (parts["q"], parts["k"], contents))

@@ -1,14 +1,13 @@
 """Flax NNX layers: memories with their projections and gates, feedforward layers, norms and positions."""
 
 from memformer.layers.additive import AdditiveAttention
-from memformer.layers.base import GATES, MemoryLayer, State, check_choice, check_groups, check_size
+from memformer.layers.base import GATES, MemoryLayer, State
 from memformer.layers.basic import (
     NORMS,
     Dtypes,
     Embedding,
     LayerNorm,
     RMSNorm,
-    check_options,
     constrain,
     dropout,
     linear,
@@ -19,9 +18,9 @@ from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.config import BaseConfig
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.feedforward import FEEDFORWARDS, MLP, MixtureOfExperts, SwiGLU, feedforward_keys
-from memformer.layers.gates import DECAYS, FixedDecay, LogSigmoidDecay, StepDecay, StepSize
+from memformer.layers.gates import DECAYS, FixedDecay, LogSigmoidDecay, SigmoidGate, StepDecay
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention
-from memformer.layers.memory import MEMORIES, Memory, build_memory, check_memory, known_options
+from memformer.layers.memory import MEMORIES, MemorySpec, build_memory, check_memory, known_options
 from memformer.layers.positions import (
     LearnedPositions,
     SinusoidalPositions,
@@ -73,8 +72,8 @@ __all__ = [
     "LogSigmoidDecay",
     "MEMORIES",
     "MLP",
-    "Memory",
     "MemoryLayer",
+    "MemorySpec",
     "MixtureOfExperts",
     "NORMS",
     "RMSNorm",
@@ -85,20 +84,16 @@ __all__ = [
     "RecurrentStack",
     "SelfAttention",
     "ShortConvolution",
+    "SigmoidGate",
     "SinusoidalPositions",
     "SoftmaxAttention",
     "State",
     "StepDecay",
-    "StepSize",
     "SwiGLU",
     "TransformerShape",
     "build_memory",
     "build_stack",
-    "check_choice",
-    "check_groups",
     "check_memory",
-    "check_options",
-    "check_size",
     "constrain",
     "count_positions",
     "dropout",

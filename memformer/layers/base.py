@@ -1,4 +1,4 @@
-"""What every memory layer shares: projections, short convolution, positions, gate, norm, state."""
+"""The base class of memory layers: projections, short convolution, positions, gate, norm, state."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.numerics import l2norm
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
@@ -14,42 +14,20 @@ from memformer.layers.basic import Dtypes, RMSNorm, constrain, linear
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.positions import count_positions, next_position, rotate
 
-__all__ = ["GATES", "MemoryLayer", "State", "check_choice", "check_groups", "check_size"]
+__all__ = ["GATES", "MemoryLayer", "State"]
 
 State = Mapping[str, Any]
 GATES = {"silu": nnx.silu, "sigmoid": nnx.sigmoid}
 
 
-def check_choice(what: str, value: Any, known: tuple) -> None:
-    """Raises ValueError unless `value` is one of `known`."""
-    if value not in known:
-        raise ValueError(f"{what} must be one of {', '.join(repr(k) for k in known)}, got {value!r}")
-
-
-def check_size(what: str, value: Any) -> None:
-    """Raises ValueError unless `value` is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{what} must be a positive integer, got {value!r}")
-
-
-def check_groups(heads: int, groups: int | None) -> int:
-    """The number of key/value heads (None is all), which must divide `heads`."""
-    check_size("heads", heads)
-    groups = heads if groups is None else groups
-    check_size("groups", groups)
-    if heads % groups:
-        raise ValueError(f"groups must divide heads, got groups = {groups} and heads = {heads}")
-    return groups
-
-
 class MemoryLayer(nnx.Module):
-    """Queries, keys and values of x, written to and read from a memory by one op.
+    """Projects x to queries, keys and values, and passes them through the op of a memory.
 
-        q, k, v = W x        (short convolution, rotary positions, unit length where asked for)
+        q, k, v = W x        (optionally: short convolution, rotary positions, unit length)
         o, state = op(q, k, v, ...)
         y = Wo (norm(o) * gate(x))
 
-    A subclass says which op: `_recall` calls it, `_init_memory` gives its empty state.
+    A subclass chooses the op: `_apply_op` calls it, and `_init_memory` returns its empty state.
 
     Args:
       width: D.
@@ -57,19 +35,19 @@ class MemoryLayer(nnx.Module):
       key_width: K; None is D // H.
       value_width: V; None is K.
       conv_width: width of the short convolution on q, k and v; 0 for none.
-      unit_keys: keys (and write queries) are divided by their length.
-      unit_queries: queries are divided by their length.
+      unit_keys: keys (and erase vectors) are normalized to unit length.
+      unit_queries: queries are normalized to unit length.
       rotary: rotary positions on q and k.
-      output_norm: RMSNorm of each head's output.
-      output_gate: None, "silu" or "sigmoid" of a projection of x, times the output.
+      output_norm: RMSNorm of the output, per head.
+      output_gate: None, "silu" or "sigmoid": activation of a projection of x that multiplies the output.
       dtypes: the dtype policy.
       rngs: random streams.
-      head_counts: heads of q, k and v where they are not all H (set by subclasses).
-      writes: pairs (k, v) a token, None for one and no axis for them (set by subclasses).
+      head_counts: number of heads of q, k and v where not all are H (set by subclasses).
+      writes: N, writes per token; None for a single one, without an axis (set by subclasses).
 
     Raises:
-      ValueError: a width not divisible by heads where key_width is None, rotary positions on an odd key_width, or an
-        unknown choice.
+      ValueError: a width that heads does not divide where key_width is None, rotary positions on an odd key_width, or
+        an unknown choice.
     """
 
     def __init__(
@@ -91,16 +69,13 @@ class MemoryLayer(nnx.Module):
         writes: int | None = None,
     ):
         dtypes = Dtypes() if dtypes is None else dtypes
-        for name, size in (("width", width), ("heads", heads)):
-            check_size(name, size)
+        width, heads = check_size("width", width), check_size("heads", heads)
         if key_width is None and width % heads:
             raise ValueError(f"width must be a multiple of heads where key_width is None, got {width} and {heads}")
         check_choice("output_gate", output_gate, (None, *GATES))
         self.width, self.heads, self.dtypes, self.writes = width, heads, dtypes, writes
-        self.key_width = width // heads if key_width is None else key_width
-        self.value_width = self.key_width if value_width is None else value_width
-        check_size("key_width", self.key_width)
-        check_size("value_width", self.value_width)
+        self.key_width = width // heads if key_width is None else check_size("key_width", key_width)
+        self.value_width = self.key_width if value_width is None else check_size("value_width", value_width)
         if rotary and self.key_width % 2:
             raise ValueError(f"rotary positions need an even key_width, got {self.key_width}")
         self.head_counts = (heads, heads, heads) if head_counts is None else head_counts
@@ -131,12 +106,12 @@ class MemoryLayer(nnx.Module):
             "value": value * writes * self.value_width,
         }
 
-    def _recall(self, x: Array, parts: dict[str, Array], segment_ids: Array | None, memory: Any) -> tuple:
-        """Calls the op on parts q, k, v (and w): (o [B, T, H, V], memory)."""
+    def _apply_op(self, x: Array, parts: dict[str, Array], segment_ids: Array | None, memory: Any) -> tuple:
+        """Calls the op on parts q, k, v (and w); returns (o [B, T, H, V], memory)."""
         raise NotImplementedError(f"{type(self).__name__} has no op")
 
     def _init_memory(self, batch: int, capacity: int, dtype: jnp.dtype) -> Any:
-        """The op's empty state; of a fixed matrix by default."""
+        """The empty state of the op; by default a K x V matrix per head."""
         return jnp.zeros((batch, self.heads, self.key_width, self.value_width), self.dtypes.wide)
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> State:
@@ -144,14 +119,13 @@ class MemoryLayer(nnx.Module):
 
         Args:
           batch: B.
-          capacity: tokens that an attention-like memory has room for; a fixed state needs none.
-          dtype: of an attention-like memory's cache; None is the compute dtype.
+          capacity: number of tokens that a cache has room for; a fixed state ignores it.
+          dtype: of the cache; None is the compute dtype.
 
         Raises:
-          ValueError: a batch or capacity that is no positive integer.
+          ValueError: a batch or capacity that is not a positive integer.
         """
-        check_size("batch", batch)
-        check_size("capacity", capacity)
+        batch, capacity = check_size("batch", batch), check_size("capacity", capacity)
         dtype = self.dtypes.compute if dtype is None else jnp.dtype(dtype)
         state = {"memory": self._init_memory(batch, capacity, dtype)}
         if self.convolutions is not None:
@@ -171,13 +145,13 @@ class MemoryLayer(nnx.Module):
         """Returns (y, state); a call with that state continues the last segment.
 
         Args:
-          x: the layer's input.
-          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
+          x: input.
+          segment_ids: packed sequences, 0 = padding; see `memformer.core.segments`.
           positions: for rotary positions; None counts within each segment.
-          state: of the last call, or of `init_state`.
+          state: from the previous call or from `init_state`; None is the empty memory.
 
         Raises:
-          ValueError: an array of another shape or dtype.
+          ValueError: an array of wrong shape or dtype.
         """
         dims = {"D": self.width}
         x = check_array("x", x, "B T D", dims)
@@ -193,7 +167,7 @@ class MemoryLayer(nnx.Module):
         if convolved:
             after["convolution"] = convolved
         parts = self._shape(parts, positions)
-        o, after["memory"] = self._recall(x, parts, segment_ids, before.get("memory"))
+        o, after["memory"] = self._apply_op(x, parts, segment_ids, before.get("memory"))
         return self._output(x, o), after
 
     def _project(self, x: Array, segments: Any, state: State | None) -> tuple[dict, dict]:
@@ -208,7 +182,7 @@ class MemoryLayer(nnx.Module):
         return parts, convolved
 
     def _shape(self, projected: dict[str, Array], positions: Array | None) -> dict[str, Array]:
-        """Heads apart: q [B, T, H, K]; k, v and w too, or [B, T, N, H, K] for N writes a token."""
+        """Splits heads: q is [B, T, H, K]; k, v and w are too, or [B, T, N, H, K] for N writes per token."""
         query, key, value = self.head_counts
         parts = {
             "q": self._heads(projected["query"], query, None, self.key_width),
@@ -230,7 +204,7 @@ class MemoryLayer(nnx.Module):
         if writes is None:
             x = x.reshape(*x.shape[:2], heads, width)
             return constrain(x, "activation_batch", "activation_time", "activation_heads", None)
-        # Heads outermost in the fused axis, so that sharding it shards heads.
+        # Heads are outermost in the fused axis, so that sharding the axis shards heads.
         x = jnp.moveaxis(x.reshape(*x.shape[:2], heads, writes, width), 3, 2)
         return constrain(x, "activation_batch", "activation_time", None, "activation_heads", None)
 

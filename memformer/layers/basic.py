@@ -1,7 +1,6 @@
-"""What every layer needs: logical axis names, norms, linear maps, the embedding."""
+"""Building blocks of all layers: dtype policy, logical axis names, norms, linear maps, embedding, dropout."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +18,6 @@ __all__ = [
     "Embedding",
     "LayerNorm",
     "RMSNorm",
-    "check_options",
     "constrain",
     "dropout",
     "linear",
@@ -33,8 +31,8 @@ class Dtypes:
     """The dtype policy of a model.
 
     Attributes:
-      compute: activations and matrix products; norms, gates, decays and logits stay float32.
-      param: parameters.
+      compute: dtype of activations and matrix products; norms, gates, decays and logits stay float32.
+      param: dtype of parameters.
 
     Example:
       >>> Dtypes("bfloat16").compute
@@ -58,42 +56,28 @@ class Dtypes:
 
     @property
     def wide(self) -> jnp.dtype:
-        """float32, or float64 where activations are: the dtype of norms, gates and logits."""
+        """Dtype of norms, gates and logits: float32, or float64 where activations are float64."""
         return jnp.dtype("float64") if self.compute == jnp.float64 else jnp.dtype("float32")
 
 
-def check_options(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    """Raises ValueError naming the first key of `options` that is not among `known`.
-
-    Example:
-      >>> check_options("memory_options of 'gla'", {"decy": 1}, ("decay", "heads"))
-      Traceback (most recent call last):
-      ...
-      ValueError: memory_options of 'gla' has no key 'decy'; known keys: decay, heads
-    """
-    for key in options:
-        if key not in known:
-            raise ValueError(f"{what} has no key {key!r}; known keys: {', '.join(known) or 'none'}")
-
-
 def named(init: nnx.Initializer, *names: str | None) -> nnx.Initializer:
-    """Gives the parameter that `init` makes its logical axis names.
+    """Attaches logical axis names to the parameter that `init` creates.
 
-    The names are metadata: a trainer maps them to mesh axes by one table of rules. Nothing is
-    placed here, so a model can be built with or without a mesh.
+    The names are metadata that a trainer maps to mesh axes by one table of rules. Nothing is placed on devices, so a
+    model can be built with or without a mesh.
     """
     return nnx.with_partitioning(init, names, eager_sharding=False)
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-    """Shards an activation by the logical names of its axes; does nothing outside a mesh.
+    """Shards an activation by the logical names of its axes; the identity outside a mesh.
 
-    Rules come from `nnx.logical_axis_rules`, the mesh from `jax.set_mesh`. A mesh axis that does not
-    divide the array's (one token under a context axis) is left out, and so is all inside shard_map.
+    Rules come from `nnx.logical_axis_rules`, the mesh from `jax.set_mesh`. Mesh axes that do not divide an array axis
+    (a single token under a context axis) are skipped. Inside shard_map nothing is constrained.
 
     Args:
-      x: an array, one name (or None) for each axis.
-      *names: "activation_batch", "activation_time", "activation_embed", "activation_heads",
+      x: activation.
+      *names: per axis, "activation_batch", "activation_time", "activation_embed", "activation_heads",
         "activation_mlp", "activation_vocab" or None.
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), spmd.get_logical_axis_rules()
@@ -122,7 +106,7 @@ def linear(
     bias: bool = False,
     wide: bool = False,
 ) -> nnx.Linear:
-    """A linear map with named axes; `wide` computes it in float32 (gates, decays, routers)."""
+    """A linear map with logical axis names; `wide` computes it in float32 (gates, decays, routers)."""
     init = nnx.initializers.lecun_normal() if init is None else init
     return nnx.Linear(
         size_in,
@@ -150,7 +134,7 @@ class RMSNorm(nnx.RMSNorm):
         super().__init__(size, dtype=dtypes.wide, param_dtype=dtypes.param, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
-        """The same shape and dtype as x; `mask` marks the entries that count."""
+        """Returns the shape and dtype of x; statistics cover only the entries where `mask` is True."""
         return super().__call__(x, mask=mask).astype(x.dtype)
 
 
@@ -169,7 +153,7 @@ class LayerNorm(nnx.LayerNorm):
         super().__init__(size, epsilon=epsilon, use_fast_variance=False, **same)
 
     def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
-        """The same shape and dtype as x; `mask` marks the entries that count."""
+        """Returns the shape and dtype of x; statistics cover only the entries where `mask` is True."""
         return super().__call__(x, mask=mask).astype(x.dtype)
 
 
@@ -177,12 +161,12 @@ NORMS = {"rms": RMSNorm, "layer": LayerNorm}
 
 
 class Embedding(nnx.Module):
-    """Token vectors, and the read-out tied to them.
+    """Token embedding, with an optional tied read-out.
 
         x_t = sqrt(D) E[id_t]        logits_t = E x_t
 
-    E starts at standard deviation D^-0.5, so that tokens enter with unit entries and tied logits
-    of a normalised x have unit size. An id outside [0, V) gives NaN, never another token's vector.
+    E is initialised with standard deviation D^-0.5: embeddings have entries of unit variance, and so have tied logits
+    of a normalised x. An id outside [0, V) gives NaN instead of the vector of another token.
 
     Args:
       vocab: V.
@@ -202,29 +186,29 @@ class Embedding(nnx.Module):
         self.dtypes = dtypes
 
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Vectors of the ids, in the compute dtype."""
-        # the table is made whole over fsdp here, or the compiler would make the larger activations so
+        """Embeddings of the ids, in the compute dtype."""
+        # Gathers the table over fsdp; the compiler would otherwise gather the larger activations.
         table = constrain(self.table[...].astype(self.dtypes.compute), "activation_vocab", None)
         return jnp.take(table, ids, axis=0) * jnp.asarray(table.shape[1] ** 0.5, table.dtype)
 
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Inner products with every token's vector, in float32."""
+        """Inner products with the embeddings of all tokens, in float32."""
         table = self.table[...].astype(self.dtypes.compute)
         return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=self.dtypes.wide)
 
 
 def stochastic_keys(key: Array | None, count: int) -> Array | None:
-    """`count` keys out of one; None stays None (nothing is dropped)."""
+    """Splits a key into `count` keys; None (no dropout) stays None."""
     return None if key is None else jax.random.split(key, count)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Array | None) -> Float[Array, "..."]:
-    """Zeroes entries with probability `rate` and scales the rest by 1 / (1 - rate).
+    """Zeroes entries with probability `rate` and scales the others by 1 / (1 - rate).
 
     Args:
       x: activations.
       rate: in [0, 1).
-      key: a random key, or None to keep everything.
+      key: a random key; None disables dropout.
 
     Example:
       >>> dropout(jnp.ones(3), 0.5, None)

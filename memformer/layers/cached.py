@@ -1,4 +1,4 @@
-"""Memory layers whose state is a cache: softmax attention and DeltaFormer."""
+"""Attention layers, whose state is a cache: softmax attention and DeltaFormer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,10 +6,10 @@ from typing import Any
 
 from flax import nnx
 
+from memformer.core.checks import check_choice, check_groups, check_options
 from memformer.core.similarity import Kernel, resolve_kernel
-from memformer.layers.base import MemoryLayer, check_choice, check_groups
-from memformer.layers.basic import check_options
-from memformer.layers.gates import StepSize
+from memformer.layers.base import MemoryLayer
+from memformer.layers.gates import SigmoidGate
 from memformer.ops.attention.cache import init_cache
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.softmax_attention import softmax_attention
@@ -18,13 +18,13 @@ __all__ = ["DeltaFormer", "SoftmaxAttention"]
 
 
 class SoftmaxAttention(MemoryLayer):
-    """Softmax attention; `groups` key/value heads, a sliding `window`, rotary positions.
+    """Softmax attention with optional grouped key/value heads, sliding window and rotary positions.
 
     Args:
       width: D.
       heads: H.
-      groups: G key and value heads; None is H.
-      window: tokens visible to a query, itself included; None for all.
+      groups: G, number of key/value heads; None is H.
+      window: number of most recent tokens that a query sees, itself included; None for all.
       rngs: random streams.
       **options: of `MemoryLayer`.
     """
@@ -43,7 +43,7 @@ class SoftmaxAttention(MemoryLayer):
         counts = (heads, self.groups, self.groups)
         super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
 
-    def _recall(self, x, parts, segment_ids, memory):
+    def _apply_op(self, x, parts, segment_ids, memory):
         return softmax_attention(**parts, window=self.window, segment_ids=segment_ids, initial_state=memory)
 
     def _init_memory(self, batch, capacity, dtype):
@@ -52,18 +52,18 @@ class SoftmaxAttention(MemoryLayer):
 
 
 class DeltaFormer(MemoryLayer):
-    """The delta rule through any similarity kernel, with a cache for its state.
+    """The delta rule with any similarity, whose state is a cache.
 
     Args:
       width: D.
       heads: H.
-      groups: G key and value heads; None is H.
-      write_kernel: a `Kernel`, its name, or a mapping of its fields, such as
+      groups: G, number of key/value heads; None is H.
+      write_kernel: similarity of writes: a `Kernel`, its name, or a mapping of its fields such as
         {"name": "round", "decimals": 2}.
-      read_kernel: the same, for reading.
-      write_query: w is a projection of its own; False is w = k.
+      read_kernel: similarity of reads, likewise.
+      write_query: w has its own projection; False is w = k.
       alpha: "sigmoid" for a learned alpha in (0, 1); None for 1.
-      beta_limit: beta is beta_limit * sigmoid; None for 1.
+      beta_limit: beta is beta_limit * sigmoid(.); None for 1.
       rngs: random streams.
       **options: of `MemoryLayer`.
     """
@@ -90,15 +90,15 @@ class DeltaFormer(MemoryLayer):
         super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
         self.alpha, self.beta = nnx.data(None), nnx.data(None)
         if alpha is not None:
-            self.alpha = StepSize(width, self.groups, 1.0, dtypes=self.dtypes, rngs=rngs)
+            self.alpha = SigmoidGate(width, self.groups, 1.0, dtypes=self.dtypes, rngs=rngs)
         if beta_limit is not None:
-            self.beta = StepSize(width, self.groups, beta_limit, dtypes=self.dtypes, rngs=rngs)
+            self.beta = SigmoidGate(width, self.groups, beta_limit, dtypes=self.dtypes, rngs=rngs)
 
     def _sizes(self):
         sizes = super()._sizes()
         return {**sizes, "write_query": sizes["key"]} if self.write_query else sizes
 
-    def _recall(self, x, parts, segment_ids, memory):
+    def _apply_op(self, x, parts, segment_ids, memory):
         return deltaformer(
             **parts,
             alpha=None if self.alpha is None else self.alpha(x),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flax.core import FrozenDict
 
-from memformer.layers.base import check_size
+from memformer.core.checks import check_size
 from memformer.layers.basic import Dtypes
 
 __all__ = ["BaseConfig"]

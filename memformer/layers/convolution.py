@@ -1,9 +1,10 @@
-"""The short causal convolution in front of queries, keys and values."""
+"""Short causal convolution on queries, keys and values."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memformer.core.checks import check_size
 from memformer.core.segments import Segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, named
@@ -13,7 +14,7 @@ __all__ = ["ShortConvolution"]
 
 @jax.custom_vjp
 def _permute(x: Float[Array, "B T C"], order: Int[Array, "B T"], inverse: Int[Array, "B T"]) -> Array:
-    """x[b, order[b, t]]; `inverse` undoes `order`, which makes the backward pass a gather too."""
+    """x[b, order[b, t]]; given `inverse`, the inverse permutation, the backward pass is a gather too."""
     return jnp.take_along_axis(x, order[:, :, None], axis=1, mode="promise_in_bounds")
 
 
@@ -30,11 +31,10 @@ _permute.defvjp(_permute_forward, _permute_backward)
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = sum_{j < W} a_j x_{t-j}, each channel by itself, then silu.
+    """Depthwise causal convolution followed by silu: y_t = silu(sum_{j < W} a_j x_{t-j}).
 
-    Tokens before the segment's first count as zero; padding is skipped, so that a packed sequence
-    gives what the unpacked one gives. The state is the last W - 1 inputs of the last segment,
-    [B, W-1, C]; a call with one token and that state continues the sequence.
+    Inputs before the first token of a segment are zero, and padding is skipped, so packed sequences give the same
+    outputs as unpacked ones. The state holds the last W - 1 inputs of the last segment, [B, W-1, C].
 
     Args:
       channels: C, named "heads" for sharding.
@@ -52,14 +52,13 @@ class ShortConvolution(nnx.Module):
     """
 
     def __init__(self, channels: int, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        if width < 1:
-            raise ValueError(f"convolution width must be at least 1, got {width}")
+        width = check_size("convolution width", width)
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=())
         self.weights = nnx.Param(named(init, None, "heads")(rngs.params(), (width, channels), dtypes.param))
         self.channels, self.width, self.dtypes = channels, width, dtypes
 
     def init_state(self, batch: int) -> Float[Array, "B W C"]:
-        """No inputs yet: zeros."""
+        """The state before the first token: zeros."""
         return jnp.zeros((batch, self.width - 1, self.channels), self.dtypes.compute)
 
     def __call__(
@@ -70,7 +69,7 @@ class ShortConvolution(nnx.Module):
         if segments is None:
             y, history = self._slide(x, state, None)
             return y, history[:, x.shape[1] :]
-        # Valid tokens first, in their order: the convolution then sees no padding.
+        # Valid tokens move to the front in their order, so that the convolution meets no padding among them.
         order = jnp.argsort(~segments.valid, axis=1, stable=True)
         inverse = jnp.argsort(order, axis=1)
         index = jnp.take_along_axis(segments.index, order, axis=1)
@@ -78,7 +77,7 @@ class ShortConvolution(nnx.Module):
         return _permute(y, inverse, order), self._last(history, index, segments)
 
     def _slide(self, x: Array, state: Array, index: Array | None) -> tuple[Array, Array]:
-        """The sum over shifted copies, and [state, x]."""
+        """Returns the sum over shifted copies, and [state, x] concatenated."""
         weights = self.weights[...].astype(x.dtype)
         width, time = self.width, x.shape[1]
         history = jnp.concatenate([state, x], axis=1)
@@ -94,7 +93,7 @@ class ShortConvolution(nnx.Module):
         return nnx.silu(y), history
 
     def _last(self, history: Array, index: Array, segments: Segments) -> Array:
-        """The W - 1 inputs up to the last valid token, zero where they are not the last segment's."""
+        """The W - 1 inputs up to the last valid token, zero where they belong to an earlier segment."""
         width = self.width
         count = jnp.sum(segments.valid, axis=1, dtype=jnp.int32)
         take = count[:, None] + jnp.arange(width - 1, dtype=jnp.int32)[None, :]

@@ -1,4 +1,4 @@
-"""Feedforward layers: memories whose keys and values are parameters."""
+"""Feedforward layers, which are memories whose keys and values are parameters."""
 
 import functools
 import inspect
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memformer.core.checks import check, check_choice, check_positive, check_size
 from memformer.core.types import Array, Bool, Float
 from memformer.layers.basic import Dtypes, constrain, linear, named
 
 __all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "SwiGLU", "feedforward_keys"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    # by a tanh
+    # tanh approximation
     "gelu": nnx.gelu,
-    # by the error function, as BERT has it
+    # error function, as in BERT
     "gelu_exact": functools.partial(nnx.gelu, approximate=False),
     "relu": nnx.relu,
     "silu": nnx.silu,
@@ -26,26 +27,24 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 def _hidden(width: int, hidden: int | None, factor: float) -> int:
-    """The given hidden width, or `factor` times the model's, rounded up to a multiple of 8."""
-    hidden = -int(-width * factor // 8) * 8 if hidden is None else hidden
-    if isinstance(hidden, bool) or not isinstance(hidden, int) or hidden < 1:
-        raise ValueError(f"feedforward option hidden must be a positive integer or None, got {hidden!r}")
-    return hidden
+    """The given hidden width, or `factor` times the model width, rounded up to a multiple of 8."""
+    given = check_positive("feedforward option hidden", hidden)
+    return -int(-width * factor // 8) * 8 if given is None else given
 
 
 class MLP(nnx.Module):
-    """y = W2 activation(W1 x): values W2 read where keys W1 match.
+    """y = W2 activation(W1 x): rows of W1 are keys, columns of W2 the values.
 
     Args:
       width: D.
       hidden: number of keys; None is 4 D.
-      activation: "gelu" (by a tanh), "gelu_exact" (by the error function), "relu" or "silu".
-      bias: both maps add one, as in the first Transformers.
+      activation: "gelu" (tanh approximation), "gelu_exact" (error function), "relu" or "silu".
+      bias: adds a bias to both maps, as in the original Transformer.
       dtypes: the dtype policy.
       rngs: random streams.
 
     Raises:
-      ValueError: unknown activation or a hidden width that is no positive integer.
+      ValueError: an unknown activation, or a hidden width that is not a positive integer.
 
     Source: arXiv 1706.03762 section 3.3; as a memory, arXiv 2012.14913.
 
@@ -66,16 +65,13 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         hidden = _hidden(width, hidden, 4)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"feedforward option activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
+        check_choice("feedforward option activation", activation, tuple(ACTIVATIONS))
         self.activation = activation
         self.up = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs, bias=bias)
         self.down = linear(hidden, width, ("mlp", "embed"), dtypes=dtypes, rngs=rngs, bias=bias)
 
     def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
-        """Returns (y, {}); `valid` is for layers whose losses weigh tokens."""
+        """Returns (y, {}); `valid` is ignored, there is no auxiliary loss."""
         h = ACTIVATIONS[self.activation](self.up(x))
         h = constrain(h, "activation_batch", "activation_time", "activation_mlp")
         return self.down(h), {}
@@ -86,12 +82,12 @@ class SwiGLU(nnx.Module):
 
     Args:
       width: D.
-      hidden: None is 8 D / 3, as many parameters as an MLP of 4 D.
+      hidden: hidden width; None is 8 D / 3, which has as many parameters as an MLP of 4 D.
       dtypes: the dtype policy.
       rngs: random streams.
 
     Raises:
-      ValueError: a hidden width that is no positive integer.
+      ValueError: a hidden width that is not a positive integer.
 
     Source: arXiv 2002.05202, equation 6.
 
@@ -108,29 +104,29 @@ class SwiGLU(nnx.Module):
         self.down = linear(hidden, width, ("mlp", "embed"), dtypes=dtypes, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
-        """Returns (y, {}); `valid` is for layers whose losses weigh tokens."""
+        """Returns (y, {}); `valid` is ignored, there is no auxiliary loss."""
         h = nnx.silu(self.gate(x)) * self.up(x)
         h = constrain(h, "activation_batch", "activation_time", "activation_mlp")
         return self.down(h), {}
 
 
 class MixtureOfExperts(nnx.Module):
-    """y = sum over the k experts a token prefers of p_e SwiGLU_e(x), p renormalised over those k.
+    """Mixture of SwiGLU experts: y = sum_e p_e SwiGLU_e(x) over the top k experts, p renormalised over those k.
 
-    Every expert is computed for every token and the unchosen ones weigh zero: E / k times the
-    arithmetic of a sparse dispatch and E hidden activations a token, in exchange for no dropped tokens,
-    the same result token by token as for a whole sequence, and plain sharding over experts. Meant for
-    up to about 8 experts.
+    Every expert is computed for every token, and the weights of unselected experts are zero. This costs E / k times
+    the arithmetic of a sparse dispatch and E hidden activations per token; in exchange no token is dropped, decoding
+    token by token gives the same result as a whole sequence, and sharding over experts is trivial. Meant for up to
+    about 8 experts.
 
-    The auxiliary loss "moe_balance" is balance_weight * E sum_e f_e P_e: f_e the share of (valid)
-    tokens' choices that fell on e, P_e its mean probability; 1 * balance_weight when balanced. Add it
-    to the loss as it is.
+    The auxiliary loss "moe_balance" is balance_weight * E sum_e f_e P_e, where f_e is the fraction of selections (of
+    valid tokens) that fell on expert e and P_e its mean probability. It equals balance_weight when balanced. Add it
+    to the loss unscaled.
 
     Args:
       width: D.
       experts: E.
       active: k.
-      hidden: of each expert; None is 8 D / (3 k), so that a token sees as much as in SwiGLU.
+      hidden: hidden width per expert; None is 8 D / (3 k), so that the active experts together are as wide as SwiGLU.
       balance_weight: factor of the auxiliary loss.
       dtypes: the dtype policy.
       rngs: random streams.
@@ -158,8 +154,9 @@ class MixtureOfExperts(nnx.Module):
         dtypes: Dtypes,
         rngs: nnx.Rngs,
     ):
-        if not 1 <= active <= experts:
-            raise ValueError(f"feedforward option active must be in [1, experts] = [1, {experts}], got {active}")
+        experts = check_size("feedforward option experts", experts)
+        active = check_size("feedforward option active", active)
+        check(active <= experts, "feedforward option active", f"in [1, experts] = [1, {experts}]", active)
         hidden = _hidden(width, hidden, 8 / 3 / active)
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
         self.active, self.balance_weight, self.dtypes = active, balance_weight, dtypes
@@ -170,7 +167,7 @@ class MixtureOfExperts(nnx.Module):
         self.down = nnx.Param(back(rngs.params(), (experts, hidden, width), dtypes.param))
 
     def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
-        """Returns (y, {"moe_balance": loss}); padding (valid False) is not counted in the loss."""
+        """Returns (y, {"moe_balance": loss}); the loss leaves out padding (where `valid` is False)."""
         probability = jax.nn.softmax(self.router(x), axis=-1)
         top, chosen = lax.top_k(probability, self.active)
         choice = jax.nn.one_hot(chosen, probability.shape[-1], dtype=top.dtype)
@@ -194,7 +191,7 @@ FEEDFORWARDS: dict[str, Any] = {"mlp": MLP, "swiglu": SwiGLU, "moe": MixtureOfEx
 
 
 def feedforward_keys(name: str) -> tuple[str, ...]:
-    """The keys that feedforward_options of this layer may have.
+    """The options of a feedforward layer, by name of the layer.
 
     Example:
       >>> feedforward_keys("mlp")

@@ -1,4 +1,4 @@
-"""Decays and step sizes: how much of what is stored stays, and how much of a write counts."""
+"""Gates of a memory: decays of the state, and write and erase strengths."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from flax import nnx
 from memformer.core.types import Array, Float
 from memformer.layers.basic import Dtypes, linear, named
 
-__all__ = ["DECAYS", "FixedDecay", "LogSigmoidDecay", "StepDecay", "StepSize"]
+__all__ = ["DECAYS", "FixedDecay", "LogSigmoidDecay", "StepDecay", "SigmoidGate"]
 
 
-class StepSize(nnx.Module):
-    """limit * sigmoid(W x + b) for each head, in float32: the beta (or alpha) of a write.
+class SigmoidGate(nnx.Module):
+    """limit * sigmoid(W x + b) per head, in float32: the beta or alpha of a write.
 
     Args:
       width: D.
       heads: H.
-      limit: 1 blends old and new; 2 lets the transition I - beta k k^T have a negative eigenvalue,
-        which state tracking needs (arXiv 2411.12537).
+      limit: 1 interpolates between old and new; 2 allows negative eigenvalues of the transition I - beta k k^T, which
+        state tracking requires (arXiv 2411.12537).
       dtypes: the dtype policy.
       rngs: random streams.
     """
@@ -38,21 +38,21 @@ def _rate_init(key: Array, shape: tuple[int, ...], dtype) -> Array:
 
 
 def _step_init(key: Array, shape: tuple[int, ...], dtype) -> Array:
-    """Biases whose softplus is log-uniform in [0.001, 0.1]."""
+    """Initial biases whose softplus is log-uniform in [0.001, 0.1]."""
     step = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(0.001), jnp.log(0.1)))
     return jnp.log(jnp.expm1(step))
 
 
 class StepDecay(nnx.Module):
-    """Log decay -exp(a_h) softplus(x W + b), for each head or each key channel, in float32.
+    """Log decay -exp(a_h) softplus(x W + b), per head or per key channel, in float32.
 
-    With `rank`, W is a product of two matrices of that rank, and decays are per channel.
+    With `rank`, W is a product of two matrices of that rank, and there is one decay per key channel.
 
     Args:
       width: D.
       heads: H.
       key_width: K.
-      rank: None for a decay per head, or the rank of a decay per channel.
+      rank: None for one decay per head; otherwise the rank of the projection to per-channel decays.
       dtypes: the dtype policy.
       rngs: random streams.
 
@@ -82,7 +82,7 @@ class StepDecay(nnx.Module):
 
 
 class LogSigmoidDecay(nnx.Module):
-    """Log decay log(sigmoid(x W1 W2 + b)) / 16 for each key channel, in float32.
+    """Log decay log(sigmoid(x W1 W2 + b)) / 16 per key channel, in float32.
 
     Args:
       width: D.

@@ -1,13 +1,14 @@
-"""Memory layers whose state is a matrix: linear attention and the delta family."""
+"""Matrix memory layers: linear attention, the delta rule and DeltaProduct."""
 
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.layers.base import MemoryLayer, check_choice, check_groups, check_size
+from memformer.core.checks import check_choice, check_groups, check_size
+from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import named
-from memformer.layers.gates import DECAYS, StepSize
+from memformer.layers.gates import DECAYS, SigmoidGate
 from memformer.ops.delta_product import delta_product
 from memformer.ops.delta_rule import delta_rule
 from memformer.ops.linear_attention import linear_attention
@@ -22,7 +23,7 @@ FEATURE_MAPS = {
 
 
 def _build_decay(decay: str | None, layer: MemoryLayer, rank: int | None, rngs: nnx.Rngs) -> Any:
-    """The decay module of that name for a layer, as data (None for none)."""
+    """Builds the decay module of a layer by name; None for no decay."""
     check_choice("decay", decay, (None, *DECAYS))
     if decay is None:
         return nnx.data(None)
@@ -30,18 +31,18 @@ def _build_decay(decay: str | None, layer: MemoryLayer, rank: int | None, rngs: 
 
 
 class LinearAttention(MemoryLayer):
-    """Linear attention with a feature map, a decay, or neither.
+    """Linear attention with an optional feature map and decay.
 
     Args:
       width: D.
       heads: H.
       feature_map: of q and k: "identity", "elu" (elu + 1) or "relu".
-      normalize: reads are divided by z . q; needs a positive feature map.
-      decay: None, or a name in `memformer.layers.gates.DECAYS`.
-      decay_rank: None, or the rank of a decay per channel.
-      key_heads: heads of q and k, shared among the H of v; None is H.
-      discretize: values are multiplied by the step of the "step" decay (Mamba-2).
-      skip: adds a learned multiple (one for each head) of the value just written (Mamba-2).
+      normalize: reads are divided by z . q; requires a positive feature map.
+      decay: None, or a name in `DECAYS`.
+      decay_rank: None for one decay per head; otherwise the rank of per-channel decays.
+      key_heads: number of heads of q and k, shared by the H heads of v; None is H.
+      discretize: multiplies values by the step size of the "step" decay (Mamba-2).
+      skip: adds the written value times a learned scalar per head to the read (Mamba-2).
       rngs: random streams.
       **options: of `MemoryLayer`.
     """
@@ -63,9 +64,9 @@ class LinearAttention(MemoryLayer):
     ):
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
         if normalize and feature_map == "identity":
-            raise ValueError("normalize needs a positive feature_map, 'elu' or 'relu', got 'identity'")
+            raise ValueError("normalize requires a positive feature_map, 'elu' or 'relu', got 'identity'")
         if discretize and (decay != "step" or decay_rank is not None):
-            raise ValueError(f"discretize needs decay 'step' without decay_rank, got {decay!r} and {decay_rank!r}")
+            raise ValueError(f"discretize requires decay 'step' without decay_rank, got {decay!r} and {decay_rank!r}")
         keys = check_groups(heads, key_heads)
         super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
         self.feature_map, self.normalize, self.discretize = feature_map, normalize, discretize
@@ -74,7 +75,7 @@ class LinearAttention(MemoryLayer):
         if skip:
             self.skip = nnx.Param(named(nnx.initializers.ones, "heads")(rngs.params(), (heads,), self.dtypes.param))
 
-    def _recall(self, x, parts, segment_ids, memory):
+    def _apply_op(self, x, parts, segment_ids, memory):
         q, k = (FEATURE_MAPS[self.feature_map](parts[name]) for name in "qk")
         v = parts["v"]
         decay, step = (None, None) if self.decay is None else self.decay(x)
@@ -92,15 +93,15 @@ class LinearAttention(MemoryLayer):
 
 
 class DeltaRule(MemoryLayer):
-    """The delta rule: what a key holds is replaced, by the share beta.
+    """The delta rule: a write replaces the fraction beta of the value stored at its key.
 
     Args:
       width: D.
       heads: H.
-      decay: None, or a name in `memformer.layers.gates.DECAYS`.
-      decay_rank: None, or the rank of a decay per channel.
-      beta_limit: beta is beta_limit * sigmoid: 1 blends, 2 lets a write reverse what a key holds.
-      key_heads: heads of q and k, shared among the H of v; None is H.
+      decay: None, or a name in `DECAYS`.
+      decay_rank: None for one decay per head; otherwise the rank of per-channel decays.
+      beta_limit: beta is beta_limit * sigmoid(.); 1 interpolates, up to 2 a write can reverse the stored value.
+      key_heads: number of heads of q and k, shared by the H heads of v; None is H.
       rngs: random streams.
       **options: of `MemoryLayer`.
     """
@@ -119,24 +120,24 @@ class DeltaRule(MemoryLayer):
     ):
         keys = check_groups(heads, key_heads)
         super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
-        self.beta = StepSize(width, heads, beta_limit, dtypes=self.dtypes, rngs=rngs)
+        self.beta = SigmoidGate(width, heads, beta_limit, dtypes=self.dtypes, rngs=rngs)
         self.decay = _build_decay(decay, self, decay_rank, rngs)
 
-    def _recall(self, x, parts, segment_ids, memory):
+    def _apply_op(self, x, parts, segment_ids, memory):
         decay = None if self.decay is None else self.decay(x)[0]
         return delta_rule(**parts, beta=self.beta(x), decay=decay, segment_ids=segment_ids, initial_state=memory)
 
 
 class DeltaProduct(MemoryLayer):
-    """Several delta steps a token: `steps` keys, values and betas, one decay, one read.
+    """DeltaProduct: N delta-rule writes per token, each with its own key, value and beta, then one read.
 
     Args:
       width: D.
       heads: H.
       steps: N.
-      decay: None, or a name in `memformer.layers.gates.DECAYS`.
-      decay_rank: None, or the rank of a decay per channel.
-      beta_limit: beta is beta_limit * sigmoid.
+      decay: None, or a name in `DECAYS`; applied once per token.
+      decay_rank: None for one decay per head; otherwise the rank of per-channel decays.
+      beta_limit: beta is beta_limit * sigmoid(.).
       rngs: random streams.
       **options: of `MemoryLayer`.
     """
@@ -153,12 +154,12 @@ class DeltaProduct(MemoryLayer):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        check_size("steps", steps)
+        steps = check_size("steps", steps)
         super().__init__(width, heads=heads, writes=steps, rngs=rngs, **options)
-        self.beta = StepSize(width, heads * steps, beta_limit, dtypes=self.dtypes, rngs=rngs)
+        self.beta = SigmoidGate(width, heads * steps, beta_limit, dtypes=self.dtypes, rngs=rngs)
         self.decay = _build_decay(decay, self, decay_rank, rngs)
 
-    def _recall(self, x, parts, segment_ids, memory):
+    def _apply_op(self, x, parts, segment_ids, memory):
         decay = None if self.decay is None else self.decay(x)[0]
         beta = self.beta(x).reshape(*x.shape[:2], self.heads, self.writes)
         beta = jnp.moveaxis(beta, 3, 2)

@@ -1,6 +1,6 @@
-"""The table of memories: each is a layer, its options, and three choices (kernel, update rule, state).
+"""The table of memories: a layer, its options, and the three choices that define it (similarity, update rule, state).
 
-A new memory is one op file, one row here and one row of the shared test suite.
+To add a memory, add an op file, a row here and a row in the shared test suite.
 """
 
 import dataclasses
@@ -10,43 +10,44 @@ from typing import Any
 
 from flax import nnx
 
+from memformer.core.checks import check_choice, check_options
 from memformer.layers.base import MemoryLayer
-from memformer.layers.basic import Dtypes, check_options
+from memformer.layers.basic import Dtypes
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention
 from memformer.layers.recurrent import GRUMemory, LSTMMemory, RecurrentMemory, RNNMemory
 
-__all__ = ["MEMORIES", "Memory", "build_memory", "check_memory", "known_options"]
+__all__ = ["MEMORIES", "MemorySpec", "build_memory", "check_memory", "known_options"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """One row of `MEMORIES`: a layer, the options that make it this memory, and its three choices.
+class MemorySpec:
+    """A row of `MEMORIES`.
 
     Attributes:
-      layer: the class.
-      options: defaults of its options, which a caller may override.
-      kernel: how a key matches.
-      update: how a write changes what is stored: add, decay, delta.
-      state: what is kept.
+      layer: the layer class.
+      options: options of the layer that make it this memory; a caller may override them.
+      similarity: how a key matches a query.
+      update: how a write changes the state: add, decay, delta.
+      state: what is stored.
       equation: of the write and the read.
-      source: paper.
+      source: reference.
     """
 
     layer: type[MemoryLayer] | type[RecurrentMemory]
     options: Mapping[str, Any]
-    kernel: str
+    similarity: str
     update: str
     state: str
     equation: str
     source: str
 
 
-_MATRIX = "matrix K x V a head"
+_MATRIX = "K x V matrix per head"
 _UNIT = {"unit_keys": True, "unit_queries": True, "output_norm": True}
 
-MEMORIES: dict[str, Memory] = {
-    "softmax_attention": Memory(
+MEMORIES: dict[str, MemorySpec] = {
+    "softmax_attention": MemorySpec(
         SoftmaxAttention,
         {"rotary": True},
         "softmax",
@@ -55,34 +56,34 @@ MEMORIES: dict[str, Memory] = {
         "o_t = sum_{i<=t} softmax(k_i . q_t) v_i",
         "arXiv 1706.03762",
     ),
-    "linear_attention": Memory(
+    "linear_attention": MemorySpec(
         LinearAttention,
         {"feature_map": "elu", "normalize": True},
         "linear on elu + 1",
         "add",
-        "matrix K x (V + 1) a head",
+        "K x (V + 1) matrix per head",
         "S_t = S_{t-1} + k_t v_t^T; z_t = z_{t-1} + k_t; o_t = S_t^T q_t / (z_t . q_t)",
         "arXiv 2006.16236",
     ),
-    "retnet": Memory(
+    "retnet": MemorySpec(
         LinearAttention,
         {"decay": "fixed", "rotary": True, "output_norm": True, "output_gate": "silu"},
         "linear",
-        "decay (constant a head), add",
+        "constant per-head decay, add",
         _MATRIX,
         "S_t = exp(g_h) S_{t-1} + k_t v_t^T; o_t = S_t^T q_t",
         "arXiv 2307.08621",
     ),
-    "gla": Memory(
+    "gla": MemorySpec(
         LinearAttention,
         {"decay": "log_sigmoid", "decay_rank": 16, "output_norm": True, "output_gate": "silu"},
         "linear",
-        "decay (a key channel), add",
+        "per-channel decay, add",
         _MATRIX,
         "S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T; o_t = S_t^T q_t",
         "arXiv 2312.06635",
     ),
-    "ssd": Memory(
+    "ssd": MemorySpec(
         LinearAttention,
         {
             "decay": "step",
@@ -94,12 +95,12 @@ MEMORIES: dict[str, Memory] = {
             "output_gate": "silu",
         },
         "linear",
-        "decay (a head), add",
+        "per-head decay, add",
         _MATRIX,
         "S_t = exp(-a d_t) S_{t-1} + k_t (d_t v_t)^T; o_t = S_t^T q_t + D v_t",
         "arXiv 2405.21060",
     ),
-    "delta_rule": Memory(
+    "delta_rule": MemorySpec(
         DeltaRule,
         {**_UNIT, "conv_width": 4},
         "linear on unit keys",
@@ -108,66 +109,66 @@ MEMORIES: dict[str, Memory] = {
         "S_t = S_{t-1} + beta_t k_t (v_t - S_{t-1}^T k_t)^T; o_t = S_t^T q_t",
         "arXiv 2406.06484",
     ),
-    "gated_delta_rule": Memory(
+    "gated_delta_rule": MemorySpec(
         DeltaRule,
         {**_UNIT, "conv_width": 4, "decay": "step", "output_gate": "silu"},
         "linear on unit keys",
-        "decay (a head), delta",
+        "per-head decay, delta",
         _MATRIX,
         "S' = exp(g_t) S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = S_t^T q_t",
         "arXiv 2412.06464",
     ),
-    "kda": Memory(
+    "kda": MemorySpec(
         DeltaRule,
         {**_UNIT, "conv_width": 4, "decay": "step", "decay_rank": 16, "output_gate": "sigmoid"},
         "linear on unit keys",
-        "decay (a key channel), delta",
+        "per-channel decay, delta",
         _MATRIX,
         "S' = diag(exp(g_t)) S_{t-1}; S_t = S' + beta_t k_t (v_t - S'^T k_t)^T; o_t = S_t^T q_t",
         "arXiv 2510.26692",
     ),
-    "delta_product": Memory(
+    "delta_product": MemorySpec(
         DeltaProduct,
         {**_UNIT, "conv_width": 4, "steps": 2, "beta_limit": 2.0},
         "linear on unit keys",
-        "delta, N steps a token",
+        "delta, N steps per token",
         _MATRIX,
         "for j = 1..N: S <- S + beta_tj k_tj (v_tj - S^T k_tj)^T; o_t = S^T q_t",
         "arXiv 2502.10297",
     ),
-    "deltaformer": Memory(
+    "deltaformer": MemorySpec(
         DeltaFormer,
         {"write_kernel": "linear", "read_kernel": "softmax", "unit_keys": True, "beta_limit": 2.0},
-        "any, one for writing (linear) and one for reading (softmax)",
+        "any, separate for writes (default linear) and reads (default softmax)",
         "delta",
         "cache of (k, u)",
         "u_t = alpha_t v_t - beta_t sum_{i<t} kappa1(k_i, w_t) u_i; o_t = sum_{i<=t} kappa2(k_i, q_t) u_i",
         "DeltaFormer, NeurIPS 2025; arXiv 2505.19488",
     ),
-    "rnn": Memory(
+    "rnn": MemorySpec(
         RNNMemory,
         {},
-        "none: read whole",
+        "none (reads the whole state)",
         "replace",
-        "vector of units",
+        "vector",
         "h_t = tanh(W x_t + U h_{t-1} + b); o_t = h_t",
         "Elman 1990",
     ),
-    "lstm": Memory(
+    "lstm": MemorySpec(
         LSTMMemory,
         {},
-        "none: read whole through a gate",
-        "decay (a unit, by the last read too), add",
-        "two vectors of units (h, c)",
+        "none (reads the whole state through a gate)",
+        "per-unit decay that depends on the state, add",
+        "two vectors (h, c)",
         "c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(g_t); h_t = sigmoid(o_t) tanh(c_t); o_t = h_t",
         "Hochreiter and Schmidhuber 1997",
     ),
-    "gru": Memory(
+    "gru": MemorySpec(
         GRUMemory,
         {},
-        "none: read whole",
-        "delta (a unit, by the last read too)",
-        "vector of units",
+        "none (reads the whole state)",
+        "per-unit delta that depends on the state",
+        "vector",
         "n_t = tanh(W x_t + r_t (U h_{t-1} + b)); h_t = h_{t-1} + (1 - z_t) (n_t - h_{t-1}); o_t = h_t",
         "arXiv 1406.1078",
     ),
@@ -177,10 +178,10 @@ _FIXED = ("self", "width", "heads", "key_width", "value_width", "dtypes", "rngs"
 
 
 def known_options(name: str) -> tuple[str, ...]:
-    """The keys that memory_options of this memory may have.
+    """The options of a memory, by name of the memory.
 
     Raises:
-      ValueError: unknown memory.
+      ValueError: an unknown memory.
 
     Example:
       >>> "window" in known_options("softmax_attention")
@@ -195,9 +196,8 @@ def known_options(name: str) -> tuple[str, ...]:
 
 
 def check_memory(name: str) -> None:
-    """Raises ValueError unless `name` is a row of `MEMORIES`."""
-    if name not in MEMORIES:
-        raise ValueError(f"memory must be one of {', '.join(MEMORIES)}, got {name!r}")
+    """Raises ValueError unless `name` is a key of `MEMORIES`."""
+    check_choice("memory", name, tuple(MEMORIES))
 
 
 def build_memory(
@@ -211,20 +211,20 @@ def build_memory(
     dtypes: Dtypes | None = None,
     rngs: nnx.Rngs,
 ) -> MemoryLayer | RecurrentMemory:
-    """The layer of one row of `MEMORIES`.
+    """Builds the layer of a memory.
 
     Args:
-      name: the row.
+      name: a key of `MEMORIES`.
       width: D.
       heads: H.
       key_width: K; None is D // H.
       value_width: V; None is K.
-      options: override the row's; `known_options(name)` lists them.
+      options: override those of the table; `known_options(name)` lists them.
       dtypes: the dtype policy.
       rngs: random streams.
 
     Raises:
-      ValueError: unknown memory or option, or a size that does not fit.
+      ValueError: an unknown memory or option, or a size that does not fit.
 
     Example:
       >>> layer = build_memory("delta_rule", 16, heads=2, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""Positions: how they are counted in packed sequences, and the three ways to tell them to a model."""
+"""Token positions in packed sequences, and their rotary, sinusoidal and learned encodings."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,15 +14,15 @@ __all__ = ["LearnedPositions", "SinusoidalPositions", "count_positions", "next_p
 def count_positions(
     segments: Segments | None, shape: tuple[int, int], start: Int[Array, "B"] | None = None
 ) -> Int[Array, "B T"]:
-    """Counts tokens from 0 within each segment; padding is not counted.
+    """Counts tokens from 0 within each segment, without padding.
 
     Args:
-      segments: of `memformer.core.segments.find_segments`, or None where nothing is packed.
+      segments: from `memformer.core.segments.find_segments`, or None where nothing is packed.
       shape: (B, T).
-      start: the first segment's count so far (decoding), default 0.
+      start: position of the next token of the first segment (decoding); None is 0.
 
     Returns:
-      [B, T] int32. A padding token carries the position of the next token to come.
+      [B, T] int32. A padding token has the position of the token after it.
 
     Example:
       >>> from memformer.core.segments import find_segments
@@ -35,7 +35,7 @@ def count_positions(
         return start[:, None] + jnp.arange(shape[1], dtype=jnp.int32)[None, :]
     valid = segments.valid.astype(jnp.int32)
     before = jnp.cumsum(valid, axis=1, dtype=jnp.int32) - valid
-    # Tokens counted before a segment began: the count where the index last changed.
+    # Number of tokens before the segment: the count where the index last changed.
     changed = jnp.pad(segments.index[:, 1:] != segments.index[:, :-1], ((0, 0), (1, 0)))
     base = lax.cummax(jnp.where(changed, before, jnp.zeros_like(before)), axis=1)
     first = jnp.where(segments.index == 0, start[:, None], jnp.zeros_like(before))
@@ -43,25 +43,25 @@ def count_positions(
 
 
 def next_position(positions: Int[Array, "B T"], segments: Segments | None) -> Int[Array, "B"]:
-    """The position of the token after the call: that of the last token which is not padding, plus one."""
+    """The position of the token after the call: one more than that of the last valid token."""
     if segments is None:
         return positions[:, -1] + 1
     order = jnp.arange(positions.shape[1], dtype=jnp.int32)[None, :]
     last = jnp.max(jnp.where(segments.valid, order, jnp.full_like(order, -1)), axis=1, keepdims=True)
     at_last = jnp.take_along_axis(positions, jnp.maximum(last, 0), axis=1)
-    # All padding: nothing was counted, and padding carries the position of the next token.
+    # In a row of padding alone nothing was counted, and padding already has the position of the next token.
     return (at_last + (last >= 0).astype(jnp.int32))[:, 0]
 
 
 def rotate(x: Float[Array, "B T ... K"], positions: Int[Array, "B T"], base: float = 1e4) -> Float[Array, "B T ... K"]:
-    """Rotary positions: pairs (x_i, x_{i + K/2}) turned by positions * base^(-2i / K).
+    """Rotary positions: rotates the pairs (x_i, x_{i + K/2}) by the angle positions * base^(-2i / K).
 
-    Source: arXiv 2104.09864, equation 34 (halves instead of neighbours are paired).
+    Source: arXiv 2104.09864, equation 34 (pairs the two halves instead of neighbouring channels).
 
     Args:
       x: queries or keys, K even.
       positions: [B, T].
-      base: the slowest pair turns once in about 2 pi base tokens.
+      base: the slowest pair completes a turn in about 2 pi base tokens.
 
     Raises:
       ValueError: K is odd.
@@ -72,7 +72,7 @@ def rotate(x: Float[Array, "B T ... K"], positions: Int[Array, "B T"], base: flo
     """
     width = x.shape[-1]
     if width % 2:
-        raise ValueError(f"rotary positions need an even key width, got {width}")
+        raise ValueError(f"rotary positions require an even key width, got {width}")
     wide = jnp.promote_types(x.dtype, jnp.float32) if x.dtype != jnp.bfloat16 else jnp.dtype("float32")
     rate = jnp.asarray(base, wide) ** (-jnp.arange(0, width, 2, dtype=wide) / width)
     places = positions.astype(wide).reshape(*positions.shape, *(1,) * (x.ndim - 2))
@@ -83,7 +83,7 @@ def rotate(x: Float[Array, "B T ... K"], positions: Int[Array, "B T"], base: flo
 
 
 def sinusoid(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
-    """Sines in the first half, cosines in the second, of positions * 10000^(-2i / D), in float32.
+    """Sinusoidal encoding in float32: sin in the first half and cos in the second, of positions * 10000^(-2i / D).
 
     Source: arXiv 1706.03762 section 3.5.
     """
@@ -94,26 +94,26 @@ def sinusoid(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
 
 
 class SinusoidalPositions(nnx.Module):
-    """Adds `sinusoid(positions)` to the token vectors; no parameters, any length."""
+    """Adds `sinusoid(positions)` to the embeddings; no parameters, any length."""
 
     def __init__(self, width: int, length: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         del length, rngs
         if width % 2:
-            raise ValueError(f"sinusoidal positions need an even width, got {width}")
+            raise ValueError(f"sinusoidal positions require an even width, got {width}")
         self.width = width
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """x plus the vector of each position."""
+        """Returns x plus the encoding of each position."""
         return x + sinusoid(positions, self.width).astype(x.dtype)
 
 
 class LearnedPositions(nnx.Module):
-    """Adds a learned vector for each of `length` positions; one outside the table gives NaN."""
+    """Adds a learned vector per position; a position outside the table of `length` rows gives NaN."""
 
     def __init__(self, width: int, length: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
         init = named(nnx.initializers.normal(0.02), None, "embed")
         self.table = nnx.Param(init(rngs.params(), (length, width), dtypes.param))
 
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """x plus the vector of each position."""
+        """Returns x plus the encoding of each position."""
         return x + jnp.take(self.table[...].astype(x.dtype), positions, axis=0)

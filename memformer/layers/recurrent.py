@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.types import Array, Float, Int
-from memformer.layers.base import check_choice, check_size
 from memformer.layers.basic import Dtypes, constrain, dropout, linear, named, stochastic_keys
 from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn
 
@@ -73,7 +72,7 @@ class RecurrentLayer(nnx.Module):
     def _init_bias(self, key, shape, dtype, out_sharding=None):
         return jnp.zeros(shape, dtype)
 
-    def _recall(self, x: Array, segment_ids: Array | None, state: Any) -> tuple[Array, Any]:
+    def _apply_op(self, x: Array, segment_ids: Array | None, state: Any) -> tuple[Array, Any]:
         raise NotImplementedError(f"{type(self).__name__} has no op")
 
     def init_state(self, batch: int) -> Any:
@@ -101,7 +100,7 @@ class RecurrentLayer(nnx.Module):
           ValueError: an array of another shape or dtype.
         """
         check_array("x", x, "B T F", {"F": self.in_features})
-        return self._recall(x.astype(self.dtypes.compute), segment_ids, state)
+        return self._apply_op(x.astype(self.dtypes.compute), segment_ids, state)
 
     def step(self, x: Float[Array, "B F"], state: Any) -> tuple[Float[Array, "B D"], Any]:
         """One token: (y, state)."""
@@ -120,7 +119,7 @@ class RNN(RecurrentLayer):
 
     gates = 1
 
-    def _recall(self, x, segment_ids, state):
+    def _apply_op(self, x, segment_ids, state):
         weights = (self.w_in[...], self.w_state[...], self.bias[...])
         return rnn(x, *weights, segment_ids=segment_ids, initial_state=state)
 
@@ -146,7 +145,7 @@ class LSTM(RecurrentLayer):
         forget = slice(self.width, 2 * self.width)
         return jnp.zeros(shape, dtype).at[forget].set(1)
 
-    def _recall(self, x, segment_ids, state):
+    def _apply_op(self, x, segment_ids, state):
         weights = (self.w_in[...], self.w_state[...], self.bias[...])
         return lstm(x, *weights, segment_ids=segment_ids, initial_state=state)
 
@@ -173,7 +172,7 @@ class GRU(RecurrentLayer):
         super().__init__(in_features, width, dtypes=dtypes, rngs=rngs)
         self.bias_state = self._param((width,), self._init_bias, (None,), rngs)
 
-    def _recall(self, x, segment_ids, state):
+    def _apply_op(self, x, segment_ids, state):
         weights = (self.w_in[...], self.w_state[...], self.bias[...], self.bias_state[...])
         return gru(x, *weights, segment_ids=segment_ids, initial_state=state)
 

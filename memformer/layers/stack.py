@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from jax import lax
 
+from memformer.core.checks import check_choice, check_size
 from memformer.core.types import Array
-from memformer.layers.base import check_choice, check_size
 from memformer.layers.basic import LayerNorm
 from memformer.layers.config import BaseConfig
 from memformer.layers.feedforward import ACTIVATIONS

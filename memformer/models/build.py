@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from memformer.layers.basic import check_options
+from memformer.core.checks import check_options
 from memformer.layers.config import BaseConfig
 from memformer.models.captioner import Captioner, CaptionerConfig
 from memformer.models.config import LanguageModelConfig

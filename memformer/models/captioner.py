@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.segments import Segments, find_segments
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.additive import AdditiveAttention
-from memformer.layers.base import State, check_choice, check_size
+from memformer.layers.base import State
 from memformer.layers.basic import Embedding, LayerNorm, constrain, dropout, linear, stochastic_keys
 from memformer.layers.config import BaseConfig
 from memformer.layers.positions import count_positions, next_position, sinusoid

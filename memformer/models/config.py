@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from flax.core import FrozenDict
 
-from memformer.layers.base import check_choice, check_size
-from memformer.layers.basic import NORMS, check_options
+from memformer.core.checks import check_choice, check_options, check_size
+from memformer.layers.basic import NORMS
 from memformer.layers.config import BaseConfig
 from memformer.layers.feedforward import FEEDFORWARDS
 from memformer.layers.memory import check_memory

@@ -6,10 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_size
 from memformer.core.numerics import accumulation_dtype, l2norm
 from memformer.core.types import Array, Dims, Float, Int
-from memformer.layers.base import check_size
 from memformer.layers.basic import Embedding, constrain, linear, named
 from memformer.layers.stack import TransformerShape
 from memformer.models.config import check_input

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_options, check_size
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
-from memformer.layers.base import State, check_size
-from memformer.layers.basic import NORMS, Embedding, check_options, constrain, dropout, linear, stochastic_keys
+from memformer.layers.base import State
+from memformer.layers.basic import NORMS, Embedding, constrain, dropout, linear, stochastic_keys
 from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import count_positions, next_position

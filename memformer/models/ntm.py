@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
-from memformer.layers.base import check_choice, check_size
 from memformer.layers.basic import linear, named
 from memformer.layers.config import BaseConfig
 from memformer.models.config import check_input

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
+from memformer.core.checks import check_size
 from memformer.core.types import Array, Float
-from memformer.layers.base import check_size
 from memformer.layers.basic import Dtypes, LayerNorm, linear, named, stochastic_keys
 from memformer.layers.positions import sinusoid
 from memformer.layers.stack import TransformerShape

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.types import Array, Dims, Float, Int
-from memformer.layers.base import check_choice, check_size
 from memformer.layers.basic import Embedding, constrain, dropout, linear
 from memformer.layers.config import BaseConfig
 from memformer.layers.recurrent import CELLS, recurrent_stack

@@ -12,13 +12,13 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax import lax
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.segments import chunk_time, find_segments, unchunk_time
 from memformer.core.types import Array, Bool, Float, Int
-from memformer.layers.base import State, check_choice, check_size
+from memformer.layers.base import State
 from memformer.layers.basic import NORMS, Embedding, constrain, linear, named
 from memformer.layers.config import BaseConfig
-from memformer.layers.gates import StepSize
+from memformer.layers.gates import SigmoidGate
 from memformer.layers.positions import count_positions, next_position
 from memformer.models.config import REMAT, LanguageModelConfig
 from memformer.models.language_model import Block, ModelOutput, check_sizes
@@ -124,7 +124,7 @@ class AssociativeLayer(nnx.Module):
         self.key = linear(width, config.key_width, ("embed", None), **same)
         # As in the paper's code: at the start nothing is stored, and the model is a Transformer.
         self.value = linear(width, width, ("embed", None), init=nnx.initializers.zeros, **same)
-        self.beta = StepSize(width, 1, 1.0, **same)
+        self.beta = SigmoidGate(width, 1, 1.0, **same)
         self.features, self.width, self.correction = 2 * NEIGHBOURS * config.key_width, width, config.correction
         self.wide = config.dtypes.wide
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_size
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Dims, Float, Int
-from memformer.layers.base import State, check_size
+from memformer.layers.base import State
 from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
 from memformer.layers.positions import count_positions, next_position
 from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack

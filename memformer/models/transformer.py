@@ -6,9 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array
+from memformer.core.checks import check_array, check_size
 from memformer.core.types import Array, Float, Int
-from memformer.layers.base import State, check_size
+from memformer.layers.base import State
 from memformer.layers.basic import Embedding
 from memformer.layers.stack import TransformerShape
 from memformer.models.language_model import ModelOutput

@@ -93,7 +93,7 @@ def test_rotary_products_depend_on_distance_only():
     product = lambda i, j: jnp.sum(at(q, i) * at(k, j))  # noqa: E731
     assert_close(product(107, 104), product(3, 0), 1e-5)
     assert abs(float(product(3, 0) - product(4, 0))) > 1e-3
-    with pytest.raises(ValueError, match="rotary positions need an even key width, got 3"):
+    with pytest.raises(ValueError, match="rotary positions require an even key width, got 3"):
         rotate(jnp.ones((1, 1, 1, 3)), jnp.zeros((1, 1), jnp.int32))
 
 

@@ -146,7 +146,7 @@ def test_kernels_come_by_name_or_by_fields():
 
 # Options of a memory, and what the error must say.
 MISTAKES = {
-    "unknown memory": ("delta", {}, "memory must be one of softmax_attention, .* got 'delta'"),
+    "unknown memory": ("delta", {}, "memory must be one of 'softmax_attention', .* got 'delta'"),
     "unknown option": ("gla", {"decy": 1}, "memory_options of 'gla' has no key 'decy'; known keys: .*decay"),
     "recurrent option": (
         "lstm",
@@ -157,10 +157,10 @@ MISTAKES = {
     "width not divisible": ("gla", {"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),
     "heads": ("gla", {"heads": 0}, "heads must be a positive integer, got 0"),
     "groups": ("softmax_attention", {"groups": 3}, "groups must divide heads, got groups = 3 and heads = 2"),
-    "rotary": ("softmax_attention", {"heads": 8}, "rotary positions need an even key_width, got 1"),
+    "rotary": ("softmax_attention", {"heads": 8}, "rotary positions require an even key_width, got 1"),
     "decay": ("delta_rule", {"decay": "fast"}, "decay must be one of None, 'step', .* got 'fast'"),
-    "normalize": ("gla", {"normalize": True}, "normalize needs a positive feature_map"),
-    "discretize": ("gla", {"discretize": True}, "discretize needs decay 'step'"),
+    "normalize": ("gla", {"normalize": True}, "normalize requires a positive feature_map"),
+    "discretize": ("gla", {"discretize": True}, "discretize requires decay 'step'"),
     "feature map": ("gla", {"feature_map": "tanh"}, "feature_map must be one of 'identity', .* got 'tanh'"),
     "kernel": ("deltaformer", {"write_kernel": "cosine"}, "write_kernel must be a Kernel or one of .* got 'cosine'"),
     "kernel field": ("deltaformer", {"read_kernel": {"nme": "exp"}}, "read_kernel has no key 'nme'; known keys: name"),
