@@ -40,7 +40,6 @@ from memformer.layers.recurrent import (
     RecurrentMemory,
     RecurrentStack,
     RNNMemory,
-    recurrent_stack,
 )
 from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack
 from memformer.layers.table import memories_table
@@ -104,7 +103,6 @@ __all__ = [
     "memories_table",
     "named",
     "next_position",
-    "recurrent_stack",
     "rotate",
     "run_stack",
     "sinusoid",

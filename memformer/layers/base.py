@@ -77,7 +77,7 @@ class MemoryLayer(nnx.Module):
         self.key_width = width // heads if key_width is None else check_size("key_width", key_width)
         self.value_width = self.key_width if value_width is None else check_size("value_width", value_width)
         if rotary and self.key_width % 2:
-            raise ValueError(f"rotary positions need an even key_width, got {self.key_width}")
+            raise ValueError(f"rotary positions require an even key_width, got {self.key_width}")
         self.head_counts = (heads, heads, heads) if head_counts is None else head_counts
         self.unit_keys, self.unit_queries, self.rotary = unit_keys, unit_queries, rotary
         sizes = self._sizes()

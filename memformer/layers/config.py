@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from flax.core import FrozenDict
 
-from memformer.core.checks import check_size
+from memformer.core.checks import check, check_size
 from memformer.layers.basic import Dtypes
 
 __all__ = ["BaseConfig"]
@@ -28,7 +28,7 @@ class BaseConfig:
       param_dtype: of parameters.
 
     Raises:
-      ValueError: a dtype that is not floating, a mapping or a list of another type, or a dropout rate outside [0, 1).
+      ValueError: a dtype that is not floating, an option section that is not a mapping, or dropout outside [0, 1).
     """
 
     dtype: str = "float32"
@@ -40,8 +40,7 @@ class BaseConfig:
         object.__setattr__(self, "dtype", self.dtypes.compute.name)
         object.__setattr__(self, "param_dtype", self.dtypes.param.name)
         rate = getattr(self, "dropout", 0.0)
-        if not 0 <= rate < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {rate!r}")
+        check(0 <= rate < 1, "dropout", "in [0, 1)", rate)
 
     @property
     def dtypes(self) -> Dtypes:
@@ -57,8 +56,7 @@ class BaseConfig:
 def _normalize(field: dataclasses.Field, value: Any) -> Any:
     if typing.get_origin(field.type) is Mapping:
         value = value or {}
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{field.name} must be a mapping, got {value!r}")
+        check(isinstance(value, Mapping), field.name, "a mapping", value)
     choices = typing.get_args(field.type) or (field.type,)
     if type(None) in choices and isinstance(value, str) and value == "none":
         return None

@@ -1,4 +1,4 @@
-"""Recurrent layers: RNN, LSTM and GRU, stacks of them in one or both directions, and as memories of a block."""
+"""RNN, LSTM and GRU: as layers, as uni- or bidirectional stacks, and as memories of a block."""
 
 from typing import Any, ClassVar
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array, check_choice, check_size
+from memformer.core.checks import check, check_array, check_choice, check_size
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, constrain, dropout, linear, named, stochastic_keys
 from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn
@@ -22,15 +22,14 @@ __all__ = [
     "RecurrentLayer",
     "RecurrentMemory",
     "RecurrentStack",
-    "recurrent_stack",
 ]
 
-# Of weights. A step needs all units at once, so they are never split over devices by unit.
+# Logical axes of weights. A step needs all units at once, so units are never sharded.
 NAMES = ("embed", None)
 
 
 def orthogonal_gates(gates: int) -> nnx.Initializer:
-    """An initializer of [D, gates * D]: one orthogonal matrix a gate, made in float32."""
+    """An initializer of [D, gates * D]: one orthogonal matrix per gate, drawn in float32."""
 
     def init(key, shape, dtype=jnp.float32, out_sharding=None):
         square = (shape[0], shape[0])
@@ -41,26 +40,25 @@ def orthogonal_gates(gates: int) -> nnx.Initializer:
 
 
 class RecurrentLayer(nnx.Module):
-    """A recurrent op with its weights: orthogonal from the state, LeCun normal from the input.
+    """A recurrent op with its weights: orthogonal for the state, LeCun normal for the input.
 
-    Weights are laid out as in `memformer.ops.recurrent_cells`: `w_in` [F, gates * D] and `w_state` [D, gates * D] are
-    PyTorch's weight_ih and weight_hh transposed, and `bias` is the sum of its two.
+    Weights have the layout of `memformer.ops.recurrent_cells`: `w_in` [F, gates * D] and `w_state` [D, gates * D] are
+    the transposes of PyTorch's weight_ih and weight_hh, and `bias` is the sum of its two biases.
 
     Args:
       in_features: F.
       width: D, the number of units.
-      dtypes: the dtype policy; the state is float32 in any case.
+      dtypes: the dtype policy; the state is always float32.
       rngs: random streams.
 
     Raises:
-      ValueError: a size that is no positive integer.
+      ValueError: a size that is not a positive integer.
     """
 
     gates: ClassVar[int]
 
     def __init__(self, in_features: int, width: int, *, dtypes: Dtypes | None = None, rngs: nnx.Rngs):
-        check_size("in_features", in_features)
-        check_size("width", width)
+        in_features, width = check_size("in_features", in_features), check_size("width", width)
         self.in_features, self.width, self.dtypes = in_features, width, Dtypes() if dtypes is None else dtypes
         self.w_in = self._param((in_features, self.gates * width), nnx.initializers.lecun_normal(), NAMES, rngs)
         self.w_state = self._param((width, self.gates * width), orthogonal_gates(self.gates), NAMES, rngs)
@@ -77,8 +75,7 @@ class RecurrentLayer(nnx.Module):
 
     def init_state(self, batch: int) -> Any:
         """The state before the first token: zeros [B, D] in float32."""
-        check_size("batch", batch)
-        return jnp.zeros((batch, self.width), self.dtypes.wide)
+        return jnp.zeros((check_size("batch", batch), self.width), self.dtypes.wide)
 
     def __call__(
         self,
@@ -91,25 +88,25 @@ class RecurrentLayer(nnx.Module):
         """Returns (y, state); a call with that state continues the last segment.
 
         Args:
-          x: the layer's input.
-          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
-          positions: not read: a recurrent layer knows the order.
-          state: of the last call, or of `init_state`.
+          x: input.
+          segment_ids: packed sequences, 0 = padding; see `memformer.core.segments`.
+          positions: ignored: recurrence implies the order.
+          state: from the previous call or from `init_state`; None is zeros.
 
         Raises:
-          ValueError: an array of another shape or dtype.
+          ValueError: an array of wrong shape or dtype.
         """
         check_array("x", x, "B T F", {"F": self.in_features})
         return self._apply_op(x.astype(self.dtypes.compute), segment_ids, state)
 
     def step(self, x: Float[Array, "B F"], state: Any) -> tuple[Float[Array, "B D"], Any]:
-        """One token: (y, state)."""
+        """One token; returns (y, state)."""
         y, state = self(x[:, None], state=state)
         return y[:, 0], state
 
 
 class RNN(RecurrentLayer):
-    """The plain recurrent network, `memformer.ops.recurrent_cells.rnn`, with weights.
+    """Elman network: `memformer.ops.recurrent_cells.rnn` with weights.
 
     Example:
       >>> y, h = RNN(3, 4, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 3)))
@@ -125,9 +122,9 @@ class RNN(RecurrentLayer):
 
 
 class LSTM(RecurrentLayer):
-    """Long short-term memory, `memformer.ops.recurrent_cells.lstm`, with weights; the forget bias begins at 1.
+    """Long short-term memory: `memformer.ops.recurrent_cells.lstm` with weights. The forget bias is initialised to 1.
 
-    Source: forget bias, Jozefowicz et al. 2015.
+    Source: Hochreiter and Schmidhuber 1997; forget bias, Jozefowicz et al. 2015.
 
     Example:
       >>> layer = LSTM(3, 4, rngs=nnx.Rngs(0))
@@ -156,9 +153,9 @@ class LSTM(RecurrentLayer):
 
 
 class GRU(RecurrentLayer):
-    """The gated recurrent unit, `memformer.ops.recurrent_cells.gru`, with weights.
+    """Gated recurrent unit: `memformer.ops.recurrent_cells.gru` with weights.
 
-    `bias_state` [D] is PyTorch's bias_hh of n; `bias` is the sum of its two for r and z, and bias_ih for n.
+    `bias_state` [D] is PyTorch's bias_hh of n; `bias` is the sum of its two biases for r and z, bias_ih for n.
 
     Example:
       >>> y, h = GRU(3, 4, rngs=nnx.Rngs(0))(jnp.ones((2, 5, 3)))
@@ -181,27 +178,27 @@ CELLS: dict[str, type[RecurrentLayer]] = {"rnn": RNN, "lstm": LSTM, "gru": GRU}
 
 
 class RecurrentStack(nnx.Module):
-    """Recurrent layers one on another, in one direction or both.
+    """A stack of recurrent layers, uni- or bidirectional.
 
-    With both, each layer is two: one reads each segment from its first token to its last, one from its last to its
-    first, and the outputs stand side by side, [B, T, 2 * D], forward first. The state of the backward ones is that
-    after the first token of the row's first segment: with one sequence a row, what was read of all of it.
+    A bidirectional layer reads each segment forwards and backwards and concatenates the two outputs, forward first:
+    [B, T, 2 * D]. The backward state is the one after the first token of the first segment of a row; with one sequence
+    per row it summarises the whole sequence.
 
     Args:
       kind: "rnn", "lstm" or "gru".
       in_features: F of the first layer.
-      width: D, units a layer and direction.
-      layers: how many.
-      bidirectional: both directions.
-      dropout: rate on what each layer but the first reads, where a key is given.
+      width: D, units per layer and direction.
+      layers: number of layers.
+      bidirectional: reads in both directions.
+      dropout: rate on the input of every layer but the first, where a key is given.
       dtypes: the dtype policy.
       rngs: random streams.
 
     Raises:
-      ValueError: an unknown kind, or a number out of range.
+      ValueError: an unknown kind, or a value out of range.
 
     Example:
-      >>> stack = recurrent_stack("gru", 3, 4, 2, bidirectional=True, rngs=nnx.Rngs(0))
+      >>> stack = RecurrentStack("gru", 3, 4, 2, bidirectional=True, rngs=nnx.Rngs(0))
       >>> y, state = stack(jnp.ones((2, 5, 3)))
       >>> y.shape, len(state), state[0][1].shape
       ((2, 5, 8), 2, (2, 4))
@@ -220,9 +217,8 @@ class RecurrentStack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_choice("kind", kind, tuple(CELLS))
-        check_size("layers", layers)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        layers, width = check_size("layers", layers), check_size("width", width)
+        check(0 <= dropout < 1, "dropout", "in [0, 1)", dropout)
         self.bidirectional, self.dropout = bidirectional, dropout
         self.out_features = width * (2 if bidirectional else 1)
         sizes = [in_features] + [self.out_features] * (layers - 1)
@@ -234,10 +230,10 @@ class RecurrentStack(nnx.Module):
         self.backward: Any = row() if bidirectional else nnx.data(None)
 
     def init_state(self, batch: int) -> tuple:
-        """The state before the first token, one of each layer.
+        """The state before the first token, one entry per layer.
 
         Raises:
-          ValueError: both directions: what comes later has no state before it.
+          ValueError: a bidirectional stack, which cannot continue a sequence.
         """
         self._check_state(not self.bidirectional)
         return tuple(layer.init_state(batch) for layer in self.forward)
@@ -251,62 +247,60 @@ class RecurrentStack(nnx.Module):
         state: tuple | None = None,
         key: Array | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple]:
-        """Returns (y, state): a tuple of the layers' states, or of pairs (forward, backward).
+        """Returns (y, state); the state has one entry per layer, a pair (forward, backward) if bidirectional.
 
         Args:
-          x: the first layer's input.
-          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
-          positions: not read: a recurrent layer knows the order.
-          state: of the last call, or of `init_state`; one direction only.
-          key: a random key for dropout; None keeps everything.
+          x: input of the first layer.
+          segment_ids: packed sequences, 0 = padding; see `memformer.core.segments`.
+          positions: ignored: recurrence implies the order.
+          state: from the previous call or from `init_state`; must be None if bidirectional.
+          key: random key for dropout; None disables it.
 
         Raises:
-          ValueError: an array of another shape or dtype, or a state where both directions are read.
+          ValueError: an array of wrong shape or dtype, or a state for a bidirectional stack.
         """
         self._check_state(state is None or not self.bidirectional)
         keys = stochastic_keys(key, len(self.forward))
-        # Time turned about is right for packed rows too: each segment is met from its end, and resets at its border.
-        turned = None if segment_ids is None else jnp.flip(segment_ids, 1)
+        # Reversing time is correct for packed rows too: each segment is read from its end and resets at its boundary.
+        reversed_ids = None if segment_ids is None else jnp.flip(segment_ids, 1)
         states = []
         for i, layer in enumerate(self.forward):
             if i:
                 x = dropout(x, self.dropout, None if keys is None else keys[i])
             y, new = layer(x, segment_ids=segment_ids, state=None if state is None else state[i])
             if self.bidirectional:
-                back, last = self.backward[i](jnp.flip(x, 1), segment_ids=turned)
+                back, last = self.backward[i](jnp.flip(x, 1), segment_ids=reversed_ids)
                 y, new = jnp.concatenate([y, jnp.flip(back, 1)], axis=-1), (new, last)
             x = y
             states.append(new)
         return x, tuple(states)
 
     def step(self, x: Float[Array, "B F"], state: tuple) -> tuple[Float[Array, "B D"], tuple]:
-        """One token: (y, state)."""
+        """One token; returns (y, state)."""
         y, state = self(x[:, None], state=state)
         return y[:, 0], state
 
     def _check_state(self, fits: bool) -> None:
         if not fits:
-            raise ValueError("a bidirectional stack reads whole sequences: give no state")
-
-
-recurrent_stack = RecurrentStack
+            raise ValueError("state must be None for a bidirectional stack, which reads whole sequences")
 
 
 class RecurrentMemory(nnx.Module):
     """A recurrent layer as the memory of a block: y = Wo h, with heads * value_width units.
 
-    Heads only count units; the weights from the state join them all.
+    Heads determine only the number of units; the recurrent weights connect all of them.
 
     Args:
       width: D of x and y.
       heads: H.
-      key_width: stands in for value_width where that is None; a recurrent state has no keys. None is D // H.
-      value_width: V, units a head; None is key_width.
+      key_width: default of value_width (a recurrent state has no keys); None is D // H.
+      value_width: V, units per head; None is key_width.
       dtypes: the dtype policy.
       rngs: random streams.
 
     Raises:
-      ValueError: a width not divisible by heads where no width of a head is given, or a size that is none.
+      ValueError: a width that heads does not divide where both widths are None, or a size that is not a positive
+        integer.
     """
 
     cell: ClassVar[type[RecurrentLayer]]
@@ -322,20 +316,18 @@ class RecurrentMemory(nnx.Module):
         rngs: nnx.Rngs,
     ):
         dtypes = Dtypes() if dtypes is None else dtypes
-        for name, size in (("width", width), ("heads", heads)):
-            check_size(name, size)
+        width, heads = check_size("width", width), check_size("heads", heads)
         if key_width is None and value_width is None and width % heads:
             raise ValueError(f"width must be a multiple of heads where key_width is None, got {width} and {heads}")
-        each = value_width or key_width or width // heads
-        check_size("value_width", each)
-        self.layer = self.cell(width, heads * each, dtypes=dtypes, rngs=rngs)
-        self.out = linear(heads * each, width, (None, "embed"), dtypes=dtypes, rngs=rngs)
+        units = heads * check_size("value_width", value_width or key_width or width // heads)
+        self.layer = self.cell(width, units, dtypes=dtypes, rngs=rngs)
+        self.out = linear(units, width, (None, "embed"), dtypes=dtypes, rngs=rngs)
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> dict[str, Any]:
-        """The state before the first token; its size does not depend on capacity, nor its dtype on dtype.
+        """The state before the first token; capacity and dtype, which size a cache, have no effect.
 
         Raises:
-          ValueError: a batch or capacity that is no positive integer.
+          ValueError: a batch or capacity that is not a positive integer.
         """
         check_size("capacity", capacity)
         return {"memory": self.layer.init_state(batch)}
@@ -348,25 +340,25 @@ class RecurrentMemory(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         state: Any = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, Any]]:
-        """Returns (y, state), with the arguments of `memformer.layers.base.MemoryLayer`."""
+        """Returns (y, state); the arguments are those of `MemoryLayer`."""
         h, memory = self.layer(x, segment_ids=segment_ids, state=None if state is None else state["memory"])
         y = self.out(h)
         return constrain(y, "activation_batch", "activation_time", "activation_embed"), {"memory": memory}
 
 
 class RNNMemory(RecurrentMemory):
-    """`RNN` as a memory."""
+    """`RNN` as the memory of a block."""
 
     cell = RNN
 
 
 class LSTMMemory(RecurrentMemory):
-    """`LSTM` as a memory."""
+    """`LSTM` as the memory of a block."""
 
     cell = LSTM
 
 
 class GRUMemory(RecurrentMemory):
-    """`GRU` as a memory."""
+    """`GRU` as the memory of a block."""
 
     cell = GRU

@@ -1,4 +1,4 @@
-"""The shape that the blocks of a Transformer share, and stacks of equal blocks."""
+"""The config that Transformer blocks share, and scanned stacks of identical blocks."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check_choice, check_size
+from memformer.core.checks import check, check_choice, check_positive
 from memformer.core.types import Array
 from memformer.layers.basic import LayerNorm
 from memformer.layers.config import BaseConfig
@@ -22,21 +22,21 @@ PLACES = (None, "sinusoidal", "learned", "rotary")
 
 @dataclasses.dataclass(frozen=True)
 class TransformerShape(BaseConfig):
-    """What the blocks of a Transformer have in common.
+    """Config of Transformer blocks.
 
     Attributes:
       width: D.
       heads: H; must divide D.
-      hidden: of the feedforward layer; None is 4 D.
-      activation: of the feedforward layer: "relu", "gelu" (tanh), "gelu_exact" (erf) or "silu".
+      hidden: hidden width of the feedforward layer; None is 4 D.
+      activation: of the feedforward layer: "relu", "gelu" (tanh approximation), "gelu_exact" (erf) or "silu".
       norm_place: "pre", x + f(norm(x)), or "post", norm(x + f(x)).
       norm_epsilon: added to the variance in every layer norm.
       positions: None (or "none"), "sinusoidal" or "learned" at the embedding, or "rotary" in self-attention.
-      max_length: size of a table of learned positions.
-      dropout: rate on the embedding and on what each sublayer adds; active after `model.train()`.
+      max_length: size of the table of learned positions.
+      dropout: rate on the embedding and on the output of each sublayer; active after `model.train()`.
 
     Raises:
-      ValueError: names the key, what was expected and what came.
+      ValueError: a value that does not fit; names the field, what was expected and what was given.
 
     Example:
       >>> TransformerShape(width=32, heads=2, norm_place="post").key_width
@@ -56,19 +56,17 @@ class TransformerShape(BaseConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_sizes("width", "heads", "max_length")
-        if self.hidden is not None:
-            check_size("hidden", self.hidden)
+        check_positive("hidden", self.hidden)
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("norm_place", self.norm_place, NORM_PLACES)
         check_choice("positions", self.positions, PLACES)
-        if not self.norm_epsilon > 0:
-            raise ValueError(f"norm_epsilon must be above 0, got {self.norm_epsilon!r}")
+        check(self.norm_epsilon > 0, "norm_epsilon", "above 0", self.norm_epsilon)
 
     @property
     def key_width(self) -> int:
-        """K of each head."""
+        """K."""
         return self.width // self.heads
 
     def norm(self, rngs: nnx.Rngs) -> LayerNorm:
@@ -77,7 +75,7 @@ class TransformerShape(BaseConfig):
 
 
 def build_stack(block: Callable[..., nnx.Module], shape: TransformerShape, depth: int, *, rngs: nnx.Rngs) -> Any:
-    """`depth` blocks as one module whose parameters have a leading axis "layers": compiled once, then scanned.
+    """Builds `depth` blocks as one module whose parameters have a leading axis "layers", for `run_stack`.
 
     Example:
       >>> from memformer.layers.transformer import EncoderBlock
@@ -95,7 +93,10 @@ def build_stack(block: Callable[..., nnx.Module], shape: TransformerShape, depth
 
 
 def run_stack(stack: Any, step: Callable[[Any, Array, Any], tuple[Array, Any]], x: Array, each: Any = None) -> Any:
-    """Scans `step(block, x, each[i]) -> (x, result)` over the blocks; results have a leading axis of layers."""
+    """Scans `step(block, x, each[i]) -> (x, result)` over the blocks, so that one block is compiled.
+
+    Results have a leading axis of layers.
+    """
     graph, parameters = nnx.split(stack)
 
     def body(x: Array, xs: Any) -> tuple[Array, Any]:

@@ -1,4 +1,4 @@
-"""Transformer blocks: attention to itself and to a memory, feedforward; norms before or after."""
+"""Transformer blocks: self-attention, cross-attention and feedforward, with pre- or post-norm."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class _Attention(nnx.Module):
-    """Projections to H queries, keys and values, and back, with biases."""
+    """Projections, with biases, to queries, keys and values of H heads, and of their outputs back to D."""
 
     def __init__(self, shape: TransformerShape, *, rngs: nnx.Rngs):
         same: dict[str, Any] = {"dtypes": shape.dtypes, "rngs": rngs, "bias": True}
@@ -41,7 +41,7 @@ class _Attention(nnx.Module):
         return constrain(x, "activation_batch", "activation_time", "activation_heads", None)
 
     def _weights(self, q: Array, k: Array, visible: Array | None) -> Array:
-        """softmax(q k^T / sqrt(K)) over the visible keys, [B, H, T, S] in float32."""
+        """softmax(q k^T / sqrt(K)) over the visible keys: [B, H, T, S] in float32."""
         wide = accumulation_dtype(q, k)
         precision = matmul_precision(None, q, k)
         scores = jnp.einsum("bthk,bshk->bhts", q, k, precision=precision, preferred_element_type=wide)
@@ -56,10 +56,10 @@ class _Attention(nnx.Module):
 
 
 class SelfAttention(_Attention):
-    """Multi-head attention of a sequence to itself, by `memformer.ops.softmax_attention`: memory linear in T.
+    """Multi-head self-attention by `memformer.ops.softmax_attention`, in memory linear in T.
 
     Args:
-      shape: the block's shape; positions "rotary" turns queries and keys.
+      shape: config of the block; positions "rotary" rotates queries and keys.
       rngs: random streams.
 
     Source: arXiv 1706.03762 section 3.2.
@@ -80,8 +80,8 @@ class SelfAttention(_Attention):
         positions: Int[Array, "B T"] | None = None,
         state: KVCache | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """Returns (y, cache); `state`, the cache of an earlier call, asks for causal True."""
-        q, k = self._turned(x, positions)
+        """Returns (y, cache); `state`, the cache of an earlier call, requires causal=True."""
+        q, k = self._queries_and_keys(x, positions)
         v = self._heads(self.value(x))
         o, state = softmax_attention(q, k, v, causal=causal, segment_ids=segment_ids, initial_state=state)
         return self._output(o), state
@@ -94,34 +94,34 @@ class SelfAttention(_Attention):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B H T T"]:
-        """The weights that the call reads with, [query, key] in float32: T x T numbers a head, for plots.
+        """The attention weights of the call, [query, key] in float32: T x T numbers per head, for plots.
 
-        A token sees those of its own segment id; a padding row is 0.
+        A token sees the tokens of its own segment id; rows of padding are 0.
         """
-        q, k = self._turned(x, positions)
+        q, k = self._queries_and_keys(x, positions)
         ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         visible = _same_segment(ids, ids)
         if causal:
             visible = visible & jnp.tril(jnp.ones((1, *visible.shape[1:]), bool))
         return self._weights(q, k, visible)
 
-    def _turned(self, x: Array, positions: Array | None) -> tuple[Array, Array]:
+    def _queries_and_keys(self, x: Array, positions: Array | None) -> tuple[Array, Array]:
         q, k = self._heads(self.query(x)), self._heads(self.key(x))
         if self.shape.positions != "rotary":
             return q, k
         if positions is None:
-            raise ValueError("positions must be given where the shape's positions are 'rotary', got None")
+            raise ValueError("positions must be an array where the config has positions='rotary', got None")
         return rotate(q, positions), rotate(k, positions)
 
 
 class CrossAttention(_Attention):
-    """Multi-head attention of T tokens to a memory of S vectors; scores are T x S, softmax in float32.
+    """Multi-head attention of T tokens to a memory of S vectors, with softmax in float32.
 
-    `memformer.ops.softmax_attention` serves sequences that write where they read (S = T); here the memory is
-    another sequence, short enough for its scores to be kept, and the weights are wanted for plots.
+    `memformer.ops.softmax_attention` covers sequences that attend to themselves (S = T). Here the memory is another
+    sequence, short enough to keep the T x S scores, and the weights are returned for plots.
 
     Args:
-      shape: the block's shape.
+      shape: config of the block.
       rngs: random streams.
 
     Source: arXiv 1706.03762 section 3.2.3.
@@ -134,13 +134,13 @@ class CrossAttention(_Attention):
     """
 
     def prepare(self, memory: Float[Array, "B S D"]) -> dict[str, Array]:
-        """Keys and values of the memory, {"k": [B, S, H, K], "v": [B, S, H, K]}: computed once a memory."""
+        """Keys and values of the memory, {"k": [B, S, H, K], "v": [B, S, H, K]}, computed once per memory."""
         return {"k": self._heads(self.key(memory)), "v": self._heads(self.value(memory))}
 
     def __call__(
         self, x: Float[Array, "B T D"], memory: Mapping[str, Array], visible: Bool[Array, "B T S"] | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"]]:
-        """Returns (y, weights); `memory` is from `prepare`, `visible` None shows every token all of it."""
+        """Returns (y, weights); `memory` is from `prepare`, and `visible` None makes all of it visible."""
         q, v = self._heads(self.query(x)), memory["v"]
         weights = self._weights(q, memory["k"], visible)
         o = jnp.einsum("bhts,bshv->bthv", weights.astype(v.dtype), v, precision=matmul_precision(None, q, v))
@@ -150,10 +150,10 @@ class CrossAttention(_Attention):
 def visible_memory(
     segment_ids: Int[Array, "B T"] | None, memory_segment_ids: Int[Array, "B S"] | None, tokens: int
 ) -> Bool[Array, "B T S"] | None:
-    """Which of a memory's slots each token sees; None where it is all.
+    """The mask of the slots of a memory that each token sees; None where all are visible.
 
-    A slot of id 0 is padding and seen by none. Where both have ids, a token sees the slots of its own id
-    (packed pairs); where the tokens have none, all slots that are not padding.
+    A slot of id 0 is padding and never visible. If both have ids, a token sees the slots of its own id (packed pairs);
+    if only the memory has ids, all slots that are not padding.
 
     Args:
       segment_ids: of the tokens, 0 = padding, or None.
@@ -179,7 +179,7 @@ def _same_segment(ids: Array, memory_ids: Array) -> Array:
 def _residual(
     shape: TransformerShape, norm: LayerNorm, sublayer: Callable[[Array], tuple[Array, Any]], x: Array, key: Any
 ) -> tuple[Array, Any]:
-    """x + dropout(sublayer(norm(x))), or norm(x + dropout(sublayer(x))); and what else the sublayer returns."""
+    """x + dropout(sublayer(norm(x))) or norm(x + dropout(sublayer(x))), with the second result of the sublayer."""
     pre = shape.norm_place == "pre"
     y, rest = sublayer(norm(x) if pre else x)
     x = x + dropout(y, shape.dropout, key)
@@ -191,13 +191,13 @@ def _feedforward(shape: TransformerShape, rngs: nnx.Rngs) -> MLP:
 
 
 class EncoderBlock(nnx.Module):
-    """Self-attention in both directions, then the feedforward layer, each with its norm and residual.
+    """Bidirectional self-attention, then the feedforward layer, each with its norm and residual.
 
     Args:
-      shape: the block's shape.
+      shape: config of the block.
       rngs: random streams.
 
-    Source: arXiv 1706.03762 section 3.1; norms before: arXiv 2002.04745.
+    Source: arXiv 1706.03762 section 3.1; pre-norm: arXiv 2002.04745.
 
     Example:
       >>> block = EncoderBlock(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0))
@@ -220,7 +220,7 @@ class EncoderBlock(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The same shape as x; `key` draws the dropout, None drops nothing."""
+        """Returns the shape of x; `key` is the random key of dropout, None disables it."""
         keys = (None, None) if key is None else jax.random.split(key, 2)
         where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
 
@@ -238,16 +238,16 @@ class EncoderBlock(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B H T T"]:
-        """The attention weights of this block for its input x."""
+        """The self-attention weights of this block for its input x."""
         x = self.attention_norm(x) if self.shape.norm_place == "pre" else x
         return self.attention.weights(x, causal=False, segment_ids=segment_ids, positions=positions)
 
 
 class DecoderBlock(nnx.Module):
-    """Causal self-attention, attention to a memory, the feedforward layer, each with its norm and residual.
+    """Causal self-attention, cross-attention to a memory, and the feedforward layer, each with its norm and residual.
 
     Args:
-      shape: the block's shape.
+      shape: config of the block.
       rngs: random streams.
 
     Source: arXiv 1706.03762 section 3.1.
@@ -269,9 +269,9 @@ class DecoderBlock(nnx.Module):
         self.feedforward_norm = shape.norm(rngs)
 
     def start(self, memory: Float[Array, "B S D"], capacity: int | None = None) -> dict[str, Any]:
-        """The state before the first token: the memory's keys and values, and a cache for `capacity` tokens.
+        """The state before the first token: keys and values of the memory, and a cache for `capacity` tokens.
 
-        None leaves the cache to grow with the calls.
+        With capacity None the cache grows with each call.
         """
         state: dict[str, Any] = {"memory": self.cross.prepare(memory), "cache": None}
         if capacity is not None:
@@ -297,18 +297,18 @@ class DecoderBlock(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> tuple[Array, dict[str, Any], Float[Array, "B H T S"]]:
-        """Returns (x, state, weights over the memory); `state` is from `start` or an earlier call."""
+        """Returns (x, state, cross-attention weights); `state` is from `start` or an earlier call."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}
 
         def attend(x: Array) -> tuple[Array, Any]:
             return self.attention(x, causal=True, state=state["cache"], **where)
 
-        def consult(x: Array) -> tuple[Array, Any]:
+        def attend_to_memory(x: Array) -> tuple[Array, Any]:
             return self.cross(x, state["memory"], visible)
 
         x, cache = _residual(self.shape, self.attention_norm, attend, x, keys[0])
-        x, weights = _residual(self.shape, self.cross_norm, consult, x, keys[1])
+        x, weights = _residual(self.shape, self.cross_norm, attend_to_memory, x, keys[1])
         x, _ = _residual(self.shape, self.feedforward_norm, self.feedforward, x, keys[2])
         x = constrain(x, "activation_batch", "activation_time", "activation_embed")
         return x, {"memory": state["memory"], "cache": cache}, weights

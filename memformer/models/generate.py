@@ -1,4 +1,4 @@
-"""Sampling from a language model: one compiled prefill, one compiled loop of single-token steps."""
+"""Sampling from a language model: a compiled prefill, then a compiled loop of single-token steps."""
 
 import functools
 from collections.abc import Sequence
@@ -16,14 +16,14 @@ __all__ = ["Sampling", "generate", "pad_prompts", "sample"]
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen: the settings of `generate` of the same names."""
+    """How the next token is chosen; fields are the arguments of `generate` of the same names."""
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
 
     def check(self, vocab: int) -> None:
-        """Raises ValueError naming the setting that is out of range."""
+        """Raises ValueError unless every setting is in range."""
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0 (0 is greedy), got {self.temperature!r}")
         if self.top_k is not None and not 1 <= self.top_k <= vocab:
@@ -33,14 +33,15 @@ class Sampling(NamedTuple):
 
 
 def sample(logits: Float[Array, "B V"], key: Array | None, sampling: Sampling) -> Int[Array, "B"]:
-    """Chooses one token a row.
+    """Chooses one token per row.
 
-    The logits are divided by the temperature, cut to the top_k largest, then to the smallest set whose
-    probability reaches top_p (never fewer than one token), and drawn from.
+    Logits are divided by the temperature and restricted to the top_k largest, then to the smallest set of most
+    probable tokens whose probability reaches top_p (at least one token). A token is sampled from the softmax of what
+    remains.
 
     Args:
       logits: float32.
-      key: a random key; None, or temperature 0, takes the likeliest.
+      key: random key; with None or temperature 0 the most probable token is taken.
       sampling: the settings.
 
     Example:
@@ -58,7 +59,7 @@ def sample(logits: Float[Array, "B V"], key: Array | None, sampling: Sampling) -
         order = jnp.argsort(-logits, axis=-1)
         ranked = jnp.take_along_axis(logits, order, axis=-1)
         chance = jax.nn.softmax(ranked, axis=-1)
-        # A token stays when those before it have not reached top_p; the first always does.
+        # A token is kept if those before it have not reached top_p, so the first always is.
         before = jnp.cumsum(chance, axis=-1) - chance
         ranked = jnp.where(before < sampling.top_p, ranked, low)
         rank = jnp.argsort(order, axis=-1)
@@ -67,7 +68,7 @@ def sample(logits: Float[Array, "B V"], key: Array | None, sampling: Sampling) -
 
 
 def pad_prompts(prompts: np.ndarray | Array | Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts of any lengths as ids [B, T] and segment_ids [B, T], padded on the left.
+    """Pads prompts of different lengths on the left to ids [B, T] and segment_ids [B, T].
 
     Raises:
       ValueError: no prompt, an empty one, or ids that are not integers.
@@ -98,27 +99,27 @@ def generate(
     stop_token: int | None = None,
     key: Array | None = None,
 ) -> np.ndarray:
-    """Continues prompts.
+    """Continues prompts with new tokens.
 
-    The prompts are read in one call, then tokens follow one by one inside one compiled loop, which
-    ends early once every row has stopped. A fixed-state memory needs the same space at any length; a
-    cache is allocated once, for prompt and new tokens. Calls of equal shapes and settings compile once.
+    The prompts are read in one call. Tokens then follow one by one inside a compiled loop, which ends early once
+    every row has stopped. A matrix memory needs the same space at any length; a cache is allocated once, for prompt and
+    new tokens. Calls with equal shapes and settings compile once.
 
     Args:
-      model: a language model (`MemoryLM`) with ids in and the same ids out.
+      model: a language model (`MemoryLM`) whose inputs and outputs are the same ids, in evaluation mode.
       prompts: [B, T] ids, or a list of id sequences of different lengths.
-      max_new_tokens: tokens a row.
-      temperature: 0 takes the likeliest token; otherwise logits are divided by it and drawn from.
-      top_k: only the k likeliest tokens.
-      top_p: only the likeliest tokens that together reach this probability.
-      stop_token: a row ends with this token, and repeats it up to max_new_tokens.
-      key: a random key, needed where temperature is not 0.
+      max_new_tokens: number of new tokens per row.
+      temperature: divides the logits before sampling; 0 takes the most probable token (greedy decoding).
+      top_k: samples only from the k most probable tokens.
+      top_p: samples only from the most probable tokens that together reach this probability.
+      stop_token: ends a row, and fills it up to max_new_tokens.
+      key: random key, required where temperature is not 0.
 
     Returns:
-      [B, max_new_tokens] int32, the new tokens only.
+      [B, max_new_tokens] int32, without the prompts.
 
     Raises:
-      ValueError: a setting out of range, a model without ids, or more tokens than its positions go.
+      ValueError: a setting out of range, a model without ids, or more tokens than learned positions.
 
     Source: top-p, arXiv 1904.09751.
 
@@ -133,7 +134,7 @@ def generate(
     ids, segments = pad_prompts(prompts)
     if ids.min() < 0 or ids.max() >= model.vocab_size:
         raise ValueError(f"prompts must hold ids in [0, {model.vocab_size}), got {ids.min()} to {ids.max()}")
-    # The last token drawn is never read back.
+    # The last new token is never read by the model.
     state = model.init_state(ids.shape[0], ids.shape[1] + max_new_tokens - 1)
     graph, parameters = nnx.split(model)
     key = jax.random.key(0) if key is None else key
@@ -164,12 +165,12 @@ def _prefill(graph, parameters, ids, segment_ids, state):
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling", "count", "stop_token"))
 def _decode(graph, parameters, logits, state, key, sampling, count, stop_token):
-    """Draws `count` tokens, each from the logits of the one before."""
+    """Samples `count` tokens, each from the logits of the one before."""
     model = nnx.merge(graph, parameters)
     batch = logits.shape[0]
     stop = -1 if stop_token is None else stop_token
 
-    def going(carry):
+    def unfinished(carry):
         i, done = carry[0], carry[1]
         return (i < count) & ~jnp.all(done)
 
@@ -186,4 +187,4 @@ def _decode(graph, parameters, logits, state, key, sampling, count, stop_token):
 
     tokens = jnp.full((batch, count), stop, jnp.int32)
     token, done, tokens = draw(jnp.int32(0), jnp.zeros(batch, jnp.bool_), logits, tokens)
-    return lax.while_loop(going, step, (jnp.int32(1), done, token, state, tokens))[-1]
+    return lax.while_loop(unfinished, step, (jnp.int32(1), done, token, state, tokens))[-1]

@@ -1,4 +1,4 @@
-"""MemoryLM: embedding, a stack of blocks around any memories, read-out."""
+"""MemoryLM: embedding, blocks around any memories, read-out."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ __all__ = ["Block", "MemoryLM", "ModelOutput", "check_sizes"]
 
 
 class ModelOutput(NamedTuple):
-    """What a model returns.
+    """The result of a model.
 
     Attributes:
       logits: [B, T, classes] float32.
-      state: to continue the sequences with; a pytree.
-      aux: scalar losses by name, to be added to the loss as they are; {} if none.
+      state: pytree that continues the sequences in a later call.
+      aux: scalar losses by name, already weighted; {} if none.
     """
 
     logits: Float[Array, "B T V"]
@@ -36,11 +36,11 @@ class ModelOutput(NamedTuple):
 
 
 class Block(nnx.Module):
-    """x + memory(norm(x)), then x + feedforward(norm(x)) where there is one.
+    """x + memory(norm(x)), then x + feedforward(norm(x)) if the config has a feedforward layer.
 
     Args:
-      config: of the model.
-      memory: the name of this layer's memory.
+      config: config of the model.
+      memory: name of the memory of this layer.
       rngs: random streams.
     """
 
@@ -80,14 +80,14 @@ class Block(nnx.Module):
 
 
 class MemoryLM(nnx.Module):
-    """A causal sequence model: tokens (or feature vectors) in, logits at each position out.
+    """A causal sequence model: ids or feature vectors in, logits at each position out.
 
     Args:
-      config: the shape.
-      vocab_size: of the input ids; 0 where inputs are feature vectors.
-      num_classes: of the logits; None is vocab_size.
+      config: config of the model.
+      vocab_size: number of input ids; 0 where inputs are feature vectors.
+      num_classes: number of logits; None is vocab_size.
       features: F of float inputs [B, T, F]; 0 where inputs are ids.
-      rngs: random streams; "params", and "dropout" where there is dropout.
+      rngs: random streams: "params", and "dropout" if the config has dropout.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -132,10 +132,10 @@ class MemoryLM(nnx.Module):
         self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> State:
-        """The state before the first token; attention-like memories get room for `capacity` tokens.
+        """The state before the first token; caches have room for `capacity` tokens.
 
         Raises:
-          ValueError: a batch or capacity that is no positive integer, or more than learned positions.
+          ValueError: a batch or capacity that is not a positive integer, or a capacity above the learned positions.
         """
         if self.config.positions == "learned" and capacity > self.config.max_length:
             raise ValueError(f"capacity must be at most max_length = {self.config.max_length}, got {capacity}")
@@ -157,12 +157,12 @@ class MemoryLM(nnx.Module):
 
         Args:
           inputs: ids, or float features.
-          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
-          positions: None counts within each segment, on from the state's.
-          state: of the last call, or of `init_state`; None is the beginning.
+          segment_ids: packed sequences, 0 = padding; see `memformer.core.segments`.
+          positions: None counts within each segment, continuing from the state.
+          state: from the previous call or from `init_state`; None starts a sequence.
 
         Raises:
-          ValueError: an array of another shape or dtype, or longer than the learned positions.
+          ValueError: an array of wrong shape or dtype, or more tokens than learned positions.
         """
         dims = {"F": self.features} if self.features else {}
         kind = jnp.floating if self.features else jnp.integer
@@ -186,13 +186,13 @@ class MemoryLM(nnx.Module):
         return ModelOutput(self._read_out(x), state, aux)
 
     def _keys(self) -> Array | None:
-        """A key for each layer and one for the embedding, or None where nothing is dropped."""
+        """Dropout keys, one per layer and one for the embedding; None without dropout."""
         if self.deterministic or not self.config.dropout:
             return None
         return stochastic_keys(self.dropout_stream(), self.config.depth + 1)
 
     def _scan(self, x, states, keys, segment_ids, positions):
-        """The group of blocks, scanned: parameters, states and keys have a leading axis of groups."""
+        """Scans the repeating group of blocks; parameters, states and keys have a leading axis of groups."""
         graph, parameters = nnx.split(self.blocks)
         size = len(self.config.pattern)
         keys = None if keys is None else keys.reshape(-1, size)
@@ -212,7 +212,7 @@ class MemoryLM(nnx.Module):
         return x, states, jax.tree.map(lambda a: jnp.sum(a) / self.config.depth, aux)
 
     def _unroll(self, x, states, keys, segment_ids, positions):
-        """The same blocks one by one, each with its own parameters in the program."""
+        """Runs the blocks one by one, each as its own part of the program."""
         run = _checkpointed(_run_block, self.config.remat, prevent_cse=True)
         after, aux = [], []
         for i, block in enumerate(self.blocks):
@@ -229,18 +229,18 @@ class MemoryLM(nnx.Module):
 
 
 def check_sizes(config: LanguageModelConfig, vocab_size: int, num_classes: int, features: int) -> None:
-    """Raises ValueError unless a model of this shape can have such inputs and outputs."""
+    """Raises ValueError unless a model of this config can have such inputs and outputs."""
     check_input(vocab_size, features)
     check_size("num_classes", num_classes)
     if config.tie_embeddings and (features or num_classes != vocab_size):
         raise ValueError(
-            f"tie_embeddings needs ids in and the same ids out, got vocab_size = {vocab_size}, num_classes = "
+            f"tie_embeddings requires ids in and the same ids out, got vocab_size = {vocab_size}, num_classes = "
             f"{num_classes}, features = {features}; set tie_embeddings to False"
         )
 
 
 def _build_blocks(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.List:
-    """One block a place of the pattern, stacked over groups; or one a layer. Equal parameters either way."""
+    """Builds a block per entry of the pattern, stacked over groups, or one per layer; the parameters are the same."""
     size = len(config.pattern)
     groups = config.depth // size
     keys = jax.random.split(rngs.params(), config.depth).reshape(groups, size)

@@ -1,4 +1,4 @@
-"""The Neural Turing Machine: a controller with heads that read and write a memory of slots."""
+"""The Neural Turing Machine: a controller whose heads read and write a memory of slots."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check_array, check_choice, check_size
+from memformer.core.checks import check, check_array, check_choice, check_size
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import linear, named
@@ -21,29 +21,29 @@ __all__ = ["NTM", "NTMConfig", "NTMState", "NTMTrace"]
 
 CONTROLLERS = ("lstm", "feedforward")
 
-# Of a head's parameters beside its key: strength, gate, three shifts, sharpness.
+# Scalar parameters per head besides its key: strength, gate, three shifts, sharpness.
 SCALARS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class NTMConfig(BaseConfig):
-    """The shape of an NTM; the defaults are the paper's memory and the LSTM controller of arXiv 1807.08518.
+    """Config of an NTM; the defaults are the memory of the paper and the LSTM controller of arXiv 1807.08518.
+
+    The recurrence runs in float32 (float64 for dtype "float64"); dtype is that of its inputs and outputs.
 
     Attributes:
       controller: "lstm" or "feedforward" (one tanh layer).
       width: D, units of the controller.
-      slots: S, of the memory.
-      slot_width: K, entries of a slot.
+      slots: S, number of memory slots.
+      slot_width: K, entries per slot.
       read_heads: R.
       write_heads: W.
-      initial_focus: "first" (heads start at the first slot) or "learned" (from learned weights over slots).
-      initial_slots: what each entry of an empty memory holds.
-      clip: what heads and outputs are told lies in [-clip, clip].
-      dtype: of what enters and leaves the recurrence, which itself runs in float32 (float64 for "float64").
-      param_dtype: of parameters.
+      initial_focus: "first" (heads start at the first slot) or "learned" (learned initial weights over slots).
+      initial_slots: initial value of every memory entry.
+      clip: head parameters and outputs are clipped to [-clip, clip].
 
     Raises:
-      ValueError: names the key, what was expected and what came.
+      ValueError: a value that does not fit; names the field, what was expected and what was given.
 
     Example:
       >>> NTMConfig(controller="feedforward").heads
@@ -65,24 +65,23 @@ class NTMConfig(BaseConfig):
         check_choice("controller", self.controller, CONTROLLERS)
         self.check_sizes("width", "slots", "slot_width", "read_heads", "write_heads")
         check_choice("initial_focus", self.initial_focus, ("first", "learned"))
-        if not self.clip > 0:
-            raise ValueError(f"clip must be above 0, got {self.clip!r}")
+        check(self.clip > 0, "clip", "above 0", self.clip)
 
     @property
     def heads(self) -> int:
-        """H = R + W: the read heads come first."""
+        """H = R + W; read heads come first."""
         return self.read_heads + self.write_heads
 
 
 class NTMState(NamedTuple):
-    """What an NTM keeps between steps, float32.
+    """The state of an NTM between steps, in float32.
 
     Attributes:
-      memory: slots last.
-      weights: of the heads at the last step, read heads first.
-      reads: what the read heads read, [B, R * K].
-      h: the controller's output.
-      c: the cells of an LSTM controller; h again for a feedforward one.
+      memory: slots on the last axis.
+      weights: of all heads at the last step, read heads first.
+      reads: vectors read by the read heads, concatenated.
+      h: output of the controller.
+      c: cell state of an LSTM controller; equal to h for a feedforward one.
     """
 
     memory: Float[Array, "B K S"]
@@ -93,14 +92,14 @@ class NTMState(NamedTuple):
 
 
 class NTMTrace(NamedTuple):
-    """What the heads did at each step; padding has no meaning here.
+    """The activity of the heads at each step; unspecified at padding.
 
     Attributes:
-      logits: as the model's.
-      read_weights: over slots.
-      write_weights: over slots.
-      reads: what was read.
-      adds: what was to be added where the write weights are.
+      logits: of the model.
+      read_weights: weights of the read heads over slots.
+      write_weights: weights of the write heads over slots.
+      reads: vectors read.
+      adds: vectors added, before weighting by write_weights.
     """
 
     logits: Float[Array, "B T classes"]
@@ -111,26 +110,26 @@ class NTMTrace(NamedTuple):
 
 
 class NTM(nnx.Module):
-    """A Neural Turing Machine: features (or ids, as one-hot vectors) in, logits of bits or classes out.
+    """A Neural Turing Machine: feature vectors (or ids, as one-hot vectors) in, logits at each step out.
 
-        h_t = controller(x_t, r_(t-1))                     clipped heads = W_heads h_t
-        w_t = address(heads, w_(t-1), M_(t-1))             of all heads at once
+        h_t = controller(x_t, r_(t-1))                     heads_t = clip(W_heads h_t)
+        w_t = address(heads_t, w_(t-1), M_(t-1))           for all heads at once
         r_t = sum_s w_s M_(t-1, s)                         logits_t = W_out [h_t, r_t]
         M_t = M_(t-1) (1 - w_s e_t) + w_s a_t              all erases before all adds
 
-    The slots begin at a constant 1e-6 each, and no parameter depends on their number when heads start at the first
-    slot: a trained model may be given more of them. Parameters of all heads come from one product a step; what enters
-    from x and what leaves are one product each for the whole sequence. The backward pass computes each step again
-    and keeps the states alone.
+    Slots start at a constant. No parameter depends on their number if heads start at the first slot, so a trained
+    model can be given more slots. The parameters of all heads come from one matrix product per step; the projections of
+    inputs and outputs are one product for the whole sequence. The backward pass saves only the states and recomputes
+    each step.
 
-    Source: arXiv 1410.5401; clipping, constant slots and the order (address, read, then write): arXiv 1807.08518.
+    Source: arXiv 1410.5401; clipping, constant slots and the order (address, read, write): arXiv 1807.08518.
 
     Args:
-      config: the shape.
-      vocab_size: of input ids; 0 where inputs are feature vectors.
-      num_classes: bits or classes of the logits; None is vocab_size.
+      config: config of the model.
+      vocab_size: number of input ids; 0 where inputs are feature vectors.
+      num_classes: number of logits; None is vocab_size.
       features: F of float inputs [B, T, F]; 0 where inputs are ids.
-      rngs: random streams; "params".
+      rngs: random streams: "params".
 
     Raises:
       ValueError: both or neither of vocab_size and features.
@@ -171,8 +170,8 @@ class NTM(nnx.Module):
             self.initial_weights = nnx.Param(spread(rngs.params(), (config.heads, config.slots), config.dtypes.param))
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = None) -> NTMState:
-        """The state before the first step; it does not grow, so that a capacity has nothing to say."""
-        check_size("batch", batch)
+        """The state before the first step; capacity and dtype, which size a cache, have no effect."""
+        batch = check_size("batch", batch)
         config = self.config
         wide = config.dtypes.wide
         if self.initial_weights is None:
@@ -200,30 +199,30 @@ class NTM(nnx.Module):
 
         Args:
           inputs: float features, or ids.
-          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
-          positions: taken as all models take them; the recurrence keeps its own order.
-          state: of the last call; None is the beginning.
+          segment_ids: packed sequences, 0 = padding; see `memformer.core.segments`.
+          positions: ignored: recurrence implies the order.
+          state: from the previous call or from `init_state`; None starts a sequence.
 
         Raises:
-          ValueError: an array of another shape or dtype.
+          ValueError: an array of wrong shape or dtype.
         """
-        logits, state, _ = self._walk(inputs, segment_ids, state, traced=False)
+        logits, state, _ = self._run(inputs, segment_ids, state, traced=False)
         return ModelOutput(logits, state, {})
 
     def trace(self, inputs: Array, *, segment_ids: Array | None = None, state: NTMState | None = None) -> NTMTrace:
-        """The same call, returning what each head did at each step.
+        """Runs a call and returns the activity of the heads at each step.
 
         Example:
           >>> model = NTM(NTMConfig(slots=8, width=4), vocab_size=3, rngs=nnx.Rngs(0))
           >>> model.trace(jnp.array([[0, 1, 2, 1]])).write_weights.shape
           (1, 4, 1, 8)
         """
-        logits, _, (weights, reads, adds) = self._walk(inputs, segment_ids, state, traced=True)
-        apart = weights[:, :, : self.config.read_heads], weights[:, :, self.config.read_heads :]
-        return NTMTrace(logits, *apart, reads.reshape(*reads.shape[:2], -1, self.config.slot_width), adds)
+        logits, _, (weights, reads, adds) = self._run(inputs, segment_ids, state, traced=True)
+        by_kind = weights[:, :, : self.config.read_heads], weights[:, :, self.config.read_heads :]
+        return NTMTrace(logits, *by_kind, reads.reshape(*reads.shape[:2], -1, self.config.slot_width), adds)
 
-    def _walk(self, inputs: Array, segment_ids: Array | None, state: NTMState | None, *, traced: bool) -> tuple:
-        """(logits, state, what the heads did [B, T, ...] where traced) of a whole call."""
+    def _run(self, inputs: Array, segment_ids: Array | None, state: NTMState | None, *, traced: bool) -> tuple:
+        """Returns (logits, state, (weights, reads, adds) [B, T, ...] if traced)."""
         dims = {"F": self.features} if self.features else {}
         kind = jnp.floating if self.features else jnp.integer
         inputs = check_array("inputs", inputs, "B T F" if self.features else "B T", dims, kind=kind)
@@ -237,30 +236,30 @@ class NTM(nnx.Module):
         )
 
         def step(state: NTMState, inputs: tuple) -> tuple:
-            entering, marks = inputs
+            entering, flags = inputs
             h, c = _control(config, entering, recurrent, state)
-            told = jnp.clip(h @ heads + bias[None], -config.clip, config.clip)
-            focus, erase, add = _split_heads(config, told)
+            parameters = jnp.clip(h @ heads + bias[None], -config.clip, config.clip)
+            focus, erase, add = _split_heads(config, parameters)
             weights = address(focus, state.weights, state.memory)
             reads = read_slots(weights[:, : config.read_heads], state.memory).reshape(h.shape[0], -1)
             writing = weights[:, config.read_heads :]
-            if marks is not None:
-                writing = jnp.where(marks[0][:, None, None], writing, jnp.zeros_like(writing))
+            if flags is not None:
+                writing = jnp.where(flags[0][:, None, None], writing, jnp.zeros_like(writing))
             new = NTMState(write_slots(state.memory, writing, erase, add), weights, reads, h, c)
-            if marks is not None:
-                new = _between(marks, state, new, initial)
+            if flags is not None:
+                new = _next_state(flags, state, new, initial)
             return new, (h, reads, *((weights, add) if traced else ()))
 
         step = jax.checkpoint(step, prevent_cse=False)
-        marks = None
+        flags = None
         if segments is not None:
             ends = jnp.diff(segments.index, axis=1, append=segments.index[:, -1:]) != 0
-            marks = segments.valid.T, ends.T
-        state, outputs = lax.scan(step, initial if state is None else state, (entering, marks))
-        h, reads, *seen = (jnp.moveaxis(y, 0, 1) for y in outputs)
+            flags = segments.valid.T, ends.T
+        state, outputs = lax.scan(step, initial if state is None else state, (entering, flags))
+        h, reads, *trace = (jnp.moveaxis(y, 0, 1) for y in outputs)
         logits = self.head(jnp.concatenate([h, reads], axis=-1).astype(config.dtypes.compute))
         logits = jnp.clip(logits, -config.clip, config.clip)
-        return logits, state, (seen[0], reads, seen[1]) if traced else ()
+        return logits, state, (trace[0], reads, trace[1]) if traced else ()
 
 
 def _head_size(config: NTMConfig) -> int:
@@ -268,21 +267,21 @@ def _head_size(config: NTMConfig) -> int:
 
 
 def _control(config: NTMConfig, entering: Array, recurrent: Array, state: NTMState) -> tuple[Array, Array]:
-    """The controller's step: (h, c)."""
+    """A step of the controller; returns (h, c)."""
     if config.controller == "feedforward":
         h = jnp.tanh(entering + state.reads @ recurrent)
         return h, h
     i, f, g, o = jnp.split(entering + jnp.concatenate([state.reads, state.h], axis=1) @ recurrent, 4, axis=1)
-    # a forget gate begins open
+    # The bias of 1 opens the forget gate initially.
     c = jax.nn.sigmoid(f + 1) * state.c + jax.nn.sigmoid(i) * jnp.tanh(g)
     return jax.nn.sigmoid(o) * jnp.tanh(c), c
 
 
-def _split_heads(config: NTMConfig, told: Array) -> tuple[Focus, Array, Array]:
-    """The parameters of all heads out of one product: (focus, erase [B, W, K], add [B, W, K])."""
+def _split_heads(config: NTMConfig, parameters: Array) -> tuple[Focus, Array, Array]:
+    """Splits the parameters of all heads into (focus, erase [B, W, K], add [B, W, K])."""
     heads, width, writes = config.heads, config.slot_width, config.write_heads
     ends = (heads * width, heads * (width + SCALARS), heads * (width + SCALARS) + writes * width)
-    key, scalars, erase, add = jnp.split(told, ends, axis=1)
+    key, scalars, erase, add = jnp.split(parameters, ends, axis=1)
     scalars = scalars.reshape(-1, heads, SCALARS)
     focus = Focus(
         key=jnp.tanh(key).reshape(-1, heads, width),
@@ -295,13 +294,13 @@ def _split_heads(config: NTMConfig, told: Array) -> tuple[Focus, Array, Array]:
     return focus, jax.nn.sigmoid(erase).reshape(shape), jnp.tanh(add).reshape(shape)
 
 
-def _between(marks: tuple[Array, Array], old: NTMState, new: NTMState, initial: NTMState) -> NTMState:
-    """The state for the next step: padding leaves it alone, the end of a segment empties it."""
-    valid, ends = marks
+def _next_state(flags: tuple[Array, Array], old: NTMState, new: NTMState, initial: NTMState) -> NTMState:
+    """The state before the next step: unchanged by padding, reset at the end of a segment."""
+    valid, ends = flags
 
     def choose(mask: Array, then: Array, otherwise: Array) -> Array:
         return jnp.where(mask.reshape(-1, *[1] * (then.ndim - 1)), then, otherwise)
 
-    # nothing was written at padding, so the memory needs no choice there
+    # Write weights are 0 at padding, so the memory is unchanged there already.
     kept = NTMState(new.memory, *(choose(valid, n, o) for n, o in zip(new[1:], old[1:], strict=True)))
     return NTMState(*(choose(ends, i, k) for i, k in zip(initial, kept, strict=True)))

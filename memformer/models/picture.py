@@ -1,4 +1,4 @@
-"""Pictures as a grid of vectors that a decoder attends to: by convolutions, or by a Transformer over patches."""
+"""Image encoders that return a grid of vectors to attend to: convolutions, or a Transformer on patches."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +17,9 @@ __all__ = ["ConvGrid", "PatchGrid", "add_places"]
 
 
 def add_places(grid: Float[Array, "B R C F"]) -> Float[Array, "B R C F"]:
-    """The grid plus a fixed vector of each place: sines and cosines of the row in one half, of the column in the other.
+    """Adds fixed 2-D positions: sines and cosines of the row in one half of the channels, of the column in the other.
 
-    Without it a small network cannot tell left from right: its vectors know only their neighbours.
+    Without them the vectors of a small network depend only on their neighbourhood, not on where it is.
 
     Example:
       >>> add_places(jnp.zeros((1, 2, 3, 8))).shape
@@ -44,15 +44,16 @@ def _check_width(what: str, width: int) -> None:
 
 
 class ConvGrid(nnx.Module):
-    """Convolutions of 3 x 3, each with a layer norm over channels and a ReLU; all but the last halve the picture.
+    """3 x 3 convolutions, each with a layer norm over channels and a ReLU; all but the last halve the picture.
 
     Args:
-      channels: of each convolution; n of them make a grid of size / 2^(n - 1) places a side.
+      channels: of each convolution; n of them reduce the sides of the picture by 2^(n - 1).
       dtypes: the dtype policy.
       rngs: random streams.
 
     Raises:
-      ValueError: no convolution, a count that is no positive integer, or a last one that is no multiple of 4.
+      ValueError: no convolution, a channel count that is not a positive integer, or a last one that is not a multiple
+        of 4.
 
     Example:
       >>> ConvGrid((8, 8, 16), dtypes=Dtypes(), rngs=nnx.Rngs(0))(jnp.ones((1, 32, 32, 3))).shape
@@ -61,7 +62,7 @@ class ConvGrid(nnx.Module):
 
     def __init__(self, channels: Sequence[int], *, dtypes: Dtypes, rngs: nnx.Rngs):
         if not channels:
-            raise ValueError("channels must hold one number a convolution, at least one, got ()")
+            raise ValueError("channels must have at least one entry, one per convolution, got ()")
         for count in channels:
             check_size("channels", count)
         _check_width("the last of channels", channels[-1])
@@ -86,7 +87,7 @@ class ConvGrid(nnx.Module):
         )
 
     def __call__(self, picture: Float[Array, "B Y X 3"], key: Array | None = None) -> Float[Array, "B R C F"]:
-        """The grid of a picture in [0, 1]; nothing is dropped, with a key or without."""
+        """The grid of a picture in [0, 1]; there is no dropout, so `key` has no effect."""
         x = (2 * picture - 1).astype(self.dtypes.compute)
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             x = nnx.relu(norm(convolution(x)))
@@ -94,18 +95,18 @@ class ConvGrid(nnx.Module):
 
 
 class PatchGrid(nnx.Module):
-    """Square patches, each one vector, and Transformer encoder blocks over all of them.
+    """Embedding of square patches followed by Transformer encoder blocks.
 
     Args:
-      shape: of the blocks.
-      patch: side of a patch in pixels; must divide the picture's sides.
+      shape: config of the blocks.
+      patch: side of a patch in pixels; must divide the sides of the picture.
       depth: number of blocks.
       rngs: random streams.
 
     Raises:
-      ValueError: a size that is no positive integer, or a width that is no multiple of 4.
+      ValueError: a size that is not a positive integer, or a width that is not a multiple of 4.
 
-    Source: arXiv 2010.11929 section 3.1 (with fixed places, and no class token).
+    Source: arXiv 2010.11929 section 3.1 (with fixed positions, and without a class token).
 
     Example:
       >>> shape = TransformerShape(width=16, heads=2, positions=None)
@@ -124,10 +125,10 @@ class PatchGrid(nnx.Module):
         self.norm = LayerNorm(shape.width, **same)
 
     def __call__(self, picture: Float[Array, "B Y X 3"], key: Array | None = None) -> Float[Array, "B R C F"]:
-        """The grid of a picture in [0, 1]; `key` draws the blocks' dropout, None drops nothing.
+        """The grid of a picture in [0, 1]; `key` is the random key of dropout, None disables it.
 
         Raises:
-          ValueError: a picture whose sides are no multiples of `patch`.
+          ValueError: a picture whose sides are not multiples of `patch`.
         """
         batch, height, width, _ = picture.shape
         if height % self.patch or width % self.patch:

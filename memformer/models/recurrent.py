@@ -1,4 +1,4 @@
-"""The plain recurrent model: a stack of RNN, LSTM or GRU layers between an embedding and a read-out."""
+"""RecurrentLM: a stack of RNN, LSTM or GRU layers between an embedding and a read-out."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.basic import Embedding, constrain, dropout, linear
 from memformer.layers.config import BaseConfig
-from memformer.layers.recurrent import CELLS, recurrent_stack
+from memformer.layers.recurrent import CELLS, RecurrentStack
 from memformer.models.config import check_input
 from memformer.models.language_model import ModelOutput
 
@@ -20,17 +20,17 @@ __all__ = ["RecurrentConfig", "RecurrentLM"]
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentConfig(BaseConfig):
-    """The shape of a RecurrentLM.
+    """Config of a RecurrentLM.
 
     Attributes:
       cell: "rnn", "lstm" or "gru".
-      width: units a layer and direction, and entries of a token's vector.
+      width: units per layer and direction, and width of the embedding.
       depth: layers.
-      bidirectional: both directions, for tagging whole sequences.
-      dropout: rate on what each layer and the read-out read; active after `model.train()`.
+      bidirectional: reads in both directions, for tagging whole sequences.
+      dropout: rate on the inputs of the layers and of the read-out; active after `model.train()`.
 
     Raises:
-      ValueError: names the key, what was expected and what came.
+      ValueError: a value that does not fit; names the field, what was expected and what was given.
 
     Example:
       >>> RecurrentConfig(cell="gru", width=64).depth
@@ -50,17 +50,17 @@ class RecurrentConfig(BaseConfig):
 
 
 class RecurrentLM(nnx.Module):
-    """Ids or feature vectors in, a stack of recurrent layers, logits at each position out.
+    """A sequence model of recurrent layers only: ids or feature vectors in, logits at each position out.
 
-    Nothing else: no norm, no residual path, no feedforward layer; features enter the first layer as they are.
-    `memory_lm` with memory "rnn", "lstm" or "gru" has all of these.
+    It has no norms, residual connections or feedforward layers, and features enter the first layer without a
+    projection. `memory_lm` with memory "rnn", "lstm" or "gru" has all of these.
 
     Args:
-      config: the shape.
-      vocab_size: of the input ids; 0 where inputs are feature vectors.
-      num_classes: of the logits; None is vocab_size.
+      config: config of the model.
+      vocab_size: number of input ids; 0 where inputs are feature vectors.
+      num_classes: number of logits; None is vocab_size.
       features: F of float inputs [B, T, F]; 0 where inputs are ids.
-      rngs: random streams; "params", and "dropout" where there is dropout.
+      rngs: random streams: "params", and "dropout" if the config has dropout.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -86,7 +86,7 @@ class RecurrentLM(nnx.Module):
         self.config, self.vocab_size, self.num_classes, self.features = config, vocab_size, num_classes, features
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         self.embedding: Any = nnx.data(None) if features else Embedding(vocab_size, config.width, **same)
-        self.stack = recurrent_stack(
+        self.stack = RecurrentStack(
             config.cell,
             features or config.width,
             config.width,
@@ -101,10 +101,10 @@ class RecurrentLM(nnx.Module):
         self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> tuple:
-        """The state before the first token; its size does not depend on capacity, nor its dtype on dtype.
+        """The state before the first token; capacity and dtype, which size a cache, have no effect.
 
         Raises:
-          ValueError: a batch or capacity that is no positive integer, or a model of both directions.
+          ValueError: a batch or capacity that is not a positive integer, or a bidirectional model.
         """
         check_size("capacity", capacity)
         return self.stack.init_state(batch)
@@ -121,12 +121,12 @@ class RecurrentLM(nnx.Module):
 
         Args:
           inputs: ids, or float features.
-          segment_ids: 0 = padding; the rule of `memformer.core.segments`.
-          positions: not read: a recurrent layer knows the order.
-          state: of the last call, or of `init_state`; None is the beginning.
+          segment_ids: packed sequences, 0 = padding; see `memformer.core.segments`.
+          positions: ignored: recurrence implies the order.
+          state: from the previous call or from `init_state`; None starts a sequence.
 
         Raises:
-          ValueError: an array of another shape or dtype, or a state where both directions are read.
+          ValueError: an array of wrong shape or dtype, or a state for a bidirectional model.
         """
         dims: Dims = {"F": self.features} if self.features else {}
         kind = jnp.floating if self.features else jnp.integer
@@ -139,7 +139,7 @@ class RecurrentLM(nnx.Module):
         return ModelOutput(constrain(logits, "activation_batch", "activation_time", "activation_vocab"), state, {})
 
     def _keys(self) -> tuple[Array | None, Array | None]:
-        """Keys for the stack and for the read-out, or None where nothing is dropped."""
+        """Dropout keys of the stack and of the read-out; None without dropout."""
         if self.deterministic or not self.config.dropout:
             return None, None
         first, rest = jax.random.split(self.dropout_stream(), 2)

@@ -1,4 +1,4 @@
-"""Segment recurrence: a Transformer that reads a sequence segment by segment and carries a memory between them."""
+"""Segment recurrence (RMT, ARMT): a Transformer that reads segments in turn and carries a memory between them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,22 +29,22 @@ __all__ = ["ARMTConfig", "AssociativeLayer", "RMTConfig", "SegmentMemory"]
 
 @dataclasses.dataclass(frozen=True)
 class RMTConfig(BaseConfig):
-    """The shape of a recurrent memory Transformer: memory tokens only.
+    """Config of a recurrent memory Transformer, whose memory is M token vectors.
 
     Attributes:
-      segment_length: L, tokens that attend to each other.
+      segment_length: L, number of tokens that attend to each other.
       memory_tokens: M, read before a segment and written after it.
       width: D.
-      depth: layers.
-      heads: of the attention within a segment (rotary positions).
+      depth: number of layers.
+      heads: of the attention within a segment (with rotary positions).
       feedforward: "swiglu", "mlp", "moe" or None (or "none").
       feedforward_options: options of the feedforward layer.
       norm: "rms" or "layer".
-      remat: None, or what the backward pass keeps of a segment: "full" (the memory before it only), "dots",
-        "projections"; see `LanguageModelConfig`.
+      remat: activations saved per segment: None for all, "full" for the memory before it only, "dots" or "projections"
+        as in `LanguageModelConfig`.
 
     Raises:
-      ValueError: names the key, what was expected and what came.
+      ValueError: a value that does not fit; names the field, what was expected and what was given.
 
     Example:
       >>> RMTConfig(segment_length=6, width=32).memory_tokens
@@ -69,7 +69,7 @@ class RMTConfig(BaseConfig):
 
     @property
     def blocks(self) -> LanguageModelConfig:
-        """The shape of the blocks that read a segment."""
+        """Config of the blocks that read a segment."""
         same = (
             "width",
             "depth",
@@ -86,14 +86,14 @@ class RMTConfig(BaseConfig):
 
 @dataclasses.dataclass(frozen=True)
 class ARMTConfig(RMTConfig):
-    """The shape of an associative recurrent memory Transformer.
+    """Config of an associative recurrent memory Transformer, whose memory is an associative matrix per layer.
 
     Attributes:
-      key_width: of the keys and queries before the feature map, which gives 6 times as many features.
-      correction: z grows by what is new of a key only (gamma); False: by all of it, however often it is written.
+      key_width: width of keys and queries before the feature map, which has 6 times as many features.
+      correction: the normaliser z accumulates only the new part of a key (gamma); if False, all of it at every write.
 
     Raises:
-      ValueError: names the key, what was expected and what came.
+      ValueError: a value that does not fit; names the field, what was expected and what was given.
 
     Example:
       >>> ARMTConfig(segment_length=6, width=32, correction=False).key_width
@@ -105,15 +105,15 @@ class ARMTConfig(RMTConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_size("key_width", self.key_width)
+        self.check_sizes("key_width")
         check_choice("correction", self.correction, (False, True))
 
 
 class AssociativeLayer(nnx.Module):
-    """The associative memory of one layer: read by its input, written by its memory tokens' output.
+    """The associative memory of a layer: read by the inputs of the layer, written by the outputs of its memory tokens.
 
     Args:
-      config: of the model.
+      config: config of the model.
       rngs: random streams.
     """
 
@@ -122,7 +122,7 @@ class AssociativeLayer(nnx.Module):
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         self.query = linear(width, config.key_width, ("embed", None), **same)
         self.key = linear(width, config.key_width, ("embed", None), **same)
-        # As in the paper's code: at the start nothing is stored, and the model is a Transformer.
+        # Zeros as in the code of the paper: initially nothing is stored and the model is a plain Transformer.
         self.value = linear(width, width, ("embed", None), init=nnx.initializers.zeros, **same)
         self.beta = SigmoidGate(width, 1, 1.0, **same)
         self.features, self.width, self.correction = 2 * NEIGHBOURS * config.key_width, width, config.correction
@@ -134,34 +134,34 @@ class AssociativeLayer(nnx.Module):
         return AssociativeMemory(jnp.zeros(shape, self.wide), jnp.zeros(shape[:2], self.wide))
 
     def read(self, memory: AssociativeMemory, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What the memory adds to the layer's input."""
+        """The vectors to add to the input x of the layer."""
         return associative_read(memory, dpfp(self.query(x))).astype(x.dtype)
 
     def write(self, memory: AssociativeMemory, tokens: Float[Array, "B M D"]) -> AssociativeMemory:
-        """The memory after the segment whose memory tokens left the layer as `tokens`."""
+        """The memory after a segment, given the outputs of its memory tokens."""
         v, beta = self.value(tokens).astype(self.wide), self.beta(tokens)[:, :, 0]
         return associative_write(memory, dpfp(self.key(tokens)), v, beta, correction=self.correction)
 
 
 class SegmentMemory(nnx.Module):
-    """A causal sequence model that reads segments of L tokens in turn; a memory is all that passes between them.
+    """A causal sequence model that reads segments of L tokens in turn; only a memory passes between them.
 
         RMT:   [.., y_s, m_s] = blocks([m_(s-1), x_s, m_(s-1)])
-        ARMT:  in each layer: h <- h + read(h), h <- block(h), write(h of the memory tokens); [x_s, m] enter the first
+        ARMT:  in each layer: h <- h + read(h), h <- block(h), write(h of the memory tokens); the input is [x_s, m]
 
-    In RMT the outputs of M memory tokens are read by the next segment. In ARMT memory tokens begin anew in every
-    segment and are written, layer by layer, to an associative memory that all tokens of later segments read. Memory
-    tokens stand behind the segment, where causal attention lets them see all of it. Segments are one `lax.scan`:
-    the program does not grow with their number, and gradients pass through all of them.
+    In RMT the outputs of the M memory tokens are inputs of the next segment. In ARMT every segment starts with the same
+    memory tokens, and each layer writes their outputs to an associative memory that all tokens of later segments read.
+    Memory tokens follow the segment, so that causal attention lets them see all of it. A `lax.scan` runs over the
+    segments: the program does not grow with their number, and gradients pass through all of them.
 
-    A segment is L tokens of one sequence, counted from the sequence's first; its last may be shorter. A call, and a
-    packed sequence in it, therefore starts a segment: sequences of a packed batch must begin at multiples of L (pad
-    them to that), without padding inside, and a sequence can be continued with its state after a multiple of L tokens.
+    A segment is L consecutive tokens of one sequence, counted from its first; its last segment may be shorter. Every
+    sequence therefore starts a segment: the sequences of a packed batch must begin at multiples of L, without padding
+    inside, and a state can continue a sequence only after a multiple of L tokens.
 
     Args:
       config: `ARMTConfig` or `RMTConfig`.
-      vocab_size: of the input ids; 0 where inputs are feature vectors.
-      num_classes: of the logits; None is vocab_size.
+      vocab_size: number of input ids; 0 where inputs are feature vectors.
+      num_classes: number of logits; None is vocab_size.
       features: F of float inputs [B, T, F]; 0 where inputs are ids.
       rngs: random streams.
 
@@ -197,7 +197,7 @@ class SegmentMemory(nnx.Module):
             self.embedding = linear(features, width, (None, "embed"), bias=True, **same)
         else:
             self.embedding = Embedding(vocab_size, width, **same)
-        # Unit entries, as token vectors have.
+        # Entries of unit variance, as in token embeddings.
         init = named(nnx.initializers.normal(1.0), None, "embed")
         self.tokens = nnx.Param(init(rngs.params(), (config.memory_tokens, width), config.dtypes.param))
         self.blocks = nnx.List([Block(blocks, "softmax_attention", rngs=rngs) for _ in range(config.depth)])
@@ -209,12 +209,12 @@ class SegmentMemory(nnx.Module):
         self.head.preferred_element_type = config.dtypes.wide
 
     def init_state(self, batch: int, capacity: int | None = None, dtype: Any = None) -> State:
-        """The state before the first token, whatever the `capacity` (of models whose state grows) and `dtype`.
+        """The state before the first token; capacity and dtype, which size a cache, have no effect.
 
         Raises:
-          ValueError: a batch that is no positive integer.
+          ValueError: a batch that is not a positive integer.
         """
-        check_size("batch", batch)
+        batch = check_size("batch", batch)
         return {"memory": self._empty(batch), "position": jnp.zeros(batch, jnp.int32)}
 
     def _empty(self, batch: int) -> Any:
@@ -237,14 +237,14 @@ class SegmentMemory(nnx.Module):
 
         Args:
           inputs: ids, or float features.
-          segment_ids: of packed sequences, 0 = padding; each sequence begins at a multiple of segment_length.
-          positions: within each sequence; None counts, on from the state's. Modulo segment_length they must be
-            the tokens' places in their segments.
-          state: of the last call, or of `init_state`; None is the beginning.
+          segment_ids: packed sequences, 0 = padding; each sequence begins at a multiple of segment_length.
+          positions: within each sequence; None counts, continuing from the state. Modulo segment_length they must be
+            the positions of the tokens in their segments.
+          state: from the previous call or from `init_state`; None starts a sequence.
 
         Raises:
-          ValueError: an array of another shape or dtype, or sequences that do not start with a segment (under jit
-            the running program fails with the same words).
+          ValueError: an array of wrong shape or dtype, or sequences that do not start with a segment (under jit, the
+            running program raises the same error).
         """
         length = self.config.segment_length
         dims = {"F": self.features} if self.features else {}
@@ -252,14 +252,14 @@ class SegmentMemory(nnx.Module):
         inputs = check_array("inputs", inputs, "B T F" if self.features else "B T", dims, kind=kind)
         x = self.embedding(inputs.astype(self.config.dtypes.compute) if self.features else inputs)
         x = constrain(x, "activation_batch", "activation_time", "activation_embed")
-        free = segment_ids is None and positions is None and state is None
+        aligned = segment_ids is None and positions is None and state is None
         if segment_ids is None and dims["T"] % length:
             segment_ids = jnp.ones((dims["B"], dims["T"]), jnp.int32)
         segments = find_segments(segment_ids, dims)
         if positions is None:
             positions = count_positions(segments, (dims["B"], dims["T"]), None if state is None else state["position"])
         positions = check_array("positions", positions, "B T", dims, kind=jnp.integer)
-        if not free:
+        if not aligned:
             _check_alignment(segments, positions, length)
         memory = self._empty(dims["B"]) if state is None else state["memory"]
         xs: tuple = (chunk_time(x, length), None, None)
@@ -275,7 +275,7 @@ class SegmentMemory(nnx.Module):
         return ModelOutput(logits, state, jax.tree.map(jnp.mean, aux))
 
     def _segment(self, memory: Any, xs: tuple) -> tuple[Any, tuple]:
-        """One step of the scan: the memory before a segment to that after it, and what the segment's tokens became."""
+        """A step of the scan: from the memory before a segment to (the memory after it, (outputs, aux))."""
         x, valid, starts = xs
         if starts is not None:
             memory = _choose(starts, self._empty(len(x)), memory)
@@ -285,7 +285,7 @@ class SegmentMemory(nnx.Module):
         return after, (y, aux)
 
     def _read_segment(self, memory: Any, x: Array, valid: Array | None) -> tuple[Any, Array, dict]:
-        """Runs the blocks over the segment and its memory tokens; they stand at the same positions in every segment."""
+        """Runs the blocks over a segment and its memory tokens, with the same positions in every segment."""
         count, recurrent = self.config.memory_tokens, self.memories is None
         tokens = memory if recurrent else jnp.broadcast_to(self._tokens()[None], (len(x), *self.tokens.shape))
         front = count if recurrent else 0
@@ -308,23 +308,23 @@ class SegmentMemory(nnx.Module):
 
 
 def _choose(rows: Bool[Array, "B"], yes: Any, no: Any) -> Any:
-    """`yes` in the rows that hold, `no` in the others."""
+    """`yes` in the selected rows, `no` in the others."""
     return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b), yes, no)
 
 
 def _starts(index: Int[Array, "B T"], length: int) -> Bool[Array, "N B"]:
-    """Rows whose sequence begins with segment n: it ends in another sequence than the one before."""
+    """Which rows start a sequence with segment n: those where it ends in another sequence than segment n - 1."""
     last = jnp.concatenate([index[:, length - 1 :: length], index[:, -1:]], axis=1)[:, : -(-index.shape[1] // length)]
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
     return (last != before).T
 
 
 def _check_alignment(segments: Any, positions: Int[Array, "B T"], length: int) -> None:
-    """Raises at once where the arrays are known, or else has the running program raise."""
+    """Raises at once where the arrays are known; under jit, makes the running program raise."""
     place = jnp.arange(positions.shape[1], dtype=positions.dtype)[None] % length
     wrong = positions % length != place
     if segments is not None:
-        # The sequence that the segment of a token begins with.
+        # The sequence that starts the memory segment of each token.
         first = jnp.repeat(segments.index[:, ::length], length, axis=1)[:, : positions.shape[1]]
         wrong = segments.valid & (wrong | ((segments.index != first) & (place != 0)))
     wrong = jnp.any(wrong)
@@ -335,11 +335,11 @@ def _check_alignment(segments: Any, positions: Int[Array, "B T"], length: int) -
 
 
 def _raise_alignment(length: int, wrong: Any) -> None:
-    # Under vmap both branches of the condition run: only `wrong` tells.
+    # Under vmap both branches of the condition run, so `wrong` is tested again.
     if np.any(wrong):
         raise ValueError(
             f"segment_ids, positions and state must let every sequence start a memory segment of segment_length = "
-            f"{length} tokens: packed sequences begin at multiples of {length} in their row (pad them with id 0 at "
-            f"their ends, not inside), and a state continues a sequence after a multiple of {length} tokens. Some "
-            f"token's position modulo {length} is not its place in its segment"
+            f"{length} tokens: packed sequences begin at multiples of {length} in their row (padded with id 0 at their "
+            f"ends, not inside), and a state continues a sequence after a multiple of {length} tokens. Got a token "
+            f"whose position modulo {length} is not its position in its segment"
         )

@@ -1,4 +1,4 @@
-"""Sequence to sequence by LSTMs: all of the source in one last state, or additive attention over its states."""
+"""Sequence-to-sequence LSTMs: with the last encoder state only, or with additive attention over all of them."""
 
 import dataclasses
 from typing import Any
@@ -26,18 +26,17 @@ ATTENTIONS = ("none", "additive")
 
 @dataclasses.dataclass(frozen=True)
 class Seq2SeqConfig(BaseConfig):
-    """The shape of an LSTM encoder-decoder.
+    """Config of an LSTM encoder-decoder.
 
     Attributes:
-      attention: "none", the decoder starts from the encoder's last state and has nothing else; or "additive", it
-        looks at the states of a bidirectional encoder anew for each token.
-      width: D, of token vectors, of each LSTM and of the attention network.
-      depth: LSTM layers of encoder and of decoder.
-      dropout: rate on token vectors, between the encoder's layers and before the read-out; active after
-        `model.train()`.
+      attention: "none", the decoder sees the source only through its initial state; or "additive", it attends to the
+        states of a bidirectional encoder at each token.
+      width: D: of embeddings, of each LSTM and of the attention network.
+      depth: number of LSTM layers of the encoder, and of the decoder.
+      dropout: rate on embeddings, between encoder layers and before the read-out; active after `model.train()`.
 
     Raises:
-      ValueError: names the key, what was expected and what came.
+      ValueError: a value that does not fit; names the field, what was expected and what was given.
 
     Example:
       >>> Seq2SeqConfig(attention="additive", width=64).depth
@@ -56,28 +55,28 @@ class Seq2SeqConfig(BaseConfig):
 
 
 class Seq2Seq(nnx.Module):
-    """Reads a source and writes a target token by token.
+    """An LSTM encoder-decoder.
 
         m_1 ... m_S = LSTM(E source)                        (both directions with attention)
         s_0 = tanh(W_0 m_S), or of the backward m_1 with attention
         e_tj = v . tanh(W s_{t-1} + U m_j);  a_t = softmax(e_t);  r_t = sum_j a_tj m_j
         s_t = LSTM([E y_{t-1}; r_t], s_{t-1});  logits_t = E tanh(W_o [E y_{t-1}; s_t; r_t])
 
-    Without attention there is no r_t. W_0 gives h and c of every layer of the decoder; e_tj reads the h of its last
-    layer. One table E serves source, target and read-out.
+    Without attention there is no r_t. W_0 gives h and c of every decoder layer; e_tj uses h of the last one. Source,
+    target and read-out share the table E.
 
     Args:
-      config: the shape.
-      vocab_size: of source and input ids.
-      num_classes: of the logits; None is vocab_size, and it must be that.
+      config: config of the model.
+      vocab_size: number of source and input ids.
+      num_classes: must be None or vocab_size.
       features: must be 0: source and inputs are ids.
-      rngs: random streams; "params", and "dropout" where there is dropout.
+      rngs: random streams: "params", and "dropout" if the config has dropout.
 
     Raises:
       ValueError: sizes that do not fit each other.
 
     Source: without attention arXiv 1409.3215, with s_0 as in arXiv 1406.1078; with attention arXiv 1409.0473,
-    appendix A, its gated units as LSTMs and its maxout layer as a tanh layer.
+    appendix A, with LSTMs instead of gated units and a tanh layer instead of maxout.
 
     Example:
       >>> model = Seq2Seq(Seq2SeqConfig(width=8), vocab_size=7, rngs=nnx.Rngs(0))
@@ -101,9 +100,9 @@ class Seq2Seq(nnx.Module):
     ):
         check_size("vocab_size", vocab_size)
         if features:
-            raise ValueError(f"features must be 0: source and inputs of a seq2seq model are ids, got {features}")
+            raise ValueError(f"features must be 0 (source and inputs of a seq2seq model are ids), got {features}")
         if num_classes not in (None, vocab_size):
-            raise ValueError(f"num_classes must be vocab_size = {vocab_size}: one table serves both, got {num_classes}")
+            raise ValueError(f"num_classes must be vocab_size = {vocab_size} (they share a table), got {num_classes}")
         self.config, self.vocab_size, self.num_classes, self.features = config, vocab_size, vocab_size, 0
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         width, depth, attends = config.width, config.depth, config.attention == "additive"
@@ -126,15 +125,15 @@ class Seq2Seq(nnx.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         capacity: int | None = None,
     ) -> State:
-        """The state before the first token of the target: the source read, of packed ones each row's first.
+        """The state before the first token of the target; of packed sources, the first of each row is used.
 
         Args:
           source: ids.
-          source_segment_ids: 0 = padding; None for none.
-          capacity: not needed, a recurrent state has room for any number of tokens; only checked.
+          source_segment_ids: 0 = padding; None for no padding.
+          capacity: checked, but has no effect on a recurrent state.
 
         Raises:
-          ValueError: an array of another shape or dtype, or a capacity that is no positive integer.
+          ValueError: an array of wrong shape or dtype, or a capacity that is not a positive integer.
         """
         if capacity is not None:
             check_size("capacity", capacity)
@@ -155,18 +154,18 @@ class Seq2Seq(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         state: State | None = None,
     ) -> ModelOutput:
-        """Logits of the id after each input; a call with the returned state continues each row's last target.
+        """Logits of the id after each input; a call with the returned state continues the last target of each row.
 
         Args:
-          inputs: the target so far, from its start token on.
-          source: for the first call (state None); later ones have what they need of it in their state.
-          source_segment_ids: 0 = padding. Packed pairs have one id in source and target.
-          segment_ids: of the inputs, 0 = padding; with a state they tell padding only.
-          positions: not read: a recurrent decoder knows the order.
-          state: of the last call, or of `start`.
+          inputs: the target so far, beginning with its start token.
+          source: for the first call (state None); later calls have it in their state.
+          source_segment_ids: 0 = padding. Packed pairs have the same id in source and target.
+          segment_ids: of the inputs, 0 = padding; with a state they only mark padding.
+          positions: ignored: recurrence implies the order.
+          state: from the previous call or from `start`.
 
         Raises:
-          ValueError: both or neither of source and state, or an array of another shape or dtype.
+          ValueError: both or neither of source and state, or an array of wrong shape or dtype.
         """
         return self._run(inputs, source, source_segment_ids, segment_ids, state)[0]
 
@@ -178,7 +177,7 @@ class Seq2Seq(nnx.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B L H T S"]:
-        """Weights of each target position over the source, of one layer and one head, in float32.
+        """Attention weights over the source at each target position (one layer, one head), in float32.
 
         Row t belongs to the prediction of the id after inputs[t]; rows of padding are 0.
 
@@ -186,11 +185,11 @@ class Seq2Seq(nnx.Module):
           ValueError: a model without attention.
         """
         if self.attention is None:
-            raise ValueError("alignments need attention: this model has attention='none'")
+            raise ValueError("alignments require a model with attention, got attention='none'")
         return self._run(inputs, source, source_segment_ids, segment_ids, None)[1][:, None, None]
 
     def _encode(self, source: Array, segment_ids: Array | None, keys: Array | None) -> dict[str, Array]:
-        """What the decoder may look at: states of the encoder, which segment they are of, and their products."""
+        """The encoder states, their segment ids, and with attention their keys."""
         dims: Dims = {}
         source = check_array("source", source, "B S", dims, kind=jnp.integer)
         if segment_ids is None:
@@ -204,26 +203,27 @@ class Seq2Seq(nnx.Module):
         return memory if self.attention is None else {**memory, "keys": self.attention.prepare(states)}
 
     def _first(self, memory: dict[str, Array], ids: Int[Array, "B T"]) -> tuple[LSTMState, ...]:
-        """The decoder's first state, had its target begun at each position: [B, T, D] of the source with that id."""
+        """The initial decoder state for a target with the segment id of each position, [B, T, D]."""
         belongs = memory["segments"][:, None, :] == ids[:, :, None]
         states = memory["states"]
         if self.attention is None:
             place = belongs.shape[2] - 1 - jnp.argmax(jnp.flip(belongs, 2), axis=2)
         else:
-            # the backward direction has read all of a source at its first token
+            # The backward direction has read the whole source at its first token.
             place, states = jnp.argmax(belongs, axis=2), states[..., self.config.width :]
         whole = jnp.take_along_axis(states, place[..., None], axis=1)
         parts = jnp.split(jnp.tanh(self.first(whole)), 2 * self.config.depth, axis=-1)
         return tuple(LSTMState(h, c) for h, c in zip(parts[::2], parts[1::2], strict=True))
 
     def _state(self, memory: dict[str, Array], decoder: tuple[LSTMState, ...], segment: Array) -> State:
-        # without attention the decoder's state is all that goes on
+        # Without attention the decoder needs nothing but its own state.
         return {"decoder": decoder, "segment": segment, "memory": {} if self.attention is None else memory}
 
     def _run(self, inputs, source, source_segment_ids, segment_ids, state) -> tuple[ModelOutput, Array]:
-        """(output, attention weights [B, T, S])."""
+        """Returns (output, attention weights [B, T, S])."""
         if (state is None) == (source is None):
-            raise ValueError("give source for the first tokens of a target, or state to go on; got both or neither")
+            given = "neither" if source is None else "both"
+            raise ValueError(f"give either source, to start targets, or state, to continue them; got {given}")
         dims: Dims = {}
         inputs = check_array("inputs", inputs, "B T", dims, kind=jnp.integer)
         find_segments(segment_ids, dims)
@@ -248,7 +248,7 @@ class Seq2Seq(nnx.Module):
         return ModelOutput(logits, self._state(memory, decoder, segment), {}), weights
 
     def _decode(self, x, ids, memory, fresh, now) -> tuple:
-        """The decoder's state and its segment, then [s_t; r_t] and the weights (None without attention), by time."""
+        """Returns ((decoder state, its segment), ([s_t; r_t], weights or None without attention) [B, T, ...])."""
 
         def step(now: tuple, inputs: tuple) -> tuple:
             (state, segment), (word, each, first) = now, inputs

@@ -1,4 +1,4 @@
-"""The two halves of a Transformer, each usable alone: vectors to vectors, and ids with a memory to logits."""
+"""The encoder and the decoder of a Transformer as separate modules."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ __all__ = ["TransformerDecoder", "TransformerEncoder"]
 
 
 class _Stack(nnx.Module):
-    """What both halves do before their blocks: positions, dropout, keys."""
+    """Base of encoder and decoder: positions, dropout, blocks and the final norm."""
 
     def __init__(self, shape: TransformerShape, depth: int, block: Any, *, rngs: nnx.Rngs):
         check_size("depth", depth)
@@ -37,7 +37,7 @@ class _Stack(nnx.Module):
         self.dropout_stream: Any = rngs.dropout.fork() if shape.dropout else nnx.data(None)
 
     def _keys(self) -> Array | None:
-        """A key for each block and one for the input, or None where nothing is dropped."""
+        """Dropout keys, one per block and one for the input; None without dropout."""
         if self.deterministic or not self.shape.dropout:
             return None
         return stochastic_keys(self.dropout_stream(), self.depth + 1)
@@ -60,13 +60,13 @@ class _Stack(nnx.Module):
 
 
 class TransformerEncoder(_Stack):
-    """Vectors in, vectors out, each seeing all of its segment: positions, dropout, blocks, final norm (pre).
+    """A stack of bidirectional blocks: vectors in, vectors out, with attention within each segment.
 
     Args:
-      shape: of the blocks.
-      depth: blocks.
-      embedding_norm: a layer norm after the positions, as BERT has it.
-      rngs: random streams; "params", and "dropout" where there is dropout.
+      shape: config of the blocks.
+      depth: number of blocks.
+      embedding_norm: a layer norm after the positions, as in BERT.
+      rngs: random streams: "params", and "dropout" if the config has dropout.
 
     Example:
       >>> encoder = TransformerEncoder(TransformerShape(width=8, heads=2), 2, rngs=nnx.Rngs(0))
@@ -85,17 +85,17 @@ class TransformerEncoder(_Stack):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B S D"]:
-        """The encoder's output.
+        """The output of the encoder.
 
         Args:
           x: vectors.
-          segment_ids: packed sequences, 0 = padding; what stands at padding is unspecified and seen by nobody.
+          segment_ids: packed sequences, 0 = padding; outputs at padding are unspecified and affect no other token.
           positions: None counts within each segment.
 
         Raises:
-          ValueError: an array of another shape or dtype, or longer than the learned positions.
+          ValueError: an array of wrong shape or dtype, or more tokens than learned positions.
         """
-        x, keys, where = self._enter(x, segment_ids, positions)
+        x, keys, where = self._prepare(x, segment_ids, positions)
 
         def step(block: EncoderBlock, x: Array, key: Array | None) -> tuple[Array, None]:
             return block(x, key, **where), None
@@ -110,8 +110,8 @@ class TransformerEncoder(_Stack):
         segment_ids: Int[Array, "B S"] | None = None,
         positions: Int[Array, "B S"] | None = None,
     ) -> Float[Array, "B L H S S"]:
-        """Attention weights of the L blocks, [layer, head, query, key] in float32; the same arguments."""
-        x, keys, where = self._enter(x, segment_ids, positions)
+        """Attention weights of the L blocks, [layer, head, query, key] in float32, with the arguments of a call."""
+        x, keys, where = self._prepare(x, segment_ids, positions)
 
         def step(block: EncoderBlock, x: Array, key: Array | None) -> tuple[Array, Array]:
             return block(x, key, **where), block.weights(x, **where)
@@ -119,10 +119,10 @@ class TransformerEncoder(_Stack):
         _, weights = run_stack(self.blocks, step, x, None if keys is None else keys[:-1])
         return jnp.moveaxis(weights, 0, 1)
 
-    def _enter(
+    def _prepare(
         self, x: Array, segment_ids: Array | None, positions: Array | None
     ) -> tuple[Array, Array | None, dict[str, Any]]:
-        """The input of the first block, the keys, and the blocks' keyword arguments."""
+        """Returns (input of the first block, dropout keys, keyword arguments of the blocks)."""
         dims: Dims = {"D": self.shape.width}
         x = check_array("x", x, "B S D", dims)
         self._check_length("the source's length", dims["S"])
@@ -136,18 +136,18 @@ class TransformerEncoder(_Stack):
 
 
 class TransformerDecoder(_Stack):
-    """Ids in, logits of the next ids out, with attention to a memory [B, S, D] that anything may have made.
+    """A stack of causal blocks with cross-attention to a memory [B, S, D]: ids in, logits of the next ids out.
 
-    Its state holds, for each block, the memory's keys and values and a cache of the tokens so far: every
-    array has the batch first (scalars are shared), so rows can be gathered, as a beam search does.
+    The state contains, per block, keys and values of the memory and a cache of the tokens so far. Every array has the
+    batch on its first axis (scalars are shared), so that a beam search can gather rows.
 
     Args:
-      shape: of the blocks; the memory has their width.
-      depth: blocks.
-      vocab_size: of the ids.
-      num_classes: of the logits; None is vocab_size.
-      tie_embeddings: the read-out is the embedding's table.
-      rngs: random streams; "params", and "dropout" where there is dropout.
+      shape: config of the blocks; the memory has their width.
+      depth: number of blocks.
+      vocab_size: number of ids.
+      num_classes: number of logits; None is vocab_size.
+      tie_embeddings: the read-out shares the embedding table.
+      rngs: random streams: "params", and "dropout" if the config has dropout.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -178,7 +178,7 @@ class TransformerDecoder(_Stack):
         check_size("num_classes", num_classes)
         if tie_embeddings and num_classes != vocab_size:
             raise ValueError(
-                f"tie_embeddings needs the same ids in and out, got vocab_size = {vocab_size} and num_classes = "
+                f"tie_embeddings requires the same ids in and out, got vocab_size = {vocab_size} and num_classes = "
                 f"{num_classes}; set tie_embeddings to False"
             )
         super().__init__(shape, depth, DecoderBlock, rngs=rngs)
@@ -196,15 +196,16 @@ class TransformerDecoder(_Stack):
         *,
         capacity: int | None = None,
     ) -> State:
-        """The state before the first token: everything that depends on the memory alone is computed here.
+        """The state before the first token, with everything that depends only on the memory.
 
         Args:
-          memory: what the blocks consult.
-          memory_segment_ids: 0 = padding; None for none.
-          capacity: tokens there will be room for (decoding then compiles once); None grows call by call.
+          memory: for the blocks to attend to.
+          memory_segment_ids: 0 = padding; None for no padding.
+          capacity: number of tokens that the caches have room for (decoding then compiles once); with None they grow
+            with each call.
 
         Raises:
-          ValueError: an array of another shape or dtype, or a capacity beyond the learned positions.
+          ValueError: an array of wrong shape or dtype, or a capacity above the learned positions.
         """
         dims: Dims = {"D": self.shape.width}
         memory = check_array("memory", memory, "B S D", dims).astype(self.shape.dtypes.compute)
@@ -233,17 +234,17 @@ class TransformerDecoder(_Stack):
         """Logits at each position; a call with the returned state continues the sequences.
 
         Args:
-          inputs: ids; position t reads ids up to t.
-          memory: for the first call (state None); later ones have it in their state.
-          memory_segment_ids: of the memory, 0 = padding. With segment_ids too, a token sees the part of the
-            memory that has its own id; without, all that is not padding.
+          inputs: ids; position t sees ids up to t.
+          memory: for the first call (state None); later calls have it in their state.
+          memory_segment_ids: of the memory, 0 = padding. If there are segment_ids too, a token sees the slots of its
+            own id; otherwise all slots that are not padding.
           segment_ids: packed sequences, 0 = padding.
-          positions: None counts within each segment, on from the state's.
-          state: of the last call, or of `start`.
+          positions: None counts within each segment, continuing from the state.
+          state: from the previous call or from `start`.
 
         Raises:
-          ValueError: both or neither of memory and state, an array of another shape or dtype, or more
-            tokens than learned positions.
+          ValueError: both or neither of memory and state, an array of wrong shape or dtype, or more tokens than
+            learned positions.
         """
         x, state, _ = self._run(inputs, memory, memory_segment_ids, segment_ids, positions, state)
         logits = self.embedding.attend(x) if self.head is None else self.head(x)
@@ -257,18 +258,18 @@ class TransformerDecoder(_Stack):
         memory_segment_ids: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B L H T S"]:
-        """Weights of each token over the memory, [layer, head, token, slot] in float32; each row sums to 1.
+        """Cross-attention weights, [layer, head, token, slot] in float32; each row sums to 1.
 
-        Row t is what the decoder consulted when it read inputs[t], that is, when it predicted the id after it.
+        Row t belongs to the prediction of the id after inputs[t].
         """
         _, _, weights = self._run(inputs, memory, memory_segment_ids, segment_ids, None, None)
         return weights
 
     def _run(self, inputs, memory, memory_segment_ids, segment_ids, positions, state):
-        """(the normalised output of the blocks, the state, the weights over the memory)."""
+        """Returns (normalised output of the blocks, state, cross-attention weights)."""
         if (memory is None) == (state is None):
             raise ValueError(
-                "give the memory (or source) in the first call and the state alone in later ones, got "
+                "give either memory (or source), to start targets, or state, to continue them; got "
                 + ("neither" if memory is None else "both")
             )
         dims: Dims = {}
@@ -299,7 +300,7 @@ class TransformerDecoder(_Stack):
         return self._finish(x), state, weights
 
     def _first(self, x, memory, memory_segment_ids, keys, where):
-        """All blocks in one scan; the states are taken apart after it."""
+        """Runs all blocks in one scan; the states are split per block afterwards."""
         dims: Dims = {"B": x.shape[0], "D": self.shape.width}
         memory = check_array("memory", memory, "B S D", dims).astype(x.dtype)
         if memory_segment_ids is not None:
@@ -314,7 +315,7 @@ class TransformerDecoder(_Stack):
         return x, layers, jnp.moveaxis(weights, 0, 1)
 
     def _next(self, x, layers, keys, where):
-        """Block by block: each state stays an array of its own, with the batch first, and is written in place."""
+        """Runs the blocks one by one: each state stays an array with the batch first, updated in place."""
         after, weights = [], []
         for index, state in enumerate(layers):
             key = None if keys is None else keys[index]

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array, check_size
+from memformer.core.checks import check_array
 from memformer.core.types import Array, Float, Int
 from memformer.layers.base import State
 from memformer.layers.basic import Embedding
@@ -19,12 +19,12 @@ __all__ = ["Transformer", "TransformerConfig"]
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig(TransformerShape):
-    """The shape of an encoder-decoder Transformer: `TransformerShape` and these.
+    """Config of an encoder-decoder Transformer: `TransformerShape` and three fields.
 
     Attributes:
-      encoder_depth: blocks over the source.
-      decoder_depth: blocks over the target.
-      tie_embeddings: source, target and read-out share one table (a joint vocabulary); False gives three.
+      encoder_depth: number of encoder blocks.
+      decoder_depth: number of decoder blocks.
+      tie_embeddings: source, target and read-out share one table (a joint vocabulary); False gives three tables.
 
     Example:
       >>> TransformerConfig(width=64, encoder_depth=3).decoder_depth
@@ -37,28 +37,27 @@ class TransformerConfig(TransformerShape):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("encoder_depth", "decoder_depth"):
-            check_size(key, getattr(self, key))
+        self.check_sizes("encoder_depth", "decoder_depth")
 
 
 class Transformer(nnx.Module):
-    """Reads a source in both directions and writes a target from left to right.
+    """An encoder-decoder Transformer.
 
         memory = encoder(E source + positions)
         logits_t = E decoder(E inputs_{<= t} + positions, memory)
 
     Args:
-      config: the shape.
-      vocab_size: of source and input ids.
-      num_classes: of the logits; None is vocab_size.
+      config: config of the model.
+      vocab_size: number of source and input ids.
+      num_classes: number of logits; None is vocab_size.
       features: must be 0: source and inputs are ids.
-      rngs: random streams; "params", and "dropout" where there is dropout.
+      rngs: random streams: "params", and "dropout" if the config has dropout.
 
     Raises:
       ValueError: sizes that do not fit each other.
 
-    Source: arXiv 1706.03762. As in tensor2tensor's later versions the norm may stand before a sublayer, and
-    dropout falls on the embedding and on each sublayer's output, not on attention weights.
+    Source: arXiv 1706.03762. As in later versions of tensor2tensor, the norm may precede a sublayer, and dropout
+    applies to the embedding and to the output of each sublayer, not to attention weights.
 
     Example:
       >>> model = Transformer(TransformerConfig(width=8, heads=2), vocab_size=7, rngs=nnx.Rngs(0))
@@ -81,7 +80,7 @@ class Transformer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         if features:
-            raise ValueError(f"features must be 0: a transformer's source and inputs are ids, got {features}")
+            raise ValueError(f"features must be 0 (source and inputs of a transformer are ids), got {features}")
         self.config, self.features = config, 0
         self.decoder = TransformerDecoder(
             config,
@@ -96,16 +95,16 @@ class Transformer(nnx.Module):
         self.source_embedding: Any = nnx.data(None)
         if not config.tie_embeddings:
             self.source_embedding = Embedding(vocab_size, config.width, dtypes=config.dtypes, rngs=rngs)
-        # Set by model.train() and model.eval(), as both halves' own.
+        # Set by model.train() and model.eval().
         self.deterministic = True
 
     def encode(
         self, source: Int[Array, "B S"], source_segment_ids: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S D"]:
-        """The encoder's output: what the decoder consults.
+        """The output of the encoder, which is the memory of the decoder.
 
         Raises:
-          ValueError: an array of another shape or dtype, or longer than the learned positions.
+          ValueError: an array of wrong shape or dtype, or more tokens than learned positions.
         """
         source = check_array("source", source, "B S", {}, kind=jnp.integer)
         embedding = self.decoder.embedding if self.source_embedding is None else self.source_embedding
@@ -117,15 +116,15 @@ class Transformer(nnx.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         capacity: int | None = None,
     ) -> State:
-        """The state before the first token of the target: source encoded, its keys and values computed.
+        """The state before the first token of the target, with keys and values of the encoded source.
 
         Args:
           source: ids.
-          source_segment_ids: 0 = padding; None for none.
-          capacity: tokens of the target there will be room for; None grows call by call.
+          source_segment_ids: 0 = padding; None for no padding.
+          capacity: number of target tokens that the caches have room for; with None they grow with each call.
 
         Raises:
-          ValueError: an array of another shape or dtype, or a capacity beyond the learned positions.
+          ValueError: an array of wrong shape or dtype, or a capacity above the learned positions.
         """
         return self.decoder.start(self.encode(source, source_segment_ids), source_segment_ids, capacity=capacity)
 
@@ -142,16 +141,16 @@ class Transformer(nnx.Module):
         """Logits of the id after each input; a call with the returned state continues the targets.
 
         Args:
-          inputs: the target so far, from its start token on.
-          source: for the first call (state None); later ones have it in their state.
-          source_segment_ids: 0 = padding. Packed pairs have one id in source and target.
+          inputs: the target so far, beginning with its start token.
+          source: for the first call (state None); later calls have it in their state.
+          source_segment_ids: 0 = padding. Packed pairs have the same id in source and target.
           segment_ids: of the inputs, 0 = padding.
-          positions: of the inputs; None counts within each segment, on from the state's.
-          state: of the last call, or of `start`.
+          positions: of the inputs; None counts within each segment, continuing from the state.
+          state: from the previous call or from `start`.
 
         Raises:
-          ValueError: both or neither of source and state, an array of another shape or dtype, or more
-            tokens than learned positions.
+          ValueError: both or neither of source and state, an array of wrong shape or dtype, or more tokens than
+            learned positions.
         """
         memory = None if source is None else self.encode(source, source_segment_ids)
         return self.decoder(
@@ -171,7 +170,7 @@ class Transformer(nnx.Module):
         source_segment_ids: Int[Array, "B S"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B L H T S"]:
-        """Weights of each target position over the source, [layer, head, position, source] in float32.
+        """Cross-attention weights over the source, [layer, head, position, source] in float32.
 
         Row t belongs to the prediction of the id after inputs[t].
         """

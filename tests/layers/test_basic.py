@@ -10,7 +10,7 @@ from memformer.core.segments import find_segments
 from memformer.layers.basic import Dtypes, Embedding, LayerNorm, RMSNorm, constrain, dropout
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.feedforward import FEEDFORWARDS, MixtureOfExperts, feedforward_keys
-from memformer.layers.gates import FixedDecay, LogSigmoidDecay, StepDecay, StepSize
+from memformer.layers.gates import FixedDecay, LogSigmoidDecay, SigmoidGate, StepDecay
 from memformer.layers.positions import LearnedPositions, count_positions, next_position, rotate, sinusoid
 from tests.numeric import FORWARD, assert_close
 
@@ -202,7 +202,7 @@ def test_fixed_decay_is_retnets():
 
 
 def test_step_sizes_stay_below_their_limit():
-    beta = StepSize(8, 2, 2.0, dtypes=BF16, rngs=rngs())(100 * normal(1, 50, 8).astype(jnp.bfloat16))
+    beta = SigmoidGate(8, 2, 2.0, dtypes=BF16, rngs=rngs())(100 * normal(1, 50, 8).astype(jnp.bfloat16))
     assert beta.dtype == jnp.float32 and float(beta.min()) >= 0 and 1.5 < float(beta.max()) <= 2
 
 

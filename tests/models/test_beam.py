@@ -132,5 +132,5 @@ def test_mistakes_are_named(name):
 
 
 def test_decode_wants_something_to_start_from():
-    with pytest.raises(ValueError, match="extras must hold what the model starts from"):
+    with pytest.raises(ValueError, match="extras must hold the input that the model starts from"):
         decode(None, start=0, end=1, max_steps=2)

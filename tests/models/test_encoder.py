@@ -158,7 +158,7 @@ MISTAKES = {
     "state": (lambda: built("post, no positions")[0](IDS, state={}), "state must be None"),
     "types": (lambda: built("post, no positions")[0](IDS, token_types=IDS), "token_types must be None"),
     "no read-out": (lambda: nnx.eval_shape(lambda: build(num_classes=0))(IDS), "num_classes = 0"),
-    "both": (lambda: build(features=3), "give vocab_size"),
+    "both": (lambda: build(features=3), "give either vocab_size"),
     "depth": (lambda: build(depth=0), "depth must be a positive integer"),
     "negative types": (lambda: build(token_types=-1), "token_types must be an integer"),
     "length": (lambda: built("post, learned, types")[0](jnp.zeros((1, 513), jnp.int32)), "max_length = 512"),

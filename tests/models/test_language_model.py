@@ -306,8 +306,8 @@ MISTAKES = {
     "remat": ({"remat": "some"}, "remat must be one of None, 'full', .* got 'some'"),
     "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     "dtype": ({"dtype": "int8"}, "dtype must be a floating dtype .* got 'int8'"),
-    "tied": ({"tie_embeddings": True, "num_classes": 3}, "tie_embeddings needs ids in and the same ids out"),
-    "both inputs": ({"features": 2}, "give vocab_size for inputs of ids, or features for float inputs"),
+    "tied": ({"tie_embeddings": True, "num_classes": 3}, "tie_embeddings requires ids in and the same ids out"),
+    "both inputs": ({"features": 2}, "give either vocab_size .* or features"),
 }
 
 

@@ -58,7 +58,7 @@ def test_features_both_directions_and_bfloat16():
     assert output.logits.shape == (2, TIME, 2) and output.logits.dtype == jnp.float32
     changed = functional(model)(x.at[:, -1].add(1.0)).logits
     assert np.all(np.any(np.asarray(output.logits != changed), axis=(0, 2))), "the first token must see the last"
-    with pytest.raises(ValueError, match="reads whole sequences: give no state"):
+    with pytest.raises(ValueError, match="state must be None for a bidirectional stack"):
         model.init_state(2, TIME)
 
 
@@ -103,7 +103,7 @@ MISTAKES = {
     "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     "dtype": ({"dtype": "int8"}, "dtype must be a floating dtype .* got 'int8'"),
     "key": ({"memory": "lstm"}, "model 'recurrent_lm' has no key 'memory'; known keys: cell, .*width"),
-    "both inputs": ({"features": 2}, "give vocab_size for inputs of ids, or features for float inputs"),
+    "both inputs": ({"features": 2}, "give either vocab_size .* or features"),
     "classes": ({"num_classes": 0}, "num_classes must be a positive integer, got 0"),
 }
 

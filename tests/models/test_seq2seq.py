@@ -196,7 +196,7 @@ def test_dropout_drops_in_training_only():
 
 
 MISTAKES = {
-    "neither": ({}, "give source for the first tokens of a target, or state"),
+    "neither": ({}, "give either source, to start targets, or state, .* got neither"),
     "inputs": ({"inputs": jnp.zeros((1, 2)), "source": jnp.ones((1, 3), int)}, "inputs must have a integer dtype"),
     "rows": ({"source": jnp.ones((2, 3), int)}, r"source must be \[B, S\] with B = 1"),
     "segments": ({"source": jnp.ones((1, 3), int), "segment_ids": jnp.ones((1, 3), int)}, "segment_ids must be"),
@@ -230,5 +230,5 @@ def test_mistakes_of_the_shape_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             Seq2SeqConfig(**fields)
-    with pytest.raises(ValueError, match="alignments need attention"):
+    with pytest.raises(ValueError, match="alignments require a model with attention"):
         build("none").alignments(jnp.ones((1, 2), int), source=jnp.ones((1, 2), int))

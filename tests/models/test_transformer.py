@@ -219,7 +219,7 @@ MISTAKES = {
     "depth": (lambda: build(encoder_depth=0), "encoder_depth must be a positive integer"),
     "key": (lambda: build(depth=2), "has no key 'depth'"),
     "dropout": (lambda: build(dropout=1.0), "dropout must be in"),
-    "tied": (lambda: build(num_classes=3), "tie_embeddings needs the same ids"),
+    "tied": (lambda: build(num_classes=3), "tie_embeddings requires the same ids"),
     "features": (lambda: build(vocab_size=0, features=3), "features must be 0"),
     "no source": (lambda: built("pre, sinusoidal, tied")[0](IDS), "got neither"),
     "no array": (lambda: built("pre, sinusoidal, tied")[0](IDS, source=[[1]]), "source must be an array"),
