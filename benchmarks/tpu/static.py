@@ -46,8 +46,10 @@ import memformer as mf
 from benchmarks import floor
 from benchmarks.cases import Case
 from benchmarks.tpu.schedule import Loop, loops, scoped_memory
+from memformer.core.calls import MatrixCall
 from memformer.pallas.tpu import tuning
-from memformer.pallas.tpu.common import Cut, check_backend, cut_call
+from memformer.pallas.tpu.checks import check_tpu
+from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
 
 __all__ = ["CASES", "compile_case", "make_mesh", "prepare_compiler"]
 
@@ -167,15 +169,14 @@ def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]
         return [
             _attention_row(name, topology, text, loop) for kernel in found for loop in kernel if loop.depth in PARTS
         ]
-    plan = cut(case, topology)
+    config = scan_config(case, topology)
     rows = []
     for loop, *_ in found:
         backward = "backward" in loop.kernel
-        flops = floor.chunk_flops(case, plan.chunk, backward) * plan.block
-        sizes = {"chunk": plan.chunk, "heads": plan.block}
-        traffic = floor.chunk_traffic(case, plan.chunk, backward)
-        more = _compare(topology, text, loop, plan.block, flops, traffic)
-        rows.append(_row(name, topology, loop, plan.block) | sizes | more)
+        chunk, heads = config.chunk, config.program_heads
+        flops = floor.chunk_flops(case, chunk, backward) * heads
+        more = _compare(topology, text, loop, heads, flops, floor.chunk_traffic(case, chunk, backward))
+        rows.append(_row(name, topology, loop, heads) | {"chunk": chunk, "heads": heads} | more)
     return rows
 
 
@@ -193,7 +194,7 @@ def _attention_row(name: str, topology: str, text: str, loop: Loop) -> dict[str,
 
 def _tile_rows(case: Case, backward: bool) -> int:
     """R, the rows per tile that the library chooses for the chip of the current mesh."""
-    kind = check_backend(case.op, jax.ShapeDtypeStruct((), case.dtype))
+    kind = check_tpu(case.op, jax.ShapeDtypeStruct((), case.dtype))
     size, _, _, back, _ = tuning.choose_tiles(kind, case.length, case.key, case.value, case.itemsize)
     return back if backward else size
 
@@ -261,14 +262,27 @@ def _compile(topology: str, function, arrays):
 OTHERS = {"splash": splash, "tokamax KDA": tokamax_kda}
 
 
-def cut(case: Case, topology: str) -> Cut:
-    """The library's plan of this case for a chip."""
-    q, _, v, *_ = specs(case)
+def scan_config(case: Case, topology: str) -> ScanConfig:
+    """The configuration that the library chooses for this case on a chip."""
+    q, k, v, *_ = specs(case)
+    call = MatrixCall(
+        op=case.op,
+        q=q,
+        k=k,
+        v=v,
+        w=None,
+        alpha=None,
+        beta=None,
+        decay=None,
+        segments=None,
+        state=None,
+        writes=1,
+        scale=1.0,
+        precision=lax.Precision.DEFAULT,
+        chunk_size=None,
+    )
     with jax.sharding.use_abstract_mesh(make_mesh(topology).abstract_mesh):
-        return cut_call(
-            case.op, q, v, beta=None, decay=None, index=None, scale=1.0, chunk_size=None,
-            precision=lax.Precision.DEFAULT,
-        )  # fmt: skip
+        return plan_call(call)
 
 
 def main(arguments: list[str]) -> None:

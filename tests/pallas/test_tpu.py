@@ -15,10 +15,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
-from memformer.pallas import sharding as partition
-from memformer.pallas.tpu import common, tuning
+from memformer.core.calls import MatrixCall
+from memformer.pallas.sharding import split_batch_and_heads
+from memformer.pallas.tpu import tuning
+from memformer.pallas.tpu.interleave import interleave
+from memformer.pallas.tpu.interpreter import interpreted
 from memformer.pallas.tpu.inverse import unit_lower_inverses
-from memformer.pallas.tpu.matrix_memory import delta_rule as kernels
+from memformer.pallas.tpu.matrix_memory import delta_rule
+from memformer.pallas.tpu.matrix_memory.config import CHUNKS
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
 
@@ -40,7 +44,7 @@ CASES = [
 @pytest.fixture
 def interpreter(capfd):
     """Runs kernels in the interpreter; fails on a race, and leaves no state to the next test."""
-    with common.interpreted():
+    with interpreted():
         yield
     pltpu.reset_tpu_interpret_mode_state()
     assert "RACE" not in capfd.readouterr().out
@@ -55,6 +59,26 @@ def test_packed_against_oracle(name, dtype, interpreter):
     suite.check(got, suite.oracle(name, dtype), dtype, name)
 
 
+def delta_call(q, k, v, beta, decay, state):
+    """A call of the delta rule as the kernel receives it."""
+    return MatrixCall(
+        op="delta_rule",
+        q=q,
+        k=k,
+        v=v,
+        w=None,
+        alpha=None,
+        beta=beta,
+        decay=decay,
+        segments=None,
+        state=state,
+        writes=1,
+        scale=1.0,
+        precision=jax.lax.Precision.HIGHEST if q.dtype == "float32" else jax.lax.Precision.DEFAULT,
+        chunk_size=None,
+    )
+
+
 @pytest.mark.parametrize("sizes", [tuning.Tuning(16, 3, 8), tuning.Tuning(16, 2, 16, "inputs")], ids=repr)
 def test_sizes_by_argument(sizes, interpreter):
     """Blocks of value columns, an odd number of heads, nothing saved: the same numbers."""
@@ -65,8 +89,7 @@ def test_sizes_by_argument(sizes, interpreter):
 
     def run(q, k, v, beta, state, by_kernel):
         if by_kernel:
-            options = {"decay": -0.1 * beta, "scale": 1.0, "index": None, "precision": jax.lax.Precision.HIGHEST}
-            o, end = kernels.delta_rule(q, k, v, beta, state=state, sizes=sizes, **options)
+            o, end = delta_rule.run(delta_call(q, k, v, beta, -0.1 * beta, state), sizes)
         else:
             o, end = mf.delta_rule(q, k, v, beta, decay=-0.1 * beta, scale=1.0, initial_state=state)
         return jnp.sum(jnp.sin(o)) + jnp.sum(end * end), (o, end)
@@ -85,8 +108,8 @@ def saved_bytes(sizes, length, heads, width):
     scalar = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
 
     def save(q, k, v, beta, decay):
-        options = {"scale": 1.0, "index": None, "state": None, "sizes": sizes}
-        return jax.vjp(lambda *x: kernels.delta_rule(*x[:4], decay=x[4], **options), q, k, v, beta, decay)[1]
+        state = jnp.zeros((1, heads, width, width))
+        return jax.vjp(lambda *x: delta_rule.run(delta_call(*x, state), sizes), q, k, v, beta, decay)[1]
 
     with jax.sharding.use_abstract_mesh(TPU):
         kept = jax.tree.leaves(jax.eval_shape(save, wide, wide, wide, scalar, scalar))
@@ -115,7 +138,7 @@ def test_the_interpreter_sees_a_race(capfd):
     shape = jax.ShapeDtypeStruct((8, 128), jnp.float32)
     block = pl.BlockSpec((8, 128), lambda i: (0, 0))
     seen = ""
-    with common.interpreted():
+    with interpreted():
         call = pl.pallas_call(kernel, grid=(2,), out_specs=block, out_shape=shape, compiler_params=params)
         try:
             jax.block_until_ready(call())
@@ -187,7 +210,7 @@ def test_inverse_in_a_kernel(heads, interpreter):
     """One matrix, and two whose blocks share products."""
 
     def kernel(a_ref, x_ref):
-        for h, x in enumerate(common.lockstep([unit_lower_inverses([a_ref.at[h] for h in range(heads)], 6)])[0]):
+        for h, x in enumerate(interleave([unit_lower_inverses([a_ref.at[h] for h in range(heads)], 6)])[0]):
             x_ref[h] = x
 
     a = np.tril(np.random.default_rng(0).uniform(-1, 1, (heads, 64, 64)), -1)
@@ -227,7 +250,7 @@ def test_refusals_say_why(why):
         lambda **kind: mf.delta_rule(x, x, x, x[..., 0], **kind),
         lambda **kind: mf.linear_attention(x, x, x, **kind),
     ):
-        with common.interpreted() if why != "no TPU" else jax.named_scope("here"):
+        with interpreted() if why != "no TPU" else jax.named_scope("here"):
             with pytest.raises(NotImplementedError, match=message):
                 op(implementation="pallas", **options)
             # The library's own choice goes to what serves.
@@ -268,7 +291,7 @@ def test_split_over_devices():
         held.append((q.shape, v.shape))
         return q * scale, v + jnp.repeat(k, v.shape[1] // k.shape[1], axis=1)
 
-    call = partition.split_batch_and_heads(local, (2.0,), results=2)
+    call = split_batch_and_heads(local, (2.0,), results=2)
     few, many = np.ones((4, 2, 8, 4), np.float32), np.ones((4, 4, 8, 4), np.float32)
     place = NamedSharding(mesh, PartitionSpec("data", "tensor"))
     arrays = [jax.device_put(x, place) for x in (few, few, many)]
@@ -286,5 +309,5 @@ def test_tuning_fits():
     for kind in tuning.TABLE:
         for length, width in ((1, 16), (100, 128), (8192, 256), (8192, 1024)):
             sizes = tuning.choose(kind, length, width, width, 4)
-            assert sizes.chunk in common.CHUNKS and sizes.heads >= 1
+            assert sizes.chunk in CHUNKS and sizes.heads >= 1
             assert sizes.chunk < 2 * length or sizes.chunk == 16

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
-from memformer.pallas.tpu import common, tuning
+from memformer.pallas.tpu import tuning
+from memformer.pallas.tpu.interpreter import interpreted
 from tests.numeric import FORWARD, GRADIENT, assert_close, relative_rms
 from tests.ops import test_ops as suite
 from tests.pallas.test_tpu import exported, interpreter, keys
@@ -177,7 +178,7 @@ def test_what_is_kept_for_the_backward_pass():
 
     def kept(length):
         arrays = {name: jax.ShapeDtypeStruct(x.shape, "bfloat16") for name, x in given(length).items()}
-        with common.interpreted():
+        with interpreted():
             leaves = jax.tree.leaves(jax.eval_shape(backward, arrays))
         return sum(x.size * x.dtype.itemsize for x in leaves) / length
 
@@ -215,7 +216,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_refusals_say_why(why):
     call, message = REFUSED[why]
-    with common.interpreted(), pytest.raises(NotImplementedError, match=message):
+    with interpreted(), pytest.raises(NotImplementedError, match=message):
         call(jnp.zeros((1, 8, 2, 4)))
 
 

@@ -1,9 +1,9 @@
-"""(I + A)^-1 for strictly lower A inside a kernel.
+"""(I + A)^-1 for strictly lower triangular A inside a kernel.
 
-Diagonal blocks of 16 rows by forward substitution on the vector unit, all blocks of A at once (block
-in lanes, row of a block in sublanes); then the ladder of core/triangular.py joins neighbours on the
-MXU, 16 to 32 and on. Blocks stay side by side in lanes, and one product joins those of two heads:
-the later blocks of one lie where the other has its earlier ones. No power of A is ever formed.
+Diagonal blocks of 16 rows are inverted by forward substitution on the vector unit, all blocks of A at once (blocks in
+lanes, rows of a block in sublanes). Then the ladder of core/triangular.py joins neighbouring blocks on the MXU: 16 to
+32 rows, 32 to 64, and so on. Blocks stay side by side in lanes, and one product joins those of two heads: the later
+blocks of one head lie in the lanes where the other head has its earlier ones. No power of A is ever formed.
 """
 
 import functools
@@ -14,27 +14,22 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.types import Array
-from memformer.pallas.tpu.common import iotas, product, split
+from memformer.pallas.tpu.products import iotas, product, split_bf16
 
-__all__ = ["unit_lower_inverse", "unit_lower_inverses"]
+__all__ = ["unit_lower_inverses"]
 
-# Rows of a diagonal block: on the vector unit a step a row, on the MXU six products for each doubling.
+# Rows of a diagonal block: the vector unit takes one step per row, the MXU six products per doubling.
 BLOCK = 16
 
 
-def unit_lower_inverse(a: Any, passes: int) -> Generator[None, None, Array]:
-    """`unit_lower_inverses` of one matrix."""
-    return (yield from unit_lower_inverses([a], passes))[0]
-
-
 def unit_lower_inverses(a: Sequence[Any], passes: int) -> Generator[None, None, list[Array]]:
-    """(I + a)^-1 for each a [C, C] float32, zero on and above the diagonal; C a power of two of at least 16.
+    """(I + a)^-1 for each a [C, C] float32, zero on and above the diagonal; C is a power of two of at least 16.
 
-    Yields between steps, for `common.lockstep`.
+    Yields between steps, for `interleave`.
 
     Args:
       a: the matrices of one or two heads, or references to them.
-      passes: MXU passes of a product, 3 or 6: one pass loses what cancels when keys repeat.
+      passes: MXU passes per product, 3 or 6: with one pass, repeated keys lose all precision to cancellation.
     """
     x = yield from _substitute(a)
     block = BLOCK
@@ -46,60 +41,60 @@ def unit_lower_inverses(a: Sequence[Any], passes: int) -> Generator[None, None, 
 
 
 def _substitute(a: Sequence[Any]) -> Generator[None, None, list[Array]]:
-    """The inverse of the diagonal blocks, side by side: [BLOCK, C], entry (r, j) in the block that column j is of."""
+    """Inverses of the diagonal blocks, side by side: [BLOCK, C], entry (r, j) is row r of the block of column j."""
     size = a[0].shape[0]
     row, column = iotas((BLOCK, size))
     unit = jnp.where(row == column % BLOCK, 1.0, 0.0)
-    # Registers of 8 rows.
+    # A register holds 8 rows.
     tops = range(0, BLOCK, 8)
     folded = [_fold(one, range(0, size, BLOCK), BLOCK, column // BLOCK * BLOCK) for one in a]
     folded = [[one[top : top + 8] for top in tops] for one in folded]
     x = [[unit[top : top + 8] for top in tops] for _ in a]
     for i in range(BLOCK - 1):
         yield
-        # Row r > i loses A_ri times row i, which is final.
+        # Subtract A_ri times row i, which is final, from each row r > i.
         for one, parts in zip(x, folded, strict=True):
             final = one[i // 8][i % 8 : i % 8 + 1]
             for part in range((i + 1) // 8, BLOCK // 8):
-                one[part] = one[part] - _spread(parts[part], i) * final
+                one[part] = one[part] - _broadcast_entry(parts[part], i) * final
     return [jnp.concatenate(one) for one in x]
 
 
 def _fold(a: Any, tops: range, rows: int, place: Array) -> Array:
-    """[rows, C]: in every column those rows of a, from one of `tops`, that `place` says; 0 where it says another."""
+    """[rows, C]: in each column the rows of a from the top that `place` selects; 0 where it is none of `tops`."""
     parts = (jnp.where(place == top, a[top : top + rows, :], 0.0) for top in tops)
     return functools.reduce(jnp.add, parts)
 
 
-def _spread(folded: Array, i: int) -> Array:
-    """Entry i of every block's lanes, in all of them."""
+def _broadcast_entry(folded: Array, i: int) -> Array:
+    """Broadcasts entry i of each block's lanes over the lanes of the block."""
     _, column = iotas(folded.shape)
     return jnp.take_along_axis(folded, column // BLOCK * BLOCK + i, axis=1, mode="promise_in_bounds")
 
 
 def _join(a: Sequence[Any], x: Sequence[Array], b: int, passes: int) -> Generator[None, None, list[Array]]:
-    """Pairs of diagonal blocks of b rows become blocks of 2 b: X2 keeps, -X2 A21 X1 comes below X1.
+    """Joins pairs of diagonal blocks of b rows to blocks of 2 b rows: the corner below X1 is -X2 A21 X1.
 
     Args:
       a: [C, C] of each head.
       x: [b, C] of each head.
       b: rows of a block.
-      passes: MXU passes of a product.
+      passes: MXU passes per product.
     """
     size = a[0].shape[0]
     _, column = iotas((b, size))
     even = column // b % 2 == 0
     # A21 has the columns of X1.
     below = [_fold(one, range(b, size, 2 * b), b, (column // b + 1) * b) for one in a]
-    # The second head gives way by one block, so that two heads fill the lanes.
+    # The second head moves by one block, so that two heads fill the lanes.
     below, moved = ([one, pltpu.roll(other, b, 1)] for one, other in ((below[0], below[-1]), (x[0], x[-1])))
     alone = len(a) == 1
     first, below = (jnp.where(even, one, 0.0 if alone else other) for one, other in (moved, below))
     second = jnp.where(even, moved[1], moved[0])
-    y = product(below, _spaced(split(first, passes), b, 0), "nn", passes)
+    y = product(below, _block_diagonal(split_bf16(first, passes), b, 0), "nn", passes)
     yield
     # X2 lies one block after its X1.
-    corner = product(second, _spaced(split(y, passes), b, 1), "nn", passes)
+    corner = product(second, _block_diagonal(split_bf16(y, passes), b, 1), "nn", passes)
     yield
     corners = [corner, pltpu.roll(corner, size - b, 1)]
     return [
@@ -108,8 +103,8 @@ def _join(a: Sequence[Any], x: Sequence[Array], b: int, passes: int) -> Generato
     ]
 
 
-def _spaced(parts: tuple[Array, ...], b: int, later: int) -> tuple[Array, ...]:
-    """[b, C], blocks side by side, as a block diagonal, its rows `later` blocks down."""
+def _block_diagonal(parts: tuple[Array, ...], b: int, later: int) -> tuple[Array, ...]:
+    """Blocks side by side, [b, C], as a block diagonal matrix whose rows lie `later` blocks further down."""
     size = parts[0].shape[1]
     row, column = iotas((size, size))
     keep = row // b == (column // b + later) % (size // b)

@@ -1,18 +1,20 @@
-"""Gradients of attention by tiles on TPU: one kernel that walks over blocks of columns, last block first.
+"""Gradients of attention by tiles on TPU: one kernel that loops over blocks of columns, last block first.
 
-With p the weights of a tile and g what is weighed (dO for the read, dP for the write, see write.py):
+With p the weights of a tile and g what is weighted (dO for the read, dP for the write, see write.py):
 
     G = g x^T      e = p, or -beta p for the write      dx = e^T g
-    ds = e G - p mean (softmax), else slope e / p G      dk = scale ds^T q      dq = scale ds k
+    ds = e G - p delta (softmax), else slope e / p G     dk = scale ds^T q      dq = scale ds k
 
-Tiles lie transposed, columns in sublanes, so that the numbers of rows spread over sublanes for nothing and only dq
-needs a transposed operand. All rows of one head stay in VMEM, dq among them. Where `Solve` is given, the block of
-columns j first becomes its own block of rows: later blocks have told it all of dU, and it solves for g = dP.
+Tiles are transposed, columns in sublanes: scalars of rows then broadcast over sublanes at no cost, and only dq needs a
+transposed operand. All rows of one head stay in VMEM, dq among them.
+
+For the write, `solve` gives g = dP of a block of rows: the block of columns j is first treated as the block of rows j,
+when later blocks of rows have added all that they contribute to its dU.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,27 +22,30 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from memformer.core.mask import Mask, last_tiles
 from memformer.core.similarity import similarity_slope
 from memformer.core.types import Array
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
-from memformer.pallas.tpu.attention.tiles import NAMES, Plan
-from memformer.pallas.tpu.common import lockstep, product
+from memformer.pallas.tpu.attention.config import AttentionConfig
+from memformer.pallas.tpu.attention.tiles import SCALARS
+from memformer.pallas.tpu.interleave import Steps, interleave
+from memformer.pallas.tpu.products import product
 
-__all__ = ["column_gradients"]
+__all__ = ["Refs", "attention_backward"]
 
 
 class Refs(NamedTuple):
-    """What a program sees; fields that a call does not have are None.
+    """References of a program; fields that a call does not have are None.
 
-    k, x, key are of its block of columns, rows, q, g, dq and dbeta of all rows; key is [8, R] segments.
+    k, x, v, du, dk, dx and key_scalars are of its block of columns; q, scalars, g, dq, dbeta and delta of all rows.
     """
 
     k: Any
     q: Any
     x: Any
-    rows: Any
-    key: Any
+    scalars: Any
+    key_scalars: Any
     g: Any
     v: Any
     du: Any
@@ -48,97 +53,107 @@ class Refs(NamedTuple):
     dq: Any
     dx: Any
     dbeta: Any
-    mean: Any
+    delta: Any
 
 
 class _Rows(NamedTuple):
-    """A block of rows as a tile meets it: q [R, K], g [R, V], and rows [1, R] of numbers."""
+    """A block of rows, loaded for a tile: q [R, K], g [R, V], and scalars [1, R]."""
 
     q: Array
     g: Array
-    norm: Array
-    mean: Array
+    lse: Array
+    delta: Array
     beta: Array
     segment: Array
 
 
-def _rows(plan: Plan, refs: Refs, i) -> _Rows:
-    at = tiles.block_at(plan, i)
-    numbers = refs.rows[0, 0, i]
-    norm, mean, beta, segment = (
-        numbers[place : place + 1] for place in map(NAMES.index, ("norm", "mean", "beta", "segment"))
+def _load_rows(config: AttentionConfig, refs: Refs, i) -> _Rows:
+    at = tiles.block_slice(config, i)
+    scalars = refs.scalars[0, 0, i]
+    lse, delta, beta, segment = (
+        scalars[place : place + 1] for place in map(SCALARS.index, ("lse", "delta", "beta", "segment"))
     )
-    if refs.mean is not None:
-        mean = refs.mean[i][:1]
-    g = refs.g[at] if refs.mean is not None else refs.g[0, 0, at]
-    return _Rows(refs.q[0, 0, at], g, norm, mean, beta, segment)
+    if refs.delta is not None:
+        delta = refs.delta[i][:1]
+    g = refs.g[at] if refs.delta is not None else refs.g[0, 0, at]
+    return _Rows(refs.q[0, 0, at], g, lse, delta, beta, segment)
 
 
-def _tile(
-    plan: Plan, refs: Refs, rows: _Rows, columns: slice, mask, write: bool, dx: bool
-) -> Generator[None, None, tuple[Array, Array | None]]:
-    """One tile: adds to dk and dx, returns ds [columns, R] and what the rows' dbeta gets, [1, R] or None."""
-    scores = product(refs.k[0, 0, columns], rows.q, "nt", plan.passes) * plan.factor
+def _tile(config: AttentionConfig, refs: Refs, rows: _Rows, columns: slice, mask, write: bool, with_dx: bool) -> Steps:
+    """Adds one tile to dk and dx; returns ds [columns, R] and the contribution to dbeta of the rows, [1, R] or None."""
+    scores = product(refs.k[0, 0, columns], rows.q, "nt", config.passes) * config.factor
     yield
-    change = product(refs.x[0, 0, columns], rows.g, "nt", plan.value_passes)
+    dweights = product(refs.x[0, 0, columns], rows.g, "nt", config.value_passes)
     yield
-    weights = tiles.weights_of(plan, scores, mask, rows.norm)
-    felt = weights * -rows.beta if write else weights
+    weights = tiles.attention_weights(config, scores, mask, rows.lse)
+    signed = weights * -rows.beta if write else weights
     yield
-    if dx:
-        refs.dx[columns] += product(felt, rows.g, "nn", plan.value_passes)
+    if with_dx:
+        refs.dx[columns] += product(signed, rows.g, "nn", config.value_passes)
     yield
-    dbeta = -jnp.sum(weights * change, axis=0, keepdims=True) if write else None
-    if plan.kernel.normalized:
-        ds = felt * change - weights * rows.mean if write else weights * (change - rows.mean)
+    dbeta = -jnp.sum(weights * dweights, axis=0, keepdims=True) if write else None
+    if config.similarity.normalized:
+        ds = signed * dweights - weights * rows.delta if write else weights * (dweights - rows.delta)
     else:
-        ds = similarity_slope(plan.kernel, scores, weights) * change
+        ds = similarity_slope(config.similarity, scores, weights) * dweights
         ds = ds if mask is None else jnp.where(mask, ds, 0.0)
         ds = ds * -rows.beta if write else ds
-    if plan.value_passes == 1:
+    if config.value_passes == 1:
         ds = ds.astype(jnp.bfloat16)
     yield
-    refs.dk[columns] += product(ds, rows.q, "nn", plan.value_passes)
+    refs.dk[columns] += product(ds, rows.q, "nn", config.value_passes)
     return ds, dbeta
 
 
-def _block(plan: Plan, refs: Refs, i, own: bool, write: bool, dx: bool) -> None:
-    """All that the tiles of the program's columns and of row block i give."""
-    rows = _rows(plan, refs, i)
-    key = tiles.to_columns(refs.key[0, 0, 0])[:, :1] if plan.segments else None
-    steps = []
-    for columns in plan.subs:
-        mask = tiles.own_mask(plan, slice(0, plan.size), columns, transposed=True) if own else None
-        mask = tiles.same_segment(mask, *((None, None) if key is None else (rows.segment, key[columns])))
-        steps.append(_tile(plan, refs, rows, columns, mask, write, dx))
-    parts = lockstep(steps)
+def _block(config: AttentionConfig, refs: Refs, i, diagonal: bool, write: bool, with_dx: bool) -> None:
+    """Adds the tiles of the program's columns and of row block i to all gradients."""
+    rows = _load_rows(config, refs, i)
+    key = tiles.to_columns(refs.key_scalars[0, 0, 0])[:, :1] if config.segments else None
+    chains = []
+    for columns in config.sub_blocks:
+        mask = tiles.diagonal_mask(config, slice(0, config.block), columns, transposed=True) if diagonal else None
+        mask = tiles.mask_segments(mask, *((None, None) if key is None else (rows.segment, key[columns])))
+        chains.append(_tile(config, refs, rows, columns, mask, write, with_dx))
+    parts = interleave(chains)
     ds = jnp.concatenate([part[0] for part in parts], axis=0)
-    refs.dq[0, 0, tiles.block_at(plan, i)] += product(ds, refs.k[0, 0], "tn", plan.value_passes)
+    refs.dq[0, 0, tiles.block_slice(config, i)] += product(ds, refs.k[0, 0], "tn", config.value_passes)
     if write:
         refs.dbeta[0, 0, i] += functools.reduce(jnp.add, (part[1] for part in parts))
 
 
-def _kernel(last_ref, *flat, plan: Plan, blocks: int, total: int, write: bool, solve: Callable | None, names):
-    """Walks the rows that see the program's columns.
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """Static options of the kernel beside its configuration.
+
+    Attributes:
+      write: whether rows have a beta.
+      solve: (config, refs, i) computes g of the block of rows i from dU; None where g is given.
+    """
+
+    write: bool
+    solve: Callable | None
+
+
+def _kernel(last_ref, *flat, config: AttentionConfig, options: _Options, row_blocks: int, column_blocks: int, names):
+    """Loops over the rows that see the program's columns.
 
     Args:
       last_ref: [B, M] one more than the last block of rows that sees a block of columns.
       *flat: references by `names`.
-      plan: as ever.
-      blocks: N, blocks of rows.
-      total: M, blocks of columns.
-      write: whether rows have a beta.
-      solve: makes g of the block of rows that the columns are; None where g is given.
+      config: sizes.
+      options: of the kernel.
+      row_blocks: N.
+      column_blocks: M.
       names: of the references.
     """
     refs = Refs(**(dict.fromkeys(Refs._fields) | dict(zip(names, flat, strict=True))))
     step = pl.program_id(2)
-    j = total - 1 - step
+    j = column_blocks - 1 - step
 
     @pl.when(step == 0)
     def _():
         refs.dq[...] = jnp.zeros(refs.dq.shape, jnp.float32)
-        if write:
+        if options.write:
             refs.dbeta[...] = jnp.zeros(refs.dbeta.shape, jnp.float32)
 
     outer = refs
@@ -147,54 +162,47 @@ def _kernel(last_ref, *flat, plan: Plan, blocks: int, total: int, write: bool, s
     refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)
 
     def row(i, carry):
-        _block(plan, refs, i, False, write, True)
+        _block(config, refs, i, False, options.write, True)
         return carry
 
-    first = jnp.maximum(j - plan.before + 1, 0) if plan.own else 0
-    lax.fori_loop(first, jnp.minimum(last_ref[pl.program_id(0), j], blocks), row, 0)
+    first = jnp.maximum(j - config.before + 1, 0) if config.own else 0
+    lax.fori_loop(first, jnp.minimum(last_ref[pl.program_id(0), j], row_blocks), row, 0)
 
-    if plan.own:
+    if config.own:
 
-        @pl.when(j >= plan.before)
+        @pl.when(j >= config.before)
         def _():
-            if solve is not None:
-                solve(plan, refs, j - plan.before)
-            _block(plan, refs, j - plan.before, True, write, solve is None)
+            if options.solve is not None:
+                options.solve(config, refs, j - config.before)
+            _block(config, refs, j - config.before, True, options.write, options.solve is None)
 
-    refs.dk[...] = refs.dk[...] * plan.scale
-
-
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """What is static in a call of the kernel besides its plan: see `_kernel`."""
-
-    write: bool
-    solve: Callable | None
+    refs.dk[...] = refs.dk[...] * config.similarity.scale
 
 
-def _columns(plan: Plan, call: _Call, k, q, x, g, rows, last, *rest):
-    """One device's part: g is dO or dP [B, H, T, V], or (v, dU) where the kernel solves for it."""
+def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, last, *rest):
+    """One device's shard: g is dO or dP [B, H, T, V], or v where the kernel solves; rest: key scalars, dU."""
     batch, groups, slots, key = k.shape
     heads, length = q.shape[1:3]
-    value, size, shared = x.shape[3], plan.size, heads // groups
-    total, blocks = slots // size, length // size
+    value, size, repeat = x.shape[3], config.block, heads // groups
+    column_blocks, row_blocks = slots // size, length // size
     rest = list(rest)
 
-    def column(shape, of=1):
-        return pl.BlockSpec((1, 1, *shape), lambda b, h, n, *_: (b, h // of, total - 1 - n, *[0] * (len(shape) - 1)))
+    def column(shape, repeat=1):
+        zeros = [0] * (len(shape) - 1)
+        return pl.BlockSpec((1, 1, *shape), lambda b, h, n, *_: (b, h // repeat, column_blocks - 1 - n, *zeros))
 
     def whole(*shape):
         return pl.BlockSpec((1, 1, *shape), lambda b, h, n, *_: (b, h, *[0] * len(shape)))
 
     inputs = {
-        "k": (k, column((size, key), shared)),
+        "k": (k, column((size, key), repeat)),
         "q": (q, whole(length, key)),
-        "x": (x, column((size, value), shared)),
-        "rows": (rows, whole(blocks, 8, size)),
+        "x": (x, column((size, value), repeat)),
+        "scalars": (scalars, whole(row_blocks, 8, size)),
     }
-    if plan.segments:
-        inputs["key"] = (rest.pop(0), column((1, 8, size), shared))
-    if call.solve is None:
+    if config.segments:
+        inputs["key_scalars"] = (rest.pop(0), column((1, 8, size), repeat))
+    if options.solve is None:
         inputs["g"] = (g, whole(length, value))
     else:
         inputs |= {"v": (g, column((size, value))), "du": (rest.pop(0), column((size, value)))}
@@ -208,74 +216,79 @@ def _columns(plan: Plan, call: _Call, k, q, x, g, rows, last, *rest):
         "dq": (result(length, key), whole(length, key)),
         "dx": (result(slots, value), column((size, value))),
     }
-    if call.write:
-        outputs["dbeta"] = (result(blocks, 1, size), whole(blocks, 1, size))
+    if options.write:
+        outputs["dbeta"] = (result(row_blocks, 1, size), whole(row_blocks, 1, size))
     scratch = {}
-    if call.solve is not None:
-        dtype = jnp.bfloat16 if plan.value_passes == 1 else jnp.float32
+    if options.solve is not None:
+        dtype = jnp.bfloat16 if config.value_passes == 1 else jnp.float32
         scratch["g"] = pltpu.VMEM((length, value), dtype)
-        scratch["mean"] = pltpu.VMEM((blocks, 8, size), jnp.float32)
+        scratch["delta"] = pltpu.VMEM((row_blocks, 8, size), jnp.float32)
+    kernel = functools.partial(
+        _kernel,
+        config=config,
+        options=options,
+        row_blocks=row_blocks,
+        column_blocks=column_blocks,
+        names=(*inputs, *outputs, *scratch),
+    )
     return pl.pallas_call(
-        functools.partial(
-            _kernel, plan=plan, blocks=blocks, total=total, write=call.write, solve=call.solve,
-            names=(*inputs, *outputs, *scratch),
-        ),
+        kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, heads, total),
+            grid=(batch, heads, column_blocks),
             in_specs=[spec for _, spec in inputs.values()],
             out_specs=[spec for _, spec in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=tiles.compiler_params(3),
-        name=f"memformer_{'write' if call.solve else 'attention'}_backward",
-    )(last[:, 0], *arrays)  # fmt: skip
+        name=f"memformer_{'write' if options.solve else 'attention'}_backward",
+    )(last[:, 0], *arrays)
 
 
-def column_gradients(
-    plan: Plan,
+def attention_backward(
+    config: AttentionConfig,
     k: Array,
     q: Array,
     x: Array,
     g: Array,
-    marks: tuple[Array, ...],
-    numbers: dict[str, Array | None],
+    mask: Mask,
+    scalars: dict[str, Array | None],
     *,
     solve: Callable | None = None,
     du: Array | None = None,
 ) -> tuple[Array, ...]:
-    """Gradients through every tile of one call whose rows VMEM holds.
+    """Gradients through every tile of a call whose rows fit in VMEM.
 
     Args:
-      plan: as ever.
+      config: of the forward pass.
       k: [B, G, S, K].
       q: [B, H, T, K].
       x: [B, G, S, V].
       g: dO or dP [B, H, T, V]; v where the kernel solves.
-      marks: segments of queries [B, T] and of keys [B, S], or nothing.
-      numbers: norm and mean of the rows, [B, H, T]; beta (and alpha) where this is the write.
-      solve: makes dP of dU, inside the kernel.
+      mask: over whole blocks.
+      scalars: lse and delta of the rows, [B, H, T]; beta (and alpha) for the write.
+      solve: computes dP from dU within the kernel.
       du: [B, G, T, V] where it solves.
 
     Returns:
       In float32 dk [B, G, S, K], dq [B, H, T, K], dx [B, G, S, V] (where it solves dP instead), and for the write
       dbeta [B, H, T].
     """
-    plan = plan.backward
+    config = config.backward
     heads, groups = q.shape[1], k.shape[1]
-    total, blocks = k.shape[2] // plan.size, q.shape[2] // plan.size
-    last = jnp.full((k.shape[0], total), blocks, jnp.int32)
+    column_blocks, row_blocks = k.shape[2] // config.block, q.shape[2] // config.block
+    last = jnp.full((k.shape[0], column_blocks), row_blocks, jnp.int32)
     rest: tuple[Array, ...] = ()
-    rows = tiles.pack_rows(plan, heads, segment=marks[0] if plan.segments else None, **numbers)
-    if plan.segments:
-        last = tiles.find_last(plan, *marks)
-        rest = (tiles.pack_rows(plan, groups, segment=marks[1]),)
+    rows = tiles.pack_scalars(config, heads, segment=mask.query_segment if config.segments else None, **scalars)
+    if config.segments:
+        last = last_tiles(mask, config.block, config.block)
+        rest = (tiles.pack_scalars(config, groups, segment=mask.key_segment),)
     if du is not None:
         rest += (du,)
-    last = jnp.broadcast_to(last[:, None], (last.shape[0], groups, total))
-    write = numbers.get("beta") is not None
-    call = split_batch_and_heads(_columns, (plan, _Call(write, solve)), results=3 + write)
+    last = jnp.broadcast_to(last[:, None], (last.shape[0], groups, column_blocks))
+    write = scalars.get("beta") is not None
+    call = split_batch_and_heads(_backward, (config, _Options(write, solve)), results=3 + write)
     dk, dq, dx, *dbeta = call(k, q, x, g, rows, last, *rest)
     dk, dx = (y.reshape(*k.shape[:2], -1, *y.shape[2:]).sum(2) if heads != groups else y for y in (dk, dx))
-    return dk, dq * plan.scale, dx, *(y.reshape(q.shape[:3]) for y in dbeta)
+    return dk, dq * config.similarity.scale, dx, *(y.reshape(q.shape[:3]) for y in dbeta)

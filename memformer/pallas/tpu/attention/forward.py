@@ -1,9 +1,9 @@
-"""Reading a cache on TPU: attention by tiles, with any similarity kernel, and its gradients.
+"""The read of attention on TPU, with any similarity kernel.
 
-    o_t = sum_i p_ti x_i;  p_ti = kappa(q_t . k_i), for softmax divided by its sum over the slots seen
+    o_t = sum_i p_ti x_i;  p_ti = kappa(q_t . k_i), for softmax divided by its sum over the visible slots
 
-A program is one block of queries of one head; the keys and values of that head stay in VMEM from block to block, or
-come in parts where they are too many. Saved for the backward pass: the inputs, the output and the log-sum-exp.
+A program computes one block of queries of one head. The keys and values of that head stay in VMEM from block to block,
+or are loaded in parts where they do not fit.
 
 Source: arXiv 2205.14135 (tiles with a running maximum), 2307.08691 (backward from the log-sum-exp).
 """
@@ -12,105 +12,105 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from memformer.core.mask import Mask, first_tiles
 from memformer.core.types import Array
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
-from memformer.pallas.tpu.attention.backward import column_gradients
-from memformer.pallas.tpu.attention.tiles import Plan, Sums
-from memformer.pallas.tpu.common import lockstep
+from memformer.pallas.tpu.attention.config import AttentionConfig
+from memformer.pallas.tpu.attention.tiles import RunningSums
+from memformer.pallas.tpu.interleave import interleave
 
-__all__ = ["attend", "read", "read_gradients"]
+__all__ = ["read"]
 
 
-def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, plan: Plan, blocks: int):
-    rows, keys = (refs[0][0, 0, 0], refs[1]) if plan.segments else (None, None)
-    o_ref, norm_ref, *sums = refs[2 * plan.segments :]
-    sums = Sums(*sums)
+def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, parts: int):
+    rows, keys = (refs[0][0, 0, 0], refs[1]) if config.segments else (None, None)
+    o_ref, lse_ref, *sums = refs[2 * config.segments :]
+    sums = RunningSums(*sums)
     i, part = pl.program_id(2), pl.program_id(3)
-    segment = rows[:1] if plan.segments else None
+    segment = rows[:1] if config.segments else None
 
     @pl.when(part == 0)
     def _():
-        tiles.start_sums(sums)
+        tiles.clear_sums(sums)
 
     q, k, x = q_ref.at[0, 0], k_ref.at[0, 0], x_ref.at[0, 0]
 
-    def key_of(j):
-        return tiles.to_columns(keys[0, 0, j])[:, :1] if plan.segments else None
+    def key_segment(j):
+        return tiles.to_columns(keys[0, 0, j])[:, :1] if config.segments else None
 
     def block(j, carry):
-        tiles.add_block(plan, [(sums, q, k, x)], j, segment, key_of(j))
+        tiles.add_block(config, [(sums, q, k, x)], j, segment, key_segment(j))
         return carry
 
-    start = part * plan.most
-    before = plan.before + i if plan.own else plan.before
+    start = part * config.resident
+    before = config.before + i if config.own else config.before
     first = jnp.maximum(first_ref[pl.program_id(0), i], start)
-    lax.fori_loop(first - start, jnp.minimum(before, start + plan.most) - start, block, 0)
+    lax.fori_loop(first - start, jnp.minimum(before, start + config.resident) - start, block, 0)
 
-    if plan.own:
+    if config.own:
 
-        @pl.when(part == before // plan.most)
+        @pl.when(part == before // config.resident)
         def _():
             j = before - start
-            key, steps = key_of(j), []
-            for rows in plan.subs:
-                seen = slice(0, rows.stop)
-                mask = tiles.own_mask(plan, rows, seen, transposed=True)
-                mask = tiles.same_segment(mask, *((None,) * 2 if key is None else (segment[:, rows], key[seen])))
-                at = tiles.block_at(plan, j, 0, rows.stop)
-                steps.append(tiles.add_tile(plan, sums, rows, q, k, x, at, mask))
-            lockstep(steps, apart=1)
+            key, chains = key_segment(j), []
+            for rows in config.sub_blocks:
+                visible = slice(0, rows.stop)
+                mask = tiles.diagonal_mask(config, rows, visible, transposed=True)
+                mask = tiles.mask_segments(mask, *((None,) * 2 if key is None else (segment[:, rows], key[visible])))
+                columns = tiles.block_slice(config, j, 0, rows.stop)
+                chains.append(tiles.add_tile(config, sums, rows, q, k, x, columns, mask))
+            interleave(chains, stagger=1)
 
-    @pl.when(part == blocks - 1)
+    @pl.when(part == parts - 1)
     def _():
-        value, norm = sums.value[...], jnp.zeros((1, plan.size), jnp.float32)
-        if plan.kernel.normalized:
+        value, lse = sums.value[...], jnp.zeros((1, config.block), jnp.float32)
+        if config.similarity.normalized:
             total = jnp.sum(sums.total[...], axis=0, keepdims=True)
             value = value / jnp.where(total > 0, total, 1.0)
-            norm = tiles.norm_of(sums.top[...], sums.total[...])
+            lse = tiles.logsumexp(sums.top[...], sums.total[...])
         o_ref[0, 0] = value.T.astype(o_ref.dtype)
-        norm_ref[0, 0, 0] = norm
+        lse_ref[0, 0, 0] = lse
 
 
-def _read(plan: Plan, dtype: Any, k, q, x, first, *numbers):
-    """One device's part of `read`."""
+def _read(config: AttentionConfig, dtype: Any, k, q, x, first, *scalars):
+    """One device's shard of `read`; scalars: of queries and of keys, where there are segments."""
     batch, groups, slots, key = k.shape
     heads, length = q.shape[1:3]
-    value, size, shared = x.shape[3], plan.size, heads // groups
-    most = min(plan.most, slots // size)
-    parts = -(-slots // (size * most))
+    value, size, repeat = x.shape[3], config.block, heads // groups
+    resident = min(config.resident, slots // size)
+    parts = -(-slots // (size * resident))
 
-    def part(i, p):
-        # Parts behind a block's own are not fetched.
-        last = (plan.before + i) // most if plan.own else parts - 1
+    def part_of(i, p):
+        # Parts beyond the diagonal are not loaded.
+        last = (config.before + i) // resident if config.own else parts - 1
         return jnp.minimum(p, last)
 
     def slots_of(width):
-        return pl.BlockSpec((1, 1, most * size, width), lambda b, h, i, p, *_: (b, h // shared, part(i, p), 0))
+        return pl.BlockSpec((1, 1, resident * size, width), lambda b, h, i, p, *_: (b, h // repeat, part_of(i, p), 0))
 
     def rows_of(width):
         return pl.BlockSpec((1, 1, size, width), lambda b, h, i, p, *_: (b, h, i, 0))
 
-    rows = [
-        pl.BlockSpec((1, 1, 1, 8, size), lambda b, h, i, p, *_: (b, h // shared, i, 0, 0)),
-        pl.BlockSpec((1, 1, most, 8, size), lambda b, h, i, p, *_: (b, h // shared, part(i, p), 0, 0)),
+    scalar_blocks = [
+        pl.BlockSpec((1, 1, 1, 8, size), lambda b, h, i, p, *_: (b, h // repeat, i, 0, 0)),
+        pl.BlockSpec((1, 1, resident, 8, size), lambda b, h, i, p, *_: (b, h // repeat, part_of(i, p), 0, 0)),
     ]
-    norm = pl.BlockSpec((1, 1, 1, 1, size), lambda b, h, i, p, *_: (b, h, i, 0, 0))
-    like = (k, q, x, *numbers)
+    lse = pl.BlockSpec((1, 1, 1, 1, size), lambda b, h, i, p, *_: (b, h, i, 0, 0))
+    like = (k, q, x, *scalars)
     return pl.pallas_call(
-        functools.partial(_kernel, plan=dataclasses.replace(plan, most=most), blocks=parts),
+        functools.partial(_kernel, config=dataclasses.replace(config, resident=resident), parts=parts),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, heads, length // size, parts),
-            in_specs=[slots_of(key), rows_of(key), slots_of(value), *(rows if plan.segments else [])],
-            out_specs=[rows_of(value), norm],
-            scratch_shapes=list(tiles.sums_scratch(plan, value).values()),
+            in_specs=[slots_of(key), rows_of(key), slots_of(value), *(scalar_blocks if config.segments else [])],
+            out_specs=[rows_of(value), lse],
+            scratch_shapes=list(tiles.sums_scratch(config, value).values()),
         ),
         out_shape=[
             varying_result((batch, heads, length, value), dtype, *like),
@@ -118,84 +118,30 @@ def _read(plan: Plan, dtype: Any, k, q, x, first, *numbers):
         ],
         compiler_params=tiles.compiler_params(4),
         name="memformer_attention_forward",
-    )(first[:, 0], k, q, x, *numbers)
+    )(first[:, 0], k, q, x, *scalars)
 
 
-def read(plan: Plan, dtype: Any, k: Array, q: Array, x: Array, marks: tuple[Array, ...]) -> tuple[Array, Array]:
+def read(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask) -> tuple[Array, Array]:
     """Reads x [B, G, S, V] at the queries q [B, H, T, K]; T and S are multiples of R.
 
     Args:
-      plan: as ever.
+      config: sizes.
       dtype: of the output.
       k: [B, G, S, K].
       q: queries.
       x: values.
-      marks: segments of queries [B, T] and of keys [B, S], or nothing.
+      mask: over whole blocks.
 
     Returns:
       The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T].
     """
     groups = k.shape[1]
-    first = jnp.zeros((q.shape[0], q.shape[2] // plan.size), jnp.int32)
-    numbers: tuple[Array, ...] = ()
-    if plan.segments:
-        first = tiles.find_first(plan, *marks)
-        numbers = tuple(tiles.pack_rows(plan, groups, segment=x) for x in marks)
+    first = jnp.zeros((q.shape[0], q.shape[2] // config.block), jnp.int32)
+    scalars: tuple[Array, ...] = ()
+    if config.segments:
+        first = first_tiles(mask, config.block, config.block)
+        segments = (mask.query_segment, mask.key_segment)
+        scalars = tuple(tiles.pack_scalars(config, groups, segment=x) for x in segments)
     first = jnp.broadcast_to(first[:, None], (first.shape[0], groups, first.shape[1]))
-    o, norm = split_batch_and_heads(_read, (plan, dtype), results=2)(k, q, x, first, *numbers)
-    return o, norm.reshape(q.shape[:3])
-
-
-def read_gradients(
-    plan: Plan, k: Array, q: Array, x: Array, marks: tuple[Array, ...], norm: Array, mean: Array | None, do: Array
-) -> tuple[Array, Array, Array]:
-    """Gradients of k, q and x, given that of the output; q by parts that VMEM holds.
-
-    Args:
-      plan, k, q, x, marks: as in `read`.
-      norm: its second result.
-      mean: the sum of output times do, [B, H, T]: what the normaliser takes from each score's gradient.
-      do: [B, H, T, V].
-    """
-    length, step = q.shape[2], plan.most * plan.size
-    if length <= step:
-        return column_gradients(plan, k, q, x, do, marks, {"norm": norm, "mean": mean})
-    dq, dk, dx = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(x.shape, jnp.float32)
-    for start in range(0, length, step):
-        rows = slice(start, min(start + step, length))
-        slots = plan.before * plan.size + (rows.stop if plan.own else 0)
-        here = dataclasses.replace(plan, before=plan.before + start // plan.size if plan.own else plan.before)
-        segments = (marks[0][:, rows], marks[1][:, :slots]) if plan.segments else ()
-        numbers = {"norm": norm[:, :, rows], "mean": None if mean is None else mean[:, :, rows]}
-        parts = column_gradients(
-            here, k[:, :, :slots], q[:, :, rows], x[:, :, :slots], do[:, :, rows], segments, numbers
-        )
-        dq.append(parts[1])
-        dk, dx = dk.at[:, :, :slots].add(parts[0]), dx.at[:, :, :slots].add(parts[2])
-    return dk, jnp.concatenate(dq, axis=2), dx
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(plan: Plan, dtype: Any, k: Array, q: Array, x: Array, marks: tuple[Array, ...]) -> Array:
-    """`read`, differentiable in k, q and x; memory is linear in time, backward too."""
-    return read(plan, dtype, k, q, _values(plan, x), marks)[0]
-
-
-def _values(plan: Plan, x: Array) -> Array:
-    """Values as products take them."""
-    return x.astype(jnp.bfloat16 if plan.value_passes == 1 else jnp.float32)
-
-
-def _attend_forward(plan, dtype, k, q, x, marks):
-    o, norm = read(plan, dtype, k, q, _values(plan, x), marks)
-    return o, (k, q, x, marks, o if plan.kernel.normalized else None, norm)
-
-
-def _attend_backward(plan, dtype, kept, do):
-    k, q, x, marks, o, norm = kept
-    mean = None if o is None else jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
-    dk, dq, dx = read_gradients(plan, k, q, _values(plan, x), marks, norm, mean, _values(plan, do))
-    return dk.astype(k.dtype), dq.astype(q.dtype), dx.astype(x.dtype), None
-
-
-attend.defvjp(_attend_forward, _attend_backward)
+    o, lse = split_batch_and_heads(_read, (config, dtype), results=2)(k, q, x, first, *scalars)
+    return o, lse.reshape(q.shape[:3])

@@ -1,13 +1,13 @@
-"""The walk over the chunks that every memory with a matrix state takes: two Pallas calls and their rule.
+"""The scan over chunks of every matrix memory on TPU: a forward and a backward kernel, and their custom_vjp.
 
-A memory is what it does with one chunk of one head, forward and backward; the walk brings the blocks,
-keeps the state in VMEM from chunk to chunk, and saves for the backward pass the inputs and the state
-that enters each chunk, nothing else.
+A memory is given by what it computes for one chunk of one head, see `ChunkScan`. The scan loads the blocks, keeps the
+state in VMEM from chunk to chunk, and saves the inputs and the state that enters each chunk for the backward pass,
+nothing else.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,334 +15,343 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from memformer.core.calls import MatrixCall
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
-from memformer.core.types import Array
+from memformer.core.types import Array, Float
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning
-from memformer.pallas.tpu.common import Cut, abreast, lockstep
-from memformer.pallas.tpu.matrix_memory.token_scalars import TokenGradients, Tokens, pack, token_rows, unpack
+from memformer.pallas.tpu.interleave import Steps, interleave, interleave_groups
+from memformer.pallas.tpu.matrix_memory.config import ScanConfig
+from memformer.pallas.tpu.matrix_memory.token_scalars import (
+    ScalarGradients,
+    TokenScalars,
+    pack_scalars,
+    stack_scalars,
+    unpack_scalars,
+)
 
-__all__ = ["Memory", "run"]
+__all__ = ["ChunkScan", "run_scan"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
-    """A memory, by what it does with one chunk of one head. All are generators that yield between products.
+class ChunkScan:
+    """A memory, given by its computation for one chunk of one head. All functions are generators (`Steps`).
 
     Attributes:
-      name: of its kernels.
-      forward: (cut, tokens, head, prepared, q, k, v, state) to (o [C, V], the state that leaves); state is a
-        reference.
-      backward: (cut, tokens, gradients, head, prepared, q, k, v, state, do, ds) to (dq, dk, dv, ds of the state
-        that enters), likewise, and adds to gradients what the rows get; state and ds are references.
-      prepare: what needs no state, for one or two heads: (cut, tokens, heads, q, k, kept) writes into kept, the
-        references of each head, what forward and backward are given as `prepared` in the next step; or None.
-      kept: (cut, backward) to shape and dtype of what prepare writes for a head.
-      count: heads that are walked side by side while the next chunk is prepared.
-      wait: steps of prepare before the walk begins: its products fill what the inverse leaves of the MXU.
+      name: of the kernels.
+      forward: (config, scalars, head, prepared, q, k, v, state) to (o [C, V], the state that leaves the chunk); state
+        is a reference.
+      backward: (config, scalars, gradients, head, prepared, q, k, v, state, do, ds) to (dq, dk, dv, ds of the state
+        that enters the chunk); state and ds are references. Adds the gradients of the token scalars to `gradients`.
+      prepare: what does not depend on the state, for one or two heads, one chunk ahead: (config, scalars, heads, q, k,
+        refs) stores into refs, the references of each head, what forward and backward then receive as `prepared`; or
+        None.
+      prepared: (config, backward) to shape and dtype of what prepare stores per head.
+      interleaved: heads that are computed interleaved while the next chunk is prepared.
+      delay: steps of prepare before the heads start: their products fill the MXU where the inverse leaves it idle.
     """
 
     name: str
-    forward: Callable[..., Generator[None, None, tuple[Array, Array]]]
-    backward: Callable[..., Generator[None, None, tuple[Array, Array, Array, Array]]]
-    prepare: Callable[..., Generator[None, None, None]] | None = None
-    kept: Callable[[Cut, bool], list[tuple[tuple[int, ...], Any]]] | None = None
-    count: int = 2
-    wait: int = 0
+    forward: Callable[..., Steps]
+    backward: Callable[..., Steps]
+    prepare: Callable[..., Steps] | None = None
+    prepared: Callable[[ScanConfig, bool], list[tuple[tuple[int, ...], Any]]] | None = None
+    interleaved: int = 2
+    delay: int = 0
 
     @property
-    def lag(self) -> int:
-        """Steps from preparing a chunk to walking it."""
+    def prefetch(self) -> int:
+        """Grid steps from preparing a chunk to computing it."""
         return 0 if self.prepare is None else 1
 
 
-def run(
-    memory: Memory, cut: Cut, q: Array, k: Array, v: Array, beta, decay, index, state: Array | None
-) -> tuple[Array, Array]:
-    """q, k [B, T, G, K], v [B, T, H, V], beta and decay [B, T, H], index [B, T]: o [B, T, H, V] and the last state."""
-
-    def by_head(x):
-        return jnp.swapaxes(pad_time(x, cut.chunk), 1, 2)
-
-    width = v.shape[3]
-    v, beta, decay, state = _split_values(cut, v, beta, decay, state)
+def run_scan(
+    scan: ChunkScan, config: ScanConfig, call: MatrixCall
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs the scan over the chunks of a call with one write per token."""
+    length, width = call.v.shape[1], call.v.shape[3]
+    call = _split_values(config, call)
     # bfloat16 where all three are.
-    dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
-    arrays = (by_head(x.astype(dtype)) for x in (q, k, v))
-    rows = token_rows(cut, beta, decay, index)
-    if state is None:
-        state = vary_like(jnp.zeros((cut.batch, cut.heads, cut.key, cut.value), jnp.float32), q, k, v, *rows)
-    o, end = _walk(memory, cut, *arrays, rows, state.astype(jnp.float32))
-    return _join_values(jnp.swapaxes(o, 1, 2)[:, : q.shape[1]], end, width)
+    dtype = jnp.bfloat16 if call.q.dtype == call.k.dtype == call.v.dtype == jnp.bfloat16 else jnp.float32
+    q, k, v = (jnp.swapaxes(pad_time(x.astype(dtype), config.chunk), 1, 2) for x in (call.q, call.k, call.v))
+    scalars = stack_scalars(config, call)
+    state = vary_like(call.state.astype(jnp.float32), q, k, v, *scalars)
+    o, end = _scan(scan, config, q, k, v, scalars, state)
+    return _join_values(jnp.swapaxes(o, 1, 2)[:, :length], end, width)
 
 
-def _split_values(cut: Cut, v, beta, decay, state):
-    """Blocks of value columns as heads of their own."""
-    blocks = v.shape[3] // cut.value
+def _split_values(config: ScanConfig, call: MatrixCall) -> MatrixCall:
+    """Turns blocks of value columns into heads."""
+    blocks = call.v.shape[3] // config.value
     if blocks == 1:
-        return v, beta, decay, state
-    v = v.reshape(*v.shape[:2], -1, cut.value)
-    beta, decay = (x if x is None else jnp.repeat(x, blocks, axis=2) for x in (beta, decay))
-    if state is not None:
-        state = jnp.swapaxes(state.reshape(*state.shape[:3], blocks, cut.value), 2, 3)
-        state = state.reshape(cut.batch, cut.heads, cut.key, cut.value)
-    return v, beta, decay, state
+        return call
+    v = call.v.reshape(*call.v.shape[:2], -1, config.value)
+    beta, decay = (x if x is None else jnp.repeat(x, blocks, axis=2) for x in (call.beta, call.decay))
+    state = jnp.swapaxes(call.state.reshape(*call.state.shape[:3], blocks, config.value), 2, 3)
+    state = state.reshape(config.batch, config.heads, config.key, config.value)
+    return dataclasses.replace(call, v=v, beta=beta, decay=decay, state=state)
 
 
-def _join_values(o, end, width: int):
-    """The inverse, for results."""
+def _join_values(o: Array, state: Array, width: int) -> tuple[Array, Array]:
+    """The inverse of `_split_values`, for the results."""
     if o.shape[3] == width:
-        return o, end
+        return o, state
     blocks = width // o.shape[3]
-    end = end.reshape(end.shape[0], -1, blocks, *end.shape[2:])
-    return o.reshape(*o.shape[:2], -1, width), jnp.swapaxes(end, 2, 3).reshape(*end.shape[:2], end.shape[3], width)
+    state = state.reshape(state.shape[0], -1, blocks, *state.shape[2:])
+    return o.reshape(*o.shape[:2], -1, width), jnp.swapaxes(state, 2, 3).reshape(
+        *state.shape[:2], state.shape[3], width
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _walk(memory: Memory, cut: Cut, q, k, v, rows, start):
-    call = split_batch_and_heads(_forward, (memory, cut, False), results=2)
-    return tuple(call(q, k, v, start, *rows))
+def _scan(scan: ChunkScan, config: ScanConfig, q, k, v, scalars, state):
+    call = split_batch_and_heads(_forward, (scan, config, False), results=2)
+    return tuple(call(q, k, v, state, *scalars))
 
 
-def _walk_forward(memory, cut, q, k, v, rows, start):
-    if cut.remat == "inputs":
-        return _walk(memory, cut, q, k, v, rows, start), (q, k, v, rows, start)
-    o, end, states = _states(memory, cut, q, k, v, rows, start)
-    return (o, end), (q, k, v, rows, states)
+def _scan_forward(scan, config, q, k, v, scalars, state):
+    if config.remat == "inputs":
+        return _scan(scan, config, q, k, v, scalars, state), (q, k, v, scalars, state)
+    o, end, states = _scan_and_save(scan, config, q, k, v, scalars, state)
+    return (o, end), (q, k, v, scalars, states)
 
 
-def _states(memory, cut, q, k, v, rows, start):
-    call = split_batch_and_heads(_forward, (memory, cut, True), results=3)
-    return call(q, k, v, start, *rows)
+def _scan_and_save(scan, config, q, k, v, scalars, state):
+    call = split_batch_and_heads(_forward, (scan, config, True), results=3)
+    return call(q, k, v, state, *scalars)
 
 
-def _walk_backward(memory, cut, saved, cotangents):
-    q, k, v, rows, states = saved
-    if cut.remat == "inputs":
-        *_, states = _states(memory, cut, q, k, v, rows, states)
-    call = split_batch_and_heads(_backward, (memory, cut), results=4 + len(rows))
-    dq, dk, dv, dstart, *drows = call(q, k, v, states, *cotangents, *rows)
-    return dq, dk, dv, tuple(drows), dstart
+def _scan_backward(scan, config, saved, cotangents):
+    q, k, v, scalars, states = saved
+    if config.remat == "inputs":
+        *_, states = _scan_and_save(scan, config, q, k, v, scalars, states)
+    call = split_batch_and_heads(_backward, (scan, config), results=4 + len(scalars))
+    dq, dk, dv, dstate, *dscalars = call(q, k, v, states, *cotangents, *scalars)
+    return dq, dk, dv, tuple(dscalars), dstate
 
 
-_walk.defvjp(_walk_forward, _walk_backward)
+_scan.defvjp(_scan_forward, _scan_backward)
 
 
-class _Chunks:
-    """What a kernel has of its chunk: the heads' inputs, and what the step before prepared for them.
+class _Chunk:
+    """The chunk of a program, and, where the memory prepares, the chunk ahead of it.
 
-    A memory that prepares is one chunk ahead there: step n prepares chunk n while chunk n - 1 is walked, so
-    that the compiler has work for every unit at every time.
+    Grid step n then prepares chunk n and computes chunk n - 1, so that the compiler has work for every unit at every
+    time. What is prepared lies in two copies that alternate.
     """
 
-    def __init__(self, memory: Memory, cut: Cut, q_ref, k_ref, rows, kept):
-        self.memory, self.cut = memory, cut
+    def __init__(self, scan: ChunkScan, config: ScanConfig, q_ref, k_ref, scalars, prepared):
+        self.scan, self.config = scan, config
         self._keys = (q_ref.at[0], k_ref.at[0])
-        self.tokens = Tokens(cut, rows[:1])
-        if memory.prepare is not None:
-            self._ahead = Tokens(cut, rows[1:])
-            now = pl.program_id(2) % 2
-            self._next = [ref.at[now] for ref in kept]
-            self._kept = [ref.at[1 - now] for ref in kept]
+        self.scalars = TokenScalars(config, scalars[:1])
+        if scan.prepare is not None:
+            self._next_scalars = TokenScalars(config, scalars[1:])
+            slot = pl.program_id(2) % 2
+            self._next = [ref.at[slot] for ref in prepared]
+            self._prepared = [ref.at[1 - slot] for ref in prepared]
 
-    def prepare(self) -> list[Generator[None, None, None]]:
-        """The chunk ahead: for the heads two by two."""
-        if self.memory.prepare is None:
-            return []
-        return [self._prepare_heads(heads) for heads in self.cut.pairs]
+    def head(self, h: int):
+        """q, k and what was prepared, of one head."""
+        g = h // self.config.heads_per_key
+        if self.scan.prepare is None:
+            return *(ref[g] for ref in self._keys), ()
+        return *(ref[g] for ref in self._prepared[:2]), [ref.at[h] for ref in self._prepared[2:]]
 
-    def _prepare_heads(self, heads: tuple[int, ...]) -> Generator[None, None, None]:
-        places = [h // self.cut.sharing for h in heads]
+    def run(self, heads: list[Steps]) -> None:
+        """Computes all heads, interleaved with preparing the next chunk."""
+        if self.scan.prepare is None:
+            interleave(heads)
+            return
+        chains = [self._prepare(pair) for pair in self.config.head_pairs]
+        interleave([*chains, interleave_groups(heads, self.scan.interleaved, self.scan.delay)])
+
+    def _prepare(self, heads: tuple[int, ...]) -> Steps:
+        places = [h // self.config.heads_per_key for h in heads]
         for copy, ref in zip(self._next, self._keys, strict=False):
             for g in set(places):
                 copy[g] = ref[g]
         keys = [[ref[g] for g in places] for ref in self._keys]
-        kept = [[ref.at[h] for ref in self._next[2:]] for h in heads]
-        yield from self.memory.prepare(self.cut, self._ahead, heads, *keys, kept)
-
-    def head(self, h: int):
-        """q, k and what was prepared, of one head of this chunk."""
-        g = h // self.cut.sharing
-        if self.memory.prepare is None:
-            return *(ref[g] for ref in self._keys), ()
-        return *(ref[g] for ref in self._kept[:2]), [ref.at[h] for ref in self._kept[2:]]
-
-    def run(self, heads: list[Generator[None, None, None]]) -> None:
-        """Walks all heads, and prepares meanwhile."""
-        ahead = self.prepare()
-        lockstep([*ahead, abreast(heads, self.memory.count, self.memory.wait)] if ahead else heads)
+        refs = [[ref.at[h] for ref in self._next[2:]] for h in heads]
+        yield from self.scan.prepare(self.config, self._next_scalars, heads, *keys, refs)
 
 
-def _kept(memory: Memory, cut: Cut, q, backward: bool) -> list[pltpu.VMEM]:
-    """Scratch for what is prepared, in two copies: q and k, then what the memory names."""
-    if memory.prepare is None:
+def _prepared_scratch(scan: ChunkScan, config: ScanConfig, q, backward: bool) -> list[pltpu.VMEM]:
+    """Scratch for what is prepared, in two copies: q and k, then the arrays of the memory."""
+    if scan.prepare is None:
         return []
-    keys = [pltpu.VMEM((2, cut.key_block, cut.chunk, cut.key), q.dtype)] * 2
-    return keys + [pltpu.VMEM((2, cut.block, *shape), dtype) for shape, dtype in memory.kept(cut, backward)]
+    keys = [pltpu.VMEM((2, config.program_keys, config.chunk, config.key), q.dtype)] * 2
+    arrays = scan.prepared(config, backward)
+    return keys + [pltpu.VMEM((2, config.program_heads, *shape), dtype) for shape, dtype in arrays]
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, rows, start_ref, o_ref, end_ref, *refs, memory: Memory, cut: Cut, save: bool):
-    states_ref, s_ref, *kept = refs if save else (None, *refs)
+def _forward_kernel(
+    q_ref, k_ref, v_ref, scalars, start_ref, o_ref, end_ref, *refs, scan: ChunkScan, config: ScanConfig, save: bool
+):
+    states_ref, s_ref, *prepared = refs if save else (None, *refs)
     n = pl.program_id(2)
 
-    @pl.when(n == memory.lag)
+    @pl.when(n == scan.prefetch)
     def _():
         pltpu.sync_copy(start_ref.at[0], s_ref)
 
-    chunks = _Chunks(memory, cut, q_ref, k_ref, rows, kept)
+    chunk = _Chunk(scan, config, q_ref, k_ref, scalars, prepared)
 
-    def walk(h):
+    def compute(h):
         if states_ref is not None:
             states_ref[0, h, 0] = s_ref[h]
-        q, k, prepared = chunks.head(h)
-        o, state = yield from memory.forward(cut, chunks.tokens, h, prepared, q, k, v_ref[0, h], s_ref.at[h])
+        q, k, prepared = chunk.head(h)
+        o, state = yield from scan.forward(config, chunk.scalars, h, prepared, q, k, v_ref[0, h], s_ref.at[h])
         o_ref[0, h] = o.astype(o_ref.dtype)
         s_ref[h] = state
 
-    chunks.run([walk(h) for h in range(cut.block)])
+    chunk.run([compute(h) for h in range(config.program_heads)])
 
-    @pl.when(n == cut.chunks - 1 + memory.lag)
+    @pl.when(n == config.chunks - 1 + scan.prefetch)
     def _():
         pltpu.sync_copy(s_ref, end_ref.at[0])
 
 
-def _forward(memory: Memory, cut: Cut, save: bool, q, k, v, start, *rows):
-    """q, k [B, G, T, K], v [B, H, T, V], start [B, H, K, V], rows [B, H, names, N, C], of one device.
+def _forward(scan: ChunkScan, config: ScanConfig, save: bool, q, k, v, start, *scalars):
+    """One device's shard: q, k [B, G, T, K], v [B, H, T, V], start [B, H, K, V], scalars [B, H, names, N, C].
 
-    Returns o, the last state and, to save them, the states that enter chunks [B, H, N, K, V].
+    Returns o, the last state, and, if `save`, the states that enter the chunks [B, H, N, K, V].
     """
-    cut = cut.local(q, v)
-    block = _blocks(cut, memory.lag)
-    like = (q, k, v, start, *rows)
-    out_specs = [block.value, block.state]
+    config = config.local(q, v)
+    blocks = _make_blocks(config, scan.prefetch)
+    like = (q, k, v, start, *scalars)
+    out_specs = [blocks.value, blocks.state]
     out_shape = [varying_result(v.shape, v.dtype, *like), varying_result(start.shape, jnp.float32, *like)]
     if save:
-        out_specs.append(block.states)
-        states = (cut.batch, cut.heads, cut.chunks, cut.key, cut.value)
+        out_specs.append(blocks.states)
+        states = (config.batch, config.heads, config.chunks, config.key, config.value)
         out_shape.append(varying_result(states, jnp.float32, *like))
-    rows, rows_blocks = _rows(memory, cut, block, rows)
+    scalars, scalar_blocks = _scalar_inputs(scan, config, blocks, scalars)
+    state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
     return pl.pallas_call(
-        functools.partial(_forward_kernel, memory=memory, cut=cut, save=save),
-        grid=block.grid,
-        in_specs=[block.key, block.key, block.value, rows_blocks, block.state],
+        functools.partial(_forward_kernel, scan=scan, config=config, save=save),
+        grid=blocks.grid,
+        in_specs=[blocks.key, blocks.key, blocks.value, scalar_blocks, blocks.state],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[pltpu.VMEM((cut.block, cut.key, cut.value), jnp.float32), *_kept(memory, cut, q, False)],
+        scratch_shapes=[state, *_prepared_scratch(scan, config, q, False)],
         compiler_params=_compiler_params(),
-        name=f"memformer_{memory.name}_forward",
-    )(q, k, v, rows, start)
+        name=f"memformer_{scan.name}_forward",
+    )(q, k, v, scalars, start)
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, rows, states_ref, do_ref, dend_ref, dq_ref, dk_ref, dv_ref, drows, dstart_ref, ds_ref, *kept,
-    memory: Memory, cut: Cut,
+    q_ref, k_ref, v_ref, scalars, states_ref, do_ref, dend_ref,
+    dq_ref, dk_ref, dv_ref, dscalars, dstart_ref, ds_ref, *prepared,
+    scan: ChunkScan, config: ScanConfig,
 ):  # fmt: skip
     n = pl.program_id(2)
 
-    @pl.when(n == memory.lag)
+    @pl.when(n == scan.prefetch)
     def _():
         pltpu.sync_copy(dend_ref.at[0], ds_ref)
 
-    chunks = _Chunks(memory, cut, q_ref, k_ref, rows, kept)
-    gradients = TokenGradients(cut)
-    shared = [[] for _ in range(cut.key_block)]
+    chunk = _Chunk(scan, config, q_ref, k_ref, scalars, prepared)
+    gradients = ScalarGradients(config)
+    key_gradients = [[] for _ in range(config.program_keys)]
 
-    def walk(h):
-        q, k, prepared = chunks.head(h)
+    def compute(h):
+        q, k, prepared = chunk.head(h)
         inputs = (prepared, q, k, v_ref[0, h], states_ref.at[0, h, 0], do_ref[0, h], ds_ref.at[h])
-        dq, dk, dv, ds = yield from memory.backward(cut, chunks.tokens, gradients, h, *inputs)
+        dq, dk, dv, ds = yield from scan.backward(config, chunk.scalars, gradients, h, *inputs)
         dv_ref[0, h] = dv.astype(dv_ref.dtype)
         ds_ref[h] = ds
-        shared[h // cut.sharing].append((dq, dk))
+        key_gradients[h // config.heads_per_key].append((dq, dk))
 
-    chunks.run([walk(h) for h in range(cut.block)])
-    for g, parts in enumerate(shared):
+    chunk.run([compute(h) for h in range(config.program_heads)])
+    for g, parts in enumerate(key_gradients):
         dq, dk = (functools.reduce(jnp.add, x) for x in zip(*parts, strict=True))
         dq_ref[0, g], dk_ref[0, g] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
-    gradients.store(drows)
+    gradients.store(dscalars)
 
-    @pl.when(n == cut.chunks - 1 + memory.lag)
+    @pl.when(n == config.chunks - 1 + scan.prefetch)
     def _():
         pltpu.sync_copy(ds_ref, dstart_ref.at[0])
 
 
-def _backward(memory: Memory, cut: Cut, q, k, v, states, do, dend, *rows):
-    """Gradients of q, k, v, the initial state and the rows."""
-    cut = cut.local(q, v)
-    block = _blocks(cut, memory.lag, reverse=True)
-    like = (q, k, v, states, do, dend, *rows)
-    # One part for every program that shares a head.
-    parts = (cut.batch, cut.heads // min(cut.block, cut.repeat), *q.shape[2:])
-    rows, rows_blocks = _rows(memory, cut, block, rows)
-    dq, dk, dv, drows, dstart = pl.pallas_call(
-        functools.partial(_backward_kernel, memory=memory, cut=cut),
-        grid=block.grid,
-        in_specs=[block.key, block.key, block.value, rows_blocks, block.states, block.value, block.state],
-        out_specs=[block.part, block.part, block.value, rows_blocks[:1], block.state],
+def _backward(scan: ChunkScan, config: ScanConfig, q, k, v, states, do, dend, *scalars):
+    """Gradients of q, k, v, the initial state and the token scalars, of one device's shard."""
+    config = config.local(q, v)
+    blocks = _make_blocks(config, scan.prefetch, reverse=True)
+    like = (q, k, v, states, do, dend, *scalars)
+    # One part for every program that shares a query and key head.
+    parts = (config.batch, config.heads // min(config.program_heads, config.repeat), *q.shape[2:])
+    scalars, scalar_blocks = _scalar_inputs(scan, config, blocks, scalars)
+    state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
+    dq, dk, dv, dscalars, dstart = pl.pallas_call(
+        functools.partial(_backward_kernel, scan=scan, config=config),
+        grid=blocks.grid,
+        in_specs=[blocks.key, blocks.key, blocks.value, scalar_blocks, blocks.states, blocks.value, blocks.state],
+        out_specs=[blocks.key_part, blocks.key_part, blocks.value, scalar_blocks[:1], blocks.state],
         out_shape=[
             varying_result(parts, q.dtype, *like),
             varying_result(parts, k.dtype, *like),
             varying_result(v.shape, v.dtype, *like),
-            [varying_result(x.shape, jnp.float32, *like) for x in rows[:1]],
+            [varying_result(x.shape, jnp.float32, *like) for x in scalars[:1]],
             varying_result(dend.shape, jnp.float32, *like),
         ],
-        scratch_shapes=[pltpu.VMEM((cut.block, cut.key, cut.value), jnp.float32), *_kept(memory, cut, q, True)],
+        scratch_shapes=[state, *_prepared_scratch(scan, config, q, True)],
         compiler_params=_compiler_params(),
-        name=f"memformer_{memory.name}_backward",
-    )(q, k, v, rows, states, do, dend)
-    return _sum_parts(cut, dq), _sum_parts(cut, dk), dv, dstart, *(unpack(cut, x) for x in drows)
+        name=f"memformer_{scan.name}_backward",
+    )(q, k, v, scalars, states, do, dend)
+    dq, dk = _sum_parts(config, dq), _sum_parts(config, dk)
+    return dq, dk, dv, dstart, *(unpack_scalars(config, x) for x in dscalars)
 
 
-def _rows(memory: Memory, cut: Cut, block: "_Blocks", rows):
-    """Rows as the kernel has them, and where: of the chunk that is walked, then of the one that is prepared."""
-    rows = [pack(cut, x) for x in rows]
-    if not rows or memory.prepare is None:
-        return rows, [block.rows] * len(rows)
-    return rows * 2, [block.rows, block.rows_ahead]
+def _scalar_inputs(scan: ChunkScan, config: ScanConfig, blocks: "_Blocks", scalars):
+    """The token scalars as the kernel reads them, and their blocks: of the chunk, then of the chunk ahead."""
+    scalars = [pack_scalars(config, x) for x in scalars]
+    if not scalars or scan.prepare is None:
+        return scalars, [blocks.scalars] * len(scalars)
+    return scalars * 2, [blocks.scalars, blocks.next_scalars]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """The steps of a kernel, and what a program sees of every kind of array."""
+    """The grid of a kernel, and the block of every kind of array."""
 
     grid: tuple[int, int, int]
     key: pl.BlockSpec
-    part: pl.BlockSpec
+    key_part: pl.BlockSpec
     value: pl.BlockSpec
-    rows: pl.BlockSpec
-    rows_ahead: pl.BlockSpec
+    scalars: pl.BlockSpec
+    next_scalars: pl.BlockSpec
     state: pl.BlockSpec
     states: pl.BlockSpec
 
 
-def _blocks(cut: Cut, lag: int, reverse: bool = False) -> _Blocks:
-    """Blocks for a walk from the first chunk to the last, or the other way; q and k come `lag` steps early."""
-    C, K, V, P = cut.chunk, cut.key, cut.value, cut.block
-    shared = max(1, cut.repeat // P)
+def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _Blocks:
+    """Blocks for a scan over the chunks, from the last one if `reverse`; q and k are loaded `prefetch` steps early."""
+    C, K, V, P = config.chunk, config.key, config.value, config.program_heads
+    programs_per_key = max(1, config.repeat // P)
 
-    def turned(n):
-        return cut.chunks - 1 - n if reverse else n
+    def chunk_at(n):
+        return config.chunks - 1 - n if reverse else n
 
-    def at(n):
-        return turned(jnp.maximum(n - lag, 0) if lag else n)
+    def now(n):
+        return chunk_at(jnp.maximum(n - prefetch, 0) if prefetch else n)
 
     def ahead(n):
-        return turned(jnp.minimum(n, cut.chunks - 1) if lag else n)
+        return chunk_at(jnp.minimum(n, config.chunks - 1) if prefetch else n)
 
     def by_head(b, h, n):
-        return (b, h, at(n), 0)
+        return (b, h, now(n), 0)
 
-    rows = (1, 1, 1, len(cut.names) * P, C)
+    scalars = (1, 1, 1, len(config.scalars) * P, C)
     return _Blocks(
-        grid=(cut.batch, cut.heads // P, cut.chunks + lag),
-        key=pl.BlockSpec((1, cut.key_block, C, K), lambda b, h, n: (b, h // shared, ahead(n), 0)),
-        part=pl.BlockSpec((1, cut.key_block, C, K), by_head),
+        grid=(config.batch, config.heads // P, config.chunks + prefetch),
+        key=pl.BlockSpec((1, config.program_keys, C, K), lambda b, h, n: (b, h // programs_per_key, ahead(n), 0)),
+        key_part=pl.BlockSpec((1, config.program_keys, C, K), by_head),
         value=pl.BlockSpec((1, P, C, V), by_head),
-        rows=pl.BlockSpec(rows, lambda b, h, n: (b, h, at(n), 0, 0)),
-        rows_ahead=pl.BlockSpec(rows, lambda b, h, n: (b, h, ahead(n), 0, 0)),
+        scalars=pl.BlockSpec(scalars, lambda b, h, n: (b, h, now(n), 0, 0)),
+        next_scalars=pl.BlockSpec(scalars, lambda b, h, n: (b, h, ahead(n), 0, 0)),
         state=pl.BlockSpec((1, P, K, V), lambda b, h, n: (b, h, 0, 0)),
-        states=pl.BlockSpec((1, P, 1, K, V), lambda b, h, n: (b, h, at(n), 0, 0)),
+        states=pl.BlockSpec((1, P, 1, K, V), lambda b, h, n: (b, h, now(n), 0, 0)),
     )
 
 
@@ -352,9 +361,9 @@ def _compiler_params() -> pltpu.CompilerParams:
     )
 
 
-def _sum_parts(cut: Cut, x: Array) -> Array:
-    """[B, parts, T, K] gradients of shared heads, summed to [B, G, T, K]."""
-    if x.shape[1] == cut.groups:
+def _sum_parts(config: ScanConfig, x: Array) -> Array:
+    """Sums [B, parts, T, K] gradients of shared heads to [B, G, T, K]."""
+    if x.shape[1] == config.groups:
         return x
-    x = x.reshape(cut.batch, cut.groups, -1, *x.shape[2:])
+    x = x.reshape(config.batch, config.groups, -1, *x.shape[2:])
     return jnp.sum(x, axis=2, dtype=jnp.float32).astype(x.dtype)

@@ -1,0 +1,48 @@
+"""Matrix products on the MXU in one, three or six bfloat16 passes."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import lax
+
+from memformer.core.types import Array
+
+__all__ = ["PASSES", "iotas", "product", "split_bf16"]
+
+# bfloat16 passes of the MXU per product: 1, 3 (16 bits of each operand), 6 (all of float32).
+PASSES = {lax.Precision.DEFAULT: 1, lax.Precision.HIGH: 3, lax.Precision.HIGHEST: 6}
+
+
+def split_bf16(x: Array, passes: int) -> tuple[Array, ...]:
+    """Splits x into summands that `product` accepts: 1 pass, bfloat16; 3, two of bfloat16; 6, float32."""
+    if passes == 6:
+        return (x.astype(jnp.float32),)
+    high = x.astype(jnp.bfloat16)
+    if passes == 1 or x.dtype == jnp.bfloat16:
+        return (high,)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def product(a: Array | tuple[Array, ...], b: Array | tuple[Array, ...], contract: str, passes: int) -> Array:
+    """Matrix product in float32.
+
+    Args:
+      a: a matrix, or its summands from `split_bf16`.
+      b: likewise.
+      contract: "nn" for a b, "nt" for a b^T, "tn" for a^T b.
+      passes: 1 rounds operands to bfloat16, 3 keeps 16 bits (2 where one operand is bfloat16), 6 keeps float32.
+    """
+    axes = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
+    precision = lax.Precision.HIGHEST if passes == 6 else None
+    a, b = (x if isinstance(x, tuple) else split_bf16(x, passes) for x in (a, b))
+    pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2]
+    products = (
+        lax.dot_general(x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+        for x, y in pairs
+    )
+    return functools.reduce(jnp.add, products)
+
+
+def iotas(shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Row and column index of every entry of a matrix."""
+    return lax.broadcasted_iota(jnp.int32, shape, 0), lax.broadcasted_iota(jnp.int32, shape, 1)
