@@ -26,7 +26,7 @@ from memformer.pallas.gpu.attention.forward import read
 from memformer.pallas.gpu.attention.softmax_attention import attend
 from memformer.pallas.gpu.attention.write import write_backward, write_forward
 from memformer.pallas.gpu.wgmma import split_outside
-from memformer.pallas.mask import by_head, join
+from memformer.pallas.layout import heads_first, join_slots
 
 __all__ = ["run"]
 
@@ -49,14 +49,14 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
         return pad_time(x, width, axis=3)
 
     cache_k = None if call.cache is None else pad(call.cache.k, config.key)
-    k = join(cache_k, pad(call.k, config.key), config.rows, config.span)
-    q, w = (by_head(pad(x, config.key), config.span) for x in (call.q, call.w))
-    v = by_head(pad(call.v, config.value), config.span)
-    alpha, beta = (by_head(x.astype(jnp.float32), config.span) for x in (call.alpha, call.beta))
+    k = join_slots(cache_k, pad(call.k, config.key), config.rows, config.span)
+    q, w = (heads_first(pad(x, config.key), config.span) for x in (call.q, call.w))
+    v = heads_first(pad(call.v, config.value), config.span)
+    alpha, beta = (heads_first(x.astype(jnp.float32), config.span) for x in (call.alpha, call.beta))
     if call.cache is None:
         cache_u = jnp.zeros((*k.shape[:2], 0, config.value), jnp.float32)
     else:
-        cache_u = by_head(pad(call.cache.values, config.value), config.rows).astype(jnp.float32)
+        cache_u = heads_first(pad(call.cache.values, config.value), config.rows).astype(jnp.float32)
     arrays = (k, w, v, alpha, beta, cache_u, q)
     k, w, v, alpha, beta, cache_u, q = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
     u = write(config, k, w, v, alpha, beta, cache_u, mask)

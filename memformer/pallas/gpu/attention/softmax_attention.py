@@ -18,7 +18,7 @@ from memformer.pallas.gpu.attention.backward import key_gradients, query_gradien
 from memformer.pallas.gpu.attention.config import AttentionConfig, plan_call
 from memformer.pallas.gpu.attention.forward import read
 from memformer.pallas.gpu.attention.tiles import split_values
-from memformer.pallas.mask import by_head, join
+from memformer.pallas.layout import heads_first, join_slots
 
 __all__ = ["attend", "run"]
 
@@ -37,9 +37,9 @@ def run(call: AttentionCall) -> Float[Array, "B T H V"]:
     mask = join_cache(call.mask, config.rows)
     cache_k, cache_v = (None, None) if call.cache is None else (call.cache.k, call.cache.values)
     arrays = (
-        join(_pad(cache_k, config.key), _pad(call.k, config.key), config.rows),
-        by_head(_pad(call.q, config.key), config.rows),
-        join(_pad(cache_v, config.value), _pad(call.v, config.value), config.rows),
+        join_slots(_pad(cache_k, config.key), _pad(call.k, config.key), config.rows),
+        heads_first(_pad(call.q, config.key), config.rows),
+        join_slots(_pad(cache_v, config.value), _pad(call.v, config.value), config.rows),
     )
     k, q, v = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
     o = attend(config, jnp.bfloat16, k, q, v, mask)
