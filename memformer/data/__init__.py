@@ -1,7 +1,7 @@
 """Data: tokenizers, documents and packing, offline data sets, and sources of examples."""
 
 from memformer.data.bpe import BytePairs, split_words, train_bpe
-from memformer.data.documents import list_documents, read_documents, split_documents, standard_library
+from memformer.data.documents import Document, list_documents, read_documents, split_documents, standard_library
 from memformer.data.packing import PackedDocuments
 from memformer.data.shapes import Figure, describe_scene, draw_scene, figure_coverage, paint_scene
 from memformer.data.source import (
@@ -14,7 +14,7 @@ from memformer.data.source import (
     SyntheticSource,
     make_example,
 )
-from memformer.data.splits import split_by_hash
+from memformer.data.splits import split_by_hash, split_items
 from memformer.data.stamps import (
     STAMPS_FOLDER,
     STAMPS_PACKAGE,
@@ -42,6 +42,7 @@ __all__ = [
     "STAMPS_PACKAGE",
     "VERSES_PACKAGES",
     "BytePairs",
+    "Document",
     "Example",
     "Extra",
     "Figure",
@@ -67,6 +68,7 @@ __all__ = [
     "read_verses",
     "split_by_hash",
     "split_documents",
+    "split_items",
     "split_stamps",
     "split_verses",
     "split_words",

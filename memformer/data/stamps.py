@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from memformer.data.source import SPLITS
-from memformer.data.splits import split_by_hash
+from memformer.data.splits import split_items
 
 __all__ = ["STAMPS_FOLDER", "STAMPS_PACKAGE", "Stamp", "clean_caption", "list_stamps", "read_pictures", "split_stamps"]
 
@@ -91,8 +91,10 @@ def split_stamps(folder: str) -> dict[str, tuple[Stamp, ...]]:
       ValueError: see `list_stamps`.
     """
     parts: dict[str, list[Stamp]] = {split: [] for split in SPLITS}
-    for stamp in list_stamps(folder):
-        parts[split_by_hash(stamp.path.encode(), test=TEST, validation=VALIDATION)].append(stamp)
+    stamps = list_stamps(folder)
+    splits = split_items([stamp.path.encode() for stamp in stamps], test=TEST, validation=VALIDATION)
+    for stamp, split in zip(stamps, splits, strict=True):
+        parts[split].append(stamp)
     return {split: tuple(stamps) for split, stamps in parts.items()}
 
 

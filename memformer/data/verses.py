@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from memformer.data.splits import split_by_hash
+from memformer.data.splits import split_items
 
 __all__ = [
     "VERSES_PACKAGES",
@@ -127,8 +127,8 @@ def split_verses(folder: str, split: str) -> tuple[Verse, ...]:
       split: "train", "validation" or "test".
     """
     verses = read_verses(folder) if folder else read_verse_slice()
-    keys = ((verse, verse.english.encode()) for verse in verses)
-    return tuple(verse for verse, key in keys if split_by_hash(key, test=TEST, validation=VALIDATION) == split)
+    splits = split_items([verse.english.encode() for verse in verses], test=TEST, validation=VALIDATION)
+    return tuple(verse for verse, chosen in zip(verses, splits, strict=True) if chosen == split)
 
 
 def _parse(lines: Sequence[str]) -> list[Verse]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import ClassVar
 
-from memformer.data.source import Extra, RandomAccessSource
+from memformer.data.source import SPLITS, Extra, RandomAccessSource
 
 __all__ = ["Task"]
 
@@ -72,6 +72,19 @@ class Task:
     def source(self, split: str, seed: int) -> RandomAccessSource:
         """Examples of one split, by number."""
         raise NotImplementedError(f"{type(self).__name__} has no source")
+
+    def check_data(self, seed: int = 0) -> None:
+        """Checks that every split has examples; training calls it before the first step.
+
+        Raises:
+          ValueError: data that are missing, damaged or too small, with the remedy.
+        """
+        for split in SPLITS:
+            if len(self.source(split, seed)) == 0:
+                raise ValueError(
+                    f"the {split} split of task {self.name!r} has no example at task.length={self.length}; give it "
+                    "more data, or another length"
+                )
 
     def with_length(self, length: int) -> "Task":
         """The same task at another length.

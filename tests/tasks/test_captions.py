@@ -152,6 +152,22 @@ def test_stamps_are_split_by_picture(stamps):
     assert {stamp.mirrors for stamp in everything} == {True, False}
 
 
+@pytest.mark.parametrize("count", [1, 3, 7])
+def test_a_few_stamps_have_all_splits_where_they_can(tmp_path, count):
+    from PIL import Image
+
+    for i in range(count):
+        Image.new("RGB", (20, 20), "red").save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text("A red square.\n")
+    task = Captions(pictures="stamps", folder=str(tmp_path), size=16)
+    if count >= 3:
+        task.check_data()
+        assert all(len(task.source(split, 0)) for split in SPLITS)
+    else:
+        with pytest.raises(ValueError, match="split of task 'captions' has no example"):
+            task.check_data()
+
+
 def test_stamp_words_are_those_of_several_training_captions(stamps):
     task = Captions(pictures="stamps", folder=stamps)
     assert task.words[4:] == ("a", "blue", "dot", "green", "red")

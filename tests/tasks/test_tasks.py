@@ -100,6 +100,13 @@ def test_numbers_splits_and_seeds_draw_apart(settings, other):
     assert len(set(drawn)) == len(drawn)
 
 
+@pytest.mark.parametrize("settings, other", SPECS, ids=label)
+def test_every_split_has_examples(settings, other):
+    task = make_task(settings)
+    task.check_data()
+    task.with_length(other).check_data()
+
+
 def test_streams_of_examples_do_not_overlap():
     """The counters of examples are 2**128 blocks apart."""
     from memformer.data.source import SyntheticSource

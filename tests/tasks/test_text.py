@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
+from memformer.data.documents import SHARES, Document, split_documents
 from memformer.data.source import SPLITS
 from memformer.tasks import Text
 from memformer.tasks.text import START
@@ -63,33 +64,74 @@ def test_every_byte_is_scored_once_and_files_stay_whole(folder, length):
     task = Text(length=length, folder=str(folder))
     for split in SPLITS:
         texts, examples = read(task, split)
-        assert texts == [KEPT[name] for name in task.files(split) if KEPT[name]]
+        assert texts == [document.text for document in task.documents(split)]
         assert all(e["inputs"].shape == (length,) for e in examples)
 
 
 def test_splits_are_disjoint_and_complete(folder):
-    parts = [set(Text(folder=str(folder)).files(split)) for split in SPLITS]
-    assert set.union(*parts) == set(KEPT)
-    assert sum(map(len, parts)) == len(KEPT)
-
-
-def test_a_file_keeps_its_split_when_others_come_and_go(folder, tmp_path_factory):
-    other = tmp_path_factory.mktemp("other")
-    (other / "a").mkdir()
-    for i in range(0, 60, 2):
-        (other / f"a/f{i}.py").write_bytes(b"new content")
-    for split in SPLITS:
-        assert set(Text(folder=str(other)).files(split)) <= set(Text(folder=str(folder)).files(split))
+    parts = {split: Text(folder=str(folder)).documents(split) for split in SPLITS}
+    for name, text in KEPT.items():
+        # A few files: each is cut, in this order.
+        pieces = [document.text for split in SPLITS for document in parts[split] if document.path == name]
+        assert b"".join(pieces) == text
+    assert {document.path for part in parts.values() for document in part} == {name for name in KEPT if KEPT[name]}
 
 
 def test_suffix(folder):
     task = Text(length=8, folder=str(folder), suffix=".txt")
-    assert sum((task.files(split) for split in SPLITS), []) == ["notes.txt"]
+    assert {document.path for split in SPLITS for document in task.documents(split)} == {"notes.txt"}
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_corpus_of_a_few_files_has_all_splits(tmp_path, count):
+    for i in range(count):
+        (tmp_path / f"{i}.txt").write_text("".join(f"é {i} {line}\n" for line in range(400)))
+    task = Text(length=32, folder=str(tmp_path), suffix=".txt")
+    task.check_data()
+    sizes = {split: sum(len(document.text) for document in task.documents(split)) for split in SPLITS}
+    assert sum(sizes.values()) == sum(path.stat().st_size for path in tmp_path.iterdir())
+    for split, share in SHARES.items():
+        assert abs(100 * sizes[split] / sum(sizes.values()) - share) < 1
+        # No character is cut.
+        assert all(document.text.decode() for document in task.documents(split))
+
+
+def test_many_documents_are_split_by_content():
+    documents = [Document(f"{i}.txt", f"document {i}\n".encode() * 20) for i in range(2000)]
+    parts = split_documents(documents)
+    assert sorted(document for part in parts.values() for document in part) == sorted(documents)
+    moved = [Document(f"copy of {document.path}", document.text) for document in documents]
+    assert {split: [d.text for d in part] for split, part in split_documents(moved).items()} == {
+        split: [d.text for d in part] for split, part in parts.items()
+    }
+    fewer = split_documents(documents[::2])
+    assert all(set(fewer[split]) <= set(parts[split]) for split in SPLITS)
+
+
+def test_one_large_document_among_small_ones_leaves_text_to_every_split():
+    for large in range(20):
+        documents = [Document("large", bytes([large]) * 10**5), *(Document(str(i), str(i).encode()) for i in range(30))]
+        parts = split_documents(documents)
+        assert [sum(len(d.text) for d in parts[split]) // 10**3 for split in SPLITS] == [90, 5, 5]
+
+
+@pytest.mark.parametrize("size, length", [(0, 1), (1, 1), (3, 1), (100, 91)])
+def test_a_corpus_that_is_too_small_is_refused(tmp_path, size, length):
+    (tmp_path / "one.txt").write_bytes(b"x" * size)
+    task = Text(length=length, folder=str(tmp_path), suffix=".txt")
+    with pytest.raises(ValueError, match=r"too little text in files that end in '.txt': \d+ bytes train, .*lower task"):
+        task.check_data()
+
+
+def test_held_out_splits_shorter_than_a_window_are_logged(tmp_path, caplog):
+    (tmp_path / "one.txt").write_bytes(b"x" * 100)
+    Text(length=90, folder=str(tmp_path), suffix=".txt").check_data()
+    assert "the validation split has 5 bytes, less than a window of 90" in caplog.text
 
 
 def test_the_standard_library_is_large_enough():
     task = Text()
-    parts = {split: task.files(split) for split in SPLITS}
+    parts = {split: [document.path for document in task.documents(split)] for split in SPLITS}
     everything = sum(parts.values(), [])
     assert "ast.py" in everything and len(everything) == len(set(everything)) > 300
     assert not any({"test", "tests", "site-packages"} & set(name.split("/")[:-1]) for name in everything)

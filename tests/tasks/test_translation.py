@@ -163,3 +163,9 @@ def test_bad_options_are_named(name):
 def test_another_folder_without_verses_is_named(tmp_path):
     with pytest.raises(ValueError, match="task.folder .* has no verses"):
         Translation(folder=str(tmp_path)).source("train", 0)
+
+
+def test_a_length_that_no_verse_fits_is_refused():
+    task = Translation(corpus="slice", vocab_size=300, length=2)
+    with pytest.raises(ValueError, match="the train split of task 'translation' has no example at task.length=2"):
+        task.check_data()
