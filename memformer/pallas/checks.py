@@ -1,6 +1,6 @@
 """Reasons why a kernel cannot serve a call, in one wording for every chip.
 
-Each is a NotImplementedError, so that `implementation=None` goes on to the next implementation.
+Each is a NotImplementedError, so that `implementation=None` tries the next implementation.
 """
 
 import jax
@@ -41,7 +41,7 @@ def check_chip(op: str, there: bool, needed: str) -> None:
 
 
 def check_dtypes(op: str, arrays: tuple[Array, ...], allowed: tuple[str, ...], reason: str) -> None:
-    """Raises unless every array has one of the dtypes that the kernel takes; `reason` says which and why."""
+    """Raises unless every array has one of the allowed dtypes; `reason` is the predicate of the message."""
     if any(x.dtype not in map(jnp.dtype, allowed) for x in arrays):
         raise unsupported(op, f"{reason}, got {', '.join(str(x.dtype) for x in arrays)}")
 

@@ -40,7 +40,7 @@ class BaseScanConfig:
 
     @classmethod
     def of(cls, call: MatrixCall, chunk: int, **fields: Any) -> Self:
-        """The configuration of a call cut into chunks of `chunk` tokens.
+        """The configuration of a call in chunks of `chunk` tokens.
 
         Args:
           call: one write per token.
@@ -77,7 +77,7 @@ class BaseScanConfig:
 
 @dataclasses.dataclass(frozen=True)
 class BaseAttentionConfig:
-    """How one kernel of attention sees its slots.
+    """Static settings of one read or write of attention.
 
     Attributes:
       similarity: the similarity kernel, its scale filled in.

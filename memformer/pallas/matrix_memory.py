@@ -19,7 +19,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
       The output in float32, or bfloat16 where q, k and v are, and the state.
 
     Raises:
-      NotImplementedError: no kernel serves the call, or the chip; the message says what does.
+      NotImplementedError: no kernel serves the call, or the chip; the message names the implementation that does.
     """
     check_matrix_call(call)
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.

@@ -40,8 +40,8 @@ def interpreting_for(kind: Chip) -> bool:
 def chip() -> str:
     """Kind of chip that this trace is for: "tpu", "gpu" or "cpu".
 
-    An interpreter counts as its chip. A mesh of another machine's devices (jax.sharding.use_abstract_mesh) says what
-    ahead-of-time compilation is for. Otherwise it is JAX's default backend.
+    An interpreter counts as its chip. Ahead-of-time compilation takes the device of the mesh set by
+    jax.sharding.use_abstract_mesh. Otherwise it is JAX's default backend.
     """
     interpreter = _interpreter.get()
     return _backend() if interpreter is None else interpreter
@@ -76,8 +76,8 @@ def is_hopper() -> bool:
 def preferred(tokens: int, few: int = 4, library: str | None = None) -> tuple[str, ...]:
     """Implementations in the order in which `implementation=None` tries them.
 
-    Kernels come first on a TPU and on an sm_90 GPU, where one device runs the call or a mesh (jax.set_mesh) says how
-    to split it: the compiler cannot split a kernel. A call of a few tokens takes the recurrence everywhere.
+    Kernels come first on a TPU and on an sm_90 GPU if there is one device or a mesh is set (jax.set_mesh): the
+    compiler cannot partition a kernel by itself. For a few tokens the recurrence comes first everywhere.
 
     Args:
       tokens: T of the call.

@@ -1,8 +1,8 @@
-"""Calls that every device makes for its own batch rows and heads.
+"""Kernels on sharded arrays and under vmap.
 
-A Pallas call is opaque to the partitioner and to vmap. All arrays of ours have batch first and heads
-second, and no row or head knows of another. So under a mesh (jax.set_mesh) the call is wrapped in
-shard_map over those two axes, and vmap folds its axis into the batch.
+A Pallas call is opaque to the partitioner and to vmap. The kernels compute every batch row and every head on its own,
+so that under a mesh (jax.set_mesh) a call is wrapped in shard_map over these two axes, and vmap folds its axis into
+the batch.
 """
 
 import math
@@ -18,7 +18,7 @@ from memformer.core.types import Array
 
 __all__ = ["split_batch_and_heads", "varying_result"]
 
-# Mesh axes, by the names of the library's own meshes, that batch and heads lie on.
+# Mesh axes over which the library's own meshes shard batch and heads.
 BATCH, HEADS = ("data", "fsdp"), ("tensor",)
 
 
@@ -83,6 +83,6 @@ def _mesh_axes(mesh: AbstractMesh, free: Sequence[str], array: Array, axis: int)
 
 
 def varying_result(shape: tuple[int, ...], dtype, *like: Array) -> jax.ShapeDtypeStruct:
-    """A result of a kernel that varies over the mesh axes of shard_map as `like` do."""
+    """The type of a result of a kernel that varies over all mesh axes of shard_map over which any of `like` varies."""
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in like))
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.sharding.ManualAxisType(varying=axes))

@@ -1,6 +1,6 @@
-"""The TPU kernels in Pallas' TPU interpreter: races detected, fresh memory full of NaN, reads out of bounds an error.
+"""Matrix memories on TPU in Pallas' interpreter, with race detection, NaN in fresh memory and bounds checks.
 
-The shared suite of the ops (its rows, its oracle, its tolerances) runs with implementation="pallas".
+Rows, oracle and tolerances are those of the shared suite of the ops, run with implementation="pallas".
 """
 
 import functools
@@ -43,7 +43,7 @@ CASES = [
 
 @pytest.fixture
 def interpreter(capfd):
-    """Runs kernels in the interpreter; fails on a race, and leaves no state to the next test."""
+    """Runs kernels in the interpreter; fails on a race, and clears the interpreter's state."""
     with interpreted():
         yield
     pltpu.reset_tpu_interpret_mode_state()
@@ -81,7 +81,7 @@ def delta_call(q, k, v, beta, decay, state):
 
 @pytest.mark.parametrize("sizes", [tuning.Tuning(16, 3, 8), tuning.Tuning(16, 2, 16, "inputs")], ids=repr)
 def test_sizes_by_argument(sizes, interpreter):
-    """Blocks of value columns, an odd number of heads, nothing saved: the same numbers."""
+    """Results do not depend on blocks of value columns, an odd number of heads, or on what is saved."""
     rng = np.random.default_rng(7)
     wide, beta = jnp.asarray(rng.standard_normal((3, 1, 40, 3, 16)), "float32"), jnp.full((1, 40, 3), 0.5)
     keys = wide[1] / jnp.linalg.norm(wide[1], axis=-1, keepdims=True)
@@ -103,7 +103,7 @@ def test_sizes_by_argument(sizes, interpreter):
 
 
 def saved_bytes(sizes, length, heads, width):
-    """Bytes of what the backward pass of the kernel is given."""
+    """Bytes that are saved for the backward pass."""
     wide = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
     scalar = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
 
@@ -117,7 +117,7 @@ def saved_bytes(sizes, length, heads, width):
 
 
 def test_what_is_saved():
-    """Per token at most inputs, outputs and one state a chunk; by name, the inputs alone."""
+    """Saved are at most inputs, outputs and one state per chunk; with remat="inputs" the inputs alone."""
     length, heads, width = 1024, 2, 128
     # q, k, v, o in bfloat16, beta and decay in float32.
     arrays, numbers = 4 * 2 * width, 4 * 2
@@ -150,7 +150,7 @@ def test_the_interpreter_sees_a_race(capfd):
 
 
 def test_mapped(interpreter):
-    """vmap folds its axis into the batch; an argument that is not mapped is shared."""
+    """vmap folds its axis into the batch; unmapped arguments are broadcast."""
     arrays, _ = suite.inputs("delta_rule_grouped")
     arrays = suite.cast({name: x[:, :20] for name, x in arrays.items()}, "float32")
 
@@ -165,7 +165,7 @@ def test_mapped(interpreter):
 
 
 def keys(kind, rng, length, width):
-    """Keys that make (I + A)^-1 hard: the cases of the adversarial table."""
+    """Keys for which (I + A)^-1 is hard to compute."""
     if kind == "identical":
         k = np.repeat(rng.standard_normal((1, width)), length, axis=0)
     else:
@@ -176,7 +176,7 @@ def keys(kind, rng, length, width):
 @pytest.mark.parametrize("kind", ["identical", "close"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
 def test_hard_keys(kind, dtype, tolerance, interpreter):
-    """Whole chunks as long as a chip's, where a power series of A would reach 1e30; one head at beta 1, one at 2."""
+    """Chunks of full length, where a power series of A would reach 1e30; one head with beta 1, one with beta 2."""
     rng = np.random.default_rng(4)
     length, width = 256, 32
     chunk = tuning.choose(KIND, length, width, width, jnp.dtype(dtype).itemsize).chunk
@@ -207,7 +207,7 @@ def test_hard_keys(kind, dtype, tolerance, interpreter):
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_inverse_in_a_kernel(heads, interpreter):
-    """One matrix, and two whose blocks share products."""
+    """Inverts one matrix, and two whose blocks share products."""
 
     def kernel(a_ref, x_ref):
         for h, x in enumerate(interleave([unit_lower_inverses([a_ref.at[h] for h in range(heads)], 6)])[0]):
@@ -219,7 +219,7 @@ def test_inverse_in_a_kernel(heads, interpreter):
 
 
 def test_long_state(interpreter):
-    """The error of a state in float32 does not grow over 8192 tokens."""
+    """The error of a float32 state does not grow over 8192 tokens."""
     rng = np.random.default_rng(5)
     length, width = 8192, 8
     k = rng.standard_normal((1, length, 1, width))
@@ -258,15 +258,15 @@ def test_refusals_say_why(why):
 
 
 def exported(function, *shapes):
-    """The program that a TPU would get, by jax.export on this machine, without a TPU or its compiler."""
+    """The program for a TPU, by jax.export, which needs neither a TPU nor its compiler."""
     specs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     with jax.sharding.use_abstract_mesh(TPU):
         return jax.export.export(jax.jit(function), platforms=["tpu"])(*specs).mlir_module()
 
 
 @pytest.mark.parametrize("implementation", [None, "pallas"])
-def test_no_fallback_in_disguise(implementation):
-    """The program for a TPU calls the kernels by name, forward and backward, also where the library chooses."""
+def test_the_program_calls_the_kernels(implementation):
+    """The program for a TPU calls the kernels by name, forward and backward, also by default."""
     wide, scalar = (1, 256, 2, 128), (1, 256, 2)
 
     def both(q, k, v, beta):
@@ -283,7 +283,7 @@ def test_no_fallback_in_disguise(implementation):
 
 
 def test_split_over_devices():
-    """Under a mesh every device makes its own call: batch and heads, shared ones too, stay where they are."""
+    """Under a mesh every device calls the kernel for its own shard of batch and heads; nothing is moved."""
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
     held = []
 
@@ -305,7 +305,7 @@ def test_split_over_devices():
 
 
 def test_tuning_fits():
-    """Every row of the table gives a chunk that kernels have, and at least one head a program."""
+    """Every row of the table gives a chunk size that kernels have, and at least one head per program."""
     for kind in tuning.TABLE:
         for length, width in ((1, 16), (100, 128), (8192, 256), (8192, 1024)):
             sizes = tuning.choose(kind, length, width, width, 4)

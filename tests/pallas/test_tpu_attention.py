@@ -1,6 +1,6 @@
-"""DeltaFormer's and attention's TPU kernels in the interpreter: races detected, fresh memory full of NaN.
+"""Attention on TPU in Pallas' interpreter, with race detection, NaN in fresh memory and bounds checks.
 
-The shared suite of the ops runs with implementation="pallas"; what it has no row for is held against the recurrence.
+The shared suite of the ops runs with implementation="pallas"; other cases are compared with the recurrence.
 """
 
 import jax
@@ -65,7 +65,7 @@ def evaluate(arrays, implementation, **options):
 
 
 def oracle(arrays, **options):
-    """The same by the recurrence in float64."""
+    """The result of `evaluate` by the recurrence in float64."""
     with jax.enable_x64(True):
         exact = suite.cast(jax.tree.map(np.asarray, arrays), "float64")
         return jax.tree.map(np.asarray, evaluate(exact, "recurrent", **options))
@@ -77,7 +77,7 @@ def oracle(arrays, **options):
     ids=lambda kernel: getattr(kernel, "name", kernel),
 )
 def test_kernels(write, read, interpreter):
-    """Each kernel in each place, two heads a program, one row more than a block, a boundary between segments."""
+    """Every similarity, two heads per program, one row more than a block, a boundary between segments."""
     arrays, options = given(17, heads=(2, 2)), {"write_kernel": write, "read_kernel": read}
     options["segment_ids"] = jnp.asarray(np.repeat([3, 1], [6, 11])[None], jnp.int32)
     got, gradients = evaluate(arrays, "pallas", chunk_size=16, **options)
@@ -87,7 +87,7 @@ def test_kernels(write, read, interpreter):
 
 
 def test_a_call_too_long_for_vmem(interpreter, monkeypatch):
-    """Parts of a block each: what lies before a part is read by attention."""
+    """Spans of one block each: the slots before a span are read by softmax attention's kernel."""
     monkeypatch.setattr(tuning, "RESIDENT", 1)
     arrays = given(40, heads=(4, 2))
     got, gradients = evaluate(arrays, "pallas", chunk_size=16)
@@ -98,10 +98,9 @@ def test_a_call_too_long_for_vmem(interpreter, monkeypatch):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
 def test_hard_keys(dtype, tolerance, interpreter, monkeypatch):
-    """A linear write of equal or nearly equal keys, in blocks as on a chip; a power series of A would reach 1e30.
+    """A linear write with equal or nearly equal keys, in blocks of full size; a power series of A would reach 1e30.
 
-    At beta 2 u grows to 87. The read is linear too: a softmax over equal keys does not depend on
-    q, and its gradient is 0.
+    With beta 2, u grows to 87. The read is linear too, because a softmax over equal keys does not depend on q.
     """
     monkeypatch.setitem(tuning.TILES, "interpreter", (128, 128, ((128, 128),) * 2, 128))
     length, options = 256, {"write_kernel": "linear", "read_kernel": "linear"}
@@ -116,8 +115,11 @@ def test_hard_keys(dtype, tolerance, interpreter, monkeypatch):
 
 
 def test_long_write(interpreter, monkeypatch):
-    """The error of u does not grow over 8192 tokens. That of the output does, beside the output, as a mean of ever more
-    values shrinks by their root: sqrt(7) from the first quarter to the last (the chunked form: 2.3)."""
+    """The error of u does not grow over 8192 tokens.
+
+    The relative error of the output does: a mean over n values shrinks as 1 / sqrt(n), by sqrt(7) from the first
+    quarter to the last (measured for the chunked form: 2.3).
+    """
     monkeypatch.setitem(tuning.TILES, "interpreter", (1024, 1024, ((1024, 1024),) * 2, 1024))
     arrays = given(8192)
     output, cache = mf.deltaformer(**arrays, implementation="pallas")
@@ -143,7 +145,7 @@ def both(arrays, implementation):
 
 
 def test_mapped(interpreter):
-    """vmap folds its axis into the batch; what is not mapped is shared."""
+    """vmap folds its axis into the batch; unmapped arguments are broadcast."""
     arrays = given(16, heads=(2, 1))
     mapped = {name: jnp.concatenate([arrays[name], 2 * arrays[name]]) for name in ("q", "v")}
     axes = {name: 0 if name in mapped else None for name in arrays}
@@ -155,7 +157,7 @@ def test_mapped(interpreter):
 
 
 def test_split_over_devices(interpreter):
-    """Under a mesh each device calls the kernels for its own row and its own heads; nothing is gathered."""
+    """Under a mesh every device calls the kernels for its own shard of batch and heads; nothing is gathered."""
     arrays = given(16, heads=(4, 2))
     arrays = {name: jnp.concatenate([x, 2 * x]) if name in "qv" else jnp.repeat(x, 2, 0) for name, x in arrays.items()}
     want = both(arrays, "chunked")
@@ -170,27 +172,27 @@ def test_split_over_devices(interpreter):
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
-def test_what_is_kept_for_the_backward_pass():
-    """Inputs, output, u and one log-sum-exp a row: nothing that grows with the square of the length."""
+def test_what_is_saved():
+    """Saved are inputs, output, u and one log-sum-exp per row, nothing that grows with the square of the length."""
 
     def backward(arrays):
         return jax.vjp(lambda a: mf.deltaformer(**a, implementation="pallas")[0], arrays)[1]
 
-    def kept(length):
+    def saved(length):
         arrays = {name: jax.ShapeDtypeStruct(x.shape, "bfloat16") for name, x in given(length).items()}
         with interpreted():
             leaves = jax.tree.leaves(jax.eval_shape(backward, arrays))
         return sum(x.size * x.dtype.itemsize for x in leaves) / length
 
-    # Bytes a token: k, w, q, v and the output in bfloat16; alpha, beta and two norms, and u in float32.
+    # Bytes per token: k, w, q, v and the output in bfloat16; alpha, beta, the lse of write and read, and u in float32.
     floor = 2 * (3 * 8 + 2 * 4) + 4 * (4 + 4)
-    assert kept(4096) <= 1.1 * floor
-    assert kept(8192) == kept(4096)
+    assert saved(4096) <= 1.1 * floor
+    assert saved(8192) == saved(4096)
 
 
 @pytest.mark.parametrize("implementation", [None, "pallas"])
-def test_no_fallback_in_disguise(implementation):
-    """The program for a TPU calls the kernels by name, forward and backward, and holds no T x T array."""
+def test_the_program_calls_the_kernels(implementation):
+    """The program for a TPU calls the kernels by name, forward and backward, and has no T x T array."""
     length = 4096
 
     def both(q, k, v):
@@ -221,7 +223,7 @@ def test_refusals_say_why(why):
 
 
 def test_tuning_fits():
-    """Every row of the table cuts any call into blocks that fit each other."""
+    """Every row of the table gives blocks that divide each other, for any call."""
     for kind in tuning.TILES:
         for length, width, itemsize in ((1, 16, 2), (100, 128, 4), (8192, 256, 2)):
             size, sub, tile, back, most = tuning.choose_tiles(kind, length, width, width, itemsize)

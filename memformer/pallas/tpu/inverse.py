@@ -107,5 +107,5 @@ def _block_diagonal(parts: tuple[Array, ...], b: int, later: int) -> tuple[Array
     """Blocks side by side, [b, C], as a block diagonal matrix whose rows lie `later` blocks further down."""
     size = parts[0].shape[1]
     row, column = iotas((size, size))
-    keep = row // b == (column // b + later) % (size // b)
-    return tuple(jnp.where(keep, jnp.concatenate([x] * (size // b)), jnp.zeros((), x.dtype)) for x in parts)
+    own = row // b == (column // b + later) % (size // b)
+    return tuple(jnp.where(own, jnp.concatenate([x] * (size // b)), jnp.zeros((), x.dtype)) for x in parts)

@@ -1,27 +1,38 @@
-"""The one table of block sizes, by kind of TPU; figures come from benchmarks/tpu/static.py."""
+"""Block sizes of the kernels, by kind of TPU. Bundle counts are from benchmarks/tpu/static.py."""
 
 import dataclasses
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-__all__ = ["PAIR", "REMAT", "RESIDENT", "TABLE", "TILES", "Tuning", "VMEM_LIMIT", "choose", "choose_tiles"]
+__all__ = [
+    "PAIR",
+    "REMAT",
+    "RESIDENT",
+    "TABLE",
+    "TILES",
+    "VMEM_LIMIT",
+    "AttentionSizes",
+    "Tuning",
+    "choose",
+    "choose_tiles",
+]
 
-# Bytes of VMEM a kernel may ask for: below what every chip since v5e has (64 MiB on the smallest, tpu7x).
+# Bytes of VMEM that a kernel may request: less than every chip since v5e has (64 MiB on the smallest, tpu7x).
 VMEM_LIMIT = 56 * 2**20
 
-# Bytes of VMEM that the blocks of one program may take, double buffering included.
+# Bytes of VMEM for the blocks of one program, double buffering included.
 BLOCKS = 12 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class Tuning:
-    """How the kernels of a memory with a matrix state cut a call.
+    """Sizes of the kernels of a matrix memory.
 
     Attributes:
-      chunk: tokens a chunk.
-      heads: heads a program, at most; a divisor of the heads there are is taken.
-      values: value columns a program; wider values are cut into blocks, each with an inverse of its own.
-      remat: what is saved for the backward pass beside the inputs: "states", the state that enters each chunk,
-        or "inputs", nothing: the forward kernel runs once more.
+      chunk: tokens per chunk.
+      heads: heads per program, at most; the largest divisor of the number of heads is used.
+      values: value columns per program; wider values are split into blocks, each with an inverse of its own.
+      remat: what the backward pass has beside the inputs: "states", the state that enters each chunk, or "inputs",
+        nothing more, so that the forward kernel runs again.
     """
 
     chunk: int
@@ -36,9 +47,10 @@ class Tuning:
 
 REMAT = ("states", "inputs")
 
-# By kind of TPU and widest of K and V, in bfloat16. Bundles a chunk and head of the delta rule forward, decay a head,
-# K = V = 128, with 8 heads: 642 on v5p, 631 on v5e, 578 on v6e; with 4 heads 742 on v5e (205 spills for 248); chunks of
-# 64 on v6e 893 for 128 tokens. tpu7x follows its like. Wide heads: two, so that a pair fills a product.
+# By kind of TPU and the larger of K and V, for bfloat16. Bundles per chunk and head of the delta rule forward, with
+# per-head decay and K = V = 128: with 8 heads 642 on v5p, 631 on v5e, 578 on v6e; with 4 heads 742 on v5e (205 spills
+# instead of 248); with chunks of 64 on v6e 893 per 128 tokens. tpu7x has the sizes of v6e. Programs of wide heads have
+# two, because a pair of heads fills a product.
 TABLE = {
     "TPU v5 lite": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
     "TPU v5": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
@@ -49,35 +61,45 @@ TABLE = {
 
 
 def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> Tuning:
-    """The table's choice, cut down to what the call has and VMEM holds.
+    """The sizes of the table, reduced to what the call needs and VMEM holds.
 
     Args:
       kind: device kind.
       length: T.
       key, value: widths K and V.
-      itemsize: bytes of an element of the inputs.
+      itemsize: bytes per element of the inputs.
     """
     row = TABLE.get(kind, TABLE["TPU v5"])
     sizes = row[128 if max(key, value) <= 128 else 256]
-    # float32 inputs want 1e-4: one rounding of k . k is in every score of a chunk, and equal keys add it up over it.
+    # float32 inputs call for an error of 1e-4: with equal keys the rounding error of k . k adds up over a chunk.
     chunk = max(16, sizes.chunk * 2 // itemsize)
     while chunk > 16 and chunk // 2 >= length:
         chunk //= 2
     key, value = (-(-width // 128) * 128 for width in (key, min(value, sizes.values)))
-    # The backward pass holds q, k, dq, dk and v, do, dv; a state that enters, and two that are carried.
-    one = 2 * itemsize * chunk * (4 * key + 3 * value) + 4 * 4 * key * value
-    # float32 products take six passes: half the heads make as long a program.
-    heads = max(1, min(sizes.heads * 2 // itemsize, BLOCKS // one))
+    # The backward pass holds q, k, dq, dk and v, do, dv; the state that enters a chunk, and two that are carried.
+    per_head = 2 * itemsize * chunk * (4 * key + 3 * value) + 4 * 4 * key * value
+    # float32 products take six passes: a program with half the heads is as long.
+    heads = max(1, min(sizes.heads * 2 // itemsize, BLOCKS // per_head))
     return dataclasses.replace(sizes, chunk=chunk, heads=heads)
 
 
 Tiles: TypeAlias = tuple[tuple[int, int], tuple[int, int]]
 
-# Attention and DeltaFormer: rows of a block, of the sub-blocks that the write inverts, rows and columns of a tile of
-# one head, and of two side by side, and rows of a block backward. Seen in the main loop, bundles for 512 rows and
-# columns: of one head on v5p with tiles of 256 x 128 1228, 128 x 128 1428, 256 x 64 1674, on v6e 128 x 256 968,
-# 512 x 128 939 (more spills), 256 x 256 978; of two, a head, on v5p 256 x 128 1144, 128 x 128 1111, on v6e 128 x 256
-# 808, 128 x 128 1044.
+
+class AttentionSizes(NamedTuple):
+    """Sizes of the kernels of attention, see `AttentionConfig`."""
+
+    block: int
+    sub_block: int
+    tile: Tiles
+    backward_block: int
+    resident: int
+
+
+# block, sub_block, tile and backward_block of `AttentionSizes`. Bundles of the main loop per head, for 512 rows and
+# columns: programs of one head on v5p with tiles of 256 x 128 1228, 128 x 128 1428, 256 x 64 1674, on v6e 128 x 256
+# 968, 512 x 128 939 (more spills), 256 x 256 978; programs of two heads on v5p with tiles of 256 x 128 1144, 128 x 128
+# 1111, on v6e 128 x 256 808, 128 x 128 1044.
 TILES: dict[str, tuple[int, int, Tiles, int]] = {
     "TPU v5 lite": (512, 128, ((256, 128), (128, 128)), 256),
     "TPU v5": (512, 128, ((256, 128), (128, 128)), 256),
@@ -86,37 +108,43 @@ TILES: dict[str, tuple[int, int, Tiles, int]] = {
     "interpreter": (64, 16, ((32, 16), (16, 32)), 32),
 }
 
-# Bytes of VMEM that what lies there for a whole head may take.
+# Bytes of VMEM for arrays that stay there for a whole head.
 RESIDENT = 40 * 2**20
 
-# The same where two heads share a program, as they do if it is enough.
+# Bytes of VMEM for the same arrays of two heads in one program; heads that need more get programs of their own.
 PAIR = 30 * 2**20
 
 
 def choose_tiles(
     kind: str, length: int, key: int, value: int, itemsize: int, chunk_size: int | None = None
-) -> tuple[int, int, Tiles, int, int]:
-    """A row of the table that fits the call, and how many blocks of one head VMEM holds.
+) -> AttentionSizes:
+    """The sizes of the table, reduced to what the call needs and VMEM holds.
 
     Args:
       kind: device kind.
       length: T.
       key, value: widths K and V.
-      itemsize: bytes of an operand of the products.
-      chunk_size: rows of a block where the caller names them.
+      itemsize: bytes per element of the operands of products.
+      chunk_size: rows per block if the caller sets them.
 
     Raises:
-      ValueError: chunk_size does not go with the table's sub-blocks.
+      ValueError: chunk_size is no multiple of the sub-blocks.
     """
-    size, sub, tile, back = TILES.get(kind, TILES["TPU v5"])
-    while size > sub and size // 2 >= length:
-        size //= 2
+    block, sub_block, tile, backward_block = TILES.get(kind, TILES["TPU v5"])
+    while block > sub_block and block // 2 >= length:
+        block //= 2
     if chunk_size is not None:
-        size, sub = chunk_size, min(sub, chunk_size)
-        if size % sub or sub % 16:
-            raise ValueError(f"chunk_size must be a multiple of {sub}, or of 16 and less, got {chunk_size}")
-    one, two = ((high if size % high == 0 else sub, wide if size % wide == 0 else sub) for high, wide in tile)
+        block, sub_block = chunk_size, min(sub_block, chunk_size)
+        if block % sub_block or sub_block % 16:
+            raise ValueError(f"chunk_size must be a multiple of {sub_block}, or of 16 and less, got {chunk_size}")
+
+    def fitting(side):
+        return side if block % side == 0 else sub_block
+
+    one, two = ((fitting(rows), fitting(columns)) for rows, columns in tile)
     key, value = (-(-width // 128) * 128 for width in (key, value))
-    # The backward pass holds most: a query, its gradient in float32 and what is weighed, twice, and the numbers.
-    token = 2 * itemsize * (key + value) + 8 * key + 128
-    return size, sub, (one, two), back if size % back == 0 else size, max(1, RESIDENT // (token * size))
+    # The backward pass holds most: q, its gradient in float32, g (all double-buffered), and the scalars.
+    per_token = 2 * itemsize * (key + value) + 8 * key + 128
+    resident = max(1, RESIDENT // (per_token * block))
+    backward_block = backward_block if block % backward_block == 0 else block
+    return AttentionSizes(block, sub_block, (one, two), backward_block, resident)

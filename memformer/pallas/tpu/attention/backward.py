@@ -32,10 +32,10 @@ from memformer.pallas.tpu.attention.tiles import SCALARS
 from memformer.pallas.tpu.interleave import Steps, interleave
 from memformer.pallas.tpu.products import product
 
-__all__ = ["Refs", "attention_backward"]
+__all__ = ["BackwardRefs", "attention_backward"]
 
 
-class Refs(NamedTuple):
+class BackwardRefs(NamedTuple):
     """References of a program; fields that a call does not have are None.
 
     k, x, v, du, dk, dx and key_scalars are of its block of columns; q, scalars, g, dq, dbeta and delta of all rows.
@@ -67,7 +67,7 @@ class _Rows(NamedTuple):
     segment: Array
 
 
-def _load_rows(config: AttentionConfig, refs: Refs, i) -> _Rows:
+def _load_rows(config: AttentionConfig, refs: BackwardRefs, i) -> _Rows:
     at = tiles.block_slice(config, i)
     scalars = refs.scalars[0, 0, i]
     lse, delta, beta, segment = (
@@ -79,7 +79,9 @@ def _load_rows(config: AttentionConfig, refs: Refs, i) -> _Rows:
     return _Rows(refs.q[0, 0, at], g, lse, delta, beta, segment)
 
 
-def _tile(config: AttentionConfig, refs: Refs, rows: _Rows, columns: slice, mask, write: bool, with_dx: bool) -> Steps:
+def _tile(
+    config: AttentionConfig, refs: BackwardRefs, rows: _Rows, columns: slice, mask, write: bool, with_dx: bool
+) -> Steps:
     """Adds one tile to dk and dx; returns ds [columns, R] and the contribution to dbeta of the rows, [1, R] or None."""
     scores = product(refs.k[0, 0, columns], rows.q, "nt", config.passes) * config.factor
     yield
@@ -105,7 +107,7 @@ def _tile(config: AttentionConfig, refs: Refs, rows: _Rows, columns: slice, mask
     return ds, dbeta
 
 
-def _block(config: AttentionConfig, refs: Refs, i, diagonal: bool, write: bool, with_dx: bool) -> None:
+def _block(config: AttentionConfig, refs: BackwardRefs, i, diagonal: bool, write: bool, with_dx: bool) -> None:
     """Adds the tiles of the program's columns and of row block i to all gradients."""
     rows = _load_rows(config, refs, i)
     key = tiles.to_columns(refs.key_scalars[0, 0, 0])[:, :1] if config.segments else None
@@ -146,7 +148,7 @@ def _kernel(last_ref, *flat, config: AttentionConfig, options: _Options, row_blo
       column_blocks: M.
       names: of the references.
     """
-    refs = Refs(**(dict.fromkeys(Refs._fields) | dict(zip(names, flat, strict=True))))
+    refs = BackwardRefs(**(dict.fromkeys(BackwardRefs._fields) | dict(zip(names, flat, strict=True))))
     step = pl.program_id(2)
     j = column_blocks - 1 - step
 

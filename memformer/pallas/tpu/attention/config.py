@@ -68,22 +68,16 @@ def plan_call(call: AttentionCall, similarity: Kernel) -> AttentionConfig:
     passes = PASSES[call.precision]
     length, key, value = call.k.shape[1], call.k.shape[3], call.v.shape[3]
     try:
-        block, sub_block, tile, backward_block, resident = tuning.choose_tiles(
-            kind, length, key, value, 2 if passes == 1 else 4, call.chunk_size
-        )
+        sizes = tuning.choose_tiles(kind, length, key, value, 2 if passes == 1 else 4, call.chunk_size)
     except ValueError as error:
         raise unsupported(call.op, f"has no blocks for this call: {error}") from None
     slots = 0 if call.cache is None else call.cache.k.shape[1]
     return AttentionConfig(
         similarity=similarity,
-        before=-(-slots // block),
+        before=-(-slots // sizes.block),
         own=True,
         strict=False,
         segments=call.mask.key_segment is not None,
-        block=block,
-        sub_block=sub_block,
-        tile=tile,
-        backward_block=backward_block,
-        resident=resident,
         passes=passes,
+        **sizes._asdict(),
     )

@@ -22,7 +22,7 @@ from memformer.core.types import Array
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
 from memformer.pallas.tpu.attention.config import AttentionConfig
-from memformer.pallas.tpu.attention.tiles import RunningSums
+from memformer.pallas.tpu.attention.tiles import SumRefs
 from memformer.pallas.tpu.interleave import interleave
 
 __all__ = ["read"]
@@ -31,7 +31,7 @@ __all__ = ["read"]
 def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, parts: int):
     rows, keys = (refs[0][0, 0, 0], refs[1]) if config.segments else (None, None)
     o_ref, lse_ref, *sums = refs[2 * config.segments :]
-    sums = RunningSums(*sums)
+    sums = SumRefs(*sums)
     i, part = pl.program_id(2), pl.program_id(3)
     segment = rows[:1] if config.segments else None
 
@@ -60,9 +60,9 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, part
             j = before - start
             key, chains = key_segment(j), []
             for rows in config.sub_blocks:
-                visible = slice(0, rows.stop)
-                mask = tiles.diagonal_mask(config, rows, visible, transposed=True)
-                mask = tiles.mask_segments(mask, *((None,) * 2 if key is None else (segment[:, rows], key[visible])))
+                prefix = slice(0, rows.stop)
+                mask = tiles.diagonal_mask(config, rows, prefix, transposed=True)
+                mask = tiles.mask_segments(mask, *((None,) * 2 if key is None else (segment[:, rows], key[prefix])))
                 columns = tiles.block_slice(config, j, 0, rows.stop)
                 chains.append(tiles.add_tile(config, sums, rows, q, k, x, columns, mask))
             interleave(chains, stagger=1)

@@ -24,7 +24,7 @@ from memformer.pallas.tpu.products import iotas, product
 __all__ = [
     "LOW",
     "SCALARS",
-    "RunningSums",
+    "SumRefs",
     "add_block",
     "add_tile",
     "attention_weights",
@@ -50,8 +50,8 @@ SCALARS = ("segment", "alpha", "beta", "lse", "delta", "start_lse")
 LOW = float(jnp.finfo(jnp.float32).min)
 
 
-class RunningSums(NamedTuple):
-    """Running sums of a block of rows, in VMEM, rows in lanes.
+class SumRefs(NamedTuple):
+    """References to the running sums of a block of rows, rows in lanes.
 
     Attributes:
       top: running maximum, [8, R] of equal sublanes.
@@ -65,19 +65,19 @@ class RunningSums(NamedTuple):
 
 
 def sums_scratch(config: AttentionConfig, value: int) -> dict[str, Any]:
-    """Scratch for `RunningSums`, by name."""
+    """Scratch for `SumRefs`, by name."""
     row = pltpu.VMEM((8, config.block), jnp.float32)
     return {"top": row, "total": row, "value": pltpu.VMEM((value, config.block), jnp.float32)}
 
 
-def clear_sums(sums: RunningSums) -> None:
+def clear_sums(sums: SumRefs) -> None:
     """Sets the sums to those over no column."""
     sums.top[...] = jnp.full(sums.top.shape, LOW / 2, jnp.float32)
     sums.total[...] = jnp.zeros(sums.total.shape, jnp.float32)
     sums.value[...] = jnp.zeros(sums.value.shape, jnp.float32)
 
 
-def add_tile(config: AttentionConfig, sums: RunningSums, rows: slice, q, k, x, columns, mask) -> Steps:
+def add_tile(config: AttentionConfig, sums: SumRefs, rows: slice, q, k, x, columns, mask) -> Steps:
     """Adds one tile of columns to the sums of some rows.
 
     Args:
@@ -108,7 +108,7 @@ def add_tile(config: AttentionConfig, sums: RunningSums, rows: slice, q, k, x, c
     sums.value[:, rows] = sums.value[:, rows] * factor[:1] + read
 
 
-def rescale(sums: RunningSums, rows: slice, before: Array, scores: Array) -> Steps:
+def rescale(sums: SumRefs, rows: slice, before: Array, scores: Array) -> Steps:
     """Adds one tile of masked scores to `total`.
 
     Returns:
@@ -129,7 +129,7 @@ def _sum_to_sublanes(x: Array) -> Array:
 
 def add_block(
     config: AttentionConfig,
-    heads: Sequence[tuple[RunningSums, Any, Any, Any]],
+    heads: Sequence[tuple[SumRefs, Any, Any, Any]],
     j,
     row_segment: Array | None,
     column_segment: Array | None,

@@ -28,9 +28,9 @@ from memformer.core.types import Array
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.attention import tiles
-from memformer.pallas.tpu.attention.backward import Refs
+from memformer.pallas.tpu.attention.backward import BackwardRefs
 from memformer.pallas.tpu.attention.config import AttentionConfig
-from memformer.pallas.tpu.attention.tiles import SCALARS, RunningSums
+from memformer.pallas.tpu.attention.tiles import SCALARS, SumRefs
 from memformer.pallas.tpu.interleave import Steps, interleave
 from memformer.pallas.tpu.inverse import unit_lower_inverses
 from memformer.pallas.tpu.products import iotas, product, split_bf16
@@ -66,7 +66,7 @@ class _Head(NamedTuple):
     u: Any
     lse: Any
     past_u: Any
-    sums: RunningSums
+    sums: SumRefs
     weights: Any
     diagonal: Any
 
@@ -180,7 +180,7 @@ def _kernel(first_ref, *flat, config: AttentionConfig, names: tuple[str, ...], c
         fields = {name: refs[name].at[0, h] if name in refs else None for name in blocks}
         fields |= {name: refs[name].at[0, h, 0] for name in ("scalars", "lse")}
         fields |= {name: refs[name].at[h] for name in ("past_u", "weights", "diagonal")}
-        heads.append(_Head(sums=RunningSums(*(refs[name].at[h] for name in RunningSums._fields)), **fields))
+        heads.append(_Head(sums=SumRefs(*(refs[name].at[h] for name in SumRefs._fields)), **fields))
     i = pl.program_id(2)
     for head in heads:
         _start_sums(config, head)
@@ -289,7 +289,7 @@ def write_span(
     return u, lse.reshape(*lse.shape[:2], -1)
 
 
-def solve_transposed(config: AttentionConfig, refs: Refs, i) -> None:
+def solve_transposed(config: AttentionConfig, refs: BackwardRefs, i) -> None:
     """Computes dP of block i from dU within the backward kernel, and delta of its rows."""
     at = tiles.block_slice(config, i)
     scalars = tiles.to_columns(refs.scalars[0, 0, i])
@@ -302,11 +302,11 @@ def solve_transposed(config: AttentionConfig, refs: Refs, i) -> None:
     key = refs.key_scalars[0, 0, 0][:1] if config.segments else None
 
     def weigh_and_invert(rows):
-        visible = slice(0, rows.stop)
-        scores = product(refs.q[0, 0, at][rows], refs.k[0, 0, visible], "nt", config.passes) * config.factor
+        prefix = slice(0, rows.stop)
+        scores = product(refs.q[0, 0, at][rows], refs.k[0, 0, prefix], "nt", config.passes) * config.factor
         yield
-        mask = tiles.diagonal_mask(config, rows, visible)
-        mask = mask if key is None else tiles.mask_segments(mask, segment[rows], key[:, visible])
+        mask = tiles.diagonal_mask(config, rows, prefix)
+        mask = mask if key is None else tiles.mask_segments(mask, segment[rows], key[:, prefix])
         a = beta[rows] * tiles.attention_weights(config, scores, mask, lse[rows])
         return a, (yield from _inverse_minus_identity([a[:, rows]], config.solve_passes))[0]
 

@@ -1,6 +1,6 @@
 """The scan over chunks of every matrix memory on TPU: a forward and a backward kernel, and their custom_vjp.
 
-A memory is given by what it computes for one chunk of one head, see `ChunkScan`. The scan loads the blocks, keeps the
+A memory is given by what it computes for one chunk of one head, see `ChunkStep`. The scan loads the blocks, keeps the
 state in VMEM from chunk to chunk, and saves the inputs and the state that enters each chunk for the backward pass,
 nothing else.
 """
@@ -31,11 +31,11 @@ from memformer.pallas.tpu.matrix_memory.token_scalars import (
     unpack_scalars,
 )
 
-__all__ = ["ChunkScan", "run_scan"]
+__all__ = ["ChunkStep", "run_scan"]
 
 
 @dataclasses.dataclass(frozen=True)
-class ChunkScan:
+class ChunkStep:
     """A memory, given by its computation for one chunk of one head. All functions are generators (`Steps`).
 
     Attributes:
@@ -67,7 +67,7 @@ class ChunkScan:
 
 
 def run_scan(
-    scan: ChunkScan, config: ScanConfig, call: MatrixCall
+    step: ChunkStep, config: ScanConfig, call: MatrixCall
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Runs the scan over the chunks of a call with one write per token."""
     length, width = call.v.shape[1], call.v.shape[3]
@@ -77,7 +77,7 @@ def run_scan(
     q, k, v = (jnp.swapaxes(pad_time(x.astype(dtype), config.chunk), 1, 2) for x in (call.q, call.k, call.v))
     scalars = stack_scalars(config, call)
     state = vary_like(call.state.astype(jnp.float32), q, k, v, *scalars)
-    o, end = _scan(scan, config, q, k, v, scalars, state)
+    o, end = _scan(step, config, q, k, v, scalars, state)
     return _join_values(jnp.swapaxes(o, 1, 2)[:, :length], end, width)
 
 
@@ -105,28 +105,28 @@ def _join_values(o: Array, state: Array, width: int) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(scan: ChunkScan, config: ScanConfig, q, k, v, scalars, state):
-    call = split_batch_and_heads(_forward, (scan, config, False), results=2)
+def _scan(step: ChunkStep, config: ScanConfig, q, k, v, scalars, state):
+    call = split_batch_and_heads(_forward, (step, config, False), results=2)
     return tuple(call(q, k, v, state, *scalars))
 
 
-def _scan_forward(scan, config, q, k, v, scalars, state):
+def _scan_forward(step, config, q, k, v, scalars, state):
     if config.remat == "inputs":
-        return _scan(scan, config, q, k, v, scalars, state), (q, k, v, scalars, state)
-    o, end, states = _scan_and_save(scan, config, q, k, v, scalars, state)
+        return _scan(step, config, q, k, v, scalars, state), (q, k, v, scalars, state)
+    o, end, states = _scan_and_save(step, config, q, k, v, scalars, state)
     return (o, end), (q, k, v, scalars, states)
 
 
-def _scan_and_save(scan, config, q, k, v, scalars, state):
-    call = split_batch_and_heads(_forward, (scan, config, True), results=3)
+def _scan_and_save(step, config, q, k, v, scalars, state):
+    call = split_batch_and_heads(_forward, (step, config, True), results=3)
     return call(q, k, v, state, *scalars)
 
 
-def _scan_backward(scan, config, saved, cotangents):
+def _scan_backward(step, config, saved, cotangents):
     q, k, v, scalars, states = saved
     if config.remat == "inputs":
-        *_, states = _scan_and_save(scan, config, q, k, v, scalars, states)
-    call = split_batch_and_heads(_backward, (scan, config), results=4 + len(scalars))
+        *_, states = _scan_and_save(step, config, q, k, v, scalars, states)
+    call = split_batch_and_heads(_backward, (step, config), results=4 + len(scalars))
     dq, dk, dv, dstate, *dscalars = call(q, k, v, states, *cotangents, *scalars)
     return dq, dk, dv, tuple(dscalars), dstate
 
@@ -141,11 +141,11 @@ class _Chunk:
     time. What is prepared lies in two copies that alternate.
     """
 
-    def __init__(self, scan: ChunkScan, config: ScanConfig, q_ref, k_ref, scalars, prepared):
-        self.scan, self.config = scan, config
+    def __init__(self, step: ChunkStep, config: ScanConfig, q_ref, k_ref, scalars, prepared):
+        self.step, self.config = step, config
         self._keys = (q_ref.at[0], k_ref.at[0])
         self.scalars = TokenScalars(config, scalars[:1])
-        if scan.prepare is not None:
+        if step.prepare is not None:
             self._next_scalars = TokenScalars(config, scalars[1:])
             slot = pl.program_id(2) % 2
             self._next = [ref.at[slot] for ref in prepared]
@@ -154,17 +154,17 @@ class _Chunk:
     def head(self, h: int):
         """q, k and what was prepared, of one head."""
         g = h // self.config.heads_per_key
-        if self.scan.prepare is None:
+        if self.step.prepare is None:
             return *(ref[g] for ref in self._keys), ()
         return *(ref[g] for ref in self._prepared[:2]), [ref.at[h] for ref in self._prepared[2:]]
 
     def run(self, heads: list[Steps]) -> None:
         """Computes all heads, interleaved with preparing the next chunk."""
-        if self.scan.prepare is None:
+        if self.step.prepare is None:
             interleave(heads)
             return
         chains = [self._prepare(pair) for pair in self.config.head_pairs]
-        interleave([*chains, interleave_groups(heads, self.scan.interleaved, self.scan.delay)])
+        interleave([*chains, interleave_groups(heads, self.step.interleaved, self.step.delay)])
 
     def _prepare(self, heads: tuple[int, ...]) -> Steps:
         places = [h // self.config.heads_per_key for h in heads]
@@ -173,52 +173,52 @@ class _Chunk:
                 copy[g] = ref[g]
         keys = [[ref[g] for g in places] for ref in self._keys]
         refs = [[ref.at[h] for ref in self._next[2:]] for h in heads]
-        yield from self.scan.prepare(self.config, self._next_scalars, heads, *keys, refs)
+        yield from self.step.prepare(self.config, self._next_scalars, heads, *keys, refs)
 
 
-def _prepared_scratch(scan: ChunkScan, config: ScanConfig, q, backward: bool) -> list[pltpu.VMEM]:
+def _prepared_scratch(step: ChunkStep, config: ScanConfig, q, backward: bool) -> list[pltpu.VMEM]:
     """Scratch for what is prepared, in two copies: q and k, then the arrays of the memory."""
-    if scan.prepare is None:
+    if step.prepare is None:
         return []
     keys = [pltpu.VMEM((2, config.program_keys, config.chunk, config.key), q.dtype)] * 2
-    arrays = scan.prepared(config, backward)
+    arrays = step.prepared(config, backward)
     return keys + [pltpu.VMEM((2, config.program_heads, *shape), dtype) for shape, dtype in arrays]
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, scalars, start_ref, o_ref, end_ref, *refs, scan: ChunkScan, config: ScanConfig, save: bool
+    q_ref, k_ref, v_ref, scalars, start_ref, o_ref, end_ref, *refs, step: ChunkStep, config: ScanConfig, save: bool
 ):
     states_ref, s_ref, *prepared = refs if save else (None, *refs)
     n = pl.program_id(2)
 
-    @pl.when(n == scan.prefetch)
+    @pl.when(n == step.prefetch)
     def _():
         pltpu.sync_copy(start_ref.at[0], s_ref)
 
-    chunk = _Chunk(scan, config, q_ref, k_ref, scalars, prepared)
+    chunk = _Chunk(step, config, q_ref, k_ref, scalars, prepared)
 
     def compute(h):
         if states_ref is not None:
             states_ref[0, h, 0] = s_ref[h]
         q, k, prepared = chunk.head(h)
-        o, state = yield from scan.forward(config, chunk.scalars, h, prepared, q, k, v_ref[0, h], s_ref.at[h])
+        o, state = yield from step.forward(config, chunk.scalars, h, prepared, q, k, v_ref[0, h], s_ref.at[h])
         o_ref[0, h] = o.astype(o_ref.dtype)
         s_ref[h] = state
 
     chunk.run([compute(h) for h in range(config.program_heads)])
 
-    @pl.when(n == config.chunks - 1 + scan.prefetch)
+    @pl.when(n == config.chunks - 1 + step.prefetch)
     def _():
         pltpu.sync_copy(s_ref, end_ref.at[0])
 
 
-def _forward(scan: ChunkScan, config: ScanConfig, save: bool, q, k, v, start, *scalars):
+def _forward(step: ChunkStep, config: ScanConfig, save: bool, q, k, v, start, *scalars):
     """One device's shard: q, k [B, G, T, K], v [B, H, T, V], start [B, H, K, V], scalars [B, H, names, N, C].
 
     Returns o, the last state, and, if `save`, the states that enter the chunks [B, H, N, K, V].
     """
     config = config.local(q, v)
-    blocks = _make_blocks(config, scan.prefetch)
+    blocks = _make_blocks(config, step.prefetch)
     like = (q, k, v, start, *scalars)
     out_specs = [blocks.value, blocks.state]
     out_shape = [varying_result(v.shape, v.dtype, *like), varying_result(start.shape, jnp.float32, *like)]
@@ -226,39 +226,39 @@ def _forward(scan: ChunkScan, config: ScanConfig, save: bool, q, k, v, start, *s
         out_specs.append(blocks.states)
         states = (config.batch, config.heads, config.chunks, config.key, config.value)
         out_shape.append(varying_result(states, jnp.float32, *like))
-    scalars, scalar_blocks = _scalar_inputs(scan, config, blocks, scalars)
+    scalars, scalar_blocks = _scalar_inputs(step, config, blocks, scalars)
     state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
     return pl.pallas_call(
-        functools.partial(_forward_kernel, scan=scan, config=config, save=save),
+        functools.partial(_forward_kernel, step=step, config=config, save=save),
         grid=blocks.grid,
         in_specs=[blocks.key, blocks.key, blocks.value, scalar_blocks, blocks.state],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[state, *_prepared_scratch(scan, config, q, False)],
+        scratch_shapes=[state, *_prepared_scratch(step, config, q, False)],
         compiler_params=_compiler_params(),
-        name=f"memformer_{scan.name}_forward",
+        name=f"memformer_{step.name}_forward",
     )(q, k, v, scalars, start)
 
 
 def _backward_kernel(
     q_ref, k_ref, v_ref, scalars, states_ref, do_ref, dend_ref,
     dq_ref, dk_ref, dv_ref, dscalars, dstart_ref, ds_ref, *prepared,
-    scan: ChunkScan, config: ScanConfig,
+    step: ChunkStep, config: ScanConfig,
 ):  # fmt: skip
     n = pl.program_id(2)
 
-    @pl.when(n == scan.prefetch)
+    @pl.when(n == step.prefetch)
     def _():
         pltpu.sync_copy(dend_ref.at[0], ds_ref)
 
-    chunk = _Chunk(scan, config, q_ref, k_ref, scalars, prepared)
+    chunk = _Chunk(step, config, q_ref, k_ref, scalars, prepared)
     gradients = ScalarGradients(config)
     key_gradients = [[] for _ in range(config.program_keys)]
 
     def compute(h):
         q, k, prepared = chunk.head(h)
         inputs = (prepared, q, k, v_ref[0, h], states_ref.at[0, h, 0], do_ref[0, h], ds_ref.at[h])
-        dq, dk, dv, ds = yield from scan.backward(config, chunk.scalars, gradients, h, *inputs)
+        dq, dk, dv, ds = yield from step.backward(config, chunk.scalars, gradients, h, *inputs)
         dv_ref[0, h] = dv.astype(dv_ref.dtype)
         ds_ref[h] = ds
         key_gradients[h // config.heads_per_key].append((dq, dk))
@@ -269,22 +269,22 @@ def _backward_kernel(
         dq_ref[0, g], dk_ref[0, g] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
     gradients.store(dscalars)
 
-    @pl.when(n == config.chunks - 1 + scan.prefetch)
+    @pl.when(n == config.chunks - 1 + step.prefetch)
     def _():
         pltpu.sync_copy(ds_ref, dstart_ref.at[0])
 
 
-def _backward(scan: ChunkScan, config: ScanConfig, q, k, v, states, do, dend, *scalars):
+def _backward(step: ChunkStep, config: ScanConfig, q, k, v, states, do, dend, *scalars):
     """Gradients of q, k, v, the initial state and the token scalars, of one device's shard."""
     config = config.local(q, v)
-    blocks = _make_blocks(config, scan.prefetch, reverse=True)
+    blocks = _make_blocks(config, step.prefetch, reverse=True)
     like = (q, k, v, states, do, dend, *scalars)
     # One part for every program that shares a query and key head.
     parts = (config.batch, config.heads // min(config.program_heads, config.repeat), *q.shape[2:])
-    scalars, scalar_blocks = _scalar_inputs(scan, config, blocks, scalars)
+    scalars, scalar_blocks = _scalar_inputs(step, config, blocks, scalars)
     state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
     dq, dk, dv, dscalars, dstart = pl.pallas_call(
-        functools.partial(_backward_kernel, scan=scan, config=config),
+        functools.partial(_backward_kernel, step=step, config=config),
         grid=blocks.grid,
         in_specs=[blocks.key, blocks.key, blocks.value, scalar_blocks, blocks.states, blocks.value, blocks.state],
         out_specs=[blocks.key_part, blocks.key_part, blocks.value, scalar_blocks[:1], blocks.state],
@@ -295,24 +295,24 @@ def _backward(scan: ChunkScan, config: ScanConfig, q, k, v, states, do, dend, *s
             [varying_result(x.shape, jnp.float32, *like) for x in scalars[:1]],
             varying_result(dend.shape, jnp.float32, *like),
         ],
-        scratch_shapes=[state, *_prepared_scratch(scan, config, q, True)],
+        scratch_shapes=[state, *_prepared_scratch(step, config, q, True)],
         compiler_params=_compiler_params(),
-        name=f"memformer_{scan.name}_backward",
+        name=f"memformer_{step.name}_backward",
     )(q, k, v, scalars, states, do, dend)
     dq, dk = _sum_parts(config, dq), _sum_parts(config, dk)
     return dq, dk, dv, dstart, *(unpack_scalars(config, x) for x in dscalars)
 
 
-def _scalar_inputs(scan: ChunkScan, config: ScanConfig, blocks: "_Blocks", scalars):
+def _scalar_inputs(step: ChunkStep, config: ScanConfig, blocks: "_ScanBlocks", scalars):
     """The token scalars as the kernel reads them, and their blocks: of the chunk, then of the chunk ahead."""
     scalars = [pack_scalars(config, x) for x in scalars]
-    if not scalars or scan.prepare is None:
+    if not scalars or step.prepare is None:
         return scalars, [blocks.scalars] * len(scalars)
     return scalars * 2, [blocks.scalars, blocks.next_scalars]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Blocks:
+class _ScanBlocks:
     """The grid of a kernel, and the block of every kind of array."""
 
     grid: tuple[int, int, int]
@@ -325,7 +325,7 @@ class _Blocks:
     states: pl.BlockSpec
 
 
-def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _Blocks:
+def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _ScanBlocks:
     """Blocks for a scan over the chunks, from the last one if `reverse`; q and k are loaded `prefetch` steps early."""
     C, K, V, P = config.chunk, config.key, config.value, config.program_heads
     programs_per_key = max(1, config.repeat // P)
@@ -339,15 +339,15 @@ def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _B
     def ahead(n):
         return chunk_at(jnp.minimum(n, config.chunks - 1) if prefetch else n)
 
-    def by_head(b, h, n):
+    def value_index(b, h, n):
         return (b, h, now(n), 0)
 
     scalars = (1, 1, 1, len(config.scalars) * P, C)
-    return _Blocks(
+    return _ScanBlocks(
         grid=(config.batch, config.heads // P, config.chunks + prefetch),
         key=pl.BlockSpec((1, config.program_keys, C, K), lambda b, h, n: (b, h // programs_per_key, ahead(n), 0)),
-        key_part=pl.BlockSpec((1, config.program_keys, C, K), by_head),
-        value=pl.BlockSpec((1, P, C, V), by_head),
+        key_part=pl.BlockSpec((1, config.program_keys, C, K), value_index),
+        value=pl.BlockSpec((1, P, C, V), value_index),
         scalars=pl.BlockSpec(scalars, lambda b, h, n: (b, h, now(n), 0, 0)),
         next_scalars=pl.BlockSpec(scalars, lambda b, h, n: (b, h, ahead(n), 0, 0)),
         state=pl.BlockSpec((1, P, K, V), lambda b, h, n: (b, h, 0, 0)),

@@ -75,7 +75,7 @@ class ScanConfig(BaseScanConfig):
 def plan_call(call: MatrixCall, sizes: tuning.Tuning | None = None) -> ScanConfig:
     """Checks that the kernels serve this call, and chooses chunk and heads per program.
 
-    Values wider than a program takes are cut into blocks of columns, which then are heads that share queries and keys.
+    Wide values are split into blocks of columns; each block then is a head that shares its query and key.
 
     Args:
       call: one write per token.

@@ -28,7 +28,7 @@ from memformer.core.calls import MatrixCall
 from memformer.core.types import Array, Float
 from memformer.pallas.tpu.interleave import Steps
 from memformer.pallas.tpu.inverse import unit_lower_inverses
-from memformer.pallas.tpu.matrix_memory.chunk_scan import ChunkScan, run_scan
+from memformer.pallas.tpu.matrix_memory.chunk_scan import ChunkStep, run_scan
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
 from memformer.pallas.tpu.matrix_memory.token_scalars import ScalarGradients, TokenScalars
 from memformer.pallas.tpu.products import iotas, product, split_bf16
@@ -143,7 +143,7 @@ def _backward(
     return dq, dk, dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn") - _exact(config, k, e, "tn")
 
 
-SCAN = ChunkScan("delta_rule", _forward, _backward, _prepare, _prepared, interleaved=2, delay=8)
+STEP = ChunkStep("delta_rule", _forward, _backward, _prepare, _prepared, interleaved=2, delay=8)
 
 
 def run(call: MatrixCall, sizes: Tuning | None = None) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
@@ -159,4 +159,4 @@ def run(call: MatrixCall, sizes: Tuning | None = None) -> tuple[Float[Array, "B 
     Raises:
       NotImplementedError: no TPU; float64; a chunk size that no kernel has.
     """
-    return run_scan(SCAN, plan_call(call, sizes), call)
+    return run_scan(STEP, plan_call(call, sizes), call)

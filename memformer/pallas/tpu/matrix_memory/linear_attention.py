@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from memformer.core.calls import MatrixCall
 from memformer.core.types import Array, Float
-from memformer.pallas.tpu.matrix_memory.chunk_scan import ChunkScan, run_scan
+from memformer.pallas.tpu.matrix_memory.chunk_scan import ChunkStep, run_scan
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
 from memformer.pallas.tpu.matrix_memory.token_scalars import ScalarGradients, TokenScalars
 from memformer.pallas.tpu.products import product
@@ -71,7 +71,7 @@ def _backward(
     return dq, dk, dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn")
 
 
-SCAN = ChunkScan("linear_attention", _forward, _backward)
+STEP = ChunkStep("linear_attention", _forward, _backward)
 
 
 def run(call: MatrixCall, sizes: Tuning | None = None) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
@@ -87,4 +87,4 @@ def run(call: MatrixCall, sizes: Tuning | None = None) -> tuple[Float[Array, "B 
     Raises:
       NotImplementedError: no TPU; float64; a chunk size that no kernel has.
     """
-    return run_scan(SCAN, plan_call(call, sizes), call)
+    return run_scan(STEP, plan_call(call, sizes), call)
