@@ -1,4 +1,4 @@
-"""The parts of a layer: norms, embedding, positions, short convolution, feedforward, decays."""
+"""Parts of layers: norms, embedding, positions, short convolution, feedforward layers, gates."""
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ def test_norms_compute_in_float32(dtypes):
     rms = wide / np.sqrt(np.mean(wide**2, -1, keepdims=True))
     centred = wide - wide.mean(-1, keepdims=True)
     layer = centred / np.sqrt(np.mean(centred**2, -1, keepdims=True) + 1e-6)
-    # bfloat16 keeps 8 bits of the result; the statistics lose nothing
+    # The result is rounded to bfloat16; the statistics are not.
     tolerance = 1e-5 if dtypes is F32 else 4e-3
     for norm, want in [(RMSNorm, rms), (LayerNorm, layer)]:
         got = norm(8, dtypes=dtypes, rngs=rngs())(x)
@@ -40,7 +40,7 @@ def test_norms_compute_in_float32(dtypes):
         assert_close(got.astype(jnp.float32), want, tolerance)
 
 
-def test_tied_logits_have_unit_size_and_are_float32():
+def test_tied_logits_have_unit_variance_and_are_float32():
     embedding = Embedding(50, 64, dtypes=BF16, rngs=rngs())
     x = embedding(jnp.arange(50)[None])
     assert x.dtype == jnp.bfloat16 and 0.9 < float(jnp.std(x.astype(jnp.float32))) < 1.1
@@ -60,7 +60,7 @@ def test_constrain_shards_what_divides():
     with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
         place = jax.jit(lambda x: constrain(x, "activation_batch", "activation_time"))
         assert place(jnp.ones((2, 8))).sharding.spec == jax.P("data", "context")
-        # One token cannot be cut in four.
+        # A single token cannot be divided by four.
         assert place(jnp.ones((2, 1))).sharding.spec == jax.P("data")
 
 
@@ -103,7 +103,7 @@ def test_sinusoids_are_unit_pairs():
     assert_close(table[0], jnp.array([0.0] * 4 + [1.0] * 4), 0.0)
 
 
-def test_learned_positions_outside_the_table_are_not_another_position():
+def test_learned_positions_outside_the_table_are_nan():
     layer = LearnedPositions(4, 3, dtypes=F32, rngs=rngs())
     y = layer(jnp.zeros((1, 2, 4)), jnp.array([[2, 3]]))
     assert np.all(np.isfinite(y[0, 0])) and np.all(np.isnan(y[0, 1]))
@@ -147,7 +147,7 @@ def test_feedforward_layers_keep_shape_and_dtype(name):
         FEEDFORWARDS[name](8, hidden=0, dtypes=F32, rngs=rngs())
 
 
-def test_experts_are_the_weighted_sum_of_those_chosen():
+def test_the_output_is_the_weighted_sum_of_the_selected_experts():
     layer = MixtureOfExperts(4, experts=3, active=2, hidden=5, dtypes=F32, rngs=rngs())
     x = normal(1, 6, 4)
     y, _ = jax.jit(lambda x: layer(x))(x)
@@ -175,7 +175,7 @@ def test_the_balance_loss_does_not_count_padding():
     padded = layer(x, jnp.arange(6)[None] < 4)[1]["moe_balance"]
     assert_close(padded, alone, FORWARD["float32"])
     layer.router.kernel[...] = jnp.zeros_like(layer.router.kernel[...])
-    # Equal probabilities: E sum_e f_e / E = 1 whoever is chosen.
+    # With equal probabilities E sum_e f_e / E = 1, whichever experts are selected.
     assert_close(layer(x)[1]["moe_balance"], jnp.float32(1.0), 1e-6)
 
 
@@ -201,13 +201,13 @@ def test_fixed_decay_is_retnets():
     assert_close(jnp.exp(decay[0, 0]), jnp.array([1 - 2.0**-5, 1 - 2.0**-6]), 1e-6)
 
 
-def test_step_sizes_stay_below_their_limit():
+def test_sigmoid_gates_stay_below_their_limit():
     beta = SigmoidGate(8, 2, 2.0, dtypes=BF16, rngs=rngs())(100 * normal(1, 50, 8).astype(jnp.bfloat16))
     assert beta.dtype == jnp.float32 and float(beta.min()) >= 0 and 1.5 < float(beta.max()) <= 2
 
 
 @pytest.mark.parametrize("name", ["int32", "flot32", None])
-def test_a_dtype_that_does_not_float_is_refused(name):
+def test_a_dtype_that_is_not_floating_is_refused(name):
     if name is None:
         assert Dtypes(jnp.float16).compute == jnp.float16
         return

@@ -1,4 +1,4 @@
-"""One suite for every row of MEMORIES: a new memory adds a row to SPECS and nothing else."""
+"""The shared suite of memory layers: a new memory adds a row to SPECS and nothing else."""
 
 import functools
 
@@ -46,7 +46,7 @@ def inputs(batch: int = BATCH, time: int = TIME, seed: int = 1):
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_fixed_buffer_decodes_as_the_whole_sequence(spec):
+def test_decoding_with_a_fixed_buffer_equals_the_whole_sequence(spec):
     layer, parameters, call = built(spec)
     x = inputs()
     want, _ = call(parameters, x)
@@ -77,11 +77,11 @@ PIECES = [(0, 5), (0, 3), (1, 2), (1, 6)]
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_packed_gives_what_unpacked_gives(spec):
+def test_packed_equals_unpacked(spec):
     _, parameters, call = built(spec)
     x, more = inputs(time=PACKED.shape[1]), inputs(time=2, seed=3)
     packed, state = call(parameters, x, PACKED)
-    # The returned state is the last segment's: both rows go on from it.
+    # The returned state is that of the last segment; both rows continue from it.
     after, _ = call(parameters, more, None, state)
     places = [np.flatnonzero(np.asarray(PACKED[row]) == segment) for row, segment in PIECES]
     alone = [jnp.concatenate([x[row, place], more[row]]) for (row, _), place in zip(PIECES, places, strict=True)]
@@ -123,7 +123,7 @@ def test_bfloat16_policy(spec):
 
 def test_every_memory_has_a_row():
     assert {name for name, options in SPECS.values() if not options} == set(MEMORIES)
-    assert all(row.equation and row.source and row.kernel and row.update and row.state for row in MEMORIES.values())
+    assert all(row.equation and row.source and row.similarity and row.update and row.state for row in MEMORIES.values())
 
 
 def test_every_row_names_only_known_options():
@@ -138,13 +138,13 @@ def test_recurrent_units_are_heads_times_value_width():
         assert layer.out.kernel.shape == (units, WIDTH)
 
 
-def test_kernels_come_by_name_or_by_fields():
+def test_kernels_are_given_by_name_or_by_fields():
     kernels = {"write_kernel": {"name": "round", "decimals": 2}, "read_kernel": "relu"}
     layer = build_memory("deltaformer", WIDTH, heads=HEADS, options=kernels, rngs=nnx.Rngs(0))
     assert (layer.write_kernel, layer.read_kernel) == (Kernel("round", decimals=2), Kernel("relu"))
 
 
-# Options of a memory, and what the error must say.
+# Options of a memory, and the error message.
 MISTAKES = {
     "unknown memory": ("delta", {}, "memory must be one of 'softmax_attention', .* got 'delta'"),
     "unknown option": ("gla", {"decy": 1}, "memory_options of 'gla' has no key 'decy'; known keys: .*decay"),
@@ -170,7 +170,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(mistake):
+def test_user_errors_are_named(mistake):
     name, options, message = MISTAKES[mistake]
     options = dict(options)
     heads = options.pop("heads", HEADS)

@@ -1,4 +1,4 @@
-"""Recurrent layers and stacks: both directions under packing, states, steps, and PyTorch's with the same weights."""
+"""Recurrent layers and stacks: packing in both directions, states, single steps, parity with PyTorch."""
 
 import functools
 
@@ -40,7 +40,7 @@ PIECES = [(0, 5), (0, 3), (1, 2), (1, 6)]
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one direction", "both"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_gives_what_unpacked_gives(kind, bidirectional):
+def test_packed_equals_unpacked(kind, bidirectional):
     _, call = built(kind, bidirectional=bidirectional)
     x = inputs(PACKED.shape[1])
     got, _ = call(x, PACKED)
@@ -53,20 +53,20 @@ def test_packed_gives_what_unpacked_gives(kind, bidirectional):
     assert_close(got, want, FORWARD["float32"])
 
 
-def test_the_second_direction_reads_from_the_end():
+def test_the_backward_direction_reads_from_the_end():
     stack, call = built("lstm", layers=1, bidirectional=True)
     x = inputs()
     y, ((_, last),) = call(x)
     want, state = stack.backward[0](x[:, ::-1])
     assert_close((y[..., D:], last), (want[:, ::-1], state), FORWARD["float32"])
-    # Its last state is what it has read of all of a sequence, wherever padding stands.
+    # Its last state is the one after the whole sequence, wherever there is padding.
     padded = jnp.pad(x, ((0, 0), (2, 3), (0, 0)), constant_values=9.0)
     _, ((_, last),) = call(padded, jnp.pad(jnp.ones((B, T), jnp.int32), ((0, 0), (2, 3))))
     assert_close(last, state, FORWARD["float32"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_steps_are_the_whole_sequence(kind):
+def test_single_steps_equal_the_whole_sequence(kind):
     stack, call = built(kind)
     x = inputs()
     want, end = call(x)
@@ -78,7 +78,7 @@ def test_steps_are_the_whole_sequence(kind):
     assert_close((jnp.stack(got, axis=1), state), (want, end), FORWARD["float32"])
 
 
-def test_dropout_lies_between_layers_and_needs_a_key():
+def test_dropout_applies_between_layers_and_requires_a_key():
     stack = RecurrentStack("gru", F, D, 2, dropout=0.5, rngs=nnx.Rngs(0))
     plain, _ = built("gru")
     x = inputs()
@@ -88,7 +88,7 @@ def test_dropout_lies_between_layers_and_needs_a_key():
     assert_close(states[0], plain(x)[1][0], FORWARD["float32"])
 
 
-def test_beginnings():
+def test_initial_values():
     layer = LSTM(F, 16, rngs=nnx.Rngs(0))
     i, f, g, o = np.split(np.asarray(layer.bias[...]), 4)
     assert np.all(f == 1) and not np.any([i, g, o])
@@ -100,7 +100,7 @@ def test_beginnings():
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("bfloat16")}
 
 
-# Arguments, and what the error must say.
+# Arguments, and the error message.
 MISTAKES = {
     "kind": ({"kind": "elman"}, "kind must be one of 'rnn', 'lstm', 'gru', got 'elman'"),
     "layers": ({"layers": 0}, "layers must be a positive integer, got 0"),
@@ -110,13 +110,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(mistake):
+def test_user_errors_are_named(mistake):
     changed, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         RecurrentStack(**{"kind": "rnn", "in_features": F, "width": D, "rngs": nnx.Rngs(0), **changed})
 
 
-def test_a_state_is_refused_where_both_directions_are_read():
+def test_a_bidirectional_stack_refuses_a_state():
     stack, _ = built("rnn", bidirectional=True)
     with pytest.raises(ValueError, match="state must be None for a bidirectional stack"):
         stack.init_state(B)
@@ -127,7 +127,7 @@ def test_a_state_is_refused_where_both_directions_are_read():
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one direction", "both"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_pytorch_with_the_same_weights(kind, bidirectional):
-    torch = pytest.importorskip("torch", reason="parity with PyTorch needs the extra 'peers'")
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install '.[peers]'")
     torch.manual_seed(0)
     peer = getattr(torch.nn, kind.upper())(F, D, 2, batch_first=True, bidirectional=bidirectional).double()
     with jax.enable_x64(True):
@@ -156,7 +156,7 @@ def value(module, name):
 
 
 def copy_from_torch(layer, parts):
-    """Gives a layer the weights of PyTorch's, by what the docstrings say."""
+    """Copies the weights of a PyTorch layer, as the docstrings describe."""
     layer.w_in[...], layer.w_state[...] = jnp.asarray(parts["weight_ih"].T), jnp.asarray(parts["weight_hh"].T)
     both = parts["bias_ih"] + parts["bias_hh"]
     if layer.gates == 3:

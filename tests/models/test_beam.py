@@ -1,4 +1,4 @@
-"""Beam search: exact against all sequences, greedy with one beam, the length penalty, rows apart, mistakes."""
+"""Beam search: exact against enumeration, greedy with one beam, length penalty, independent rows, user errors."""
 
 import itertools
 
@@ -10,12 +10,12 @@ import pytest
 from memformer.models.beam import beam_search, decode, length_divisor, repeat_rows
 
 VOCAB, STEPS, END, STARTS = 4, 4, 3, (0, 1, 2)
-# Logits of the next token for each history of up to STEPS tokens, seen from the start token.
+# Logits of the next token for each history of up to STEPS tokens after the start token.
 TABLE = np.asarray(2.0 * jax.random.normal(jax.random.key(10), (VOCAB ** (STEPS + 1), VOCAB)), np.float32)
 
 
 def step(tokens, state):
-    """The state is a number that says the whole history, and a scalar that counts."""
+    """The state is a number that encodes the history, and a scalar that counts steps."""
     code = state["code"] * VOCAB + tokens
     return jnp.asarray(TABLE)[code % len(TABLE)], {"code": code, "count": state["count"] + 1}
 
@@ -31,7 +31,7 @@ def search(beams, penalty=0.0, starts=STARTS, end=END, steps=STEPS):
 
 
 def hypotheses(start, penalty):
-    """Every sequence with its score: the ended ones best first, then those of STEPS tokens without an end."""
+    """Every sequence with its score: finished ones best first, then those of STEPS tokens without an end token."""
     others = range(VOCAB - 1)
     cut = list(itertools.product(others, repeat=STEPS))
     ended = [(*body, END) for length in range(STEPS) for body in itertools.product(others, repeat=length)]
@@ -50,7 +50,7 @@ def hypotheses(start, penalty):
 
 @pytest.mark.parametrize("penalty", [0.0, 0.6, 2.0])
 def test_enough_beams_find_every_sequence_in_order(penalty):
-    # 40 sequences end within four tokens, 81 go on: all 108 continuations of the last step are looked at
+    # 40 sequences finish within four tokens and 81 stay live: all 108 last continuations are candidates.
     beams = 110
     tokens, scores = search(beams, penalty)
     for row, start in enumerate(STARTS):
@@ -79,7 +79,7 @@ def test_one_beam_is_greedy():
             np.testing.assert_allclose(scores[row, 0], total / length_divisor(len(want), penalty), rtol=1e-5)
 
 
-def test_more_beams_score_no_worse_here_and_rows_do_not_meet():
+def test_more_beams_score_no_worse_here_and_rows_are_independent():
     best = [search(beams)[1][:, 0] for beams in (1, 3, 110)]
     assert np.all(best[1] >= best[0] - 1e-6) and np.all(best[2] >= best[1] - 1e-6)
     assert np.any(best[2] > best[0] + 1e-3)
@@ -89,7 +89,7 @@ def test_more_beams_score_no_worse_here_and_rows_do_not_meet():
         np.testing.assert_allclose(together[1][row], scores[0], rtol=1e-6)
 
 
-def test_hypotheses_that_never_end_are_cut():
+def test_hypotheses_that_never_finish_are_cut():
     never = jnp.log(jnp.array([0.5, 0.3, 0.2, 0.0]))
     tokens, scores = beam_search(
         lambda tokens, state: (jnp.tile(never[None], (len(tokens), 1)), state),
@@ -104,7 +104,7 @@ def test_hypotheses_that_never_end_are_cut():
     np.testing.assert_allclose(scores[0], np.log([0.125, 0.075]) * 6 / 8, rtol=1e-5)
 
 
-def test_the_loop_ends_with_the_rows():
+def test_the_loop_stops_when_all_rows_are_done():
     calls = []
 
     def counting(tokens, state):
@@ -124,13 +124,13 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_are_named(name):
+def test_user_errors_are_named(name):
     arguments, message = MISTAKES[name]
     same = {"start": jnp.array([0]), "end": END, "beams": 2, "max_steps": 3, **arguments}
     with pytest.raises(ValueError, match=message):
         beam_search(step, {}, **same)
 
 
-def test_decode_wants_something_to_start_from():
+def test_decode_requires_an_input():
     with pytest.raises(ValueError, match="extras must hold the input that the model starts from"):
         decode(None, start=0, end=1, max_steps=2)

@@ -17,10 +17,10 @@ from tests.numeric import FORWARD, assert_close, relative_rms
 
 VOCAB, B, T = 11, 2, 7
 
-# Of the doubly stochastic loss: not 1, so that it is seen to count.
+# Weight of the doubly stochastic loss: not 1, so that a missing factor shows.
 WEIGHT = 2.0
 
-# name: keys of the model, and the grid's sides for a picture of 16 x 16
+# Name: options of the model, and sides of the grid of a 16 x 16 picture.
 SPECS = {
     "lstm": ({"channels": (6, 8), "doubly_stochastic": WEIGHT}, (8, 8)),
     "transformer": (
@@ -62,7 +62,7 @@ def draw(seed=0):
 
 
 def spread(maps):
-    """The doubly stochastic loss of one caption a row, in numpy."""
+    """The doubly stochastic loss of one caption per row, in NumPy."""
     return WEIGHT * np.mean((1 - np.asarray(maps, np.float64).sum(1)) ** 2)
 
 
@@ -75,12 +75,12 @@ def test_shapes_dtypes_and_maps(name):
     assert_close(aux["doubly_stochastic"], spread(maps), FORWARD["float32"])
     assert maps.shape == (B, T, *SPECS[name][1]) and maps.dtype == jnp.float32
     np.testing.assert_allclose(maps.sum((2, 3)), 1, rtol=1e-5)
-    # not the same at each word
+    # The maps differ between words.
     assert float(jnp.max(jnp.abs(maps[:, 1:] - maps[:, :-1]))) > 1e-4
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_bfloat16_computes_and_float32_comes_out(name):
+def test_bfloat16_compute_gives_float32_logits(name):
     words, picture = draw()
     model = build(name, dtype="bfloat16")
     logits = jax.jit(lambda words, picture: model(words, picture=picture).logits)(words, picture)
@@ -90,8 +90,8 @@ def test_bfloat16_computes_and_float32_comes_out(name):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_gradient_by_finite_differences(name):
-    """Through the picture's network, attention, gate, decoder and read-out, over all of time, in float64."""
-    # flax's norms promote float64 with float32, which strict promotion refuses
+    """Through image encoder, attention, gate, decoder and read-out, over all steps, in float64."""
+    # The norms of flax promote float64 with float32, which strict promotion refuses.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         keys = {"type": "captioner", "width": 8, "heads": 2, "depth": 1, **SPECS[name][0]}
         keys.update(dtype="float64", param_dtype="float64")
@@ -119,7 +119,7 @@ def test_gradient_by_finite_differences(name):
             got = float(sum(jax.tree.leaves(jax.tree.map(lambda g, d: jnp.sum(g * d), slope, towards))))
             assert abs(want) > 1e-5
             assert abs(got - want) < 1e-5 * abs(want) + 1e-8
-        # every parameter has a part in it, but a bias that all keys of a softmax share
+        # Every parameter has a gradient except a bias shared by all keys of a softmax.
         dead = [path for path, g in nnx.to_flat_state(slope[0]) if np.abs(g.get_value()).max() < 1e-14]
         assert all("key" in path and "bias" in path for path in dead), dead
 
@@ -128,13 +128,13 @@ def test_gradient_by_finite_differences(name):
 def test_padding_changes_nothing(name):
     words, picture = draw()
     logits, _, maps = call(name, words, picture)
-    # behind the caption
+    # After the caption.
     padded, aux, seen = call(name, words.at[:, 4:].set(0), picture, [1] * 4 + [0] * 3)
     assert_close(padded[:, :4], logits[:, :4], FORWARD["float32"])
     assert_close(seen[:, :4], maps[:, :4], FORWARD["float32"])
     np.testing.assert_array_equal(seen[:, 4:], 0)
     assert_close(aux["doubly_stochastic"], spread(maps[:, :4]), FORWARD["float32"])
-    # and within it
+    # Inside the caption.
     between = words[:, jnp.array([0, 1, 5, 5, 2, 3, 5])]
     padded, aux, _ = call(name, between, picture, [1, 1, 0, 0, 1, 1, 0])
     assert_close(padded[:, jnp.array([0, 1, 4, 5])], logits[:, :4], FORWARD["float32"])
@@ -167,7 +167,7 @@ def test_decoding_with_state_is_the_full_pass(name):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_greedy_search_follows_the_likeliest_words(name):
+def test_greedy_search_takes_the_most_probable_words(name):
     _, picture = draw()
     tokens, _ = decode(build(name), start=1, end=2, beams=1, max_steps=T, length_penalty=0.0, picture=picture)
     read = np.ones((B, T), np.int32)
@@ -193,7 +193,7 @@ def test_words_depend_on_their_picture_and_on_the_past_only(name):
 
 
 def test_lstm_decoder_against_plain_loops():
-    """Section 3.1.2 of arXiv 1502.03044, in numpy, from the model's own weights."""
+    """Section 3.1.2 of arXiv 1502.03044 in NumPy, with the weights of the model."""
     words, picture = draw()
     model = build("lstm")
     d, table = model.decoder, np.asarray(model.embedding.table[...], np.float64)
@@ -243,7 +243,7 @@ def test_no_doubly_stochastic_loss():
     assert jax.eval_shape(lambda words, picture: model(words, picture=picture).aux, *draw()) == {}
 
 
-def test_dropout_is_of_training_only(name="transformer"):
+def test_dropout_applies_in_training_only(name="transformer"):
     words, picture = draw()
     model = build(name, dropout=0.5)
 
@@ -258,14 +258,14 @@ def test_dropout_is_of_training_only(name="transformer"):
     model.eval()
 
 
-def test_places_are_told_apart():
+def test_positions_of_the_grid_differ():
     places = np.asarray(add_places(jnp.zeros((1, 8, 8, 16)))).reshape(64, 16)
     distances = np.linalg.norm(places[:, None] - places[None], axis=-1)
     assert distances[~np.eye(64, dtype=bool)].min() > 0.3
 
 
-def test_patches_are_cut_where_they_lie():
-    """A change within one patch changes that patch's vector alone, before the blocks."""
+def test_patches_are_local():
+    """Before the blocks, a change inside a patch changes only the vector of that patch."""
     model = build("transformer")
     blocks, model.grid.blocks = model.grid.blocks, nnx.List([])
     picture = draw()[1][:1]
@@ -287,7 +287,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_calls_are_named(case):
+def test_user_errors_of_calls_are_named(case):
     words, picture = draw()
     arguments, message = CASES[case]
     arguments = {"inputs": words, "picture": picture, **arguments}
@@ -309,7 +309,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("keys, message", CONFIGS)
-def test_bad_configs_are_named(keys, message):
+def test_user_errors_of_configs_are_named(keys, message):
     with pytest.raises(ValueError, match=message):
         build_model({"type": "captioner", **keys}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
     assert MODELS["captioner"][0] is CaptionerConfig and ConvGrid.__doc__ and PatchGrid.__doc__

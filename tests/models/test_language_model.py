@@ -1,4 +1,4 @@
-"""MemoryLM: patterns, scan, remat, dtypes, packing, decoding, features, mistakes."""
+"""MemoryLM: patterns, scan, remat, dtypes, packing, decoding, features, presets, user errors."""
 
 import dataclasses
 import functools
@@ -41,7 +41,7 @@ def build(vocab_size=VOCAB, seed=0, num_classes=None, features=0, **config):
 
 
 def functional(model):
-    """Parameters of a model, and its jitted call on them."""
+    """The parameters of a model, and its jitted call on them."""
     graph, parameters = nnx.split(model)
 
     @jax.jit
@@ -150,7 +150,7 @@ def test_features_in_and_classes_out():
         model(jnp.ones((1, 4, 2)))
 
 
-def test_dropout_is_drawn_anew_and_only_in_training():
+def test_dropout_differs_between_calls_and_applies_only_in_training():
     model = build(**SMALL, dropout=0.5)
     want = functional(build(**SMALL))
 
@@ -170,7 +170,7 @@ def test_dropout_is_drawn_anew_and_only_in_training():
     assert_close(run(copies=1)[0], want[1](want[0], IDS).logits, FORWARD["float32"])
 
 
-def test_an_id_outside_the_vocabulary_is_not_another_token():
+def test_an_id_outside_the_vocabulary_gives_nan():
     model = build(**SMALL)
     assert np.all(np.isnan(model(jnp.array([[VOCAB]])).logits))
 
@@ -260,7 +260,7 @@ def test_a_pattern_may_be_written_with_commas():
     assert LanguageModelConfig(memory="gla").memory == "gla"
 
 
-def test_configs_are_hashable_and_equal_whatever_spells_their_values():
+def test_configs_are_hashable_and_normalised():
     plain = LanguageModelConfig(memory_options={"gla": {"decay_rank": 4}}, memory="gla", width=8, depth=2)
     other = LanguageModelConfig(
         memory_options=FrozenDict({"gla": FrozenDict({"decay_rank": 4})}),
@@ -273,12 +273,12 @@ def test_configs_are_hashable_and_equal_whatever_spells_their_values():
 
 
 def test_none_by_name():
-    """A command line can only say it in letters."""
+    """A command line cannot express None otherwise."""
     config = LanguageModelConfig(feedforward="none", positions="none", remat="none")
     assert (config.feedforward, config.positions, config.remat) == (None, None, None)
 
 
-# Config, and what the error must say.
+# Config, and the error message.
 MISTAKES = {
     "type": ({"type": "rnn"}, "model type must be one of memory_lm, .* got 'rnn'"),
     "key": ({"widht": 8}, "model 'memory_lm' has no key 'widht'; known keys: memory, .*width"),
@@ -312,7 +312,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(mistake):
+def test_user_errors_are_named(mistake):
     config, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         build(**config)

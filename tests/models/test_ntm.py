@@ -1,4 +1,4 @@
-"""The Neural Turing Machine: against one in numpy, gradients, packing, continuing, and a copy that it learns."""
+"""The Neural Turing Machine: equality with NumPy, gradients, packing, continuation, and learning to copy."""
 
 import functools
 
@@ -28,14 +28,14 @@ INPUTS = np.random.default_rng(1).normal(size=(B, T, F)).astype(np.float32)
 def build(variant="lstm", seed=0, **config):
     options = {**SHAPE, **VARIANTS[variant], **config}
     model = build_model(options, vocab_size=0, num_classes=CLASSES, features=F, rngs=nnx.Rngs(seed))
-    # weights as small as they begin leave every gate half open: nothing would be told apart
+    # With the small initial weights every gate is half open, and mistakes would not show.
     graph, parameters = nnx.split(model)
     parameters = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(3), x.shape, x.dtype), parameters)
     return nnx.merge(graph, parameters)
 
 
 def functional(model):
-    """Parameters of a model, and its jitted call on them."""
+    """The parameters of a model, and its jitted call on them."""
     graph, parameters = nnx.split(model)
     return parameters, jax.jit(lambda parameters, *args, **kwargs: nnx.merge(graph, parameters)(*args, **kwargs))
 
@@ -55,7 +55,7 @@ def softmax(x):
 
 
 def in_numpy(model, x):
-    """Logits, write weights and last memory of one sequence [T, F], by the equations, in float64."""
+    """Logits, write weights and final memory of one sequence [T, F] from the equations, in float64."""
     config = model.config
     p = {k: np.asarray(v, np.float64) for k, v in {
         "x": model.entering.kernel, "x0": model.entering.bias, "r": model.recurrent.kernel, "h": model.heads.kernel,
@@ -103,7 +103,7 @@ def in_numpy(model, x):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_is_the_equations(variant):
+def test_it_equals_the_equations(variant):
     model = build(variant)
     parameters, call = plain(variant)
     output = call(parameters, INPUTS)
@@ -123,7 +123,7 @@ def test_it_is_the_equations(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_of_finite_differences(variant):
+def test_gradients_equal_finite_differences(variant):
     with jax.enable_x64(True):
         graph, parameters = nnx.split(build(variant, dtype="float64", param_dtype="float64"))
         segments = jnp.array([[1, 1, 0, 1], [1, 1, 2, 2]])
@@ -158,14 +158,14 @@ def test_continuing_and_packing_agree_with_the_whole_sequence(variant):
     ]
     alone = call(parameters, np.stack([INPUTS[row, place] for row, place in places]))
     assert_close(jnp.stack([packed.logits[row, place] for row, place in places]), alone.logits, FORWARD["float32"])
-    # the state of a row is its last segment's
+    # The state of a row is that of its last segment.
     assert_close(packed.state, jax.tree.map(lambda x: x[jnp.array([1, 3])], alone.state), FORWARD["float32"])
-    # padding leaves the state of a call alone, and a call may begin within a segment
+    # Padding leaves the state unchanged, and a call may start inside a segment.
     padded = call(parameters, INPUTS, segment_ids=jnp.zeros((B, T), jnp.int32), state=state)
     assert_close(padded.state, state, FORWARD["float32"])
 
 
-def test_ids_enter_as_one_hot_vectors():
+def test_ids_are_one_hot_encoded():
     ids = np.array([[0, 2, 1, 1]])
     model = build_model(SHAPE, vocab_size=3, rngs=nnx.Rngs(0))
     twin = build_model(SHAPE, vocab_size=0, num_classes=3, features=3, rngs=nnx.Rngs(0))
@@ -191,7 +191,7 @@ def test_a_trained_memory_may_have_more_slots():
         ({"head": 2}, "model 'ntm' has no key 'head'; known keys: controller, "),
     ],
 )
-def test_misuse_is_named(config, message):
+def test_user_errors_are_named(config, message):
     with pytest.raises(ValueError, match=message):
         build(**config)
 
@@ -203,8 +203,8 @@ def test_inputs_are_checked():
         build_model(SHAPE, vocab_size=0, num_classes=2, rngs=nnx.Rngs(0))
 
 
-def test_it_learns_to_copy():
-    """Up to 4 vectors of 4 bits: from guessing (10 bits a sequence) to below 0.5 in 500 batches."""
+def test_learns_to_copy():
+    """Up to 4 vectors of 4 bits: from chance (10 bits per sequence) to below 0.5 bits in 500 batches."""
     task = make_task({"name": "copy", "length": 4, "bits": 4})
     shape = {"type": "ntm", "controller": "feedforward", "width": 32, "slots": 8, "slot_width": 8}
     model = build_model(shape, vocab_size=0, num_classes=4, features=task.features, rngs=nnx.Rngs(0))

@@ -20,7 +20,7 @@ from memformer.models.transformer import Transformer, TransformerConfig
 from tests.models.bert import SENTENCES
 from tests.numeric import FORWARD, GRADIENT, assert_close
 
-# warnings of other packages while they load are theirs
+# Other packages emit warnings while they are imported.
 pytestmark = pytest.mark.filterwarnings("default")
 
 WIDTH, HEADS, HIDDEN, TIME, SOURCE, VOCAB = 8, 2, 12, 5, 6, 9
@@ -61,7 +61,7 @@ def settings(place, activation):
 
 
 def randomise(torch, module):
-    """Every weight drawn anew: biases and norms start as zeros and ones, which would hide a mistake."""
+    """Randomises every parameter: biases and norms start as zeros and ones, which could hide an error."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -99,8 +99,8 @@ def copy_block(block, theirs):
     copy_linear(block.feedforward.down, theirs.linear2.weight, theirs.linear2.bias)
 
 
-def copy_half(ours, block, theirs):
-    """An encoder's or decoder's blocks, and its last norm where it has one."""
+def copy_stack(ours, block, theirs):
+    """Copies the blocks of an encoder or decoder, and its final norm if there is one."""
     blocks = [block(ours.shape, rngs=nnx.Rngs(0)) for _ in theirs.layers]
     for each, layer in zip(blocks, theirs.layers, strict=True):
         copy_block(each, layer)
@@ -115,7 +115,7 @@ def draw(length, seed):
 
 
 def compare(torch, ours, theirs, arrays, scored):
-    """Outputs and gradients by the inputs, at the positions that are scored."""
+    """Compares outputs and input gradients at the scored positions."""
 
     def weighed(*arrays):
         output = ours(*arrays)
@@ -171,7 +171,7 @@ def test_encoder_of_three_layers(torch):
     theirs = torch.nn.TransformerEncoder(layer, 3, norm=torch.nn.LayerNorm(WIDTH), enable_nested_tensor=False)
     randomise(torch, theirs)
     encoder = TransformerEncoder(shape, 3, rngs=nnx.Rngs(0))
-    copy_half(encoder, EncoderBlock, theirs)
+    copy_stack(encoder, EncoderBlock, theirs)
     hidden = torch.tensor(MASK == 0)
     compare(
         torch,
@@ -184,7 +184,7 @@ def test_encoder_of_three_layers(torch):
 
 @pytest.mark.parametrize("place", ["pre", "post"])
 def test_encoder_decoder(torch, place):
-    """The model as a whole, ids to logits: torch.nn.Transformer between tables of token vectors.
+    """The whole model from ids to logits: torch.nn.Transformer between embedding tables.
 
     torch.nn.Transformer puts a norm behind encoder and decoder in both forms. Behind post-norm blocks, which end with
     one, arXiv 1706.03762 has none, nor have we: there it is taken out.
@@ -197,8 +197,8 @@ def test_encoder_decoder(torch, place):
     randomise(torch, theirs)
     depths = {"encoder_depth": 2, "decoder_depth": 3, "tie_embeddings": False}
     model = Transformer(TransformerConfig(**vars(shape), **depths), vocab_size=VOCAB, rngs=nnx.Rngs(0))
-    copy_half(model.encoder, EncoderBlock, theirs.encoder)
-    copy_half(model.decoder, DecoderBlock, theirs.decoder)
+    copy_stack(model.encoder, EncoderBlock, theirs.encoder)
+    copy_stack(model.decoder, DecoderBlock, theirs.decoder)
     ids = np.random.default_rng(4).integers(VOCAB, size=(2, SOURCE + TIME))
     source, inputs = jnp.asarray(ids[:, :SOURCE]), jnp.asarray(ids[:, SOURCE:])
     hidden, visible = torch.tensor(SOURCE_MASK == 0), jnp.asarray(SOURCE_MASK)
@@ -213,7 +213,7 @@ def test_encoder_decoder(torch, place):
         return model(inputs, source=source, source_segment_ids=visible).logits
 
     def peer(source_table, table, head):
-        # token vectors enter times sqrt(D), as in the paper's section 3.4
+        # Embeddings are multiplied by sqrt(D), as in section 3.4 of the paper.
         before, after = (
             e[torch.tensor(np.asarray(i))] * WIDTH**0.5 for e, i in ((source_table, source), (table, inputs))
         )
@@ -235,10 +235,10 @@ def test_bert_embeddings(torch, bert):
     assert np.array_equal(ids, batch["input_ids"].numpy()) and np.array_equal(segments, batch["attention_mask"].numpy())
     assert (segments == 0).any(), "nothing is padded"
     got = np.asarray(embed_sentences(ours, pieces, SENTENCES))
-    # the promise is 0.9999
+    # The documented bound is 0.9999.
     assert np.sum(got * want, axis=1).min() > 1 - 1e-6
     assert_close(got, want, FORWARD["float32"])
-    # a pair, told apart by its token types
+    # A pair of sentences, distinguished by token types.
     pair = tokenizer(SENTENCES[0], SENTENCES[1], return_tensors="pt")
     with torch.no_grad():
         want = model(**pair).last_hidden_state.numpy()
@@ -249,7 +249,7 @@ def test_bert_embeddings(torch, bert):
 def test_word_pieces(bert):
     tokenizer, _, _, pieces = bert
     chance = random.Random(0)
-    # characters that every version of Unicode knows: the two tokenizers' tables are of different years
+    # Only characters that every version of Unicode has: the tokenizers use tables of different versions.
     known = [chr(c) for c in range(1, 0x3000) if unicodedata.ucd_3_2_0.category(chr(c)) not in ("Cn", "Cs")]
     pools = [known[:100], known[:600], known, known[:100] + [chr(c) for c in range(0x4E00, 0x4E80)]]
     texts = ["".join(chance.choices(chance.choice(pools), k=chance.randint(1, 40))) for _ in range(500)]

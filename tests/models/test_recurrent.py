@@ -1,4 +1,4 @@
-"""RecurrentLM: ids and features, decoding, packing, both directions, dropout, training, mistakes."""
+"""RecurrentLM: ids and features, decoding, packing, both directions, dropout, training, user errors."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_decoding_and_packing_agree_with_the_whole_sequence(cell):
     assert_close(packed.logits.reshape(2, TIME, VOCAB), want.logits, FORWARD["float32"])
 
 
-def test_generates_what_its_logits_say():
+def test_generate_follows_the_logits():
     model = build(cell="gru")
     got = generate(model, [[4], [1, 2, 3]], max_new_tokens=3)
     ids = [1, 2, 3]
@@ -70,7 +70,7 @@ def test_dropout_only_in_training():
 
 
 def test_an_lstm_learns_parity():
-    """Guessing has a loss of 0.69; the parity of up to 12 bits must be learned in 150 steps."""
+    """Chance is a loss of 0.69; the parity of up to 12 bits must be learned in 150 steps."""
     source = Parity(length=12).source("train", 0)
     model = build_model({"type": "recurrent_lm", "width": 32}, vocab_size=2, num_classes=2, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(model)
@@ -109,7 +109,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(mistake):
+def test_user_errors_are_named(mistake):
     config, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         build(**config)

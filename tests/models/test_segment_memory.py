@@ -1,4 +1,4 @@
-"""ARMT and RMT: state, packing, what a segment can see, gradients through segments, mistakes, a small training run."""
+"""ARMT and RMT: state, packing, visibility, gradients through segments, user errors, a small training run."""
 
 import functools
 
@@ -30,7 +30,7 @@ IDS = jax.random.randint(jax.random.key(1), (2, 3 * LENGTH), 0, VOCAB)
 
 @functools.cache
 def functional(name, **config):
-    """Parameters, none of them zero, and the jitted call of a model."""
+    """Non-zero parameters of a model, and its jitted call on them."""
     sizes = {"features": config.pop("features", 0)}
     sizes |= {"vocab_size": 0, "num_classes": 5} if sizes["features"] else {"vocab_size": VOCAB}
     model = build_model({**SMALL, **TYPES[name], **config}, rngs=nnx.Rngs(0), **sizes)
@@ -68,7 +68,7 @@ def test_segments_one_by_one_equal_the_whole(name, depth):
 @pytest.mark.parametrize("name", ["armt", "rmt"])
 def test_packed_and_padded_sequences_equal_those_alone(name):
     parameters, call = functional(name)
-    # a sequence of two segments, the last one short; padding for a whole segment; a new sequence with an old id
+    # A sequence of two segments, the last one short; a whole segment of padding; a new sequence with an earlier id.
     segments = jnp.array([[7, 7, 7, 7, 7, 0, 2, 2, 2], [0, 0, 0, 5, 5, 5, 7, 7, 0]])
     packed = call(parameters, IDS, segment_ids=segments)
     pieces = [(0, slice(0, 5)), (0, slice(6, 9)), (1, slice(3, 6)), (1, slice(6, 8))]
@@ -81,7 +81,7 @@ def test_packed_and_padded_sequences_equal_those_alone(name):
         assert_close(packed.logits[row, place], alone, FORWARD["float32"], f"row {row}, {place}: ")
     short = call(parameters, IDS[:, : 2 * LENGTH - 1]).logits
     assert_close(short, whole(name).logits[:, : 2 * LENGTH - 1], FORWARD["float32"])
-    # the state is that of the last sequence: row 0 ended with `2 2 2` alone
+    # The state is that of the last sequence: row 0 ended with `2 2 2`.
     again = call(parameters, IDS[:, :LENGTH], state=packed.state, segment_ids=jnp.array([[2, 2, 2], [0, 0, 0]]))
     joined = jnp.concatenate([IDS[:, 6:], IDS[:, :LENGTH]], axis=1)
     assert_close(again.logits[0], call(parameters, joined).logits[0, LENGTH:], FORWARD["float32"])
@@ -100,8 +100,8 @@ def test_first_segment_does_not_read():
     assert np.all(np.abs(got - want)[:, LENGTH:].max(axis=(1, 2)) > 1e-3)
 
 
-def test_armt_begins_as_a_transformer_and_rmt_reads_its_tokens():
-    """Values start at zero, so an untrained ARMT passes nothing on; RMT does from the start."""
+def test_armt_starts_as_a_transformer_and_rmt_reads_its_tokens():
+    """Values start at zero, so an untrained ARMT carries nothing between segments; an untrained RMT does."""
     changed = IDS.at[:, 0].set((IDS[:, 0] + 1) % VOCAB)
     for name, passes in (("armt", False), ("rmt", True)):
         model = build_model({**SMALL, **TYPES[name]}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
@@ -113,7 +113,7 @@ def test_armt_begins_as_a_transformer_and_rmt_reads_its_tokens():
 
 @pytest.mark.parametrize("name, remat", [("armt without gamma", None), ("rmt", "full")])
 def test_gradient_passes_through_all_segments(name, remat):
-    """Against finite differences in float64; gamma, which has no gradient, is left out."""
+    """Equals finite differences in float64, without gamma, which has no gradient."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         parameters, call = functional(name, features=2, dtype="float64", param_dtype="float64", remat=remat)
         parameters = jax.tree.map(lambda x: x.astype(jnp.float64), parameters)
@@ -125,7 +125,7 @@ def test_gradient_passes_through_all_segments(name, remat):
 
         assert ("remat" in str(jax.make_jaxpr(loss)(parameters, x))) == (remat is not None)
         slopes = jax.jit(jax.grad(loss, argnums=(0, 1)))(parameters, x)
-        # the loss is of the last segment, so what reaches the first came through two memories
+        # The loss is on the last segment, so gradients reach the first one through two memories.
         assert np.all(np.abs(slopes[1][0, :LENGTH]).max(axis=-1) > 1e-8)
         leaves, tree = jax.tree.flatten((parameters, x))
         keys = jax.random.split(jax.random.key(4), len(leaves))
@@ -179,7 +179,7 @@ def test_sequences_that_do_not_start_a_segment_are_named(case):
         model(IDS, **case)
 
 
-def test_under_jit_the_program_fails_with_the_same_words():
+def test_under_jit_the_running_program_raises_the_same_error():
     parameters, call = functional("rmt")
     with pytest.raises(Exception, match="a memory segment of segment_length = 3 tokens"):
         jax.block_until_ready(call(parameters, IDS, segment_ids=jnp.array([[1] * 4 + [2] * 5] * 2)))
@@ -204,7 +204,7 @@ def test_bad_settings_are_named(config, message):
 
 
 def test_training_carries_values_between_segments():
-    """Two pairs and four questions: a model whose segments pass nothing on stays at log 16 = 2.77."""
+    """Two pairs and four questions: without a memory between segments the loss stays at log 16 = 2.77."""
     steps, task = 150, Rewrite(length=2, queries=4)
     shape = {"type": "armt", "segment_length": task.segment_length, "width": 32, "heads": 2, "key_width": 16}
     config = default_config()
@@ -223,6 +223,6 @@ def test_training_carries_values_between_segments():
         for _ in range(steps):
             state, report = step(state, next(loader))
         loader.close()
-    # of the last 50 steps
+    # Mean over the last 50 steps.
     loss = float(report["loss"] / report["weight"])
     assert loss < 1.7, loss

@@ -1,4 +1,4 @@
-"""Sequence to sequence: packing and padding, decoding, gradients, a plain loop as its oracle, beams, mistakes."""
+"""Sequence to sequence: packing, padding, decoding, gradients, a NumPy loop as oracle, beam search, user errors."""
 
 import functools
 
@@ -13,7 +13,7 @@ from memformer.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from tests.numeric import FORWARD, GRADIENT, assert_close
 
 VOCAB, WIDTH = 9, 6
-# Two pairs: (source, inputs); unpacked in two rows, packed in one with padding between and behind.
+# Two pairs (source, inputs): unpacked in two rows, packed in one with padding between and after them.
 PAIRS = [([4, 5, 6], [1, 7, 8, 3]), ([8, 2], [1, 5, 4])]
 ROWS = {
     "source": [[4, 5, 6, 0, 0, 0, 0], [8, 2, 0, 0, 0, 0, 0]],
@@ -45,7 +45,7 @@ def compiled(attention):
 
 
 def reference(model, source, inputs):
-    """Logits and weights of one pair, a step at a time with NumPy and no masks."""
+    """Logits and weights of one pair, step by step in NumPy without masks."""
     get = lambda x: np.asarray(x[...], np.float64)  # noqa: E731
     table, width = get(model.embedding.table), model.config.width
 
@@ -90,7 +90,7 @@ def reference(model, source, inputs):
 
 
 @pytest.mark.parametrize("attention", ["none", "additive"])
-def test_packed_padded_and_plain_rows_give_what_a_plain_loop_gives(attention):
+def test_packed_padded_and_plain_rows_equal_the_loop(attention):
     padded = compiled(attention)(**ROWS).logits
     packed = compiled(attention)(**PACKED).logits
     for i, (source, inputs) in enumerate(PAIRS):
@@ -118,7 +118,7 @@ def test_alignments_are_the_weights_and_stay_in_their_pair():
 
 
 @pytest.mark.parametrize("attention", ["none", "additive"])
-def test_tokens_one_by_one_give_what_one_call_gives(attention):
+def test_decoding_equals_one_call(attention):
     call, model = compiled(attention), build(attention)
     want = call(**ROWS)
     source, segments = jnp.asarray(ROWS["source"]), jnp.asarray(ROWS["source_segment_ids"])
@@ -135,7 +135,7 @@ def test_tokens_one_by_one_give_what_one_call_gives(attention):
     np.testing.assert_array_equal(state["segment"], [1, 1])
 
 
-def test_without_attention_only_the_last_state_goes_on():
+def test_without_attention_only_the_last_state_is_kept():
     sizes = {}
     for name in ("none", "additive"):
         state = jax.eval_shape(build(name).start, jax.ShapeDtypeStruct((1, 50), jnp.int32))
@@ -144,7 +144,7 @@ def test_without_attention_only_the_last_state_goes_on():
 
 
 @pytest.mark.parametrize("attention", ["none", "additive"])
-def test_gradients_are_those_of_finite_differences(attention):
+def test_gradients_equal_finite_differences(attention):
     with jax.enable_x64(True):
         graph, parameters = nnx.split(build(attention, 1, "float64"))
         batch = {key: jnp.asarray(value) for key, value in PACKED.items()}
@@ -168,7 +168,7 @@ def test_gradients_are_those_of_finite_differences(attention):
 
 
 @pytest.mark.parametrize("attention", ["none", "additive"])
-def test_beams_score_as_one_call_does(attention):
+def test_beam_scores_equal_one_call(attention):
     source = {key: np.asarray(ROWS[key], np.int32) for key in ("source", "source_segment_ids")}
     tokens, scores = decode(build(attention), start=1, end=2, beams=3, max_steps=7, length_penalty=0.5, **source)
     assert tokens.shape == (2, 3, 7) and np.all(np.diff(scores) <= 0)
@@ -182,7 +182,7 @@ def test_beams_score_as_one_call_does(attention):
         np.testing.assert_allclose(scores[row, 0], total / ((5 + length[row]) / 6) ** 0.5, rtol=1e-4)
 
 
-def test_dropout_drops_in_training_only():
+def test_dropout_applies_in_training_only():
     model = build("none", 1, dropout=0.5)
     batch, logits = {key: jnp.asarray(value) for key, value in ROWS.items()}, []
     for mode in (model.eval, model.train):
@@ -204,7 +204,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_mistakes_of_a_call_are_named(name):
+def test_user_errors_of_calls_are_named(name):
     arguments, message = MISTAKES[name]
     with pytest.raises(ValueError, match=message):
         build()(**{"inputs": jnp.ones((1, 2), int), **arguments})
@@ -217,12 +217,12 @@ def test_mistakes_of_a_call_are_named(name):
         ({"num_classes": 4}, "num_classes must be vocab_size = 9"),
     ],
 )
-def test_mistakes_of_sizes_are_named(sizes, message):
+def test_user_errors_of_sizes_are_named(sizes, message):
     with pytest.raises(ValueError, match=message):
         Seq2Seq(Seq2SeqConfig(), vocab_size=VOCAB, rngs=nnx.Rngs(0), **sizes)
 
 
-def test_mistakes_of_the_shape_are_named():
+def test_user_errors_of_configs_are_named():
     for fields, message in (
         ({"attention": "dot"}, "attention must be one of"),
         ({"dropout": 1.0}, "dropout must be in"),

@@ -1,4 +1,4 @@
-"""Encoder-decoder Transformer: forms, masks, packing, cached decoding, gradients, mistakes, a run that learns."""
+"""Encoder-decoder Transformer: variants, masks, packing, cached decoding, gradients, user errors, training."""
 
 import functools
 
@@ -37,7 +37,7 @@ def build(seed=0, vocab_size=VOCAB, num_classes=None, features=0, **config):
 
 
 def compiled(model, method="__call__"):
-    """A method of the model, compiled: run eagerly, every operation is a program of its own."""
+    """A method of the model, jitted: eager execution would compile every operation separately."""
     graph, parameters = nnx.split(model)
 
     @jax.jit
@@ -49,7 +49,7 @@ def compiled(model, method="__call__"):
 
 @functools.cache
 def built(form):
-    """A model of this form and its compiled call."""
+    """A model variant and its jitted call."""
     model = build(**FORMS[form])
     return model, compiled(model)
 
@@ -69,7 +69,7 @@ def test_decoding_equals_the_whole_sequence(name):
     want = call(IDS, source=SOURCES, segment_ids=WHOLE["segment_ids"], source_segment_ids=mask).logits
     state, got = model.start(SOURCES, mask, TIME), []
     for leaf in jax.tree.leaves(state):
-        # what a beam search gathers: rows first, scalars shared
+        # A beam search gathers rows: they come first, and scalars are shared.
         assert leaf.ndim == 0 or leaf.shape[0] == 2
     for t in range(TIME):
         output = call(IDS[:, t : t + 1], state=state)
@@ -78,7 +78,7 @@ def test_decoding_equals_the_whole_sequence(name):
     assert_close(jnp.concatenate(got, axis=1), want, FORWARD["float32"])
 
 
-def test_a_first_call_returns_the_state_to_go_on_from():
+def test_a_first_call_returns_a_state_that_continues():
     _, call = built("pre, sinusoidal, tied")
     want = call(IDS, source=SOURCES, **WHOLE).logits
     first = call(IDS[:, :2], source=SOURCES)
@@ -101,7 +101,7 @@ def test_padding_of_the_source_changes_nothing(name):
 @pytest.mark.parametrize("name", FORMS)
 def test_packed_pairs_equal_pairs_alone(name):
     _, call = built(name)
-    # row 0 packs a pair of 3 source and 2 target tokens with one of 3 and 3; padding in both
+    # Row 0 packs a pair of 3 source and 2 target tokens with one of 3 and 3, with padding in both.
     source_ids = jnp.array([[7, 7, 7, 4, 4, 0], [2] * SOURCE])
     target_ids = jnp.array([[7, 7, 4, 4, 0], [2] * TIME])
     packed = call(IDS, source=SOURCES, segment_ids=target_ids, source_segment_ids=source_ids).logits
@@ -116,7 +116,7 @@ def test_packed_pairs_equal_pairs_alone(name):
         assert_close(packed[0, place], alone[0, :length], FORWARD["float32"])
 
 
-def test_who_sees_whom():
+def test_visible_memory():
     _, call = built("post, learned, three tables")
     want = np.asarray(call(IDS, source=SOURCES, **WHOLE).logits)
     for t in range(TIME):
@@ -140,7 +140,7 @@ def test_alignments_are_the_weights_over_the_source():
 def test_cross_attention_reads_with_the_weights_that_it_returns():
     layer = CrossAttention(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0))
     layer.out.kernel[...] = jnp.eye(8)
-    # values that say their place: what is read of them is the mean place
+    # Each value is its own slot index, so the read is the mean index.
     place = np.arange(SOURCE, dtype=np.float32)
     values = jnp.asarray(np.broadcast_to(place[None, :, None, None], (2, SOURCE, 2, 4)))
     visible = jnp.asarray(np.broadcast_to(place < SOURCE - 1, (2, TIME, SOURCE)))
@@ -152,8 +152,8 @@ def test_cross_attention_reads_with_the_weights_that_it_returns():
 
 
 @pytest.mark.parametrize("name", ["post, learned, three tables", "pre, rotary, gelu"])
-def test_gradients_are_those_of_finite_differences(name):
-    # flax promotes the dtype of its norms by itself
+def test_gradients_equal_finite_differences(name):
+    # The norms of flax promote dtypes implicitly.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         config = {**FORMS[name], "activation": "gelu", "encoder_depth": 1, "decoder_depth": 1}
         graph, parameters = nnx.split(build(**config, dtype="float64", param_dtype="float64"))
@@ -171,7 +171,7 @@ def test_gradients_are_those_of_finite_differences(name):
         direction = jax.tree.map(lambda leaf: random.normal(size=leaf.shape), parameters)
         ends = [loss(jax.tree.map(lambda p, d, s=s: p + s * d, parameters, direction))[0] for s in (size, -size)]
         for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-            # one more number on all scores of a query changes no weight
+            # Adding a constant to all scores of a query changes no weight.
             name = jax.tree_util.keystr(path)
             assert np.any(leaf) or ("key" in name and "bias" in name), name
         products = jax.tree.map(lambda g, d: np.vdot(g, d), gradient, direction)
@@ -188,8 +188,8 @@ def test_bfloat16_keeps_parameters_and_logits_wide():
     assert relative_rms(logits, want) < 3e-2
 
 
-def test_halves_alone():
-    """A captioner's case: vectors from elsewhere, an encoder over them, a decoder that consults them."""
+def test_encoder_and_decoder_separately():
+    """As in a captioner: an encoder over given vectors, and a decoder that attends to them."""
     shape = TransformerShape(width=8, heads=2, positions="learned", max_length=SOURCE)
     encoder = TransformerEncoder(shape, 1, embedding_norm=True, rngs=nnx.Rngs(0))
     decoder = TransformerDecoder(shape, 1, vocab_size=VOCAB, num_classes=4, tie_embeddings=False, rngs=nnx.Rngs(1))
@@ -206,11 +206,11 @@ def test_halves_alone():
 
 
 def learned():
-    """A model of 512 learned positions."""
+    """A model with 512 learned positions."""
     return built("post, learned, three tables")[0]
 
 
-# config, call or sizes that cannot be, what the message names
+# Invalid config, call or sizes, and the error message.
 MISTAKES = {
     "heads": (lambda: build(heads=3), "multiple of heads"),
     "activation": (lambda: build(activation="tanh"), "activation must be one of"),
@@ -233,7 +233,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_mistakes_are_named(case):
+def test_user_errors_are_named(case):
     make, message = MISTAKES[case]
     with pytest.raises(ValueError, match=message):
         make()
@@ -249,7 +249,7 @@ REVERSED = 6
 
 
 def reversals(count, seed):
-    """Sources of ids 2 to 9; the target is the source from its end, after the start token 1."""
+    """Sources of ids 2 to 9; the target is the reversed source after the start token 1."""
     source = np.random.default_rng(seed).integers(2, 10, (count, REVERSED), np.int32)
     target = source[:, ::-1]
     ones = np.ones((count, REVERSED), np.int32)
@@ -284,10 +284,10 @@ def test_training_learns_to_reverse_the_source():
         for number in range(1, steps + 1):
             state, report = step(state, reversals(64, number))
             if number == 1:
-                # dropout is there in training and not in evaluation
+                # Dropout applies in training and not in evaluation.
                 assert first[0] == first[1] != pytest.approx(float(report["loss"]), rel=1e-4)
         sums = evaluate(state["params"], {}, reversals(64, 0))
     loss, accuracy = float(sums["loss"] / sums["weight"]), float(sums["correct"] / sums["weight"])
-    # guessing: log 8 = 2.08; smoothing by 0.1 over ten classes alone costs a perfect model 0.09
+    # Chance is log 8 = 2.08; label smoothing of 0.1 over ten classes costs a perfect model 0.09.
     assert loss < 0.3, (loss, accuracy)
     assert accuracy > 0.95
