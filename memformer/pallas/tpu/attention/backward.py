@@ -1,6 +1,6 @@
 """Gradients of attention by tiles on TPU: one kernel that loops over blocks of columns, last block first.
 
-With p the weights of a tile and g what is weighted (dO for the read, dP for the write, see write.py):
+With p the weights of a tile and g what is weighted (dO for the read, dP for the write, see deltaformer.py):
 
     G = g x^T      e = p, or -beta p for the write      dx = e^T g
     ds = e G - p delta (softmax), else slope e / p G     dk = scale ds^T q      dq = scale ds k

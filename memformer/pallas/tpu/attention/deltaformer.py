@@ -1,56 +1,337 @@
-"""DeltaFormer on TPU: layout of a call, and the write in spans of tokens, with its rule of differentiation.
+"""DeltaFormer on TPU: the write u, block by block, and the read of u, which is softmax attention's.
 
-A span is as many tokens as VMEM holds keys and u of. The slots before it, of the cache and of earlier spans, are first
-read as softmax attention reads (forward.py); the kernel of write.py continues from these sums.
+Rows R of one block, earlier slots E, A the weights of the write kernel, P the right-hand side:
+
+    P = alpha V_R - beta A[R, E] U_E        U_R = (I + beta A[R, R])^-1 P
+
+Forward, a program computes one block of one head, or of two heads if their number is even: the keys and u of a head
+stay in VMEM. It sums over earlier blocks as flash attention does, then solves within the block, by the inverses of the
+sub-blocks on the diagonal (inverse.py; two heads share products) and substitution between them. Everything is
+transposed, rows in lanes. Weights between sub-blocks are bfloat16, as those of earlier blocks are, where a softmax
+normalises them; only the inverses then keep 16 bits. Backward is the loop of backward.py, blocks in reverse, with
+
+    dP_R = (I + beta A[R, R])^-T (dU_R - later A[R', R]^T beta dP_R')
+
+A call is divided into spans of as many tokens as VMEM holds keys and u of. The slots before a span, of the cache and
+of earlier spans, are read as softmax attention reads, and the write continues from these sums.
+
+Source: "DeltaFormer: Unlock the State Space of Transformer" (NeurIPS 2025), section 3.3.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.calls import AttentionCall
-from memformer.core.mask import Mask, join_cache
+from memformer.core.mask import Mask, first_tiles, join_cache
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas.layout import heads_first, join_slots
-from memformer.pallas.tpu.attention.backward import attention_backward
+from memformer.pallas.sharding import split_batch_and_heads, varying_result
+from memformer.pallas.tpu import tuning
+from memformer.pallas.tpu.attention import tiles
+from memformer.pallas.tpu.attention.backward import BackwardRefs, attention_backward
 from memformer.pallas.tpu.attention.config import AttentionConfig, plan_call
-from memformer.pallas.tpu.attention.forward import read
-from memformer.pallas.tpu.attention.softmax_attention import attend, output_dtype, score_operand
-from memformer.pallas.tpu.attention.write import solve_transposed, write_span
+from memformer.pallas.tpu.attention.softmax_attention import attend, output_dtype, read, score_operand, value_operand
+from memformer.pallas.tpu.attention.tiles import SCALARS, SumRefs
+from memformer.pallas.tpu.interleave import Steps, interleave
+from memformer.pallas.tpu.inverse import unit_lower_inverses
+from memformer.pallas.tpu.products import iotas, product, split_bf16
 
 __all__ = ["run"]
 
+# Turns by which a sub-block starts after the one before it. Bundles on v5p for 512 rows of two heads: 6016 for 0, 6186
+# for 4, 5937 for 10, 6346 for 20.
+STAGGER = 10
 
-def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
-    """Runs DeltaFormer; w, alpha and beta are given.
+
+class _Head(NamedTuple):
+    """References of one head of a program; fields that a call does not have are None.
+
+    Attributes:
+      k, w, v: of this head; k of all slots.
+      start: what the rows read of the slots before the span, [R, V].
+      scalars: of the rows, [8, R].
+      key_scalars: of all slots, [N, 8, R].
+      u, lse: results, [R, V] and [1, R].
+      past_u: u of all slots so far, as products take it.
+      sums: over earlier blocks.
+      weights: of the block's columns [R] for its rows [R], without normaliser.
+      diagonal: beta A of each sub-block against itself.
+    """
+
+    k: Any
+    w: Any
+    v: Any
+    start: Any
+    scalars: Any
+    key_scalars: Any
+    u: Any
+    lse: Any
+    past_u: Any
+    sums: SumRefs
+    weights: Any
+    diagonal: Any
+
+    def scalar(self, name: str, rows: slice) -> Array:
+        """[1, rows] of one name."""
+        place = SCALARS.index(name)
+        return self.scalars[place : place + 1, rows]
+
+    def key_segment(self, i, columns: slice) -> Array:
+        """[columns, 1] segments of some columns of block i."""
+        return tiles.to_columns(self.key_scalars[i])[columns, :1]
+
+
+def _start_sums(config: AttentionConfig, head: _Head) -> None:
+    """Sets the sums to those over the slots before the span."""
+    sums = head.sums
+    tiles.clear_sums(sums)
+    if head.start is None:
+        return
+    sums.value[...] = head.start[...].T
+    if config.similarity.normalized:
+        sums.top[...] = jnp.broadcast_to(head.scalar("start_lse", slice(0, config.block)), sums.top.shape)
+        sums.total[...] = jnp.where(iotas(sums.total.shape)[0] == 0, 1.0, 0.0)
+
+
+def _own_weights(config: AttentionConfig, head: _Head, i, place: int) -> Steps:
+    """Stores the weights of a sub-block's rows within its own block, tile by tile, without normaliser.
 
     Returns:
-      The output, bfloat16 where v is and products have one pass, else float32; and u in float32.
-
-    Raises:
-      NotImplementedError: no TPU; float64; a chunk size that no kernel has.
+      The factor that makes the sums over earlier blocks -beta A U, and the factors that do it for each earlier tile of
+      the block, [1, rows].
     """
-    config = plan_call(call, call.write_kernel)
-    size, length = config.block, call.k.shape[1]
-    mask = join_cache(call.mask, size)
-    k = join_slots(None if call.cache is None else call.cache.k, score_operand(config, call.k), size)
-    if call.cache is None:
-        cache_u = jnp.zeros((*k.shape[:2], 0, call.v.shape[3]), jnp.float32)
-    else:
-        cache_u = heads_first(call.cache.values, size).astype(jnp.float32)
-    q, w = (heads_first(score_operand(config, x), size) for x in (call.q, call.w))
-    v, alpha, beta = (heads_first(x, size) for x in (call.v, call.alpha.astype("float32"), call.beta.astype("float32")))
-    arrays = (k, w, v, alpha, beta, cache_u, q)
-    k, w, v, alpha, beta, cache_u, q = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
-    u = write(config, k, w, v, alpha, beta, cache_u, mask)
-    slots = u if call.cache is None else jnp.concatenate([cache_u, u], axis=2)
-    reading = dataclasses.replace(config, similarity=call.read_kernel)
-    o = attend(reading, output_dtype(config, call), k, q, slots, mask)
-    return tuple(jnp.swapaxes(x, 1, 2)[:, :length] for x in (o, u))
+    rows, sums, factors = config.sub_blocks[place], head.sums, []
+    beta = head.scalar("beta", rows)
+    start = top = sums.top[:, rows] if config.similarity.normalized else None
+    for columns in config.sub_blocks[: place + 1]:
+        k = head.k[tiles.block_slice(config, i, columns.start, config.sub_block)]
+        scores = product(k, head.w[rows], "nt", config.passes) * config.factor
+        yield
+        mask = tiles.diagonal_mask(config, rows, columns, transposed=True) if columns == rows else None
+        if config.segments:
+            mask = tiles.mask_segments(mask, head.scalar("segment", rows), head.key_segment(i, columns))
+        if config.similarity.normalized:
+            scores = scores if mask is None else jnp.where(mask, scores, tiles.LOW)
+            top, _, weights = yield from tiles.rescale(sums, rows, top, scores)
+            factors.append(top[:1])
+        else:
+            weights = tiles.attention_weights(config, scores, mask, None)
+            factors.append(jnp.zeros_like(beta))
+        if columns != rows:
+            head.weights[columns, rows] = weights.astype(head.weights.dtype)
+        yield
+    lse = tiles.logsumexp(top, sums.total[:, rows]) if config.similarity.normalized else jnp.zeros_like(beta)
+    head.lse[:, rows] = lse
+    factors = [-beta * jnp.exp2(x - lse) if config.similarity.normalized else -beta for x in factors]
+    head.diagonal[place] = (weights * -factors[-1]).T
+    yield
+    return factors[-1] if start is None else -beta * jnp.exp2(start[:1] - lse), factors[:-1]
+
+
+def _inverse_minus_identity(a: list[Any], passes: int) -> Steps:
+    """(I + a)^-1 - I for one or two sub-blocks on the diagonal: small entries are not rounded beside ones."""
+    inverses = yield from unit_lower_inverses(a, passes)
+    row, column = iotas(inverses[0].shape)
+    return [jnp.where(row == column, 0.0, inverse) for inverse in inverses]
+
+
+def _write_sub_block(config: AttentionConfig, heads: list[_Head], done: list[list], i, place: int) -> Steps:
+    """Computes u of one sub-block of every head.
+
+    Args:
+      config: sizes.
+      heads: of the program.
+      done: for each head u of the sub-blocks before this one, [V, rows], as products take it; extended by this one.
+      i: the block.
+      place: the sub-block.
+    """
+    rows, factors = config.sub_blocks[place], []
+    for head in heads:
+        factors.append((yield from _own_weights(config, head, i, place)))
+    inverses = yield from _inverse_minus_identity([head.diagonal.at[place] for head in heads], config.solve_passes)
+    targets = []
+    for head, (start, _) in zip(heads, factors, strict=True):
+        target = head.scalar("alpha", rows) * head.v[rows].astype(jnp.float32).T
+        targets.append(target + start * head.sums.value[:, rows])
+        yield
+    while min(map(len, done)) < place:
+        yield
+    for columns, *tile_factors in zip(config.sub_blocks[:place], *(each for _, each in factors), strict=True):
+        for h, (head, factor) in enumerate(zip(heads, tile_factors, strict=True)):
+            u = done[h][columns.start // config.sub_block]
+            targets[h] += factor * product(u, head.weights[columns, rows], "nn", config.value_passes)
+    yield
+    changes = [product(x, inverse, "nt", config.solve_passes) for x, inverse in zip(targets, inverses, strict=True)]
+    yield
+    for head, target, change, earlier in zip(heads, targets, changes, done, strict=True):
+        u = target + change
+        earlier.append(split_bf16(u, config.value_passes))
+        u = u.T
+        head.u[rows] = u
+        place_in_span = tiles.block_slice(config, i, rows.start, config.sub_block)
+        head.past_u[place_in_span] = u.astype(head.past_u.dtype)
+
+
+def _kernel(first_ref, *flat, config: AttentionConfig, names: tuple[str, ...], count: int):
+    """Computes one block of `count` heads; `names` are those of the references."""
+    refs = dict(zip(names, flat, strict=True))
+    heads = []
+    for h in range(count):
+        blocks = ("k", "w", "v", "start", "key_scalars", "u")
+        fields = {name: refs[name].at[0, h] if name in refs else None for name in blocks}
+        fields |= {name: refs[name].at[0, h, 0] for name in ("scalars", "lse")}
+        fields |= {name: refs[name].at[h] for name in ("past_u", "weights", "diagonal")}
+        heads.append(_Head(sums=SumRefs(*(refs[name].at[h] for name in SumRefs._fields)), **fields))
+    i = pl.program_id(2)
+    for head in heads:
+        _start_sums(config, head)
+
+    def block(j, carry):
+        row_segment, key_segment, everything = None, None, slice(0, config.block)
+        if config.segments:
+            row_segment, key_segment = heads[0].scalar("segment", everything), heads[0].key_segment(j, everything)
+        operands = [(head.sums, head.w, head.k, head.past_u) for head in heads]
+        tiles.add_block(config, operands, j, row_segment, key_segment)
+        return carry
+
+    lax.fori_loop(first_ref[pl.program_id(0), i], i, block, 0)
+    done: list[list] = [[] for _ in heads]
+    places = range(len(config.sub_blocks))
+    interleave([_write_sub_block(config, heads, done, i, place) for place in places], stagger=STAGGER)
+
+
+def _write_shard(config: AttentionConfig, k, w, v, scalars, first, *rest):
+    """One device's shard of `_write_span`; rest: scalars of keys, reads of the slots before the span."""
+    batch, groups, length, key = k.shape
+    value, size = v.shape[3], config.block
+    blocks, rest = length // size, list(rest)
+    # Two heads: one waits for its products while the other computes, and their inverses share products.
+    dtype = jnp.bfloat16 if config.value_passes == 1 else jnp.float32
+    resident = length * (2 * key * k.dtype.itemsize + value * jnp.dtype(dtype).itemsize)
+    count = 2 if groups % 2 == 0 and 2 * resident <= tuning.PAIR else 1
+
+    def block(*shape):
+        return pl.BlockSpec((1, count, *shape), lambda b, h, i, *_: (b, h, i, *[0] * (len(shape) - 1)))
+
+    def whole(*shape):
+        return pl.BlockSpec((1, count, *shape), lambda b, h, i, *_: (b, h, *[0] * len(shape)))
+
+    inputs = {
+        "k": (k, whole(length, key)),
+        "w": (w, block(size, key)),
+        "v": (v, block(size, value)),
+        "scalars": (scalars, block(1, 8, size)),
+    }
+    if config.segments:
+        inputs["key_scalars"] = (rest.pop(0), whole(blocks, 8, size))
+    if rest:
+        inputs["start"] = (rest.pop(0), block(size, value))
+    arrays = [x for x, _ in inputs.values()]
+    scratch = {name: pltpu.VMEM((count, *x.shape), x.dtype) for name, x in tiles.sums_scratch(config, value).items()}
+    scratch |= {
+        "past_u": pltpu.VMEM((count, length, value), dtype),
+        "weights": pltpu.VMEM((count, size, size), dtype),
+        "diagonal": pltpu.VMEM((count, len(config.sub_blocks), config.sub_block, config.sub_block), jnp.float32),
+    }
+    return pl.pallas_call(
+        functools.partial(_kernel, config=config, names=(*inputs, "u", "lse", *scratch), count=count),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, groups // count, blocks),
+            in_specs=[spec for _, spec in inputs.values()],
+            out_specs=[block(size, value), block(1, 1, size)],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=[
+            varying_result((batch, groups, length, value), jnp.float32, *arrays),
+            varying_result((batch, groups, blocks, 1, size), jnp.float32, *arrays),
+        ],
+        compiler_params=tiles.compiler_params(3),
+        name="memformer_write_forward",
+    )(first[:, 0], *arrays)
+
+
+def _write_span(
+    config: AttentionConfig,
+    k: Array,
+    w: Array,
+    v: Array,
+    alpha: Array,
+    beta: Array,
+    mask: Mask,
+    start: tuple[Array, Array] | None,
+) -> tuple[Array, Array]:
+    """Computes u of a span of tokens whose keys and u fit in VMEM.
+
+    Args:
+      config: sizes; no slots before the span, strict.
+      k: [B, G, T, K], T a multiple of R.
+      w: [B, G, T, K].
+      v: [B, G, T, V].
+      alpha, beta: [B, G, T].
+      mask: of the span.
+      start: what the rows read of the slots before the span, and their log-sum-exp there; None without such slots.
+
+    Returns:
+      u [B, G, T, V] and the log-sum-exp of the rows to base 2, [B, G, T], in float32.
+    """
+    groups = k.shape[1]
+    value, start_lse = (None, None) if start is None else start
+    segment = mask.query_segment if config.segments else None
+    scalars = tiles.pack_scalars(config, groups, segment=segment, alpha=alpha, beta=beta, start_lse=start_lse)
+    first, rest = jnp.zeros((k.shape[0], scalars.shape[2]), jnp.int32), ()
+    if config.segments:
+        first = first_tiles(mask, config.block, config.block)
+        rest = (tiles.pack_scalars(config, groups, segment=mask.key_segment),)
+    if value is not None:
+        rest = (*rest, value)
+    first = jnp.broadcast_to(first[:, None], (first.shape[0], groups, first.shape[1]))
+    u, lse = split_batch_and_heads(_write_shard, (config,), results=2)(k, w, v, scalars, first, *rest)
+    return u, lse.reshape(*lse.shape[:2], -1)
+
+
+def _solve_transposed(config: AttentionConfig, refs: BackwardRefs, i) -> None:
+    """Computes dP of block i from dU within the backward kernel, and delta of its rows."""
+    at = tiles.block_slice(config, i)
+    scalars = tiles.to_columns(refs.scalars[0, 0, i])
+
+    def scalar(name):
+        place = SCALARS.index(name)
+        return scalars[:, place : place + 1]
+
+    alpha, beta, lse, segment = (scalar(name) for name in ("alpha", "beta", "lse", "segment"))
+    key = refs.key_scalars[0, 0, 0][:1] if config.segments else None
+
+    def weigh_and_invert(rows):
+        prefix = slice(0, rows.stop)
+        scores = product(refs.q[0, 0, at][rows], refs.k[0, 0, prefix], "nt", config.passes) * config.factor
+        yield
+        mask = tiles.diagonal_mask(config, rows, prefix)
+        mask = mask if key is None else tiles.mask_segments(mask, segment[rows], key[:, prefix])
+        a = beta[rows] * tiles.attention_weights(config, scores, mask, lse[rows])
+        return a, (yield from _inverse_minus_identity([a[:, rows]], config.solve_passes))[0]
+
+    parts = interleave([weigh_and_invert(rows) for rows in config.sub_blocks])
+    solved: list[Array] = [None] * len(parts)
+    for place in range(len(parts) - 1, -1, -1):
+        rows = config.sub_blocks[place]
+        target = refs.du[0, 0, rows] + refs.dx[rows]
+        for later in range(place + 1, len(parts)):
+            target = target - product(parts[later][0][:, rows], solved[later], "tn", config.solve_passes)
+        solved[place] = target + product(parts[place][1], target, "tn", config.solve_passes)
+    dp = jnp.concatenate(solved)
+    refs.g[at] = dp.astype(refs.g.dtype)
+    refs.dx[...] = dp
+    erased = alpha * refs.v[0, 0].astype(jnp.float32) - refs.x[0, 0]
+    refs.delta[i] = tiles.to_row(-jnp.sum(dp * erased, axis=1, keepdims=True))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -107,11 +388,6 @@ def _span_masks(config: AttentionConfig, span: _Span, mask: Mask) -> tuple[Mask,
     return own, Mask(query_segment=query, key_segment=key[:, : span.slots])
 
 
-def _value_operand(config: AttentionConfig, u: Array) -> Array:
-    """u or its gradient as products take them."""
-    return u.astype(jnp.bfloat16) if config.value_passes == 1 else u
-
-
 def _write(config, k, w, v, alpha, beta, cache_u, mask):
     """u, and the log-sum-exp of the rows."""
     slots, lse = cache_u, []
@@ -120,10 +396,10 @@ def _write(config, k, w, v, alpha, beta, cache_u, mask):
         own_mask, before_mask = _span_masks(config, span, mask)
         rows, start = span.rows, None
         if span.slots:
-            values = _value_operand(config, slots)
+            values = value_operand(config, slots)
             start = read(before, jnp.float32, k[:, :, : span.slots], w[:, :, rows], values, before_mask)
         operands = (k[:, :, span.own], *(x[:, :, rows] for x in (w, v, alpha, beta)))
-        u, span_lse = write_span(own, *operands, own_mask, start)
+        u, span_lse = _write_span(own, *operands, own_mask, start)
         slots = jnp.concatenate([slots, u], axis=2) if slots.shape[2] else u
         lse.append(span_lse)
     return slots[:, :, cache_u.shape[2] :], jnp.concatenate(lse, axis=2)
@@ -155,14 +431,14 @@ def _write_backward(config, saved, du):
             values,
             own_mask,
             scalars,
-            solve=solve_transposed,
+            solve=_solve_transposed,
             du=du[:, :, span.own],
         )
         if span.slots:
             earlier = slice(0, span.slots)
             erased = alpha[:, :, rows, None] * values.astype(jnp.float32) - u[:, :, rows]
             scalars["delta"] = -jnp.sum(dp * erased, axis=-1)
-            values, g = _value_operand(config, slots[:, :, earlier]), _value_operand(config, dp)
+            values, g = value_operand(config, slots[:, :, earlier]), value_operand(config, dp)
             dk_before, dw_before, du_before, dbeta_before = attention_backward(
                 before, k[:, :, earlier], queries, values, g, before_mask, scalars
             )
@@ -178,3 +454,31 @@ def _write_backward(config, saved, du):
 
 
 write.defvjp(_write_forward, _write_backward)
+
+
+def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
+    """Runs DeltaFormer; w, alpha and beta are given.
+
+    Returns:
+      The output, bfloat16 where v is and products have one pass, else float32; and u in float32.
+
+    Raises:
+      NotImplementedError: no TPU; float64; a chunk size that no kernel has.
+    """
+    config = plan_call(call, call.write_kernel)
+    size, length = config.block, call.k.shape[1]
+    mask = join_cache(call.mask, size)
+    k = join_slots(None if call.cache is None else call.cache.k, score_operand(config, call.k), size)
+    if call.cache is None:
+        cache_u = jnp.zeros((*k.shape[:2], 0, call.v.shape[3]), jnp.float32)
+    else:
+        cache_u = heads_first(call.cache.values, size).astype(jnp.float32)
+    q, w = (heads_first(score_operand(config, x), size) for x in (call.q, call.w))
+    v, alpha, beta = (heads_first(x, size) for x in (call.v, call.alpha.astype("float32"), call.beta.astype("float32")))
+    arrays = (k, w, v, alpha, beta, cache_u, q)
+    k, w, v, alpha, beta, cache_u, q = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
+    u = write(config, k, w, v, alpha, beta, cache_u, mask)
+    slots = u if call.cache is None else jnp.concatenate([cache_u, u], axis=2)
+    reading = dataclasses.replace(config, similarity=call.read_kernel)
+    o = attend(reading, output_dtype(config, call), k, q, slots, mask)
+    return tuple(jnp.swapaxes(x, 1, 2)[:, :length] for x in (o, u))
