@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from memformer.core.calls import MatrixCall
 from memformer.core.similarity import Kernel
+from memformer.pallas.sharding import KernelAxes, kernel_axes
 
 __all__ = ["BaseAttentionConfig", "BaseScanConfig"]
 
@@ -24,6 +25,7 @@ class BaseScanConfig:
       beta: whether there is an erase strength (the delta rule).
       decay: whether there is a log decay.
       segments: whether sequences are packed.
+      axes: mesh axes of batch and heads.
     """
 
     batch: int
@@ -37,6 +39,7 @@ class BaseScanConfig:
     beta: bool
     decay: bool
     segments: bool
+    axes: KernelAxes = dataclasses.field(default_factory=kernel_axes, kw_only=True)
 
     @classmethod
     def of(cls, call: MatrixCall, chunk: int, **fields: Any) -> Self:
@@ -85,6 +88,7 @@ class BaseAttentionConfig:
       own: whether queries see slots of the call, those up to their own.
       strict: whether their own slot is left out.
       segments: whether a mask of segments is needed.
+      axes: mesh axes of batch and heads.
     """
 
     similarity: Kernel
@@ -92,6 +96,7 @@ class BaseAttentionConfig:
     own: bool
     strict: bool
     segments: bool
+    axes: KernelAxes = dataclasses.field(default_factory=kernel_axes, kw_only=True)
 
     @property
     def factor(self) -> float:

@@ -7,24 +7,48 @@ the batch.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.sharding import AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
+from memformer.core.sharding import mesh_axes
 from memformer.core.types import Array
 
-__all__ = ["split_batch_and_heads", "varying_result"]
+__all__ = ["KernelAxes", "kernel_axes", "split_batch_and_heads", "varying_result"]
 
 # Mesh axes over which the library's own meshes shard batch and heads.
 BATCH, HEADS = ("data", "fsdp"), ("tensor",)
 
 
+class KernelAxes(NamedTuple):
+    """Mesh axes over which batch and heads are sharded."""
+
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+
+def kernel_axes() -> KernelAxes:
+    """The mesh axes of the op that is traced: on an Explicit mesh those of its arguments, else the library's own.
+
+    The backward pass is traced later, when the arguments are gone: it takes the axes from the call's configuration.
+    """
+    batch, heads = mesh_axes("B"), mesh_axes("G") or mesh_axes("H")
+    return KernelAxes(_names(batch, BATCH), _names(heads, HEADS))
+
+
+def _names(part: Any, default: tuple[str, ...]) -> tuple[str, ...]:
+    if part is None:
+        return default
+    return (part,) if isinstance(part, str) else tuple(part)
+
+
 def split_batch_and_heads(
     function: Callable[..., Sequence[Array]],
-    static: tuple[Any, ...] = (),
+    static: tuple[Any, ...],
+    axes: KernelAxes,
     *,
     results: int | Sequence[int],
     operands: Sequence[int] | None = None,
@@ -34,6 +58,7 @@ def split_batch_and_heads(
     Args:
       function: takes arrays with batch first, of any B and as many heads as a device holds; the first has G heads.
       static: its first arguments.
+      axes: of the mesh, from the call's configuration.
       results: head axis of each result, or how many results there are if it is axis 1 of all.
       operands: head axis of each array; None is axis 1 of all.
     """
@@ -44,42 +69,46 @@ def split_batch_and_heads(
         return tuple(function(*static, *arrays))
 
     @custom_vmap
-    def call(*arrays):
+    def per_device(*arrays):
         mesh = jax.sharding.get_abstract_mesh()
         free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
         if math.prod(mesh.shape[name] for name in free) == 1:
             return local(*arrays)
-        axes = operands or (1,) * len(arrays)
-        batch, heads = _mesh_axes(mesh, free, arrays[0], axes[0])
-        in_specs, out_specs = (tuple(_spec(batch, heads, axis) for axis in group) for group in (axes, results))
+        heads = operands or (1,) * len(arrays)
+        sizes = arrays[0].shape[0], arrays[0].shape[heads[0]]
+        parts = [_dividing(mesh, free, names, size) for names, size in zip(axes, sizes, strict=True)]
+        in_specs, out_specs = (tuple(_spec(*parts, axis) for axis in group) for group in (heads, results))
         return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(free))(*arrays)
 
-    @call.def_vmap
+    @per_device.def_vmap
     def _(size, batched, *arrays):
         wide = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(arrays, batched, strict=True)]
-        out = call(*(x.reshape(-1, *x.shape[2:]) for x in wide))
+        out = per_device(*(x.reshape(-1, *x.shape[2:]) for x in wide))
         return tuple(x.reshape(size, -1, *x.shape[1:]) for x in out), (True,) * len(out)
+
+    @jax.custom_jvp
+    def call(*arrays):
+        return per_device(*arrays)
+
+    @call.defjvp
+    def _(primals, tangents):
+        raise NotImplementedError(
+            "the Pallas kernels have a first derivative in reverse mode only (jax.grad, jax.vjp);"
+            " implementation='recurrent' has higher derivatives and forward mode"
+        )
 
     return call
 
 
 def _spec(batch, heads, axis: int) -> PartitionSpec:
-    """Of an array with its heads on this axis."""
+    """The spec of an array with its heads on this axis."""
     return PartitionSpec(batch, *(None,) * (axis - 1), heads)
 
 
-def _mesh_axes(mesh: AbstractMesh, free: Sequence[str], array: Array, axis: int) -> tuple[Any, Any]:
-    """Mesh axes of batch and of heads; None for one that does not divide them."""
-    if any(kind == AxisType.Explicit for kind in mesh.axis_types):
-        # Types say how arrays are sharded; the first has the fewest heads.
-        spec = jax.typeof(array).sharding.spec
-        return spec[0], spec[axis]
-
-    def fitting(names, size):
-        names = tuple(name for name in names if name in free)
-        return names if size % math.prod(mesh.shape[name] for name in names) == 0 else None
-
-    return fitting(BATCH, array.shape[0]), fitting(HEADS, array.shape[axis])
+def _dividing(mesh: AbstractMesh, free: Sequence[str], names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
+    """Those of the mesh axes `names` that are still free; None where they do not divide the dimension."""
+    names = tuple(name for name in names if name in free)
+    return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 
 def varying_result(shape: tuple[int, ...], dtype, *like: Array) -> jax.ShapeDtypeStruct:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 import memformer as mf
 from memformer.core.calls import MatrixCall
-from memformer.pallas.sharding import split_batch_and_heads
+from memformer.pallas.sharding import kernel_axes, split_batch_and_heads
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.interleave import interleave
 from memformer.pallas.tpu.interpreter import interpreted
@@ -291,7 +291,7 @@ def test_split_over_devices():
         held.append((q.shape, v.shape))
         return q * scale, v + jnp.repeat(k, v.shape[1] // k.shape[1], axis=1)
 
-    call = split_batch_and_heads(local, (2.0,), results=2)
+    call = split_batch_and_heads(local, (2.0,), kernel_axes(), results=2)
     few, many = np.ones((4, 2, 8, 4), np.float32), np.ones((4, 4, 8, 4), np.float32)
     place = NamedSharding(mesh, PartitionSpec("data", "tensor"))
     arrays = [jax.device_put(x, place) for x in (few, few, many)]

@@ -368,7 +368,7 @@ def query_gradients(
     if config.segments:
         rest += (tiles.pack_scalars(group, mask.key_segment), tiles.first_tiles(config, group, mask))
     operands = (k, q, *x[: config.parts], *g[: _gradient_parts(config, write)], *rest)
-    return split_batch_and_heads(_query_gradients, (config, write), results=1 + write)(*operands)
+    return split_batch_and_heads(_query_gradients, (config, write), config.axes, results=1 + write)(*operands)
 
 
 def key_gradients(
@@ -393,5 +393,5 @@ def key_gradients(
     rest = _query_scalars(config, q.shape[1], mask, scalars) + (() if config.own else (tiles.bounds(k, bound),))
     if config.segments:
         rest += (tiles.pack_scalars(group, mask.key_segment), tiles.last_tiles(config, group, mask))
-    kernel = split_batch_and_heads(_key_gradients, (config, write, wanted), results=len(wanted))
+    kernel = split_batch_and_heads(_key_gradients, (config, write, wanted), config.axes, results=len(wanted))
     return kernel(k, q, x[0], *g[: config.parts], *rest)

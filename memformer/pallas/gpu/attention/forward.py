@@ -165,5 +165,7 @@ def read(
         group = k.shape[1]
         segments = (tiles.pack_scalars(group, x) for x in (mask.query_segment, mask.key_segment))
         operands += (*segments, tiles.first_tiles(config, group, mask))
-    o, *lse = split_batch_and_heads(_read, (config, dtype), results=1 + config.similarity.normalized)(*operands)
+    o, *lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=1 + config.similarity.normalized)(
+        *operands
+    )
     return o, lse[0] if lse else None

@@ -391,7 +391,7 @@ def write_forward(
         # Static zeros would do, but the compiler hoists what it derives from them, and has no registers for that.
         rest += (jnp.zeros((*w.shape[:2], w.shape[2] // config.rows), jnp.int32),)
     results = 2 + config.similarity.normalized
-    kernel = split_batch_and_heads(_write, (config, False, bool(earlier)), results=results)
+    kernel = split_batch_and_heads(_write, (config, False, bool(earlier)), config.axes, results=results)
     high, low, *lse = kernel(k, w, target, *rest)
     return (high, low), lse[0] if lse else None
 
@@ -410,4 +410,4 @@ def write_backward(config: AttentionConfig, k: Array, w: Array, du: Array, scala
     if config.segments:
         keys = tiles.pack_scalars(heads, mask.key_segment)
         rest = (keys, *rest, tiles.last_tiles(config, heads, mask))
-    return split_batch_and_heads(_write, (config, True, False), results=2)(w, k, du, *rest)
+    return split_batch_and_heads(_write, (config, True, False), config.axes, results=2)(w, k, du, *rest)

@@ -69,7 +69,9 @@ def _chunkwise_backward(config, inputs, cotangents):
     do, dend = cotangents
     squares = 1 + 2 * config.beta
     kernels = split_batch_and_heads(
-        functools.partial(_backward_kernels, config),
+        _backward_kernels,
+        (config,),
+        config.axes,
         operands=(TIME,) * 4 + (OTHER,) * (2 + squares) + (TIME,) * (2 * config.beta) + (OTHER,) * len(scalars),
         results=(TIME,) * 3 + (OTHER,) * (1 + len(scalars)),
     )
@@ -84,7 +86,9 @@ def _forward(config: ScanConfig, save: bool, q, k, v, scalars, start) -> tuple[A
     """O, the last state and, to be saved, P, X, the states that enter chunks, and W."""
     squares = 1 + 2 * config.beta
     kernels = split_batch_and_heads(
-        functools.partial(_forward_kernels, config, save),
+        _forward_kernels,
+        (config, save),
+        config.axes,
         operands=(TIME,) * 3 + (OTHER,) * (1 + len(scalars)),
         results=(TIME, OTHER) + ((OTHER,) * (squares + 1) + (TIME,) * (2 * config.beta)) * save,
     )

@@ -290,7 +290,7 @@ def attention_backward(
         rest += (du,)
     last = jnp.broadcast_to(last[:, None], (last.shape[0], groups, column_blocks))
     write = scalars.get("beta") is not None
-    call = split_batch_and_heads(_backward, (config, _Options(write, solve)), results=3 + write)
+    call = split_batch_and_heads(_backward, (config, _Options(write, solve)), config.axes, results=3 + write)
     dk, dq, dx, *dbeta = call(k, q, x, g, rows, last, *rest)
     dk, dx = (y.reshape(*k.shape[:2], -1, *y.shape[2:]).sum(2) if heads != groups else y for y in (dk, dx))
     return dk, dq * config.similarity.scale, dx, *(y.reshape(q.shape[:3]) for y in dbeta)

@@ -148,7 +148,7 @@ def read(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask
         segments = (mask.query_segment, mask.key_segment)
         scalars = tuple(tiles.pack_scalars(config, groups, segment=x) for x in segments)
     first = jnp.broadcast_to(first[:, None], (first.shape[0], groups, first.shape[1]))
-    o, lse = split_batch_and_heads(_read, (config, dtype), results=2)(k, q, x, first, *scalars)
+    o, lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=2)(k, q, x, first, *scalars)
     return o, lse.reshape(q.shape[:3])
 
 

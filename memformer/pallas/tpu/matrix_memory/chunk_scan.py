@@ -106,7 +106,7 @@ def _join_values(o: Array, state: Array, width: int) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(step: ChunkStep, config: ScanConfig, q, k, v, scalars, state):
-    call = split_batch_and_heads(_forward, (step, config, False), results=2)
+    call = split_batch_and_heads(_forward, (step, config, False), config.axes, results=2)
     return tuple(call(q, k, v, state, *scalars))
 
 
@@ -118,7 +118,7 @@ def _scan_forward(step, config, q, k, v, scalars, state):
 
 
 def _scan_and_save(step, config, q, k, v, scalars, state):
-    call = split_batch_and_heads(_forward, (step, config, True), results=3)
+    call = split_batch_and_heads(_forward, (step, config, True), config.axes, results=3)
     return call(q, k, v, state, *scalars)
 
 
@@ -126,7 +126,7 @@ def _scan_backward(step, config, saved, cotangents):
     q, k, v, scalars, states = saved
     if config.remat == "inputs":
         *_, states = _scan_and_save(step, config, q, k, v, scalars, states)
-    call = split_batch_and_heads(_backward, (step, config), results=4 + len(scalars))
+    call = split_batch_and_heads(_backward, (step, config), config.axes, results=4 + len(scalars))
     dq, dk, dv, dstate, *dscalars = call(q, k, v, states, *cotangents, *scalars)
     return dq, dk, dv, tuple(dscalars), dstate
 
