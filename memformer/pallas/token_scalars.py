@@ -4,13 +4,16 @@ beta       strength of the write
 decay_in   factor on the state that enters the chunk, as this token reads it; the last token's is the decay of the
            state over the whole chunk
 decay_out  factor on this token's write in the state that leaves the chunk
-log_decay  cumulative log decay since the start of the chunk
+whole, fraction
+           cumulative log decay since the start of the chunk, as the sum of two (core/decay.py): their differences are
+           exact next to a token that forgets everything
 segment    index of the token's segment
 """
 
 import jax.numpy as jnp
 
 from memformer.core.calls import MatrixCall
+from memformer.core.decay import cumulative_decay
 from memformer.core.segments import pad_time
 from memformer.core.types import Array, Float
 from memformer.pallas.config import BaseScanConfig
@@ -19,7 +22,7 @@ __all__ = ["token_scalars"]
 
 
 def token_scalars(config: BaseScanConfig, call: MatrixCall) -> dict[str, Float[Array, "B N C H"]]:
-    """The scalars of a call in float32, by name; beta, log_decay and segment only where the call has them."""
+    """The scalars of a call in float32, by name; only those that the call has."""
     shape = (config.batch, config.chunks, config.chunk, config.heads)
 
     def by_chunk(x):
@@ -28,8 +31,9 @@ def token_scalars(config: BaseScanConfig, call: MatrixCall) -> dict[str, Float[A
     decay_in = decay_out = jnp.ones(shape, jnp.float32)
     scalars = {} if call.beta is None else {"beta": by_chunk(call.beta)}
     if call.decay is not None:
-        total = scalars["log_decay"] = jnp.cumsum(by_chunk(call.decay), axis=2)
-        decay_in, decay_out = jnp.exp(total), jnp.exp(total[:, :, -1:] - total)
+        decay = cumulative_decay(by_chunk(call.decay), axis=2)
+        scalars |= {"whole": decay.whole, "fraction": decay.fraction, "log_decay": decay.total()}
+        decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(decay[:, :, -1:].since(decay))
     if call.segments is not None:
         # Padding at the end belongs to the last segment, so that the returned state is that segment's.
         index = call.segments.index

@@ -9,7 +9,7 @@ from memformer.core.sharding import vary_like
 from memformer.core.types import Array
 from memformer.pallas.config import BaseScanConfig
 from memformer.pallas.gpu import tuning
-from memformer.pallas.gpu.checks import check_call
+from memformer.pallas.gpu.checks import check_call, check_grid
 
 __all__ = ["AXES", "ScanConfig", "call_kernel", "plan_call"]
 
@@ -42,8 +42,10 @@ class ScanConfig(BaseScanConfig):
         kinds += (
             ("beta", self.beta),
             ("-beta", self.beta),
-            ("log_decay", self.decay),
-            ("-log_decay", self.decay),
+            ("whole", self.decay),
+            ("-whole", self.decay),
+            ("fraction", self.decay),
+            ("-fraction", self.decay),
             ("segment", self.segments),
             ("-segment", self.segments),
         )
@@ -73,7 +75,11 @@ def call_kernel(config: ScanConfig, name: str, body, grid, out, scratch, operand
       scratch: shared memory and barriers.
       operands: arrays.
       **threads: num_threads and thread_name, with more than one warpgroup per program.
+
+    Raises:
+      NotImplementedError: see `check_grid`.
     """
+    check_grid(grid)
     memory = "delta_rule" if config.beta else "linear_attention"
     kernel = plgpu.kernel(
         body,

@@ -297,7 +297,7 @@ def _scalar_gradients(config: ScanConfig, scalars, *sums: Array) -> tuple[Array,
         grads |= {
             "decay_in": decay_in.at[..., -1].add(sums[1].sum(axis=(3, 4))),
             "decay_out": beta * named["decay_out"],
-            "log_decay": reader,
-            "-log_decay": beta * named["writer"],
+            "fraction": reader,
+            "-fraction": beta * named["writer"],
         }
     return (jnp.stack([grads.get(name, zero) for name in config.scalars], axis=3),)

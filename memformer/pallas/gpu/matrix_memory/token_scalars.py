@@ -1,8 +1,8 @@
 """Token scalars in the kernels: write strength, decay and segment per token and head.
 
 One float32 array [B, H, N, names, C], names in the order of `ScanConfig.scalars`: those of pallas/token_scalars.py,
-and "-beta", "-log_decay", "-segment", their negatives. A kernel loads a name either for the rows of a matrix or for
-its columns, because the compiler merges two loads of one name and then finds no layout for the result.
+and "-beta", "-whole", "-fraction", "-segment", their negatives. A kernel loads a name either for the rows of a matrix
+or for its columns, because the compiler merges two loads of one name and then finds no layout for the result.
 
 Where writes have a strength it is never quite 0: its gradient is computed as a product that contains it, divided by
 it.
@@ -33,7 +33,7 @@ def stack_scalars(config: ScanConfig, call: MatrixCall) -> tuple[Array, ...]:
     if config.beta:
         beta = scalars["beta"]
         scalars["beta"] = beta + lax.stop_gradient(jnp.where(jnp.abs(beta) < LEAST, LEAST - beta, 0.0))
-    scalars |= {f"-{name}": -scalars[name] for name in ("beta", "log_decay", "segment") if name in scalars}
+    scalars |= {f"-{name}": -scalars[name] for name in ("beta", "whole", "fraction", "segment") if name in scalars}
     # [B, N, C, H, names] to [B, H, N, names, C].
     return (jnp.stack([scalars[name] for name in config.scalars], axis=-1).transpose(0, 3, 1, 4, 2),)
 
@@ -78,16 +78,19 @@ class TokenScalars:
           places: row and column index of every entry.
           *scores: one value per pair of tokens.
         """
-        mask, size = places[0] >= places[1], self.config.chunk
+        mask = places[0] >= places[1]
         if self.config.segments:
-            difference = load_column(self._named("segment"), size) + load_row(self._named("-segment"), size)
-            mask = mask & (difference == 0.0)
+            mask = mask & (self._differences("segment") == 0.0)
         if self.config.decay:
-            difference = load_column(self._named("log_decay"), size) + load_row(self._named("-log_decay"), size)
             # Where masked the exponent may be positive and overflow.
-            decay = jnp.exp(jnp.where(mask, difference, 0.0))
+            decay = jnp.exp(jnp.where(mask, self._differences("whole") + self._differences("fraction"), 0.0))
             scores = tuple(x * decay for x in scores)
         return [jnp.where(mask, x, 0.0) for x in scores]
+
+    def _differences(self, name: str) -> Array:
+        """[C, C]: the scalar of each row's token less that of each column's."""
+        size = self.config.chunk
+        return load_column(self._named(name), size) + load_row(self._named(f"-{name}"), size)
 
     def _named(self, name: str):
         return self.ref.at[self.config.scalars.index(name)]
