@@ -157,7 +157,7 @@ def test_default_prefers_cudnn(name, monkeypatch):
 
 @pytest.mark.skipif(
     jax.__version_info__ >= (0, 11),
-    reason=f"jax {jax.__version__} cannot export a partitioned call without devices (0.10 can): see test_gpu_compile.py",
+    reason=f"jax {jax.__version__} exports no partitioned call without devices (0.10 does): see test_gpu_compile.py",
 )
 def test_default_runs_the_kernels():
     """With implementation=None the program for an H200 calls the kernels, both ways, and has no T x T array."""

@@ -10,7 +10,10 @@ from memformer.pallas.checks import check_chip, check_chunk_size, check_dtypes, 
 from memformer.pallas.gpu import tuning
 from memformer.pallas.platform import interpreting_for, is_hopper
 
-__all__ = ["check_call"]
+__all__ = ["check_call", "check_grid"]
+
+# Programs along the second and third axis of a CUDA grid.
+MOST_PROGRAMS = 65535
 
 
 def check_call(call: MatrixCall | AttentionCall, operands: Mapping[str, Array], widths: Mapping[str, int]) -> None:
@@ -36,3 +39,17 @@ def check_call(call: MatrixCall | AttentionCall, operands: Mapping[str, Array], 
         if width > tuning.KEYS[-1]:
             raise unsupported(op, f"takes at most {tuning.KEYS[-1]} {name} channels, got {width}")
     check_chunk_size(op, call.chunk_size, (tuning.CHUNK,))
+
+
+def check_grid(grid: tuple[int, int, int]) -> None:
+    """Checks that a grid of batch rows, heads and blocks can be launched; vmap adds to the batch rows.
+
+    Raises:
+      NotImplementedError: more batch rows or heads than a CUDA grid holds.
+    """
+    for name, count in zip(("batch rows", "heads"), grid, strict=False):
+        if count > MOST_PROGRAMS:
+            raise NotImplementedError(
+                f"the GPU kernels take at most {MOST_PROGRAMS} {name} in one call (mapped axes of vmap included), got"
+                f" {count}; implementation='chunked' takes more"
+            )

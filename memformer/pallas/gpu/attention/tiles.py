@@ -24,6 +24,7 @@ from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
+from memformer.pallas.gpu.checks import check_grid
 from memformer.pallas.gpu.wgmma import iotas, load_column, load_row, products, shared_block, split_outside, transposed
 from memformer.pallas.platform import interpreting_for
 
@@ -301,7 +302,7 @@ def call(
     name: str,
     compute: Callable[[Refs], None],
     copy: Callable[[Refs], None],
-    grid: tuple[int, ...],
+    grid: tuple[int, int, int],
     inputs: dict[str, Array],
     outputs: dict[str, tuple[tuple[int, ...], Any]],
     scratch: dict[str, Any],
@@ -319,7 +320,11 @@ def call(
       outputs: shapes and dtypes of the results by name.
       scratch: shared memory by name.
       registers: per thread, of the computing warpgroups and of the copying one.
+
+    Raises:
+      NotImplementedError: see `check_grid`.
     """
+    check_grid(grid)
     names = (*inputs, *outputs, *scratch)
 
     def body(*flat):
