@@ -11,7 +11,7 @@ import heapq
 import re
 from collections.abc import Iterable, Sequence
 
-from memformer.core.checks import check_at_least
+from memformer.core.checks import check, check_at_least
 
 __all__ = ["BytePairs", "split_words", "train_bpe"]
 
@@ -70,8 +70,15 @@ class BytePairs:
         return [i for word in split_words(text) for i in self._encode_word(word)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; invalid UTF-8, such as a cut character, becomes the replacement character."""
-        return b"".join(self.spellings[i] for i in ids).decode("utf-8", "replace")
+        """Text of ids; invalid UTF-8, such as a cut character, becomes the replacement character.
+
+        Raises:
+          ValueError: an id outside [0, size).
+        """
+        numbers = list(ids)
+        for number in numbers:
+            check(0 <= number < self.size, "ids", f"in [0, {self.size})", number)
+        return b"".join(self.spellings[number] for number in numbers).decode("utf-8", "replace")
 
     @functools.cached_property
     def spellings(self) -> tuple[bytes, ...]:

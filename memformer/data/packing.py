@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from memformer.core.checks import check, check_at_least
 from memformer.data.source import Example, FiniteSource
 
 __all__ = ["PackedDocuments"]
@@ -22,6 +23,9 @@ class PackedDocuments(FiniteSource):
       length: time steps per window.
       start: id before the first token of a document.
 
+    Raises:
+      ValueError: a length below 1, or sizes that do not add up to the tokens.
+
     Example:
       >>> windows = PackedDocuments(np.array([5, 6, 7]), [2, 1], length=4, start=9)
       >>> windows[0]["inputs"], windows[0]["segment_ids"]
@@ -29,8 +33,12 @@ class PackedDocuments(FiniteSource):
     """
 
     def __init__(self, tokens: np.ndarray, sizes: Sequence[int], length: int, start: int):
+        length = check_at_least("length", length, 1)
         super().__init__(self._window, -(-len(tokens) // length))
         counts = np.array(sizes, np.int64)
+        check(
+            bool(np.all(counts > 0)) and counts.sum() == len(tokens), "sizes", f"positive, {len(tokens)} in all", sizes
+        )
         self._tokens = tokens
         self._starts = np.cumsum(counts) - counts
         self._window_length = length

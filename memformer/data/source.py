@@ -6,6 +6,7 @@ and processes, and never shares a draw between splits, whose keys differ. Source
 numbers: as easy as 1, 2, 3".
 """
 
+import operator
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -76,6 +77,7 @@ class SyntheticSource:
     Raises:
       ValueError: unknown split, or invalid seed.
       IndexError: example number outside [0, len(source)).
+      TypeError: example number that is not an integer.
 
     Example:
       >>> source = SyntheticSource(lambda rng, i: {"x": rng.integers(10, size=3)}, "train", 0)
@@ -104,6 +106,7 @@ class FiniteSource:
 
     Raises:
       IndexError: example number outside [0, length).
+      TypeError: example number that is not an integer.
 
     Example:
       >>> source = FiniteSource(lambda i: {"x": np.array([i])}, 3)
@@ -146,9 +149,10 @@ def make_example(inputs: np.ndarray, targets: ArrayLike, loss_weights: np.ndarra
 
 
 def _check_index(index: int, length: int) -> int:
-    if not 0 <= index < length:
-        raise IndexError(f"example number must be in [0, {length}), got {index}")
-    return int(index)
+    number = operator.index(index)
+    if not 0 <= number < length:
+        raise IndexError(f"example number must be in [0, {length}), got {number}")
+    return number
 
 
 def _check_seed(seed: int) -> int:

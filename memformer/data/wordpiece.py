@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from memformer.core.checks import check, check_at_least
+
 __all__ = ["WordPiece"]
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -122,9 +124,8 @@ class WordPiece:
         """
         pieces = self.pieces(text)
         if length is not None:
-            if length < 3 or pair is not None:
-                raise ValueError(f"length must be at least 3, and None with a pair, got {length!r}")
-            pieces = pieces[: length - 2]
+            check(pair is None, "length", "None with a pair", length)
+            pieces = pieces[: check_at_least("length", length, 3) - 2]
         first = ["[CLS]", *pieces, "[SEP]"]
         second = [] if pair is None else [*self.pieces(pair), "[SEP]"]
         return [self.ids[piece] for piece in first + second], [0] * len(first) + [1] * len(second)

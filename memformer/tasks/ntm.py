@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from memformer.core.checks import check_at_least
+from memformer.core.checks import check, check_at_least
 from memformer.data.source import Example, SyntheticSource, make_example
 from memformer.tasks.task import Task
 
@@ -286,6 +286,7 @@ class DynamicNGrams(_Bits):
 
     def __post_init__(self):
         check_at_least("context", self.context, 1)
+        check(self.context <= 20, "context", "at most 20 (there are 2^context probabilities)", self.context)
         check_at_least("length", self.length, self.context + 1)
 
     @property

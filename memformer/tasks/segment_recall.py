@@ -57,6 +57,8 @@ class Remember(Task):
         for name, least in (("length", 1), ("key_size", 1), ("value_size", 1), ("symbols", 2), ("queries", 1)):
             check_at_least(name, getattr(self, name), least)
         check(self.symbols <= PAIR, "symbols", f"at most {PAIR}, the id of the first marker", self.symbols)
+        limit = f"such that symbols ** key_size = {self.symbols} ** key_size is below 2^63"
+        check(self.most < 2**63, "key_size", limit, self.key_size)
         self._check_keys()
 
     def _check_keys(self) -> None:

@@ -105,3 +105,10 @@ def test_merges_of_unknown_ids_are_refused(merges):
 def test_a_size_below_the_bytes_is_refused():
     with pytest.raises(ValueError, match="size must be an integer of at least 256, got 255"):
         train_bpe(TEXTS, 255)
+
+
+@pytest.mark.parametrize("number", [-1, 300])
+def test_an_id_outside_the_vocabulary_is_refused(number):
+    small = BytePairs(())
+    with pytest.raises(ValueError, match=rf"ids must be in \[0, 256\), got {number}"):
+        small.decode([65, number])

@@ -46,7 +46,7 @@ def test_pairs_and_lengths():
     assert types == [0, 0, 0, 0, 1, 1, 1]
     ids, _ = TOKENIZER.encode("a ! a a", length=4)
     assert [TOKENIZER.vocabulary[i] for i in ids] == ["[CLS]", "a", "!", "[SEP]"]
-    with pytest.raises(ValueError, match="length must be at least 3"):
+    with pytest.raises(ValueError, match="length must be an integer of at least 3"):
         TOKENIZER.encode("a", length=2)
 
 

@@ -49,6 +49,8 @@ def test_keys_are_drawn_anew():
         ({"key_width": 0}, "key_width must be an integer of at least 1, got 0"),
         ({"asked": "last"}, "asked must be one of 'anywhere', 'first', got 'last'"),
         ({"noise": -0.1}, "noise must be a finite number of at least 0, got -0.1"),
+        ({"noise": float("nan")}, "noise must be a finite number of at least 0, got nan"),
+        ({"noise": True}, "noise must be a finite number of at least 0, got True"),
     ],
     ids=str,
 )

@@ -68,6 +68,8 @@ def test_eval_lengths_leave_room_for_the_queries():
         ({"vocab_size": 255}, "vocab_size must be even and above 2 . pairs = 8, got 255"),
         ({"vocab_size": 8}, "vocab_size must be even and above 2 . pairs = 8, got 8"),
         ({"power": 0}, "power must be a finite number above 0, got 0"),
+        ({"power": float("nan")}, "power must be a finite number above 0, got nan"),
+        ({"power": float("inf")}, "power must be a finite number above 0, got inf"),
         ({"power": "a"}, "power must be a finite number above 0, got 'a'"),
         ({"pairs": 0}, "pairs must be an integer of at least 1, got 0"),
     ],

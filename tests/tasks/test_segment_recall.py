@@ -77,6 +77,7 @@ def test_lengths():
 @pytest.mark.parametrize(
     "settings, message",
     [
+        ({"key_size": 16}, "key_size must be such that .* is below 2.63, got 16"),
         ({"key_size": 0}, "key_size must be an integer of at least 1, got 0"),
         ({"value_size": 1.5}, "value_size must be an integer of at least 1, got 1.5"),
         ({"symbols": 1}, "symbols must be an integer of at least 2, got 1"),

@@ -107,6 +107,16 @@ def test_every_split_has_examples(settings, other):
     task.with_length(other).check_data()
 
 
+@pytest.mark.parametrize("settings, other", SPECS, ids=label)
+def test_numpy_numbers_are_accepted(settings, other):
+    numbers = {key: np.int64(x) if type(x) is int else x for key, x in settings.items()}
+    task = make_task(numbers).with_length(np.int32(other))
+    want = make_task(settings).with_length(other)
+    assert task == want
+    for key, array in want.source("test", np.int64(3))[np.int64(1)].items():
+        np.testing.assert_array_equal(task.source("test", 3)[1][key], array)
+
+
 def test_streams_of_examples_do_not_overlap():
     """The counters of examples are 2**128 blocks apart."""
     from memformer.data.source import SyntheticSource
