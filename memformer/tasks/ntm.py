@@ -325,9 +325,8 @@ class DynamicNGrams(_Bits):
 def optimal_bits(sequence: np.ndarray, context: int = 5) -> float:
     """Bits per sequence of the optimal predictor of `DynamicNGrams`.
 
-    It predicts a one with probability (N1 + 1/2) / (N0 + N1 + 1), where N1 and N0 count the ones and zeros that
-    followed the context so far: the Bayes estimate under the Beta(1/2, 1/2) prior. Source: Murphy 2012; arXiv
-    1410.5401, equation 10.
+    It predicts a one with probability (N1 + 1/2) / (N0 + N1 + 1) for N1 ones and N0 zeros after this context so far, the
+    Bayes estimate under the Beta(1/2, 1/2) prior. Source: Murphy 2012; arXiv 1410.5401, equation 10.
 
     Args:
       sequence: zeros and ones [T]; the first `context` of them cost nothing.
