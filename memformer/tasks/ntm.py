@@ -325,7 +325,7 @@ class DynamicNGrams(_Bits):
 def optimal_bits(sequence: np.ndarray, context: int = 5) -> float:
     """Bits per sequence of the optimal predictor of `DynamicNGrams`.
 
-    It predicts a one with probability (N1 + 1/2) / (N0 + N1 + 1) for N1 ones and N0 zeros after this context so far, the
+    It predicts a one with probability (N1 + 1/2) / (N0 + N1 + 1) for N1 ones and N0 zeros so far in this context, the
     Bayes estimate under the Beta(1/2, 1/2) prior. Source: Murphy 2012; arXiv 1410.5401, equation 10.
 
     Args:
