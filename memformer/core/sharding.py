@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from memformer.core.types import Array
 
@@ -89,8 +89,12 @@ def keep_shardings(function: F) -> F:
             return out
 
         specs = [NamedSharding(mesh, _spec(letters, axes)) for letters, _ in results]
-        arrays = (jax.numpy.asarray(leaves[i]) for i in places)
-        out = jax.sharding.auto_axes(run, axes=mesh.explicit_axes, out_sharding=specs)(*arrays)
+        arrays = [jax.numpy.asarray(leaves[i]) for i in places]
+        if isinstance(mesh, Mesh):
+            # Arrays on one device, such as the length of a new cache, go to all devices of the mesh.
+            replicated = NamedSharding(mesh, PartitionSpec())
+            arrays = [x if jax.typeof(x).sharding.mesh.explicit_axes else jax.device_put(x, replicated) for x in arrays]
+        out = jax.sharding.auto_axes(run, axes=mesh.abstract_mesh.explicit_axes, out_sharding=specs)(*arrays)
         return jax.tree.unflatten(structure, out)
 
     return wrapper  # type: ignore[return-value]
@@ -104,13 +108,15 @@ def mesh_axes(letter: str) -> Any:
     return _axes.get().get(letter)
 
 
-def _explicit_mesh(arrays: list[Any]) -> AbstractMesh | None:
-    """The mesh with Explicit axes that is set, or that arrays lie on."""
+def _explicit_mesh(arrays: list[Any]) -> Mesh | AbstractMesh | None:
+    """The mesh with Explicit axes that is set, or else that the arrays lie on."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.explicit_axes:
         return mesh
-    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
-    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    found = [x for x in arrays if jax.typeof(x).sharding.mesh.explicit_axes]
+    # Outside of jit and without a mesh that is set, only an array itself knows the devices.
+    devices = (x.sharding.mesh for x in found if not isinstance(x, jax.core.Tracer))
+    return next(devices, jax.typeof(found[0]).sharding.mesh if found else None)
 
 
 def _spec(letters: tuple[str, ...], axes: dict[str, Any]) -> PartitionSpec:

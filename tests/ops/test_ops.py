@@ -1,15 +1,18 @@
-"""One suite for every op: run for each row of specs.py and each of its implementations.
+"""One suite for all ops, run for each row of specs.py and each of its implementations.
 
-The oracle is the recurrence in float64. One call gives output, state and the gradients of every array, so that a row
-costs few compilations: lengths, segments, weights of the loss are arguments of the same compiled function.
+The oracle is the recurrence in float64. One call returns output, state and the gradients of every array, so that a
+row costs few compilations: lengths, segments and weights of the loss are arguments of the same compiled function.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.numeric import FORWARD, GRADIENT, assert_close
 from tests.ops.specs import SPECS
@@ -143,6 +146,79 @@ def test_packed_against_oracle(name, implementation, dtype):
     assert got["output"].dtype == jnp.dtype(dtype)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got["state"]))
     check(got, oracle(name, dtype), dtype, name)
+
+
+@each
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_padding_never_reaches_a_valid_token(name, implementation, value):
+    """Every array holds NaN or infinity at padding; the program is that of `test_packed_against_oracle`."""
+    (arrays, state), ids = inputs(name), packed_ids()[0]
+    arrays = {
+        key: np.where((ids == 0).reshape(*ids.shape, *(1,) * (x.ndim - 2)), value, x) for key, x in arrays.items()
+    }
+    got, last = evaluate(name, implementation, cast(arrays, "float32"), cast(state, "float32"), ids)
+    check(got, oracle(name, "float32"), "float32", name)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(last))
+    assert all(np.all(np.asarray(x)[ids == 0] == 0) for x in got["gradients"][0].values())
+
+
+def lay_on_mesh(mesh, name, arrays, state):
+    """Arrays and state with batch over "data" and heads over "tensor", ids with batch over "data"."""
+    heads = {"q": -2, "k": -2, "v": -2, "w": -2, "beta": -1, "alpha": -1}
+
+    def put(key, x, axis):
+        spec = ["data", *[None] * (x.ndim - 1)]
+        if axis is not None and x.shape[axis] % mesh.shape["tensor"] == 0:
+            spec[axis] = "tensor"
+        return jax.device_put(x, NamedSharding(mesh, P(*spec)))
+
+    arrays = {key: put(key, x, 2 if key == "decay" else x.ndim + heads[key]) for key, x in arrays.items()}
+    of_state = {4: 1 if isinstance(state, jax.Array) else 2}
+    return arrays, jax.tree.map(lambda x: put("state", x, of_state.get(x.ndim)) if x.ndim else x, state)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
+@pytest.mark.parametrize("name", ROWS)
+def test_sharded(name, kind):
+    """Batch and heads over a mesh of eight devices: one program of all implementations; nothing is gathered."""
+    arrays, state = inputs(name)
+    ids, weights = jnp.asarray(packed_ids()[0]), (jnp.ones(LENGTH), jnp.ones(()))
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "spare"), axis_types=(kind,) * 3)
+    with jax.set_mesh(mesh):
+        arrays, state = lay_on_mesh(mesh, name, cast(arrays, "float32"), cast(state, "float32"))
+        ids = jax.device_put(ids, NamedSharding(mesh, P("data")))
+
+        def run(*args):
+            return {i: compiled(name, i)(*args) for i in ROWS[name].implementations}
+
+        program = jax.jit(run).lower(arrays, state, ids, *weights).compile()
+        results = program(arrays, state, ids, *weights)
+    assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
+    for implementation, (got, last) in results.items():
+        check(got, oracle(name, "float32"), "float32", f"{name} {implementation}")
+        heads = P("data", None, "tensor", None)
+        assert got["output"].sharding.is_equivalent_to(NamedSharding(mesh, heads), 4)
+        pairs = [*zip(jax.tree.leaves(last), jax.tree.leaves(state), strict=True)]
+        pairs += [(got["gradients"][0][key], x) for key, x in arrays.items()]
+        for x, like in pairs:
+            assert x.sharding.is_equivalent_to(like.sharding, x.ndim), f"{name} {implementation}: {x.sharding}"
+
+
+@pytest.mark.parametrize("name", ["delta_rule_head_decay", "deltaformer_linear_softmax"])
+def test_explicit_mesh_without_jit_and_inside_vmap(name):
+    """Arrays on an Explicit mesh, no mesh set: eager, and mapped over a new axis."""
+    arrays, state = inputs(name)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "spare"), axis_types=(AxisType.Explicit,) * 3)
+    arrays, state = lay_on_mesh(mesh, name, cast(arrays, "float32"), cast(state, "float32"))
+
+    def call(arrays):
+        return ROWS[name].op(**arrays, initial_state=state, **ROWS[name].options)[0]
+
+    want = oracle(name, "float32", packed=False)["output"]
+    heads = P("data", None, "tensor", None)
+    for got in (call(arrays), jax.vmap(call)(jax.tree.map(lambda x: x[None], arrays))[0]):
+        assert got.sharding.is_equivalent_to(NamedSharding(mesh, heads), 4)
+        assert_close(got, want, FORWARD["float32"], name)
 
 
 @pytest.mark.parametrize("name", CHUNKED)
