@@ -3,9 +3,9 @@
     python train.py --config=configs/associative_recall.py:ntm --workdir=runs/associative_recall-ntm
     python train.py --config=configs/associative_recall.py:lstm --workdir=runs/associative_recall-lstm
 
-Guessing costs 18 bits a sequence. The paper's memory is 128 slots of 20, this one 64. Expected after 128,000 sequences
-on two cores beside other work, wrong bits a sequence on the test split: the NTM, five minutes, 0.0, and 0.0 at 12 items
-(about 0.1 from 32,000 sequences on); the LSTM, ten minutes or more, 4.7, and 8.1 at 12 items.
+Guessing costs 18 bits per sequence. The memory has 64 slots (the paper's has 128). Expected after 128,000 sequences, in
+wrong bits per test sequence, with times on two shared cores: NTM, 5 minutes, 0.0, and 0.0 at 12 items (about 0.1 after
+32,000 sequences); LSTM, 10 minutes or more, 4.7, and 8.1 at 12 items.
 """
 
 from memformer.training.config import default_config

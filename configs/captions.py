@@ -1,19 +1,18 @@
-"""Captions of pictures, as Show, Attend and Tell (arXiv 1502.03044) gives them: an LSTM that looks at a part of the
-picture for each word; and a Transformer over patches. `python -m memformer.lab captions RUN_FOLDERS` scores captions by
-beam search and draws the attention (docs/results.md has its figures).
+"""Image captioning with soft attention (Show, Attend and Tell, arXiv 1502.03044): an LSTM that attends to the picture for
+each word, and a Transformer over patches. `python -m memformer.lab captions RUN_FOLDERS` scores captions by beam search
+and plots the attention (results: docs/results.md).
 
-Generated pictures of placed shapes; about 8 minutes on one core of two with other work beside, loss on new pictures
-0.0005 nats a word. The printed test split has pairs of colour and kind that are never trained on: loss 0.34.
+Generated pictures of placed shapes. Expected: 8 minutes on one shared core, loss 0.0005 nats per word on new pictures.
+The test split holds pairs of color and kind that are not in training: loss 0.34.
 
     python train.py --config=configs/captions.py:shapes --workdir=runs/captions-shapes
 
-The same by a Transformer over patches of 4 x 4 pixels; 14 minutes with much other work beside, loss on new pictures
-0.0047, on the test split 0.37:
+A Transformer over patches of 4 x 4 pixels. Expected: 14 minutes, loss 0.0047 on new pictures, 0.37 on the test split.
 
     python train.py --config=configs/captions.py:transformer --workdir=runs/captions-transformer
 
-The 785 stamps of Tux Paint (first `apt-get install tuxpaint-stamps-default`); 6 minutes with much other work beside,
-test loss 1.3 nats a word that has an id: too few pictures to name what was not seen.
+The 785 stamps of Tux Paint (install them with `apt-get install tuxpaint-stamps-default`). Expected: 6 minutes, test loss
+1.3 nats per known word; there are too few pictures to generalize to new objects.
 
     python train.py --config=configs/captions.py:stamps --workdir=runs/captions-stamps
 """

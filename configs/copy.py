@@ -4,8 +4,8 @@
     python train.py --config=configs/copy.py:ntm_feedforward --workdir=runs/copy-ntm_feedforward
     python train.py --config=configs/copy.py:lstm --workdir=runs/copy-lstm
 
-The memory is the paper's, 128 slots of 20; the LSTM has one layer of 256 units where the paper has three. Guessing
-costs 84 bits a sequence. Expected on two cores beside other work, test split, wrong bits a sequence:
+The memory is that of the paper, 128 slots of width 20; the LSTM has one layer of 256 units (the paper's has three).
+Guessing costs 84 bits per sequence. Expected wrong bits per test sequence, with times on two shared cores:
 
     ntm               15 minutes, 208,000 sequences     0.0, and 0.0 at 120 vectors (0.26 bits)
     ntm_feedforward    5 minutes,  80,000 sequences     0.0, and 3.9 at 120 vectors
@@ -16,12 +16,12 @@ from memformer.training.config import default_config
 
 VARIANTS = ("ntm", "ntm_feedforward", "lstm")
 
-# Steps: the memory is used after 500 to 1000, and read without fault at length 120 some thousands later.
+# the model starts to use the memory after 500 to 1000 steps, and is exact at length 120 a few thousand later
 STEPS = {"ntm": 6500, "ntm_feedforward": 2500}
 
 
 def get_config(variant="ntm"):
-    """Returns the run's config; `variant` is one of `VARIANTS`."""
+    """Returns the run's config; `variant` is one of VARIANTS."""
     config = default_config("recurrent_lm" if variant == "lstm" else "ntm", task="copy")
     config.task.update(length=20, min_length=1, bits=8)
     config.optimizer.learning_rate = 1e-3

@@ -1,11 +1,11 @@
-"""Dynamic 6-grams (arXiv 1410.5401, section 4.4): 200 bits, the odds of all 32 contexts drawn anew each time.
+"""Dynamic 6-grams (arXiv 1410.5401, section 4.4): 200 bits; the probabilities of all 32 contexts are drawn per sequence.
 
     python train.py --config=configs/dynamic_ngrams.py:ntm --workdir=runs/dynamic_ngrams-ntm
     python train.py --config=configs/dynamic_ngrams.py:lstm --workdir=runs/dynamic_ngrams-lstm
 
-The optimal predictor pays 127.7 bits for the 195 that are predicted, a fair coin 195. The paper's memory is
-128 slots of 20, this one 40 of 8. Eight minutes each on two cores beside other work, 48,000 sequences: the NTM
-ends at 150.3 bits and the LSTM at 159.1, neither at the optimum (127.9 on the same 512 sequences).
+The optimal predictor needs 127.7 bits for the 195 predicted bits, a fair coin 195. The memory has 40 slots of width 8
+(the paper's: 128 of 20). Expected after 48,000 sequences, 8 minutes on two shared cores: NTM 150.3 bits, LSTM 159.1;
+neither reaches the optimum (127.9 on the same 512 sequences).
 """
 
 from memformer.training.config import default_config

@@ -5,8 +5,8 @@
     python train.py --config=configs/hierarchy.py:reverse_string --workdir=runs/reverse_string
     python train.py --config=configs/hierarchy.py:stack_manipulation --workdir=runs/stack_manipulation
 
-Tested on 40 to 256. configs/parity.py and configs/modular_arithmetic.py are the other two of that table;
-`python -m memformer.lab hierarchy` trains all six, and its section of docs/results.md says what came out.
+Tested on 40 to 256 tokens. configs/parity.py and configs/modular_arithmetic.py are the other two tasks of that table;
+`python -m memformer.lab hierarchy` trains all six (results: docs/results.md).
 """
 
 from memformer.training.config import default_config

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/modular_arithmetic.py --workdir=runs/modular_arithmetic
 
-The paper's test mixes lengths, and scores (accuracy - 1/5) / (4/5):
+The paper's test mixes lengths and reports (accuracy - 1/5) / (4/5):
 
     python eval.py --workdir=runs/modular_arithmetic --set=task.min_length=40 --set=task.length=256 --lengths=256
 """

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/mqar.py --workdir=runs/mqar
 
-Its harder sizes, and setting B (DeltaFormer, NeurIPS 2025, table 1), 32 pairs through width 32:
+Larger sizes, and setting B (DeltaFormer, NeurIPS 2025, table 1), 32 pairs at width 32:
 
     python train.py --config=configs/mqar.py --config.task.length=256 --config.task.pairs=16 --workdir=runs/mqar256
     python train.py --config=configs/mqar.py --config.task.vocab_size=256 --config.task.length=128 \

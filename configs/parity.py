@@ -2,15 +2,14 @@
 
     python train.py --config=configs/parity.py --workdir=runs/parity
 
-Under two minutes on two cores beside other work. Expected: stops at step 190, held-out accuracy 100.0% on
-3 to 40 bits.
+Expected: under 2 minutes on two shared cores, stops at step 190, held-out accuracy 100.0% on 3 to 40 bits.
 
-With beta in (0, 1), which cannot count modulo two:
+With beta in (0, 1), which cannot represent parity:
 
     python train.py --config=configs/parity.py --config.model.memory_options.delta_rule.beta_limit=1.0 \
         --workdir=runs/parity_beta1
 
-Recurrent networks find it from short strings; trained on 3 to 12 bits:
+Recurrent networks learn it from short strings; trained on 3 to 12 bits:
 
     python train.py --config=configs/parity.py --config.model.memory=lstm --config.task.length=12 \
         --config.optimizer.learning_rate=5e-3 --config.train.steps=600 --config.train.eval_batches=2 \
@@ -22,15 +21,15 @@ Recurrent networks find it from short strings; trained on 3 to 12 bits:
         --config.optimizer.learning_rate=5e-3 --config.train.steps=600 --config.train.eval_batches=2 \
         --config.train.final_batches=2 --workdir=runs/parity_rnn
 
-Accuracy at 40, 64, 128, 256 bits (256 strings each), seen beside other work:
+Expected accuracy at 40, 64, 128, 256 bits (256 strings each):
 
     lstm, stops at step 190   98.8%  99.2%  97.7%  96.1%
     gru, stops at step 80     100.0% 100.0% 100.0% 100.0%
     rnn, stops at step 140    93.4%  88.3%  71.9%  62.9%
 
-Trained on 3 to 40 bits from the start (learning rate 1e-3), the LSTM was still guessing at step 300.
+Trained on 3 to 40 bits (learning rate 1e-3), the LSTM is still at chance at step 300.
 
-The paper's test mixes lengths, and scores (accuracy - 1/2) / (1/2):
+The paper's test mixes lengths and reports (accuracy - 1/2) / (1/2):
 
     python eval.py --workdir=runs/parity --set=task.min_length=40 --set=task.length=256 --lengths=256
 """

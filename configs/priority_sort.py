@@ -1,12 +1,12 @@
-"""Priority sort (arXiv 1410.5401, section 4.5), the smaller of it: the 8 highest of 10 vectors of 8 bits, in order.
+"""Priority sort (arXiv 1410.5401, section 4.5) at a smaller size: the 8 highest of 10 vectors of 8 bits, in order.
 
     python train.py --config=configs/priority_sort.py:ntm --workdir=runs/priority_sort-ntm
     python train.py --config=configs/priority_sort.py:lstm --workdir=runs/priority_sort-lstm
 
-Four minutes on two cores beside other work: 96,000 sequences are too few, the NTM ends at 49.9 bits of the 64 that
-guessing costs, 18.8 of them wrong. The LSTM's run was not made.
+Expected: 4 minutes on two shared cores. 96,000 sequences are too few: the NTM ends at 49.9 bits (guessing costs 64) and
+18.8 wrong bits per sequence. The LSTM has not been measured.
 
-The paper's sizes:
+The sizes of the paper:
 
     python train.py --config=configs/priority_sort.py:ntm --config.task.length=20 --config.task.answers=16 \
         --config.model.slots=128 --workdir=runs/priority_sort-paper

@@ -2,7 +2,7 @@
 
     python train.py --config=configs/reachability.py --workdir=runs/reachability
 
-Deeper softmax attention, which the paper found wanting:
+Softmax attention in four layers, which fails in the paper:
 
     python train.py --config=configs/reachability.py --config.model.memory=softmax_attention \
         --config.model.depth=4 --workdir=runs/reachability_softmax

@@ -1,12 +1,12 @@
-"""Repeat copy (arXiv 1410.5401, section 4.2), the smaller of it: 1 to 5 vectors of 4 bits, 1 to 5 times.
+"""Repeat copy (arXiv 1410.5401, section 4.2) at a smaller size: 1 to 5 vectors of 4 bits, 1 to 5 times.
 
     python train.py --config=configs/repeat_copy.py:ntm --workdir=runs/repeat_copy-ntm
     python train.py --config=configs/repeat_copy.py:lstm --workdir=runs/repeat_copy-lstm
 
-Four minutes on two cores beside other work: 96,000 sequences are too few, the NTM ends at 20.0 bits and 6.8 wrong
-bits a sequence. The LSTM's run was not made.
+Expected: 4 minutes on two shared cores. 96,000 sequences are too few: the NTM ends at 20.0 bits and 6.8 wrong bits per
+sequence. The LSTM has not been measured.
 
-The paper's sizes (1 to 10 vectors of 8 bits, 1 to 10 times) are three times as many steps a sequence:
+The sizes of the paper (1 to 10 vectors of 8 bits, 1 to 10 times) have three times as many steps per sequence:
 
     python train.py --config=configs/repeat_copy.py:ntm --config.task.length=10 --config.task.repeats=10 \
         --config.task.bits=8 --config.model.slots=128 --config.model.slot_width=20 --workdir=runs/repeat_copy-paper

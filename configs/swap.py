@@ -2,9 +2,9 @@
 
     python train.py --config=configs/swap.py --workdir=runs/swap
 
-About 20 s of training on two cores, 30 with imports and compiling. Expected: stops at step 160 of 400; test accuracy
-100.0% at length 32, and without further training 99.8% at 64, 96.7% at 128, 81.1% at 256. Softmax attention ends its
-400 steps at 29.0% (length 32).
+Expected: 20 s of training on two cores, 30 s with imports and compilation; stops at step 160 of 400 with test accuracy
+100.0% at length 32, and without further training 99.8% at 64, 96.7% at 128, 81.1% at 256. Softmax attention reaches
+29.0% at length 32 after 400 steps.
 
 Other memories, and the paper's curriculum from 32 to 256:
 
@@ -12,8 +12,8 @@ Other memories, and the paper's curriculum from 32 to 256:
     python train.py --config=configs/swap.py --config.train.curriculum.enabled=True \
         --config.train.steps=1000 --workdir=runs/swap_curriculum
 
-With a feedforward layer (--config.model.feedforward=swiglu) the curriculum went to 64, 128 and 256 at steps 80, 90 and
-110, and was at 99.1% in its first steps at 256.
+With a feedforward layer (--config.model.feedforward=swiglu) the curriculum reaches 64, 128 and 256 at steps 80, 90 and
+110, with 99.1% accuracy in the first steps at 256.
 """
 
 from memformer.training.config import default_config
@@ -28,7 +28,7 @@ def get_config():
     config.model.depth = 1
     config.model.width = 128
     config.model.heads = 4
-    # the memory alone: half the steps, and cheaper ones
+    # without a feedforward layer: half the steps, and cheaper ones
     config.model.feedforward = None
     # beta in (0, 2): a swap is a reflection, I - 2 k k^T
     config.model.memory_options = {

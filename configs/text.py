@@ -1,8 +1,8 @@
-"""A byte-level language model on the Python standard library's own sources, in bits per byte of held-out files.
+"""Byte-level language model on the sources of the Python standard library; bits per byte of held-out files.
 
     python train.py --config=configs/text.py --workdir=runs/text
 
-A folder of one's own, by the ending of its files' names:
+On the files of a folder, selected by suffix:
 
     python train.py --config=configs/text.py --config.task.folder=/path/to/books --config.task.suffix=.txt \
         --workdir=runs/books

@@ -1,22 +1,22 @@
-"""Translation of verses from English to Spanish by three generations: the last state of an LSTM, attention over the
-states of an LSTM, the Transformer. Same verses, same byte pairs; 4000 steps of 32 verses, the Transformer 2500.
+"""Translation of verses from English to Spanish by three generations of models: the last state of an LSTM, attention over
+the states of an LSTM, and the Transformer. Same verses and byte pairs; 4000 steps of 32 verses, the Transformer 2500.
 
     python train.py --config=configs/translation.py:last_state --workdir=runs/translation-last_state
     python train.py --config=configs/translation.py:attention --workdir=runs/translation-attention
     python train.py --config=configs/translation.py:transformer --workdir=runs/translation-transformer
 
-BLEU by length of the source, and what the models look at:
+BLEU by source length, and plots of the attention:
 
     python -m memformer.lab translation runs/translation-last_state runs/translation-attention \
         runs/translation-transformer
 
-Seen with the installed verses, seed 0, on one core each of two with much other work beside (1,074 test verses of at
-most 39 tokens, four beams): last state 33 min, BLEU 2.4 (3.3 for the shortest fifth of the sources, 2.4 for the
-longest); attention 45 min, BLEU 23.9 (25.3, 24.2); Transformer, 2500 steps, 40 min, BLEU 20.1 (23.6, 19.4). The last
-state alone has hardly learned to translate in so few steps: it writes verses, but others.
+Expected with the installed verses, seed 0, one shared core (1,074 test verses of at most 39 tokens, four beams): last
+state, 33 minutes, BLEU 2.4 (3.3 for the shortest fifth of the sources, 2.4 for the longest); attention, 45 minutes, BLEU
+23.9 (25.3, 24.2); Transformer, 40 minutes, BLEU 20.1 (23.6, 19.4). The last state alone does not learn to translate in
+so few steps: it writes fluent but unrelated verses.
 
-The verses are those of the packages sword-text-kjv and sword-text-sparv; without them 514 verses of Genesis are
-used, which is enough to see a loss fall and no more.
+The verses are those of the packages sword-text-kjv and sword-text-sparv; without them 514 verses of Genesis are used,
+which is only enough to see the loss fall.
 """
 
 from memformer.training.config import default_config

@@ -69,7 +69,9 @@ def build_run(
 
     with run_errors("config.model"), mesh_scope(mesh):
         model = make_functional(build)
-    tx, schedule = make_optimizer(config["optimizer"], config["train"]["steps"])
+    horizon = config["optimizer"]["schedule_steps"] or config["train"]["steps"]
+    config["optimizer"] = {**config["optimizer"], "schedule_steps": horizon}
+    tx, schedule = make_optimizer(config["optimizer"], horizon)
     return Run(config, task, mesh, model, tx, schedule)
 
 

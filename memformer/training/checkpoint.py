@@ -6,10 +6,11 @@ Orbax alone casts a wrong dtype silently, loads corrupted arrays, takes an empty
 not fall back from a damaged one: here every step is checked before it is read.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging as std_logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,25 +18,32 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from memformer.training.checksums import EMPTY, JSON_ITEMS, StateHandler, damage
+from memformer.training.config import RunError
+from memformer.training.distributed import agree
+from memformer.training.files import error_reason, free_space, is_url
 from memformer.training.paths import abstract, describe, difference, flatten, nest
+from memformer.training.remote import Mirror
 
-__all__ = ["Checkpoints", "Restored"]
+__all__ = ["Checkpoints", "Restored", "SaveError"]
 
 PyTree = Any
 
 
-class _OrbaxErrorsOnly(std_logging.Filter):
-    """Hides Orbax's notes and warnings, which are for its developers, from the terminal."""
+class SaveError(RunError):
+    """A step that could not be written: its cause, the disk, and the newest whole step."""
+
+
+class _NoOrbax(std_logging.Filter):
+    """Hides Orbax's messages, which are for its developers, from the terminal; its errors are raised here."""
 
     def filter(self, record: std_logging.LogRecord) -> bool:
-        return record.levelno >= std_logging.ERROR or "/orbax/" not in record.pathname
+        return "/orbax/" not in record.pathname
 
 
-logging.get_absl_logger().addFilter(_OrbaxErrorsOnly())
+logging.get_absl_logger().addFilter(_NoOrbax())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +77,7 @@ class Checkpoints:
     `<step>.damaged`.
 
     Args:
-      folder: path; created by the first `save`.
+      folder: path or URL; created by the first `save`. Behind URLs other than gs://, saving is synchronous.
       keep_last: number of newest steps to keep, at least 1.
       keep_best: number of further steps to keep, by their metric; 0 for none.
       best_metric: name in `metrics`; NaN is the worst value.
@@ -101,22 +109,40 @@ class Checkpoints:
             raise ValueError(f"keep_last must be >= 1 and keep_best >= 0, got {keep_last} and {keep_best}")
         if best_mode not in ("min", "max"):
             raise ValueError(f"best_mode must be 'min' or 'max', got {best_mode!r}")
-        self.folder = epath.Path(folder)
-        if "://" not in str(folder):
-            self.folder = self.folder.absolute()
+        self._path = epath.Path(folder) if is_url(str(folder)) else epath.Path(folder).absolute()
+        # the folder as messages name it
+        self.name = str(folder) if is_url(str(folder)) else str(self._path)
+        self._mirror: Mirror | None = None
         self._keep = (keep_last, keep_best)
         self._best = (best_metric, best_mode)
         self._manager: ocp.CheckpointManager | None = None
         self._current: int | None = None
+        # the step of the save in progress
+        self._writing: int | None = None
         self._whole: set[int] = set()
         self._damaged: dict[int, str] = {}
         self._warned: set[int] = set()
 
+    @property
+    def folder(self) -> epath.Path:
+        """The folder of the steps; the local copy of one behind a URL that Orbax cannot write."""
+        if not is_url(self.name) or self.name.startswith("gs://"):
+            return self._path
+        if self._mirror is None:
+            if jax.process_count() > 1:
+                raise ValueError(
+                    f"{self.name} cannot hold checkpoints of several processes: use gs:// or a shared disk."
+                )
+            self._mirror = Mirror(self._path)
+        return self._mirror.folder
+
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
+        # the first error says what to do; one of the save in progress would hide it
+        with contextlib.suppress(*(() if kind is None else (SaveError,))):
+            self.close()
 
     def save(
         self,
@@ -141,7 +167,7 @@ class Checkpoints:
         Raises:
           ValueError: a leaf that is not a jax array, data that JSON cannot represent, or a folder that already
             holds this step or a later one.
-          OSError: the folder cannot be written.
+          SaveError: the disk is full or cannot be written, now or during the previous save.
         """
         if step == self._current:
             return False
@@ -157,17 +183,49 @@ class Checkpoints:
             name: ocp.args.JsonSave(_jsonable(name, item))
             for name, item in (("arrays", describe(flat)), ("data", data), ("config", config))
         }
-        manager = self._open()
+        self.wait()
+        with self._save_errors(step):
+            manager = self._open()
         newest = manager.latest_step()
         if newest is not None and newest >= step:
             raise ValueError(
-                f"step {step} cannot be saved: {self.folder} already holds step {newest}. Continue from that step, "
+                f"step {step} cannot be saved: {self.name} already holds step {newest}. Continue from that step, "
                 "or write to another folder."
             )
         arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(nest(flat)), **items)
-        manager.save(step, args=arguments, metrics=metrics, force=True)
+        with self._save_errors(step):
+            manager.save(step, args=arguments, metrics=metrics, force=True)
+            self._writing = step
+            if self._mirror is not None:
+                manager.wait_until_finished()
+                self._mirror.push()
         self._current = step
         return True
+
+    @contextlib.contextmanager
+    def _save_errors(self, step: int | None) -> Iterator[None]:
+        """Raises the errors of Orbax and TensorStore while writing as one `SaveError`."""
+        try:
+            yield
+        except (NotADirectoryError, SaveError):
+            raise
+        except (OSError, ValueError, RuntimeError) as error:
+            steps = self._steps() if self.folder.exists() else []
+            whole = [s for s in steps if damage(self.folder / str(s), deep=False) is None]
+            kept = f"step {whole[0]} is the newest whole one" if whole else "there is no whole one yet"
+            self._drop_partial(step)
+            raise SaveError(
+                f"cannot write checkpoint {step} in {self.name}: {error_reason(error)}"
+                f"{free_space(self.name)}; {kept}. Free space on this disk or make it writable, then rerun the "
+                "command to resume."
+            ) from error
+
+    def _drop_partial(self, step: int | None) -> None:
+        """Removes the files of a failed save, which take the space that the next one needs."""
+        with contextlib.suppress(OSError):
+            for path in self.folder.iterdir():
+                if path.name.startswith(f"{step}.orbax-checkpoint-tmp"):
+                    path.rmtree()
 
     def restore(self, target: PyTree, step: int | None = None) -> Restored:
         """Restores a whole train state.
@@ -211,15 +269,20 @@ class Checkpoints:
         return self._newest() if self.folder.exists() else None
 
     def wait(self) -> None:
-        """Waits for the save in progress and raises its error, if any."""
+        """Waits for the save in progress; raises SaveError if it failed."""
         if self._manager is not None:
-            self._manager.wait_until_finished()
+            with self._save_errors(self._writing):
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the save in progress and stops Orbax's threads."""
+        """Waits for the save in progress and stops Orbax's threads; raises SaveError if the save failed."""
         if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+            manager, self._manager = self._manager, None
+            with self._save_errors(self._writing):
+                manager.close()
+        if self._mirror is not None:
+            self._mirror.close()
+            self._mirror = None
 
     def _open(self) -> ocp.CheckpointManager:
         """Orbax's manager, created at the first save: it must not see damaged folders, nor create one for reading."""
@@ -265,17 +328,17 @@ class Checkpoints:
             while aside.exists():
                 aside, count = self.folder / f"{step}.damaged{count}", count + 1
             (self.folder / str(step)).rename(aside)
-            logging.warning("Checkpoint %d in %s %s: renamed to %s.", step, self.folder, reason, aside.name)
+            logging.warning("Checkpoint %d in %s %s: renamed to %s.", step, self.name, reason, aside.name)
         self._damaged = {}
 
     def _steps(self) -> list[int]:
         """Steps that have a folder, newest first."""
         if not self.folder.exists():
             raise FileNotFoundError(
-                f"no checkpoints in {self.folder}: there is no such folder. Give the folder that a run wrote to."
+                f"no checkpoints in {self.name}: there is no such folder. Give the folder that a run wrote to."
             )
         if not self.folder.is_dir():
-            raise NotADirectoryError(f"{self.folder} must be a folder of checkpoints, and is a file.")
+            raise NotADirectoryError(f"{self.name} must be a folder of checkpoints, and is a file.")
         names = (path.name for path in self.folder.iterdir() if path.is_dir())
         return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
 
@@ -285,17 +348,17 @@ class Checkpoints:
             newest = self._newest()
             if newest is None:
                 raise FileNotFoundError(
-                    f"no checkpoints in {self.folder}: the folder has no step in it. Give the folder that a run wrote "
+                    f"no checkpoints in {self.name}: the folder has no step in it. Give the folder that a run wrote "
                     "to, or train first."
                 )
             return newest
         steps = self._steps()
         if step not in steps:
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.folder}: its steps are {steps[::-1]}.")
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.name}: its steps are {steps[::-1]}.")
         reason = self._inspect(step) if jax.process_index() == 0 else None
-        if _agree(int(reason is not None)):
+        if agree(int(reason is not None)):
             raise ValueError(
-                f"checkpoint {step} in {self.folder} {reason or 'is damaged'}. Give another step of "
+                f"checkpoint {step} in {self.name} {reason or 'is damaged'}. Give another step of "
                 f"{steps[::-1]}, or none for the newest whole one."
             )
         return step
@@ -305,10 +368,10 @@ class Checkpoints:
         steps, found = self._steps(), -1
         if jax.process_index() == 0:
             found = next((step for step in steps if self._inspect(step) is None), -1)
-        found = _agree(found)
+        found = agree(found)
         skipped = {step: self._damaged.get(step, "is damaged") for step in steps if step > found}
         for step in skipped.keys() - self._warned:
-            logging.warning("Checkpoint %d in %s %s: skipped.", step, self.folder, skipped[step])
+            logging.warning("Checkpoint %d in %s %s: skipped.", step, self.name, skipped[step])
         self._warned |= skipped.keys()
         if found >= 0:
             return found
@@ -316,7 +379,7 @@ class Checkpoints:
         if not lost:
             return None
         raise ValueError(
-            f"no checkpoint in {self.folder} can be restored: "
+            f"no checkpoint in {self.name} can be restored: "
             + "; ".join(f"{step} {reason}" for step, reason in lost.items())
             + ". Restore one from a copy, or move them away to start anew."
         )
@@ -345,7 +408,7 @@ class Checkpoints:
         expected = describe(wanted)
         if saved != expected:
             raise ValueError(
-                f"checkpoint of another model: step {step} in {self.folder} does not fit what this config builds. "
+                f"checkpoint of another model: step {step} in {self.name} does not fit what this config builds. "
                 f"{difference(saved, expected)}. Restore it with the config saved beside it, or give this model "
                 "another folder."
             )
@@ -356,13 +419,6 @@ class Checkpoints:
         restored = ocp.PyTreeCheckpointHandler().restore(self.folder / str(step) / "state", args=arguments)
         flat = flatten(restored)
         return jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in wanted])
-
-
-def _agree(value: int) -> int:
-    """Returns the value of process 0 in every process."""
-    if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def _jsonable(name: str, value: Mapping[str, Any]) -> dict[str, Any]:

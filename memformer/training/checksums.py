@@ -12,7 +12,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-__all__ = ["EMPTY", "JSON_ITEMS", "StateHandler", "damage"]
+__all__ = ["CHECKSUMS", "EMPTY", "JSON_ITEMS", "StateHandler", "damage"]
 
 JSON_ITEMS = ("arrays", "data", "config", "metrics")
 EMPTY = "is empty"

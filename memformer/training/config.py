@@ -18,13 +18,14 @@ import ml_collections
 import numpy as np
 from ml_collections import config_dict
 
-from memformer.core.checks import check, check_at_least, check_choice
+from memformer.core.checks import check, check_at_least, check_choice, check_positive
 from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import MEMORIES, known_options
 from memformer.models import MODELS, preset_fields
 from memformer.tasks import TASKS
 
 __all__ = [
+    "FREE_KEYS",
     "RunError",
     "add_options",
     "apply_preset",
@@ -40,9 +41,11 @@ __all__ = [
 
 SCHEDULES = ("constant", "cosine", "warmup_stable_decay", "rsqrt", "exponential")
 
-# A resumed run may change these: none of them changes the bits of a step.
+# A resumed run may change these. Only schedule_steps, mesh and max_skips affect its results: the learning rate, the
+# rounding of sums, the step at which a run of skipped steps stops.
 FREE_KEYS = (
     "train.steps",
+    "optimizer.schedule_steps",
     "train.eval_every",
     "train.eval_batches",
     "train.checkpoint_every",
@@ -52,6 +55,7 @@ FREE_KEYS = (
     "train.compile_cache",
     "train.progress",
     "train.tensorboard",
+    "train.max_skips",
     "checkpoint",
     "mesh",
 )
@@ -89,6 +93,8 @@ def default_config(
             "learning_rate": 1e-3,
             # constant | cosine | warmup_stable_decay | rsqrt | exponential
             "schedule": "cosine",
+            # steps that cosine and warmup_stable_decay span; None = train.steps of the first start of the run
+            "schedule_steps": config_dict.placeholder(int),
             "warmup_steps": 0,
             # cosine and warmup_stable_decay end at this fraction of the learning rate
             "end_factor": 0.1,
@@ -171,6 +177,8 @@ def _train_section() -> ml_collections.ConfigDict:
             "stop_accuracy": 0.0,
             # abort | skip: what to do with a step whose loss or gradient is not finite
             "on_nan": "abort",
+            # skip: so many skipped steps in a row stop the run with an error
+            "max_skips": 20,
             "curriculum": {"enabled": False, "start": 32, "stop": 256, "factor": 2, "accuracy": 0.99},
             # lengths of the final table; () = the task's own length
             "final_lengths": (),
@@ -317,7 +325,7 @@ def validate(config: Mapping[str, Any]) -> None:
 
 
 def _check_train(train: Mapping[str, Any]) -> None:
-    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "final_batches"):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "final_batches", "max_skips"):
         check_at_least(f"train.{name}", train[name], 1)
     for name in ("eval_every", "checkpoint_every"):
         # 0: only at the end
@@ -361,6 +369,7 @@ def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     check_choice("optimizer.schedule", optimizer["schedule"], SCHEDULES)
     for name, (expected, holds) in OPTIMIZER_RANGES.items():
         _check_number(f"optimizer.{name}", optimizer[name], expected, holds)
+    check_positive("optimizer.schedule_steps", optimizer["schedule_steps"])
     check_at_least("optimizer.warmup_steps", optimizer["warmup_steps"], 0)
     check_at_least("optimizer.step_every", optimizer["step_every"], 1)
 
@@ -450,21 +459,23 @@ def _literal(text: str) -> Any:
         return text
 
 
-def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, without `FREE_KEYS`.
+def changed_keys(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, free: Sequence[str] = ()
+) -> list[str]:
+    """Dotted keys whose values differ, without those of `free`.
 
     Example:
-      >>> changed_keys({"seed": 0, "train": {"steps": 5}}, {"seed": 1, "train": {"steps": 9}})
+      >>> changed_keys({"seed": 0, "train": {"steps": 5}}, {"seed": 1, "train": {"steps": 9}}, free=FREE_KEYS)
       ['seed']
     """
     changed = []
     for key in sorted(set(old) | set(new)):
         path = f"{prefix}{key}"
-        if path in FREE_KEYS:
+        if path in free:
             continue
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            changed += changed_keys(a, b, f"{path}.")
+            changed += changed_keys(a, b, f"{path}.", free=free)
         elif _plain(a) != _plain(b):
             changed.append(path)
     return changed

@@ -44,6 +44,14 @@ class Curriculum:
         return self._task.with_length(self.length) if self._options["enabled"] else self._task
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths from the current to the final one."""
+        lengths = [self.length]
+        while self._options["enabled"] and lengths[-1] < self._options["stop"]:
+            lengths.append(min(lengths[-1] * self._options["factor"], self._options["stop"]))
+        return tuple(lengths)
+
+    @property
     def done(self) -> bool:
         """Whether this is the final length."""
         return not self._options["enabled"] or self.length >= self._options["stop"]

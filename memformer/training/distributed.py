@@ -1,10 +1,12 @@
 """Runs of several processes: one per host on TPU pods and clusters, or several on one machine."""
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from memformer.training.config import RunError
 
-__all__ = ["join_processes"]
+__all__ = ["agree", "join_processes"]
 
 
 def join_processes(where: str) -> None:
@@ -40,3 +42,15 @@ def join_processes(where: str) -> None:
             jax.distributed.initialize(address, num_processes=int(numbers[0]), process_id=int(numbers[1]))
     except ValueError as error:
         raise RunError(f"--processes={where} cannot be joined: {error}") from error
+
+
+def agree(value: int) -> int:
+    """Returns the value of process 0 in every process; all of them call it.
+
+    Example:
+      >>> agree(3)
+      3
+    """
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

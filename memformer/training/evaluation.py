@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -17,14 +18,19 @@ from memformer.tasks import Task, make_task
 from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError, complete_config, run_errors, set_values
+from memformer.training.files import check_folder, is_url, replace_file
 from memformer.training.input import make_loader
 from memformer.training.losses import means
-from memformer.training.metrics import format_table, log, model_name, replace_file
+from memformer.training.metrics import format_table, log, model_name
 from memformer.training.plots import plot_lengths
 from memformer.training.sharding import global_batch, mesh_scope
 from memformer.training.step import Arrays, Functional, abstract_state, make_eval_step
 
 __all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of"]
+
+
+# A trainer that is running may delete the step that is being read; so often another one is tried.
+ATTEMPTS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +131,7 @@ def evaluate_checkpoint(
     for length, variant in visited.items():
         scores[length] = scorer(loaded.weights, variant, split=split, batches=batches)
     result = {
-        "checkpoint": os.path.abspath(workdir),
+        "checkpoint": workdir if is_url(workdir) else os.path.abspath(workdir),
         "step": loaded.step,
         "split": split,
         "task": config["task"],
@@ -170,11 +176,8 @@ class LoadedRun:
     @property
     def result(self) -> dict[str, Any] | None:
         """The run's result.json, or None if the run has not ended."""
-        path = os.path.join(self.folder, "result.json")
-        if not os.path.exists(path):
-            return None
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        path = epath.Path(os.path.join(self.folder, "result.json"))
+        return json.loads(path.read_text()) if path.exists() else None
 
     def module(self) -> nnx.Module:
         """The model with its parameters, ready to call; dropout is off."""
@@ -197,18 +200,42 @@ def load_run(
     Raises:
       RunError: a missing or damaged checkpoint, a task the model cannot read, an unknown key.
     """
+    check_folder(workdir)
     folder = os.path.join(workdir, "checkpoints")
-    if not os.path.isdir(folder):
+    if not epath.Path(folder).is_dir():
         raise RunError(
             f"no checkpoint to evaluate: there is no folder {folder}. --workdir must name the folder of a run that "
             "train.py has saved."
         )
-    with run_errors(f"cannot read the checkpoint in {folder}"):
-        checkpoints = Checkpoints(folder)
-        chosen = checkpoints.latest_step() if step is None else step
-        if chosen is None:
-            raise RunError(f"no checkpoint to evaluate: {folder} holds no step.")
-        saved = checkpoints.config(chosen)
+    for attempt in range(1, ATTEMPTS + 1):
+        steps = _steps(folder)
+        try:
+            with Checkpoints(folder) as checkpoints, run_errors(f"cannot read the checkpoint in {folder}"):
+                chosen = checkpoints.latest_step() if step is None else step
+                if chosen is None:
+                    raise RunError(f"no checkpoint to evaluate: {folder} holds no step.")
+                return _load(workdir, checkpoints, chosen, settings, batch_size)
+        except RunError as error:
+            # a running trainer saves new steps and deletes old ones; several processes cannot retry independently
+            deleted = steps - _steps(folder)
+            if not deleted or jax.process_count() > 1 or (step is not None and step not in deleted):
+                raise
+            if step is not None or attempt == ATTEMPTS:
+                raise RunError(
+                    f"a running trainer deleted step {step or max(deleted)} in {folder} while it was read: copy the "
+                    "step folder first, or raise --config.checkpoint.keep_last of that run."
+                ) from error
+    raise RunError(f"no checkpoint to evaluate in {folder}.")
+
+
+def _steps(folder: str) -> set[int]:
+    return {int(path.name) for path in epath.Path(folder).iterdir() if path.name.isdecimal()}
+
+
+def _load(
+    workdir: str, checkpoints: Checkpoints, step: int, settings: Sequence[str], batch_size: int | None
+) -> LoadedRun:
+    saved = checkpoints.config(step)
     config = complete_config(saved)
     # evaluation may run on other devices than training
     config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
@@ -224,10 +251,9 @@ def load_run(
     with mesh_scope(run.mesh):
         target = abstract_state(run.model, run.tx, run.mesh, config["optimizer"]["ema"])
         wanted: dict[str, Any] = {name: target[name] for name in ("params", "rest", "ema") if name in target}
-        with run_errors(f"cannot restore the checkpoint in {folder}"):
-            state = checkpoints.restore_parts(wanted, chosen)
-    checkpoints.close()
-    return LoadedRun(workdir, chosen, config, run, trained, parameters_of(state))
+        with run_errors(f"cannot restore the checkpoint in {checkpoints.folder}"):
+            state = checkpoints.restore_parts(wanted, step)
+    return LoadedRun(workdir, step, config, run, trained, parameters_of(state))
 
 
 def _lengths(task: Task, lengths: Sequence[int | str] | None) -> dict[int, Task]:

@@ -15,7 +15,7 @@ import numpy as np
 from memformer.data.source import BATCH_KEYS, Example, Extra, RandomAccessSource
 from memformer.tasks import Task
 
-__all__ = ["Batch", "Loader", "batch_arrays", "check_batch", "make_loader"]
+__all__ = ["Batch", "Loader", "batch_arrays", "check_batch", "check_split", "make_loader"]
 
 Batch = dict[str, np.ndarray]
 
@@ -146,6 +146,13 @@ def _check_source(source: RandomAccessSource, task: Task, split: str, repeat: bo
         raise ValueError(f"repeat must be True for task {task.name!r}: its source is endless and has no single pass")
     if len(source) == 0:
         raise ValueError(f"the {split} split of task {task.name!r} holds no example; give it more data, or shorten it")
+
+
+def check_split(task: Task, split: str, seed: int) -> None:
+    """Raises ValueError unless the split has an example that a model of `task` can take."""
+    source = task.source(split, seed)
+    _check_source(source, task, split, repeat=True)
+    check_batch({name: np.asarray(array)[None] for name, array in source[0].items()}, task, 1)
 
 
 def check_batch(batch: Mapping[str, Any], task: Task, rows: int | None = None) -> None:

@@ -1,30 +1,36 @@
 """The training loop: steps, records, evaluations, checkpoints, and resuming a run."""
 
 import contextlib
-import json
 import math
 import os
+import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+from etils import epath
 from jax.experimental import multihost_utils
 
 from memformer.training.build import Run, build_run
-from memformer.training.checkpoint import Checkpoints
-from memformer.training.config import RunError, changed_keys, complete_config, run_errors
+from memformer.training.checkpoint import Checkpoints, SaveError
+from memformer.training.config import RunError, complete_config, run_errors
 from memformer.training.curriculum import Curriculum
 from memformer.training.evaluation import Scorer, format_score, parameters_of
-from memformer.training.input import Loader, make_loader
+from memformer.training.files import check_folder, is_url
+from memformer.training.folder import describe_changes, make_folder, read_run_config, schedule_steps, write_run_config
+from memformer.training.input import Loader, check_split, make_loader
+from memformer.training.lock import run_lock
 from memformer.training.losses import means
-from memformer.training.metrics import RunLog, flops_a_token, log, model_name, peak_flops, replace_file
+from memformer.training.metrics import RunLog, flops_a_token, log, model_name, peak_flops
+from memformer.training.remote import copy_folder
 from memformer.training.report import draw_curve, final_scores, write_report
 from memformer.training.sharding import global_batch, mesh_scope
 from memformer.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
-__all__ = ["Trainer", "train"]
+__all__ = ["NotFiniteError", "Trainer", "train"]
 
 # parameters that are not operands of a matrix product
 LOOKED_UP = ("embedding", "positions")
@@ -33,8 +39,9 @@ LOOKED_UP = ("embedding", "positions")
 def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
     """Trains the model of a config, or resumes the run of this config in `workdir`.
 
-    A run that is killed and restarted with the same config ends with the same bits as an uninterrupted one. The folder
-    then holds config.json, metrics.jsonl, tensorboard/, checkpoints/, curve.png, result.json.
+    A run that is killed and restarted with the same config, number of processes and mesh ends with the same bits as an
+    uninterrupted one; under another layout it agrees to rounding. The folder then holds config.json, metrics.jsonl,
+    tensorboard/, checkpoints/, curve.png, result.json.
 
     Args:
       config: nested dicts with the sections of `default_config`.
@@ -44,55 +51,36 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
       The content of result.json: last step, scores by length, and whether the run finished.
 
     Raises:
-      RunError: a config, folder or checkpoint that cannot be used, or a loss that is not finite.
+      RunError: a config, folder, data or checkpoint that cannot be used, another trainer in the folder, a disk that
+        cannot be written, or a loss that is not finite.
     """
-    plain = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    plain = complete_config(config).to_dict()
     if plain["train"]["compile_cache"]:
         jax.config.update("jax_compilation_cache_dir", plain["train"]["compile_cache"])
         # keep every program: a limit in seconds would depend on the speed of the machine
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    run = build_run(plain)
     name = model_name(plain["model"]).replace(", ", "-").replace(",", "-")
-    folder = _open_folder(workdir or os.path.join("runs", f"{run.task.name}-{name}"), run.config)
-    trainer = Trainer(run, folder)
-    with mesh_scope(run.mesh):
-        return trainer.train()
+    folder = workdir or os.path.join("runs", f"{plain['task']['name']}-{name}")
+    check_folder(folder)
+    old = read_run_config(folder)
+    plain["optimizer"]["schedule_steps"] = schedule_steps(plain, old)
+    run = build_run(plain)
+    make_folder(folder)
+    with run_lock(folder), mesh_scope(run.mesh):
+        write_run_config(folder, old, run.config)
+        changes = [] if old is None else describe_changes(old, run.config)
+        return Trainer(run, folder).train(changes)
 
 
-def _open_folder(folder: str, config: Mapping[str, Any]) -> str:
-    """Creates the run's folder, or checks that it holds a run of the same config.
-
-    Raises:
-      RunError: the folder cannot be written, or holds another run.
-    """
-    path = os.path.join(folder, "config.json")
-    if os.path.exists(path):
-        with run_errors(f"{path} must be the config of the run in this folder, and cannot be read"):
-            with open(path, encoding="utf-8") as file:
-                old = complete_config(json.load(file)).to_dict()
-        changed = changed_keys(old, config)
-        if changed:
-            was = ", ".join(f"{key} ({_at(old, key)} there, {_at(config, key)} now)" for key in changed[:4])
-            raise RunError(
-                f"{folder} holds a run of another config: {was} differ{'' if len(changed) > 1 else 's'}. Give the same "
-                "config to resume that run, or another --workdir."
-            )
-    if jax.process_index() == 0:
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"cannot make the run's folder {folder}: {error.strerror}; choose another --workdir."
-            ) from error
-        with replace_file(path) as file:
-            json.dump(config, file, indent=2)
-    return folder
+class NotFiniteError(RunError):
+    """A loss or gradient that is not finite: the state is not worth saving."""
 
 
-def _at(config: Any, dotted: str) -> Any:
-    for key in dotted.split("."):
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
+def _layout_change(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[str]:
+    if old is None or old == new:
+        return []
+    changed = ", ".join(f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name])
+    return [f"another layout than that of the checkpoint ({changed}): results agree to rounding, not bit for bit"]
 
 
 class Trainer:
@@ -113,20 +101,31 @@ class Trainer:
         scorer = make_eval_step(run.model, run.mesh)
         self._score = Scorer(scorer, run.mesh, self._options["batch_size"], run.config["seed"])
         self._solved, self._evaluated = False, -1
+        # skipped steps in a row, up to the last log
+        self._skips = 0
         self._held_out: dict[str, float] = {}
         self._step = 0
+        # the newest step on disk, or on its way there
+        self._saved: int | None = None
         self._first = True
+        self._tracing = False
         self._signal: int | None = None
 
-    def train(self) -> dict[str, Any]:
-        """Runs to the last step, an early stop or a signal; returns the result. Call inside `mesh_scope`."""
+    def train(self, changes: Sequence[str] = ()) -> dict[str, Any]:
+        """Trains to the last step, an early stop or a signal; returns the result. Call it inside `mesh_scope`.
+
+        Args:
+          changes: sentences to print when a run resumes.
+        """
         started = time.monotonic()
-        self._start()
-        self._log_start()
+        self._check_data()
+        layout = self._start()
+        self._log_start([*changes, *layout])
         options, run = self._options, self._run
         self._log = RunLog(
             self._folder,
             step=self._step,
+            evaluated=self._evaluated,
             total=options["steps"],
             tensorboard=options["tensorboard"],
             progress=options["progress"],
@@ -136,27 +135,49 @@ class Trainer:
             self._loader = self._load(self._step * options["batch_size"])
             # closes the current loader: a curriculum replaces it
             stack.callback(lambda: self._loader.close())
+            stack.callback(self._stop_profile)
             self._tick()
-            while self._step < options["steps"] and not self._solved and not self._stop_asked():
-                self._advance()
+            with self._rescue():
+                # the error that ended the last run may have come before this evaluation
+                self._evaluate_if_due()
+                while self._step < options["steps"] and not self._solved and not self._stop_asked():
+                    self._advance()
             stopped = self._step < options["steps"] and not self._solved
             self._end(stopped)
         return self._report(stopped, time.monotonic() - started)
 
-    def _start(self) -> None:
+    def _check_data(self) -> None:
+        """Raises RunError for a split or length that the task's data lack, before the first step."""
+        options, seed = self._options, self._run.config["seed"]
+        lengths = {"train": self._curriculum.lengths, "validation": self._curriculum.lengths}
+        lengths["test"] = (self._run.task.length, *options["final_lengths"])
+        for split, visited in lengths.items():
+            for length in dict.fromkeys(visited):
+                with run_errors(f"the {split} split of task {self._run.task.name!r} at length {length} cannot be used"):
+                    check_split(self._run.task.with_length(length), split, seed)
+
+    def _start(self) -> list[str]:
+        """Restores the newest checkpoint, or initializes the state; returns sentences on a change of layout."""
         run = self._run
         with run_errors(f"the checkpoints in {self._folder} cannot be used"):
             if self._checkpoints.latest_step() is not None:
                 found = self._checkpoints.restore(abstract_state(run.model, run.tx, run.mesh, self._ema))
-                self._state, self._step = found.state, found.step
+                self._state, self._step, self._saved = found.state, found.step, found.step
                 self._curriculum.length = found.data["length"]
                 self._solved, self._evaluated = found.data["solved"], found.data["evaluated"]
+                self._skips = found.data.get("skips", 0)
                 scores = found.data["held_out"]
                 self._held_out = {name: math.nan if value is None else value for name, value in scores.items()}
-                return
+                return _layout_change(found.data.get("layout"), self._layout())
         self._state = init_state(run.model, run.tx, run.mesh, seed=run.config["seed"], ema=self._ema)
+        return []
 
-    def _log_start(self) -> None:
+    def _layout(self) -> dict[str, Any]:
+        """What the bits of a step depend on, besides the config."""
+        kind = jax.devices()[0].device_kind
+        return {"processes": jax.process_count(), "mesh": dict(self._run.mesh.shape), "device": kind}
+
+    def _log_start(self, changes: Sequence[str]) -> None:
         run, mesh = self._run, dict(self._run.mesh.shape)
         devices = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
         log(
@@ -165,6 +186,8 @@ class Trainer:
         )
         if self._step:
             log(f"resuming from step {self._step}")
+            for line in changes:
+                log(line)
 
     def _load(self, position: int) -> Loader:
         return make_loader(
@@ -193,14 +216,17 @@ class Trainer:
         last = self._step == options["steps"]
         if self._step % options["log_every"] == 0 or last:
             self._write(jax.device_get(report))
-        if options["eval_every"] and self._step % options["eval_every"] == 0:
-            self._evaluate()
+        if last:
+            # the end of the run saves first, then evaluates
+            return
+        self._evaluate_if_due()
         if options["checkpoint_every"] and self._step % options["checkpoint_every"] == 0:
             self._save()
 
     def _write(self, report: Mapping[str, Any]) -> None:
         """Records the steps since the last log, and updates the curriculum and early stopping."""
         self._check_finite(report)
+        self._check_skips(report)
         now, steps = time.monotonic(), float(report["steps"])
         timed = self._step - self._ticked
         seconds = (now - self._since) / timed if timed else math.nan
@@ -216,10 +242,13 @@ class Trainer:
         values["step_seconds"] = seconds
         values["tokens_per_second"] = float(report["tokens"]) / steps / seconds
         mfu = self._flops_used(values["tokens_per_second"])
-        if mfu is not None:
+        if mfu is not None and timed:
             values["mfu"] = mfu
         self._log.write("train", self._step, values)
-        self._log.show(self._step, "  ".join([*shown, f"length {values['length']}", f"{1e3 * seconds:.0f} ms"]))
+        shown.append(f"length {values['length']}")
+        # with log_every = 1 the first log holds only the step that compiled
+        shown += [f"{1e3 * seconds:.0f} ms"] if timed else []
+        self._log.show(self._step, "  ".join(shown))
         self._decide(values.get("accuracy", math.nan))
         self._tick()
 
@@ -237,11 +266,33 @@ class Trainer:
 
     def _check_finite(self, report: Mapping[str, Any]) -> None:
         if float(report["bad_count"]) and self._options["on_nan"] == "abort":
-            raise RunError(
-                f"the loss or its gradient stopped being finite at step {int(report['bad_step'])}. The last checkpoint "
-                f"in {self._folder} is from before that. Lower --config.optimizer.learning_rate, increase "
+            raise NotFiniteError(
+                f"the loss or its gradient stopped being finite at step {int(report['bad_step'])}. "
+                f"{self._last_checkpoint()} Lower --config.optimizer.learning_rate, increase "
                 "--config.optimizer.warmup_steps, or skip such steps with --config.train.on_nan=skip."
             )
+
+    def _check_skips(self, report: Mapping[str, Any]) -> None:
+        """Counts skipped steps in a row; raises RunError at `train.max_skips`, or if the whole run was skipped."""
+        skipped, steps, first = (int(report[name]) for name in ("bad_count", "steps", "bad_step"))
+        if not skipped or skipped != self._step - first + 1:
+            # the last step was taken, or the skipped ones are not all at the end
+            self._skips = 0
+            return
+        self._skips = skipped + (self._skips if skipped == steps else 0)
+        nothing_learned = self._step == self._options["steps"] == self._skips
+        if self._skips >= self._options["max_skips"] or nothing_learned:
+            raise NotFiniteError(
+                f"the last {self._skips} steps up to step {self._step} were all skipped: their loss or gradient is not "
+                f"finite (train.max_skips is {self._options['max_skips']}). {self._last_checkpoint()} Lower "
+                "--config.optimizer.learning_rate or increase --config.optimizer.warmup_steps; with another config, "
+                "give another --workdir."
+            )
+
+    def _last_checkpoint(self) -> str:
+        if self._saved is None:
+            return f"There is no checkpoint in {self._folder} yet."
+        return f"The last checkpoint in {self._folder} is of step {self._saved}."
 
     def _flops_used(self, tokens_per_second: float) -> float | None:
         """Fraction of the peak FLOP/s of the devices (MFU), or None if the peak is unknown."""
@@ -251,6 +302,11 @@ class Trainer:
         parameters = self._run.model.size(without=LOOKED_UP)
         flops = flops_a_token(self._run.config["model"], parameters, self._curriculum.task.steps)
         return tokens_per_second * flops / (peak * self._run.mesh.size)
+
+    def _evaluate_if_due(self) -> None:
+        every = self._options["eval_every"]
+        if every and 0 < self._step < self._options["steps"] and self._step % every == 0:
+            self._evaluate()
 
     def _evaluate(self) -> None:
         """Scores held-out examples, at most once per step."""
@@ -264,30 +320,53 @@ class Trainer:
         self._log.show(self._step, f"held out: {shown}", always=True)
         self._tick()
 
-    def _save(self) -> None:
+    def _save(self, *, sync: bool = True) -> None:
         # the steps since the last log have not been checked yet
         self._check_finite(jax.device_get(self._state["sums"]))
-        self._log.sync()
+        if sync:
+            self._log.sync()
         data = {
             "position": self._step * self._options["batch_size"],
             "length": self._curriculum.length,
             "solved": self._solved,
             "evaluated": self._evaluated,
+            "skips": self._skips,
+            "layout": self._layout(),
             "held_out": {name: value if math.isfinite(value) else None for name, value in self._held_out.items()},
         }
         scored = math.isfinite(self._held_out.get("loss", math.nan))
         with run_errors(f"cannot save step {self._step}"):
             self._checkpoints.save(self._step, self._state, data, self._run.config, self._held_out if scored else {})
+        self._saved = self._step
         self._tick()
+
+    @contextlib.contextmanager
+    def _rescue(self) -> Iterator[None]:
+        """Saves the current step before an error ends the run, if the state is whole."""
+        try:
+            yield
+        except (NotFiniteError, SaveError):
+            raise
+        except Exception:
+            whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
+            # other processes may not see the error, and saving needs all of them
+            if whole and jax.process_count() == 1 and self._saved != self._step:
+                with contextlib.suppress(Exception):
+                    # the error may be one of the log
+                    self._save(sync=False)
+                    self._checkpoints.wait()
+                    log(f"saved step {self._step} before the error; rerun the command to resume")
+            raise
 
     def _tick(self) -> None:
         """Restarts the clock of the step time, which excludes compilation, evaluation and saving."""
         self._since, self._ticked = time.monotonic(), self._step
 
     def _end(self, stopped: bool) -> None:
+        self._save()
+        self._checkpoints.wait()
         if not stopped:
             self._evaluate()
-        self._save()
 
     def _report(self, stopped: bool, seconds: float) -> dict[str, Any]:
         """Scores a finished run on the test split, and prints how the run ended."""
@@ -315,11 +394,25 @@ class Trainer:
     def _profile(self, step: int, *, starts: bool) -> None:
         first, last = self._options["profile"]
         if starts and step == first:
-            jax.profiler.start_trace(os.path.join(self._folder, "profile"))
-        elif not starts and first and step == last:
-            jax.block_until_ready(self._state)
+            self._tracing = True
+            # the profiler writes to local disks only
+            self._trace = tempfile.mkdtemp() if is_url(self._folder) else os.path.join(self._folder, "profile")
+            jax.profiler.start_trace(self._trace)
+        elif not starts and step == last:
+            self._stop_profile()
+
+    def _stop_profile(self) -> None:
+        """Ends a trace that is running: at its last step, or where the run ends before."""
+        if self._tracing:
+            self._tracing = False
+            # after an error in a step its donated state is gone
+            with contextlib.suppress(RuntimeError):
+                jax.block_until_ready(self._state["step"])
             jax.profiler.stop_trace()
-            self._log.note(f"profile of steps {first}..{last} in {self._folder}/profile")
+            if is_url(self._folder):
+                copy_folder(epath.Path(self._trace), epath.Path(self._folder) / "profile")
+                shutil.rmtree(self._trace)
+            self._log.note(f"profile up to step {self._step} in {self._folder}/profile")
             self._tick()
 
     def _stop_asked(self) -> bool:
@@ -331,15 +424,17 @@ class Trainer:
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
         """SIGTERM and Ctrl-C stop the run after the current step, with a checkpoint; a second one ends it at once."""
-        if jax.process_count() > 1:
-            yield
-            return
-        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        several = jax.process_count() > 1
+        # JAX itself handles SIGTERM of one process of several: all stop after the same step
+        numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.getsignal(number) for number in numbers}
 
         def note(number: int, frame: Any) -> None:
             self._signal = number
             for known, handler in before.items():
                 signal.signal(known, handler)
+            if several:
+                os.kill(os.getpid(), signal.SIGTERM)
 
         try:
             for number in before:

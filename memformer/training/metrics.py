@@ -9,12 +9,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+from etils import epath
 
-from memformer.training.config import RunError
+from memformer.training.files import disk_errors, is_url, replace_file
 
 __all__ = [
     "RunLog",
@@ -24,7 +25,6 @@ __all__ = [
     "model_name",
     "peak_flops",
     "read_records",
-    "replace_file",
     "log",
 ]
 
@@ -110,14 +110,13 @@ def model_name(model: Mapping[str, Any]) -> str:
 
 def read_records(path: str) -> list[dict[str, Any]]:
     """Records of a metrics.jsonl, without a last line that a kill left incomplete."""
-    records = []
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                try:
-                    records.append(json.loads(line))
-                except json.JSONDecodeError:
-                    break
+    records: list[dict[str, Any]] = []
+    if epath.Path(path).exists():
+        for line in epath.Path(path).read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
     return records
 
 
@@ -147,43 +146,61 @@ class RunLog:
     Args:
       folder: the run's folder.
       step: the step the run resumes from; later records are dropped, so that none appears twice.
+      evaluated: the last step whose evaluation the run remembers; later evaluations are dropped.
       total: number of steps, for the progress line.
       tensorboard: also write event files to <folder>/tensorboard.
       progress: show progress, as a progress bar on a terminal, as plain lines otherwise.
     """
 
-    def __init__(self, folder: str, *, step: int, total: int, tensorboard: bool = True, progress: bool = True):
-        self._file = self._board = self._bar = None
+    def __init__(
+        self,
+        folder: str,
+        *,
+        step: int,
+        total: int,
+        evaluated: int | None = None,
+        tensorboard: bool = True,
+        progress: bool = True,
+    ):
+        self._records: _Lines | None = None
+        self._board: _EventFile | None = None
+        self._bar: Any = None
         self._progress, self._total, self._last_shown = progress, total, -math.inf
         if jax.process_index():
             return
-        path = os.path.join(folder, "metrics.jsonl")
-        _keep_until(path, step)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._board = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=step + 1)
+        self._path = os.path.join(folder, "metrics.jsonl")
+        with disk_errors(self._path):
+            self._records = _Lines(
+                self._path, _kept_records(self._path, step, step if evaluated is None else evaluated)
+            )
+        if tensorboard and is_url(folder):
+            log(f"no TensorBoard files: they need a local --workdir; the same values are in {self._path}")
+        elif tensorboard:
+            with disk_errors(os.path.join(folder, "tensorboard")):
+                self._board = _EventFile(os.path.join(folder, "tensorboard"), step + 1)
         if progress and sys.stdout.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Adds one record; scalars of it go to TensorBoard as <kind>/<name>."""
-        if self._file is None:
+        """Adds one record; its scalars go to TensorBoard as <kind>/<name>.
+
+        Raises:
+          RunError: the disk is full or gone.
+        """
+        if self._records is None:
             return
         record = {"kind": kind, "step": step, **{name: _json(value) for name, value in values.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        with disk_errors(self._path):
+            self._records.add(json.dumps(record))
+            if self._board is not None:
+                numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+                self._board.add({f"{kind}/{name}": value for name, value in numbers.items()}, step)
 
     def show(self, step: int, text: str, *, always: bool = False) -> None:
         """Updates the progress bar; without a terminal, prints a line every five seconds. `always` prints a line."""
-        if self._file is None or not self._progress:
+        if self._records is None or not self._progress:
             return
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
@@ -206,20 +223,85 @@ class RunLog:
 
     def sync(self) -> None:
         """Flushes the records to disk; called before a checkpoint that relies on them."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if self._records is not None:
+            with disk_errors(self._path):
+                self._records.sync()
 
     def close(self) -> None:
         """Closes the progress bar and the files."""
         if self._bar is not None:
             self._bar.close()
+        records, board, self._records, self._board = self._records, self._board, None, None
+        if records is not None:
+            with disk_errors(self._path):
+                if board is not None:
+                    board.close()
+                records.close()
+
+
+class _Lines:
+    """A text file that grows by lines, starting from `lines`.
+
+    Objects behind a URL cannot grow: there the lines are kept here too, and the object is replaced at each `sync`.
+    """
+
+    def __init__(self, path: str, lines: Sequence[str]):
+        self._path, self._file, self._lines = path, None, list(lines)
+        self.sync()
+        if not is_url(path):
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+
+    def add(self, line: str) -> None:
+        if self._file is None:
+            self._lines.append(line)
+        else:
+            self._file.write(line + "\n")
+            self._file.flush()
+
+    def sync(self) -> None:
         if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        else:
+            with replace_file(self._path) as file:
+                file.write("".join(line + "\n" for line in self._lines))
+
+    def close(self) -> None:
+        try:
             self.sync()
-            self._file.close()
-            self._file = None
-        if self._board is not None:
-            self._board.close()
+        finally:
+            if self._file is not None:
+                # after an error of the disk, the rest of the buffer cannot be written either
+                with contextlib.suppress(OSError):
+                    self._file.close()
+
+
+class _EventFile:
+    """TensorBoard's event file, written in the caller's thread.
+
+    tensorboardX writes in a thread of its own: an error of the disk ends that thread, and the run blocks on its queue.
+    """
+
+    def __init__(self, folder: str, purge_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        os.makedirs(folder, exist_ok=True)
+        self._event = Event
+        self._file = EventsWriter(os.path.join(folder, "events"))
+        # hides what an earlier part of the run wrote from this step on
+        start = SessionLog(status=SessionLog.START)
+        self._file.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
+
+    def add(self, values: Mapping[str, float], step: int) -> None:
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def _json(value: Any) -> Any:
@@ -229,26 +311,7 @@ def _json(value: Any) -> Any:
     return value
 
 
-def _keep_until(path: str, step: int) -> None:
-    """Drops records after `step` and an incomplete last line; replaces the file atomically."""
-    if not os.path.exists(path):
-        return
-    kept = [record for record in read_records(path) if record["step"] <= step]
-    with replace_file(path) as file:
-        for record in kept:
-            file.write(json.dumps(record) + "\n")
-
-
-@contextlib.contextmanager
-def replace_file(path: str) -> Iterator[TextIO]:
-    """Writes a text file atomically: a kill leaves the old file or the new one, never a part.
-
-    Raises:
-      RunError: the folder cannot be written.
-    """
-    try:
-        with open(path + ".new", "w", encoding="utf-8") as file:
-            yield file
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; free it, or choose another --workdir.") from error
-    os.replace(path + ".new", path)
+def _kept_records(path: str, step: int, evaluated: int) -> list[str]:
+    """The lines that a run resumed at `step` keeps: no later record, and no evaluation after step `evaluated`."""
+    last = {"eval": min(step, evaluated)}
+    return [json.dumps(record) for record in read_records(path) if record["step"] <= last.get(record["kind"], step)]

@@ -1,7 +1,10 @@
 """Plots of a run: learning curve, and accuracy by length. Matplotlib is imported on first use."""
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from memformer.training.files import write_bytes
 
 __all__ = ["COLOURS", "plot_learning_curve", "plot_lengths"]
 
@@ -21,6 +24,12 @@ def _axes(count: int, width: float = 7.0) -> Any:
         axis.grid(True, color="0.9")
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _save(figure: Any, path: str) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, dpi=120, format="png")
+    write_bytes(path, content.getvalue())
 
 
 def plot_learning_curve(
@@ -57,7 +66,7 @@ def plot_learning_curve(
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     axes[0].set_title(title)
     axes[-1].set_xlabel("step")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _mark_lengths(axis: Any, records: Sequence[Mapping[str, Any]], *, labelled: bool) -> None:
@@ -114,4 +123,4 @@ def plot_lengths(
     axis.set_ylabel("accuracy")
     axis.set_title(title)
     axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    _save(figure, path)

@@ -9,7 +9,8 @@ import jax
 
 from memformer.tasks import Task
 from memformer.training.evaluation import Scorer, format_score
-from memformer.training.metrics import format_table, log, read_records, replace_file
+from memformer.training.files import replace_file
+from memformer.training.metrics import format_table, log, read_records
 from memformer.training.plots import plot_learning_curve
 from memformer.training.step import Arrays
 

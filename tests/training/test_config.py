@@ -13,6 +13,7 @@ from absl import flags
 
 from memformer.training.build import model_settings
 from memformer.training.config import (
+    FREE_KEYS,
     RunError,
     changed_keys,
     complete_config,
@@ -251,9 +252,10 @@ def test_changed_keys():
     new = json.loads(json.dumps(old.to_dict()))
     assert changed_keys(old.to_dict(), new) == []
     new["train"]["steps"], new["mesh"]["tensor"] = 5, 2
-    assert changed_keys(old.to_dict(), new) == []
+    assert changed_keys(old.to_dict(), new, free=FREE_KEYS) == []
+    assert changed_keys(old.to_dict(), new) == ["mesh.tensor", "train.steps"]
     new["model"]["width"], new["task"]["objects"], new["optimizer"]["ema"] = 7, 6, 0.5
-    assert changed_keys(old.to_dict(), new) == ["model.width", "optimizer.ema", "task.objects"]
+    assert changed_keys(old.to_dict(), new, free=FREE_KEYS) == ["model.width", "optimizer.ema", "task.objects"]
 
 
 def test_options_go_to_the_memories_in_use():
@@ -263,5 +265,5 @@ def test_options_go_to_the_memories_in_use():
     several = model_settings({"memory": "delta_rule,delta_rule, gla", "memory_options": options})
     assert several["memory"] == ("delta_rule", "delta_rule", "gla")
     assert several["memory_options"] == {name: options[name] for name in ("delta_rule", "gla")}
-    with pytest.raises(RunError, match="a section of options for each memory by its name.*got conv_width = 4"):
+    with pytest.raises(RunError, match="one section of options per memory name.*got conv_width = 4"):
         model_settings({"memory": "gla", "memory_options": {"conv_width": 4}})

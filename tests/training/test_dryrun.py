@@ -42,7 +42,7 @@ def test_counts(found, run, config):
     assert found.parameters == run.model.size() and found.devices == "8 x cpu"
     a_token = flops_a_token(config["model"], run.model.size(without=("embedding", "positions")), run.task.steps)
     assert found.flops == 8 * run.task.steps * a_token
-    assert found.fits is None and "its memory is not known here" in str(found)
+    assert found.fits is None and "the memory of this device is not known" in str(found)
 
 
 def test_verdict(found):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from memformer.training import build
+from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError
-from memformer.training.evaluation import Scorer, evaluate_checkpoint
+from memformer.training.evaluation import Scorer, evaluate_checkpoint, load_run
 from memformer.training.loop import train
 from memformer.training.step import make_eval_step
 from tests.training.small import build_counting, small_config
@@ -88,6 +89,27 @@ def test_missing_and_damaged_checkpoints(run, tmp_path):
             os.truncate(os.path.join(root, name), 1)
     with pytest.raises(RunError, match="is damaged"):
         evaluate_checkpoint(copy, batches=1)
+
+
+def test_a_running_trainer_deletes_the_step_that_is_read(run, tmp_path, monkeypatch):
+    """The next newest step is read; a step asked for by number is named."""
+    whole = str(tmp_path / "run")
+    shutil.copytree(run[0], whole)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    newest = 4
+    shutil.copytree(checkpoints / "4", checkpoints / "3")
+    restore = Checkpoints.restore_parts
+
+    def delete_first(self, target, step):
+        if step == newest:
+            shutil.rmtree(checkpoints / str(newest))
+        return restore(self, target, step)
+
+    monkeypatch.setattr(Checkpoints, "restore_parts", delete_first)
+    assert load_run(whole).step == 3
+    shutil.copytree(checkpoints / "3", checkpoints / "4")
+    with pytest.raises(RunError, match=f"running trainer deleted step {newest} .*keep_last"):
+        load_run(whole, step=newest)
 
 
 def test_batches_add_up(run):

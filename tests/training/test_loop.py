@@ -8,10 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from memformer.training import build, loop, metrics
+from memformer.tasks import Swap
+from memformer.training import build, checksums, loop, metrics
+from memformer.training import input as input_pipeline
 from memformer.training.build import build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError
+from memformer.training.lock import LOCK, run_lock
 from memformer.training.loop import train
 from memformer.training.metrics import read_records
 from memformer.training.sharding import mesh_scope
@@ -111,13 +114,13 @@ def test_resumed_run_has_the_bits_of_an_unbroken_one(finished, tmp_path, monkeyp
         assert np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True), jax.tree_util.keystr(path)
 
 
-def test_a_run_goes_on_over_another_mesh(finished, tmp_path, monkeypatch):
+def test_a_run_resumes_on_another_mesh(finished, tmp_path, monkeypatch, capsys):
     config = small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8), train__steps=4)
+    config.optimizer.schedule_steps = 8
     train(config, str(tmp_path))
     devices = jax.local_devices()
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     config.train.steps, config.mesh = 8, {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
-    # the schedule of the first half was that of four steps
     result = train(config, str(tmp_path))
     assert result["steps"] == 8 and [r["step"] for r in records_of(str(tmp_path)) if r["kind"] == "train"] == [
         2,
@@ -126,7 +129,9 @@ def test_a_run_goes_on_over_another_mesh(finished, tmp_path, monkeypatch):
         8,
     ]
     losses = [r["loss"] for r in records_of(str(tmp_path)) if r["kind"] == "train"]
-    np.testing.assert_allclose(losses, [r["loss"] for r in records_of(finished[0]) if r["kind"] == "train"], rtol=0.02)
+    np.testing.assert_allclose(losses, [r["loss"] for r in records_of(finished[0]) if r["kind"] == "train"], rtol=1e-5)
+    shown = capsys.readouterr().out
+    assert "results agree to rounding, not bit for bit" in shown and "mesh.fsdp 1 -> 2" in shown
 
 
 def test_a_finished_run_started_again_only_reports(finished, monkeypatch):
@@ -170,7 +175,7 @@ def test_early_stop(tmp_path, capsys):
 
 def test_abort_names_the_step_that_was_not_finite(tmp_path):
     config = small_config(optimizer__learning_rate=1e38, optimizer__clip_norm=0.0, train__log_every=4)
-    with pytest.raises(RunError, match=r"stopped being finite at step [23]\b.*learning_rate"):
+    with pytest.raises(RunError, match=r"stopped being finite at step [23]\b. There is no checkpoint .*learning_rate"):
         train(config, str(tmp_path))
 
 
@@ -182,6 +187,26 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
     with pytest.raises(RunError, match="stopped being finite at step"):
         train(config, str(tmp_path))
     assert not os.path.exists(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("steps", "max_skips", "at"), [(40, 5, "5 steps up to step 6"), (7, 20, None)])
+def test_a_run_of_skipped_steps_is_an_error(tmp_path, steps, max_skips, at):
+    config = small_config(optimizer__learning_rate=1e38, optimizer__clip_norm=0.0, train__on_nan="skip")
+    config.train.update({"steps": steps, "max_skips": max_skips, "checkpoint_every": 2, "eval_every": 0})
+    if at is None:
+        # the first step is taken: a run of 7 steps has 6 skipped ones at its end, below max_skips
+        assert train(config, str(tmp_path))["finished"]
+        return
+    with pytest.raises(RunError, match=f"the last {at} were all skipped.*max_skips is 5.*is of step 4"):
+        train(config, str(tmp_path))
+
+
+def test_a_run_without_any_step_taken_is_an_error(tmp_path, monkeypatch):
+    count = loop.make_train_step.__globals__["count_batch"]
+    bad = lambda *arguments: {**(sums := count(*arguments)), "loss": sums["loss"] * jax.numpy.inf}  # noqa: E731
+    monkeypatch.setitem(loop.make_train_step.__globals__, "count_batch", bad)
+    with pytest.raises(RunError, match="the last 3 steps up to step 3 were all skipped"):
+        train(small_config(train__on_nan="skip", train__steps=3), str(tmp_path))
 
 
 def test_skip_passes_over_steps_that_are_not_finite(tmp_path, monkeypatch):
@@ -201,14 +226,144 @@ def test_skip_passes_over_steps_that_are_not_finite(tmp_path, monkeypatch):
     assert all(np.all(np.isfinite(x)) for x in state["params"].values())
 
 
-def test_profile_and_compile_cache(tmp_path):
+# the trace ends with the run where its last step is beyond it
+@pytest.mark.parametrize("profile", [(2, 3), (7, 90)])
+def test_profile_and_compile_cache(tmp_path, profile):
     cache = tmp_path / "cache"
     try:
-        train(small_config(train__profile=(2, 3), train__compile_cache=str(cache)), str(tmp_path / "run"))
+        train(small_config(train__profile=profile, train__compile_cache=str(cache)), str(tmp_path / "run"))
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
     assert any(name.endswith(".pb") for _, _, names in os.walk(tmp_path / "run" / "profile") for name in names)
     assert os.listdir(cache)
+
+
+def test_the_first_log_has_no_time(tmp_path, capsys):
+    """With log_every = 1 it holds only the step that compiled."""
+    train(small_config(train__log_every=1, train__steps=2, train__eval_every=0), str(tmp_path))
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/2")]
+    assert shown and "nan" not in shown[0] and " ms" not in shown[0]
+    assert read_records(os.path.join(tmp_path, "metrics.jsonl"))[0]["step_seconds"] is None
+
+
+def test_another_trainer_in_the_folder(finished):
+    folder, _ = finished
+    before = records_of(folder)
+    with run_lock(folder), pytest.raises(RunError, match="another trainer is running in this folder"):
+        train(small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8)), folder)
+    assert records_of(folder) == before and LOCK not in os.listdir(folder)
+
+
+def fail_at(monkeypatch, owner, name, error, when):
+    """Makes a method raise `error` where `when(self, *arguments)` holds."""
+    method = getattr(owner, name)
+
+    def wrapped(self, *arguments, **options):
+        if when(self, *arguments):
+            raise error
+        return method(self, *arguments, **options)
+
+    monkeypatch.setattr(owner, name, wrapped)
+    return lambda: monkeypatch.setattr(owner, name, method)
+
+
+def steps_in(folder):
+    return sorted(int(name) for name in os.listdir(os.path.join(folder, "checkpoints")) if name.isdecimal())
+
+
+def test_the_end_saves_before_it_evaluates(finished, tmp_path, monkeypatch):
+    config = small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8))
+    mend = fail_at(monkeypatch, loop.Trainer, "_evaluate", RunError("out of memory"), lambda self: self._step == 8)
+    with pytest.raises(RunError, match="out of memory"):
+        train(config, str(tmp_path))
+    assert steps_in(tmp_path) == [4, 8]
+    mend()
+    again = train(config, str(tmp_path))
+    assert {**again, "seconds": 0} == {**finished[1], "seconds": 0}
+    assert records_of(str(tmp_path)) == records_of(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "error", "says"),
+    [
+        (loop.Trainer, "_evaluate", RuntimeError("out of memory"), "out of memory"),
+        (metrics._Lines, "add", OSError(28, "No space left on device"), "metrics.jsonl: No space left.*MiB free"),
+        (metrics._EventFile, "add", OSError(28, "No space left on device"), "No space left.*--workdir"),
+    ],
+    ids=["evaluation", "records", "tensorboard"],
+)
+def test_an_error_in_the_middle_saves_first(finished, tmp_path, monkeypatch, capsys, owner, name, error, says):
+    config = small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8), train__tensorboard=True)
+    config.train.checkpoint_every = 0
+    calls = []
+    mend = fail_at(monkeypatch, owner, name, error, lambda *_: calls.append(0) or len(calls) == 2)
+    with pytest.raises((RunError, RuntimeError), match=says):
+        train(config, str(tmp_path))
+    mend()
+    (saved,) = steps_in(tmp_path)
+    assert f"saved step {saved} before the error" in capsys.readouterr().out and saved >= 4
+    config.train.tensorboard = False
+    assert train(config, str(tmp_path))["lengths"] == finished[1]["lengths"]
+    lost = {"kind": "train", "step": 4} if owner is metrics._Lines else {}
+    kept = [record for record in records_of(finished[0]) if not lost or not lost.items() <= record.items()]
+    assert records_of(str(tmp_path)) == kept
+
+
+def test_a_save_that_fails_keeps_the_newest_whole_step(tmp_path, monkeypatch):
+    """The error comes from Orbax's thread; it is one paragraph, and what was half written is gone."""
+    full = OSError(28, "No space left on device")
+    mend = fail_at(monkeypatch, checksums.StateHandler, "finalize", full, lambda _, path: "/4" in str(path))
+    config = small_config(train__checkpoint_every=2, train__eval_every=0)
+    with pytest.raises(
+        RunError, match="cannot write checkpoint 4 .*No space left .*MiB free.*step 2 is the newest whole"
+    ):
+        train(config, str(tmp_path))
+    mend()
+    assert os.listdir(tmp_path / "checkpoints") == ["2"] and LOCK not in os.listdir(tmp_path)
+    assert train(config, str(tmp_path))["finished"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, "test split of task 'swap' at length 8 cannot be used: the test split of task 'swap' holds no example"),
+        ({"train__final_lengths": (0,)}, "test split of task 'swap' at length 0 .*length must be"),
+    ],
+)
+def test_what_the_data_lack_is_reported_before_the_first_step(tmp_path, monkeypatch, changed, says):
+    config = small_config(**changed)
+    if not changed:
+        source = Swap.source
+        monkeypatch.setattr(
+            Swap, "source", lambda self, split, seed: [] if split == "test" else source(self, split, seed)
+        )
+        monkeypatch.setattr(input_pipeline, "_check_source", check_length)
+    with pytest.raises(RunError, match=says):
+        train(config, str(tmp_path))
+    assert not {"metrics.jsonl", "checkpoints"} & set(os.listdir(tmp_path))
+
+
+def check_length(source, task, split, repeat):
+    if len(source) == 0:
+        raise ValueError(f"the {split} split of task {task.name!r} holds no example")
+
+
+def test_more_steps_leave_the_schedule_where_it_was(tmp_path, capsys):
+    config = small_config(train__steps=4, train__eval_every=0, train__log_every=1)
+    train(config, str(tmp_path))
+    config.train.steps = 8
+    train(config, str(tmp_path))
+    shown = capsys.readouterr().out
+    assert "changed since the last start: train.steps 4 -> 8" in shown
+    assert "the learning rate stays at its value of step 4: optimizer.schedule_steps is 4" in shown
+    rates = [record["learning_rate"] for record in records_of(str(tmp_path)) if record["kind"] == "train"]
+    np.testing.assert_allclose(rates[4:], 1e-2 * 0.1, rtol=1e-5)
+    assert np.all(np.diff(rates[:5]) < 0)
+    # a longer schedule is the user's decision
+    config.train.steps, config.optimizer.schedule_steps = 9, 18
+    train(config, str(tmp_path))
+    assert "optimizer.schedule_steps 4 -> 18" in capsys.readouterr().out
+    assert records_of(str(tmp_path))[-2]["learning_rate"] > 5e-3
 
 
 def test_flops_and_peak():

@@ -1,0 +1,210 @@
+"""One trainer per folder: a lock file names the process that owns a run."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+
+from memformer.training.config import RunError
+from memformer.training.distributed import agree
+from memformer.training.files import disk_errors, is_url
+from memformer.training.metrics import log
+
+__all__ = ["LOCK", "run_lock"]
+
+LOCK = "lock.json"
+# An owner on another host shows that it is alive by changing the file every BEAT seconds; without a change for STALE
+# seconds the lock is stale.
+BEAT = 10.0
+STALE = 60.0
+POLL = 1.0
+
+
+@contextlib.contextmanager
+def run_lock(folder: str) -> Iterator[None]:
+    """Holds the lock of a run's folder, which exists.
+
+    The processes of one run are one owner: process 0 takes the lock for all. The lock of a process that ended without
+    releasing it is stale, and is replaced: on the same host if no such process runs, on another host if its heartbeat
+    has stopped.
+
+    Raises:
+      RunError: another trainer uses the folder.
+    """
+    lock = _Lock(os.path.join(folder, LOCK))
+    refusal = None
+    if jax.process_index() == 0:
+        try:
+            refusal = lock.acquire()
+        except RunError as error:
+            # the other processes wait in `agree`
+            refusal = str(error)
+    if agree(int(refusal is not None)):
+        raise RunError(refusal or f"another trainer is running in {folder}; process 0 names it.")
+    try:
+        with lock.heartbeat():
+            yield
+    finally:
+        if jax.process_index() == 0:
+            lock.release()
+
+
+class _Lock:
+    def __init__(self, path: str):
+        self.path = path
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "start": _start(os.getpid())}
+        self.owner["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
+
+    def acquire(self) -> str | None:
+        """Takes the lock; returns the error message if another trainer holds it."""
+        for _ in range(10):
+            with disk_errors(self.path):
+                if self._create():
+                    return None
+            other = self._read()
+            if other is not None and self._alive(other):
+                return (
+                    f"another trainer is running in this folder: {os.path.dirname(self.path)} is in use by process "
+                    f"{other.get('pid')} on host {other.get('host')}, since {other.get('since')}. Wait for it or stop "
+                    "it, or choose another --workdir."
+                )
+            self._remove(other)
+        return f"cannot take the lock {self.path}: other trainers keep replacing it; choose another --workdir."
+
+    def release(self) -> None:
+        """Removes the lock if it is still ours."""
+        with contextlib.suppress(OSError):
+            if self._read() == self.owner:
+                epath.Path(self.path).unlink()
+
+    @contextlib.contextmanager
+    def heartbeat(self) -> Iterator[None]:
+        """Changes the file regularly while the enclosed code runs."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(BEAT):
+                with contextlib.suppress(OSError):
+                    self._touch()
+
+        thread = threading.Thread(target=beat, name="run lock", daemon=True)
+        if jax.process_index() == 0:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            if thread.is_alive():
+                thread.join()
+
+    def _create(self) -> bool:
+        """Creates the file with its content; False if it exists."""
+        text = json.dumps(self.owner)
+        if is_url(self.path):
+            path = epath.Path(self.path)
+            if path.exists():
+                return False
+            path.write_text(text)
+            return True
+        own = f"{self.path}.{os.getpid()}"
+        with open(own, "w", encoding="utf-8") as file:
+            file.write(text)
+        try:
+            # a link, unlike opening the file, appears together with its content
+            os.link(own, self.path)
+        except FileExistsError:
+            return False
+        except OSError:
+            # a file system without links
+            with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as file:
+                file.write(text)
+                return True
+            return False
+        finally:
+            os.unlink(own)
+        return True
+
+    def _read(self) -> dict[str, Any] | None:
+        """The owner; None if the file is gone or unreadable."""
+        return _owner_in(self.path)
+
+    def _touch(self) -> None:
+        if is_url(self.path):
+            epath.Path(self.path).write_text(json.dumps(self.owner) + " " * (int(time.time()) % 97))
+        else:
+            os.utime(self.path)
+
+    def _pulse(self) -> Any:
+        """A value that the owner's heartbeat changes."""
+        try:
+            return epath.Path(self.path).read_text() if is_url(self.path) else os.stat(self.path).st_mtime_ns
+        except OSError:
+            return None
+
+    def _alive(self, other: dict[str, Any]) -> bool:
+        if other.get("host") == self.owner["host"]:
+            return other.get("boot") == self.owner["boot"] and _start(other.get("pid")) == other.get("start")
+        first, end = self._pulse(), time.monotonic() + STALE
+        log(
+            f"{self.path} names process {other.get('pid')} on host {other.get('host')}; waiting up to {STALE:.0f} s to "
+            "see whether it is running"
+        )
+        while time.monotonic() < end:
+            time.sleep(POLL)
+            pulse = self._pulse()
+            if pulse != first:
+                # gone: the owner has released it
+                return pulse is not None
+        return False
+
+    def _remove(self, other: dict[str, Any] | None) -> None:
+        """Removes a stale lock, unless another trainer has replaced it meanwhile."""
+        with contextlib.suppress(FileNotFoundError):
+            if is_url(self.path):
+                epath.Path(self.path).unlink()
+                return
+            aside = f"{self.path}.{os.getpid()}.stale"
+            os.rename(self.path, aside)
+            if _owner_in(aside) == other:
+                os.unlink(aside)
+            else:
+                os.rename(aside, self.path)
+
+
+def _owner_in(path: str) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(epath.Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+    return owner if isinstance(owner, dict) else None
+
+
+def _boot() -> str | None:
+    """Identifies the boot of this host; process ids of earlier boots mean nothing."""
+    try:
+        return epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def _start(pid: Any) -> str | None:
+    """When the process of this id started; None if there is none. A reused id has another start."""
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError, TypeError, ValueError):
+        return None
+    except PermissionError:
+        pass
+    try:
+        # after the name in parentheses: state, ..., start time as the 22nd field
+        fields = epath.Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "running"
+    return None if fields[0] in "ZX" else fields[19]

@@ -1,0 +1,121 @@
+"""One trainer per folder: who is refused, and which locks are stale."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from memformer.training import lock
+from memformer.training.config import RunError
+from memformer.training.lock import LOCK, run_lock
+
+
+def leave(folder, **changed):
+    """A lock as a killed trainer leaves it."""
+    with run_lock(str(folder)):
+        owner = json.loads((folder / LOCK).read_text())
+    (folder / LOCK).write_text(json.dumps({**owner, **changed}))
+    return folder / LOCK
+
+
+def ended():
+    """The id of a process that was killed and waited for, and of one that nobody waited for."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_second_is_refused_and_the_first_releases(tmp_path):
+    with run_lock(str(tmp_path)):
+        with pytest.raises(RunError, match=f"another trainer is running .*process {os.getpid()} on host .*--workdir"):
+            with run_lock(str(tmp_path)):
+                pytest.fail("two owners")
+        assert os.listdir(tmp_path) == [LOCK]
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(KeyError), run_lock(str(tmp_path)):
+        raise KeyError
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [lambda: {"pid": ended()}, lambda: {"start": "1"}, lambda: {"boot": "another"}, lambda: {"pid": None}],
+    ids=["ended", "reused id", "another boot", "no id"],
+)
+def test_stale_on_this_host(tmp_path, changed):
+    leave(tmp_path, **changed())
+    with run_lock(str(tmp_path)):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_killed_but_not_waited_for(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    start = lock._start(process.pid)
+    leave(tmp_path, pid=process.pid, start=start)
+    with pytest.raises(RunError, match=f"process {process.pid}"), run_lock(str(tmp_path)):
+        pytest.fail("it is running")
+    process.kill()
+    while lock._start(process.pid) is not None:
+        time.sleep(0.01)
+    with run_lock(str(tmp_path)):
+        pass
+    process.communicate()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": null}'])
+def test_unreadable(tmp_path, content, monkeypatch):
+    """As a full disk leaves it."""
+    monkeypatch.setattr(lock, "STALE", 0.05)
+    monkeypatch.setattr(lock, "POLL", 0.01)
+    (tmp_path / LOCK).write_text(content)
+    with run_lock(str(tmp_path)):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_another_host_is_judged_by_its_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "STALE", 0.3)
+    monkeypatch.setattr(lock, "POLL", 0.01)
+    path = leave(tmp_path, host="elsewhere", pid=1)
+    with run_lock(str(tmp_path)):
+        assert json.loads(path.read_text())["host"] != "elsewhere"
+    path = leave(tmp_path, host="elsewhere", pid=1)
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(0.02):
+            os.utime(path)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(RunError, match="process 1 on host elsewhere"), run_lock(str(tmp_path)):
+            pytest.fail("it is running")
+    finally:
+        stop.set()
+        thread.join()
+    assert json.loads(path.read_text())["host"] == "elsewhere"
+
+
+def test_heartbeat(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "BEAT", 0.01)
+    with run_lock(str(tmp_path)):
+        first = os.stat(tmp_path / LOCK).st_mtime_ns
+        end = time.monotonic() + 10
+        while os.stat(tmp_path / LOCK).st_mtime_ns == first:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+
+
+def test_a_lock_taken_over_is_not_released(tmp_path):
+    with run_lock(str(tmp_path)):
+        (tmp_path / LOCK).write_text('{"host": "elsewhere"}')
+    assert (tmp_path / LOCK).exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    with pytest.raises(RunError, match="cannot write .*lock.json"), run_lock(str(tmp_path / "none")):
+        pytest.fail("there is no folder")
