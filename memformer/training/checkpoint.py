@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import json
 import logging as std_logging
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -116,6 +117,8 @@ class Checkpoints:
         self._keep = (keep_last, keep_best)
         self._best = (best_metric, best_mode)
         self._manager: ocp.CheckpointManager | None = None
+        self._hook: Callable[..., Any] = sys.excepthook
+        self._failed = False
         self._current: int | None = None
         # the step of the save in progress
         self._writing: int | None = None
@@ -210,6 +213,7 @@ class Checkpoints:
         except (NotADirectoryError, SaveError):
             raise
         except (OSError, ValueError, RuntimeError) as error:
+            self._failed = True
             steps = self._steps() if self.folder.exists() else []
             whole = [s for s in steps if damage(self.folder / str(s), deep=False) is None]
             kept = f"step {whole[0]} is the newest whole one" if whole else "there is no whole one yet"
@@ -280,6 +284,8 @@ class Checkpoints:
             manager, self._manager = self._manager, None
             with self._save_errors(self._writing):
                 manager.close()
+            if not self._failed:
+                sys.excepthook = self._hook
         if self._mirror is not None:
             self._mirror.close()
             self._mirror = None
@@ -311,6 +317,7 @@ class Checkpoints:
             registry.add(name, ocp.args.JsonRestore, handler)
         # the last item is finalized last: its checksums cover the others
         registry.add("state", ocp.args.PyTreeSave, StateHandler())
+        self._hook, sys.excepthook = sys.excepthook, _hide_closed_loop(sys.excepthook)
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
         return self._manager
 
@@ -419,6 +426,16 @@ class Checkpoints:
         restored = ocp.PyTreeCheckpointHandler().restore(self.folder / str(step) / "state", args=arguments)
         flat = flatten(restored)
         return jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in wanted])
+
+
+def _hide_closed_loop(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Hides what TensorStore prints for each write still in progress when Orbax has given up a save."""
+
+    def wrapped(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            hook(kind, error, trace)
+
+    return wrapped
 
 
 def _jsonable(name: str, value: Mapping[str, Any]) -> dict[str, Any]:

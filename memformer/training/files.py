@@ -1,9 +1,9 @@
 """Files of a run's folder, local or behind a URL (gs://, s3://, az://), and errors that name the disk."""
 
 import contextlib
+import errno
 import importlib.util
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from typing import TextIO
@@ -60,9 +60,12 @@ def error_reason(error: BaseException) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    # TensorStore puts the words of the system last, after its own paths
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.ENOENT):
+        if os.strerror(number) in str(error):
+            return os.strerror(number)
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    found = re.search(r"OS error \d+: (?:\w+ )?([A-Z][^\]]*)\]", str(error))
-    return found.group(1) if found else lines[0][:300]
+    return lines[0][:300]
 
 
 def free_space(folder: str) -> str:

@@ -148,13 +148,15 @@ class Trainer:
 
     def _check_data(self) -> None:
         """Raises RunError for a split or length that the task's data lack, before the first step."""
-        options, seed = self._options, self._run.config["seed"]
+        options, task, seed = self._options, self._run.task, self._run.config["seed"]
+        with run_errors(f"the data of task {task.name!r} cannot be used"):
+            task.check_data(seed)
         lengths = {"train": self._curriculum.lengths, "validation": self._curriculum.lengths}
-        lengths["test"] = (self._run.task.length, *options["final_lengths"])
+        lengths["test"] = (task.length, *options["final_lengths"])
         for split, visited in lengths.items():
             for length in dict.fromkeys(visited):
-                with run_errors(f"the {split} split of task {self._run.task.name!r} at length {length} cannot be used"):
-                    check_split(self._run.task.with_length(length), split, seed)
+                with run_errors(f"the {split} split of task {task.name!r} at length {length} cannot be used"):
+                    check_split(task.with_length(length), split, seed)
 
     def _start(self) -> list[str]:
         """Restores the newest checkpoint, or initializes the state; returns sentences on a change of layout."""

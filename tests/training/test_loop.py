@@ -10,7 +10,6 @@ import pytest
 
 from memformer.tasks import Swap
 from memformer.training import build, checksums, loop, metrics
-from memformer.training import input as input_pipeline
 from memformer.training.build import build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError
@@ -324,28 +323,25 @@ def test_a_save_that_fails_keeps_the_newest_whole_step(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changed", "says"),
+    ("changed", "empty", "says"),
     [
-        ({}, "test split of task 'swap' at length 8 cannot be used: the test split of task 'swap' holds no example"),
-        ({"train__final_lengths": (0,)}, "test split of task 'swap' at length 0 .*length must be"),
+        ({}, lambda self, split: split == "test", "data of task 'swap' cannot be used: the test split .* no example"),
+        ({}, lambda self, split: split == "test" and self.length == 9, "test split .* at length 9 .* no example"),
+        ({"train__final_lengths": (0,)}, lambda self, split: False, "test split .* at length 0 .*length must be"),
     ],
+    ids=["empty split", "empty at a final length", "no such length"],
 )
-def test_what_the_data_lack_is_reported_before_the_first_step(tmp_path, monkeypatch, changed, says):
-    config = small_config(**changed)
-    if not changed:
-        source = Swap.source
-        monkeypatch.setattr(
-            Swap, "source", lambda self, split, seed: [] if split == "test" else source(self, split, seed)
-        )
-        monkeypatch.setattr(input_pipeline, "_check_source", check_length)
+def test_what_the_data_lack_is_reported_before_the_first_step(tmp_path, monkeypatch, changed, empty, says):
+    class Empty(list):
+        endless = False
+
+    full = Swap.source
+    monkeypatch.setattr(
+        Swap, "source", lambda self, split, seed: Empty() if empty(self, split) else full(self, split, seed)
+    )
     with pytest.raises(RunError, match=says):
-        train(config, str(tmp_path))
+        train(small_config(**{"train__final_lengths": (9,), **changed}), str(tmp_path))
     assert not {"metrics.jsonl", "checkpoints"} & set(os.listdir(tmp_path))
-
-
-def check_length(source, task, split, repeat):
-    if len(source) == 0:
-        raise ValueError(f"the {split} split of task {task.name!r} holds no example")
 
 
 def test_more_steps_leave_the_schedule_where_it_was(tmp_path, capsys):
