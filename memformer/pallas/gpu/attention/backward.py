@@ -58,8 +58,8 @@ def _mask_weight_gradient(config: AttentionConfig, weights: Array, dweights: Arr
     """
     if config.similarity.normalized or config.similarity.name == "exp":
         return dweights
-    visible = weights > 0 if config.similarity.name == "relu" else mask()
-    return dweights if visible is None else jnp.where(visible, dweights, 0.0)
+    nonzero = weights > 0 if config.similarity.name == "relu" else mask()
+    return dweights if nonzero is None else jnp.where(nonzero, dweights, 0.0)
 
 
 def _score_gradient(config: AttentionConfig, weights: Array, dweights: Array, scalar, write: bool) -> Array:

@@ -48,7 +48,7 @@ def rescale(sums: RunningSums, scores: Array) -> tuple[RunningSums, Array]:
     return RunningSums(top, total, sums.value * broadcast_rows(factor, sums.value.shape[1])), weights
 
 
-def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums, count, g, q, mask) -> RunningSums:
+def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums, count, g, q, mask_slot) -> RunningSums:
     """Adds one tile of columns to the sums.
 
     Args:
@@ -57,15 +57,15 @@ def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums,
       count: of the tile in the ring.
       g: the warpgroup.
       q: the rows' queries in shared memory.
-      mask: function from the slot to the mask of the tile.
+      mask_slot: function from the slot to the mask of the tile.
     """
     slot = ring.wait_key(count)
     scores = tiles.compute_scores(config, q, refs.key_slots.at[slot])
-    visible = mask(slot)
+    mask = mask_slot(slot)
     if config.similarity.normalized:
-        sums, weights = rescale(sums, scores if visible is None else jnp.where(visible, scores, LOW))
+        sums, weights = rescale(sums, scores if mask is None else jnp.where(mask, scores, LOW))
     else:
-        weights = tiles.attention_weights(config, scores, visible, None)
+        weights = tiles.attention_weights(config, scores, mask, None)
     scratch = [refs[f"left{n}"].at[g] for n in range(config.parts) if f"left{n}" in refs]
     parts = tiles.left_operand(split_bf16(weights, config.parts), scratch)
     ring.wait_value(count)
@@ -88,11 +88,11 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
     plgpu.barrier_wait(refs.own_ready.at[g])
 
     def tile(t, sums, diagonal=None):
-        def mask(slot):
+        def mask_slot(slot):
             segments = (refs.own_scalars.at[g, 0], refs.scalar_slots.at[slot, 0]) if config.segments else (None, None)
             return tiles.tile_mask(diagonal, *segments)
 
-        return add_tile(config, ring, refs, sums, t - first, g, q, mask)
+        return add_tile(config, ring, refs, sums, t - first, g, q, mask_slot)
 
     last = own + g if config.own else stop
     sums = lax.fori_loop(first, last, tile, start_sums(config.value))

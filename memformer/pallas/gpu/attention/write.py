@@ -205,7 +205,7 @@ def _forward_side(program: _Program, g, rows, count, own, earlier: bool) -> Arra
     def scalar(name):
         return refs.own_scalars.at[g, names.index(name)]
 
-    def mask(slot, diagonal=None):
+    def mask_slot(slot, diagonal=None):
         segments = (scalar("segment"), program.key_scalar(slot, "segment")) if config.segments else (None, None)
         return tiles.tile_mask(diagonal, *segments, tiles.load_indices(refs, g) if diagonal else None)
 
@@ -217,17 +217,17 @@ def _forward_side(program: _Program, g, rows, count, own, earlier: bool) -> Arra
             total = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
             sums = RunningSums(top, total, sums.value)
     add = functools.partial(add_tile, config, program.ring, refs)
-    sums = lax.fori_loop(count, own, lambda c, sums: add(sums, c, g, q, mask), sums)
+    sums = lax.fori_loop(count, own, lambda c, sums: add(sums, c, g, q, mask_slot), sums)
     slot = program.ring.wait_key(own)
-    scores, visible = tiles.compute_scores(config, q, refs.key_slots.at[slot]), mask(slot, "<")
+    scores, mask = tiles.compute_scores(config, q, refs.key_slots.at[slot]), mask_slot(slot, "<")
     if config.similarity.normalized:
-        sums, weights = rescale(sums, jnp.where(visible, scores, LOW))
+        sums, weights = rescale(sums, jnp.where(mask, scores, LOW))
         total = jnp.where(sums.total > 0, sums.total, 1.0)
         weights = weights / broadcast_rows(total, TILE)
         sums = sums._replace(value=sums.value / broadcast_rows(total, config.value_block))
         _store_lse(program, g, rows, sums.top + jnp.log2(total))
     else:
-        weights = tiles.attention_weights(config, scores, visible, None)
+        weights = tiles.attention_weights(config, scores, mask, None)
     _stage(refs, g, "own", load_column(scalar("beta"), TILE) * weights)
     target = tiles.load_tile(refs.target.at[(*rows, program.columns)])
     return target - load_column(scalar("beta"), config.value_block) * sums.value
