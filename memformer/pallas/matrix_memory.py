@@ -24,7 +24,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     check_matrix_call(call)
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
     if chip() == "gpu":
-        from memformer.pallas.gpu.matrix_memory.chunkwise import run as kernels
+        from memformer.pallas.gpu.matrix_memory.chunk_scan import run as kernels
     elif call.beta is None:
         from memformer.pallas.tpu.matrix_memory.linear_attention import run as kernels  # type: ignore[assignment]
     else:

@@ -1,6 +1,7 @@
 """Gradients of attention by tiles on Hopper: one kernel for queries (dq) and one for keys and values (dk and dx).
 
-With p the weights of a tile and g the gradient of the weighted sum (dO for the read, dP for the write, see write.py):
+With p the weights of a tile and g the gradient of the weighted sum (dO for the read; dP for the write, see
+deltaformer.py):
 
     G = g x^T      e = p, or -beta p for the write      dx = e^T g
     ds = e G - p delta (softmax), else slope e / p G      dk = scale ds^T q      dq = scale ds k

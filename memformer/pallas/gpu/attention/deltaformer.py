@@ -1,34 +1,562 @@
-"""DeltaFormer on Hopper: layout of a call, and the write in spans of tokens, with its rule of differentiation.
+"""DeltaFormer on Hopper: the write, its rule of differentiation, and the op.
 
-What the rows of a span see of earlier slots is a read of keys and u that exist already, with programs for all row
-blocks of all heads: few heads fill the chip too. The scan of write.py is left with what lies within the span.
-Backward, spans in reverse: what reaches a span's dU from later rows is again parallel over blocks, then the reverse
-scan gives dP. Once all of dP is known the gradients of the scores are those of attention.
+Rows R of one block, earlier slots E, A the matrix of the write kernel, B = diag(beta):
 
-Memory is linear in time, backward too. Saved: the inputs, u, and the log-sum-exp of the rows.
+    u_R  = (I + B A[R, R])^-1 (alpha V_R - B A[R, E] u_E)
+    dP_R = (I + B A[R, R])^-T (dU_R - sum over later R' of A[R', R]^T B dP_R')
+
+A call is cut into spans of tokens. What the rows of a span see of earlier slots is a read of keys and u that exist
+already (softmax_attention.py), with programs for all row blocks of all heads: few heads fill the chip too. One kernel
+scans the blocks of each head within a span, forward for u, in reverse for dP. Backward, spans come in reverse: what
+reaches a span's dU from later rows is again parallel over blocks. Once all of dP is known the gradients of the scores
+are those of attention. Memory is linear in time, backward too. Saved: the inputs, u, and the log-sum-exp of the rows.
+
+The kernel reads finished tiles as attention does and then solves inside the block. A program scans one head and one
+block of value columns, which are independent of each other. Two warpgroups compute. The second one's rows see the
+first one's, which come back from global memory as all finished tiles do, once a barrier announces them. The inverse of
+a tile's 64 rows is the ladder of core/triangular.py on two bfloat16 parts. In reverse tiles are transposed, and so is
+the triangle.
+
+Source: "DeltaFormer: Unlock the State Space of Transformer" (NeurIPS 2025), section 3.3.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.calls import AttentionCall
 from memformer.core.mask import Mask, join_cache
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
+from memformer.pallas.gpu import compat
+from memformer.pallas.gpu.attention import tiles
 from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients
-from memformer.pallas.gpu.attention.config import AttentionConfig, plan_call
-from memformer.pallas.gpu.attention.forward import read
-from memformer.pallas.gpu.attention.softmax_attention import attend
-from memformer.pallas.gpu.attention.write import write_backward, write_forward
-from memformer.pallas.gpu.wgmma import split_outside
+from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_call
+from memformer.pallas.gpu.attention.softmax_attention import RunningSums, add_tile, attend, read, rescale, start_sums
+from memformer.pallas.gpu.attention.tiles import LOW, Refs, Ring
+from memformer.pallas.gpu.wgmma import (
+    broadcast_rows,
+    load_column,
+    load_row,
+    partial_products,
+    shared_block,
+    split_bf16,
+    split_outside,
+    store_split,
+)
 from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.sharding import split_batch_and_heads
 
 __all__ = ["run"]
+
+
+class _Program:
+    """One program of the kernel: its head, its columns, and which tiles its blocks take.
+
+    Tiles of a block are counted in the order in which they are read: those of finished blocks, then its own.
+    """
+
+    def __init__(self, config: AttentionConfig, refs: Refs, reverse: bool):
+        self.config, self.refs, self.reverse = config, refs, reverse
+        self.b, self.h, self.block = (lax.axis_index(name) for name in ("batch_row", "head", "block"))
+        self.blocks = refs.out0.shape[2] // config.rows
+        self.columns = pl.ds(self.block * config.value_block, config.value_block)
+        self.names = _key_names(config, reverse)
+        self.ring = Ring(config, refs, self._keys, self._values)
+
+    def index(self, step):
+        """The block of a step."""
+        return self.blocks - 1 - step if self.reverse else step
+
+    def order(self, g):
+        """Position of warpgroup g among the warpgroups of a block."""
+        return self.config.warpgroups - 1 - g if self.reverse else g
+
+    def finished(self, i):
+        """Number of tiles of finished blocks that block i sees."""
+        warpgroups = self.config.warpgroups
+        if self.reverse:
+            end = jnp.int32(self.blocks * warpgroups)
+            after = (i + 1) * warpgroups
+            if not self.config.segments:
+                return end - after
+            return jnp.maximum(self.refs.limit[self.b, self.h, i], after) - after
+        own = i * warpgroups
+        return own - jnp.minimum(self.refs.limit[self.b, self.h, i], own)
+
+    def tile(self, i, finished, c):
+        """The c-th tile of block i."""
+        if self.reverse:
+            return (i + 1) * self.config.warpgroups + finished - 1 - c
+        return i * self.config.warpgroups - finished + c
+
+    def key_scalar(self, slot, name: str):
+        """Ref to a scalar of the tokens of a slot."""
+        return self.refs.scalar_slots.at[slot, self.names.index(name)]
+
+    def _keys(self, t):
+        copies = [(self.refs.k.at[self.b, self.h, pl.ds(t * TILE, TILE)], self.refs.key_slots)]
+        return copies + ([(self.refs.k_scalars.at[self.b, self.h, t], self.refs.scalar_slots)] if self.names else [])
+
+    def _values(self, t):
+        place = (self.b, self.h, pl.ds(t * TILE, TILE), self.columns)
+        return [(self.refs[f"out{n}"].at[place], self.refs[f"value_slots{n}"]) for n in range(self.config.parts)]
+
+
+def _query_names(config: AttentionConfig, earlier: bool) -> tuple[str, ...]:
+    """Names of the scalars per query, forward; `earlier` is the log-sum-exp over earlier slots."""
+    return ("beta", *("earlier",) * (earlier and config.similarity.normalized), *("segment",) * config.segments)
+
+
+def _key_names(config: AttentionConfig, reverse: bool) -> tuple[str, ...]:
+    """Names of the scalars per token of a tile of columns."""
+    names = ("lse",) * (reverse and config.similarity.normalized) + ("beta",) * reverse
+    return names + ("segment",) * config.segments
+
+
+def _copy(refs: Refs, config: AttentionConfig, reverse: bool) -> None:
+    program = _Program(config, refs, reverse)
+    ring, last = program.ring, jnp.int32(0 if reverse else config.warpgroups - 1)
+
+    def step(s, count):
+        i = program.index(s)
+        finished = program.finished(i)
+
+        def both(c):
+            ring.copy_key(count + c, program.tile(i, finished, c))
+            ring.copy_value(count + c, program.tile(i, finished, c))
+
+        pl.loop(0, finished - 1)(both)
+
+        @pl.when(s > 0)
+        def _():
+            plgpu.barrier_wait(refs.written.at[last])
+
+        @pl.when(finished > 0)
+        def _():
+            both(finished - 1)
+
+        for n in range(config.warpgroups):
+            ring.copy_key(count + finished + n, program.tile(i, finished, finished + n))
+        if config.warpgroups == 2:
+            plgpu.barrier_wait(refs.written.at[config.warpgroups - 1 - last])
+            ring.copy_value(count + finished, program.tile(i, finished, finished))
+        return count + finished + config.warpgroups
+
+    count = lax.fori_loop(0, program.blocks, step, jnp.int32(0))
+    plgpu.barrier_wait(refs.written.at[last])
+    ring.drain(count)
+
+
+def _compute(refs: Refs, config: AttentionConfig, reverse: bool, earlier: bool) -> None:
+    program = _Program(config, refs, reverse)
+    ring, g = program.ring, lax.axis_index("warpgroup")
+    tiles.copy_indices(refs, g)
+
+    def step(s, count):
+        i = program.index(s)
+        finished = program.finished(i)
+        mine = i * config.warpgroups + g
+        rows = (program.b, program.h, pl.ds(mine * TILE, TILE))
+        copies = [(refs.q.at[rows], refs.q_tile)]
+        if "q_scalars" in refs:
+            copies.append((refs.q_scalars.at[program.b, program.h, mine], refs.own_scalars))
+        for source, target in copies:
+            plgpu.copy_gmem_to_smem(source, target.at[g], refs.own_ready.at[g])
+        plgpu.barrier_wait(refs.own_ready.at[g])
+        own = count + finished + program.order(g)
+        if reverse:
+            right = _reverse_side(program, g, rows, count, own)
+        else:
+            right = _forward_side(program, g, rows, count, own, earlier)
+        # The right-hand side goes to shared memory, because the inverse needs the registers.
+        _stage(refs, g, "right", right)
+        _store(program, g, _solve(refs, g, _inverse(refs, g, reverse)), (*rows, program.columns))
+        _release_block(ring, config, own, count + finished)
+        return count + finished + config.warpgroups
+
+    lax.fori_loop(0, program.blocks, step, jnp.int32(0))
+
+
+def _store(program: _Program, g, out: Array, place) -> None:
+    """Writes a finished tile, and announces it once it has arrived."""
+    refs = program.refs
+    for n, part in enumerate(_stage(refs, g, "right", out)):
+        plgpu.copy_smem_to_gmem(part, refs[f"out{n}"].at[place])
+    plgpu.wait_smem_to_gmem(0)
+    plgpu.barrier_arrive(refs.written.at[g])
+
+
+def _release_block(ring: Ring, config: AttentionConfig, own, first) -> None:
+    """Releases the tiles of the block that this warpgroup did not read: its own, and the one after it."""
+    if config.warpgroups == 1:
+        ring.release(own)
+        return
+
+    @pl.when(own == first)
+    def _():
+        ring.wait_value(own)
+        ring.release(own)
+        ring.wait_key(own + 1)
+
+    ring.release(first + 1)
+
+
+def _forward_side(program: _Program, g, rows, count, own, earlier: bool) -> Array:
+    """alpha V less the read of earlier slots, for one warpgroup's rows; stages B A of its own tile."""
+    config, refs = program.config, program.refs
+    names = _query_names(config, earlier)
+    q = refs.q_tile.at[g]
+
+    def scalar(name):
+        return refs.own_scalars.at[g, names.index(name)]
+
+    def mask_slot(slot, diagonal=None):
+        segments = (scalar("segment"), program.key_scalar(slot, "segment")) if config.segments else (None, None)
+        return tiles.tile_mask(diagonal, *segments, tiles.load_indices(refs, g) if diagonal else None)
+
+    sums = start_sums(config.value_block)
+    if earlier:
+        sums = sums._replace(value=tiles.load_tile(refs.earlier.at[(*rows, program.columns)]))
+        if config.similarity.normalized:
+            top = compat.load(scalar("earlier"), plgpu.Layout.WGMMA.reduce(1))
+            total = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+            sums = RunningSums(top, total, sums.value)
+    add = functools.partial(add_tile, config, program.ring, refs)
+    sums = lax.fori_loop(count, own, lambda c, sums: add(sums, c, g, q, mask_slot), sums)
+    slot = program.ring.wait_key(own)
+    scores, mask = tiles.compute_scores(config, q, refs.key_slots.at[slot]), mask_slot(slot, "<")
+    if config.similarity.normalized:
+        sums, weights = rescale(sums, jnp.where(mask, scores, LOW))
+        total = jnp.where(sums.total > 0, sums.total, 1.0)
+        weights = weights / broadcast_rows(total, TILE)
+        sums = sums._replace(value=sums.value / broadcast_rows(total, config.value_block))
+        _store_lse(program, g, rows, sums.top + jnp.log2(total))
+    else:
+        weights = tiles.attention_weights(config, scores, mask, None)
+    _stage(refs, g, "own", load_column(scalar("beta"), TILE) * weights)
+    target = tiles.load_tile(refs.target.at[(*rows, program.columns)])
+    return target - load_column(scalar("beta"), config.value_block) * sums.value
+
+
+def _store_lse(program: _Program, g, rows, lse: Array) -> None:
+    """Writes the log-sum-exp from one block of columns: all of them compute the same."""
+
+    @pl.when(program.block == 0)
+    def _():
+        program.refs.lse_tile.at[g][...] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(program.refs.lse_tile.at[g], program.refs.lse.at[rows])
+
+
+def _reverse_side(program: _Program, g, rows, count, own) -> Array:
+    """dU less what reaches it from later rows, for one warpgroup's slots; stages (B A)^T of its own tile."""
+    config, refs = program.config, program.refs
+
+    def signed(slot, diagonal):
+        scores = tiles.compute_scores(config, refs.q_tile.at[g], refs.key_slots.at[slot])
+        segments = (refs.own_scalars.at[g, 0], program.key_scalar(slot, "segment")) if config.segments else (None, None)
+        lse = load_row(program.key_scalar(slot, "lse"), TILE) if config.similarity.normalized else None
+        indices = tiles.load_indices(refs, g) if diagonal else None
+        weights = tiles.attention_weights(config, scores, tiles.tile_mask(diagonal, *segments, indices), lse)
+        return weights * load_row(program.key_scalar(slot, "beta"), TILE)
+
+    def tile(c, right):
+        slot = program.ring.wait_key(c)
+        scratch = [refs[f"left{n}"].at[g] for n in range(config.parts) if f"left{n}" in refs]
+        parts = tiles.left_operand(split_bf16(-signed(slot, None), config.parts), scratch)
+        program.ring.wait_value(c)
+        values = tuple(refs[f"value_slots{n}"].at[slot] for n in range(config.parts))
+        right = tiles.accumulate(right, partial_products(parts, values))
+        program.ring.release(c)
+        return right
+
+    target = tiles.load_tile(refs.target.at[(*rows, program.columns)])
+    right = lax.fori_loop(count, own, tile, target)
+    _stage(refs, g, "own", signed(program.ring.wait_key(own), ">"))
+    return right
+
+
+def _inverse(refs: Refs, g, upper: bool) -> Array:
+    """(I + a)^-1 - I for the strictly lower (or upper) triangle [64, 64] staged as own, by blocks of 1, 2, ... rows."""
+    own = tuple(refs[f"own{n}"].at[g] for n in range(2))
+
+    def part(size):
+        later, earlier = tiles.load_indices(refs, g)[:: -1 if upper else 1]
+        odd = lax.bitwise_and(later, size) != 0
+        beside = lax.bitwise_and(earlier, -size) == lax.bitwise_and(later, -size) - size
+        return tuple(jnp.where(odd & beside, x, jnp.bfloat16(0)) for x in _load_staged(own))
+
+    def join(level, x):
+        # With X = I + x: X - X S X. Small entries are not rounded beside ones.
+        staged = _stage(refs, g, "square", x)
+        s = part(lax.shift_left(jnp.int32(1), level))
+        y = tiles.accumulate(_sum_parts(s), partial_products(_left(refs, g, s), staged))
+        return tiles.accumulate(x - y, partial_products(staged, _stage(refs, g, "other", -y)))
+
+    # A loop instead of five unrolled steps: the compiler would fill the registers with the parts of all steps.
+    return lax.fori_loop(1, 6, join, -_sum_parts(part(jnp.int32(1))))
+
+
+def _staging(refs: Refs, g, name: str, n: int):
+    """A block of warpgroup g's shared memory; "other" shares that of its queries, where they are wide enough."""
+    if name == "other" and "other0" not in refs:
+        return refs.q_tile.at[g, :, pl.ds(n * TILE, TILE)]
+    return refs[f"{name}{n}"].at[g]
+
+
+def _stage(refs: Refs, g, name: str, x: Array) -> tuple[Any, ...]:
+    """Stores a matrix in two parts in warpgroup g's shared memory of that name."""
+    staged = tuple(_staging(refs, g, name, n) for n in range(2))
+    store_split(staged, x)
+    plgpu.commit_smem()
+    return staged
+
+
+def _load_staged(staged: tuple[Any, ...]) -> tuple[Array, ...]:
+    return tuple(compat.load(ref, plgpu.Layout.WGMMA) for ref in staged)
+
+
+def _sum_parts(parts: tuple[Array, ...]) -> Array:
+    return parts[0].astype(jnp.float32) + parts[1].astype(jnp.float32)
+
+
+def _left(refs: Refs, g, parts: tuple[Array, ...]) -> tuple[Any, ...]:
+    return tiles.left_operand(parts, [refs[f"left{n}"].at[g] for n in range(2) if f"left{n}" in refs])
+
+
+def _solve(refs: Refs, g, inverse: Array) -> Array:
+    """(I + inverse) times the staged right-hand side."""
+    staged = tuple(refs[f"right{n}"].at[g] for n in range(2))
+    pairs = partial_products(_left(refs, g, split_bf16(inverse, 2)), staged)
+    return tiles.accumulate(_sum_parts(_load_staged(staged)), pairs)
+
+
+def _write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, target, *rest) -> tuple[Array, ...]:
+    """One device's shard; rest: the read of earlier slots, scalars of queries, scalars of keys, `limit`."""
+    batch, heads, length, value = target.shape
+    rest = list(rest)
+    inputs = {"k": k, "q": q, "target": target, "indices": tiles.index_vectors()}
+    if earlier:
+        inputs["earlier"] = rest.pop(0)
+    if not reverse or config.segments:
+        inputs["q_scalars"] = rest.pop(0)
+    if reverse or config.segments:
+        inputs["k_scalars"] = rest.pop(0)
+    if config.segments or not reverse:
+        inputs["limit"] = rest.pop(0)
+    outputs: dict[str, Any] = {f"out{n}": (target.shape, jnp.bfloat16) for n in range(2)}
+    scratch = tiles.ring_scratch(config, config.value_block, config.parts, len(_key_names(config, reverse)))
+    scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key)
+    scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + ("q_scalars" in inputs), num_barriers=config.warpgroups)
+    scratch["written"] = plgpu.Barrier(num_barriers=config.warpgroups)
+    widths = [("right", config.value_block), ("own", TILE), ("square", TILE)] + [("other", TILE)] * (config.key == TILE)
+    blocks = {f"{name}{n}": width for name, width in widths for n in range(2)}
+    scratch |= {name: shared_block(config.warpgroups, TILE, width) for name, width in blocks.items()}
+    if "q_scalars" in inputs:
+        count = inputs["q_scalars"].shape[3]
+        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, count, TILE), jnp.float32)
+    if config.similarity.normalized and not reverse:
+        outputs["lse"] = ((batch, heads, length), jnp.float32)
+        scratch["lse_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
+    scratch |= tiles.index_scratch(config) | tiles.interpreter_scratch(config, 2)
+    return tiles.call(
+        config,
+        f"write_{'backward' if reverse else 'forward'}",
+        functools.partial(_compute, config=config, reverse=reverse, earlier=earlier),
+        functools.partial(_copy, config=config, reverse=reverse),
+        (batch, heads, value // config.value_block),
+        inputs,
+        outputs,
+        scratch,
+        (232, 40),
+    )
+
+
+def _scan_forward(
+    config: AttentionConfig, k: Array, w: Array, target: Array, beta: Array, mask: Mask, earlier
+) -> tuple[tuple[Array, Array], Array | None]:
+    """u [B, G, T, V] in two parts, and the log-sum-exp of the rows to base 2 (None without a normaliser).
+
+    Args:
+      config: sizes.
+      k: [B, G, T, K].
+      w: [B, G, T, K].
+      target: alpha v, [B, G, T, V] float32.
+      beta: [B, G, T].
+      mask: of these tokens, over whole tiles.
+      earlier: the read of earlier slots, [B, G, T, V], and its log-sum-exp; or None.
+    """
+    heads = k.shape[1]
+    scalars = {"beta": beta, "earlier": earlier and earlier[1], "segment": mask.query_segment}
+    rest: tuple[Array, ...] = (earlier[0],) if earlier else ()
+    rest += (tiles.pack_scalars(heads, *(scalars[name] for name in _query_names(config, bool(earlier)))),)
+    if config.segments:
+        rest += (tiles.pack_scalars(heads, mask.key_segment), tiles.first_tiles(config, heads, mask))
+    else:
+        # Static zeros would do, but the compiler hoists what it derives from them, and has no registers for that.
+        rest += (jnp.zeros((*w.shape[:2], w.shape[2] // config.rows), jnp.int32),)
+    results = 2 + config.similarity.normalized
+    kernel = split_batch_and_heads(_write_shard, (config, False, bool(earlier)), config.axes, results=results)
+    high, low, *lse = kernel(k, w, target, *rest)
+    return (high, low), lse[0] if lse else None
+
+
+def _scan_reverse(config: AttentionConfig, k: Array, w: Array, du: Array, scalars: dict[str, Array], mask: Mask):
+    """dP [B, G, T, V] in two parts.
+
+    Args:
+      config, k, w, mask: see `_scan_forward`.
+      du: gradient of u, [B, G, T, V] float32.
+      scalars: lse (with a normaliser) and beta of the rows [B, G, T].
+    """
+    heads = k.shape[1]
+    given = scalars | {"segment": mask.query_segment}
+    rest = (tiles.pack_scalars(heads, *(given[name] for name in _key_names(config, True))),)
+    if config.segments:
+        keys = tiles.pack_scalars(heads, mask.key_segment)
+        rest = (keys, *rest, tiles.last_tiles(config, heads, mask))
+    return split_batch_and_heads(_write_shard, (config, True, False), config.axes, results=2)(w, k, du, *rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def write(
+    config: AttentionConfig, k: Array, w: Array, v: Array, alpha: Array, beta: Array, cache_u: Array, mask: Mask
+) -> Array:
+    """The writes u [B, G, T, V] of a call, float32, exact to 16 bits.
+
+    Args:
+      config: sizes; `before` counts the blocks of the cache. T is a multiple of the span.
+      k: keys of the cache and then of the call, [B, G, S, K].
+      w: [B, G, T, K].
+      v: [B, G, T, V].
+      alpha: [B, G, T].
+      beta: [B, G, T].
+      cache_u: u of the cache, [B, G, S - T, V].
+      mask: over whole tiles.
+    """
+    parts, _ = _write(config, k, w, v, alpha, beta, cache_u, mask)
+    return _join_parts(parts, cache_u.shape[2])
+
+
+def _write_forward(config, k, w, v, alpha, beta, cache_u, mask):
+    parts, lse = _write(config, k, w, v, alpha, beta, cache_u, mask)
+    return _join_parts(parts, cache_u.shape[2]), (k, w, v, alpha, beta, cache_u, mask, parts, lse)
+
+
+def _write_backward(config, saved, du):
+    k, w, v, alpha, beta, cache_u, mask, u, lse = saved
+    before = cache_u.shape[2]
+    dp = _solve_transposed(config, k[:, :, before:], w, beta, lse, du, u[0][:, :, before:], mask)
+    exact = _join_parts(dp)
+    target = alpha[..., None] * v.astype(jnp.float32)
+    scalars = {"lse": lse, "beta": beta, "delta": None}
+    if lse is not None:
+        scalars["delta"] = -jnp.sum(exact * (target - _join_parts(u, before)), axis=-1)
+    everything = dataclasses.replace(config, own=True, strict=True)
+    dw, dbeta = query_gradients(everything, k, w, u, dp, mask, scalars)
+    (dk,) = key_gradients(everything, k, w, u, dp, mask, scalars, ("dk",))
+    dcache = jnp.zeros(cache_u.shape, cache_u.dtype)
+    if before:
+        _, far = _span_configs(config)
+        cached = (k[:, :, :before], w, tuple(x[:, :, :before] for x in u), dp)
+        (dcache,) = key_gradients(far, *cached, _slice_mask(mask, keys=(0, before)), scalars, ("dx",))
+    dv, dalpha = alpha[..., None] * exact, jnp.sum(v.astype(jnp.float32) * exact, axis=-1)
+    inputs = (k, w, v, alpha, beta, cache_u)
+    gradients = (dk, dw, dv, dalpha, dbeta, dcache)
+    return *(x.astype(y.dtype) for x, y in zip(gradients, inputs, strict=True)), None
+
+
+write.defvjp(_write_forward, _write_backward)
+
+
+def _span_configs(config: AttentionConfig) -> tuple[AttentionConfig, AttentionConfig]:
+    """Of the scan within a span, and of the read of all slots before it."""
+    far = dataclasses.replace(config, before=0, own=False, strict=True)
+    return dataclasses.replace(far, own=True), far
+
+
+def _join_parts(parts: tuple[Array, Array], start: int = 0) -> Array:
+    return parts[0][:, :, start:].astype(jnp.float32) + parts[1][:, :, start:].astype(jnp.float32)
+
+
+def _slice(x: Array, start, size: int, axis: int = 2) -> Array:
+    return lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _slice_mask(mask: Mask, *, queries=None, keys=None) -> Mask:
+    """The mask of the (start, size) ranges of queries and of keys that are given."""
+    if mask.query_segment is None:
+        return mask
+    query, key = (
+        x if place is None else _slice(x, *place, axis=1)
+        for x, place in ((mask.query_segment, queries), (mask.key_segment, keys))
+    )
+    return Mask(query_segment=query, key_segment=key)
+
+
+def _write(config, k, w, v, alpha, beta, cache_u, mask):
+    """u of all slots in two parts [B, G, S, V]; the log-sum-exp of the rows [B, G, T], None without a normaliser."""
+    before, length, span = cache_u.shape[2], w.shape[2], config.span
+    own, far = _span_configs(config)
+    target = alpha[..., None] * v.astype(jnp.float32)
+    if before == 0 and length == span:
+        return _scan_forward(own, k, w, target, beta, mask, None)
+    zeros = jnp.zeros(target.shape, jnp.bfloat16)
+    everything = tuple(jnp.concatenate([x, zeros], axis=2) for x in split_outside(cache_u))
+
+    def step(everything, start):
+        queries = (start, span)
+        rows = _slice(w, *queries)
+        value, lse = read(far, jnp.float32, k, rows, everything, _slice_mask(mask, queries=queries), before + start)
+        keys = (before + start, span)
+        u, lse = _scan_forward(
+            own,
+            _slice(k, *keys),
+            rows,
+            _slice(target, *queries),
+            _slice(beta, *queries),
+            _slice_mask(mask, queries=queries, keys=keys),
+            (value, lse),
+        )
+        everything = tuple(
+            lax.dynamic_update_slice_in_dim(x, y, before + start, 2) for x, y in zip(everything, u, strict=True)
+        )
+        return everything, lse
+
+    starts = jnp.arange(0, length, span, dtype=jnp.int32)
+    everything, lse = lax.scan(step, everything, starts)
+    return everything, None if lse is None else jnp.moveaxis(lse, 0, 2).reshape(beta.shape)
+
+
+def _solve_transposed(config, k, w, beta, lse, du, u, mask):
+    """dP in two parts [B, G, T, V], from the last span to the first; arrays of the call's own slots."""
+    length, span, before = w.shape[2], config.span, config.before * config.rows
+    own, far = _span_configs(config)
+    # delta has no part in dx.
+    scalars = {"lse": lse, "beta": beta, "delta": lse}
+    if length == span:
+        return _scan_reverse(own, k, w, du, scalars, _slice_mask(mask, keys=(before, length)))
+    dp = (jnp.zeros(du.shape, jnp.bfloat16),) * 2
+
+    def step(dp, start):
+        queries, keys = (start, span), (before + start, span)
+        rows = {name: None if x is None else _slice(x, *queries) for name, x in scalars.items()}
+        own_k, own_u = _slice(k, *queries), (_slice(u, *queries),)
+        (later,) = key_gradients(far, own_k, w, own_u, dp, _slice_mask(mask, keys=keys), scalars, ("dx",), start + span)
+        here = _slice_mask(mask, queries=queries, keys=keys)
+        new = _scan_reverse(own, own_k, _slice(w, *queries), _slice(du, *queries) + later, rows, here)
+        return tuple(lax.dynamic_update_slice_in_dim(x, y, start, 2) for x, y in zip(dp, new, strict=True)), None
+
+    starts = jnp.arange(0, length, span, dtype=jnp.int32)
+    return lax.scan(step, dp, starts, reverse=True)[0]
 
 
 def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
@@ -62,136 +590,3 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
     u = write(config, k, w, v, alpha, beta, cache_u, mask)
     o = attend(reading, jnp.bfloat16, k, q, jnp.concatenate([cache_u, u], axis=2), mask)
     return tuple(jnp.swapaxes(x, 1, 2)[:, :length, :, :width] for x in (o, u))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def write(
-    config: AttentionConfig, k: Array, w: Array, v: Array, alpha: Array, beta: Array, cache_u: Array, mask: Mask
-) -> Array:
-    """The writes u [B, G, T, V] of a call, float32, exact to 16 bits.
-
-    Args:
-      config: sizes; `before` counts the blocks of the cache. T is a multiple of the span.
-      k: keys of the cache and then of the call, [B, G, S, K].
-      w: [B, G, T, K].
-      v: [B, G, T, V].
-      alpha: [B, G, T].
-      beta: [B, G, T].
-      cache_u: u of the cache, [B, G, S - T, V].
-      mask: over whole tiles.
-    """
-    parts, _ = _write(config, k, w, v, alpha, beta, cache_u, mask)
-    return _sum_parts(parts, cache_u.shape[2])
-
-
-def _write_forward(config, k, w, v, alpha, beta, cache_u, mask):
-    parts, lse = _write(config, k, w, v, alpha, beta, cache_u, mask)
-    return _sum_parts(parts, cache_u.shape[2]), (k, w, v, alpha, beta, cache_u, mask, parts, lse)
-
-
-def _write_backward(config, saved, du):
-    k, w, v, alpha, beta, cache_u, mask, u, lse = saved
-    before = cache_u.shape[2]
-    dp = _solve_transposed(config, k[:, :, before:], w, beta, lse, du, u[0][:, :, before:], mask)
-    exact = _sum_parts(dp)
-    target = alpha[..., None] * v.astype(jnp.float32)
-    scalars = {"lse": lse, "beta": beta, "delta": None}
-    if lse is not None:
-        scalars["delta"] = -jnp.sum(exact * (target - _sum_parts(u, before)), axis=-1)
-    everything = dataclasses.replace(config, own=True, strict=True)
-    dw, dbeta = query_gradients(everything, k, w, u, dp, mask, scalars)
-    (dk,) = key_gradients(everything, k, w, u, dp, mask, scalars, ("dk",))
-    dcache = jnp.zeros(cache_u.shape, cache_u.dtype)
-    if before:
-        _, far = _span_configs(config)
-        cached = (k[:, :, :before], w, tuple(x[:, :, :before] for x in u), dp)
-        (dcache,) = key_gradients(far, *cached, _slice_mask(mask, keys=(0, before)), scalars, ("dx",))
-    dv, dalpha = alpha[..., None] * exact, jnp.sum(v.astype(jnp.float32) * exact, axis=-1)
-    inputs = (k, w, v, alpha, beta, cache_u)
-    gradients = (dk, dw, dv, dalpha, dbeta, dcache)
-    return *(x.astype(y.dtype) for x, y in zip(gradients, inputs, strict=True)), None
-
-
-write.defvjp(_write_forward, _write_backward)
-
-
-def _span_configs(config: AttentionConfig) -> tuple[AttentionConfig, AttentionConfig]:
-    """Of the scan within a span, and of the read of all slots before it."""
-    far = dataclasses.replace(config, before=0, own=False, strict=True)
-    return dataclasses.replace(far, own=True), far
-
-
-def _sum_parts(parts: tuple[Array, Array], start: int = 0) -> Array:
-    return parts[0][:, :, start:].astype(jnp.float32) + parts[1][:, :, start:].astype(jnp.float32)
-
-
-def _slice(x: Array, start, size: int, axis: int = 2) -> Array:
-    return lax.dynamic_slice_in_dim(x, start, size, axis)
-
-
-def _slice_mask(mask: Mask, *, queries=None, keys=None) -> Mask:
-    """The mask of the (start, size) ranges of queries and of keys that are given."""
-    if mask.query_segment is None:
-        return mask
-    query, key = (
-        x if place is None else _slice(x, *place, axis=1)
-        for x, place in ((mask.query_segment, queries), (mask.key_segment, keys))
-    )
-    return Mask(query_segment=query, key_segment=key)
-
-
-def _write(config, k, w, v, alpha, beta, cache_u, mask):
-    """u of all slots in two parts [B, G, S, V]; the log-sum-exp of the rows [B, G, T], None without a normaliser."""
-    before, length, span = cache_u.shape[2], w.shape[2], config.span
-    own, far = _span_configs(config)
-    target = alpha[..., None] * v.astype(jnp.float32)
-    if before == 0 and length == span:
-        return write_forward(own, k, w, target, beta, mask, None)
-    zeros = jnp.zeros(target.shape, jnp.bfloat16)
-    everything = tuple(jnp.concatenate([x, zeros], axis=2) for x in split_outside(cache_u))
-
-    def step(everything, start):
-        queries = (start, span)
-        rows = _slice(w, *queries)
-        value, lse = read(far, jnp.float32, k, rows, everything, _slice_mask(mask, queries=queries), before + start)
-        keys = (before + start, span)
-        u, lse = write_forward(
-            own,
-            _slice(k, *keys),
-            rows,
-            _slice(target, *queries),
-            _slice(beta, *queries),
-            _slice_mask(mask, queries=queries, keys=keys),
-            (value, lse),
-        )
-        everything = tuple(
-            lax.dynamic_update_slice_in_dim(x, y, before + start, 2) for x, y in zip(everything, u, strict=True)
-        )
-        return everything, lse
-
-    starts = jnp.arange(0, length, span, dtype=jnp.int32)
-    everything, lse = lax.scan(step, everything, starts)
-    return everything, None if lse is None else jnp.moveaxis(lse, 0, 2).reshape(beta.shape)
-
-
-def _solve_transposed(config, k, w, beta, lse, du, u, mask):
-    """dP in two parts [B, G, T, V], from the last span to the first; arrays of the call's own slots."""
-    length, span, before = w.shape[2], config.span, config.before * config.rows
-    own, far = _span_configs(config)
-    # delta has no part in dx.
-    scalars = {"lse": lse, "beta": beta, "delta": lse}
-    if length == span:
-        return write_backward(own, k, w, du, scalars, _slice_mask(mask, keys=(before, length)))
-    dp = (jnp.zeros(du.shape, jnp.bfloat16),) * 2
-
-    def step(dp, start):
-        queries, keys = (start, span), (before + start, span)
-        rows = {name: None if x is None else _slice(x, *queries) for name, x in scalars.items()}
-        own_k, own_u = _slice(k, *queries), (_slice(u, *queries),)
-        (later,) = key_gradients(far, own_k, w, own_u, dp, _slice_mask(mask, keys=keys), scalars, ("dx",), start + span)
-        here = _slice_mask(mask, queries=queries, keys=keys)
-        new = write_backward(own, own_k, _slice(w, *queries), _slice(du, *queries) + later, rows, here)
-        return tuple(lax.dynamic_update_slice_in_dim(x, y, start, 2) for x, y in zip(dp, new, strict=True)), None
-
-    starts = jnp.arange(0, length, span, dtype=jnp.int32)
-    return lax.scan(step, dp, starts, reverse=True)[0]

@@ -1,53 +1,182 @@
-"""Softmax attention on Hopper: layout of a call, and the rule of differentiation of a read.
+"""Softmax attention on Hopper: the read of slots with any similarity kernel, its rule of differentiation, and the op.
+
+    o_t = sum_i p_ti x_i;  p_ti = kappa(q_t . k_i), for softmax divided by its sum over the visible slots
+
+A program is one block of queries of one head.
 
 Source: arXiv 2205.14135 (tiles with a running maximum), 2407.08608 (warpgroups that compute and one that copies).
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.calls import AttentionCall
 from memformer.core.mask import Mask, join_cache
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
+from memformer.pallas.gpu.attention import tiles
 from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients
-from memformer.pallas.gpu.attention.config import AttentionConfig, plan_call
-from memformer.pallas.gpu.attention.forward import read
-from memformer.pallas.gpu.attention.tiles import split_values
+from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_call
+from memformer.pallas.gpu.attention.tiles import LOW, Refs, Ring, split_values
+from memformer.pallas.gpu.wgmma import broadcast_rows, partial_products, products, shared_block, split_bf16
 from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.sharding import split_batch_and_heads
 
-__all__ = ["attend", "run"]
+__all__ = ["RunningSums", "add_tile", "attend", "read", "rescale", "run", "start_sums"]
 
 
-def run(call: AttentionCall) -> Float[Array, "B T H V"]:
-    """Runs softmax attention, causal and without a window.
+class RunningSums(NamedTuple):
+    """Running sums of a tile of rows: maximum and sum of exponentials [64], weighted sum of values [64, V]."""
+
+    top: Array
+    total: Array
+    value: Array
+
+
+def start_sums(width: int) -> RunningSums:
+    """Sums over no column."""
+    layout = plgpu.Layout.WGMMA.reduce(1)
+    top, total = (plgpu.layout_cast(jnp.full((TILE,), x, jnp.float32), layout) for x in (LOW / 2, 0.0))
+    return RunningSums(top, total, tiles.zeros(width))
+
+
+def rescale(sums: RunningSums, scores: Array) -> tuple[RunningSums, Array]:
+    """Adds masked scores to maximum and sum, rescales the values to the new maximum; also the exponentials."""
+    top = jnp.maximum(sums.top, jnp.max(scores, axis=1))
+    factor = jnp.exp2(sums.top - top)
+    weights = jnp.exp2(scores - broadcast_rows(top, TILE))
+    total = sums.total * factor + jnp.sum(weights, axis=1)
+    return RunningSums(top, total, sums.value * broadcast_rows(factor, sums.value.shape[1])), weights
+
+
+def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums, count, g, q, mask_slot) -> RunningSums:
+    """Adds one tile of columns to the sums.
+
+    Args:
+      config, ring, refs: of the kernel.
+      sums: of the rows.
+      count: of the tile in the ring.
+      g: the warpgroup.
+      q: the rows' queries in shared memory.
+      mask_slot: function from the slot to the mask of the tile.
+    """
+    slot = ring.wait_key(count)
+    scores = tiles.compute_scores(config, q, refs.key_slots.at[slot])
+    mask = mask_slot(slot)
+    if config.similarity.normalized:
+        sums, weights = rescale(sums, scores if mask is None else jnp.where(mask, scores, LOW))
+    else:
+        weights = tiles.attention_weights(config, scores, mask, None)
+    scratch = [refs[f"left{n}"].at[g] for n in range(config.parts) if f"left{n}" in refs]
+    parts = tiles.left_operand(split_bf16(weights, config.parts), scratch)
+    ring.wait_value(count)
+    values = tuple(refs[f"value_slots{n}"].at[slot] for n in range(config.parts))
+    (value,) = products(partial_products(parts, values))
+    ring.release(count)
+    return sums._replace(value=sums.value + value)
+
+
+def _compute(refs: Refs, config: AttentionConfig) -> None:
+    b, h, g = (lax.axis_index(name) for name in ("batch_row", "head", "warpgroup"))
+    i, first, own, stop = tiles.row_extent(config, refs)
+    ring = tiles.column_ring(config, refs, config.parts)
+    rows = pl.ds(i * config.rows + g * TILE, TILE)
+    q = refs.q_tile.at[g]
+    plgpu.copy_gmem_to_smem(refs.q.at[b, h, rows], q, refs.own_ready.at[g])
+    if config.segments:
+        source = refs.q_scalars.at[b, tiles.key_head(refs), i * config.warpgroups + g]
+        plgpu.copy_gmem_to_smem(source, refs.own_scalars.at[g], refs.own_ready.at[g])
+    plgpu.barrier_wait(refs.own_ready.at[g])
+
+    def tile(t, sums, diagonal=None):
+        def mask_slot(slot):
+            segments = (refs.own_scalars.at[g, 0], refs.scalar_slots.at[slot, 0]) if config.segments else (None, None)
+            return tiles.tile_mask(diagonal, *segments)
+
+        return add_tile(config, ring, refs, sums, t - first, g, q, mask_slot)
+
+    last = own + g if config.own else stop
+    sums = lax.fori_loop(first, last, tile, start_sums(config.value))
+    if config.own:
+        sums = tile(last, sums, "<" if config.strict else "<=")
+        ring.skip(last + 1 - first, stop - first)
+
+    value = sums.value
+    if config.similarity.normalized:
+        total = jnp.where(sums.total > 0, sums.total, 1.0)
+        value = value / broadcast_rows(total, config.value)
+        # To base 2; a large negative number where a row sees nothing.
+        refs.lse_tile.at[g][...] = sums.top + jnp.log2(total)
+    tiles.store_tile(refs.get("o_tile"), g, value, refs.o.at[b, h, rows])
+    if config.similarity.normalized:
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(refs.lse_tile.at[g], refs.lse.at[b, h, rows])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _read(config: AttentionConfig, dtype: Any, k, q, *rest) -> tuple[Array, ...]:
+    """One device's shard of `read`; rest: parts of the values, bound, segments of queries and keys, `first`."""
+    batch, heads, length = q.shape[:3]
+    names = tuple(f"x{n}" for n in range(config.parts)) + ("bound",) * (not config.own)
+    names += ("q_scalars", "k_scalars", "first") * config.segments
+    inputs = {"k": k, "q": q, **dict(zip(names, rest, strict=True))}
+    scratch = tiles.ring_scratch(config, config.value, config.parts, config.segments)
+    scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key)
+    if dtype == jnp.bfloat16:
+        scratch["o_tile"] = shared_block(config.warpgroups, TILE, config.value)
+    outputs = {"o": ((batch, heads, length, config.value), dtype)}
+    if config.similarity.normalized:
+        outputs["lse"] = ((batch, heads, length), jnp.float32)
+        scratch["lse_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
+    scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + config.segments, num_barriers=config.warpgroups)
+    if config.segments:
+        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, 1, TILE), jnp.float32)
+    scratch |= tiles.interpreter_scratch(config, config.parts)
+    return tiles.call(
+        config,
+        "attention_forward",
+        functools.partial(_compute, config=config),
+        functools.partial(tiles.copy_columns, config=config, values=config.parts),
+        (batch, heads, length // config.rows),
+        inputs,
+        outputs,
+        scratch,
+    )
+
+
+def read(
+    config: AttentionConfig, dtype: Any, k: Array, q: Array, x: tuple[Array, ...], mask: Mask, bound=None
+) -> tuple[Array, Array | None]:
+    """Reads x [B, G, S, V] at the queries q [B, H, T, K]; T and S are multiples of `config.rows`.
+
+    Args:
+      config: sizes.
+      dtype: of the output.
+      k: [B, G, S, K].
+      q: queries.
+      x: parts of the values, see `tiles.split_values`.
+      mask: over whole tiles.
+      bound: without `config.own`, how many slots the queries see.
 
     Returns:
-      The output in bfloat16.
-
-    Raises:
-      NotImplementedError: no kernel serves this machine or call; the message says why.
+      The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T], None without a normaliser.
     """
-    config = plan_call(call, call.read_kernel, {"q": call.q, "k": call.k, "v": call.v})
-    length, width = call.v.shape[1], call.v.shape[3]
-    mask = join_cache(call.mask, config.rows)
-    cache_k, cache_v = (None, None) if call.cache is None else (call.cache.k, call.cache.values)
-    arrays = (
-        join_slots(_pad(cache_k, config.key), _pad(call.k, config.key), config.rows),
-        heads_first(_pad(call.q, config.key), config.rows),
-        join_slots(_pad(cache_v, config.value), _pad(call.v, config.value), config.rows),
+    operands = (k, q, *x[: config.parts], *(() if config.own else (tiles.bounds(k, bound),)))
+    if config.segments:
+        group = k.shape[1]
+        segments = (tiles.pack_scalars(group, x) for x in (mask.query_segment, mask.key_segment))
+        operands += (*segments, tiles.first_tiles(config, group, mask))
+    o, *lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=1 + config.similarity.normalized)(
+        *operands
     )
-    k, q, v = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
-    o = attend(config, jnp.bfloat16, k, q, v, mask)
-    return jnp.swapaxes(o, 1, 2)[:, :length, :, :width]
-
-
-def _pad(x: Array | None, width: int) -> Array | None:
-    return None if x is None else pad_time(x, width, axis=3)
+    return o, lse[0] if lse else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -75,3 +204,30 @@ def _attend_backward(config, dtype, saved, do):
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def run(call: AttentionCall) -> Float[Array, "B T H V"]:
+    """Runs softmax attention, causal and without a window.
+
+    Returns:
+      The output in bfloat16.
+
+    Raises:
+      NotImplementedError: no kernel serves this machine or call; the message says why.
+    """
+    config = plan_call(call, call.read_kernel, {"q": call.q, "k": call.k, "v": call.v})
+    length, width = call.v.shape[1], call.v.shape[3]
+    mask = join_cache(call.mask, config.rows)
+    cache_k, cache_v = (None, None) if call.cache is None else (call.cache.k, call.cache.values)
+    arrays = (
+        join_slots(_pad(cache_k, config.key), _pad(call.k, config.key), config.rows),
+        heads_first(_pad(call.q, config.key), config.rows),
+        join_slots(_pad(cache_v, config.value), _pad(call.v, config.value), config.rows),
+    )
+    k, q, v = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
+    o = attend(config, jnp.bfloat16, k, q, v, mask)
+    return jnp.swapaxes(o, 1, 2)[:, :length, :, :width]
+
+
+def _pad(x: Array | None, width: int) -> Array | None:
+    return None if x is None else pad_time(x, width, axis=3)

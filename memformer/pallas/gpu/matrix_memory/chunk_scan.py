@@ -1,4 +1,9 @@
-"""The scan over chunks: two Mosaic GPU kernels that carry the state, forward and backward.
+"""Matrix memories in the chunkwise form on Hopper: the scan over chunks, the order of all kernels, and their gradients.
+
+Forward: intra-chunk terms for all chunks in parallel (intra_chunk.py), then the scan over chunks, two Mosaic GPU
+kernels here that carry the state. Backward: the reverse scan gives the gradients that flow through the state; the rest
+is parallel over chunks again (intra_chunk_backward.py). Saved: the inputs, P, X, W and the state that enters each
+chunk. Arrays stay as the call has them, [B, T, H, K].
 
 With S the state that enters a chunk, P and X from intra_chunk.py, c, b and w the token scalars decay_in, beta and
 decay_out, s the scale, the forward scan computes
@@ -18,6 +23,9 @@ sums of two bfloat16 parts, 16 bits. With identical keys and beta 2, single bflo
 Each warpgroup scans the chunks of one head and one block of value columns, which are independent of each other. The
 state stays in registers as wgmma's accumulators, and the next chunk is copied (TMA) while one is computed. Two
 warpgroups of a program share what all value columns need; the first one issues the copies.
+
+Source: arXiv 2406.06484 (chunkwise delta rule), 2312.06635 (linear attention), 2412.06464 and 2405.21060 (per-head
+decay).
 """
 
 import functools
@@ -28,13 +36,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from memformer.core.types import Array
+from memformer.core.calls import MatrixCall
+from memformer.core.segments import pad_time
+from memformer.core.sharding import vary_like
+from memformer.core.types import Array, Float
 from memformer.pallas.gpu import compat
-from memformer.pallas.gpu.matrix_memory.config import AXES, ScanConfig, call_kernel
-from memformer.pallas.gpu.matrix_memory.token_scalars import TokenScalars
+from memformer.pallas.gpu.matrix_memory.config import AXES, ScanConfig, call_kernel, plan_call
+from memformer.pallas.gpu.matrix_memory.intra_chunk import intra_chunk
+from memformer.pallas.gpu.matrix_memory.intra_chunk_backward import intra_chunk_backward
+from memformer.pallas.gpu.matrix_memory.token_scalars import TokenScalars, stack_scalars
 from memformer.pallas.gpu.wgmma import partial_products, products, shared_block, store, store_split, transposed
+from memformer.pallas.sharding import split_batch_and_heads
 
-__all__ = ["backward", "forward"]
+__all__ = ["run"]
+
+# Where the heads are: in arrays over time, and in all others.
+TIME, OTHER = 2, 1
 
 
 class _ChunkStream:
@@ -163,7 +180,7 @@ def _forward_kernel(*refs, config: ScanConfig, save: bool):
     end_g[b, h, :, columns] = stream.scan(lambda i: i, step, state)
 
 
-def forward(config: ScanConfig, save: bool, q, k, v, qk, inverse, scalars, start) -> tuple[Array, ...]:
+def _scan_forward(config: ScanConfig, save: bool, q, k, v, qk, inverse, scalars, start) -> tuple[Array, ...]:
     """O, the last state and, to be saved, the states that enter chunks and W in two parts (without beta no W).
 
     Args:
@@ -224,14 +241,14 @@ def _backward_kernel(*refs, config: ScanConfig):
     end_g[b, h, :, columns] = stream.scan(lambda i: config.chunks - 1 - i, step, state)
 
 
-def backward(config: ScanConfig, q, k, do, qk, inverse, scalars, dend) -> tuple[Array, ...]:
+def _scan_backward(config: ScanConfig, q, k, do, qk, inverse, scalars, dend) -> tuple[Array, ...]:
     """dV, the gradients of the states that leave chunks, and the gradient of the first state.
 
     Args:
       config: sizes.
       q, k: [B, T, G, K] bfloat16.
       do: gradient of the output, [B, T, H, V] bfloat16.
-      qk, inverse, scalars: see `forward`.
+      qk, inverse, scalars: see `_scan_forward`.
       dend: gradient of the last state, [B, H, K, V] float32.
     """
     out = [jax.ShapeDtypeStruct(do.shape, do.dtype), _states(config), jax.ShapeDtypeStruct(dend.shape, jnp.float32)]
@@ -272,3 +289,84 @@ def _call(config: ScanConfig, name: str, body, out, operands, state, blocks: int
         threads = {"num_threads": warpgroups, "thread_name": "warpgroup"}
     grid = (config.batch, config.heads, config.value // (V * warpgroups))
     return call_kernel(config, name, body, grid, out, scratch, (*operands, state), **threads)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunkwise(config: ScanConfig, q, k, v, scalars, start):
+    return _forward(config, False, q, k, v, scalars, start)[:2]
+
+
+def _chunkwise_forward(config, q, k, v, scalars, start):
+    o, end, *saved = _forward(config, True, q, k, v, scalars, start)
+    return (o, end), (q, k, v, scalars, saved)
+
+
+def _chunkwise_backward(config, inputs, cotangents):
+    q, k, v, scalars, saved = inputs
+    do, dend = cotangents
+    squares = 1 + 2 * config.beta
+    kernels = split_batch_and_heads(
+        _backward_kernels,
+        (config,),
+        config.axes,
+        operands=(TIME,) * 4 + (OTHER,) * (2 + squares) + (TIME,) * (2 * config.beta) + (OTHER,) * len(scalars),
+        results=(TIME,) * 3 + (OTHER,) * (1 + len(scalars)),
+    )
+    dq, dk, dv, dstart, *dscalars = kernels(q, k, v, do, dend, *saved, *scalars)
+    return dq, dk, dv, tuple(dscalars), dstart
+
+
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
+
+
+def _forward(config: ScanConfig, save: bool, q, k, v, scalars, start) -> tuple[Array, ...]:
+    """O, the last state and, to be saved, P, X, the states that enter chunks, and W."""
+    squares = 1 + 2 * config.beta
+    kernels = split_batch_and_heads(
+        _forward_kernels,
+        (config, save),
+        config.axes,
+        operands=(TIME,) * 3 + (OTHER,) * (1 + len(scalars)),
+        results=(TIME, OTHER) + ((OTHER,) * (squares + 1) + (TIME,) * (2 * config.beta)) * save,
+    )
+    return tuple(kernels(q, k, v, start, *scalars))
+
+
+def _forward_kernels(config: ScanConfig, save: bool, q, k, v, start, *scalars) -> tuple[Array, ...]:
+    """One device's shard of `_forward`."""
+    config = config.local(q, v)
+    qk, inverse = intra_chunk(config, q, k, scalars)
+    o, end, *saved = _scan_forward(config, save, q, k, v, qk, inverse, scalars, start)
+    return (o, end, qk, *inverse, *saved) if save else (o, end)
+
+
+def _backward_kernels(config: ScanConfig, q, k, v, do, dend, qk, *rest) -> tuple[Array, ...]:
+    """One device's shard of the gradients; rest: X, the states that enter chunks, W and the token scalars."""
+    config, parts = config.local(q, v), 2 * config.beta
+    inverse, states, w, scalars = rest[:parts], rest[parts], rest[parts + 1 : 2 * parts + 1], rest[2 * parts + 1 :]
+    dv, dstates, dstart = _scan_backward(config, q, k, do, qk, inverse, scalars, dend)
+    values = (w, (dv,)) if config.beta else ((v,), ())
+    dq, dk, dscalars = intra_chunk_backward(config, q, k, do, *values, states, dstates, scalars)
+    return (dq, dk, dv, dstart, *dscalars)
+
+
+def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs the delta rule, or linear attention where the call has no beta; one write per token.
+
+    Returns:
+      The output in bfloat16, and the state in float32.
+
+    Raises:
+      NotImplementedError: no kernel serves this machine or call; the message says why.
+    """
+    config = plan_call(call)
+    length, key, value = call.q.shape[1], call.q.shape[-1], call.v.shape[-1]
+
+    def pad(x, width):
+        return pad_time(pad_time(x, config.chunk), width, axis=3)
+
+    q, k, v = pad(call.q, config.key), pad(call.k, config.key), pad(call.v, config.value)
+    scalars = stack_scalars(config, call)
+    state = pad_time(pad_time(call.state.astype(jnp.float32), config.key, axis=2), config.value, axis=3)
+    o, end = _chunkwise(config, q, k, v, scalars, vary_like(state, q, k, v, *scalars))
+    return o[:, :length, :, :value], end[:, :, :key, :value]
