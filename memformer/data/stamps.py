@@ -56,7 +56,7 @@ def list_stamps(folder: str) -> tuple[Stamp, ...]:
     """All pictures with a caption below `folder`, sorted by path.
 
     Raises:
-      ValueError: the folder does not exist, or holds no captioned picture.
+      ValueError: the folder does not exist, has no captioned picture, or has a caption that cannot be read.
     """
     root = Path(folder)
     found = []
@@ -65,9 +65,9 @@ def list_stamps(folder: str) -> tuple[Stamp, ...]:
         if not text.is_file():
             continue
         # The other lines are translations.
-        words = clean_caption((text.read_text("utf-8").splitlines() or [""])[0])
+        words = clean_caption((_read_text(text, folder).splitlines() or [""])[0])
         if words:
-            fixed = options.is_file() and "nomirror" in options.read_text("utf-8").split()
+            fixed = options.is_file() and "nomirror" in _read_text(options, folder).split()
             found.append(Stamp(picture.relative_to(root).as_posix(), words, not fixed))
     if not found:
         state = "has no PNG with a caption" if root.is_dir() else "does not exist"
@@ -77,6 +77,13 @@ def list_stamps(folder: str) -> tuple[Stamp, ...]:
             "stamps; task.pictures='shapes' needs no files"
         )
     return tuple(sorted(found))
+
+
+def _read_text(path: Path, folder: str) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"task.folder {folder!r}: {path.name} cannot be read: {error}") from error
 
 
 @functools.cache
@@ -118,7 +125,8 @@ def read_pictures(folder: str, stamps: Sequence[Stamp], size: int) -> np.ndarray
         try:
             with Image.open(Path(folder, stamp.path)) as file:
                 opened = file.convert("RGBA")
-        except (OSError, UnidentifiedImageError) as error:
+        # Pillow raises SyntaxError and ValueError too for damaged chunks of a PNG.
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
             raise ValueError(f"task.folder {folder!r}: {stamp.path} cannot be read: {error}") from error
         white = Image.new("RGBA", opened.size, "white")
         scaled = ImageOps.pad(Image.alpha_composite(white, opened).convert("RGB"), (size, size), color="white")

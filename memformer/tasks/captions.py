@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -184,7 +185,7 @@ class Captions(Task):
         return {**make_example(inputs, targets, weights, used), "picture": picture}
 
     def _root(self) -> str:
-        return self.folder or stamps.STAMPS_FOLDER
+        return os.path.expanduser(self.folder) or stamps.STAMPS_FOLDER
 
 
 @functools.cache

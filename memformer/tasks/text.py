@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 
 import numpy as np
 
@@ -105,7 +106,7 @@ class Text(Task):
                 _LOG.warning("task text: the %s split has %d bytes, less than a window of %d", split, size, self.length)
 
     def _root(self) -> str:
-        return self.folder or standard_library()
+        return os.path.expanduser(self.folder) or standard_library()
 
 
 # The standard library has about 15 MB.

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -161,7 +162,7 @@ class Translation(Task):
 
     def _root(self) -> str:
         """Folder of the modules; "" for the slice."""
-        root = "" if self.corpus == "slice" else find_verses(self.folder) or ""
+        root = "" if self.corpus == "slice" else find_verses(os.path.expanduser(self.folder)) or ""
         if not root and (self.corpus == "installed" or self.folder):
             raise ValueError(
                 f"task.folder {self.folder!r} has no verses: install them (apt-get install "

@@ -219,6 +219,13 @@ def test_without_the_package(tmp_path):
                 ask(task)
 
 
+def test_a_caption_that_cannot_be_read(tmp_path):
+    (tmp_path / "one.png").write_bytes(b"")
+    (tmp_path / "one.txt").write_bytes(b"A caf\xe9.\n")
+    with pytest.raises(ValueError, match="one.txt cannot be read: .*utf-8"):
+        list_stamps(str(tmp_path))
+
+
 def test_a_picture_that_cannot_be_read(tmp_path):
     for i in range(20):
         (tmp_path / f"bad{i}.png").write_bytes(b"no picture")

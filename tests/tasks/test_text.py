@@ -147,6 +147,17 @@ def test_the_standard_library_is_large_enough():
     assert got == want
 
 
+def test_a_folder_below_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    task = Text(folder=f"~/{folder.name}")
+    assert task.documents("train") == Text(folder=str(folder)).documents("train")
+
+
+def test_a_file_instead_of_its_folder(folder):
+    with pytest.raises(ValueError, match="which is a file: name its folder"):
+        Text(folder=str(folder / "b.py")).source("train", 0)
+
+
 def test_missing_folder(tmp_path):
     with pytest.raises(ValueError, match="task.folder must be a folder of text files, got .*nowhere.*does not exist"):
         Text(folder=str(tmp_path / "nowhere")).source("train", 0)
