@@ -1,11 +1,10 @@
-"""Measurements that need more than loss and accuracy: python -m memformer.lab NAME [RUN_FOLDER...]
+"""Studies of what memories hold and models learn: python -m memformer.lab NAME [RUN_FOLDER...]
 
-A laboratory module has `measure(runs, study)`, which reads finished runs of train.py, or, where it needs none,
-`measure(study, quick=)`. It states the claim and what came out, and hands tables and figures to the study, which
-writes them.
+Each module declares one or two studies as data (`memformer.lab.study.Study`): the claim, the configs to train or the
+sizes to simulate, and functions from the result to a verdict and a figure. `memformer.lab.runner` runs them all.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 
 from memformer.lab import (
     capacity,
@@ -15,6 +14,7 @@ from memformer.lab import (
     context,
     convergence,
     convergence_deep,
+    coreference,
     ffn,
     hierarchy,
     kernels,
@@ -24,45 +24,41 @@ from memformer.lab import (
     path,
     reachability,
     recurrent,
-    reference,
-    segments,
+    segment_recall,
     snr,
     snr_trained,
     swap,
     translation,
     words,
 )
-from memformer.lab.study import Study
-from memformer.training.evaluation import LoadedRun
+from memformer.lab.study import Quick, Result, Study, Table, Verdict
 
-__all__ = ["LABS", "SIMULATIONS", "Study"]
+__all__ = ["STUDIES", "Quick", "Result", "Study", "Table", "Verdict"]
 
-# Both in the order of docs/results.md; simulations come first.
-SIMULATIONS: dict[str, Callable[..., None]] = {
-    "snr": snr.measure,
-    "snr_trained": snr_trained.measure,
-    "compression": compression.measure,
-    "capacity": capacity.measure,
-    "capacity_trained": capacity_trained.measure,
-    "convergence": convergence.measure,
-    "convergence_deep": convergence_deep.measure,
-    "context": context.measure,
-    "path": path.measure,
-    "ffn": ffn.measure,
-    "swap": swap.measure,
-    "curriculum": swap.measure_curriculum,
-    "kernels": kernels.measure,
-    "mqar": mqar.measure,
-    "reachability": reachability.measure,
-    "words": words.measure,
-    "hierarchy": hierarchy.measure,
-}
-LABS: dict[str, Callable[[Sequence[LoadedRun], Study], None]] = {
-    "recurrent": recurrent.measure,
-    "translation": translation.measure,
-    "captions": captions.measure,
-    "ntm": ntm.measure,
-    "coreference": reference.measure,
-    "lookup": lookup.measure,
-    "segments": segments.measure,
+# In the order of docs/results.md.
+STUDIES: Mapping[str, Study] = {
+    "snr": snr.SNR,
+    "snr_trained": snr_trained.SNR_TRAINED,
+    "compression": compression.COMPRESSION,
+    "capacity": capacity.CAPACITY,
+    "capacity_trained": capacity_trained.CAPACITY_TRAINED,
+    "convergence": convergence.CONVERGENCE,
+    "convergence_deep": convergence_deep.CONVERGENCE_DEEP,
+    "context": context.CONTEXT,
+    "path": path.PATH,
+    "ffn": ffn.FFN,
+    "swap": swap.SWAP,
+    "curriculum": swap.CURRICULUM,
+    "kernels": kernels.KERNELS,
+    "mqar": mqar.MQAR,
+    "reachability": reachability.REACHABILITY,
+    "words": words.WORDS,
+    "hierarchy": hierarchy.HIERARCHY,
+    "recurrent": recurrent.RECURRENT,
+    "translation": translation.TRANSLATION,
+    "captions": captions.CAPTIONS,
+    "ntm": ntm.NTM,
+    "coreference": coreference.COREFERENCE,
+    "lookup": lookup.LOOKUP,
+    "segment_recall": segment_recall.SEGMENT_RECALL,
 }

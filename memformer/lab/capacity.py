@@ -1,23 +1,23 @@
-"""Capacity: how many key-value pairs a memory of so many bytes gives back, and how many after each was written anew.
+"""Capacity: the number of key-value pairs that a memory of so many bytes recalls, and after each was rewritten.
 
-N random keys, each with a value of V random bits, are written one after the other; then every key is asked for, and a
-pair is recalled if the sign of each of the V numbers read is right. The capacity is the largest N of which 99% are.
-Written anew means two values for each key, in random order; only the later counts.
+N random keys, each with a value of V random bits, are written one after the other; then every key is queried, and a
+pair is recalled if the sign of each of the V numbers read is correct. The capacity is the largest N of which 99% are.
+Rewritten means two values for each key, in random order; only the later counts.
 
-A matrix memory spends its B bytes (float32) on a matrix K x V: K = B / 4V. A cache spends them on slots of K + V
-numbers, with the K that serves it best. Nothing is trained; theory (arXiv 2505.19488, section 2, for sums over random
-keys): a number read is 1 plus noise of variance (N - 1) / K in a linear memory, (N - 1) exp(2 - 2 sqrt K) in softmax
-attention. V of them are right in 99% of the pairs where 1 / variance >= z^2 with P(normal < z)^V = 0.99.
+A matrix memory spends its B bytes (float32) on a K x V matrix: K = B / 4V. A cache spends them on slots of K + V
+numbers, with the best K. Nothing is trained; theory (arXiv 2505.19488, section 2, for sums over random keys): a number
+read is 1 plus noise of variance (N - 1) / K in a linear memory, (N - 1) exp(2 - 2 sqrt K) in softmax attention. V of
+them are correct in 99% of the pairs where 1 / variance >= z^2 with P(normal < z)^V = 0.99.
 
-Keys are random, as theory has them. Orthogonal ones would let every matrix memory recall as many pairs as it has rows:
-what training can find is measured by `segments`. It matters most to ARMT, whose read divides by z . phi and so answers
+Keys are random, as in theory. Orthogonal ones would let every matrix memory recall as many pairs as it has rows:
+`segment_recall` measures what training can find. It matters most to ARMT, whose read divides by z . phi and so answers
 a key that matches little (random DPFP features have a cosine of 0.1) as if it matched in full.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import NormalDist
 from typing import Any
 
@@ -25,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memformer.lab.study import Study, new_figure
+from memformer.lab.plots import DOTTED, plot_lines
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in, pivot
 from memformer.ops.associative import NEIGHBOURS, AssociativeMemory, associative_read, associative_write, dpfp
 from memformer.ops.delta_product import delta_product
 from memformer.ops.delta_rule import delta_rule
@@ -33,28 +34,25 @@ from memformer.ops.deltaformer import deltaformer
 from memformer.ops.linear_attention import linear_attention
 from memformer.ops.softmax_attention import softmax_attention
 from memformer.training.metrics import say
-from memformer.training.plots import COLOURS
 
-__all__ = ["NUMBER", "RECALLERS", "Recaller", "Writes", "capacity", "draw_writes", "measure", "recalled", "theory"]
+__all__ = ["CAPACITY", "NUMBER", "RECALLERS", "Recaller", "Writes", "capacity", "draw_writes", "recalled", "theory"]
 
 GOAL = 0.99
 # Bytes of a number of state.
 NUMBER = 4
-# Half-lives of the decaying memory, as parts of the number of writes; it is given its best.
+# Half-lives of the decaying memory, as parts of the number of writes; the best one counts.
 HALF_LIVES = (0.125, 0.25, 0.5, 1.0, math.inf)
-# Key widths that a cache may choose among.
-CACHE_WIDTHS = (4, 8, 16, 24, 32, 48, 64)
 
 Read = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Writes:
-    """A sequence of writes, padded to T, and what should be read after it.
+    """A sequence of writes, padded to T, and the values to be read after it.
 
     Attributes:
-      order: which pair each token writes, [T].
-      values: what it writes, -1 and 1, [T, V].
+      order: the pair that each token writes, [T].
+      values: its value, of -1 and 1, [T, V].
       valid: False for padding, [T].
       answers: the latest value of each pair, [P, V]; only the first `pairs` are asked for.
       pairs: N.
@@ -72,7 +70,7 @@ def draw_writes(pairs: int, times: int, *, tokens: int, most: int, value_width: 
 
     Args:
       pairs: N.
-      times: writes of each key.
+      times: number of writes per key.
       tokens: T >= N * times.
       most: P >= N.
       value_width: V.
@@ -89,21 +87,21 @@ def draw_writes(pairs: int, times: int, *, tokens: int, most: int, value_width: 
     order[:count] = rng.permutation(np.tile(np.arange(pairs), times))
     values = 2.0 * rng.integers(2, size=(tokens, value_width)) - 1
     answers = np.zeros((most, value_width))
-    # of equal places the last assignment stays
+    # the last of several assignments to one index holds
     answers[order[:count]] = values[:count]
     return Writes(order, values.astype(np.float32), valid, answers.astype(np.float32), pairs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recaller:
-    """One memory: how it writes a sequence and reads every key, and what its state costs.
+    """One memory: its write and read of every key, and the size of its state.
 
     Attributes:
-      read: (keys [P, K], k [T, K], v [T, V], valid [T], rate) -> what it answers to each key, [P, V]; rate is the log
-        decay of a write, which only the decaying memory takes.
-      floats: numbers of state for a key width and a value width; of one slot where there are slots.
+      read: (keys [P, K], k [T, K], v [T, V], valid [T], rate) -> the value read at each key, [P, V]; rate is the log
+        decay per write, which only the decaying memory uses.
+      floats: numbers of state for a key width and a value width; per slot where there are slots.
       slots: whether the state is a cache.
-      unit: keys of length 1; else sqrt(K), the length of Gaussian keys.
+      unit: keys have length 1; else sqrt(K), the length of Gaussian keys.
       decays: whether the best of HALF_LIVES is taken.
     """
 
@@ -139,7 +137,7 @@ def _delta(keys: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, rate: 
 
 
 def _product(keys: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, rate: jax.Array) -> jax.Array:
-    """Two pairs a token."""
+    """Two pairs per token."""
     beta = valid.astype(jnp.float32).reshape(1, -1, 2, 1)
     k, v = k.reshape(1, -1, 2, 1, k.shape[1]), v.reshape(1, -1, 2, 1, v.shape[1])
     _, state = delta_product(k[:, :, 0], k, v, beta)
@@ -162,7 +160,7 @@ def _associative(correction: bool, keys: jax.Array, k: jax.Array, v: jax.Array, 
 
 
 def _cached(attend: Callable[..., Any], keys: jax.Array, k: jax.Array, v: jax.Array, valid: jax.Array, rate: jax.Array):
-    """Writes, then one token more, which asks for every key, a head each, and writes a zero."""
+    """Writes, then one more token, which queries one key per head and writes a zero."""
     _, state = attend(k[None, :, None], k[None, :, None], v[None, :, None], segment_ids=_ids(valid))
     blank = jnp.zeros((1, 1, 1, v.shape[1]), v.dtype)
     return attend(keys[None, None], jnp.zeros_like(k[None, :1, None]), blank, initial_state=state)[0][0, 0]
@@ -186,7 +184,7 @@ RECALLERS: dict[str, Recaller] = {
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(name: str, keys: jax.Array, order: jax.Array, values: jax.Array, valid: jax.Array, rate: jax.Array):
-    """Which values are right in every bit needs the answers, so this gives what is read."""
+    """The values read at every key."""
     written = jnp.where(valid[:, None], jnp.take(keys, order, axis=0), 0)
     return RECALLERS[name].read(keys, written, jnp.where(valid[:, None], values, 0), valid, rate)
 
@@ -199,7 +197,7 @@ def _keys(count: int, width: int, unit: bool, seed: int) -> jax.Array:
 
 
 def recalled(name: str, writes: Writes, key_width: int, seed: int) -> float:
-    """Share of the pairs that a memory gives back with every bit right.
+    """Share of the pairs that a memory recalls with every bit correct.
 
     Args:
       name: in RECALLERS.
@@ -219,8 +217,8 @@ def recalled(name: str, writes: Writes, key_width: int, seed: int) -> float:
     shares = []
     for rate in rates:
         read = _run(name, keys, writes.order, writes.values, writes.valid, jnp.float32(rate))
-        right = np.all(np.asarray(read)[: writes.pairs] * writes.answers[: writes.pairs] > 0, axis=1)
-        shares.append(float(np.mean(right)))
+        correct = np.all(np.asarray(read)[: writes.pairs] * writes.answers[: writes.pairs] > 0, axis=1)
+        shares.append(float(np.mean(correct)))
     return max(shares)
 
 
@@ -231,8 +229,8 @@ def capacity(name: str, key_width: int, *, value_width: int, times: int, most: i
       name: in RECALLERS.
       key_width: K.
       value_width: V.
-      times: writes of each key.
-      most: where to stop looking.
+      times: number of writes per key.
+      most: the largest number that is tried.
       seed: of keys, order and values.
 
     Example:
@@ -245,7 +243,7 @@ def capacity(name: str, key_width: int, *, value_width: int, times: int, most: i
         return recalled(name, draw_writes(pairs, times, seed=seed, **sizes), key_width, seed) >= GOAL
 
     good, bad = 0, most + 1
-    # doubling first: most of the answers are far below `most`
+    # doubling first: most answers are far below `most`
     pairs = 1
     while bad - good > 1:
         if holds(pairs):
@@ -258,7 +256,7 @@ def capacity(name: str, key_width: int, *, value_width: int, times: int, most: i
 
 
 def theory(slots: bool, size: int, value_width: int) -> float:
-    """Pairs that theory gives a linear memory (of a matrix of `size` bytes) or softmax attention (of that cache).
+    """Pairs that theory lets a linear memory (a matrix of `size` bytes) or softmax attention (that cache) recall.
 
     Example:
       >>> round(theory(False, 4096, 4), 1), round(theory(True, 4096, 4), 1)
@@ -267,28 +265,15 @@ def theory(slots: bool, size: int, value_width: int) -> float:
     squared = NormalDist().inv_cdf(GOAL ** (1 / value_width)) ** 2
     if not slots:
         return 1 + size / (NUMBER * value_width) / squared
-    told = (1 + math.exp(2 * math.sqrt(width) - 2) / squared for width in range(1, 257))
-    return max(min(size / (NUMBER * (width + value_width)), pairs) for width, pairs in enumerate(told, 1))
+    kept = (1 + math.exp(2 * math.sqrt(width) - 2) / squared for width in range(1, 257))
+    return max(min(size / (NUMBER * (width + value_width)), pairs) for width, pairs in enumerate(kept, 1))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is measured: bytes of state, bits of a value, seeds, key widths of caches, where to stop with them."""
-
-    sizes: tuple[int, ...]
-    bits: tuple[int, ...]
-    seeds: int
-    widths: tuple[int, ...]
-    most: int
-
-
-QUICK = _Plan((1024, 4096), (4,), 2, (12, 16, 48), 64)
-FULL = _Plan((1024, 4096, 16384), (4, 64), 5, CACHE_WIDTHS, 512)
-WRITTEN = {1: "once", 2: "anew"}
+WRITTEN = {1: "once", 2: "rewritten"}
 
 
 def _matrix_pairs(name: str, size: int, bits: int, times: int, seeds: int) -> list[int]:
-    """Of each seed, with the widest key that the bytes allow."""
+    """Capacity by seed, with the widest key that the bytes allow."""
     width = size // (NUMBER * RECALLERS[name].floats(1, bits))
     if width < 2:
         return [0] * seeds
@@ -297,103 +282,122 @@ def _matrix_pairs(name: str, size: int, bits: int, times: int, seeds: int) -> li
     return [capacity(name, width, seed=seed, **sizes) for seed in range(seeds)]
 
 
-def _cache_pairs(name: str, plan: _Plan, bits: int, times: int) -> dict[int, list[int]]:
-    """By size, of each seed, with the key width that serves best: it tells pairs apart, but takes room from slots."""
+def _cache_pairs(name: str, settings: Settings, bits: int, times: int) -> dict[int, list[int]]:
+    """Capacity by size and seed, with the best key width: a wide key separates pairs, but leaves fewer slots."""
     memory = RECALLERS[name]
-    sizes = {"value_width": bits, "times": times, "most": plan.most}
-    seeds = range(plan.seeds)
-    told = {width: [capacity(name, width, seed=seed, **sizes) for seed in seeds] for width in plan.widths}
+    sizes = {"value_width": bits, "times": times, "most": settings["most"]}
+    seeds = range(settings["seeds"])
+    capacities = {width: [capacity(name, width, seed=seed, **sizes) for seed in seeds] for width in settings["widths"]}
     found = {}
-    for size in plan.sizes:
-        room = {width: size // (NUMBER * memory.floats(width, bits)) // times for width in told}
+    for size in settings["sizes"]:
+        room = {width: size // (NUMBER * memory.floats(width, bits)) // times for width in capacities}
         # one width for all seeds
-        best = max(told, key=lambda width: float(np.median(np.minimum(told[width], room[width]))))
-        found[size] = [min(pairs, room[best]) for pairs in told[best]]
+        best = max(capacities, key=lambda width: float(np.median(np.minimum(capacities[width], room[width]))))
+        found[size] = [min(pairs, room[best]) for pairs in capacities[best]]
     return found
 
 
-def measure(study: Study, *, quick: bool) -> None:
-    """Counts what each memory of the table recalls, by the bytes of its state."""
-    plan = QUICK if quick else FULL
-    study.claim = (
-        "At equal bytes of state a linear memory recalls 1 + K / z^2 random pairs and softmax attention as many as "
-        "its cache has slots once keys are O(log^2 N) wide (2505.19488, section 2); only memories with a delta rule "
-        "recall keys that were written anew (2102.11174; ARMT, 2407.04841; DeltaFormer)."
-    )
-    found: dict[tuple[int, int, str, int], list[int]] = {}
-    for bits in plan.bits:
+def _measure(runs: Runs, settings: Settings) -> Result:
+    rows = []
+    for bits in settings["bits"]:
         for times in WRITTEN:
-            for name, memory in RECALLERS.items():
-                if memory.slots:
-                    by_size = _cache_pairs(name, plan, bits, times)
-                else:
-                    by_size = {size: _matrix_pairs(name, size, bits, times, plan.seeds) for size in plan.sizes}
-                for size, pairs in by_size.items():
-                    found[bits, times, name, size] = pairs
-            say(f"values of {bits} bits, written {WRITTEN[times]}: done")
-    rows = [_row(found, plan, bits, times, name) for bits in plan.bits for times in WRITTEN for name in RECALLERS]
-    study.add_table(f"Pairs recalled by bytes of state (median, lowest and highest of {plan.seeds} seeds)", rows)
-    study.outcome = _outcome(found, plan)
-    study.values = {"seeds": plan.seeds, "key widths of caches": plan.widths, "share": GOAL}
-    _draw(study, found, plan)
+            rows += [_row(name, settings, bits, times) for name in RECALLERS]
+            say(f"values of {bits} bits, {WRITTEN[times]}: done")
+    title = f"Pairs recalled by bytes of state (median, least and most of {settings['seeds']} seeds)"
+    values = {"seeds": settings["seeds"], "key widths of caches": settings["widths"], "share": GOAL}
+    return Result([Table(title, rows)], values)
 
 
-def _row(found: dict, plan: _Plan, bits: int, times: int, name: str) -> dict[str, Any]:
-    row: dict[str, Any] = {"bits of a value": bits, "written": WRITTEN[times], "memory": name}
-    for size in plan.sizes:
-        pairs = found[bits, times, name, size]
+def _row(name: str, settings: Settings, bits: int, times: int) -> Row:
+    if RECALLERS[name].slots:
+        found = _cache_pairs(name, settings, bits, times)
+    else:
+        seeds = settings["seeds"]
+        found = {size: _matrix_pairs(name, size, bits, times, seeds) for size in settings["sizes"]}
+    row: dict[str, Any] = {"bits per value": bits, "written": WRITTEN[times], "memory": name}
+    for size, pairs in found.items():
         row[f"{size} bytes"] = f"{np.median(pairs):g} ({min(pairs)}-{max(pairs)})"
     return row
 
 
-def _outcome(found: dict, plan: _Plan) -> str:
-    size = plan.sizes[-1]
-    medians = {key: float(np.median(pairs)) for key, pairs in found.items()}
-    parts = []
-    for bits in plan.bits:
-        for times, written in WRITTEN.items():
-            told = ", ".join(f"{name} {medians[bits, times, name, size]:g}" for name in RECALLERS)
-            parts.append(f"values of {bits} bits written {written}: {told}")
-    ratios = []
-    for name, slots in (("linear attention", False), ("softmax attention", True)):
-        of_theory = [medians[bits, 1, name, n] / theory(slots, n, bits) for n in plan.sizes for bits in plan.bits]
-        ratios.append(f"{min(of_theory):.2f} to {max(of_theory):.2f} of theory's pairs in {name}")
-    never = [name for name in RECALLERS if not any(medians[b, 2, name, n] for b in plan.bits for n in plan.sizes)]
-    return (
-        f"pairs recalled with {size} bytes: {'; '.join(parts)}. Written once, all sizes: {' and '.join(ratios)}. "
-        f"Keys written anew are never recalled by {' and '.join(never) or 'none'}."
+def _by_size(row: Row) -> dict[int, list[float]]:
+    """Bytes of state to [median, least, most]."""
+    return {int(name.split()[0]): numbers_in(cell) for name, cell in row.items() if name.endswith(" bytes")}
+
+
+def _judge(result: Result) -> Verdict:
+    once, rewritten, ratios = {}, {}, []
+    for row in result.rows():
+        found = {size: cell[0] for size, cell in _by_size(row).items()}
+        most = found[max(found)]
+        if row["written"] == "rewritten":
+            rewritten[row["memory"], row["bits per value"]] = most
+        elif row["memory"] in ("linear attention", "softmax attention"):
+            slots = row["memory"] == "softmax attention"
+            ratios += [pairs / theory(slots, size, row["bits per value"]) for size, pairs in found.items()]
+            once[row["memory"], row["bits per value"]] = most
+    near = 0.5 < min(ratios) and max(ratios) < 2
+    never = [name for name in RECALLERS if max(rewritten[name, bits] for bits in (4, 64)) == 0]
+    delta = rewritten["delta rule", 4]
+    holds = never == ["linear attention", "softmax attention"] and rewritten["linear attention, decay", 4] < 0.1 * delta
+    return Verdict(
+        "confirmed" if near and holds else "partly confirmed" if near or holds else "refuted",
+        f"Linear and softmax attention recall {min(ratios):.2f} to {max(ratios):.2f} times theory's pairs written once "
+        f"and none rewritten, where the delta rule recalls {delta:g} (16 KiB, values of 4 bits); random keys suit ARMT "
+        f"least ({rewritten['ARMT', 4]:g}).",
     )
 
 
-def _draw(study: Study, found: dict, plan: _Plan) -> None:
-    figure, axes = new_figure(len(plan.bits), 2, width=10.0, height=3.3 * len(plan.bits) + 0.8)
-    # the lines of these two would lie on those of the delta rule and of ARMT
-    drawn = [name for name in RECALLERS if name not in ("delta product", "ARMT without gamma")]
-    markers = dict(zip(drawn, "osD^vP", strict=True))
-    for line, bits in zip(axes, plan.bits, strict=True):
-        for axis, times in zip(line, WRITTEN, strict=True):
-            for colour, name in zip(COLOURS, drawn, strict=True):
-                pairs = np.array([found[bits, times, name, size] for size in plan.sizes])
-                axis.plot(plan.sizes, np.median(pairs, axis=1), markers[name], ls="-", ms=4.5, color=colour, label=name)
-                axis.fill_between(plan.sizes, pairs.min(axis=1), pairs.max(axis=1), color=colour, alpha=0.2, lw=0)
-            if times == 1:
-                for slots, style in ((False, ":"), (True, "--")):
-                    label = f"theory: {'softmax' if slots else 'linear'}"
-                    expected = [theory(slots, size, bits) for size in plan.sizes]
-                    axis.plot(plan.sizes, expected, style, color="0.35", label=label)
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(plan.sizes, [f"{size // 1024}" for size in plan.sizes])
-            axis.set_yscale("symlog", linthresh=1, base=2)
-            axis.set_ylim(0, None)
-            axis.set_yticks([0, 1, 4, 16, 64, 256], ["0", "1", "4", "16", "64", "256"])
-            axis.set_title(f"values of {bits} bits, {'each key once' if times == 1 else 'each key twice'}")
-            axis.set_xlabel("state, KiB")
-            axis.set_ylabel("pairs recalled (99%)")
-    named = dict(zip(*reversed(axes[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(named.values(), named, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
-    study.save_figure(
-        figure,
-        "pairs",
-        "Random pairs recalled against bytes of state, untrained; bands: all seeds. The delta product is as the delta "
-        f"rule, ARMT without gamma as ARMT. Claim: {study.claim}",
+def _summary(result: Result) -> list[Row]:
+    rows = [{**row, "kind": f"{row['bits per value']} bits, {row['written']}"} for row in result.rows()]
+    return pivot(rows, "memory", "kind", "16384 bytes", corner="pairs recalled in 16 KiB")
+
+
+def _draw(result: Result) -> Any:
+    panels: dict[str, dict[str, Any]] = {}
+    for row in result.rows():
+        # these two coincide with the delta rule and ARMT
+        if row["memory"] not in ("delta product", "ARMT without gamma"):
+            title = f"{row['bits per value']}-bit values, {row['written'].replace('once', 'written once')}"
+            points = {size / 1024: cell for size, cell in _by_size(row).items()}
+            panels.setdefault(title, {})[row["memory"]] = points
+            if row["written"] == "once":
+                for slots, name in ((False, "theory, linear attention"), (True, "theory, softmax attention")):
+                    panels[title][name] = {
+                        kib: theory(slots, round(1024 * kib), row["bits per value"]) for kib in points
+                    }
+    panels = {
+        title: {name: panel[name] for name in sorted(panel, key=lambda name: name.startswith("theory"))}
+        for title, panel in panels.items()
+    }
+    styles: Mapping[str, Row] = {
+        "theory, linear attention": DOTTED,
+        "theory, softmax attention": {**DOTTED, "linestyle": "--", "marker": ""},
+    }
+    return plot_lines(
+        panels, x="state, KiB", y="pairs recalled (99%)", columns=2, styles=styles, x_base=2, y_scale="symlog"
     )
+
+
+CAPACITY = Study(
+    name="capacity",
+    title="Capacity of untrained memories",
+    claim="At equal bytes of state a linear memory recalls 1 + K / z^2 random pairs and softmax attention as many as "
+    "its cache has slots once keys are O(log^2 N) wide; only memories with a delta rule recall rewritten keys.",
+    source="arXiv 2505.19488, section 2; 2102.11174; 2407.04841; DeltaFormer, NeurIPS 2025",
+    measure=_measure,
+    judge=_judge,
+    draw=_draw,
+    caption="Random pairs recalled by bytes of state without training; bands: all seeds. The delta product coincides "
+    "with the delta rule, ARMT without gamma with ARMT.",
+    settings={
+        "sizes": (1024, 4096, 16384),
+        "bits": (4, 64),
+        "seeds": 5,
+        # key widths that a cache may choose among, and the most pairs that are tried in it
+        "widths": (4, 8, 16, 24, 32, 48, 64),
+        "most": 512,
+    },
+    quick=Quick(settings={"sizes": (1024, 4096), "bits": (4,), "seeds": 2, "widths": (12, 16, 48), "most": 64}),
+    summary=_summary,
+)

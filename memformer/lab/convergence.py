@@ -1,7 +1,7 @@
-"""How a memory's answer moves as the context grows: does it settle, and does it follow when the world changes?
+"""Convergence of a memory's answer as the context grows, and its recovery after a change of the map.
 
-A fixed query q reads a stream of pairs v_t = W k_t + noise at every step; o_t is what the memory answers then. Softmax
-attention is an update with a vanishing step (arXiv 2505.19488, section 2.2.2):
+A fixed query q reads a stream of pairs v_t = W k_t + noise at every step; o_t is the answer. Softmax attention is an
+update with a vanishing step (arXiv 2505.19488, section 2.2.2):
 
     o_t = o_(t-1) + (kappa_t / Z_t)(v_t - o_(t-1)),    kappa_t / Z_t ~ 1 / t
 
@@ -11,7 +11,8 @@ o_inf = W s q, since the keys that count are then distributed as N(s q, I).
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +21,17 @@ import numpy as np
 from memformer.core.numerics import l2norm
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array
-from memformer.lab.study import Study, new_figure
+from memformer.lab.plots import draw_bars, draw_lines, new_figure
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict
 from memformer.ops.delta_rule import delta_rule
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.linear_attention import linear_attention
 from memformer.ops.softmax_attention import softmax_attention
 from memformer.training.metrics import say
-from memformer.training.plots import COLOURS
 
-__all__ = ["READERS", "Reader", "answers", "measure", "recovery", "slope"]
+__all__ = ["CONVERGENCE", "READERS", "Reader", "answers", "recovery", "slope"]
 
-# Width of all heads together, and of what is answered.
+# Width of all heads together, and of the answer.
 WIDTH = 64
 NOISE = 0.1
 DECAY = -0.02
@@ -100,7 +101,7 @@ def _stream(seed: int, steps: int, heads: int, batch: int, change: int | None, *
 
 
 def answers(name: str, *, steps: int, heads: int, batch: int, change: int | None = None, seed: int = 0) -> np.ndarray:
-    """What a fixed query is answered after each step, [B, T, heads * V].
+    """Answers to a fixed query after each step, [B, T, heads * V].
 
     Args:
       name: a key of `READERS`.
@@ -130,12 +131,12 @@ def _moves(outputs: np.ndarray) -> np.ndarray:
 
 
 def recovery(name: str, change: int, *, steps: int, heads: int, batch: int, seed: int = 0) -> int | None:
-    """Steps after a change of the map at `change` until half of the way to the new answer is gone.
+    """Steps after a change of the map until the answer is halfway to the new one.
 
-    Old and new answer are those of streams that never change, averaged over the streams' last half.
+    Old and new answer are those of streams that never change, averaged over the last half of the streams.
 
     Returns:
-      Steps, or None where those up to `steps` are not enough.
+      Steps, or None if the stream of `steps` ends before.
     """
     moved = answers(name, steps=steps, heads=heads, batch=batch, change=change, seed=seed)
     old = moved[:, change // 2 : change].mean(axis=1)
@@ -146,50 +147,25 @@ def recovery(name: str, change: int, *, steps: int, heads: int, batch: int, seed
     return int(np.argmax(reached)) + 1 if reached.any() else None
 
 
-def measure(study: Study, *, quick: bool) -> None:
-    """Moves, distance to the limit and recovery, by memory and number of heads."""
-    steps, batch = (512, 8) if quick else (4096, 32)
-    head_counts = (1,) if quick else (1, 8, 16)
-    changes = (32, 64, 128) if quick else (32, 64, 128, 256, 512, 1024)
-    study.claim = (
-        "Softmax attention's step vanishes as 1/t and its answer settles as 1/sqrt t, so that after a change of the "
-        "map at time t it recovers in a time that grows with t; memories with a decay or with the delta rule at "
-        "constant beta keep moving and recover in a constant time (2505.19488, section 2.2.2)."
-    )
-    times = np.arange(steps // 16, steps)
-    curves, rows = {}, []
-    for heads in head_counts:
+def _measure(runs: Runs, settings: Settings) -> Result:
+    steps, batch, changes = (settings[name] for name in ("steps", "streams", "changes"))
+    times, rows = np.arange(steps // 16, steps), []
+    for heads in settings["heads"]:
         for name in READERS:
-            outputs = answers(name, steps=steps, heads=heads, batch=batch)
-            moves = _moves(outputs)
-            curves[name, heads] = moves
-            back = [recovery(name, change, steps=steps, heads=heads, batch=batch) for change in changes]
+            moves = _moves(answers(name, steps=steps, heads=heads, batch=batch))
             row: dict = {"memory": name, "heads": heads, "slope of moves": round(slope(times, moves[times - 1]), 2)}
-            for change, taken in zip(changes, back, strict=True):
+            for change in changes:
+                taken = recovery(name, change, steps=steps, heads=heads, batch=batch)
                 row[f"recovery, change at {change}"] = "never" if taken is None else taken
             rows.append(row)
         say(f"{heads} heads: done")
-    study.add_table(f"Slope of log |o_t - o_(t-1)| against log t to t = {steps}, and steps to recover half", rows)
-    limits = [_settling(heads, steps, batch) for heads in head_counts]
-    study.add_table("Softmax: slope of log |o_t - o_inf| against log t", limits)
-    first, last = changes[0], changes[-1]
-    by_name = {row["memory"]: row for row in rows if row["heads"] == head_counts[0]}
-    study.outcome = (
-        "Slopes of the moves with one head: "
-        + ", ".join(f"{name} {row['slope of moves']}" for name, row in by_name.items())
-        + f"; softmax's distance to its limit falls with slope {limits[0]['slope']}. Steps to recover half after a "
-        f"change at {first} and {last}: "
-        + ", ".join(
-            f"{name} {row[f'recovery, change at {first}']} and {row[f'recovery, change at {last}']}"
-            for name, row in by_name.items()
-        )
-        + "."
-    )
-    study.values = {"steps": steps, "streams": batch, "width": WIDTH, "beta": BETA, "decay": DECAY, "noise": NOISE}
-    _draw(study, curves, rows, changes, head_counts)
+    title = f"Slope of log |o_t - o_(t-1)| against log t to t = {steps}, and steps until halfway to the new answer"
+    limits = [_settling(heads, steps, batch) for heads in settings["heads"]]
+    values = {"steps": steps, "streams": batch, "width": WIDTH, "beta": BETA, "decay": DECAY, "noise": NOISE}
+    return Result([Table(title, rows), Table("Softmax: slope of log |o_t - o_inf| against log t", limits)], values)
 
 
-def _settling(heads: int, steps: int, batch: int) -> dict:
+def _settling(heads: int, steps: int, batch: int) -> Row:
     """Distance of softmax's answer to W s q, with s = 1 / sqrt K."""
     q, _, _, maps = _stream(0, steps, heads, batch, None, unit=False)
     limit = jnp.einsum("bhk,bhkv->bhv", q[:, 0] / math.sqrt(WIDTH // heads), maps[0]).reshape(batch, 1, WIDTH)
@@ -199,38 +175,62 @@ def _settling(heads: int, steps: int, batch: int) -> dict:
     return {"heads": heads, "slope": round(slope(times, distance[times - 1]), 2)}
 
 
-def _draw(study: Study, curves: dict, rows: list[dict], changes: Sequence[int], head_counts: Sequence[int]) -> None:
-    figure, axes = new_figure(1, 2, width=9.0, height=3.6)
-    left, right = axes[0]
-    for colour, name in zip(COLOURS, READERS, strict=False):
-        for heads, style in zip(head_counts, ("-", "--", ":"), strict=False):
-            moves = curves[name, heads]
-            # means over windows that grow with time: a line that can be read
-            edges = np.unique(np.geomspace(4, len(moves), 30).astype(int))
-            means = [moves[a:b].mean() for a, b in zip(edges[:-1], edges[1:], strict=True)]
-            label = name if heads == head_counts[0] else None
-            left.plot(np.sqrt(edges[:-1] * edges[1:]), means, style, color=colour, label=label, linewidth=1.4)
-        row = next(row for row in rows if row["memory"] == name and row["heads"] == head_counts[0])
-        taken = [row[f"recovery, change at {change}"] for change in changes]
-        right.plot(
-            changes, [math.nan if n == "never" else n for n in taken], "o-", color=colour, label=name, markersize=4
-        )
-    left.set_ylabel("|o_t - o_(t-1)|, root mean square")
-    left.set_xlabel("time t, pairs read")
-    right.set_ylabel("steps to recover half")
-    right.set_xlabel("time of the change, pairs read")
-    for axis in (left, right):
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-    right.legend(frameon=False, fontsize="small")
-    study.save_figure(
-        figure,
-        "moves",
-        "Left: how far an answer moves at each pair read ("
-        + ", ".join(
-            f"{style} {heads} heads" for heads, style in zip(head_counts, ("line:", "dashes:", "dots:"), strict=False)
-        )
-        + "). Right: steps after a change of the map until half of the way to the new answer is gone, one head; never "
-        "before the stream ends is left out. Claim: softmax settles as 1/t and recovers ever more "
-        "slowly, decay and delta keep moving.",
+def _recoveries(row: Row) -> dict[int, float]:
+    """Time of the change to steps; nan for never."""
+    cells = {name: cell for name, cell in row.items() if name.startswith("recovery")}
+    return {int(name.split()[-1]): math.nan if cell == "never" else cell for name, cell in cells.items()}
+
+
+def _judge(result: Result) -> Verdict:
+    one = {row["memory"]: row for row in result.rows(heads=1)}
+    slopes = {name: row["slope of moves"] for name, row in one.items()}
+    back = {name: _recoveries(row) for name, row in one.items()}
+    first, last = min(back["softmax"]), max(back["softmax"])
+    growth = {name: found[last] / found[first] for name, found in back.items()}
+    settles = abs(slopes["softmax"] + 1) < 0.1 and abs(result.rows(1)[0]["slope"] + 0.5) < 0.1
+    moves = max(abs(slopes[name]) for name in ("decay", "delta")) < 0.1 and growth["delta"] < 2 and growth["decay"] < 4
+    return Verdict(
+        "confirmed" if settles and moves and growth["softmax"] > 10 else "refuted",
+        f"Slope of moves: softmax {slopes['softmax']:.2f}, delta {slopes['delta']:.2f}, decay {slopes['decay']:.2f}. "
+        f"Recovery after a change at {last} takes softmax {growth['softmax']:.0f} times as long as at {first}, delta "
+        f"{growth['delta']:.1f} times, decay {growth['decay']:.1f} times.",
     )
+
+
+def _summary(result: Result) -> list[Row]:
+    return [{**row, "memory": f"{row['memory']}, 1 head"} for row in result.rows(heads=1)]
+
+
+def _draw(result: Result) -> Any:
+    figure, axes = new_figure(1, 2, width=8.8, height=3.8)
+    left, right = axes[0]
+    heads = sorted({row["heads"] for row in result.rows()})
+    # heads are the groups of the left panel, memories the colours of both
+    draw_bars(
+        left,
+        [f"{count} head{'s' * (count > 1)}" for count in heads],
+        {name: [row["slope of moves"] for row in result.rows(memory=name)] for name in READERS},
+    )
+    left.set_ylabel("slope of |o(t) - o(t-1)|")
+    draw_lines(right, {row["memory"]: _recoveries(row) for row in result.rows(heads=heads[0])}, x_base=2, y_scale="log")
+    right.set_xlabel("time of the change, pairs read")
+    right.set_ylabel("steps until halfway to the new answer")
+    return figure
+
+
+CONVERGENCE = Study(
+    name="convergence",
+    title="Convergence with context",
+    claim="Softmax attention's step vanishes as 1/t and its answer converges as 1/sqrt t, so that after a change of "
+    "the map at time t it recovers in a time that grows with t; memories with a decay or with the delta rule at "
+    "constant beta keep moving and recover in a constant time.",
+    source="arXiv 2505.19488, section 2.2.2",
+    measure=_measure,
+    judge=_judge,
+    draw=_draw,
+    caption="Left: slope of the moves against time on log axes (-1 is 1/t, 0 constant). Right: recovery after a change "
+    "of the map, one head.",
+    settings={"steps": 4096, "streams": 32, "heads": (1, 8, 16), "changes": (32, 64, 128, 256, 512, 1024)},
+    quick=Quick(settings={"steps": 512, "streams": 8, "heads": (1,), "changes": (32, 64, 128)}),
+    summary=_summary,
+)

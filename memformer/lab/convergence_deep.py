@@ -1,10 +1,10 @@
-"""Does the vanishing step of softmax attention vanish in models of many heads and layers? At random initialisation.
+"""The vanishing step of softmax attention in models of many heads and layers, at random initialisation.
 
 The stream of `memformer.lab.convergence` read by whole blocks (memory, feedforward layer, residuals): tokens are
-Gaussian, and after t of them a probe, always the same, is answered. Its answer a_n(t) is the residual stream behind n
-blocks, so that one stack gives every depth. Measured are the slope of log |a_n(t + 1) - a_n(t)| against log t, and the
-time to recover: from step c on all tokens have another mean, and h(c) is when half of the way to the answer of a stream
-that always had it is gone; its growth is log(h(64) / h(16)) / log 4, 1 where it is proportional to c.
+Gaussian, and after t of them a fixed probe is answered. Its answer a_n(t) is the residual stream after n blocks, so
+that one stack gives every depth. Measured are the slope of log |a_n(t + 1) - a_n(t)| against log t, and the time to
+recover: from step c on all tokens have another mean, and h(c) is the time until the answer is halfway to that of a
+stream that always had it; its growth is log(h(64) / h(16)) / log 4, 1 where it is proportional to c.
 """
 
 import functools
@@ -18,16 +18,16 @@ from flax import nnx
 
 from memformer.core.types import Array
 from memformer.lab.convergence import slope
-from memformer.lab.study import Study, legend_below, new_figure
+from memformer.lab.plots import DOTTED, plot_lines
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in
 from memformer.models.config import LanguageModelConfig
 from memformer.models.language_model import Block
 from memformer.training.metrics import say
-from memformer.training.plots import COLOURS
 
-__all__ = ["MEMORIES", "halfway", "measure", "probe"]
+__all__ = ["CONVERGENCE_DEEP", "MEMORIES", "halfway", "probe"]
 
 WIDTH, DEPTH = 64, 4
-# Name in `memformer.layers.memory.MEMORIES` and options; no memory knows positions, for a stream has no beginning.
+# Name in `memformer.layers.memory.MEMORIES` and options; no memory has positions, for a stream has no beginning.
 MEMORIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "softmax": ("softmax_attention", {"rotary": False}),
     "linear": ("linear_attention", {}),
@@ -36,7 +36,7 @@ MEMORIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "deltaformer": ("deltaformer", {}),
 }
 CHANGES = (16, 64)
-# Streams of one seed, and moves that are averaged at each time.
+# Streams per seed, and moves averaged at each time.
 STREAMS, MOVES = 2, 4
 
 
@@ -46,7 +46,7 @@ def _block(graph: Any, params: Any, x: Array, segment_ids: Array) -> Array:
 
 
 def probe(blocks: Sequence[tuple[Any, Any]], rows: np.ndarray, times: np.ndarray, asked: np.ndarray) -> np.ndarray:
-    """What a probe is answered behind each block after some of a stream, [blocks, R, D].
+    """Answers to a probe after each block and part of a stream, [blocks, R, D].
 
     Args:
       blocks: as `nnx.split` gives them.
@@ -57,7 +57,7 @@ def probe(blocks: Sequence[tuple[Any, Any]], rows: np.ndarray, times: np.ndarray
     place = np.arange(len(rows))
     x = rows.copy()
     x[place, times] = asked
-    # what comes after the probe is padding
+    # tokens after the probe are padding
     segments = (np.arange(rows.shape[1])[None] <= times[:, None]).astype(np.int32)
     found = []
     for graph, params in blocks:
@@ -67,7 +67,7 @@ def probe(blocks: Sequence[tuple[Any, Any]], rows: np.ndarray, times: np.ndarray
 
 
 def halfway(offsets: np.ndarray, shares: np.ndarray) -> float:
-    """When `shares` of the way first reaches 1/2, between offsets by the logarithm; nan for never.
+    """Offset where `shares` first reaches 1/2, interpolated on a log scale; nan for never.
 
     Example:
       >>> round(float(halfway(np.array([1, 4, 16]), np.array([0.0, 0.25, 0.75]))), 6)
@@ -96,7 +96,7 @@ def _one_seed(name: str, heads: int, seed: int, steps: int) -> dict[str, np.ndar
     rng = np.random.default_rng(seed)
     stream = rng.standard_normal((STREAMS, steps, WIDTH), np.float32)
     asked = rng.standard_normal((STREAMS, WIDTH), np.float32)
-    # as long as before on average
+    # the same length as before on average
     moved = ((stream + rng.standard_normal((STREAMS, 1, WIDTH), np.float32)) / math.sqrt(2)).astype(np.float32)
     times = _times(steps)
     offsets = 2 ** np.arange(int(math.log2(steps - 1 - CHANGES[-1])) + 1)
@@ -132,48 +132,42 @@ def _times(steps: int) -> np.ndarray:
     return 2 ** np.arange(4, int(math.log2(steps - MOVES - 1)) + 1)
 
 
-def measure(study: Study, *, quick: bool) -> None:
-    """Slopes of the moves and recovery for stacks of 1 to 4 blocks of 1, 8 and 16 heads."""
-    steps, seeds = (160, 2) if quick else (520, 6)
-    head_counts = (8,) if quick else (1, 8, 16)
-    names = ("softmax", "delta") if quick else tuple(MEMORIES)
-    study.claim = (
-        "Softmax attention moves by 1/t and recovers in a time proportional to t (2505.19488, section 2.2.2); whether "
-        "many heads and layers end this is left open there."
-    )
-    found = {}
-    for heads in head_counts:
-        for name in names:
-            found[name, heads] = [_one_seed(name, heads, seed, steps) for seed in range(seeds)]
+def _measure(runs: Runs, settings: Settings) -> Result:
+    steps, seeds = settings["steps"], settings["seeds"]
+    times, rows, values = _times(steps), [], {}
+    for heads in settings["heads"]:
+        for name in settings["memories"]:
+            found = [_one_seed(name, heads, seed, steps) for seed in range(seeds)]
+            for depth in range(DEPTH):
+                row, pair = _row(name, heads, depth, found, times)
+                rows.append(row)
+                values[f"{name}, {heads} heads, depth {depth + 1}"] = pair
         say(f"{heads} heads: done")
-    times = _times(steps)
-    rows, values = [], {}
-    for (name, heads), runs in found.items():
-        for depth in range(DEPTH):
-            moves = np.array([run["moves"][depth] for run in runs])
-            slopes = np.array([slope(times, one) for one in moves])
-            pooled = slope(times, np.sqrt(np.mean(moves**2, axis=0)))
-            back = np.array([run["recovered"][depth] for run in runs])
-            growth = np.log(back[:, 1] / back[:, 0]) / math.log(CHANGES[1] / CHANGES[0])
-            rows.append(
-                {
-                    "memory": name,
-                    "heads": heads,
-                    "depth": depth + 1,
-                    "slope of moves": f"{pooled:.2f} ({slopes.min():.2f} to {slopes.max():.2f})",
-                    **{f"recovery, change at {c}": _banded(back[:, i]) for i, c in enumerate(CHANGES)},
-                    "growth of recovery": _banded(growth),
-                }
-            )
-            values[f"{name}, {heads} heads, depth {depth + 1}"] = (round(pooled, 3), _median(growth))
-    study.add_table(
+    title = (
         f"Blocks at random initialisation, t = {times[0]} to {times[-1]}: slope of the mean of {seeds} seeds, median "
-        "for the rest (least to most of seeds)",
-        rows,
+        "for the rest (least to most of seeds)"
     )
-    study.values = {"width": WIDTH, "steps": steps, "slope and growth": values}
-    study.outcome = _outcome(names, values)
-    _draw(study, found, names, head_counts, times)
+    return Result([Table(title, rows)], {"width": WIDTH, "steps": steps, "slope and growth": values})
+
+
+def _row(
+    name: str, heads: int, depth: int, found: Sequence[Mapping[str, np.ndarray]], times: np.ndarray
+) -> tuple[Row, tuple[float, float | None]]:
+    """The row of one depth, and (slope, median growth)."""
+    moves = np.array([run["moves"][depth] for run in found])
+    slopes = np.array([slope(times, one) for one in moves])
+    pooled = slope(times, np.sqrt(np.mean(moves**2, axis=0)))
+    back = np.array([run["recovered"][depth] for run in found])
+    growth = np.log(back[:, 1] / back[:, 0]) / math.log(CHANGES[1] / CHANGES[0])
+    row = {
+        "memory": name,
+        "heads": heads,
+        "depth": depth + 1,
+        "slope of moves": f"{pooled:.2f} ({slopes.min():.2f} to {slopes.max():.2f})",
+        **{f"recovery, change at {c}": _banded(back[:, i]) for i, c in enumerate(CHANGES)},
+        "growth of recovery": _banded(growth),
+    }
+    return row, (round(pooled, 3), _median(growth))
 
 
 def _median(values: np.ndarray) -> float | None:
@@ -188,45 +182,54 @@ def _banded(values: np.ndarray) -> str:
     return f"{np.median(kept):.2f} ({kept.min():.2f} to {kept.max():.2f}{missing})"
 
 
-def _outcome(names: Sequence[str], values: Mapping[str, tuple[float | None, float | None]]) -> str:
-    parts = []
-    for name in names:
-        mine = [pair for label, pair in values.items() if label.startswith(f"{name}, ")]
-        slopes = [pair[0] for pair in mine if pair[0] is not None]
-        growths = [pair[1] for pair in mine if pair[1] is not None]
-        said = f"{name} {min(slopes):.2f} to {max(slopes):.2f}"
-        parts.append(
-            said + (f" (growth {min(growths):.2f} to {max(growths):.2f})" if growths else " (never recovered)")
-        )
-    softmax = [pair[0] for label, pair in values.items() if label.startswith("softmax, ") and pair[0] is not None]
-    verdict = "stays" if max(softmax) < -0.8 else "weakens" if max(softmax) < -0.3 else "ends"
-    return (
-        "Slopes of the moves over all depths and heads (growth of the time to recover): "
-        + ", ".join(parts)
-        + f". The 1/t of softmax {verdict} in deep models of many heads at initialisation."
+def _judge(result: Result) -> Verdict:
+    found = {name: pair for name, pair in result.values["slope and growth"].items() if name.startswith("softmax,")}
+    slopes = [pair[0] for pair in found.values()]
+    growths = [pair[1] for pair in found.values() if pair[1] is not None]
+    stays = max(slopes) < -0.8 and min(growths) > 0.7
+    return Verdict(
+        "confirmed" if stays else "partly confirmed" if min(slopes) < -0.8 else "refuted",
+        f"With 1 to 16 heads and 1 to 4 layers the slope of softmax stays between {min(slopes):.2f} and "
+        f"{max(slopes):.2f}, and its recovery grows with exponent {min(growths):.2f} to {max(growths):.2f}: heads and "
+        "layers do not end the vanishing step at initialisation.",
     )
 
 
-def _draw(study: Study, found: dict, names: Sequence[str], head_counts: Sequence[int], times: np.ndarray) -> None:
-    figure, axes = new_figure(1, len(head_counts), width=3.6 * len(head_counts) + 0.6, height=3.9)
-    for axis, heads in zip(axes[0], head_counts, strict=True):
-        for colour, name in zip(COLOURS, names, strict=False):
-            moves = np.array([run["moves"] for run in found[name, heads]])
-            for depth, style in ((0, "-"), (DEPTH - 1, "--")):
-                low, middle, high = np.quantile(moves[:, depth], (0, 0.5, 1), axis=0)
-                axis.plot(times, middle, style, color=colour, label=f"{name}, depth {depth + 1}", linewidth=1.4)
-                axis.fill_between(times, low, high, color=colour, alpha=0.12, linewidth=0)
-        start = 2 * float(np.median([run["moves"][0, 0] for run in found["softmax", heads]]))
-        axis.plot(times, start * times[0] / times, ":", color="0.3", label="1 / t")
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xlabel("tokens read, t")
-        axis.set_title(f"{heads} head{'s' if heads > 1 else ''}")
-    axes[0, 0].set_ylabel("|a(t + 1) - a(t)|")
-    legend_below(figure, axes[0, 0], columns=4, fontsize="small")
-    study.save_figure(
-        figure,
-        "moves",
-        "How far the answer to a probe moves with one more token, behind one block (lines) and four (dashes), bands "
-        "least to most of seeds. Claim under test: softmax's step vanishes as 1/t; do heads and depth end that?",
-    )
+def _summary(result: Result) -> list[Row]:
+    """Slope and growth of the shallowest and the deepest model of each memory, most heads."""
+    heads = max(row["heads"] for row in result.rows())
+    rows = [row for row in result.rows(heads=heads) if row["depth"] in (1, DEPTH)]
+    return [
+        {name: row[name] for name in ("memory", "heads", "depth", "slope of moves", "growth of recovery")}
+        for row in rows
+    ]
+
+
+def _draw(result: Result) -> Any:
+    panels: dict[str, dict[str, Any]] = {}
+    for row in result.rows():
+        title = f"{row['heads']} head{'s' * (row['heads'] > 1)}"
+        points = panels.setdefault(title, {}).setdefault(row["memory"], {})
+        points[row["depth"]] = numbers_in(row["slope of moves"])
+    for panel in panels.values():
+        panel["1 / t"] = {1: -1.0, DEPTH: -1.0}
+    figure = plot_lines(panels, x="depth", y="slope of |a(t+1) - a(t)|", styles={"1 / t": DOTTED}, width=3.0)
+    for axis in figure.axes:
+        axis.set_ylim(-1.3, 0.1)
+    return figure
+
+
+CONVERGENCE_DEEP = Study(
+    name="convergence_deep",
+    title="Convergence in deep models, untrained",
+    claim="The vanishing step of softmax attention, moves by 1/t and recovery in a time proportional to t, survives "
+    "many heads and layers.",
+    source="left open in arXiv 2505.19488, section 2.2.2",
+    measure=_measure,
+    judge=_judge,
+    draw=_draw,
+    caption="Slope of the moves of a probe's answer on log axes by depth; bands: least to most of the seeds.",
+    settings={"steps": 520, "seeds": 6, "heads": (1, 8, 16), "memories": tuple(MEMORIES)},
+    quick=Quick(settings={"steps": 160, "seeds": 2, "heads": (8,), "memories": ("softmax", "delta")}),
+    summary=_summary,
+)

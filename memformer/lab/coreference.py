@@ -1,35 +1,34 @@
-"""Who does "it" refer to: accuracy on held-out noun pairs and on a held-out family, twins, and where "it" looks."""
+"""Coreference of "it": accuracy on held-out noun pairs and on a held-out family, twins, and attention from "it"."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 
-from memformer.lab.study import Study, new_figure
+from memformer.lab.plots import draw_bars, new_figure
+from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, percent
 from memformer.tasks.coreference import NOUNS, Coreference, Sentence
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
-from memformer.training.plots import COLOURS
 
-__all__ = ["Reading", "measure", "read_sentences"]
+__all__ = ["COREFERENCE", "Reading", "read_sentences"]
 
 SENTENCES, BATCH = 2048, 128
 
 
 class Reading(NamedTuple):
-    """What a model made of sentences; twins follow one another.
+    """Answers and attention of a model on sentences; twins are adjacent.
 
     Attributes:
-      sentences: as they were drawn.
-      right: [N], is the likeliest noun the referent?
-      answers: [N] the likeliest noun's number.
+      sentences: in the order of the split.
+      correct: [N], whether the likeliest noun is the referent.
+      answers: [N], the number of the likeliest noun.
       weights: [N, L, H, T], attention from "it" to each word.
     """
 
     sentences: list[Sentence]
-    right: np.ndarray
+    correct: np.ndarray
     answers: np.ndarray
     weights: np.ndarray
 
@@ -44,8 +43,8 @@ def read_sentences(model: Any, task: Coreference, split: str, seed: int, count: 
 
     Args:
       model: an encoder with `attention_weights`.
-      task: whose sentences.
-      split: which.
+      task: of the sentences.
+      split: of the task.
       seed: of the source.
       count: an even number of sentences.
     """
@@ -74,73 +73,71 @@ def read_sentences(model: Any, task: Coreference, split: str, seed: int, count: 
     return Reading(sentences, answered == wanted, answered, np.concatenate(weights))
 
 
-def measure(runs: Sequence[LoadedRun], study: Study) -> None:
-    """Measures one finished run of configs/coreference.py."""
-    tasks = [run.task for run in runs]
-    if len(runs) != 1 or not isinstance(tasks[0], Coreference) or not hasattr(runs[0].module(), "attention_weights"):
-        raise RunError("coreference measures one run of the task coreference by an encoder: runs/coreference.")
-    run = runs[0]
+def _measure(runs: Runs, settings: Settings) -> Result:
+    run = _one(runs)
     model, seed, length = run.module(), run.config["seed"], run.task.length
     readings = {
         "new noun pairs": read_sentences(model, Coreference(length), "test", seed),
         "new family": read_sentences(model, Coreference(length, "held_out"), "test", seed),
     }
-    study.add_table("Accuracy, chance 50 %", [_scores(name, reading) for name, reading in readings.items()])
-    reading = readings["new noun pairs"]
-    study.add_table("The same by what is named first, new noun pairs", _by_order(reading))
-    # The head is chosen on sentences that the figures below are not made of.
-    chosen = _follows(read_sentences(model, Coreference(length), "validation", seed))
-    layer, head = (int(i) for i in np.unravel_index(chosen.argmax(), chosen.shape))
-    rows = _masses(reading)
-    study.add_table('Attention from "it", share of 1, mean over sentences', rows)
-    masses = rows[layer * chosen.shape[1] + head]
-    study.values.update(masses)
+    masses = _masses(readings["new noun pairs"])
+    values = dict(masses[_choose_head(run)])
     for name, one in readings.items():
-        study.values[f"accuracy, {name}"] = float(one.right.mean())
-        study.values[f"twin consistency, {name}"] = _twins(one)
-    _plot_masses(study, rows)
-    _plot_twins(study, reading, layer, head)
-    study.claim = (
-        'Attention finds what "it" stands for: a small encoder picks the noun that meaning demands, beyond a guess '
-        "between the two, on noun pairs it has never seen together."
+        values[f"accuracy, {name}"] = float(one.correct.mean())
+        values[f"twin consistency, {name}"] = _twins(one)
+    return Result(
+        [
+            Table("Accuracy, chance 50 %", [_scores(name, reading) for name, reading in readings.items()]),
+            Table("Accuracy by the noun named first, new noun pairs", _by_order(readings["new noun pairs"])),
+            Table('Attention from "it", share of 1, mean over sentences', masses),
+        ],
+        values,
     )
-    values = study.values
-    study.outcome = (
-        f"{values['accuracy, new noun pairs']:.1%} on new noun pairs, both twins right in "
-        f"{values['twin consistency, new noun pairs']:.1%}; on a family left out of training, where the same words "
-        f"point the other way than they do for these nouns, {values['accuracy, new family']:.1%}. "
-        f'In layer {layer + 1}, head {head + 1}, "it" gives '
-        f"{masses['referent']:.2f} of its attention to the referent and {masses['other noun']:.2f} to the other noun, "
-        f"and looks more at the referent in both of {masses['more to the referent in both twins']} of the twins."
-    )
+
+
+def _one(runs: Runs) -> LoadedRun:
+    found = list(runs.values())
+    if (
+        len(found) != 1
+        or not isinstance(found[0].task, Coreference)
+        or not hasattr(found[0].module(), "attention_weights")
+    ):
+        raise RunError("coreference measures one run of the task coreference by an encoder: runs/coreference.")
+    return found[0]
+
+
+def _choose_head(run: LoadedRun) -> int:
+    """The number of the head that follows the referent best, on sentences that no table uses."""
+    follows = _follows(read_sentences(run.module(), Coreference(run.task.length), "validation", run.config["seed"]))
+    return int(follows.argmax())
 
 
 def _twins(reading: Reading) -> float:
-    """Share of twins that are both answered right."""
-    return float(reading.right.reshape(-1, 2).all(axis=1).mean())
+    """Share of twins that are both answered correctly."""
+    return float(reading.correct.reshape(-1, 2).all(axis=1).mean())
 
 
 def _follows(reading: Reading) -> np.ndarray:
     """[L, H]: share of twins in which "it" attends more to the referent than to the other noun both times.
 
-    A mean over sentences would not do: a head that always looks at the same noun is right in every second one.
+    A mean over sentences would not do: a head that always attends to the same noun passes in every second one.
     """
     more = reading.mass("referent") > reading.mass("other")
     return more.reshape(-1, 2, *more.shape[1:]).all(axis=1).mean(axis=0)
 
 
-def _scores(name: str, reading: Reading) -> dict[str, Any]:
+def _scores(name: str, reading: Reading) -> Row:
     answers = reading.answers.reshape(-1, 2)
     return {
         "sentences": name,
-        "accuracy": f"{reading.right.mean():.1%}",
-        "both twins right": f"{_twins(reading):.1%}",
+        "accuracy": f"{reading.correct.mean():.1%}",
+        "both twins correct": f"{_twins(reading):.1%}",
         "answer changes with the word": f"{(answers[:, 0] != answers[:, 1]).mean():.1%}",
-        "count": len(reading.right),
+        "count": len(reading.correct),
     }
 
 
-def _by_order(reading: Reading) -> list[dict[str, Any]]:
+def _by_order(reading: Reading) -> list[Row]:
     rows = []
     for first, later in (("referent", "other"), ("other", "referent")):
         named = np.array([getattr(s, first) < getattr(s, later) for s in reading.sentences])
@@ -150,14 +147,14 @@ def _by_order(reading: Reading) -> list[dict[str, Any]]:
                 {
                     "named first": "referent" if first == "referent" else "other noun",
                     "reason": "before the nouns" if reason_first else "after the nouns",
-                    "accuracy": f"{reading.right[chosen].mean():.1%}",
+                    "accuracy": f"{reading.correct[chosen].mean():.1%}",
                     "count": int(chosen.sum()),
                 }
             )
     return rows
 
 
-def _masses(reading: Reading) -> list[dict[str, Any]]:
+def _masses(reading: Reading) -> list[Row]:
     mass = {name: reading.mass(name).mean(axis=0) for name in ("referent", "other", "reason")}
     follows = _follows(reading)
     layers, heads = follows.shape
@@ -175,44 +172,37 @@ def _masses(reading: Reading) -> list[dict[str, Any]]:
     ]
 
 
-def _plot_masses(study: Study, rows: list[dict[str, Any]]) -> None:
+def _judge(result: Result) -> Verdict:
+    values = result.values
+    new, family = values["accuracy, new noun pairs"], values["accuracy, new family"]
+    return Verdict(
+        "refuted" if new < 0.9 else "confirmed" if family > 0.9 else "partly confirmed",
+        f"{percent(new)} on new noun pairs, where head {values['head']} of layer {values['layer']} gives the referent "
+        f"{values['referent']:.2f} of its attention; on a family left out of training, where the same words point the "
+        f"other way, {percent(family)}.",
+    )
+
+
+def _draw(result: Result) -> Any:
+    rows = result.rows(2)
     figure, axes = new_figure()
-    axis, width = axes[0, 0], 0.27
-    at = np.arange(len(rows))
-    for i, name in enumerate(("referent", "other noun", "deciding word")):
-        axis.bar(at + (i - 1) * width, [row[name] for row in rows], width, color=COLOURS[i], label=name)
-    axis.set_xticks(at, [f"{row['layer']}.{row['head']}" for row in rows])
-    axis.set_xlabel("layer.head")
-    axis.set_ylabel('attention from "it"\n(share of 1)')
-    axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    study.save_figure(
-        figure,
-        "mass",
-        'Attention from "it" to the noun it stands for, to the other noun and to the deciding word, mean over test '
-        "sentences with noun pairs that no training sentence has. Both nouns are named first equally often: where they "
-        "stand tells nothing.",
-    )
+    masses = {name: [row[name] for row in rows] for name in ("referent", "other noun", "deciding word")}
+    draw_bars(axes[0, 0], [f"{row['layer']}.{row['head']}" for row in rows], masses)
+    axes[0, 0].set_xlabel("layer.head")
+    axes[0, 0].set_ylabel('attention from "it"')
+    return figure
 
 
-def _plot_twins(study: Study, reading: Reading, layer: int, head: int) -> None:
-    """Two twins, one bar a word."""
-    pairs = [i for i in range(0, len(reading.right), 2) if reading.sentences[i].referent < reading.sentences[i].pronoun]
-    figure, axes = new_figure(1, 2, height=3.6)
-    for axis, number in zip(axes[0], (pairs[0], pairs[0] + 1), strict=True):
-        sentence = reading.sentences[number]
-        count = len(sentence.words)
-        colours = ["0.75"] * count
-        colours[sentence.referent], colours[sentence.other] = COLOURS[0], COLOURS[1]
-        axis.barh(range(count), reading.weights[number, layer, head, :count], color=colours)
-        axis.set_yticks(range(count), sentence.words)
-        axis.get_yticklabels()[sentence.reason].set_fontweight("bold")
-        axis.get_yticklabels()[sentence.pronoun].set_fontstyle("italic")
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1)
-        axis.set_xlabel('attention from "it" (share of 1)')
-    study.save_figure(
-        figure,
-        "twins",
-        f'Two twins of the test split, and what "it" attends to in layer {layer + 1}, head {head + 1}: the referent in '
-        "blue, the other noun in orange. One word (bold) differs, and attention moves to the other noun.",
-    )
+COREFERENCE = Study(
+    name="coreference",
+    title='Coreference of "it"',
+    claim='Attention resolves the pronoun "it": a small encoder picks the noun that meaning demands, better than '
+    "chance between the two, on noun pairs it has never seen together.",
+    source="the attention maps of arXiv 1706.03762, made a test",
+    measure=_measure,
+    judge=_judge,
+    draw=_draw,
+    caption='Attention from "it" per head to the referent, to the other noun and to the deciding word, mean over test '
+    "sentences with noun pairs that no training sentence has.",
+    reads="configs/coreference.py",
+)

@@ -1,17 +1,17 @@
-"""The feedforward layer read as a memory: keys are the rows of W1, values those of W2, the kernel is the activation.
+"""The feedforward layer as a memory: keys are the rows of W1, values those of W2, the similarity is the activation.
 
     f(x) = sum_i a_i(x) w2_i        mlp: a_i = act(k_i . x)        swiglu: a_i = silu(g_i . x) (k_i . x)
-                                    moe: the same, times the router's weight of the expert that holds i
+                                    moe: the same, times the router's weight of the expert of i
 
-Asked in the direction of a key, at the length r = sqrt(d) of a normalised input, 1 / SNR for N i.i.d. Gaussian keys is
-N E[a_j^2] / a_i^2 (MATH as in lab snr): N / 2d for relu, and for gelu and silu once r |k| is large. A gate makes the
-kernel a product: asked in the direction of g_i + k_i it is about 2 N / d^2.
+Queried in the direction of a key, at the length r = sqrt(d) of a normalised input, 1 / SNR for N i.i.d. Gaussian keys
+is N E[a_j^2] / a_i^2 (see `snr`): N / 2d for relu, and for gelu and silu once r |k| is large. A gate makes the
+similarity a product: queried in the direction of g_i + k_i it is about 2 N / d^2.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,15 +22,14 @@ from flax import nnx
 from memformer.core.numerics import l2norm
 from memformer.core.types import Array
 from memformer.lab.inside import block_inputs, initial_model, test_batch
-from memformer.lab.runs import run_rows, train_runs
-from memformer.lab.study import Study, new_figure
+from memformer.lab.plots import draw_lines, line_style, new_figure
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, percent
 from memformer.layers.feedforward import ACTIVATIONS, MLP, MixtureOfExperts, SwiGLU
 from memformer.training.evaluation import LoadedRun
-from memformer.training.plots import COLOURS
 
-__all__ = ["Dropped", "Pairs", "inverse_snr", "measure", "overlap", "read_pairs"]
+__all__ = ["BASE", "Dropped", "FFN", "Pairs", "inverse_snr", "overlap", "read_pairs"]
 
-TABLE: Mapping[str, Mapping[str, Any]] = {
+ROWS: Mapping[str, Row] = {
     **{
         name: {"model.feedforward": "mlp", "model.feedforward_options": {"activation": name}}
         for name in ("relu", "gelu", "silu")
@@ -38,7 +37,7 @@ TABLE: Mapping[str, Mapping[str, Any]] = {
     "swiglu": {"model.feedforward": "swiglu"},
     "moe": {"model.feedforward": "moe", "model.feedforward_options": {"experts": 4, "active": 2}},
 }
-BASE: Mapping[str, Any] = {
+BASE: Row = {
     "task": {"name": "text", "length": 128, "folder": "", "suffix": ".py"},
     "model.memory": "softmax_attention",
     "model.width": 64,
@@ -52,7 +51,7 @@ BASE: Mapping[str, Any] = {
     "train.eval_batches": 4,
     "train.final_batches": 8,
 }
-SMALLER: Mapping[str, Any] = {
+SMALLER: Row = {
     "task.length": 32,
     "model.width": 32,
     "model.depth": 1,
@@ -61,7 +60,6 @@ SMALLER: Mapping[str, Any] = {
     "train.log_every": 20,
     "train.final_batches": 1,
 }
-RANDOM_SEEDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +67,10 @@ class Pairs:
     """A feedforward layer as pairs.
 
     Attributes:
-      keys: [N, D]; of a gated layer the gate's, which decide whether a pair answers.
+      keys: [N, D]; of a gated layer those of the gate.
       factors: [N, D], the linear factor of a gated layer; None without a gate.
       values: [N, D].
-      activation: of the product with the keys.
+      activation: applied to the product with the keys.
     """
 
     keys: np.ndarray
@@ -87,7 +85,7 @@ class Pairs:
 
 
 def read_pairs(layer: Any) -> Pairs:
-    """The pairs that a feedforward layer holds; those of all experts of a mixture.
+    """The pairs of a feedforward layer; those of all experts of a mixture.
 
     Example:
       >>> from memformer.layers.basic import Dtypes
@@ -97,7 +95,7 @@ def read_pairs(layer: Any) -> Pairs:
     """
 
     def rows(weights: Any) -> np.ndarray:
-        """Pairs before width, of experts in their order."""
+        """[pairs, width], experts in order."""
         found = np.asarray(weights[...])
         return np.moveaxis(found, -1, -2).reshape(-1, found.shape[-2])
 
@@ -111,7 +109,7 @@ def read_pairs(layer: Any) -> Pairs:
 
 
 def _coefficients(layer: Any, x: Array) -> Array:
-    """a_i(x) [..., N] as the layer has them, with the router's weights."""
+    """a_i(x) [..., N] of the layer, with the router's weights."""
     if isinstance(layer, MLP):
         return ACTIVATIONS[layer.activation](layer.up(x))
     if isinstance(layer, SwiGLU):
@@ -130,12 +128,12 @@ def _values(layer: Any) -> Array:
 
 
 class Dropped(nnx.Module):
-    """A feedforward layer that does without some of its pairs at each token.
+    """A feedforward layer with some of its pairs dropped at each token.
 
     Args:
       layer: the layer.
-      count: pairs that do not answer.
-      seed: None drops those that contribute most, |a_i(x)| |w2_i|; a number draws them from all pairs.
+      count: number of pairs dropped.
+      seed: None drops those that contribute most, |a_i(x)| |w2_i|; with a seed they are drawn at random.
 
     Example:
       >>> from memformer.layers.basic import Dtypes
@@ -150,29 +148,29 @@ class Dropped(nnx.Module):
         self.count, self.seed = nnx.Variable(jnp.int32(count)), nnx.Variable(jnp.int32(-1 if seed is None else seed))
 
     def __call__(self, x: Array, valid: Array | None = None) -> tuple[Array, dict]:
-        """Returns (y, {}), as the layers do."""
+        """Returns (y, {}), as feedforward layers do."""
         answered, values = _coefficients(self.layer, x), _values(self.layer)
         count, seed = self.count[...], self.seed[...]
-        loud = jnp.abs(answered) * jnp.linalg.norm(values, axis=1)[None, None]
-        rank = jnp.where(seed < 0, loud, jax.random.uniform(jax.random.key(seed), answered.shape))
+        size = jnp.abs(answered) * jnp.linalg.norm(values, axis=1)[None, None]
+        rank = jnp.where(seed < 0, size, jax.random.uniform(jax.random.key(seed), answered.shape))
         least = jnp.take(jnp.sort(rank, axis=-1), answered.shape[-1] - jnp.maximum(count, 1), axis=-1)[..., None]
         answered = jnp.where((rank >= least) & (count > 0), jnp.zeros_like(answered), answered)
         return answered @ values, {}
 
 
 def inverse_snr(pairs: Pairs) -> np.ndarray:
-    """1 / SNR of each pair asked by its own key at length sqrt(d), [N].
+    """1 / SNR of each pair queried by its own key at length sqrt(d), [N].
 
     Example:
       >>> eye = np.eye(4, dtype=np.float32)
       >>> inverse_snr(Pairs(eye, None, eye, "relu")).tolist()
       [0.0, 0.0, 0.0, 0.0]
     """
-    asked = pairs.keys
+    queries = pairs.keys
     if pairs.factors is not None:
-        asked = np.asarray(l2norm(jnp.asarray(pairs.keys))) + np.asarray(l2norm(jnp.asarray(pairs.factors)))
-    asked = np.asarray(l2norm(jnp.asarray(asked))) * np.float32(math.sqrt(pairs.keys.shape[1]))
-    answers = pairs.answers(asked)
+        queries = np.asarray(l2norm(jnp.asarray(pairs.keys))) + np.asarray(l2norm(jnp.asarray(pairs.factors)))
+    queries = np.asarray(l2norm(jnp.asarray(queries))) * np.float32(math.sqrt(pairs.keys.shape[1]))
+    answers = pairs.answers(queries)
     own = np.diag(answers)[:, None] * pairs.values
     return np.sum((answers @ pairs.values - own) ** 2, axis=1) / np.sum(own**2, axis=1)
 
@@ -205,35 +203,18 @@ def _gaussian(pairs: Pairs, seed: int) -> Pairs:
     return Pairs(draw(pairs.keys), factors, draw(pairs.values), pairs.activation)
 
 
-def measure(study: Study, *, quick: bool) -> None:
-    """Trains small language models with each kind of feedforward layer, and reads the layers."""
-    table = {name: TABLE[name] for name in (("swiglu",) if quick else TABLE)}
-    runs = train_runs(study, table, base=BASE, quick=quick, smaller=SMALLER)
-    counts = (1, 8) if quick else (1, 4, 16, 64)
-    study.claim = (
-        "A feedforward layer is a memory of as many pairs as it has hidden units: its keys interfere as 1/SNR = N/2d "
-        "for relu, a gate makes the kernel quadratic (2N/d^2), and a token is answered by few pairs, so that dropping "
-        "the strongest one changes the output far more than dropping one at random (MATH of 2505.19488, section 2; "
-        "2012.14913)."
+def _measure(runs: Runs, settings: Settings) -> Result:
+    layers = [row for name, run in runs.items() for row in _layer_rows(name, run)]
+    drops = [row for name, run in runs.items() for row in _drop(name, run, settings)]
+    title = (
+        f"Dropping k pairs per token in every layer: change of the first layer's output |df| / |f|, and bits per byte "
+        f"of test files (random: mean of {settings['draws']} draws)"
     )
-    rows, drops = [], {}
-    for name, run in runs.items():
-        rows += _layer_rows(name, run)
-        drops[name] = _drop(name, run, counts, quick)
-    study.add_table("Pairs of each layer, before and after training", rows)
-    draws = 2 if quick else RANDOM_SEEDS
-    study.add_table(
-        f"Dropping k pairs at each token in every layer: change of the first layer's output |df| / |f|, and bits per "
-        f"byte of test files (random: mean of {draws} draws)",
-        [row for found in drops.values() for row in found],
-    )
-    study.add_table("Models of bytes of Python's standard library, trained here", run_rows(runs))
-    study.outcome = _outcome(rows, drops)
-    study.values = {"width": runs["swiglu"].config["model"]["width"], "counts": counts}
-    _draw(study, rows, drops)
+    values = {"width": runs["swiglu"].config["model"]["width"], "counts": settings["counts"]}
+    return Result([Table("Pairs of each layer, before and after training", layers), Table(title, drops)], values)
 
 
-def _layer_rows(name: str, run: LoadedRun) -> list[dict[str, Any]]:
+def _layer_rows(name: str, run: LoadedRun) -> list[Row]:
     trained: Any = run.module()
     start = initial_model(run)
     read = block_inputs(trained, test_batch(run, run.config["train"]["batch_size"])["inputs"])
@@ -260,8 +241,8 @@ def _layer_rows(name: str, run: LoadedRun) -> list[dict[str, Any]]:
     return rows
 
 
-def _in_use(layer: Any, x: Array) -> dict[str, Any]:
-    """How many pairs answer a token, and how loud the first is."""
+def _in_use(layer: Any, x: Array) -> Row:
+    """The number of pairs that answer a token, and the power of the others relative to the largest."""
     answered, values = _coefficients(layer, x), _values(layer)
     size = np.asarray(jnp.abs(answered) * jnp.linalg.norm(values, axis=1)[None, None]).reshape(-1, values.shape[0])
     whole = np.asarray(answered @ values).reshape(-1, values.shape[1])
@@ -269,30 +250,30 @@ def _in_use(layer: Any, x: Array) -> dict[str, Any]:
     first = np.take_along_axis(np.asarray(answered).reshape(size.shape), top[:, None], 1) * np.asarray(values)[top]
     rest = np.sum((whole - first) ** 2, axis=1) / np.sum(first**2, axis=1)
     return {
-        "pairs that answer a token": round(float(np.median(size.sum(1) ** 2 / np.sum(size**2, axis=1))), 1),
-        "rest / loudest pair, power": float(f"{np.median(rest):.3g}"),
+        "active pairs per token": round(float(np.median(size.sum(1) ** 2 / np.sum(size**2, axis=1))), 1),
+        "power, rest / largest pair": float(f"{np.median(rest):.3g}"),
     }
 
 
-def _drop(name: str, run: LoadedRun, counts: Sequence[int], quick: bool) -> list[dict[str, Any]]:
-    """Rows of one model: what is lost with the k loudest pairs, and with k at random."""
-    batch = test_batch(run, 8 if quick else 24)
+def _drop(name: str, run: LoadedRun, settings: Settings) -> list[Row]:
+    """Rows of one model: the loss without the k largest pairs, and without k at random."""
+    batch = test_batch(run, settings["examples"])
     whole = _bits(run, batch, 0, None)
     model: Any = run.module()
     layer, x = model.blocks[0].feedforward, block_inputs(model, batch["inputs"])[0].feedforward
     rows = []
-    for count in counts:
-        seeds = range(2 if quick else RANDOM_SEEDS)
+    for count in settings["counts"]:
+        seeds = range(settings["draws"])
         top = _change(layer, x, count, None)
-        chance = [_change(layer, x, count, seed) for seed in seeds]
+        random = [_change(layer, x, count, seed) for seed in seeds]
         rows.append(
             {
                 "model": name,
                 "k": count,
-                "loudest: change": round(top, 3),
-                "random: change": round(float(np.mean(chance)), 3),
+                "change, largest": round(top, 3),
+                "change, random": round(float(np.mean(random)), 3),
                 "bits per byte, all pairs": round(whole, 3),
-                "without the loudest": round(_bits(run, batch, count, None), 3),
+                "without the largest": round(_bits(run, batch, count, None), 3),
                 "without random ones": round(float(np.mean([_bits(run, batch, count, s) for s in seeds])), 3),
             }
         )
@@ -322,59 +303,73 @@ def _bits(run: LoadedRun, batch: Mapping[str, np.ndarray], count: int, seed: int
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss(graph: Any, params: Any, inputs: Array, targets: Array, weights: Array) -> Array:
-    spoken = jax.nn.log_softmax(nnx.merge(graph, params)(inputs).logits)
-    picked = jnp.take_along_axis(spoken, targets[..., None], axis=-1)[..., 0]
+    logs = jax.nn.log_softmax(nnx.merge(graph, params)(inputs).logits)
+    picked = jnp.take_along_axis(logs, targets[..., None], axis=-1)[..., 0]
     return -jnp.sum(picked * weights) / jnp.sum(weights)
 
 
-def _outcome(rows: list[dict], drops: dict) -> str:
-    snr = "; ".join(
-        f"{row['layer']} {row['trained']:.3g} (start {row['at the start']:.3g}, theory {row['theory 1/SNR']:.3g})"
-        for row in rows
-    )
-    lost = "; ".join(
-        f"{name} {found[0]['loudest: change']:.0%} against {found[0]['random: change']:.1%}, "
-        f"{found[0]['without the loudest'] - found[0]['bits per byte, all pairs']:+.3f} against "
-        f"{found[0]['without random ones'] - found[0]['bits per byte, all pairs']:+.3f} bits per byte"
-        for name, found in drops.items()
-    )
-    noisier = [row["layer"] for row in rows if row["trained"] > 2 * row["theory 1/SNR"]]
-    against = (
-        f" Not as theory has it: {', '.join(noisier)} are more than twice as noisy, their keys are no longer i.i.d."
-    )
-    return (
-        f"1/SNR of trained keys: {snr}."
-        + (against if noisier else "")
-        + f" Without the loudest pair, against one at random: {lost}."
+def _judge(result: Result) -> Verdict:
+    ratio = {row["layer"]: row["trained"] / row["theory 1/SNR"] for row in result.rows()}
+    gated = [value for name, value in ratio.items() if name.startswith(("swiglu", "moe"))]
+    plain = [value for name, value in ratio.items() if not name.startswith(("swiglu", "moe"))]
+    first = result.rows(1, k=1)
+    largest, random = ([row[f"change, {name}"] for row in first] for name in ("largest", "random"))
+    few = min(a / max(b, 1e-3) for a, b in zip(largest, random, strict=True)) > 5
+    near = [max(values) < 2 for values in (gated, plain)]
+    return Verdict(
+        "refuted" if not few else "confirmed" if all(near) else "partly confirmed",
+        f"Dropping the largest pair changes the output by {percent(min(largest), 0)} to {percent(max(largest), 0)}, a "
+        f"random one by at most {percent(max(random))}. Trained gated layers interfere as in theory (up to "
+        f"{max(gated):.1f} times), but mlp layers {min(plain):.1f} to {max(plain):.1f} times as much: their keys are "
+        "no longer independent.",
     )
 
 
-def _draw(study: Study, rows: list[dict], drops: dict) -> None:
-    figure, axes = new_figure(1, 2, width=10.0, height=4.0)
+def _summary(result: Result) -> list[Row]:
+    columns = ("layer", "N", "d", "theory 1/SNR", "at the start", "trained", "active pairs per token")
+    return [{name: row[name] for name in columns} for row in result.rows()]
+
+
+def _draw(result: Result) -> Any:
+    figure, axes = new_figure(1, 2, width=9.0, height=4.2)
     left, right = axes[0]
-    places = np.arange(len(rows))
-    for colour, mark, column in zip(COLOURS, "s^o", ("theory 1/SNR", "at the start", "trained"), strict=False):
-        left.plot(places, [row[column] for row in rows], mark, color=colour, label=column, markersize=6)
+    rows = result.rows()
+    for number, name in enumerate(("theory 1/SNR", "at the start", "trained")):
+        left.plot([row[name] for row in rows], "s^o"[number], color=f"{0.25 * number}", label=name, markersize=6)
     left.set_yscale("log")
-    left.set_xticks(places, [row["layer"] for row in rows], rotation=45, ha="right")
-    left.set_ylabel("1 / SNR of a key asked for (noise over signal)")
-    left.legend(frameon=False, fontsize="small")
-    for colour, (name, found) in zip(COLOURS, drops.items(), strict=False):
-        counts = [row["k"] for row in found]
-        for column, style in (("without the loudest", "o-"), ("without random ones", "s:")):
-            gain = [max(row[column] - row["bits per byte, all pairs"], 1e-4) for row in found]
-            label = name if style == "o-" else None
-            right.plot(counts, gain, style, color=colour, label=label, markersize=4)
-    right.set_xscale("log", base=2)
-    right.set_yscale("log")
-    right.set_xlabel("pairs dropped at each token and layer, k")
-    right.set_ylabel("bits per byte lost (below 1e-4: at 1e-4)")
-    right.set_title("loudest (lines), random (dotted)")
-    right.legend(frameon=False, fontsize="small")
-    study.save_figure(
-        figure,
-        "pairs",
-        "Left: noise over signal of each layer's keys, median over pairs. Right: bits per byte lost by dropping k "
-        "pairs at every token. Claim: keys interfere as theory says, a token is answered by few pairs, so the loudest "
-        "are worth far more than random ones.",
-    )
+    left.set_xticks(range(len(rows)), [row["layer"] for row in rows], rotation=45, ha="right")
+    left.set_ylabel("1 / SNR of a queried key")
+    models = list(dict.fromkeys(row["model"] for row in result.rows(1)))
+    series, styles = {}, {}
+    for number, model in enumerate(models):
+        for column, line in (("without the largest", "-"), ("without random ones", ":")):
+            label = f"{model}, {'largest' if line == '-' else 'random'}"
+            series[label] = {
+                row["k"]: max(row[column] - row["bits per byte, all pairs"], 1e-4)
+                for row in result.rows(1, model=model)
+            }
+            styles[label] = {**line_style(number), "linestyle": line}
+    draw_lines(right, series, styles=styles, x_base=2, y_scale="log")
+    right.set_xlabel("pairs dropped per token and layer, k")
+    right.set_ylabel("bits per byte lost, at least 1e-4")
+    return figure
+
+
+FFN = Study(
+    name="ffn",
+    title="The feedforward layer as a memory",
+    claim="A feedforward layer is a memory of as many pairs as it has hidden units: its keys interfere as 1/SNR = N/2d "
+    "for relu, a gate makes the similarity quadratic (2N/d^2), and few pairs answer a token, so that dropping the "
+    "largest one changes the output far more than dropping one at random.",
+    source="arXiv 2505.19488, section 2; 2012.14913",
+    measure=_measure,
+    judge=_judge,
+    draw=_draw,
+    caption="Left: noise over signal of each layer's keys, median over pairs. Right: loss by dropping k pairs at every "
+    "token.",
+    base=BASE,
+    rows=ROWS,
+    settings={"counts": (1, 4, 16, 64), "examples": 24, "draws": 5},
+    quick=Quick({"swiglu": ROWS["swiglu"]}, SMALLER, {"counts": (1, 8), "examples": 8, "draws": 2}),
+    summary=_summary,
+)

@@ -1,20 +1,22 @@
-"""The Neural Turing Machine beside an LSTM: how fast each learns, how far it generalises, where the heads stand."""
+"""The Neural Turing Machine beside an LSTM: cost after training, generalisation to longer sequences, its heads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from memformer.lab.study import Study, new_figure, training_records, training_seconds
-from memformer.tasks.ntm import Copy, DynamicNGrams, optimal_bits
+from memformer.lab.plots import new_figure, plot_lines
+from memformer.lab.runs import training_seconds
+from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict
+from memformer.tasks.ntm import DynamicNGrams, optimal_bits
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
 
-__all__ = ["measure"]
+__all__ = ["NTM"]
 
-# In the order of the paper's section 4; the second is what a length counts.
+# In the order of the paper's section 4; the unit of a length.
 TASKS = {
     "copy": "vectors",
     "repeat_copy": "vectors",
@@ -22,46 +24,30 @@ TASKS = {
     "dynamic_ngrams": "bits",
     "priority_sort": "vectors",
 }
-
-# Model to colour and marker, in the order of legends.
 STYLES = {
-    "NTM, LSTM controller": (COLOURS[0], "o"),
-    "NTM, feedforward controller": (COLOURS[2], "^"),
-    "LSTM": (COLOURS[1], "s"),
+    "NTM, LSTM controller": {"color": COLOURS[0], "marker": "o"},
+    "NTM, feedforward controller": {"color": COLOURS[2], "marker": "^"},
+    "LSTM": {"color": COLOURS[1], "marker": "s"},
 }
-
-# Wrong bits a sequence, below which a task counts as learnt (arXiv 1807.08518).
+# Wrong bits per sequence below which a task counts as learnt (arXiv 1807.08518).
 LEARNT = 0.1
-
-# Vectors of the copy whose heads are shown; fewer where the memory has no room for them.
+# Vectors of the copy whose heads are drawn; fewer where the memory has no room for them.
 SHOWN = 100
 
 
-def measure(runs: Sequence[LoadedRun], study: Study) -> None:
-    """Tables and plots of runs on the tasks of arXiv 1410.5401, NTM and LSTM, one or more of each.
-
-    Raises:
-      RunError: a run that has not ended, or is of another task or model.
-    """
-    for run in runs:
+def _measure(runs: Runs, settings: Settings) -> Result:
+    """Scores of runs on the tasks of arXiv 1410.5401, NTM and LSTM, one or more of each."""
+    for run in runs.values():
         _check(run)
-    named = [(task, _name(run), run) for task in TASKS for run in runs if run.task.name == task]
-    study.claim = (
-        "An NTM learns to copy in fewer sequences than an LSTM and goes on copying at lengths it was not trained on, "
-        "where the LSTM fails; on 6-grams it comes near the optimal predictor (1410.5401, section 4)."
-    )
+    named = [(task, _name(run), run) for task in TASKS for run in runs.values() if run.task.name == task]
     rows = [_row(task, name, run) for task, name, run in named]
-    study.add_table("Bits a sequence after training, test split, at the lengths of training", rows)
-    optimum = _add_optimum(study, [run for task, _, run in named if task == "dynamic_ngrams"])
+    tables = [Table("Bits per sequence after training, test split, at the lengths of training", rows)]
     lengths = [part for task, name, run in named for part in _by_length(task, name, run)]
     if lengths:
-        study.add_table("Bits and wrong bits a sequence by length, beyond training", lengths)
-    _draw_learning(study, named, optimum)
-    _draw_lengths(study, lengths, {task: run.task.length for task, _, run in named})
-    traced = [run for task, name, run in named if task == "copy" and name != "LSTM"]
-    if traced:
-        _draw_heads(study, traced[0])
-    study.outcome = _outcome(rows, lengths, optimum)
+        tables.append(Table("Bits and wrong bits per sequence by length, beyond training", lengths))
+    grams = [run for task, _, run in named if task == "dynamic_ngrams"]
+    values = {"optimal bits of dynamic n-grams": _optimum(grams[0])} if grams else {}
+    return Result(tables, values)
 
 
 def _check(run: LoadedRun) -> None:
@@ -72,7 +58,7 @@ def _check(run: LoadedRun) -> None:
             f"{run.task.name}."
         )
     if run.result is None or not run.result["finished"]:
-        raise RunError(f"{run.folder} has not ended; give train.py the same command to go on with it.")
+        raise RunError(f"{run.folder} is unfinished; rerun its train.py command to resume.")
 
 
 def _name(run: LoadedRun) -> str:
@@ -82,24 +68,20 @@ def _name(run: LoadedRun) -> str:
     return f"NTM, {'LSTM' if model['controller'] == 'lstm' else model['controller']} controller"
 
 
-def _scores(run: LoadedRun, length: int) -> dict[str, float]:
-    return (run.result or {})["lengths"][str(length)]
-
-
-def _row(task: str, name: str, run: LoadedRun) -> dict[str, Any]:
-    scores = _scores(run, run.task.length)
+def _row(task: str, name: str, run: LoadedRun) -> Row:
+    scores = (run.result or {})["lengths"][str(run.task.length)]
     return {
         "task": task,
         "model": name,
         "parameters": run.model.size(),
         "sequences": run.step * run.config["train"]["batch_size"],
-        "bits a sequence": round(scores["bits_per_sequence"], 3),
-        "wrong bits a sequence": round(scores["bit_errors"], 4) if "bit_errors" in scores else "",
+        "bits per sequence": round(scores["bits_per_sequence"], 3),
+        "wrong bits per sequence": round(scores["bit_errors"], 4) if "bit_errors" in scores else "",
         "seconds": round(training_seconds(run)),
     }
 
 
-def _by_length(task: str, name: str, run: LoadedRun) -> list[dict[str, Any]]:
+def _by_length(task: str, name: str, run: LoadedRun) -> list[Row]:
     """Scores at single lengths; that of training is a mixture where lengths vary."""
     result: dict[str, Any] = run.result or {}
     if len(result["lengths"]) < 2:
@@ -109,106 +91,80 @@ def _by_length(task: str, name: str, run: LoadedRun) -> list[dict[str, Any]]:
             "task": task,
             "model": name,
             "length": int(length),
-            "bits a sequence": float(f"{scores['bits_per_sequence']:.4g}"),
-            "wrong bits a sequence": float(f"{scores['bit_errors']:.4g}"),
+            "bits per sequence": float(f"{scores['bits_per_sequence']:.4g}"),
+            "wrong bits per sequence": float(f"{scores['bit_errors']:.4g}"),
         }
         for length, scores in result["lengths"].items()
         if int(length) != run.task.length
     ]
 
 
-def _add_optimum(study: Study, runs: Sequence[LoadedRun]) -> float | None:
-    """Bits of the optimal predictor on the very sequences that the first of the runs was scored on."""
-    if not runs:
-        return None
-    config = runs[0].config
-    count = config["train"]["final_batches"] * config["train"]["batch_size"]
-    source = runs[0].task.source("test", config["seed"])
+def _optimum(run: LoadedRun) -> Row:
+    """Bits of the optimal predictor on the sequences that the run was scored on."""
+    count = run.config["train"]["final_batches"] * run.config["train"]["batch_size"]
+    source = run.task.source("test", run.config["seed"])
     costs = []
     for number in range(count):
         one = source[number]
         sequence = np.append(one["inputs"][:, 0], one["targets"][-1, 0])
-        costs.append(optimal_bits(sequence, runs[0].task.context if isinstance(runs[0].task, DynamicNGrams) else 5))
-    optimum = float(np.mean(costs))
-    study.values["optimal bits of dynamic n-grams"] = {"sequences": count, "bits": round(optimum, 2)}
-    return optimum
+        costs.append(optimal_bits(sequence, run.task.context if isinstance(run.task, DynamicNGrams) else 5))
+    return {"sequences": count, "bits": round(float(np.mean(costs)), 2)}
 
 
-def _draw_learning(study: Study, named: Sequence[tuple[str, str, LoadedRun]], optimum: float | None) -> None:
-    tasks = [task for task in TASKS if any(task == other for other, _, _ in named)]
-    columns = min(3, len(tasks))
-    rows = -(-len(tasks) // columns)
-    figure, axes = new_figure(rows, columns, width=max(5.5, 3.2 * columns), height=0.6 + 2.9 * rows)
-    for axis in axes.flat[len(tasks) :]:
-        axis.set_visible(False)
-    for axis, task in zip(axes.flat, tasks, strict=False):
-        for other, name, run in named:
-            if other == task:
-                size = run.config["train"]["batch_size"]
-                points = [(r["step"] * size / 1e3, r["bits_per_sequence"]) for r in training_records(run)]
-                axis.plot(*zip(*points, strict=True), color=STYLES[name][0], linewidth=1.3)
-        asked = next(run.task for other, _, run in named if other == task)
-        if task == "dynamic_ngrams" and optimum is not None:
-            _mark(axis, optimum, f"optimal predictor, {optimum:.1f}")
-        else:
-            axis.set_ylim(bottom=0)
-        if isinstance(asked, Copy):
-            _mark(axis, asked.guessing_bits, "guessing")
-        axis.set_title(task.replace("_", " "), fontsize=11)
-        axis.set_xlabel("sequences seen (thousands)")
-    for axis in axes[:, 0]:
-        axis.set_ylabel("bits a sequence (training)")
-    _legend(figure, {name for _, name, _ in named})
-    caption = (
-        "Cost a sequence against sequences seen. Claim: the NTM reaches zero (on n-grams: the optimum) long before "
-    )
-    study.save_figure(figure, "learning", caption + "the LSTM.")
-
-
-def _mark(axis: Any, height: float, text: str) -> None:
-    axis.axhline(height, color="0.4", linestyle=":")
-    where = {"xycoords": ("axes fraction", "data"), "xytext": (0, 2), "textcoords": "offset points"}
-    axis.annotate(text, (0.98, height), ha="right", va="bottom", fontsize=8, color="0.35", **where)
-
-
-def _draw_lengths(study: Study, rows: Sequence[dict[str, Any]], trained: dict[str, int]) -> None:
-    tasks = [task for task in ("copy", "associative_recall") if any(row["task"] == task for row in rows)]
-    if not tasks:
-        return
-    figure, axes = new_figure(1, len(tasks), width=max(5.5, 4.2 * len(tasks)), height=3.6)
-    for axis, task in zip(axes[0], tasks, strict=True):
-        for name, (colour, marker) in STYLES.items():
-            points = [(r["length"], r["bits a sequence"]) for r in rows if (r["task"], r["model"]) == (task, name)]
-            if points:
-                axis.plot(*zip(*points, strict=True), marker=marker, color=colour, markersize=4, label=name)
-        axis.axvspan(0, trained[task], color="0.92", zorder=0)
-        axis.annotate("trained", (trained[task] / 2, 0.98), xycoords=("data", "axes fraction"), ha="center", va="top",
-                      fontsize=8, color="0.35")  # fmt: skip
-        axis.set_yscale("symlog", linthresh=1)
-        axis.set_ylim(0, max(2.0, axis.get_ylim()[1]))
-        axis.set_xlim(left=0)
-        axis.set_title(task.replace("_", " "))
-        axis.set_xlabel(f"length ({TASKS[task]})")
-    axes[0, 0].set_ylabel("bits a sequence")
-    _legend(figure, {row["model"] for row in rows if row["task"] in tasks})
-    study.save_figure(
-        figure,
-        "lengths",
-        "Cost a sequence by length, linear below 1 bit, logarithmic above. Claim: beyond the lengths of training the "
-        "NTM goes on, the LSTM fails.",
+def _judge(result: Result) -> Verdict:
+    rows = [row for row in result.rows() if row["task"] != "dynamic_ngrams"]
+    learnt = [row for row in rows if row["wrong bits per sequence"] <= LEARNT]
+    missed = [_spoken(row["task"]) for row in rows if row["model"] != "LSTM" and row not in learnt]
+    ahead = bool(learnt) and all(row["model"] != "LSTM" for row in learnt)
+    grams = [row["bits per sequence"] for row in result.rows(task="dynamic_ngrams") if row["model"] != "LSTM"]
+    optimum = result.values.get("optimal bits of dynamic n-grams", {}).get("bits", 0.0)
+    if grams and min(grams) > optimum + 5:
+        missed.append(f"n-grams ({min(grams):.1f} bits, the optimum has {optimum:.1f})")
+    done = " and ".join(dict.fromkeys(_spoken(row["task"]) for row in learnt)) or "none of the tasks"
+    return Verdict(
+        "not reproduced" if not ahead else "partly confirmed" if missed else "confirmed",
+        f"The NTM learnt {done}{_longest_copy(result)}"
+        + (f"; not reproduced: {', '.join(dict.fromkeys(missed))}." if missed else "."),
     )
 
 
-def _legend(figure: Any, names: set[str]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], color=colour, marker=m, label=n) for n, (colour, m) in STYLES.items() if n in names]
-    columns = len(handles) if figure.get_figwidth() > 7 else 2
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
+def _spoken(task: str) -> str:
+    return task.replace("_", " ")
 
 
-def _draw_heads(study: Study, run: LoadedRun) -> None:
-    """The paper's figure 6: what goes in and out, what is written and read, and where."""
+def _longest_copy(result: Result) -> str:
+    """Wrong bits of copy at the greatest length, of the first NTM and of the LSTM."""
+    rows = result.rows(1, task="copy") if len(result.tables) > 1 and "length" in result.rows(1)[0] else []
+    if not rows:
+        return ""
+    most = max(row["length"] for row in rows)
+    found = {
+        row["model"].split(",")[0]: row["wrong bits per sequence"] for row in reversed(rows) if row["length"] == most
+    }
+    return (
+        f" (copy of {most} vectors: " + ", ".join(f"{name} {found[name]:g} wrong bits" for name in sorted(found)) + ")"
+    )
+
+
+def _draw(result: Result) -> Any:
+    rows = result.rows(min(1, len(result.tables) - 1))
+    panels: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["task"] in ("copy", "associative_recall") and "length" in row:
+            title = f"{_spoken(row['task'])} ({TASKS[row['task']]})"
+            panels.setdefault(title, {}).setdefault(row["model"], {})[row["length"]] = row["bits per sequence"]
+    if not panels:
+        panels = {row["task"]: {row["model"]: {0: row["bits per sequence"]}} for row in rows}
+    return plot_lines(panels, x="length", y="bits per sequence", styles=STYLES, y_scale="symlog")
+
+
+def _examples(runs: Runs) -> Mapping[str, Any]:
+    """The paper's figure 6: inputs and outputs, vectors written and read, and where, of the first NTM on copy."""
+    traced = [run for run in runs.values() if run.task.name == "copy" and _name(run) != "LSTM"]
+    return {"heads": _draw_heads(traced[0])} if traced else {}
+
+
+def _draw_heads(run: LoadedRun) -> Any:
     model: Any = run.module()
     length = min(SHOWN, run.config["model"]["slots"] - 4)
     task = run.task.with_length(length)
@@ -217,7 +173,7 @@ def _draw_heads(study: Study, run: LoadedRun) -> None:
     outputs = 1 / (1 + np.exp(-trace.logits[0]))
     panels = (
         (("inputs", one["inputs"]), ("outputs (probability of 1)", outputs)),
-        (("adds", trace.adds[0, :, 0]), ("reads", trace.reads[0, :, 0])),
+        (("added vectors", trace.adds[0, :, 0]), ("read vectors", trace.reads[0, :, 0])),
         (("write weights", trace.write_weights[0, :, 0]), ("read weights", trace.read_weights[0, :, 0])),
     )
     figure, axes = new_figure(3, 2, width=9.0, height=6.4)
@@ -236,35 +192,21 @@ def _draw_heads(study: Study, run: LoadedRun) -> None:
                 axis.set_ylabel(label)
     for axis in axes[2]:
         axis.set_xlabel("time step")
-    errors = int(((outputs[length + 1 :] > 0.5) != (one["targets"][length + 1 :] > 0.5)).sum())
-    study.values["wrong bits of the copy shown"] = {"length": length, "errors": errors}
-    study.save_figure(
-        figure,
-        "heads",
-        f"A copy of {length} vectors by the {_name(run)} ({errors} wrong bits of {length * task.num_classes}), trained "
-        f"on at most {run.task.length}: as it listens (left) and as it answers (right). Claim: it writes one vector a "
-        "slot, moving by one, and reads the same slots in the same order.",
-    )
+    return figure
 
 
-def _outcome(rows: Sequence[dict[str, Any]], lengths: Sequence[dict[str, Any]], optimum: float | None) -> str:
-    def list_(chosen: Sequence[dict[str, Any]], score: str) -> str:
-        return ", ".join(f"{row[score]:.3g} ({row['model']})" for row in chosen)
-
-    parts = []
-    for task in dict.fromkeys(row["task"] for row in rows):
-        name, own = task.replace("_", " "), [row for row in rows if row["task"] == task]
-        if task == "dynamic_ngrams":
-            parts.append(f"{name} {list_(own, 'bits a sequence')} bits against {optimum:.1f} of the optimum")
-            continue
-        parts.append(f"{name} {list_(own, 'wrong bits a sequence')}")
-        far = max((row["length"] for row in lengths if row["task"] == task), default=0)
-        beyond = [row for row in lengths if row["task"] == task and row["length"] == far]
-        if beyond:
-            parts[-1] += f", at {far} {TASKS[task]} {list_(beyond, 'wrong bits a sequence')}"
-    unlearnt = [
-        f"{row['task'].replace('_', ' ')} ({row['model']})"
-        for row in rows
-        if row["task"] != "dynamic_ngrams" and row["wrong bits a sequence"] > LEARNT
-    ]
-    return f"Wrong bits a sequence: {'; '.join(parts)}. Not learnt in these runs: {', '.join(unlearnt) or 'none'}."
+NTM = Study(
+    name="ntm",
+    title="Neural Turing Machine",
+    claim="An NTM learns to copy in fewer sequences than an LSTM and generalises to lengths it was not trained on, "
+    "where the LSTM fails; it learns repeat copy, associative recall and priority sort, and on 6-grams comes near the "
+    "optimal predictor.",
+    source="arXiv 1410.5401, section 4",
+    measure=_measure,
+    judge=_judge,
+    draw=_draw,
+    caption="Cost per sequence by length on the test split, linear below 1 bit, logarithmic above; trained on copies "
+    "of up to 20 vectors and on up to 6 items.",
+    reads="configs/{copy,repeat_copy,associative_recall,dynamic_ngrams,priority_sort}.py",
+    examples=_examples,
+)

@@ -1,4 +1,4 @@
-"""How a measurement trains models of its own: a table of runs, each in its folder, finished once and then read."""
+"""Runs of a study: trained from a table of configs or read from their folders, and what they recorded."""
 
 import json
 import os
@@ -8,21 +8,33 @@ from typing import Any
 
 import ml_collections
 
-from memformer.lab.study import Study, seconds_in, training_seconds
+from memformer.lab.study import Row, Table, percent
 from memformer.training.build import build_run
 from memformer.training.config import RunError, default_config, unknown_key
 from memformer.training.evaluation import LoadedRun, load_run
 from memformer.training.loop import train
-from memformer.training.metrics import say
+from memformer.training.metrics import read_records, say
 
-__all__ = ["accuracies", "accuracy_by_length", "make_config", "run_rows", "train_runs"]
+__all__ = [
+    "accuracies",
+    "accuracy_by_length",
+    "columns_by_length",
+    "longest_trained",
+    "make_config",
+    "scores_by_length",
+    "seconds_in",
+    "train_runs",
+    "trained_table",
+    "training_records",
+    "training_seconds",
+]
 
-# What every run of a measurement has unless its table says otherwise: no files but those that are read.
+# Defaults of every run of a study: no files but those that are read.
 COMMON: Mapping[str, Any] = {"train.tensorboard": False, "train.eval_every": 0, "checkpoint.keep_last": 1}
 
 
 def make_config(*changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
-    """The default config with each of `changes` upon it, in order: dotted key to value.
+    """The default config with `changes` (dotted key to value) applied in order.
 
     Args:
       changes: such as {"task": {"name": "swap"}, "model.memory": "delta_rule"}; a section given whole is merged in,
@@ -56,54 +68,47 @@ def make_config(*changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
 
 
 def train_runs(
-    study: Study,
-    table: Mapping[str, Mapping[str, Any]],
-    *,
-    base: Mapping[str, Any],
-    quick: bool = False,
-    smaller: Mapping[str, Any] | None = None,
-) -> dict[str, LoadedRun]:
-    """Trains each row of a table and returns the finished runs, by label.
+    folder: str, rows: Mapping[str, Row], *, base: Row, changes: Row | None = None, fresh: bool = False
+) -> tuple[dict[str, LoadedRun], float]:
+    """Trains the runs of a table, each in <folder>/<label>.
 
-    A run lies in <study.runs>/<study.name>/<label>. One that has finished there with the same config is read, one that
-    was stopped goes on; quick runs lie in <study.name>-quick and start anew each time.
+    A run that has finished there with the same config is read; one that was stopped resumes.
 
     Args:
-      study: names the folder.
-      table: label to what sets this run apart from the others, by dotted key.
-      base: what all runs have in common, by dotted key; a row goes before it.
-      quick: train the smaller version.
-      smaller: what a quick run changes, by dotted key; it goes before rows.
+      folder: of all runs.
+      rows: label to what sets this run apart from the others, by dotted key.
+      base: what all runs share, by dotted key; applied before the row.
+      changes: applied after the row.
+      fresh: delete the folder first.
+
+    Returns:
+      (the finished runs by label, seconds of training that they had behind them before this call).
 
     Raises:
-      RunError: a config that no run can have, or a run that was asked to stop (the same command goes on with it).
+      RunError: a config that no run can have, or a run that was asked to stop (rerun the command to resume).
     """
-    folder = os.path.join(study.runs, f"{study.name}-quick" if quick else study.name)
-    configs = {
-        label: make_config(COMMON, base, row, (smaller or {}) if quick else {}).to_dict()
-        for label, row in table.items()
-    }
+    configs = {label: make_config(COMMON, base, row, changes or {}).to_dict() for label, row in rows.items()}
     for label, config in configs.items():
-        # a mistake in the last row is told before the first is trained
+        # a mistake in the last row is reported before the first run is trained
         build_run(config)
         if os.sep in label:
-            raise RunError(f"a run's label is the name of its folder, got {label!r}.")
-    if quick:
+            raise RunError(f"the label of a run names its folder, so it must not hold {os.sep!r}, got {label!r}.")
+    if fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    runs = {}
+    runs, earlier = {}, 0.0
     for number, (label, config) in enumerate(configs.items(), start=1):
         path = os.path.join(folder, label.replace(" ", "_"))
-        study.earlier += seconds_in(path)
+        earlier += seconds_in(path)
         if not _finished(path, config):
-            say(f"\n{study.name}: run {number} of {len(configs)}: {label}")
+            say(f"\nrun {number} of {len(configs)}: {label}")
             if not train(config, path)["finished"]:
-                raise RunError(f"{study.name} was stopped in its run {label!r}; the same command goes on from there.")
+                raise RunError(f"the run {label!r} was stopped; rerun the command to resume.")
         runs[label] = load_run(path)
-    return runs
+    return runs, earlier
 
 
 def _finished(path: str, config: Mapping[str, Any]) -> bool:
-    """Whether a run of this very config has ended there."""
+    """Whether a run with exactly this config has ended there."""
     saved = os.path.join(path, "config.json")
     if not os.path.exists(os.path.join(path, "result.json")) or not os.path.exists(saved):
         return False
@@ -111,37 +116,76 @@ def _finished(path: str, config: Mapping[str, Any]) -> bool:
         return json.load(file) == json.loads(json.dumps(config))
 
 
-def accuracy_by_length(run: LoadedRun, score: str = "accuracy") -> dict[int, float]:
-    """A score on the test split at the run's length and its `train.final_lengths`, as the run ended.
+def training_records(run: LoadedRun) -> list[dict[str, Any]]:
+    """The records that the run logged of its training steps, in order."""
+    return _records(run.folder)
+
+
+def _records(folder: str) -> list[dict[str, Any]]:
+    records = read_records(os.path.join(folder, "metrics.jsonl"))
+    return [record for record in records if record["kind"] == "train"]
+
+
+def longest_trained(run: LoadedRun) -> int:
+    """The greatest length that the run was trained on: where its curriculum ended."""
+    return max(record["length"] for record in training_records(run))
+
+
+def training_seconds(run: LoadedRun) -> float:
+    """Seconds in training steps, over all parts of a resumed run, without compilation and evaluation."""
+    return seconds_in(run.folder)
+
+
+def seconds_in(folder: str) -> float:
+    """`training_seconds` of the run in a folder, which may be unfinished or empty."""
+    seconds, before = 0.0, 0
+    for record in _records(folder):
+        seconds += (record["step"] - before) * (record["step_seconds"] or 0.0)
+        before = record["step"]
+    return seconds
+
+
+def scores_by_length(run: LoadedRun) -> dict[int, dict[str, float]]:
+    """All scores on the test split at the run's length and its `train.final_lengths`.
 
     Raises:
-      RunError: a run that has not ended.
+      RunError: an unfinished run.
     """
     if run.result is None:
-        raise RunError(f"{run.folder} has no result.json yet: the run has not ended.")
-    return {int(length): values[score] for length, values in sorted(run.result["lengths"].items(), key=_length)}
+        raise RunError(f"{run.folder} has no result.json yet: the run is unfinished.")
+    lengths = run.result["lengths"]
+    return {int(length): lengths[length] for length in sorted(lengths, key=int)}
 
 
-def _length(item: tuple[str, Any]) -> int:
-    return int(item[0])
+def accuracy_by_length(run: LoadedRun, score: str = "accuracy") -> dict[int, float]:
+    """One score of `scores_by_length`."""
+    return {length: scores[score] for length, scores in scores_by_length(run).items()}
 
 
 def accuracies(runs: Mapping[str, LoadedRun]) -> dict[str, dict[str, float]]:
-    """What `accuracy_by_length` says of each run, rounded for a study's JSON."""
+    """`accuracy_by_length` of each run, rounded for the JSON."""
     return {
         label: {str(n): round(value, 4) for n, value in accuracy_by_length(run).items()} for label, run in runs.items()
     }
 
 
-def run_rows(runs: Mapping[str, LoadedRun]) -> list[dict[str, Any]]:
-    """Rows that tell what was trained: parameters, steps, seconds of training steps, seed."""
-    return [
-        {
-            "run": label,
-            "parameters": run.model.size(),
-            "steps": run.step,
-            "seconds": round(training_seconds(run), 1),
-            "seed": run.config["seed"],
-        }
-        for label, run in runs.items()
-    ]
+def columns_by_length(run: LoadedRun, heading: str) -> dict[str, str]:
+    """`accuracy_by_length` as the columns of a row; `heading` holds {}, such as "{} swaps"."""
+    return {heading.format(n): percent(value) for n, value in accuracy_by_length(run).items()}
+
+
+def trained_table(runs: Mapping[str, LoadedRun]) -> Table:
+    """A table of the runs: parameters, steps, seconds of training steps, seed."""
+    return Table(
+        "Training",
+        [
+            {
+                "run": label,
+                "parameters": run.model.size(),
+                "steps": run.step,
+                "seconds": round(training_seconds(run), 1),
+                "seed": run.config["seed"],
+            }
+            for label, run in runs.items()
+        ],
+    )

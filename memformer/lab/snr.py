@@ -1,7 +1,7 @@
-"""Retrieval signal-to-noise: how loudly a memory of N pairs answers with the right value.
+"""Retrieval signal-to-noise of a memory of N pairs.
 
-A memory holds sum_j kappa(k_j, .) v_j. Asked with a stored key k_i it gives c v_i + r, where c = kappa(k_i, k_i)
-and r is what the other keys answer. For i.i.d. keys N(0, I_d), arXiv 2505.19488 section 2 derives 1 / SNR =
+A memory holds sum_j kappa(k_j, .) v_j. Queried with a stored key k_i it gives c v_i + r, where c = kappa(k_i, k_i)
+and r is the answer of the other keys. For i.i.d. keys N(0, I_d), arXiv 2505.19488 section 2 derives 1 / SNR =
 E |r|^2 / (c^2 |v|^2):
 
     linear          N / d
@@ -13,17 +13,17 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from memformer.core.similarity import Kernel, similarity
-from memformer.lab.study import Study, legend_below, new_figure
-from memformer.training.metrics import say
-from memformer.training.plots import COLOURS
+from memformer.lab.plots import DOTTED, draw_lines, line_style, new_figure
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict
 
-__all__ = ["KEYS", "SIMILARITIES", "Similarity", "inverse_snr", "measure", "width_needed"]
+__all__ = ["KEYS", "SIMILARITIES", "SNR", "Similarity", "inverse_snr", "width_needed"]
 
-# Keys asked for in one simulation, and width of the values.
+# Keys queried in one simulation, and width of the values.
 QUERIES, VALUES = 32, 32
 
 Scores = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -31,7 +31,7 @@ Scores = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Similarity:
-    """A similarity kernel or feature map with what theory says of it.
+    """A similarity kernel or feature map, and its theory.
 
     Attributes:
       scores: (queries [M, d], keys [N, d]) -> kappa [M, N].
@@ -46,7 +46,7 @@ def _kernel(kernel: Kernel) -> Scores:
     def scores(queries: np.ndarray, keys: np.ndarray) -> np.ndarray:
         products = (queries @ keys.T) * np.float32(kernel.scale_for(keys.shape[1]))
         if kernel.name in ("exp", "softmax"):
-            # one factor for the whole row leaves the ratio of signal to noise as it is
+            # a factor per row does not change the ratio of signal to noise
             products = products - products.max(axis=1, keepdims=True)
         values = np.asarray(similarity(kernel, products))
         return values / values.sum(axis=1, keepdims=True) if kernel.normalized else values
@@ -114,7 +114,7 @@ def inverse_snr(kernel: Similarity, keys: str, width: int, pairs: int, seed: int
     """|r|^2 / (c^2 |v|^2) of some stored keys, [min(pairs, 32)].
 
     Args:
-      kernel: what is measured.
+      kernel: to measure.
       keys: a name in `KEYS`.
       width: d.
       pairs: N.
@@ -150,46 +150,48 @@ def width_needed(kernel: Similarity, pairs: int, widths: Sequence[int], seeds: i
     return widths[first] if first < len(widths) else None
 
 
-def measure(study: Study, *, quick: bool) -> None:
-    """Simulates every kernel over widths, numbers of pairs and kinds of keys."""
-    widths = (16, 64) if quick else (16, 32, 64, 128, 256)
-    counts = (64, 512) if quick else tuple(2**e for e in range(4, 15))
-    seeds = 3 if quick else 8
-    study.claim = (
-        "With i.i.d. Gaussian keys 1/SNR is N/d for a linear memory, N/2d for relu and N exp(2 - 2 sqrt d) for exp at "
-        "tau = sqrt d (2505.19488, section 2), so a linear memory needs a width linear in N and exp one of log^2 N."
-    )
-    curves = {}
-    for keys in KEYS:
-        for name, kernel in SIMILARITIES.items():
-            for width in widths:
-                curves[keys, name, width] = [_median(kernel, keys, width, pairs, seeds) for pairs in counts]
-        say(f"{keys} keys: done")
-    at = counts[-1]
-    rows = _rows(curves, widths, counts)
-    study.add_table(f"1 / SNR with N = {at} pairs (median over queries and {seeds} seeds)", rows)
-    needed = _needed(counts, seeds, quick)
-    study.add_table("Width at which SNR is 1, Gaussian keys", needed)
-    _draw(study, curves, widths, counts)
-    _draw_needed(study, needed)
-    study.outcome = _outcome(curves, widths, counts, needed)
-    study.values = {"widths": widths, "pairs": counts, "seeds": seeds}
+def _measure(runs: Runs, settings: Settings) -> Result:
+    widths, counts, seeds = (settings[name] for name in ("widths", "pairs", "seeds"))
+    title = f"1 / SNR with N = {counts[-1]} pairs (median over queries and {seeds} seeds)"
+    needed = Table("Width at which SNR is 1, Gaussian keys", _needed(settings["needed"]))
+    values = {
+        "widths": widths,
+        "pairs": counts,
+        "seeds": seeds,
+        "worst factor to theory": {
+            name: round(_worst(name, widths, counts, seeds), 3) for name in ("linear", "relu", "exp, tau = sqrt d")
+        },
+    }
+    return Result([Table(title, _rows(widths, counts[-1], seeds)), needed], values)
 
 
-def _rows(curves: dict, widths: Sequence[int], counts: Sequence[int]) -> list[dict]:
+def _worst(name: str, widths: Sequence[int], counts: Sequence[int], seeds: int) -> float:
+    """The largest factor between simulation and theory, Gaussian keys, from 64 pairs on."""
+    kernel = SIMILARITIES[name]
+    ratios = [
+        _median(kernel, "gaussian", width, pairs, seeds)[0] / kernel.inverse(width, pairs)
+        for width in widths
+        for pairs in counts
+        if pairs >= 64 and kernel.inverse
+    ]
+    return max(max(ratio, 1 / ratio) for ratio in ratios)
+
+
+def _rows(widths: Sequence[int], pairs: int, seeds: int) -> list[Row]:
     rows = []
     for name, kernel in SIMILARITIES.items():
         for width in widths:
-            theory = kernel.inverse(width, counts[-1]) if kernel.inverse else None
+            theory = kernel.inverse(width, pairs) if kernel.inverse else None
             row = {"kernel": name, "d": width, "theory": "" if theory is None else float(f"{theory:.3g}")}
-            rows.append({**row, **{keys: float(f"{curves[keys, name, width][-1][0]:.3g}") for keys in KEYS}})
+            found = {keys: _median(kernel, keys, width, pairs, seeds)[0] for keys in KEYS}
+            rows.append({**row, **{keys: float(f"{value:.3g}") for keys, value in found.items()}})
     return rows
 
 
-def _needed(counts: Sequence[int], seeds: int, quick: bool) -> list[dict]:
+def _needed(counts: Sequence[int]) -> list[Row]:
     """Measured and predicted widths; linear memories are measured on a grid of ratio 2^(1/4)."""
     rows = []
-    for pairs in counts if quick else counts[1:-3]:
+    for pairs in counts:
         grid = sorted({round(2 ** (e / 4)) for e in range(4, 4 * round(math.log2(pairs)) + 5)})
         row: dict = {"N": pairs}
         for name in ("linear", "relu", "exp, tau = sqrt d"):
@@ -200,75 +202,69 @@ def _needed(counts: Sequence[int], seeds: int, quick: bool) -> list[dict]:
     return rows
 
 
-def _outcome(curves: dict, widths: Sequence[int], counts: Sequence[int], needed: list[dict]) -> str:
-    def worst(name: str) -> float:
-        """The largest factor between measurement and theory."""
-        ratios = [
-            median / inverse(width, pairs)
-            for width in widths
-            for pairs, (median, _, _) in zip(counts, curves["gaussian", name, width], strict=True)
-            if pairs >= 64 and (inverse := SIMILARITIES[name].inverse)
-        ]
-        return max(max(ratio, 1 / ratio) for ratio in ratios)
+def _growth(result: Result) -> tuple[float, float]:
+    """(exponent of the linear memory's width in N, growth of the root of exp's width per unit of ln N)."""
+    rows = result.rows(1)
+    logs = np.log([row["N"] for row in rows])
+    linear = np.polyfit(logs, np.log([row["linear"] for row in rows]), 1)[0]
+    root = np.polyfit(logs, np.sqrt([row["exp, tau = sqrt d"] for row in rows]), 1)[0]
+    return float(linear), float(root)
 
-    logs = np.log([row["N"] for row in needed])
-    slope = np.polyfit(logs, np.log([row["linear"] for row in needed]), 1)[0]
-    root_slope = np.polyfit(logs, np.sqrt([row["exp, tau = sqrt d"] for row in needed]), 1)[0]
-    return (
-        f"From N = 64 on, linear and relu stay within factors of {worst('linear'):.2f} and {worst('relu'):.2f} of "
-        f"theory, exp at tau = sqrt d within {worst('exp, tau = sqrt d'):.2g} (a median of heavy tails). The width for "
-        f"SNR 1 grows as N^{slope:.2f} for linear; for exp its root grows by {root_slope:.2f} for each unit of ln N "
-        "(theory 0.50)."
+
+def _judge(result: Result) -> Verdict:
+    worst, (linear, root) = result.values["worst factor to theory"], _growth(result)
+    near = max(worst["linear"], worst["relu"]) < 1.3 and worst["exp, tau = sqrt d"] < 2
+    return Verdict(
+        "confirmed" if near and abs(linear - 1) < 0.1 and abs(root - 0.5) < 0.1 else "refuted",
+        f"From N = 64 on linear and relu are within factors of {worst['linear']:.2f} and {worst['relu']:.2f} of "
+        f"theory, exp within {worst['exp, tau = sqrt d']:.2g}; the width for SNR 1 grows as N^{linear:.2f}, its root "
+        f"for exp by {root:.2f} per unit of ln N (theory 0.50).",
     )
 
 
-def _draw(study: Study, curves: dict, widths: Sequence[int], counts: Sequence[int]) -> None:
-    width = 64
-    figure, axes = new_figure(1, len(KEYS), width=10.0, height=3.8)
-    for axis, keys in zip(axes[0], KEYS, strict=True):
-        for index, (name, kernel) in enumerate(SIMILARITIES.items()):
-            # six colours; the seventh and eighth kernel are told by their dashes
-            colour, dash = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
-            middle, low, high = np.array(curves[keys, name, width]).T
-            axis.plot(counts, middle, dash, color=colour, label=name, linewidth=1.5)
-            axis.fill_between(counts, low, high, color=colour, alpha=0.2, linewidth=0)
-            if keys == "gaussian" and kernel.inverse and dash == "-":
-                points = [kernel.inverse(width, pairs) for pairs in counts]
-                axis.plot(counts, points, ".", color=colour, markersize=5)
-        axis.axhline(1, color="0.4", linewidth=0.8)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_ylim(1e-7, 1e6)
-        axis.set_xlabel("pairs stored, N")
-        axis.set_title(f"{keys} keys")
-    axes[0, 0].set_ylabel("1 / SNR (noise over signal)")
-    legend_below(figure, axes[0, 0], columns=4)
-    study.save_figure(
-        figure,
-        "pairs",
-        f"Noise over signal against the number of pairs at width {width}; dots are theory for Gaussian keys, bands the "
-        "10% to 90% of seeds. Claim: kernels differ by a constant in slope but exponentially in level, and unit or "
-        "correlated keys leave the theory.",
-    )
+def _draw(result: Result) -> Any:
+    figure, axes = new_figure(1, 2, width=9.0, height=4.2)
+    left, right = axes[0]
+    names = list(SIMILARITIES)
+    curves, styles = {}, {}
+    for place, name in enumerate(names):
+        rows = result.rows(kernel=name)
+        curves[name] = {row["d"]: max(row["gaussian"], 1e-9) for row in rows}
+        styles[name] = line_style(place)
+    for name in ("linear", "exp, tau = sqrt d"):
+        curves[f"theory {name}"] = {row["d"]: row["theory"] for row in result.rows(kernel=name)}
+        styles[f"theory {name}"] = {**DOTTED, "color": styles[name]["color"], "marker": ""}
+    draw_lines(left, curves, styles=styles, x_base=2, y_scale="log")
+    left.set_xlabel("key width d")
+    left.set_ylabel(f"1 / SNR with N = {result.values['pairs'][-1]} pairs")
+    needed = {}
+    for name, theory in (("linear", "linear"), ("relu", "relu"), ("exp, tau = sqrt d", "exp")):
+        needed[name] = {row["N"]: row[name] or math.nan for row in result.rows(1)}
+        needed[f"theory {name}"] = {row["N"]: row[f"theory {theory}"] for row in result.rows(1)}
+        styles[f"theory {name}"] = {**DOTTED, "color": styles[name]["color"], "marker": ""}
+    draw_lines(right, needed, styles=styles, x_base=2, y_scale="log")
+    right.set_xlabel("pairs stored, N")
+    right.set_ylabel("width d at which SNR is 1")
+    return figure
 
 
-def _draw_needed(study: Study, needed: list[dict]) -> None:
-    figure, axes = new_figure()
-    axis = axes[0, 0]
-    pairs = [row["N"] for row in needed]
-    for colour, name, theory in zip(
-        COLOURS, ("linear", "relu", "exp, tau = sqrt d"), ("theory linear", "theory relu", "theory exp"), strict=False
-    ):
-        axis.plot(pairs, [row[name] or math.nan for row in needed], "o-", color=colour, label=name, markersize=4)
-        axis.plot(pairs, [row[theory] for row in needed], ":", color=colour)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
-    axis.set_xlabel("pairs stored, N")
-    axis.set_ylabel("width d at which SNR is 1")
-    axis.legend(frameon=False)
-    study.save_figure(
-        figure,
-        "width",
-        "Key width at which signal and noise are equal, Gaussian keys; dotted is theory. Claim: linear in N for linear "
-        "and relu, log^2 N for exp.",
-    )
+SNR = Study(
+    name="snr",
+    title="Signal to noise, simulated",
+    claim="With i.i.d. Gaussian keys 1/SNR is N/d for a linear memory, N/2d for relu and N exp(2 - 2 sqrt d) for exp "
+    "at tau = sqrt d, so a linear memory needs a width linear in N and exp one of log^2 N.",
+    source="arXiv 2505.19488, section 2",
+    measure=_measure,
+    judge=_judge,
+    draw=_draw,
+    caption="Left: noise over signal by key width, Gaussian keys. Right: the width at which both are equal. Dotted: "
+    "theory.",
+    settings={
+        "widths": (16, 32, 64, 128, 256),
+        "pairs": tuple(2**e for e in range(4, 15)),
+        "needed": tuple(2**e for e in range(5, 12)),
+        "seeds": 8,
+    },
+    quick=Quick(settings={"widths": (16, 64), "pairs": (64, 512), "needed": (64, 512), "seeds": 3}),
+    summary=lambda result: result.rows(1),
+)

@@ -1,12 +1,12 @@
 """Signal to noise inside trained models: each head's own queries, keys and values instead of Gaussian ones.
 
-A head that holds pairs (k_i, u_i), i <= t, answers q with sum_i kappa(k_i, q) u_i; u is v, or what a delta memory
-wrote. With one pair * as the signal, 1 / SNR = |sum of the others|^2 / |kappa(k_*, q) u_*|^2 as in lab snr, for three
-ways to ask:
+A head that holds pairs (k_i, u_i), i <= t, answers q with sum_i kappa(k_i, q) u_i; u is v, or the value that a delta
+memory wrote. With one pair * as the signal, 1 / SNR = |sum of the others|^2 / |kappa(k_*, q) u_*|^2 as in `snr`, for
+three kinds of query:
 
-    stored key     q = k_i and * = i, what theory does (N / d for linear, N exp(2 - 2 sqrt d) for softmax)
-    own query      q = q_t and * is the pair read most
-    right pair     q = q_t and * is where the answer stands, or up to two tokens on, as far as the convolution carries
+    stored key     q = k_i and * = i, as in theory (N / d for linear, N exp(2 - 2 sqrt d) for softmax)
+    own query      q = q_t and * is the pair with the largest answer
+    target pair    q = q_t and * is the place of the target, or up to two tokens on, as far as the convolution carries
                    key and value (recall only)
 """
 
@@ -19,9 +19,9 @@ import numpy as np
 from memformer.core.similarity import Kernel
 from memformer.lab.ffn import BASE as TEXT
 from memformer.lab.inside import block_inputs, initial_model, test_batch
-from memformer.lab.runs import run_rows, train_runs
+from memformer.lab.plots import new_figure
 from memformer.lab.snr import SIMILARITIES
-from memformer.lab.study import Study, new_figure
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.matrix import DeltaRule
 from memformer.layers.positions import count_positions
@@ -29,9 +29,9 @@ from memformer.ops.deltaformer import deltaformer
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
 
-__all__ = ["Head", "inverse_snr", "measure", "read_heads"]
+__all__ = ["Head", "SNR_TRAINED", "inverse_snr", "read_heads"]
 
-RECALL: Mapping[str, Any] = {
+RECALL: Row = {
     "task": {"name": "mqar", "length": 64, "pairs": 8, "vocab_size": 128, "power": 0.01},
     "optimizer.learning_rate": 4e-3,
     "train.batch_size": 32,
@@ -40,32 +40,32 @@ RECALL: Mapping[str, Any] = {
     "train.stop_accuracy": 0.98,
     "train.eval_every": 100,
 }
-# A short convolution in all of them: a token's key may hold the token before it, which recall needs.
+# A short convolution in all of them: recall needs keys that contain the token before.
 CONVOLUTION = 4
-MEMORIES: Mapping[str, Mapping[str, Any]] = {
+MEMORIES: Mapping[str, Row] = {
     "softmax_attention": {"conv_width": CONVOLUTION},
     "delta_rule": {},
     "deltaformer": {"conv_width": CONVOLUTION},
 }
-TABLE: Mapping[str, Mapping[str, Any]] = {
+ROWS: Mapping[str, Row] = {
     f"{kind} {name}": {**changes, "model.memory": name, "model.memory_options": {name: options}}
     for kind, changes in (("text", {}), ("recall", RECALL))
     for name, options in MEMORIES.items()
 }
-SMALLER: Mapping[str, Any] = {"task.length": 32, "task.pairs": 4, "model.width": 32, "train.steps": 20}
+SMALLER: Row = {"task.length": 32, "task.pairs": 4, "model.width": 32, "train.steps": 20}
 EXAMPLES, ASKED = 32, 16
-WAYS = ("stored key", "own query", "right pair")
+WAYS = ("stored key", "own query", "target pair")
 
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What one head of one layer has read of a batch.
+    """Queries, keys and values of one head of one layer on a batch.
 
     Attributes:
       queries: [B, T, K].
       keys: [B, T, K].
       contents: [B, T, V], v or u.
-      kernel: of the read.
+      kernel: similarity of the read.
     """
 
     queries: np.ndarray
@@ -77,8 +77,8 @@ class Head:
         """kappa(k_i, q) u_i of queries [M, K] by row of the batch, [M, T, V]; pairs after `last` [M] answer nothing.
 
         Args:
-          queries: the first of each row, then the second ...: M a multiple of B.
-          last: place of the newest pair that a query sees.
+          queries: the first of each row, then the second ...: M is a multiple of B.
+          last: place of the newest pair that a query attends to.
         """
         times = len(queries) // len(self.keys)
         keys, contents = np.tile(self.keys, (times, 1, 1)), np.tile(self.contents, (times, 1, 1))
@@ -102,7 +102,7 @@ def read_heads(layer: Any, x: Any) -> list[Head]:
       >>> [head.keys.shape for head in read_heads(layer, jnp.ones((1, 3, 8)))]
       [(1, 3, 4), (1, 3, 4)]
     """
-    # what the layer itself does before its op
+    # the layer's own steps before its op
     projected, _ = layer._project(x, None, None)
     parts = layer._shape(projected, count_positions(None, x.shape[:2], None) if layer.rotary else None)
     contents = parts["v"]
@@ -126,7 +126,7 @@ def inverse_snr(answers: np.ndarray, signal: np.ndarray | None = None) -> np.nda
 
     Args:
       answers: [M, T, V].
-      signal: [M], place of the signal; None is the loudest pair.
+      signal: [M], place of the signal; None is the pair with the largest answer.
 
     Example:
       >>> inverse_snr(np.array([[[2.0, 0.0], [0.0, 1.0]]])).tolist()
@@ -139,7 +139,7 @@ def inverse_snr(answers: np.ndarray, signal: np.ndarray | None = None) -> np.nda
 
 
 def _ask(head: Head, batch: Mapping[str, np.ndarray], recall: bool) -> dict[str, np.ndarray]:
-    """1 / SNR by way of asking."""
+    """1 / SNR by kind of query."""
     rows, length, _ = head.keys.shape
     rng = np.random.default_rng(0)
     found: dict[str, list[np.ndarray]] = {way: [] for way in WAYS[: 3 if recall else 2]}
@@ -149,17 +149,17 @@ def _ask(head: Head, batch: Mapping[str, np.ndarray], recall: bool) -> dict[str,
         own = head.answers(head.queries[every, last], last)
         found["own query"].append(inverse_snr(own))
         if answered is not None:
-            found["right pair"].append(inverse_snr(own, _loudest_near(own, answered[number])))
+            found["target pair"].append(inverse_snr(own, _largest_near(own, answered[number])))
         place = rng.integers(0, length, rows) % (last + 1)
         found["stored key"].append(inverse_snr(head.answers(head.keys[every, place], last), place))
     return {way: np.concatenate(parts) for way, parts in found.items()}
 
 
-def _loudest_near(answers: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The loudest of the pairs at and just after `places` whose convolved key and value hold both tokens asked for."""
+def _largest_near(answers: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """The pair with the largest answer of those whose convolved key and value contain both tokens, near `places`."""
     near = np.minimum(places[:, None] + np.arange(CONVOLUTION - 1), answers.shape[1] - 1)
-    loud = np.take_along_axis(np.sum(answers**2, axis=2), near, axis=1)
-    return near[np.arange(len(near)), loud.argmax(axis=1)]
+    size = np.take_along_axis(np.sum(answers**2, axis=2), near, axis=1)
+    return near[np.arange(len(near)), size.argmax(axis=1)]
 
 
 def _questions(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -173,31 +173,12 @@ def _questions(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     return np.array(asked).T, np.array(answered).T
 
 
-def measure(study: Study, *, quick: bool) -> None:
-    """Trains models of text and of recall, and measures each of their heads."""
-    table = {"recall deltaformer": TABLE["recall deltaformer"]} if quick else TABLE
-    runs = train_runs(study, table, base=TEXT, quick=quick, smaller=SMALLER)
-    study.claim = (
-        "Theory for i.i.d. Gaussian keys (2505.19488, section 2) has 1/SNR = N/d for a linear read and N exp(2 - 2 "
-        "sqrt d) for softmax; in trained models a head that recalls must answer with a signal above its noise "
-        "(1/SNR below 1) where its task asks."
-    )
-    rows, points = [], {}
-    for label, run in runs.items():
-        found = _measure_run(label, run)
-        rows += [row for row, _ in found]
-        points[label] = found
-    study.add_table("1 / SNR of each head, medians (10% to 90% of questions)", rows)
-    scores = [
-        {**row, "score on the test split": _score(run)} for row, run in zip(run_rows(runs), runs.values(), strict=True)
-    ]
-    study.add_table("Models trained here", scores)
-    study.outcome = _outcome(points)
-    study.values = {
-        "examples": EXAMPLES,
-        "1/SNR": {row["head"]: medians for f in points.values() for row, medians in f},
-    }
-    _draw(study, points)
+def _measure(runs: Runs, settings: Settings) -> Result:
+    found = [pair for label, run in runs.items() for pair in _measure_run(label, run)]
+    scores = [{"run": label, "score": _score(run)} for label, run in runs.items()]
+    values = {"examples": EXAMPLES, "1/SNR": {row["head"]: medians for row, medians in found}}
+    heads = Table("1 / SNR per head, medians (10% to 90% of questions)", [row for row, _ in found])
+    return Result([heads, Table("Scores on the test split", scores)], values)
 
 
 def _score(run: LoadedRun) -> str:
@@ -258,40 +239,70 @@ def _banded(values: np.ndarray) -> str:
     return f"{middle:.2g} ({low:.2g} to {high:.2g})"
 
 
-def _outcome(points: dict) -> str:
-    parts = []
-    for label, found in points.items():
-        ways = [f"{way}, trained" for way in WAYS if f"{way}, trained" in found[0][1]]
-        best = {way: min(medians[way] for _, medians in found) for way in ways}
-        said = ", ".join(f"{way.split(',')[0]} {value:.2g}" for way, value in best.items())
-        factors = [medians["stored key, trained"] / medians["theory"] for _, medians in found]
-        parts.append(f"{label}: {said} (stored key over theory {min(factors):.2g} to {max(factors):.2g})")
-    return "1/SNR of the best head, trained: " + "; ".join(parts) + "."
+def _best(result: Result) -> dict[str, dict[str, float]]:
+    """Model to kind of query to the least 1 / SNR of its trained heads."""
+    best: dict[str, dict[str, float]] = {}
+    for head, medians in result.values["1/SNR"].items():
+        model = best.setdefault(head.rpartition(" ")[0], {})
+        for way, value in medians.items():
+            if way.endswith(", trained"):
+                kind = way.removesuffix(", trained")
+                model[kind] = min(value, model.get(kind, value))
+    return best
 
 
-def _draw(study: Study, points: dict) -> None:
-    figure, axes = new_figure(1, 1, width=11.0, height=4.6)
+def _judge(result: Result) -> Verdict:
+    best = _best(result)
+    recall = {
+        label.removeprefix("recall "): kinds["target pair"] for label, kinds in best.items() if "target pair" in kinds
+    }
+    factors = [medians["stored key, trained"] / medians["theory"] for medians in result.values["1/SNR"].values()]
+    scores = ", ".join(f"{name} {value:.2g}" for name, value in recall.items())
+    return Verdict(
+        "refuted" if max(recall.values()) >= 1 else "confirmed" if max(factors) < 10 else "partly confirmed",
+        f"Every memory that learnt recall has a head with 1/SNR below 1 at the target pair ({scores}); trained keys "
+        f"leave the theory of independent keys by factors of {min(factors):.1f} to {max(factors):.0e}.",
+    )
+
+
+def _summary(result: Result) -> list[Row]:
+    rows = [{"model": model, **dict.fromkeys(WAYS, ""), **kinds} for model, kinds in _best(result).items()]
+    return [{name: f"{cell:.2g}" if isinstance(cell, float) else cell for name, cell in row.items()} for row in rows]
+
+
+def _draw(result: Result) -> Any:
+    figure, axes = new_figure(1, 1, width=9.0, height=5.0)
     axis = axes[0, 0]
-    flat = [(row["head"], medians) for found in points.values() for row, medians in found]
-    places = np.arange(len(flat))
+    heads = result.values["1/SNR"]
     marks = {
         "theory": ("_", "0.3"),
         "stored key, start": ("^", COLOURS[5]),
         "stored key, trained": ("o", COLOURS[0]),
         "own query, trained": ("D", COLOURS[1]),
-        "right pair, trained": ("*", COLOURS[2]),
+        "target pair, trained": ("*", COLOURS[2]),
     }
     for way, (mark, colour) in marks.items():
-        heights = [medians.get(way, np.nan) for _, medians in flat]
-        axis.plot(places, np.maximum(heights, 1e-6), mark, color=colour, label=way, markersize=9 if mark in "*_" else 5)
+        heights = [float(np.clip(medians.get(way, np.nan), 1e-6, 1e6)) for medians in heads.values()]
+        axis.plot(heights, mark, color=colour, label=way, markersize=9 if mark in "*_" else 5)
     axis.axhline(1, color="0.4", linewidth=0.8)
     axis.set_yscale("log")
-    axis.set_ylabel("1 / SNR (noise over signal)")
-    axis.set_xticks(places, [name for name, _ in flat], rotation=60, ha="right", fontsize="small")
-    figure.legend(loc="outside upper center", ncols=5, frameon=False)
-    study.save_figure(
-        figure,
-        "heads",
-        "Noise over signal of each head (layer.head), medians over questions. Claim: keys of trained models leave the "
-        "theory of i.i.d. keys, and a head that recalls lies below 1 for the right pair.",
-    )
+    axis.set_ylabel("1 / SNR, clipped to 1e-6 ... 1e6")
+    axis.set_xticks(range(len(heads)), list(heads), rotation=60, ha="right", fontsize="small")
+    return figure
+
+
+SNR_TRAINED = Study(
+    name="snr_trained",
+    title="Signal to noise in trained models",
+    claim="For i.i.d. Gaussian keys 1/SNR is N/d for a linear read and N exp(2 - 2 sqrt d) for softmax; in trained "
+    "models a head that recalls must answer with a signal above its noise (1/SNR below 1) where its task asks.",
+    source="arXiv 2505.19488, section 2",
+    measure=_measure,
+    judge=_judge,
+    draw=_draw,
+    caption="Noise over signal per head (layer.head), medians over questions.",
+    base=TEXT,
+    rows=ROWS,
+    quick=Quick({"recall deltaformer": ROWS["recall deltaformer"]}, SMALLER),
+    summary=_summary,
+)

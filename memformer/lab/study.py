@@ -1,205 +1,172 @@
-"""What a measurement leaves behind: a JSON, a CSV and pictures in a results folder."""
+"""A study as data: the claim under test, what is trained or simulated, and how the result is judged and drawn."""
 
-import csv
 import dataclasses
-import datetime
-import json
-import os
-import platform
-from collections.abc import Mapping, Sequence
-from importlib import metadata
-from typing import Any
-
-import jax
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from memformer.training.evaluation import LoadedRun
-from memformer.training.metrics import format_table, model_name, read_records, replace_file, say
 
-__all__ = ["Study", "learning_curve", "legend_below", "new_figure", "seconds_in", "training_records"]
-__all__ += ["training_seconds"]
+__all__ = ["Quick", "Result", "Row", "Runs", "Settings", "Study", "Table", "Verdict", "numbers_in", "percent", "pivot"]
 
-
-def new_figure(rows: int = 1, columns: int = 1, *, width: float = 7.0, height: float = 3.4) -> tuple[Any, Any]:
-    """A Matplotlib figure that no window system knows of, and its axes as an array [rows, columns].
-
-    Args:
-      rows: of panels.
-      columns: of panels.
-      width: of the figure in inches.
-      height: of the figure in inches.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+Row = Mapping[str, Any]
+Runs = Mapping[str, LoadedRun]
+Settings = Mapping[str, Any]
 
 
-def legend_below(figure: Any, axis: Any, *, columns: int | None = None, fontsize: Any = None) -> None:
-    """One legend for all panels, below them.
-
-    Args:
-      figure: as `new_figure` gives it.
-      axis: the panel whose lines it names.
-      columns: of the legend; None is one row.
-      fontsize: as Matplotlib has it.
-    """
-    handles, labels = axis.get_legend_handles_labels()
-    columns = len(labels) if columns is None else columns
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=fontsize)
-
-
-@dataclasses.dataclass
-class Study:
-    """One measurement in the making; `finish` writes it.
+class Table(NamedTuple):
+    """A titled table.
 
     Attributes:
-      name: of the measurement and of its files.
-      folder: where they go.
-      runs: folder of the runs that the measurement trains itself.
-      claim: what literature or sense expects, one sentence.
-      outcome: what came out beside it, one sentence made of measured numbers.
-      values: numbers for the JSON.
-      tables: (title, rows) as added.
-      figures: (file, caption) as saved.
-      earlier: seconds of training that runs of this measurement had behind them when it was started.
+      title: above the table.
+      rows: column name to text or number; all rows have the columns of the first.
+    """
+
+    title: str
+    rows: Sequence[Row]
+
+
+class Verdict(NamedTuple):
+    """How a result compares with the claim.
+
+    Attributes:
+      kind: one word for it.
+      finding: one sentence with the numbers that decide.
+    """
+
+    kind: Literal["confirmed", "partly confirmed", "refuted", "not reproduced"]
+    finding: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The measurements of one study, as its JSON stores them.
+
+    Attributes:
+      tables: the first is the main one.
+      values: numbers for programs, by name.
+
+    Raises:
+      ValueError: no table, a table without rows, or rows of different columns.
+    """
+
+    tables: Sequence[Table]
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.tables:
+            raise ValueError("a result must have at least one table, got none")
+        for title, rows in self.tables:
+            if not rows or any(list(row) != list(rows[0]) for row in rows):
+                raise ValueError(
+                    f"rows of {title!r} must be at least one, all with the same columns, got {list(rows)[:3]}"
+                )
+
+    def rows(self, table: int = 0, **wanted: Any) -> list[Row]:
+        """Rows of a table, those that have the wanted values in the columns named.
+
+        Example:
+          >>> Result([Table("Scores", [{"model": "a", "x": 1}, {"model": "b", "x": 2}])]).rows(model="b")
+          [{'model': 'b', 'x': 2}]
+        """
+        rows = self.tables[table].rows
+        return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quick:
+    """What a quick run changes: a small version of the study, under a minute.
+
+    Attributes:
+      rows: the runs to train instead of the study's.
+      changes: by dotted key, applied after each row.
+      settings: replace the study's settings of the same names.
+    """
+
+    rows: Mapping[str, Row] = dataclasses.field(default_factory=dict)
+    changes: Row = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """One study. It either trains the runs of `rows`, reads finished runs of train.py (`reads`), or simulates.
+
+    Attributes:
+      name: of the command, the JSON and the figure.
+      title: of its section.
+      claim: what the literature claims, one or two sentences.
+      source: of the claim.
+      measure: (runs by label, settings) -> result.
+      judge: result of a full run -> verdict.
+      draw: result -> Matplotlib figure.
+      caption: of the figure.
+      reads: which finished runs it needs; empty where it needs none.
+      base: config that all runs share, by dotted key.
+      rows: label of a run to the changes of its config, by dotted key.
+      settings: sizes of a simulation, by name.
+      quick: the small version; None where the runs are given.
+      summary: result -> the rows shown in full on the page; None shows the main table if it has at most ten rows.
+      examples: runs -> figures of single examples by label, which need the models: saved beside the first run.
+
+    Raises:
+      ValueError: a study without a claim, a source or a caption.
     """
 
     name: str
-    folder: str
-    runs: str = os.path.join("runs", "lab")
-    claim: str = ""
-    outcome: str = ""
-    values: dict[str, Any] = dataclasses.field(default_factory=dict)
-    tables: list[tuple[str, list[dict[str, Any]]]] = dataclasses.field(default_factory=list)
-    figures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
-    earlier: float = 0.0
+    title: str
+    claim: str
+    source: str
+    measure: Callable[[Runs, Settings], Result]
+    judge: Callable[[Result], Verdict]
+    draw: Callable[[Result], Any]
+    caption: str
+    reads: str = ""
+    base: Row = dataclasses.field(default_factory=dict)
+    rows: Mapping[str, Row] = dataclasses.field(default_factory=dict)
+    settings: Settings = dataclasses.field(default_factory=dict)
+    quick: Quick | None = None
+    summary: Callable[[Result], list[Row]] | None = None
+    examples: Callable[[Runs], Mapping[str, Any]] | None = None
 
-    def add_table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds a table and prints it; the study's first one is also its CSV.
-
-        Args:
-          title: above the table.
-          rows: column name to text or number; all rows have the columns of the first.
-
-        Raises:
-          ValueError: no rows, or rows of different columns.
-        """
-        if not rows or any(list(row) != list(rows[0]) for row in rows):
-            raise ValueError(f"rows of {title!r} must be at least one, all with the same columns, got {list(rows)[:3]}")
-        self.tables.append((title, [dict(row) for row in rows]))
-        say(f"\n{title}")
-        say(format_table(list(rows[0]), [[_shown(value) for value in row.values()] for row in rows]))
-
-    def save_figure(self, figure: Any, label: str, caption: str) -> None:
-        """Writes a Matplotlib figure as <name>-<label>.png and .svg.
-
-        Args:
-          figure: as `new_figure` makes them.
-          label: tells the study's figures apart.
-          caption: what is seen, with the claim that it tests.
-        """
-        import matplotlib
-
-        os.makedirs(self.folder, exist_ok=True)
-        stem = f"{self.name}-{label}"
-        # without these two the same figure would be another file at each run
-        with matplotlib.rc_context({"svg.hashsalt": stem}):
-            figure.savefig(os.path.join(self.folder, f"{stem}.svg"), metadata={"Date": None})
-        figure.savefig(os.path.join(self.folder, f"{stem}.png"), dpi=100)
-        self.figures.append((f"{stem}.png", caption))
-
-    def finish(self, runs: Sequence[LoadedRun], seconds: float) -> str:
-        """Writes the JSON and the CSV, prints claim and outcome, and returns the JSON's path.
-
-        Raises:
-          ValueError: no claim, no outcome or no table.
-        """
-        for name in ("claim", "outcome", "tables"):
+    def __post_init__(self) -> None:
+        for name in ("claim", "source", "caption"):
             if not getattr(self, name):
-                raise ValueError(f"study {self.name!r} must set its {name} before it is finished, got none")
-        os.makedirs(self.folder, exist_ok=True)
-        path = os.path.join(self.folder, f"{self.name}.json")
-        content = {
-            "name": self.name,
-            "claim": self.claim,
-            "outcome": self.outcome,
-            "runs": [_describe(run) for run in runs],
-            "date": datetime.date.today().isoformat(),
-            "seconds": round(seconds + self.earlier, 1),
-            "versions": _versions(),
-            "tables": [{"title": title, "rows": rows} for title, rows in self.tables],
-            "figures": [{"file": file, "caption": caption} for file, caption in self.figures],
-            "values": self.values,
-        }
-        with replace_file(path) as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        rows = self.tables[0][1]
-        with replace_file(os.path.join(self.folder, f"{self.name}.csv")) as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        say(f"\nclaim:   {self.claim}\noutcome: {self.outcome}\nwritten: {path}")
-        return path
+                raise ValueError(f"study {self.name!r} must state its {name}, got none")
 
 
-def _shown(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def pivot(rows: Sequence[Row], index: str, column: str, value: str, *, corner: str) -> list[Row]:
+    """A table of one value: a row for each `index`, a column for each `column`.
+
+    Example:
+      >>> rows = [{"x": 1, "y": "a", "z": 5}, {"x": 1, "y": "b", "z": 6}, {"x": 2, "y": "a", "z": 7}]
+      >>> pivot(rows, "x", "y", "z", corner="z by x")
+      [{'z by x': 1, 'a': 5, 'b': 6}, {'z by x': 2, 'a': 7}]
+    """
+    found: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(row[index], {corner: row[index]})[row[column]] = row[value]
+    return list(found.values())
 
 
-def training_records(run: LoadedRun) -> list[dict[str, Any]]:
-    """What the run logged of its training steps, in order."""
-    return _records(run.folder)
+def percent(value: float, digits: int = 1) -> str:
+    """A share as text.
+
+    Example:
+      >>> percent(0.875), percent(0.875, 0)
+      ('87.5%', '88%')
+    """
+    return f"{100 * value:.{digits}f}%"
 
 
-def _records(folder: str) -> list[dict[str, Any]]:
-    records = read_records(os.path.join(folder, "metrics.jsonl"))
-    return [record for record in records if record["kind"] == "train"]
+def numbers_in(cell: Any) -> list[float]:
+    """The numbers in a table's cell; shares where they are per cent.
 
-
-def learning_curve(run: LoadedRun) -> tuple[list[int], list[float]]:
-    """Steps, and the accuracy in training at each that has one."""
-    records = [record for record in training_records(run) if record["accuracy"] is not None]
-    return [record["step"] for record in records], [record["accuracy"] for record in records]
-
-
-def training_seconds(run: LoadedRun) -> float:
-    """Time in training steps, of all parts of a run that was resumed; compiling and evaluating are left out."""
-    return seconds_in(run.folder)
-
-
-def seconds_in(folder: str) -> float:
-    """The same for the folder of a run, which need not have ended, nor begun."""
-    seconds, before = 0.0, 0
-    for record in _records(folder):
-        seconds += (record["step"] - before) * (record["step_seconds"] or 0.0)
-        before = record["step"]
-    return seconds
-
-
-def _describe(run: LoadedRun) -> dict[str, Any]:
-    """Which run, without a path of this machine."""
-    return {
-        "folder": f"runs/{os.path.basename(os.path.normpath(run.folder))}",
-        "task": run.task.name,
-        "model": model_name(run.config["model"]),
-        "parameters": run.model.size(),
-        "seed": run.config["seed"],
-        "step": run.step,
-        "seconds": round(training_seconds(run), 1),
-    }
-
-
-def _versions() -> dict[str, str]:
-    names = ("jax", "flax", "memformer")
-    found = {name: metadata.version(name) for name in names if _installed(name)}
-    return {"python": platform.python_version(), **found, "device": jax.devices()[0].device_kind}
-
-
-def _installed(name: str) -> bool:
-    return any(True for _ in metadata.distributions(name=name))
+    Example:
+      >>> numbers_in("138 (130-150)"), numbers_in("97.5%"), numbers_in("-0.9 to 1e-3"), numbers_in("never")
+      ([138.0, 130.0, 150.0], [0.975], [-0.9, 0.001], [])
+    """
+    if isinstance(cell, int | float):
+        return [float(cell)]
+    found = re.findall(r"(?<![\w.])(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(%?)", cell)
+    return [float(number) / (100 if sign else 1) for number, sign in found]

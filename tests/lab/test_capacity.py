@@ -1,9 +1,8 @@
-"""Capacity of untrained memories: the writes that are drawn, what is exact, and the quick measurement's outcomes."""
+"""Capacity of untrained memories: the writes, exact recall, and the quick study."""
 
 import numpy as np
 import pytest
 
-from memformer.lab import SIMULATIONS, Study
 from memformer.lab.capacity import RECALLERS, capacity, draw_writes, recalled, theory
 
 # One shape for the tests below: T = 16 tokens, P = 8 pairs, V = 4 bits.
@@ -23,10 +22,10 @@ def test_the_latest_value_of_each_pair_is_its_answer():
 
 @pytest.mark.parametrize("name", RECALLERS)
 def test_a_few_pairs_are_recalled_and_rewritten_ones_by_a_delta_rule_alone(name):
-    once, anew = (draw_writes(2, times, tokens=16, seed=1, **SIZES) for times in (1, 2))
+    once, twice = (draw_writes(2, times, tokens=16, seed=1, **SIZES) for times in (1, 2))
     assert recalled(name, once, WIDE[name], 0) == 1
-    # what forgets nothing answers with a sum of both values
-    assert (recalled(name, anew, WIDE[name], 0) == 1) == (name not in ("linear attention", "softmax attention"))
+    # a memory that forgets nothing answers with the sum of both values
+    assert (recalled(name, twice, WIDE[name], 0) == 1) == (name not in ("linear attention", "softmax attention"))
 
 
 def test_capacity_is_where_recall_ends():
@@ -47,11 +46,8 @@ def test_theory_is_the_formula_of_the_docstring():
     assert theory(True, 8192, 4) > 1.5 * theory(True, 4096, 4)
 
 
-def test_the_quick_measurement(tmp_path):
-    study = Study("capacity", str(tmp_path))
-    SIMULATIONS["capacity"](study, quick=True)
-    study.finish([], 1.0)
-    rows = {(row["written"], row["memory"]): row for row in study.tables[0][1]}
+def test_the_quick_study(measure_quickly):
+    rows = {(row["written"], row["memory"]): row for row in measure_quickly("capacity").rows()}
 
     def median(written, memory, size=4096):
         return float(rows[written, memory][f"{size} bytes"].split()[0])
@@ -61,11 +57,10 @@ def test_the_quick_measurement(tmp_path):
     assert median("once", "linear attention", 1024) < 0.5 * median("once", "linear attention")
     assert median("once", "softmax attention") > 0.6 * theory(True, 4096, 4)
     for name in ("linear attention", "softmax attention"):
-        assert median("anew", name) == 0
-    # the delta product is the delta rule with two writes a token
-    for written in ("once", "anew"):
+        assert median("rewritten", name) == 0
+    # the delta product is the delta rule with two writes per token
+    for written in ("once", "rewritten"):
         assert rows[written, "delta product"] == {**rows[written, "delta rule"], "memory": "delta product"}
-    assert median("once", "delta rule") > 0.7 * expected and median("anew", "delta rule") > 0.3 * expected
+    assert median("once", "delta rule") > 0.7 * expected and median("rewritten", "delta rule") > 0.3 * expected
     # a rewrite takes a second slot
-    assert 0 < median("anew", "DeltaFormer (round)") <= 4096 // (4 * (48 + 4)) // 2
-    assert "delta rule" in study.outcome
+    assert 0 < median("rewritten", "DeltaFormer (round)") <= 4096 // (4 * (48 + 4)) // 2

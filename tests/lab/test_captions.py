@@ -1,14 +1,12 @@
-"""A small captioner learns to look within seconds, and the lab's measures say what they should."""
+"""A small captioner learns to attend within seconds, and the measures of the study."""
 
-import json
 import os
-import pathlib
 
 import jax
 import numpy as np
 import pytest
 
-from memformer.lab import Study, captions
+from memformer.lab import STUDIES, captions
 from memformer.lab.bleu import measure_bleu
 from memformer.tasks import Captions
 from memformer.training.config import RunError, default_config
@@ -16,7 +14,7 @@ from memformer.training.evaluation import load_run
 from memformer.training.loop import train
 from memformer.training.metrics import read_records
 
-# Nats a word of a caption by one who sees no picture: one of 24 pairs twice and one of 4 relations in 9 words
+# Nats per word of a caption without the picture: one of 24 pairs twice and one of 4 relations in 9 words
 # (3 scenes of 4), one pair in 4 words and the number of shapes.
 BLIND = (0.75 * (2 * np.log(24) + np.log(4)) + 0.25 * np.log(24) + 0.56) / (0.75 * 9 + 0.25 * 4)
 
@@ -37,34 +35,31 @@ def run(tmp_path_factory):
         return load_run(folder)
 
 
-def test_a_small_run_learns_to_look(run):
+def test_a_small_run_learns_to_attend(run):
     records = read_records(os.path.join(run.folder, "metrics.jsonl"))
     loss = [record["loss"] for record in records if record["kind"] == "eval"][-1]
     assert loss < 0.6 * BLIND, (loss, BLIND)
 
 
-def test_the_study_of_a_run(run, tmp_path, monkeypatch):
+def test_the_study_of_a_run(run, monkeypatch):
     monkeypatch.setattr(captions, "PICTURES", 70)
-    study = Study("captions", str(tmp_path))
-    captions.measure([run], study)
-    content = json.loads(pathlib.Path(study.finish([run], 1.0)).read_text())
-    scores, masses = (table["rows"] for table in content["tables"])
+    study = STUDIES["captions"]
+    result = study.measure({"captions": run}, {})
+    scores, masses = result.rows(), result.rows(1)
     assert [row["count"] for row in scores] == [70, 70] and len(masses) == 4
-    new, pairs = (float(row["words right"].rstrip("%")) for row in scores)
+    new, pairs = (float(row["correct words"].rstrip("%")) for row in scores)
     assert new > 30 and pairs > 20
     for row in masses:
         assert 0 < row["on the named shape"] < 1 and 0.02 < row["its share of the grid"] < 0.4
-    assert {figure["file"] for figure in content["figures"]} == {
-        "captions-maps-lstm.png",
-        "captions-masses.png",
-    }
+    assert study.draw(result).axes and list(study.examples({"captions": run})) == ["maps-lstm-shapes"]
 
 
-def test_what_is_no_run_of_captions(run):
+def test_other_runs_are_refused(run):
     with pytest.raises(RunError, match="is none"):
-        captions.measure([run, type("Other", (), {"task": None, "folder": "runs/x"})()], Study("captions", "x"))
+        other = type("Other", (), {"task": None, "folder": "runs/x"})()
+        STUDIES["captions"].measure({"a": run, "b": other}, {})
     with pytest.raises(RunError, match="captions needs a run on generated shapes"):
-        captions.measure([], Study("captions", "x"))
+        STUDIES["captions"].measure({}, {})
 
 
 def test_shares_of_regions():
@@ -91,9 +86,9 @@ WORDS = [
 ]
 
 
-@pytest.mark.parametrize("said, wanted, counts", WORDS)
-def test_right_words(said, wanted, counts):
-    assert captions.right_words(said.split(), wanted.split()) == counts
+@pytest.mark.parametrize("words, reference, counts", WORDS)
+def test_correct_words(words, reference, counts):
+    assert captions.correct_words(words.split(), reference.split()) == counts
 
 
 def test_bleu():

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from memformer.lab import SIMULATIONS, Study
 from memformer.lab.compression import COHERENCE, codes, place_keys, track
 
 
@@ -16,12 +15,12 @@ def test_keys_are_unit_and_nearly_orthogonal_in_fewer_dimensions():
     assert place_keys(32, 16, rounds=20) is None
 
 
-def test_codes_tell_the_objects_apart():
+def test_codes_distinguish_the_objects():
     assert codes(6).shape == (6, 3) and len(np.unique(codes(6), axis=0)) == 6
 
 
 @pytest.mark.parametrize(("kernel", "exact"), [("round", True), ("linear", False)])
-def test_swaps_are_followed(kernel, exact):
+def test_swaps_are_tracked(kernel, exact):
     keys = place_keys(16, 15)
     rng = np.random.default_rng(1)
     swaps = np.stack([rng.choice(16, 2, replace=False) for _ in range(96)])
@@ -37,11 +36,7 @@ def test_orthogonal_keys_need_no_rounding():
     assert errors.max() < 1e-5 and wrong[-1] == 0
 
 
-def test_the_quick_measurement_says_what_came_out(tmp_path):
-    study = Study("compression", str(tmp_path))
-    SIMULATIONS["compression"](study, quick=True)
-    study.finish([], 1.0)
-    by_size = {row["n"]: row for row in study.tables[0][1]}
+def test_the_quick_study(measure_quickly):
+    by_size = {row["n"]: row for row in measure_quickly("compression").rows()}
     assert by_size[24]["round: largest error"] == 0 and by_size[24]["K"] < 24
     assert by_size[24]["linear: wrong places at the end"] > 0
-    assert "exact" in study.outcome

@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 
-from memformer.lab import SIMULATIONS, Study
 from memformer.lab.context import draw_regression, draw_test, ridge_error
 
 
@@ -17,7 +16,7 @@ def test_sequences_are_questions_and_pairs_in_turn():
     np.testing.assert_allclose(rest.std(), 0.1, rtol=0.1)
 
 
-def test_questions_know_nothing_of_the_maps():
+def test_questions_are_independent_of_the_maps():
     tokens, asked, maps = draw_test(jax.random.key(2), 4, 2048)
     moved, again, _ = draw_test(jax.random.key(2), 4, 2048, change=2)
     truth = np.sum(maps[0] * asked, axis=1)
@@ -36,11 +35,8 @@ def test_ridge_finds_the_map():
     assert errors[0] > errors[1] > 0.1 > 0.01 > errors[2]
 
 
-def test_the_quick_measurement_says_what_came_out(tmp_path):
-    study = Study("context", str(tmp_path))
-    SIMULATIONS["context"](study, quick=True)
-    study.finish([], 1.0)
-    rows = {row["memory"]: row for row in study.tables[0][1]}
+def test_the_quick_study(measure_quickly):
+    rows = {row["memory"]: row for row in measure_quickly("context").rows()}
     assert set(rows) == {"softmax", "delta"}
     first, last = (float(rows["delta"][f"error after {t} pairs (best)"].split(" ")[0]) for t in (4, 16))
     assert last < first < 1.2 and last < 0.6

@@ -1,9 +1,8 @@
-"""Blocks read stream by stream: what a probe sees, and what the quick measurement asserts."""
+"""Blocks read stream by stream: a probe attends to its past alone, and the quick study."""
 
 import numpy as np
 import pytest
 
-from memformer.lab import SIMULATIONS, Study
 from memformer.lab.convergence_deep import MEMORIES, _stack, halfway, probe
 
 
@@ -24,11 +23,9 @@ def test_halfway_is_between_offsets_or_never():
     assert np.isnan(halfway(np.array([1, 2]), np.array([0.1, 0.2])))
 
 
-def test_the_quick_measurement_says_what_came_out(tmp_path):
-    study = Study("convergence_deep", str(tmp_path))
-    SIMULATIONS["convergence_deep"](study, quick=True)
-    study.finish([], 1.0)
-    rows = {(row["memory"], row["depth"]): float(row["slope of moves"].split(" ")[0]) for row in study.tables[0][1]}
+def test_the_quick_study(measure_quickly):
+    found = measure_quickly("convergence_deep").rows()
+    rows = {(row["memory"], row["depth"]): float(row["slope of moves"].split(" ")[0]) for row in found}
     assert set(rows) == {(name, depth) for name in ("softmax", "delta") for depth in (1, 2, 3, 4)}
     assert set(MEMORIES) >= {"softmax", "delta"}
     for depth in (1, 2, 3, 4):

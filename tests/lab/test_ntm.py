@@ -1,4 +1,4 @@
-"""The laboratory of the Neural Turing Machine, on runs of a moment that were never trained."""
+"""The study of the Neural Turing Machine, on untrained runs."""
 
 import json
 import types
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from memformer.lab import LABS, Study
+from memformer.lab import STUDIES
 from memformer.models import build_model
 from memformer.tasks import make_task
 from memformer.tasks.ntm import optimal_bits
@@ -21,7 +21,7 @@ SHAPES = {
 
 
 def a_run(folder, task, shape, lengths, finished=True):
-    """What `load_run` gives of a run, as far as the laboratory looks at it."""
+    """The part of a loaded run that the study reads."""
     folder.mkdir()
     records = [{"kind": "train", "step": n, "bits_per_sequence": 10.0 - n, "step_seconds": 2.0} for n in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -38,17 +38,18 @@ def a_run(folder, task, shape, lengths, finished=True):
     )
 
 
-def test_it_tells_tables_figures_and_an_outcome(tmp_path):
+def test_tables_verdict_and_figures(tmp_path):
     copy, grams = make_task({"name": "copy", "length": 3}), make_task({"name": "dynamic_ngrams", "length": 20})
     runs = [
         a_run(tmp_path / "a", copy, SHAPES["ntm"], (2, 3, 7)),
         a_run(tmp_path / "b", copy, SHAPES["lstm"], (2, 3, 7)),
         a_run(tmp_path / "c", grams, SHAPES["ntm"], (20,)),
     ]
-    study = Study("ntm", str(tmp_path / "out"))
-    LABS["ntm"](runs, study)
-    first, second = (rows for _, rows in study.tables)
-    assert [(row["model"], row["bits a sequence"], row["sequences"]) for row in first] == [
+    study = STUDIES["ntm"]
+    named = {run.folder: run for run in runs}
+    result = study.measure(named, {})
+    first, second = (rows for _, rows in result.tables)
+    assert [(row["model"], row["bits per sequence"], row["sequences"]) for row in first] == [
         ("NTM, LSTM controller", 3.0, 6),
         ("LSTM", 3.0, 6),
         ("NTM, LSTM controller", 20.0, 6),
@@ -58,21 +59,19 @@ def test_it_tells_tables_figures_and_an_outcome(tmp_path):
     assert [row["length"] for row in second] == [2, 7, 2, 7]
     source = grams.source("test", 0)
     costs = [optimal_bits(np.append(source[i]["inputs"][:, 0], source[i]["targets"][-1, 0])) for i in range(6)]
-    assert study.values["optimal bits of dynamic n-grams"] == {"sequences": 6, "bits": round(float(np.mean(costs)), 2)}
-    assert "copy 1.5 (NTM, LSTM controller), 1.5 (LSTM), at 7 vectors 3.5 (NTM" in study.outcome
-    assert f"dynamic ngrams 20 (NTM, LSTM controller) bits against {np.mean(costs):.1f} of" in study.outcome
-    assert study.outcome.endswith("Not learnt in these runs: copy (NTM, LSTM controller), copy (LSTM).")
-    assert study.values["wrong bits of the copy shown"]["length"] == 4
-    for label in ("learning", "lengths", "heads"):
-        assert (tmp_path / "out" / f"ntm-{label}.png").stat().st_size > 1000
+    assert result.values["optimal bits of dynamic n-grams"] == {"sequences": 6, "bits": round(float(np.mean(costs)), 2)}
+    verdict = study.judge(result)
+    assert verdict.kind == "not reproduced" and "copy of 7 vectors: LSTM 3.5 wrong bits, NTM 3.5" in verdict.finding
+    assert verdict.finding.endswith("; not reproduced: copy.")
+    assert study.draw(result).axes and list(study.examples(named)) == ["heads"]
     jax.clear_caches()
 
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path):
     copy, text = make_task({"name": "copy", "length": 3}), make_task({"name": "parity"})
     unfinished = a_run(tmp_path / "a", copy, SHAPES["lstm"], (3,), finished=False)
-    with pytest.raises(RunError, match="a has not ended; give train.py the same command"):
-        LABS["ntm"]([unfinished], Study("ntm", str(tmp_path)))
+    with pytest.raises(RunError, match="a is unfinished; rerun its train.py command"):
+        STUDIES["ntm"].measure({"a": unfinished}, {})
     unfinished.task = text
     with pytest.raises(RunError, match="must be a run of model ntm or recurrent_lm on one of copy, .*on parity"):
-        LABS["ntm"]([unfinished], Study("ntm", str(tmp_path)))
+        STUDIES["ntm"].measure({"a": unfinished}, {})

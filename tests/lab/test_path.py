@@ -1,12 +1,11 @@
-"""Path length: what the gradient is, how it falls, and delayed recall."""
+"""Path length: the gradient by distance, its fall per step, and delayed recall."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memformer.lab import SIMULATIONS, Study
-from memformer.lab.path import draw_recall, factor_a_step, gradients
+from memformer.lab.path import draw_recall, factor_per_step, gradients
 
 
 def test_the_gradient_is_that_of_the_last_output_by_distance():
@@ -22,7 +21,7 @@ def test_the_gradient_is_that_of_the_last_output_by_distance():
 
 def test_factor_of_a_power():
     falls = np.tile(0.8 ** np.arange(40.0), (2, 1))
-    assert factor_a_step(falls, 4, 24) == pytest.approx(0.8)
+    assert factor_per_step(falls, 4, 24) == pytest.approx(0.8)
 
 
 def test_one_symbol_lies_at_the_delay_asked_for():
@@ -33,14 +32,12 @@ def test_one_symbol_lies_at_the_delay_asked_for():
     assert delays.min() >= 1 and delays.max() <= 20 and len(set(delays)) > 8
 
 
-def test_the_quick_measurement_says_what_came_out(tmp_path):
-    study = Study("path", str(tmp_path))
-    SIMULATIONS["path"](study, quick=True)
-    study.finish([], 1.0)
-    rows = {row["memory"]: row for row in study.tables[0][1]}
-    assert rows["rnn"]["factor a step"] == pytest.approx(rows["rnn"]["theory"], abs=0.05)
-    assert rows["delta_rule"]["factor a step"] == pytest.approx(rows["delta_rule"]["theory"], abs=0.02)
-    assert rows["rnn"]["factor a step"] < rows["lstm"]["factor a step"] < 0.9
-    assert rows["softmax_attention"]["factor a step"] > 0.98 < rows["deltaformer"]["factor a step"]
-    recalled = {row["memory"]: row["delay 16"] for row in study.tables[1][1]}
+def test_the_quick_study(measure_quickly):
+    result = measure_quickly("path")
+    rows = {row["memory"]: row for row in result.rows()}
+    assert rows["rnn"]["factor per step"] == pytest.approx(rows["rnn"]["theory"], abs=0.05)
+    assert rows["delta_rule"]["factor per step"] == pytest.approx(rows["delta_rule"]["theory"], abs=0.02)
+    assert rows["rnn"]["factor per step"] < rows["lstm"]["factor per step"] < 0.9
+    assert rows["softmax_attention"]["factor per step"] > 0.98 < rows["deltaformer"]["factor per step"]
+    recalled = {row["memory"]: row["delay 16"] for row in result.rows(1)}
     assert recalled["softmax_attention"].startswith("100%") and not recalled["rnn"].startswith("100%")

@@ -1,10 +1,10 @@
-"""The laboratory of recurrent networks, on made-up results."""
+"""The study of recurrent networks, on made-up results."""
 
 import types
 
 import pytest
 
-from memformer.lab import LABS, Study
+from memformer.lab import STUDIES
 from memformer.training.config import RunError
 
 
@@ -17,15 +17,15 @@ def a_run(task, model, lengths):
     )
 
 
-def test_tables_and_outcome_are_the_runs_scores(tmp_path):
+def test_tables_and_verdict_are_the_runs_scores():
     parity = a_run("parity", {"memory": "gru"}, {"16": {"accuracy": 0.75}, "8": {"accuracy": 1.0}})
     text = a_run("text", {"type": "recurrent_lm", "cell": "lstm"}, {"8": {"bits_per_byte": 2.5}})
-    study = Study("recurrent", str(tmp_path))
-    LABS["recurrent"]([text, parity], study)
-    assert study.tables[0][1] == [{"model": "gru", "8 bits": "100.0%", "16 bits": "75.0%"}]
-    assert study.tables[1][1] == [{"model": "lstm", "bits per byte": 2.5}]
-    assert study.outcome == "Parity: gru 75.0% at 16 bits; lstm reads text at 2.50 bits per byte."
-    assert (tmp_path / "recurrent-parity.png").exists()
+    study = STUDIES["recurrent"]
+    result = study.measure({"text": text, "parity": parity}, {})
+    assert result.rows() == [{"model": "gru", "8 bits": "100.0%", "16 bits": "75.0%"}]
+    assert result.rows(1) == [{"model": "lstm", "bits per byte": 2.5}]
+    assert study.judge(result) == ("refuted", "Accuracy on strings of 16 bits: gru 75.0%.")
+    assert study.draw(result).axes
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,6 @@ def test_tables_and_outcome_are_the_runs_scores(tmp_path):
         (a_run("parity", {"memory": "gru"}, None), "has no result.json yet"),
     ],
 )
-def test_runs_that_say_nothing_are_refused(run, message, tmp_path):
+def test_runs_without_parity_or_result_are_refused(run, message):
     with pytest.raises(RunError, match=message):
-        LABS["recurrent"]([run], Study("recurrent", str(tmp_path)))
+        STUDIES["recurrent"].measure({"x": run}, {})

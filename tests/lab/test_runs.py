@@ -1,11 +1,10 @@
-"""Runs that a measurement trains itself: built from a table, finished once, read after that."""
+"""Runs of a study: built from a table, trained once, then read."""
 
 import os
 
 import pytest
 
-from memformer.lab import Study
-from memformer.lab.runs import accuracy_by_length, make_config, run_rows, train_runs
+from memformer.lab.runs import accuracy_by_length, make_config, train_runs, trained_table
 from memformer.training.config import RunError
 from memformer.training.metrics import read_records
 
@@ -32,31 +31,30 @@ def test_an_unknown_key_is_named(key):
         make_config({key: 1})
 
 
-def test_a_finished_run_is_read_and_a_quick_one_trained_again(tmp_path):
-    study = Study("toy", str(tmp_path), runs=str(tmp_path / "runs"))
+def test_a_finished_run_is_read_and_a_fresh_one_trained_again(tmp_path):
+    folder = str(tmp_path / "runs")
     rows = {"one": {}, "two": {"seed": 1}}
-    first = train_runs(study, rows, base=BASE)
+    first, earlier = train_runs(folder, rows, base=BASE)
     assert list(first) == ["one", "two"] and first["two"].config["seed"] == 1
     assert list(accuracy_by_length(first["one"])) == [4, 8]
-    assert [row["steps"] for row in run_rows(first)] == [2, 2]
-    assert study.earlier == 0
-    stamp = os.path.getmtime(tmp_path / "runs" / "toy" / "one" / "result.json")
-    train_runs(study, {"one": {}}, base=BASE)
-    assert os.path.getmtime(tmp_path / "runs" / "toy" / "one" / "result.json") == stamp
-    assert study.earlier > 0
-    # more steps: the same run goes on
-    longer = train_runs(study, {"one": {"train.steps": 3}}, base=BASE)["one"]
+    assert [row["steps"] for row in trained_table(first).rows] == [2, 2]
+    assert earlier == 0
+    stamp = os.path.getmtime(tmp_path / "runs" / "one" / "result.json")
+    _, earlier = train_runs(folder, {"one": {}}, base=BASE)
+    assert os.path.getmtime(tmp_path / "runs" / "one" / "result.json") == stamp
+    assert earlier > 0
+    # more steps: the same run resumes
+    longer = train_runs(folder, {"one": {"train.steps": 3}}, base=BASE)[0]["one"]
     assert longer.step == 3
     steps = [r["step"] for r in read_records(os.path.join(longer.folder, "metrics.jsonl")) if r["kind"] == "train"]
     assert steps == [2, 3]
-    quick = train_runs(study, {"one": {}}, base=BASE, quick=True, smaller={"train.steps": 1})["one"]
-    assert quick.step == 1 and "toy-quick" in quick.folder
     with pytest.raises(RunError, match="model.width"):
-        train_runs(study, {"one": {"model.width": 16}}, base=BASE)
+        train_runs(folder, {"one": {"model.width": 16}}, base=BASE)
+    fresh = train_runs(folder, {"one": {}}, base=BASE, changes={"train.steps": 1}, fresh=True)[0]["one"]
+    assert fresh.step == 1
 
 
-def test_a_mistake_in_the_last_row_is_told_before_the_first_is_trained(tmp_path):
-    study = Study("toy", str(tmp_path), runs=str(tmp_path / "runs"))
+def test_a_mistake_in_the_last_row_is_reported_before_the_first_is_trained(tmp_path):
     with pytest.raises(RunError, match="lenght"):
-        train_runs(study, {"one": {}, "two": {"task.lenght": 4}}, base=BASE)
+        train_runs(str(tmp_path / "runs"), {"one": {}, "two": {"task.lenght": 4}}, base=BASE)
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""The laboratory of memories between segments, on models that were never trained."""
+"""The study of memories between segments, on untrained models."""
 
 import json
 import types
@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from memformer.lab import LABS, Study
+from memformer.lab import STUDIES
 from memformer.models import build_model
 from memformer.tasks import make_task
 from memformer.training.config import RunError
@@ -20,7 +20,7 @@ SHAPES = {
 
 
 def a_run(folder, task, shape, lengths):
-    """What `load_run` gives of a run, as far as the laboratory looks at it."""
+    """The part of a loaded run that the study reads."""
     folder.mkdir()
     records = [{"kind": "train", "step": n, "length": length} for n, length in enumerate(lengths)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -39,22 +39,22 @@ def a_run(folder, task, shape, lengths):
     )
 
 
-def test_it_asks_one_question_and_tells_tables_a_figure_and_an_outcome(tmp_path):
+def test_it_asks_one_question_and_tabulates_the_answers(tmp_path):
     few = make_task({"name": "remember", "length": 4, "key_size": 1, "symbols": 5, "queries": 3})
     runs = [a_run(tmp_path / "a", few, SHAPES["ARMT"], (2,)), a_run(tmp_path / "b", few, SHAPES["RMT"], (2, 4))]
-    study = Study("segments", str(tmp_path / "out"))
-    LABS["segments"](runs, study)
-    ((_, rows),) = study.tables
+    study = STUDIES["segment_recall"]
+    result = study.measure({run.folder: run for run in runs}, {})
+    ((_, rows),) = result.tables
     # five keys: no more than five pairs
     assert [list(row) for row in rows] == [["task", "model", "trained on", "2 pairs", "5 pairs"]] * 2
     assert [(row["model"], row["trained on"]) for row in rows] == [("ARMT", 2), ("RMT", 4)]
-    assert list(study.values) == ["remember ARMT", "remember RMT"]
-    assert all(0 <= share <= 1 for shares in study.values.values() for share in shares.values())
-    assert study.outcome.startswith("remember: ARMT, trained to 2 pairs, ") and " at 5; remember: RMT" in study.outcome
-    assert (tmp_path / "out" / "segments-pairs.png").stat().st_size > 1000
+    assert list(result.values) == ["remember ARMT", "remember RMT"]
+    assert all(0 <= share <= 1 for shares in result.values.values() for share in shares.values())
+    assert study.judge(result).finding.startswith("Exact match after 5 pairs: remember ARMT ")
+    assert study.draw(result).axes
 
 
 def test_runs_of_other_tasks_are_named(tmp_path):
     run = a_run(tmp_path / "a", make_task({"name": "parity"}), SHAPES["ARMT without gamma"], (3,))
-    with pytest.raises(RunError, match="segments measures runs of remember and rewrite, got .*a of parity"):
-        LABS["segments"]([run], Study("segments", str(tmp_path)))
+    with pytest.raises(RunError, match="segment_recall measures runs of remember and rewrite, got .*a of parity"):
+        STUDIES["segment_recall"].measure({"a": run}, {})

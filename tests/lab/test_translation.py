@@ -1,9 +1,9 @@
-"""The whole way of a translation: a small run on kept verses learns them, and the laboratory measures it."""
+"""Translation from end to end: a small run on kept verses learns them, and the study measures it."""
 
 import jax
 import pytest
 
-from memformer.lab import LABS, Study
+from memformer.lab import STUDIES
 from memformer.lab.translation import group_lengths
 from memformer.training.config import RunError, default_config
 from memformer.training.evaluation import load_run
@@ -41,19 +41,17 @@ def test_a_small_run_learns_its_verses(run):
     assert losses[0] > 4.5 and losses[-1] < LOSS, losses
 
 
-def test_the_laboratory_says_what_came_out(run, tmp_path):
+def test_the_study_of_a_run(run):
     pytest.importorskip("sacrebleu", reason="sacrebleu (the extra test) is not installed")
-    runs = [load_run(run)]
-    study = Study("translation", str(tmp_path))
-    LABS["translation"](runs, study)
-    study.finish(runs, 1.0)
-    rows, whole = study.tables[0][1], study.tables[1][1]
+    runs, study = {"attention": load_run(run)}, STUDIES["translation"]
+    result = study.measure(runs, {})
+    whole, rows = result.rows(), result.rows(1)
+    (one,) = runs.values()
     assert {row["model"] for row in rows} == {"LSTM, attention"} and all(0 <= row["BLEU"] <= 100 for row in rows)
-    assert sum(row["verses"] for row in rows) == study.values["test verses"] == len(runs[0].task.pairs("test"))
-    assert whole[0]["parameters"] == runs[0].model.size() and "LSTM, attention: BLEU" in study.outcome
-    assert "514 verses of Genesis" in study.outcome
-    for label in ("bleu", "alignment"):
-        assert 0 < (tmp_path / f"translation-{label}.png").stat().st_size < 150_000
+    assert sum(row["verses"] for row in rows) == result.values["test verses"] == len(one.task.pairs("test"))
+    assert whole[0]["parameters"] == one.model.size() and "LSTM, attention" in study.judge(result).finding
+    assert "514 verses of Genesis" in result.values["verses"]
+    assert study.draw(result).axes and list(study.examples(runs)) == ["alignment"]
 
 
 def test_groups_hold_every_length_once():
@@ -64,9 +62,9 @@ def test_groups_hold_every_length_once():
     assert group_lengths([5, 5, 5], 4) == [(5, 5)]
 
 
-def test_a_run_of_another_task_is_refused(tmp_path):
+def test_a_run_of_another_task_is_refused():
     class Other:
         folder, task = "runs/swap", type("Task", (), {"name": "swap"})()
 
     with pytest.raises(RunError, match="translation measures runs of configs/translation.py, runs/swap is of swap"):
-        LABS["translation"]([Other()], Study("translation", str(tmp_path)))
+        STUDIES["translation"].measure({"x": Other()}, {})
