@@ -11,37 +11,37 @@ class BLEU(NamedTuple):
 
     Attributes:
       score: from 0 to 100.
-      signature: how sacrebleu computed it, for whoever compares.
+      signature: of sacrebleu's settings, for comparisons.
     """
 
     score: float
     signature: str
 
 
-def measure_bleu(said: Sequence[str], wanted: Sequence[str], *, tokenize: str = "13a") -> BLEU | None:
+def measure_bleu(texts: Sequence[str], references: Sequence[str], *, tokenize: str = "13a") -> BLEU | None:
     """Corpus BLEU of sentences against one reference each, or None where sacrebleu is not installed.
 
     Args:
-      said: what the model says.
-      wanted: the references, in the same order.
-      tokenize: sacrebleu's tokeniser; "none" for words that single spaces divide.
+      texts: the model's sentences.
+      references: one for each, in the same order.
+      tokenize: sacrebleu's tokeniser; "none" for words separated by single spaces.
 
     Raises:
-      ValueError: no sentence, or as many references as there are not sentences.
+      ValueError: no sentence, or another number of references.
 
     Example:
       >>> found = measure_bleu(["a red ring above a blue cross"], ["a red ring above a blue cross"])
       >>> found is None or round(found.score) == 100
       True
     """
-    if not said or len(said) != len(wanted):
+    if not texts or len(texts) != len(references):
         raise ValueError(
-            f"said and wanted must be equally many sentences, at least one, got {len(said)}, {len(wanted)}"
+            f"texts and references must be equally many sentences, at least one, got {len(texts)}, {len(references)}"
         )
     try:
         import sacrebleu
     except ImportError:
         return None
-    # forced: a warning that text is tokenised already would be told at each call
+    # force=True silences a warning, at each call, that the text is tokenised already
     metric = sacrebleu.BLEU(tokenize=tokenize, force=True)
-    return BLEU(metric.corpus_score(list(said), [list(wanted)]).score, str(metric.get_signature()))
+    return BLEU(metric.corpus_score(list(texts), [list(references)]).score, str(metric.get_signature()))

@@ -17,7 +17,7 @@ a key that matches little (random DPFP features have a cosine of 0.1) as if it m
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from statistics import NormalDist
 from typing import Any
 
@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memformer.lab.plots import DOTTED, plot_lines
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in, pivot
+from memformer.lab.plots import DOTTED, Lines
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, numbers_in, pivot
 from memformer.ops.associative import NEIGHBOURS, AssociativeMemory, associative_read, associative_write, dpfp
 from memformer.ops.delta_product import delta_product
 from memformer.ops.delta_rule import delta_rule
@@ -341,7 +341,7 @@ def _judge(result: Result) -> Verdict:
     delta = rewritten["delta rule", 4]
     holds = never == ["linear attention", "softmax attention"] and rewritten["linear attention, decay", 4] < 0.1 * delta
     return Verdict(
-        "confirmed" if near and holds else "partly confirmed" if near or holds else "refuted",
+        grade(near, holds),
         f"Linear and softmax attention recall {min(ratios):.2f} to {max(ratios):.2f} times theory's pairs written once "
         f"and none rewritten, where the delta rule recalls {delta:g} (16 KiB, values of 4 bits); random keys suit ARMT "
         f"least ({rewritten['ARMT', 4]:g}).",
@@ -353,32 +353,29 @@ def _summary(result: Result) -> list[Row]:
     return pivot(rows, "memory", "kind", "16384 bytes", corner="pairs recalled in 16 KiB")
 
 
-def _draw(result: Result) -> Any:
-    panels: dict[str, dict[str, Any]] = {}
-    for row in result.rows():
-        # these two coincide with the delta rule and ARMT
-        if row["memory"] not in ("delta product", "ARMT without gamma"):
-            title = f"{row['bits per value']}-bit values, {row['written'].replace('once', 'written once')}"
-            points = {size / 1024: cell for size, cell in _by_size(row).items()}
-            panels.setdefault(title, {})[row["memory"]] = points
-            if row["written"] == "once":
-                for slots, name in ((False, "theory, linear attention"), (True, "theory, softmax attention")):
-                    panels[title][name] = {
-                        kib: theory(slots, round(1024 * kib), row["bits per value"]) for kib in points
-                    }
-    panels = {
-        title: {name: panel[name] for name in sorted(panel, key=lambda name: name.startswith("theory"))}
-        for title, panel in panels.items()
-    }
-    styles: Mapping[str, Row] = {
-        "theory, linear attention": DOTTED,
-        "theory, softmax attention": {**DOTTED, "linestyle": "--", "marker": ""},
-    }
-    return plot_lines(
-        panels, x="state, KiB", y="pairs recalled (99%)", columns=2, styles=styles, x_base=2, y_scale="symlog"
-    )
+def _with_theory(result: Result) -> Result:
+    """The result with rows of theory; without the memories that coincide with the delta rule and ARMT."""
+    rows = [row for row in result.rows() if row["memory"] not in ("delta product", "ARMT without gamma")]
+    for name, slots in (("theory, linear attention", False), ("theory, softmax attention", True)):
+        for row in result.rows(memory=name.removeprefix("theory, "), written="once"):
+            sizes = {f"{size} bytes": theory(slots, size, row["bits per value"]) for size in _by_size(row)}
+            rows.append({**row, "memory": name, **sizes})
+    return Result([Table("", rows)])
 
 
+FIGURE = Lines(
+    line="memory",
+    points="{} bytes",
+    panel=lambda row: f"{row['bits per value']}-bit values, {row['written'].replace('once', 'written once')}",
+    x="bytes of state",
+    y="pairs recalled (99%)",
+    columns=2,
+    options={
+        "styles": {"theory, linear attention": DOTTED, "theory, softmax attention": {**DOTTED, "linestyle": "-."}},
+        "x_base": 2,
+        "y_scale": "symlog",
+    },
+)
 CAPACITY = Study(
     name="capacity",
     title="Capacity of untrained memories",
@@ -387,7 +384,7 @@ CAPACITY = Study(
     source="arXiv 2505.19488, section 2; 2102.11174; 2407.04841; DeltaFormer, NeurIPS 2025",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=lambda result: FIGURE(_with_theory(result)),
     caption="Random pairs recalled by bytes of state without training; bands: all seeds. The delta product coincides "
     "with the delta rule, ARMT without gamma with ARMT.",
     settings={

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memformer.lab.capacity import NUMBER
-from memformer.lab.plots import plot_lines
+from memformer.lab.plots import Lines
 from memformer.lab.runs import accuracy_by_length
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
 
 __all__ = ["CAPACITY_TRAINED", "MEMORIES", "head_width"]
 
@@ -73,7 +73,7 @@ def _judge(result: Result) -> Verdict:
     gain = [found[f"delta rule {size}"] - found[f"linear attention {size}"] for size in SIZES]
     better = min(gain) > 0
     return Verdict(
-        "confirmed" if narrow and better else "partly confirmed" if narrow else "refuted",
+        grade(narrow, better),
         f"With 1024 bytes caches recall at most one pair of 16 and the delta rule {found['delta rule 1024']:.1f}; but "
         f"training closes the gap between the delta rule and sums (linear attention "
         f"{found['linear attention 1024']:.1f}, and ahead with 512 bytes: {found['linear attention 512']:.1f} against "
@@ -81,15 +81,7 @@ def _judge(result: Result) -> Verdict:
     )
 
 
-def _draw(result: Result) -> Any:
-    series: dict[str, dict[float, float]] = {}
-    for label, value in result.values.items():
-        name, _, size = label.rpartition(" ")
-        series.setdefault(name, {})[int(size) / 1024] = value
-    styles = {name: {"linestyle": "--"} for name, (_, _, cache) in MEMORIES.items() if cache}
-    return plot_lines({"": series}, x="state, KiB", y="pairs recalled", styles=styles, x_base=2)
-
-
+STYLES = {name: {"linestyle": "--"} for name, (_, _, cache) in MEMORIES.items() if cache}
 CAPACITY_TRAINED = Study(
     name="capacity_trained",
     title="Capacity after training",
@@ -99,7 +91,13 @@ CAPACITY_TRAINED = Study(
     source="arXiv 2312.04927; 2505.19488, section 2",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="memory",
+        points="{} bytes",
+        x="bytes of state",
+        y="pairs recalled",
+        options={"styles": STYLES, "x_base": 2},
+    ),
     caption="Pairs recalled of 16 after training, by bytes of state; dashed: caches.",
     base={
         "task": {"name": "mqar", "vocab_size": 128, "length": TOKENS, "pairs": PAIRS},

@@ -10,8 +10,8 @@ from flax import nnx
 
 from memformer.data import stamps
 from memformer.lab.bleu import measure_bleu
-from memformer.lab.plots import new_figure, plot_bars
-from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict
+from memformer.lab.plots import Bars, new_figure
+from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.models.beam import decode
 from memformer.models.captioner import Captioner
 from memformer.tasks import Captions, shapes
@@ -245,17 +245,10 @@ def _judge(result: Result) -> Verdict:
     ratios = [row["on the named shape"] / row["its share of the grid"] for row in rows]
     others = [row["on the other shape"] / row["share of the other"] for row in rows]
     return Verdict(
-        "confirmed" if min(ratios) > 1 > max(others) else "refuted",
+        grade(min(ratios) > 1 > max(others)),
         f"The named shape gets {min(ratios):.1f} to {max(ratios):.1f} times its share of the attention, the other one "
         f"{min(others):.1f} to {max(others):.1f} times.",
     )
-
-
-def _draw(result: Result) -> Any:
-    rows = result.rows(1, pictures="new")
-    columns = ("on the named shape", "on the other shape", "its share of the grid")
-    groups = [f"{row['model'].split(',')[0]}, {row['word']}" for row in rows]
-    return plot_bars(groups, {name: [row[name] for row in rows] for name in columns}, x="attention (share of 1)")
 
 
 def _examples(runs: Runs) -> Mapping[str, Any]:
@@ -318,7 +311,13 @@ CAPTIONS = Study(
     source="arXiv 1502.03044, section 5.4",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Bars(
+        index=("model", "word"),
+        columns=("on the named shape", "on the other shape", "its share of the grid"),
+        label="attention (share of 1)",
+        table=1,
+        keep=lambda row: row["pictures"] == "new",
+    ),
     caption="Attention on the grid cells of two shapes at the words for one of them, mean over generated pictures that "
     "were not trained on.",
     reads="configs/captions.py",

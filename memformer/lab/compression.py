@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memformer.lab.plots import DOTTED, draw_lines, new_figure
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.ops.deltaformer import deltaformer
 from memformer.training.metrics import say
 
@@ -146,9 +146,8 @@ def _judge(result: Result) -> Verdict:
     exact = all(row["round: largest error"] == 0 for row in rows)
     drifts = all(row["linear: wrong places at the end"] for row in rows)
     ratios = [row["cache / (n log2 n)"] for row in rows]
-    small = max(ratios) < 1.5 * min(ratios)
     return Verdict(
-        "refuted" if not (exact and drifts) else "confirmed" if small else "partly confirmed",
+        grade(exact and drifts, max(ratios) < 1.5 * min(ratios)),
         f"The round kernel has no error after {rows[-1]['swaps']} swaps and the linear kernel drifts at every n; the "
         f"cache grows faster than n log n at these sizes ({ratios[0]:.0f} to {ratios[-1]:.0f} n log2 n floats).",
     )

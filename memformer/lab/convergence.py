@@ -22,7 +22,7 @@ from memformer.core.numerics import l2norm
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array
 from memformer.lab.plots import draw_bars, draw_lines, new_figure
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.ops.delta_rule import delta_rule
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.linear_attention import linear_attention
@@ -190,7 +190,7 @@ def _judge(result: Result) -> Verdict:
     settles = abs(slopes["softmax"] + 1) < 0.1 and abs(result.rows(1)[0]["slope"] + 0.5) < 0.1
     moves = max(abs(slopes[name]) for name in ("decay", "delta")) < 0.1 and growth["delta"] < 2 and growth["decay"] < 4
     return Verdict(
-        "confirmed" if settles and moves and growth["softmax"] > 10 else "refuted",
+        grade(settles and growth["softmax"] > 10, moves),
         f"Slope of moves: softmax {slopes['softmax']:.2f}, delta {slopes['delta']:.2f}, decay {slopes['decay']:.2f}. "
         f"Recovery after a change at {last} takes softmax {growth['softmax']:.0f} times as long as at {first}, delta "
         f"{growth['delta']:.1f} times, decay {growth['decay']:.1f} times.",

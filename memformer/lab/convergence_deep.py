@@ -18,8 +18,8 @@ from flax import nnx
 
 from memformer.core.types import Array
 from memformer.lab.convergence import slope
-from memformer.lab.plots import DOTTED, plot_lines
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in
+from memformer.lab.plots import Lines
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.models.config import LanguageModelConfig
 from memformer.models.language_model import Block
 from memformer.training.metrics import say
@@ -186,9 +186,8 @@ def _judge(result: Result) -> Verdict:
     found = {name: pair for name, pair in result.values["slope and growth"].items() if name.startswith("softmax,")}
     slopes = [pair[0] for pair in found.values()]
     growths = [pair[1] for pair in found.values() if pair[1] is not None]
-    stays = max(slopes) < -0.8 and min(growths) > 0.7
     return Verdict(
-        "confirmed" if stays else "partly confirmed" if min(slopes) < -0.8 else "refuted",
+        grade(max(slopes) < -0.8, min(growths) > 0.7),
         f"With 1 to 16 heads and 1 to 4 layers the slope of softmax stays between {min(slopes):.2f} and "
         f"{max(slopes):.2f}, and its recovery grows with exponent {min(growths):.2f} to {max(growths):.2f}: heads and "
         "layers do not end the vanishing step at initialisation.",
@@ -205,20 +204,6 @@ def _summary(result: Result) -> list[Row]:
     ]
 
 
-def _draw(result: Result) -> Any:
-    panels: dict[str, dict[str, Any]] = {}
-    for row in result.rows():
-        title = f"{row['heads']} head{'s' * (row['heads'] > 1)}"
-        points = panels.setdefault(title, {}).setdefault(row["memory"], {})
-        points[row["depth"]] = numbers_in(row["slope of moves"])
-    for panel in panels.values():
-        panel["1 / t"] = {1: -1.0, DEPTH: -1.0}
-    figure = plot_lines(panels, x="depth", y="slope of |a(t+1) - a(t)|", styles={"1 / t": DOTTED}, width=3.0)
-    for axis in figure.axes:
-        axis.set_ylim(-1.3, 0.1)
-    return figure
-
-
 CONVERGENCE_DEEP = Study(
     name="convergence_deep",
     title="Convergence in deep models, untrained",
@@ -227,7 +212,18 @@ CONVERGENCE_DEEP = Study(
     source="left open in arXiv 2505.19488, section 2.2.2",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="memory",
+        points="depth",
+        value="slope of moves",
+        panel=lambda row: f"{row['heads']} head{'s' * (row['heads'] > 1)}",
+        x="depth",
+        y="slope of |a(t+1) - a(t)|",
+        level=-1.0,
+        level_label="1 / t",
+        limits=(-1.3, 0.1),
+        width=3.0,
+    ),
     caption="Slope of the moves of a probe's answer on log axes by depth; bands: least to most of the seeds.",
     settings={"steps": 520, "seeds": 6, "heads": (1, 8, 16), "memories": tuple(MEMORIES)},
     quick=Quick(settings={"steps": 160, "seeds": 2, "heads": (8,), "memories": ("softmax", "delta")}),

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from memformer.lab.plots import draw_bars, new_figure
-from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, percent
+from memformer.lab.plots import Bars
+from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent
 from memformer.tasks.coreference import NOUNS, Coreference, Sentence
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
@@ -176,21 +176,11 @@ def _judge(result: Result) -> Verdict:
     values = result.values
     new, family = values["accuracy, new noun pairs"], values["accuracy, new family"]
     return Verdict(
-        "refuted" if new < 0.9 else "confirmed" if family > 0.9 else "partly confirmed",
+        grade(new > 0.9, family > 0.9),
         f"{percent(new)} on new noun pairs, where head {values['head']} of layer {values['layer']} gives the referent "
         f"{values['referent']:.2f} of its attention; on a family left out of training, where the same words point the "
         f"other way, {percent(family)}.",
     )
-
-
-def _draw(result: Result) -> Any:
-    rows = result.rows(2)
-    figure, axes = new_figure()
-    masses = {name: [row[name] for row in rows] for name in ("referent", "other noun", "deciding word")}
-    draw_bars(axes[0, 0], [f"{row['layer']}.{row['head']}" for row in rows], masses)
-    axes[0, 0].set_xlabel("layer.head")
-    axes[0, 0].set_ylabel('attention from "it"')
-    return figure
 
 
 COREFERENCE = Study(
@@ -201,7 +191,14 @@ COREFERENCE = Study(
     source="the attention maps of arXiv 1706.03762, made a test",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Bars(
+        index=("layer", "head"),
+        columns=("referent", "other noun", "deciding word"),
+        label='attention from "it"',
+        table=2,
+        flat=False,
+        joint=".",
+    ),
     caption='Attention from "it" per head to the referent, to the other noun and to the deciding word, mean over test '
     "sentences with noun pairs that no training sentence has.",
     reads="configs/coreference.py",

@@ -23,7 +23,7 @@ from memformer.core.numerics import l2norm
 from memformer.core.types import Array
 from memformer.lab.inside import block_inputs, initial_model, test_batch
 from memformer.lab.plots import draw_lines, line_style, new_figure
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, percent
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent
 from memformer.layers.feedforward import ACTIVATIONS, MLP, MixtureOfExperts, SwiGLU
 from memformer.training.evaluation import LoadedRun
 
@@ -315,9 +315,8 @@ def _judge(result: Result) -> Verdict:
     first = result.rows(1, k=1)
     largest, random = ([row[f"change, {name}"] for row in first] for name in ("largest", "random"))
     few = min(a / max(b, 1e-3) for a, b in zip(largest, random, strict=True)) > 5
-    near = [max(values) < 2 for values in (gated, plain)]
     return Verdict(
-        "refuted" if not few else "confirmed" if all(near) else "partly confirmed",
+        grade(few, max(gated) < 2, max(plain) < 2),
         f"Dropping the largest pair changes the output by {percent(min(largest), 0)} to {percent(max(largest), 0)}, a "
         f"random one by at most {percent(max(random))}. Trained gated layers interfere as in theory (up to "
         f"{max(gated):.1f} times), but mlp layers {min(plain):.1f} to {max(plain):.1f} times as much: their keys are "

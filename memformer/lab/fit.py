@@ -1,7 +1,6 @@
-"""Training in one compiled call, for experiments of many small models on data drawn on the way.
+"""Training in one compiled call, for experiments with many small models on generated data.
 
-What has a task of its own is trained by the trainer (memformer.training); this is for losses and streams that only one
-measurement has.
+Tasks are trained by the trainer (memformer.training); this is for losses and streams of a single study.
 """
 
 import functools
@@ -31,11 +30,11 @@ def fit(
     """AdamW with a short warm-up and a cosine; the same program for every key and every start.
 
     Args:
-      graph: of the module, as `nnx.split` gives it.
-      params: its parameters, the other part of the split.
+      graph: of the module, from `nnx.split`.
+      params: its parameters, from the same split.
       key: of the batches.
-      loss: (module, batch) -> scalar; a function that can be compared, so that it is compiled once.
-      draw: key -> batch, the same.
+      loss: (module, batch) -> scalar; a named function, so that it is compiled once.
+      draw: key -> batch; the same.
       steps: of training.
       rate: the highest learning rate.
 

@@ -7,9 +7,9 @@ stack manipulation (the tasks of arXiv 2207.02098). Scores are token accuracies 
 from collections.abc import Mapping
 from typing import Any
 
-from memformer.lab.plots import plot_lines
+from memformer.lab.plots import Lines
 from memformer.lab.runs import accuracies, columns_by_length
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in, percent, pivot
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent, pivot
 
 __all__ = ["HIERARCHY", "MODELS", "PUBLISHED", "TASKS"]
 
@@ -58,24 +58,12 @@ def _judge(result: Result) -> Verdict:
     read = far["parity DeltaFormer, linear read"]
     parity = min(read, far["parity LSTM"]) > 0.95 and far["parity Transformer"] < 0.6
     best = max(value for label, value in far.items() if label.startswith("modular_arithmetic"))
-    kind = "not reproduced" if not parity else "confirmed" if best > 0.95 else "partly confirmed"
     return Verdict(
-        kind,
+        grade(parity, best > 0.95),
         f"Parity at 250 holds for the LSTM ({percent(far['parity LSTM'])}) and for DeltaFormer with a linear read "
         f"({percent(read)}; softmax read {percent(far['parity DeltaFormer'])}); modular arithmetic was not reproduced: "
         f"no model learnt it in 1500 steps (at most {percent(best)}).",
     )
-
-
-def _draw(result: Result) -> Any:
-    panels: dict[str, dict[str, Any]] = {}
-    chance = {}
-    for row in result.rows():
-        title = row["task"].replace("_", " ")
-        scores = {int(name[3:]): numbers_in(cell)[0] for name, cell in row.items() if name.startswith("at ")}
-        panels.setdefault(title, {})[row["model"]] = scores
-        chance[title] = numbers_in(row["chance"])[0]
-    return plot_lines(panels, x="tokens", y="accuracy", chance=chance, share=True, width=3.0, x_base=2)
 
 
 HIERARCHY = Study(
@@ -87,7 +75,17 @@ HIERARCHY = Study(
     source="DeltaFormer, NeurIPS 2025, table 5",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="model",
+        points="at {}",
+        panel="task",
+        x="tokens",
+        y="accuracy",
+        level="chance",
+        limits=(0, 1.04),
+        width=3.0,
+        options={"x_base": 2},
+    ),
     caption="Accuracy on the test split by length, one layer trained on up to 20 tokens.",
     base={
         "task": {"length": 20},

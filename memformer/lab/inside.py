@@ -1,4 +1,4 @@
-"""What the layers of a trained model read: the same examples, taken apart block by block."""
+"""Inputs of the layers of a trained model, block by block."""
 
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ __all__ = ["BlockInputs", "block_inputs", "initial_model", "test_batch"]
 
 
 class BlockInputs(NamedTuple):
-    """What the two halves of a block read, [B, T, D] each.
+    """Inputs of the two halves of a block, [B, T, D] each.
 
     Attributes:
       memory: the memory layer's input.
@@ -31,14 +31,14 @@ def test_batch(run: LoadedRun, count: int) -> dict[str, np.ndarray]:
 
 
 def initial_model(run: LoadedRun) -> Any:
-    """The run's model as it was before training."""
+    """The run's model before training."""
     module = run.model.module(*run.model.init(jax.random.key(run.config["seed"])), jax.random.key(0))
     module.eval()
     return module
 
 
 def block_inputs(model: Any, inputs: Any) -> list[BlockInputs]:
-    """What each block's layers read on `inputs` [B, T], for a MemoryLM whose layers are not scanned.
+    """The inputs of each block's layers on `inputs` [B, T], for a MemoryLM whose layers are not scanned.
 
     Example:
       >>> from memformer.models import build_model

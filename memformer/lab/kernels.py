@@ -8,15 +8,14 @@ overlap of two keys; the linear kernel adds these errors up, the round kernel ma
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memformer.core.similarity import Kernel
-from memformer.lab.plots import plot_lines
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, percent
+from memformer.lab.plots import Lines
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent
 from memformer.ops.deltaformer import deltaformer
 from memformer.training.metrics import say
 
@@ -132,22 +131,12 @@ def _judge(result: Result) -> Verdict:
         return [value for label, value in result.values.items() if label.partition(" ")[2] == kernel]
 
     linear, decimals, integers = (found(name) for name in FUNCTIONS)
-    holds = max(linear) < 0.9 and min(integers) == 1
-    kind = "refuted" if not holds else "confirmed" if min(decimals) > 0.9 else "partly confirmed"
     return Verdict(
-        kind,
+        grade(max(linear) < 0.9 and min(integers) == 1, min(decimals) > 0.9),
         f"The linear kernel names {percent(min(linear))} to {percent(max(linear))} of the objects, rounding to "
         f"integers {percent(min(integers))}; rounding to two decimals, as in the paper's figures, does not help "
         f"({percent(min(decimals))} to {percent(max(decimals))}).",
     )
-
-
-def _draw(result: Result) -> Any:
-    series: dict[str, dict[float, float]] = {}
-    for label, value in result.values.items():
-        objects, _, name = label.partition(" ")
-        series.setdefault(name, {})[int(objects)] = value
-    return plot_lines({"": series}, x="objects", y="accuracy", share=True, x_base=2)
 
 
 KERNELS = Study(
@@ -158,7 +147,15 @@ KERNELS = Study(
     source="DeltaFormer, NeurIPS 2025, theorem 1 and its figure of 128, 256 and 512 objects",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="kernel",
+        points="objects",
+        value="accuracy",
+        x="objects",
+        y="accuracy",
+        limits=(0, 1.04),
+        options={"x_base": 2},
+    ),
     caption="Accuracy at place 0 of constructed swaps, keys of width 128, mean over all swaps of a sequence.",
     # objects to swaps
     settings={"sizes": {128: 256, 256: 512, 512: 1024}, "batch": 8},

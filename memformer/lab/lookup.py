@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from memformer.lab.plots import plot_bars
-from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in, percent
+from memformer.lab.plots import Bars
+from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent
 from memformer.tasks.lookup import Lookup
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
@@ -117,18 +117,11 @@ def _row(trained: str, asked: str, one: Answers) -> Row:
 def _judge(result: Result) -> Verdict:
     found = result.values
     return Verdict(
-        "confirmed" if found["accuracy"] > 0.99 and found["least mass of a place"] > 0.5 else "refuted",
+        grade(found["accuracy"] > 0.99 and found["least mass of a place"] > 0.5),
         f"Trained on pairs in random order the head answers {percent(found['accuracy'])} and gives the pair at least "
         f"{found['least mass of a place']:.2f} of its attention at every place; a control trained on the first step "
         f"answers {percent(found['accuracy of the control'])} once pairs are shuffled.",
     )
-
-
-def _draw(result: Result) -> Any:
-    groups = [f"trained {row['trained on the pair']},\ntested {row['tested on the pair']}" for row in result.rows()]
-    columns = ("accuracy", "attention on the pair")
-    scores = {name: [numbers_in(row[name])[0] for row in result.rows()] for name in columns}
-    return plot_bars(groups, scores, x="share of 1")
 
 
 LOOKUP = Study(
@@ -139,7 +132,13 @@ LOOKUP = Study(
     source="the reading of attention as a soft dictionary, arXiv 1410.5401 and 1706.03762",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
-    caption="Accuracy and attention of one head on the queried pair, by where the pair stands in training and in test.",
+    draw=Bars(
+        index=("trained on the pair", "tested on the pair"),
+        columns=("accuracy", "attention on the pair"),
+        label="share of 1",
+        joint=",\n",
+    ),
+    caption="Accuracy and attention of one head on the queried pair; each group names where the pair stands in "
+    "training, then in test.",
     reads="configs/lookup.py:anywhere and configs/lookup.py:first",
 )

@@ -5,11 +5,10 @@ token. Of the paper's own model only the width is known.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-from memformer.lab.plots import plot_bars
+from memformer.lab.plots import Bars
 from memformer.lab.runs import accuracy_by_length
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in, percent
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent
 
 __all__ = ["MQAR", "PUBLISHED"]
 
@@ -40,19 +39,11 @@ def _judge(result: Result) -> Verdict:
     close = all(found[kernel] < PUBLISHED[kernel] / 100 + 0.02 for kernel in ("linear", "round"))
     scores = ", ".join(f"{kernel} {percent(value)}" for kernel, value in found.items())
     return Verdict(
-        "confirmed" if ordered and close else "partly confirmed" if ordered else "refuted",
+        grade(ordered, close),
         f"The order holds, but every kernel recalls more than in the paper and the gap is small: {scores}."
         if ordered and not close
         else f"Recall: {scores}.",
     )
-
-
-def _draw(result: Result) -> Any:
-    scores = {
-        label: [numbers_in(row[column])[0] for row in result.rows()]
-        for label, column in (("measured", "accuracy"), ("paper", "paper"))
-    }
-    return plot_bars([row["kappa2"] for row in result.rows()], scores, x="accuracy")
 
 
 MQAR = Study(
@@ -63,7 +54,7 @@ MQAR = Study(
     source="DeltaFormer, NeurIPS 2025, table 1",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Bars(index=("kappa2",), columns=("accuracy", "paper"), label="accuracy"),
     caption="Recall of one layer of DeltaFormer by the read kernel, and the published numbers.",
     base={
         "task": {"name": "mqar", "vocab_size": 256, "length": 128, "pairs": 32},

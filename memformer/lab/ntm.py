@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from memformer.lab.plots import new_figure, plot_lines
+from memformer.lab.plots import Lines, new_figure
 from memformer.lab.runs import training_seconds
 from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict
 from memformer.tasks.ntm import DynamicNGrams, optimal_bits
@@ -16,14 +16,8 @@ from memformer.training.plots import COLOURS
 
 __all__ = ["NTM"]
 
-# In the order of the paper's section 4; the unit of a length.
-TASKS = {
-    "copy": "vectors",
-    "repeat_copy": "vectors",
-    "associative_recall": "items",
-    "dynamic_ngrams": "bits",
-    "priority_sort": "vectors",
-}
+# In the order of the paper's section 4.
+TASKS = ("copy", "repeat_copy", "associative_recall", "dynamic_ngrams", "priority_sort")
 STYLES = {
     "NTM, LSTM controller": {"color": COLOURS[0], "marker": "o"},
     "NTM, feedforward controller": {"color": COLOURS[2], "marker": "^"},
@@ -41,10 +35,13 @@ def _measure(runs: Runs, settings: Settings) -> Result:
         _check(run)
     named = [(task, _name(run), run) for task in TASKS for run in runs.values() if run.task.name == task]
     rows = [_row(task, name, run) for task, name, run in named]
-    tables = [Table("Bits per sequence after training, test split, at the lengths of training", rows)]
     lengths = [part for task, name, run in named for part in _by_length(task, name, run)]
-    if lengths:
-        tables.append(Table("Bits and wrong bits per sequence by length, beyond training", lengths))
+    if not lengths:
+        raise RunError("ntm measures at least one run with several train.final_lengths, such as one of copy.")
+    tables = [
+        Table("Bits per sequence after training, test split, at the lengths of training", rows),
+        Table("Bits and wrong bits per sequence by length, beyond training", lengths),
+    ]
     grams = [run for task, _, run in named if task == "dynamic_ngrams"]
     values = {"optimal bits of dynamic n-grams": _optimum(grams[0])} if grams else {}
     return Result(tables, values)
@@ -134,7 +131,7 @@ def _spoken(task: str) -> str:
 
 def _longest_copy(result: Result) -> str:
     """Wrong bits of copy at the greatest length, of the first NTM and of the LSTM."""
-    rows = result.rows(1, task="copy") if len(result.tables) > 1 and "length" in result.rows(1)[0] else []
+    rows = result.rows(1, task="copy")
     if not rows:
         return ""
     most = max(row["length"] for row in rows)
@@ -144,18 +141,6 @@ def _longest_copy(result: Result) -> str:
     return (
         f" (copy of {most} vectors: " + ", ".join(f"{name} {found[name]:g} wrong bits" for name in sorted(found)) + ")"
     )
-
-
-def _draw(result: Result) -> Any:
-    rows = result.rows(min(1, len(result.tables) - 1))
-    panels: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row["task"] in ("copy", "associative_recall") and "length" in row:
-            title = f"{_spoken(row['task'])} ({TASKS[row['task']]})"
-            panels.setdefault(title, {}).setdefault(row["model"], {})[row["length"]] = row["bits per sequence"]
-    if not panels:
-        panels = {row["task"]: {row["model"]: {0: row["bits per sequence"]}} for row in rows}
-    return plot_lines(panels, x="length", y="bits per sequence", styles=STYLES, y_scale="symlog")
 
 
 def _examples(runs: Runs) -> Mapping[str, Any]:
@@ -204,7 +189,17 @@ NTM = Study(
     source="arXiv 1410.5401, section 4",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="model",
+        points="length",
+        value="bits per sequence",
+        panel="task",
+        table=1,
+        keep=lambda row: row["task"] in ("copy", "associative_recall"),
+        x="length (vectors, items)",
+        y="bits per sequence",
+        options={"styles": STYLES, "y_scale": "symlog"},
+    ),
     caption="Cost per sequence by length on the test split, linear below 1 bit, logarithmic above; trained on copies "
     "of up to 20 vectors and on up to 6 items.",
     reads="configs/{copy,repeat_copy,associative_recall,dynamic_ngrams,priority_sort}.py",

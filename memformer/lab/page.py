@@ -103,8 +103,8 @@ def _section(study: Study, content: Mapping[str, Any], folder: str, commands: Ma
     if summary:
         lines += [*_table(summary), ""]
     lines += ["<details><summary>All numbers and commands</summary>", ""]
-    for number, (title, rows) in enumerate(result.tables):
-        if number or summary is not result.tables[0].rows:
+    for title, rows in result.tables:
+        if rows != summary:
             lines += [f"{title}:", "", *_table(rows), ""]
     for run in content["runs"]:
         command = commands.get(run["folder"], run["folder"])

@@ -26,7 +26,7 @@ from flax import nnx
 from memformer.core.types import Array
 from memformer.lab.fit import fit
 from memformer.lab.plots import DOTTED, draw_lines, line_style, new_figure
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, numbers_in
 from memformer.layers.memory import build_memory
 from memformer.layers.recurrent import CELLS
 from memformer.models import build_model
@@ -327,7 +327,7 @@ def _judge(result: Result) -> Verdict:
     }
     ordered = reached["rnn"] < reached["gru"] < reached["softmax_attention"]
     return Verdict(
-        "confirmed" if falls and ordered else "partly confirmed" if falls else "refuted",
+        grade(falls, ordered),
         f"The gradient falls per step by {factors['rnn']:g} (RNN), {factors['lstm']:g} (LSTM), "
         f"{factors['delta_rule']:g} (delta rule) and {factors['softmax_attention']:g} (attention) as claimed; recall "
         f"does not follow it: the GRU, whose gradient falls by {factors['gru']:g}, recalls over {reached['gru']} "

@@ -1,14 +1,17 @@
-"""One style for all figures: lines and bars in panels, one legend below them."""
+"""One style for all figures: lines and bars in panels, drawn or declared, one legend below them."""
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from memformer.lab.study import Result, Row, numbers_in
 from memformer.training.plots import COLOURS
 
-__all__ = ["DOTTED", "add_legend", "draw_bars", "draw_lines", "line_style", "new_figure", "plot_bars", "plot_lines"]
+__all__ = ["DOTTED", "Bars", "Lines", "add_legend", "draw_bars", "draw_lines", "line_style", "new_figure"]
 
 # Matplotlib keywords of what is compared with: theory, chance, the optimum.
-DOTTED: Mapping[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 1.3}
+DOTTED: Mapping[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 1.3, "marker": ""}
 MARKERS = "osD^vPXd"
 
 # y of each x, or (y, low, high)
@@ -77,8 +80,6 @@ def draw_lines(
     """
     for index, (label, points) in enumerate(series.items()):
         style = {**line_style(index), **(styles or {}).get(label, {})}
-        if style["linestyle"] == ":" and style["color"] == DOTTED["color"]:
-            style["marker"] = ""
         banded = all(isinstance(y, Sequence) for y in points.values())
         middle = [y[0] for y in points.values()] if banded else list(points.values())
         axis.plot(list(points), middle, label=label, **style)
@@ -124,62 +125,119 @@ def draw_bars(axis: Any, groups: Sequence[str], series: Mapping[str, Sequence[fl
         axis.set_xticks(range(len(groups)), groups)
 
 
-def plot_lines(
-    panels: Mapping[str, Mapping[str, Points]],
-    *,
-    x: str,
-    y: str,
-    columns: int = 3,
-    width: float = 3.6,
-    chance: float | Mapping[str, float] | None = None,
-    share: bool = False,
-    **options: Any,
-) -> Any:
-    """A figure with a panel of lines for each title.
+@dataclasses.dataclass(frozen=True)
+class Lines:
+    """A figure of lines, declared by the columns of a result's table.
 
-    Args:
-      panels: title to label to points.
-      x: label of all x axes.
+    Attributes:
+      line: column with the label of a line.
+      points: "{} letters", the columns of the points with x in place of {}; with `value`, the column of x.
+      x: label of the x axes.
       y: label of the y axes on the left.
+      value: column of y, where each row is one point.
+      panel: column with the title of the panel, or row -> title; one panel without it.
+      table: number of the table.
+      keep: row -> whether it is drawn.
+      level: a dotted horizontal line: its height, the column with it, or title -> height.
+      level_label: its name.
+      limits: of y; None as Matplotlib chooses.
       columns: the most panels in a row.
       width: of a panel in inches.
-      chance: the score of guessing, dotted; by title where panels differ.
-      share: y goes from 0 to 1.
-      options: of `draw_lines`.
+      options: keywords of `draw_lines`.
     """
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = new_figure(rows, columns, width=max(6.0, width * columns), height=0.9 + 2.6 * rows)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
-        draw_lines(axis, series, **options)
-        guess = chance.get(title) if isinstance(chance, Mapping) else chance
-        if guess is not None:
-            axis.axhline(guess, label="chance", **DOTTED)
-        if share:
-            axis.set_ylim(0, 1.04)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel(x)
-    for axis in axes[:, 0]:
-        axis.set_ylabel(y)
-    return figure
+
+    line: str
+    points: str
+    x: str
+    y: str
+    value: str = ""
+    panel: str | Callable[[Row], str] = ""
+    table: int = 0
+    keep: Callable[[Row], bool] = lambda row: True
+    level: float | str | Mapping[str, float] | None = None
+    level_label: str = "chance"
+    limits: tuple[float, float] | None = None
+    columns: int = 3
+    width: float = 3.6
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __call__(self, result: Result) -> Any:
+        """The figure of a result."""
+        panels: dict[str, dict[str, dict[float, Any]]] = {}
+        levels: dict[str, Any] = {}
+        for row in filter(self.keep, result.rows(self.table)):
+            title = self.panel(row) if callable(self.panel) else str(row.get(self.panel, "")).replace("_", " ")
+            points = panels.setdefault(title, {}).setdefault(row[self.line], {})
+            points |= {row[self.points]: row[self.value]} if self.value else _wide(row, self.points)
+            level = self.level.get(title) if isinstance(self.level, Mapping) else self.level
+            levels[title] = numbers_in(row[level])[0] if isinstance(level, str) else level
+        return self._draw(panels, levels)
+
+    def _draw(self, panels: Mapping[str, Mapping[str, Mapping[float, Any]]], levels: Mapping[str, Any]) -> Any:
+        columns = min(self.columns, len(panels))
+        rows = -(-len(panels) // columns)
+        figure, axes = new_figure(rows, columns, width=max(6.0, self.width * columns), height=0.9 + 2.6 * rows)
+        for axis in axes.flat[len(panels) :]:
+            axis.set_visible(False)
+        for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
+            drawn = {label: {x: _point(y) for x, y in points.items()} for label, points in series.items()}
+            draw_lines(axis, drawn, **self.options)
+            if levels[title] is not None:
+                axis.axhline(levels[title], label=self.level_label, **DOTTED)
+            if self.limits is not None:
+                axis.set_ylim(*self.limits)
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel(self.x)
+        for axis in axes[:, 0]:
+            axis.set_ylabel(self.y)
+        return figure
 
 
-def plot_bars(
-    groups: Sequence[str], series: Mapping[str, Sequence[float]], *, x: str, chance: float | None = None
-) -> Any:
-    """A figure of horizontal bars.
+def _wide(row: Row, points: str) -> dict[float, Any]:
+    """x to cell of the columns named after `points`."""
+    before, after = points.split("{}")
+    found = {name.removeprefix(before).removesuffix(after): name for name in row if name.startswith(before)}
+    return {float(x): row[name] for x, name in found.items() if name.endswith(after) and x.isdigit()}
 
-    Args:
-      groups: names of the bars.
-      series: label to one number per group.
-      x: label of the axis of the numbers.
-      chance: the score of guessing, dotted.
+
+def _point(cell: Any) -> Any:
+    """y, or (y, low, high) of a cell with three numbers."""
+    numbers = numbers_in(cell)
+    return numbers if len(numbers) == 3 else numbers[0] if numbers else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Bars:
+    """A figure of bars, declared by the columns of a result's table.
+
+    Attributes:
+      index: columns that name a group of bars.
+      columns: of the numbers, a bar each.
+      label: of the axis of the numbers.
+      table: number of the table.
+      keep: row -> whether it is drawn.
+      flat: horizontal bars, for long names.
+      joint: between the names of a group.
     """
-    figure, axes = new_figure(height=1.1 + (0.16 + 0.2 * len(series)) * len(groups))
-    draw_bars(axes[0, 0], groups, series, flat=True)
-    axes[0, 0].set_xlabel(x)
-    if chance is not None:
-        axes[0, 0].axvline(chance, label="chance", **DOTTED)
-    return figure
+
+    index: Sequence[str]
+    columns: Sequence[str]
+    label: str
+    table: int = 0
+    keep: Callable[[Row], bool] = lambda row: True
+    flat: bool = True
+    joint: str = ", "
+
+    def __call__(self, result: Result) -> Any:
+        """The figure of a result."""
+        rows = list(filter(self.keep, result.rows(self.table)))
+        groups = [self.joint.join(str(row[name]) for name in self.index) for row in rows]
+        series = {name: [numbers_in(row[name])[0] for row in rows] for name in self.columns}
+        figure, axes = new_figure(height=1.1 + (0.16 + 0.2 * len(series)) * len(groups) if self.flat else 3.6)
+        draw_bars(axes[0, 0], groups, series, flat=self.flat)
+        if self.flat:
+            axes[0, 0].set_xlabel(self.label)
+        else:
+            axes[0, 0].set_xlabel(self.joint.join(self.index))
+            axes[0, 0].set_ylabel(self.label)
+        return figure

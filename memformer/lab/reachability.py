@@ -10,9 +10,9 @@ model.
 from collections.abc import Mapping
 from typing import Any
 
-from memformer.lab.plots import plot_bars
+from memformer.lab.plots import Bars
 from memformer.lab.runs import accuracy_by_length
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in, percent
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent
 
 __all__ = ["REACHABILITY"]
 
@@ -48,18 +48,11 @@ def _judge(result: Result) -> Verdict:
     found = {label: scores["32"] for label, scores in result.values.items()}
     one = found["DeltaFormer, 1 layer"]
     best, label = max((value, label) for label, value in found.items() if label.startswith("softmax"))
-    kind = "refuted" if one < 0.99 else "confirmed" if best < 0.98 else "partly confirmed"
     return Verdict(
-        kind,
+        grade(one > 0.99, best < 0.98),
         f"One layer of DeltaFormer reaches {percent(one)} of nodes (with w = k only "
         f"{percent(found['DeltaFormer, 1 layer, w = k, 4 heads'])}); {label} comes close with {percent(best)}.",
     )
-
-
-def _draw(result: Result) -> Any:
-    names = ("node accuracy", "graph accuracy")
-    scores = {name: [numbers_in(row[name])[0] for row in result.rows()] for name in names}
-    return plot_bars([row["run"] for row in result.rows()], scores, x="share of the test split")
 
 
 REACHABILITY = Study(
@@ -70,7 +63,7 @@ REACHABILITY = Study(
     source="DeltaFormer, NeurIPS 2025, figure 5",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Bars(index=("run",), columns=("node accuracy", "graph accuracy"), label="share of the test split"),
     caption="Accuracy on graphs of 32 nodes: single nodes, and whole graphs without an error.",
     base={
         "task": {"name": "reachability", "length": 32, "width": 64},

@@ -1,10 +1,8 @@
 """Recurrent networks: accuracy on parity by length, bits per byte on text."""
 
-from typing import Any
-
-from memformer.lab.plots import plot_lines
+from memformer.lab.plots import Lines
 from memformer.lab.runs import columns_by_length, scores_by_length
-from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in, percent
+from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade, numbers_in, percent
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
 from memformer.training.metrics import model_name
@@ -43,14 +41,10 @@ def _judge(result: Result) -> Verdict:
     far = {name: scores[longest] for name, scores in found.items()}
     gated = [value for name, value in far.items() if name != "rnn"]
     holds = bool(gated) and max(gated) > 0.999 and far.get("rnn", 0.0) < min(gated)
-    kind = "refuted" if not holds else "confirmed" if min(gated) > 0.999 else "partly confirmed"
     scores = ", ".join(f"{name} {percent(value)}" for name, value in far.items())
-    return Verdict(kind, f"Accuracy on strings of {longest} bits: {scores}.")
-
-
-def _draw(result: Result) -> Any:
-    series = {row["model"]: _by_length(row) for row in result.rows()}
-    return plot_lines({"": series}, x="bits in the string", y="accuracy", chance=0.5, x_base=2)
+    return Verdict(
+        grade(holds, bool(gated) and min(gated) > 0.999), f"Accuracy on strings of {longest} bits: {scores}."
+    )
 
 
 RECURRENT = Study(
@@ -61,7 +55,7 @@ RECURRENT = Study(
     source="arXiv 2411.12537, where the sLSTM is exact to length 256",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(line="model", points="{} bits", x="bits in the string", y="accuracy", level=0.5, options={"x_base": 2}),
     caption="Parity of strings longer than those of training, test split.",
     reads="configs/parity.py and configs/text_recurrent.py",
 )

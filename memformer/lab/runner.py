@@ -1,5 +1,6 @@
 """Runs a study and writes its result: one JSON and one picture."""
 
+import dataclasses
 import datetime
 import json
 import os

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memformer.lab.plots import plot_lines
+from memformer.lab.plots import Lines
 from memformer.lab.runs import longest_trained
 from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, percent
 from memformer.tasks import Remember
@@ -95,14 +95,6 @@ def _judge(result: Result) -> Verdict:
     return Verdict(kind, f"Exact match after {most} pairs: {scores}{missed}.")
 
 
-def _draw(result: Result) -> Any:
-    panels: dict[str, dict[str, Any]] = {}
-    for label, scores in result.values.items():
-        task, _, name = label.partition(" ")
-        panels.setdefault(task, {})[name] = {int(n): value for n, value in scores.items()}
-    return plot_lines(panels, x="pairs before the question", y="exact match", share=True, x_base=10)
-
-
 SEGMENT_RECALL = Study(
     name="segment_recall",
     title="Memory between segments",
@@ -111,7 +103,15 @@ SEGMENT_RECALL = Study(
     source="arXiv 2407.04841",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="model",
+        points="{} pairs",
+        panel="task",
+        x="pairs before the question",
+        y="exact match",
+        limits=(0, 1.04),
+        options={"x_base": 10},
+    ),
     caption="Exact match of one question by the number of pairs before it, test split; trained on up to 50 pairs.",
     reads="configs/remember.py and configs/rewrite.py",
 )

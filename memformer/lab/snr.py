@@ -13,13 +13,12 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from memformer.core.similarity import Kernel, similarity
-from memformer.lab.plots import DOTTED, draw_lines, line_style, new_figure
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict
+from memformer.lab.plots import DOTTED, Lines
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
 
 __all__ = ["KEYS", "SIMILARITIES", "SNR", "Similarity", "inverse_snr", "width_needed"]
 
@@ -215,39 +214,34 @@ def _judge(result: Result) -> Verdict:
     worst, (linear, root) = result.values["worst factor to theory"], _growth(result)
     near = max(worst["linear"], worst["relu"]) < 1.3 and worst["exp, tau = sqrt d"] < 2
     return Verdict(
-        "confirmed" if near and abs(linear - 1) < 0.1 and abs(root - 0.5) < 0.1 else "refuted",
+        grade(near, abs(linear - 1) < 0.1 and abs(root - 0.5) < 0.1),
         f"From N = 64 on linear and relu are within factors of {worst['linear']:.2f} and {worst['relu']:.2f} of "
         f"theory, exp within {worst['exp, tau = sqrt d']:.2g}; the width for SNR 1 grows as N^{linear:.2f}, its root "
         f"for exp by {root:.2f} per unit of ln N (theory 0.50).",
     )
 
 
-def _draw(result: Result) -> Any:
-    figure, axes = new_figure(1, 2, width=9.0, height=4.2)
-    left, right = axes[0]
-    names = list(SIMILARITIES)
-    curves, styles = {}, {}
-    for place, name in enumerate(names):
-        rows = result.rows(kernel=name)
-        curves[name] = {row["d"]: max(row["gaussian"], 1e-9) for row in rows}
-        styles[name] = line_style(place)
-    for name in ("linear", "exp, tau = sqrt d"):
-        curves[f"theory {name}"] = {row["d"]: row["theory"] for row in result.rows(kernel=name)}
-        styles[f"theory {name}"] = {**DOTTED, "color": styles[name]["color"], "marker": ""}
-    draw_lines(left, curves, styles=styles, x_base=2, y_scale="log")
-    left.set_xlabel("key width d")
-    left.set_ylabel(f"1 / SNR with N = {result.values['pairs'][-1]} pairs")
-    needed = {}
-    for name, theory in (("linear", "linear"), ("relu", "relu"), ("exp, tau = sqrt d", "exp")):
-        needed[name] = {row["N"]: row[name] or math.nan for row in result.rows(1)}
-        needed[f"theory {name}"] = {row["N"]: row[f"theory {theory}"] for row in result.rows(1)}
-        styles[f"theory {name}"] = {**DOTTED, "color": styles[name]["color"], "marker": ""}
-    draw_lines(right, needed, styles=styles, x_base=2, y_scale="log")
-    right.set_xlabel("pairs stored, N")
-    right.set_ylabel("width d at which SNR is 1")
-    return figure
+def _with_theory(result: Result) -> Result:
+    """The rows of the main table, and theory as two more kernels."""
+    names = {"linear": "theory, linear", "exp, tau = sqrt d": "theory, exp"}
+    rows = [row for row in result.rows() if row["kernel"] in names]
+    theory = [{**row, "kernel": names[row["kernel"]], "gaussian": row["theory"]} for row in rows]
+    return Result([Table("", [*result.rows(), *theory])])
 
 
+FIGURE = Lines(
+    line="kernel",
+    points="d",
+    value="gaussian",
+    x="key width d",
+    y="1 / SNR",
+    width=6.5,
+    options={
+        "styles": {"theory, linear": DOTTED, "theory, exp": {**DOTTED, "linestyle": "-."}},
+        "x_base": 2,
+        "y_scale": "log",
+    },
+)
 SNR = Study(
     name="snr",
     title="Signal to noise, simulated",
@@ -256,9 +250,9 @@ SNR = Study(
     source="arXiv 2505.19488, section 2",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
-    caption="Left: noise over signal by key width, Gaussian keys. Right: the width at which both are equal. Dotted: "
-    "theory.",
+    draw=lambda result: FIGURE(_with_theory(result)),
+    caption="Noise over signal of 16384 pairs by key width, Gaussian keys. The table has the width at which both are "
+    "equal.",
     settings={
         "widths": (16, 32, 64, 128, 256),
         "pairs": tuple(2**e for e in range(4, 15)),

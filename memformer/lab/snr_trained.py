@@ -21,7 +21,7 @@ from memformer.lab.ffn import BASE as TEXT
 from memformer.lab.inside import block_inputs, initial_model, test_batch
 from memformer.lab.plots import new_figure
 from memformer.lab.snr import SIMILARITIES
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.matrix import DeltaRule
 from memformer.layers.positions import count_positions
@@ -259,7 +259,7 @@ def _judge(result: Result) -> Verdict:
     factors = [medians["stored key, trained"] / medians["theory"] for medians in result.values["1/SNR"].values()]
     scores = ", ".join(f"{name} {value:.2g}" for name, value in recall.items())
     return Verdict(
-        "refuted" if max(recall.values()) >= 1 else "confirmed" if max(factors) < 10 else "partly confirmed",
+        grade(max(recall.values()) < 1, max(factors) < 10),
         f"Every memory that learnt recall has a head with 1/SNR below 1 at the target pair ({scores}); trained keys "
         f"leave the theory of independent keys by factors of {min(factors):.1f} to {max(factors):.0e}.",
     )

@@ -3,11 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from memformer.training.evaluation import LoadedRun
 
-__all__ = ["Quick", "Result", "Row", "Runs", "Settings", "Study", "Table", "Verdict", "numbers_in", "percent", "pivot"]
+__all__ = ["Quick", "Result", "Row", "Runs", "Settings", "Study", "Table", "Verdict"]
+__all__ += ["numbers_in", "percent", "pivot", "grade"]
 
 Row = Mapping[str, Any]
 Runs = Mapping[str, LoadedRun]
@@ -27,14 +28,14 @@ class Table(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How a result compares with the claim.
+    """The judgement of a claim by a result.
 
     Attributes:
-      kind: one word for it.
+      kind: "confirmed", "partly confirmed", "refuted" or "not reproduced".
       finding: one sentence with the numbers that decide.
     """
 
-    kind: Literal["confirmed", "partly confirmed", "refuted", "not reproduced"]
+    kind: str
     finding: str
 
 
@@ -75,7 +76,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Quick:
-    """What a quick run changes: a small version of the study, under a minute.
+    """The small version of a study, under a minute.
 
     Attributes:
       rows: the runs to train instead of the study's.
@@ -133,6 +134,16 @@ class Study:
         for name in ("claim", "source", "caption"):
             if not getattr(self, name):
                 raise ValueError(f"study {self.name!r} must state its {name}, got none")
+
+
+def grade(*checks: bool) -> str:
+    """The kind of verdict when parts of a claim hold or fail.
+
+    Example:
+      >>> grade(True, True), grade(True, False), grade(False)
+      ('confirmed', 'partly confirmed', 'refuted')
+    """
+    return "confirmed" if all(checks) else "partly confirmed" if any(checks) else "refuted"
 
 
 def pivot(rows: Sequence[Row], index: str, column: str, value: str, *, corner: str) -> list[Row]:

@@ -15,14 +15,14 @@ import numpy as np
 
 from memformer.core.numerics import l2norm
 from memformer.core.types import Array
-from memformer.lab.plots import plot_bars, plot_lines
+from memformer.lab.plots import Bars, Lines
 from memformer.lab.runs import (
     accuracies,
     columns_by_length,
     longest_trained,
     training_records,
 )
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, numbers_in, percent
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, numbers_in, percent
 from memformer.ops.deltaformer import deltaformer
 from memformer.training.evaluation import LoadedRun
 from memformer.training.input import make_loader
@@ -189,9 +189,8 @@ def _judge(result: Result) -> Verdict:
     found = {label: scores["32"] for label, scores in result.values.items()}
     exact = min(found["kernel linear"], found["kernel round"])
     deep = [value for label, value in found.items() if label.startswith("softmax")]
-    holds = exact > 0.99 and found["kernel softmax"] < 0.9 and max(deep) < 0.9
     return Verdict(
-        "confirmed" if holds else "refuted",
+        grade(exact > 0.99, found["kernel softmax"] < 0.9, max(deep) < 0.9),
         f"At 32 swaps the linear and the round kernel reach at least {percent(exact)}, softmax as kappa1 "
         f"{percent(found['kernel softmax'])}, softmax attention of one to six layers {percent(min(deep))} to "
         f"{percent(max(deep))}.",
@@ -205,35 +204,11 @@ def _judge_curriculum(result: Result) -> Verdict:
     slow = steps.get("plain directly", never) > 3 * steps.get("plain by curriculum", never)
     sooner = steps.get("rotary by curriculum", never) < steps.get("plain by curriculum", never)
     return Verdict(
-        "confirmed" if slow and sooner else "partly confirmed" if slow or sooner else "refuted",
+        grade(slow, sooner),
         "Training steps until 256 swaps are tracked: "
         + ", ".join(f"{label} {count}" for label, count in steps.items())
         + ". Direct training is not slow, and rotary positions learn later, not sooner.",
     )
-
-
-def _draw(result: Result) -> Any:
-    panels = {"DeltaFormer, one layer, by kappa1": "kernel ", "softmax attention": "softmax "}
-    found = {
-        title: {
-            label.removeprefix(start): {int(n): value for n, value in scores.items()}
-            for label, scores in result.values.items()
-            if label.startswith(start)
-        }
-        for title, start in panels.items()
-    }
-    return plot_lines(
-        {title: series for title, series in found.items() if series},
-        x="swaps (trained on the fewest)",
-        y="accuracy",
-        share=True,
-        x_base=2,
-    )
-
-
-def _draw_curriculum(result: Result) -> Any:
-    rows = result.rows(-1)
-    return plot_bars([row["run"] for row in rows], {"steps": [row["steps"] for row in rows]}, x="training steps")
 
 
 SWAP = Study(
@@ -244,7 +219,15 @@ SWAP = Study(
     source="DeltaFormer, NeurIPS 2025, figures 3 and 4",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="run",
+        points="{} swaps",
+        panel=lambda row: "DeltaFormer" if row["run"].startswith("kernel") else "softmax attention",
+        x="swaps (trained on 32)",
+        y="accuracy",
+        limits=(0, 1.04),
+        options={"x_base": 2},
+    ),
     caption="Accuracy on the test split by the number of swaps, after training on 32.",
     base=BASE,
     rows=ROWS,
@@ -260,7 +243,7 @@ CURRICULUM = Study(
     source="DeltaFormer, NeurIPS 2025, figure 6",
     measure=_measure_curriculum,
     judge=_judge_curriculum,
-    draw=_draw_curriculum,
+    draw=Bars(index=("run",), columns=("steps",), label="training steps", table=-1),
     caption="Training steps of one layer of DeltaFormer until 256 swaps are tracked, directly and by a curriculum.",
     base=BASE,
     rows={**_climb(False, 32, 256), **_climb(True, 32, 256)},

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from memformer.lab.bleu import measure_bleu
-from memformer.lab.plots import new_figure, plot_lines
-from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict
+from memformer.lab.plots import Lines, new_figure
+from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.models.beam import decode
 from memformer.tasks.translation import END, START, Pair, Translation
 from memformer.training.config import RunError
@@ -143,7 +143,7 @@ def _words(texts: Sequence[str]) -> int:
 
 
 def _whole(one: Translations, pairs: Sequence[Pair], groups: Sequence[tuple[int, int]]) -> Row:
-    row = _row(told, pairs, groups[0][0], groups[-1][1])
+    row = _row(one, pairs, groups[0][0], groups[-1][1])
     lengths: dict[str, Any] = (one.run.result or {}).get("lengths", {})
     scores: dict[str, Any] = next(iter(lengths.values()), {})
     return {
@@ -178,18 +178,9 @@ def _judge(result: Result) -> Verdict:
     falls = kept.get("LSTM, last state", 1.0) < min(attends.values(), default=0.0)
     steady = [share > 0.9 for share in attends.values()]
     scores = "; ".join(f"{name} {bleu[0]:.1f} to {bleu[-1]:.1f}" for name, bleu in found.items())
-    kind = "refuted" if not falls or not any(steady) else "confirmed" if all(steady) else "partly confirmed"
-    return Verdict(kind, f"BLEU from the shortest to the longest verses: {scores}.")
-
-
-def _draw(result: Result) -> Any:
-    series = {
-        row["model"]: {r["mean source tokens"]: r["BLEU"] for r in result.rows(1, model=row["model"])}
-        for row in result.rows()
-    }
-    figure = plot_lines({"": series}, x="length of the source (byte-pair tokens)", y="BLEU")
-    figure.axes[0].set_ylim(bottom=0)
-    return figure
+    return Verdict(
+        grade(falls and any(steady), all(steady)), f"BLEU from the shortest to the longest verses: {scores}."
+    )
 
 
 def _examples(runs: Runs) -> Mapping[str, Any]:
@@ -228,7 +219,15 @@ TRANSLATION = Study(
     source="arXiv 1409.0473, figure 2",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="model",
+        points="mean source tokens",
+        value="BLEU",
+        table=1,
+        x="length of the source (byte-pair tokens)",
+        y="BLEU",
+        limits=(0, 30),
+    ),
     caption="BLEU of test verses by the length of the English verse; each point is a group of about equally many "
     "verses.",
     reads="configs/translation.py",

@@ -7,11 +7,10 @@ no transition reflects; softmax attention adds, and cannot track at any depth th
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-from memformer.lab.plots import plot_lines
+from memformer.lab.plots import Lines
 from memformer.lab.runs import accuracies, accuracy_by_length, columns_by_length
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, percent, pivot
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent, pivot
 from memformer.tasks.group_words import GROUPS
 from memformer.training.plots import COLOURS
 
@@ -70,9 +69,8 @@ def _judge(result: Result) -> Verdict:
     two, four = at(32, "product2", "S3", "S4_two", "A5_two"), at(32, "product4", "S5_two")
     far = min(at(500, "product2", "S3", "S4_two", "A5_two"), at(500, "product4", "S5_two"))
     others = [result.values[f"{group} {model}"]["32"] for group in STEPS for model in ("delta1", "softmax")]
-    holds = min(two, four) > 0.95 and max(others) < 0.5
     return Verdict(
-        "refuted" if not holds else "confirmed" if far > 0.95 else "partly confirmed",
+        grade(min(two, four) > 0.95 and max(others) < 0.5, far > 0.95),
         f"At 32 letters two reflections track S3, S4 and A5 (at least {percent(two)}) and S5 as well as four "
         f"({percent(at(32, 'product2', 'S5_two'))} and {percent(four)}); not reproduced: S5 at 500 letters "
         f"({percent(at(500, 'product4', 'S5_two'))}) and an LSTM that tracks S5 ({percent(at(32, 'lstm', 'S5_two'))}). "
@@ -80,20 +78,7 @@ def _judge(result: Result) -> Verdict:
     )
 
 
-def _draw(result: Result) -> Any:
-    panels: dict[str, dict[str, Any]] = {}
-    chance = {}
-    for label, scores in result.values.items():
-        group, _, model = label.partition(" ")
-        title = f"{_name(group)}: {GROUPS[group][0]} elements"
-        panels.setdefault(title, {})[MODELS[model][0]] = {int(n): value for n, value in scores.items()}
-        chance[title] = 1 / GROUPS[group][0]
-    styles = {name: {"color": colour, "linestyle": line} for name, _, _, colour, line in MODELS.values()}
-    return plot_lines(
-        panels, x="letters in the word", y="accuracy", columns=2, chance=chance, share=True, styles=styles, x_base=2
-    )
-
-
+STYLES = {name: {"color": colour, "linestyle": line} for name, _, _, colour, line in MODELS.values()}
 WORDS = Study(
     name="words",
     title="Words over a group",
@@ -102,7 +87,17 @@ WORDS = Study(
     source="arXiv 2502.10297, 2404.08819, 2411.12537",
     measure=_measure,
     judge=_judge,
-    draw=_draw,
+    draw=Lines(
+        line="model",
+        points="{} letters",
+        panel="group",
+        x="letters in the word",
+        y="accuracy",
+        level={_name(group): 1 / GROUPS[group][0] for group in STEPS},
+        limits=(0, 1.04),
+        columns=2,
+        options={"styles": STYLES, "x_base": 2},
+    ),
     caption="Accuracy of the running product on the test split, one layer trained on words of 32 letters.",
     base={
         "task": {"name": "group_words", "length": 32},

@@ -11,7 +11,7 @@ import pytest
 
 from memformer.lab import STUDIES, Result, Study, Table, Verdict
 from memformer.lab.page import render_page, write_page
-from memformer.lab.plots import plot_lines
+from memformer.lab.plots import Bars
 from memformer.lab.runner import read_result, run_study, write_result
 from memformer.lab.runs import training_seconds
 from memformer.lab.study import numbers_in
@@ -40,7 +40,7 @@ TOY = Study(
     source="arXiv 0000.00000",
     measure=lambda runs, settings: RESULT,
     judge=lambda result: Verdict("confirmed", "It went up by 2."),
-    draw=lambda result: plot_lines({"": {"y": {row["x"]: row["y"] for row in result.rows()}}}, x="x", y="y"),
+    draw=Bars(index=("x",), columns=("y",), label="y"),
     caption="A line that rises.",
 )
 
