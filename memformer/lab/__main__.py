@@ -5,7 +5,8 @@ import argparse
 from memformer.lab import STUDIES
 from memformer.lab.page import write_page
 from memformer.lab.runner import run_study
-from memformer.training.config import RunError, report_errors
+from memformer.training.config import RunError
+from memformer.training.flags import report_errors
 from memformer.training.metrics import say
 
 

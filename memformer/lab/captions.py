@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from memformer.data import stamps
+from memformer.data import shapes, stamps
 from memformer.lab.bleu import measure_bleu
 from memformer.lab.plots import Bars, new_figure
 from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.models.beam import decode
 from memformer.models.captioner import Captioner
-from memformer.tasks import Captions, shapes
+from memformer.tasks import Captions
 from memformer.tasks.captions import END, START
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
@@ -163,7 +163,7 @@ def _score(name: str, task: Captions, split: str, one: Captioned) -> list[Row]:
     if task.pictures == "shapes":
         kind = "new pictures" if split == "validation" else "pairs of colour and kind never trained on"
         return [_row(name, kind, one.captions, one.references, one.loss)]
-    known = {stamp.words for stamp in stamps.split_stamps(task.folder or stamps.FOLDER)["train"]}
+    known = {stamp.words for stamp in stamps.split_stamps(task.folder or stamps.STAMPS_FOLDER)["train"]}
     return [_row(name, "all test stamps", one.captions, one.references, one.loss), *_by_caption(name, one, known)]
 
 
@@ -196,7 +196,7 @@ def _row(
 
 def _nearest(task: Captions) -> list[Row]:
     """A baseline without learning: the caption of the training stamp with the nearest pixels."""
-    folder = task.folder or stamps.FOLDER
+    folder = task.folder or stamps.STAMPS_FOLDER
     parts = stamps.split_stamps(folder)
     flat = {s: stamps.read_pictures(folder, parts[s], task.size).reshape(len(parts[s]), -1) for s in ("train", "test")}
     trained = flat["train"].astype(np.float32)

@@ -1,5 +1,6 @@
 """Runs of a study: trained from a table of configs or read from their folders, and what they recorded."""
 
+import copy
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import ml_collections
 
 from memformer.lab.study import Row, Table, percent
 from memformer.training.build import build_run
-from memformer.training.config import RunError, default_config, unknown_key
+from memformer.training.config import RunError, complete_config
 from memformer.training.evaluation import LoadedRun, load_run
 from memformer.training.loop import train
 from memformer.training.metrics import read_records, say
@@ -33,12 +34,12 @@ __all__ = [
 COMMON: Mapping[str, Any] = {"train.tensorboard": False, "train.eval_every": 0, "checkpoint.keep_last": 1}
 
 
-def make_config(*changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
+def make_config(*changes: Row) -> ml_collections.ConfigDict:
     """The default config with `changes` (dotted key to value) applied in order.
 
     Args:
       changes: such as {"task": {"name": "swap"}, "model.memory": "delta_rule"}; a section given whole is merged in,
-        except `task`, which is replaced.
+        except `task` and `model.memory_options`, which are replaced.
 
     Raises:
       RunError: a key that no config has.
@@ -48,23 +49,16 @@ def make_config(*changes: Mapping[str, Any]) -> ml_collections.ConfigDict:
       >>> config.task.name, config.task.length, config.train.steps
       ('swap', 8, 5)
     """
-    merged = {key: value for part in changes for key, value in part.items()}
-    config = default_config(merged.get("model.type", "memory_lm"))
-    for key, value in merged.items():
-        head, _, last = key.rpartition(".")
-        message = unknown_key(config, head or key) or (None if head == "task" else unknown_key(config, key))
-        if message:
-            raise RunError(message)
-        section = config
-        for name in head.split(".") if head else ():
-            section = section[name]
-        if key == "task":
-            config.task = ml_collections.ConfigDict(dict(value))
-        elif isinstance(value, Mapping) and key != "model.memory_options":
-            section[last].update(value)
-        else:
-            section[last] = value
-    return config
+    nested: dict[str, Any] = {}
+    for key, value in ((key, value) for part in changes for key, value in part.items()):
+        *parents, last = key.split(".")
+        section = nested
+        for name in parents:
+            section = section.setdefault(name, {})
+        merged = isinstance(value, Mapping) and key not in ("task", "model.memory_options")
+        # copied, for later keys change it
+        section[last] = {**section.get(last, {}), **value} if merged else copy.deepcopy(value)
+    return complete_config(nested)
 
 
 def train_runs(

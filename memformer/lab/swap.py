@@ -55,7 +55,8 @@ def _deltaformer(kernel: Row, *, rotary: bool = False) -> Row:
 
 def _softmax(depth: int) -> Row:
     return {
-        "model": {"memory": "softmax_attention", "depth": depth, "scan_layers": True, "feedforward": "swiglu"},
+        "model": {"memory": "softmax_attention", "width": 128, "depth": depth, "feedforward": "swiglu"},
+        "model.scan_layers": True,
         "optimizer.learning_rate": 2e-3,
     }
 

@@ -10,7 +10,7 @@ from memformer.lab.bleu import measure_bleu
 from memformer.lab.plots import Lines, new_figure
 from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.models.beam import decode
-from memformer.tasks.translation import END, START, Pair, Translation
+from memformer.tasks.translation import END, START, Translation, VersePair
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun
 
@@ -90,11 +90,11 @@ def _name(run: LoadedRun) -> str:
     return "LSTM, last state" if model["attention"] == "none" else "LSTM, attention"
 
 
-def _size(pair: Pair) -> int:
+def _size(pair: VersePair) -> int:
     return len(pair.source)
 
 
-def _translate(model: Any, task: Translation, pairs: Sequence[Pair]) -> list[str]:
+def _translate(model: Any, task: Translation, pairs: Sequence[VersePair]) -> list[str]:
     """The best translation of each verse; verses are sorted by length, so that those of a batch end together."""
     source = task.source("test", 0)
     order = sorted(range(len(pairs)), key=lambda i: _size(pairs[i]))
@@ -125,7 +125,7 @@ def _bleu(translations: Sequence[str], references: Sequence[str]) -> Any:
     return found
 
 
-def _row(one: Translations, pairs: Sequence[Pair], first: int, last: int) -> Row:
+def _row(one: Translations, pairs: Sequence[VersePair], first: int, last: int) -> Row:
     chosen = [i for i, pair in enumerate(pairs) if first <= _size(pair) <= last]
     texts, references = [one.texts[i] for i in chosen], [pairs[i].verse.spanish for i in chosen]
     return {
@@ -142,7 +142,7 @@ def _words(texts: Sequence[str]) -> int:
     return sum(len(text.split()) for text in texts)
 
 
-def _whole(one: Translations, pairs: Sequence[Pair], groups: Sequence[tuple[int, int]]) -> Row:
+def _whole(one: Translations, pairs: Sequence[VersePair], groups: Sequence[tuple[int, int]]) -> Row:
     row = _row(one, pairs, groups[0][0], groups[-1][1])
     lengths: dict[str, Any] = (one.run.result or {}).get("lengths", {})
     scores: dict[str, Any] = next(iter(lengths.values()), {})
@@ -156,7 +156,7 @@ def _whole(one: Translations, pairs: Sequence[Pair], groups: Sequence[tuple[int,
     }
 
 
-def _examples_of(found: Sequence[Translations], pairs: Sequence[Pair], count: int = 3) -> list[Row]:
+def _examples_of(found: Sequence[Translations], pairs: Sequence[VersePair], count: int = 3) -> list[Row]:
     chosen = _choose(pairs, count)
     rows = []
     for i in chosen:
@@ -165,7 +165,7 @@ def _examples_of(found: Sequence[Translations], pairs: Sequence[Pair], count: in
     return rows
 
 
-def _choose(pairs: Sequence[Pair], count: int) -> list[int]:
+def _choose(pairs: Sequence[VersePair], count: int) -> list[int]:
     """Numbers of the first test verses of `SHOWN` words, padded with others where there are too few."""
     fitting = [i for i, pair in enumerate(pairs) if SHOWN[0] <= len(pair.verse.english.split()) <= SHOWN[1]]
     return (fitting + [i for i in range(len(pairs)) if i not in fitting])[:count]

@@ -20,7 +20,7 @@ BASE = {
 
 def test_the_last_change_of_a_key_holds():
     config = make_config(BASE, {"task.length": 6, "model.memory_options": {"rnn": {}}}, {"train.steps": 9})
-    assert config.task.to_dict() == {"name": "swap", "objects": 3, "length": 6}
+    assert (config.task.name, config.task.objects, config.task.length) == ("swap", 3, 6)
     assert (config.train.steps, config.train.batch_size, config.model.width) == (9, 8, 8)
     assert make_config({"model.type": "ntm"}).model.type == "ntm"
 
