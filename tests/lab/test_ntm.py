@@ -62,7 +62,7 @@ def test_tables_verdict_and_figures(tmp_path):
     assert result.values["optimal bits of dynamic n-grams"] == {"sequences": 6, "bits": round(float(np.mean(costs)), 2)}
     verdict = study.judge(result)
     assert verdict.kind == "not reproduced" and "copy of 7 vectors: LSTM 3.5 wrong bits, NTM 3.5" in verdict.finding
-    assert verdict.finding.endswith("; not reproduced: copy.")
+    assert f"not reproduced: copy, n-grams (20.0 bits, the optimum has {np.mean(costs):.1f})." in verdict.finding
     assert study.draw(result).axes and list(study.examples(named)) == ["heads"]
     jax.clear_caches()
 
