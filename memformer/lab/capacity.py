@@ -342,9 +342,9 @@ def _judge(result: Result) -> Verdict:
     holds = never == ["linear attention", "softmax attention"] and rewritten["linear attention, decay", 4] < 0.1 * delta
     return Verdict(
         grade(near, holds),
-        f"Linear and softmax attention recall {min(ratios):.2f} to {max(ratios):.2f} times theory's pairs written once "
-        f"and none rewritten, where the delta rule recalls {delta:g} (16 KiB, values of 4 bits); random keys suit ARMT "
-        f"least ({rewritten['ARMT', 4]:g}).",
+        f"Written once, linear and softmax attention recall {min(ratios):.2f} to {max(ratios):.2f} times theory's "
+        f"pairs. Rewritten, {' and '.join(never) or 'no memory'} recall none, the delta rule {delta:g} and ARMT "
+        f"{rewritten['ARMT', 4]:g} (16 KiB, values of 4 bits).",
     )
 
 

@@ -227,9 +227,9 @@ def _judge(result: Result) -> Verdict:
     back = {name: row[late] for name, row in rows.items()}
     return Verdict(
         grade(slopes["softmax"] > -0.5, "never" not in back["softmax"]),
-        f"The step of softmax still vanishes after training with 8 heads and 2 layers (slope {slopes['softmax']:.2f}; "
-        f"delta {slopes['delta']:.2f}); after a change at 16 pairs its seeds recover in {back['softmax']} pairs, those "
-        f"of the delta rule in {back['delta']}.",
+        f"After training with 8 heads and 2 layers the slope of the moves is {slopes['softmax']:.2f} for softmax (1/t "
+        f"has -1) and {slopes['delta']:.2f} for the delta rule; after a change at 16 pairs the seeds of softmax "
+        f"recover in {back['softmax']} pairs, those of the delta rule in {back['delta']}.",
     )
 
 

@@ -188,9 +188,9 @@ def _judge(result: Result) -> Verdict:
     growths = [pair[1] for pair in found.values() if pair[1] is not None]
     return Verdict(
         grade(max(slopes) < -0.8, min(growths) > 0.7),
-        f"With 1 to 16 heads and 1 to 4 layers the slope of softmax stays between {min(slopes):.2f} and "
-        f"{max(slopes):.2f}, and its recovery grows with exponent {min(growths):.2f} to {max(growths):.2f}: heads and "
-        "layers do not end the vanishing step at initialisation.",
+        f"At initialisation, with 1 to 16 heads and 1 to 4 layers, the slope of softmax lies between {min(slopes):.2f} "
+        f"and {max(slopes):.2f} (1/t has -1), and its recovery grows with exponent {min(growths):.2f} to "
+        f"{max(growths):.2f}.",
     )
 
 

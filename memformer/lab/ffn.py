@@ -318,9 +318,8 @@ def _judge(result: Result) -> Verdict:
     return Verdict(
         grade(few, max(gated) < 2, max(plain) < 2),
         f"Dropping the largest pair changes the output by {percent(min(largest), 0)} to {percent(max(largest), 0)}, a "
-        f"random one by at most {percent(max(random))}. Trained gated layers interfere as in theory (up to "
-        f"{max(gated):.1f} times), but mlp layers {min(plain):.1f} to {max(plain):.1f} times as much: their keys are "
-        "no longer independent.",
+        f"random one by at most {percent(max(random))}. Trained keys interfere {min(gated):.1f} to {max(gated):.1f} "
+        f"times as much as in theory in gated layers, {min(plain):.1f} to {max(plain):.1f} times in mlp layers.",
     )
 
 

@@ -58,11 +58,12 @@ def _judge(result: Result) -> Verdict:
     read = far["parity DeltaFormer, linear read"]
     parity = min(read, far["parity LSTM"]) > 0.95 and far["parity Transformer"] < 0.6
     best = max(value for label, value in far.items() if label.startswith("modular_arithmetic"))
+    missed = "" if best > 0.95 else "; modular arithmetic was not reproduced"
     return Verdict(
         grade(parity, best > 0.95),
-        f"Parity at 250 holds for the LSTM ({percent(far['parity LSTM'])}) and for DeltaFormer with a linear read "
-        f"({percent(read)}; softmax read {percent(far['parity DeltaFormer'])}); modular arithmetic was not reproduced: "
-        f"no model learnt it in 1500 steps (at most {percent(best)}).",
+        f"At 250 tokens parity has {percent(far['parity LSTM'])} (LSTM), {percent(read)} (DeltaFormer, linear read), "
+        f"{percent(far['parity DeltaFormer'])} (softmax read) and {percent(far['parity Transformer'])} (Transformer), "
+        f"modular arithmetic at most {percent(best)} of any model{missed}.",
     )
 
 

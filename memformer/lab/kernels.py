@@ -133,9 +133,9 @@ def _judge(result: Result) -> Verdict:
     linear, decimals, integers = (found(name) for name in FUNCTIONS)
     return Verdict(
         grade(max(linear) < 0.9 and min(integers) == 1, min(decimals) > 0.9),
-        f"The linear kernel names {percent(min(linear))} to {percent(max(linear))} of the objects, rounding to "
-        f"integers {percent(min(integers))}; rounding to two decimals, as in the paper's figures, does not help "
-        f"({percent(min(decimals))} to {percent(max(decimals))}).",
+        f"Accuracy from 512 to 128 objects: linear {percent(min(linear))} to {percent(max(linear))}, rounding to two "
+        f"decimals, as in the paper's figures, {percent(min(decimals))} to {percent(max(decimals))}, rounding to "
+        f"integers {percent(min(integers))} to {percent(max(integers))}.",
     )
 
 

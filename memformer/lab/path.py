@@ -325,13 +325,12 @@ def _judge(result: Result) -> Verdict:
         row["memory"]: max((d for d, cell in _accuracies_of(row).items() if cell[0] >= 0.98), default=0)
         for row in result.rows(1)
     }
-    ordered = reached["rnn"] < reached["gru"] < reached["softmax_attention"]
+    names = ("rnn", "gru", "lstm", "delta_rule", "softmax_attention")
     return Verdict(
-        grade(falls, ordered),
-        f"The gradient falls per step by {factors['rnn']:g} (RNN), {factors['lstm']:g} (LSTM), "
-        f"{factors['delta_rule']:g} (delta rule) and {factors['softmax_attention']:g} (attention) as claimed; recall "
-        f"does not follow it: the GRU, whose gradient falls by {factors['gru']:g}, recalls over {reached['gru']} "
-        f"tokens like attention, only the RNN fails.",
+        grade(falls, reached["rnn"] < reached["gru"] < reached["softmax_attention"]),
+        "Factor of the gradient per step at initialisation and longest delay recalled: "
+        + ", ".join(f"{name} {factors[name]:g} and {reached[name]}" for name in names)
+        + ".",
     )
 
 

@@ -50,8 +50,8 @@ def _judge(result: Result) -> Verdict:
     best, label = max((value, label) for label, value in found.items() if label.startswith("softmax"))
     return Verdict(
         grade(one > 0.99, best < 0.98),
-        f"One layer of DeltaFormer reaches {percent(one)} of nodes (with w = k only "
-        f"{percent(found['DeltaFormer, 1 layer, w = k, 4 heads'])}); {label} comes close with {percent(best)}.",
+        f"Node accuracy: one layer of DeltaFormer {percent(one)} (with w = k "
+        f"{percent(found['DeltaFormer, 1 layer, w = k, 4 heads'])}), softmax attention {percent(best)} ({label}).",
     )
 
 

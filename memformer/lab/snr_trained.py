@@ -260,8 +260,8 @@ def _judge(result: Result) -> Verdict:
     scores = ", ".join(f"{name} {value:.2g}" for name, value in recall.items())
     return Verdict(
         grade(max(recall.values()) < 1, max(factors) < 10),
-        f"Every memory that learnt recall has a head with 1/SNR below 1 at the target pair ({scores}); trained keys "
-        f"leave the theory of independent keys by factors of {min(factors):.1f} to {max(factors):.0e}.",
+        f"Least 1/SNR of a head at the target pair: {scores}. Trained keys differ from the theory of independent keys "
+        f"by factors of {min(factors):.1f} to {max(factors):.0e}.",
     )
 
 

@@ -204,12 +204,8 @@ def _judge_curriculum(result: Result) -> Verdict:
     never = float("inf")
     slow = steps.get("plain directly", never) > 3 * steps.get("plain by curriculum", never)
     sooner = steps.get("rotary by curriculum", never) < steps.get("plain by curriculum", never)
-    return Verdict(
-        grade(slow, sooner),
-        "Training steps until 256 swaps are tracked: "
-        + ", ".join(f"{label} {count}" for label, count in steps.items())
-        + ". Direct training is not slow, and rotary positions learn later, not sooner.",
-    )
+    found = ", ".join(f"{label} {count}" for label, count in steps.items())
+    return Verdict(grade(slow, sooner), f"Training steps until 256 swaps are tracked to 99%: {found}.")
 
 
 SWAP = Study(
