@@ -12,7 +12,7 @@ from memformer.tasks import Text
 from memformer.tasks.text import START
 
 FILES = {
-    **{f"a/f{i}.py": (f"# file {i}\n" * (i + 1)).encode() for i in range(60)},
+    **{f"a/f{i}.py": (f"# file {i}\n" * (i + 1)).encode() for i in range(24)},
     "b.py": b"x",
     "empty.py": b"",
     "latin.py": bytes(range(256)),
