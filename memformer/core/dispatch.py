@@ -10,9 +10,14 @@ from typing import Any
 
 import jax
 
+from memformer.core.autodiff import in_forward_mode
 from memformer.core.calls import AttentionCall, MatrixCall
 
 __all__ = ["check_implementation", "dispatch"]
+
+
+# Implementations that jax.jvp differentiates.
+FORWARD_MODE = ("recurrent", "chunked")
 
 
 def check_implementation(implementation: str | None, implementations: Mapping[str, Callable[..., Any]]) -> None:
@@ -47,6 +52,10 @@ def dispatch(
     reasons = []
     for name in prefer if implementation is None else (implementation,):
         try:
+            if name not in FORWARD_MODE and in_forward_mode(vars(call)):
+                raise NotImplementedError(
+                    f"the {name} form of {call.op} has no forward mode; implementation='chunked' or 'recurrent' has it"
+                )
             with jax.named_scope(f"memformer.{call.op}.{name}"):
                 return implementations[name](call)
         except NotImplementedError as error:

@@ -8,6 +8,10 @@ from memformer.core.types import Array, Bool, Float
 __all__ = ["accumulation_dtype", "l2norm", "masked_softmax", "matmul_precision", "repeat_heads"]
 
 
+# Entries whose squares, and sums of them, are normal numbers of float32.
+LEAST, MOST = 1e-15, 1e15
+
+
 def accumulation_dtype(*arrays: Array) -> jnp.dtype:
     """The dtype of states and sums: float64 if any array is float64, otherwise float32.
 
@@ -48,15 +52,20 @@ def matmul_precision(precision: str | lax.Precision | None, *arrays: Array) -> l
 def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6) -> Float[Array, "... K"]:
     """Normalises vectors to unit length: x / sqrt(sum(x^2) + epsilon^2) over the last axis, in x's dtype.
 
-    The sum is computed in float32. The gradient is finite at x = 0, where the result is 0.
+    The sum is computed in float32, of scaled entries where their squares would overflow or underflow. The gradient is
+    finite at x = 0, where the result is 0.
 
     Example:
       >>> l2norm(jnp.array([3.0, 4.0]))
       Array([0.6, 0.8], dtype=float32)
     """
     wide = x.astype(accumulation_dtype(x))
+    top = lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
+    # The reciprocal of more than 1e37 would not be a normal number.
+    scale = 1 / jnp.where((top > LEAST) & (top < MOST), 1.0, jnp.clip(top, max(epsilon, LEAST), 1e37))
+    wide, epsilon = wide * scale, jnp.asarray(epsilon, wide.dtype) * scale
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide * lax.rsqrt(square + epsilon**2)).astype(x.dtype)
+    return (wide * lax.rsqrt(square + epsilon * epsilon)).astype(x.dtype)
 
 
 def masked_softmax(scores: Float[Array, "... S"], mask: Bool[Array, "... S"]) -> Float[Array, "... S"]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.autodiff import in_forward_mode
 from memformer.core.checks import check_array
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.segments import Segments, find_segments
@@ -222,7 +223,8 @@ def _run(cell: Cell, gates: int, x, w_in, w_state, bias, bias_state, segment_ids
     arrays = (from_input, w_state, state_bias, *states)
     # Inside shard_map a gradient must vary over the same axes as its argument: mark weights that all devices share.
     arrays = tuple(vary_like(array, *arrays) for array in arrays)
-    outputs = _scan_time(cell, x.dtype, precision, *arrays[:3], arrays[3:], _time_masks(segments))
+    scan = _scan_plain if in_forward_mode(arrays) else _scan_time
+    outputs = scan(cell, x.dtype, precision, *arrays[:3], arrays[3:], _time_masks(segments))
     y = jnp.moveaxis(outputs[0], 0, 1)
     if segments is not None:
         y = jnp.where(segments.valid[..., None], y, jnp.zeros((), dtype))
@@ -254,10 +256,7 @@ def _advance(cell: Cell, masks, from_input: Array, from_state: Array, before: St
     return tuple(jnp.where(masks[1], new, old) for new, old in zip(after, before, strict=True))
 
 
-# The backward pass is written out so that the gradient of the weights is one product over all of time: the transposed
-# scan would accumulate an outer product per step.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _scan_time(cell, compute, precision, from_input, w_state, bias, states, masks):
+def _scan_plain(cell, compute, precision, from_input, w_state, bias, states, masks):
     """The states after every step, [T, B, D]."""
 
     def step(states, inputs):
@@ -270,8 +269,13 @@ def _scan_time(cell, compute, precision, from_input, w_state, bias, states, mask
     return lax.scan(step, states, (from_input, masks))[1]
 
 
+# The backward pass is written out so that the gradient of the weights is one product over all of time: the transposed
+# scan would accumulate an outer product per step.
+_scan_time = jax.custom_vjp(_scan_plain, nondiff_argnums=(0, 1, 2))
+
+
 def _scan_time_forward(cell, compute, precision, from_input, w_state, bias, states, masks):
-    outputs = _scan_time(cell, compute, precision, from_input, w_state, bias, states, masks)
+    outputs = _scan_plain(cell, compute, precision, from_input, w_state, bias, states, masks)
     return outputs, (from_input, w_state, bias, states, masks, outputs)
 
 

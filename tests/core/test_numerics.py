@@ -99,3 +99,14 @@ def test_repeat_heads():
     for head in range(6):
         np.testing.assert_array_equal(out[:, :, head], x[:, :, head // 3])
     assert repeat_heads(x, 1) is x
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e-12, 1e-6, 1.0, 1e20, 3e38])
+def test_l2norm_of_any_length(size):
+    """Values and gradients against float64; squares of 1e20 overflow float32, squares of 1e-30 underflow."""
+    x = jnp.asarray([0.75 * size, -size, 0.0], "float32")
+    wide = np.asarray(x, np.float64)
+    length = np.sqrt(np.sum(wide**2) + 1e-12)
+    np.testing.assert_allclose(l2norm(x), wide / length, rtol=1e-6)
+    want = np.eye(3) / length - np.outer(wide, wide) / length**3
+    np.testing.assert_allclose(jax.jacrev(l2norm)(x), want, rtol=1e-6, atol=1e-6 / length + 1e-38)

@@ -1,11 +1,10 @@
 """The chunked form of the attention ops: tiles of scores, memory linear in time, backward too."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.autodiff import in_forward_mode, reverse_once
 from memformer.core.calls import AttentionCall
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
@@ -54,10 +53,17 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     return tiles.unchunk_queries(output, tokens), tiles.unchunk_keys(u[tiling.cached :], tokens)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _read(tiling: Tiling, mask: TileMask, q: Array, k: Array, x: Array) -> Float[Array, "N B G R C V"]:
     """Reads the values x at the queries, in the accumulation dtype."""
+    read = _read_plain if in_forward_mode(q, k, x) else _read_reverse
+    return read(tiling, mask, q, k, x)
+
+
+def _read_plain(tiling, mask, q, k, x):
     return _read_rows(tiling, mask, q, k, x)[0]
+
+
+_read_reverse = jax.custom_vjp(_read_plain, nondiff_argnums=(0,))
 
 
 def _read_rows(tiling, mask, q, k, x):
@@ -77,7 +83,7 @@ def _read_rows(tiling, mask, q, k, x):
 
 
 def _read_forward(tiling, mask, q, k, x):
-    output, lse = _read_rows(tiling, mask, q, k, x)
+    output, lse = reverse_once(tiles.REVERSE_ONCE, *_read_rows(tiling, mask, q, k, x))
     return output, (mask, q, k, x, output if tiling.kernel.normalized else None, lse)
 
 
@@ -94,7 +100,7 @@ def _read_backward(tiling, saved, do):
 
     start = vary_like(jnp.zeros(q.shape, do.dtype), q, k, x, do, *mask.arrays)
     dq, (dk, dx) = lax.scan(column, start, jnp.arange(k.shape[0], dtype=jnp.int32))
-    return None, dq.astype(q.dtype), dk, dx
+    return None, *reverse_once(tiles.REVERSE_ONCE, dq.astype(q.dtype), dk, dx)
 
 
-_read.defvjp(_read_forward, _read_backward)
+_read_reverse.defvjp(_read_forward, _read_backward)

@@ -26,6 +26,7 @@ from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.attention.cache import offset
 
 __all__ = [
+    "REVERSE_ONCE",
     "RowSums",
     "TileMask",
     "Tiling",
@@ -47,6 +48,12 @@ __all__ = [
     "unchunk_queries",
     "unify",
 ]
+
+
+REVERSE_ONCE = (
+    "the chunked form of attention has no reverse mode of its gradient (jax.grad of jax.grad), because its loops over"
+    " tiles have no static length; implementation='recurrent' has it, and jax.hessian (forward over reverse) works here"
+)
 
 
 class Tiling(NamedTuple):

@@ -5,12 +5,11 @@ For the rows R of one chunk and the earlier rows E, with the write kernel A:
     U_R = (I + beta A[R, R])^-1 (target_R - beta A[R, E] U_E),  target = alpha V
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.autodiff import in_forward_mode, reverse_once
 from memformer.core.sharding import vary_like
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
@@ -20,7 +19,6 @@ from memformer.ops.attention.tiles import RowSums, TileMask, Tiling
 __all__ = ["write"]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def write(tiling: Tiling, mask: TileMask, w, k, target, beta, cached_u) -> Float[Array, "M B G C V"]:
     """u of the cache's slots and of all tokens.
 
@@ -33,7 +31,15 @@ def write(tiling: Tiling, mask: TileMask, w, k, target, beta, cached_u) -> Float
       beta: [N, B, G, C].
       cached_u: u of the cache, [cached, B, G, C, V].
     """
+    run = _write_plain if in_forward_mode(w, k, target, beta, cached_u) else _write_reverse
+    return run(tiling, mask, w, k, target, beta, cached_u)
+
+
+def _write_plain(tiling, mask, w, k, target, beta, cached_u):
     return _write_rows(tiling, mask, w, k, target, beta, cached_u)[0]
+
+
+_write_reverse = jax.custom_vjp(_write_plain, nondiff_argnums=(0,))
 
 
 def _write_rows(tiling, mask, w, k, target, beta, cached_u):
@@ -73,7 +79,7 @@ def _exact(a: Array, b: Array) -> Array:
 
 
 def _write_forward(tiling, mask, w, k, target, beta, cached_u):
-    u, erased, lse = _write_rows(tiling, mask, w, k, target, beta, cached_u)
+    u, erased, lse = reverse_once(tiles.REVERSE_ONCE, *_write_rows(tiling, mask, w, k, target, beta, cached_u))
     return u, (mask, w, k, beta, u, erased, lse)
 
 
@@ -116,7 +122,8 @@ def _write_backward(tiling, saved, du):
     (dw, derased, delta), (dk, dtarget, dbeta) = lax.scan(column, start, inputs, reverse=True)
     dw, (dk_cached, du_cached) = lax.scan(cache_column, dw, jnp.arange(cached, dtype=jnp.int32))
     dk = jnp.concatenate([dk_cached, dk])
-    return None, dw.astype(w.dtype), dk, dtarget, dbeta, du[:cached] + du_cached
+    gradients = dw.astype(w.dtype), dk, dtarget, dbeta, du[:cached] + du_cached
+    return None, *reverse_once(tiles.REVERSE_ONCE, *gradients)
 
 
-write.defvjp(_write_forward, _write_backward)
+_write_reverse.defvjp(_write_forward, _write_backward)

@@ -17,7 +17,6 @@ scores.
 Source: arXiv 2406.06484 (chunked delta rule), 2412.06464 (decay per head), 2510.26692 (decay per channel).
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.autodiff import in_forward_mode
 from memformer.core.calls import MatrixCall
 from memformer.core.decay import cumulative_decay
 from memformer.core.numerics import accumulation_dtype, repeat_heads
@@ -146,7 +146,8 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     arrays = (*inputs, call.state)
     inputs = Inputs(*(None if x is None else vary_like(x, *arrays) for x in inputs))
     index = None if call.segments is None else call.segments.index
-    return _scan_chunks(plan, inputs, vary_like(call.state, *arrays), index)
+    scan = _scan_plain if in_forward_mode(arrays) else _scan_chunks
+    return scan(plan, inputs, vary_like(call.state, *arrays), index)
 
 
 def _default_chunk(call: MatrixCall) -> int:
@@ -171,9 +172,11 @@ def _group_size(inputs: Inputs, size: int, writes: int) -> int:
     return -(-chunks // -(-chunks // most))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan_chunks(plan: ChunkScan, inputs: Inputs, state: Array, index: Array | None) -> tuple[Array, Array]:
+def _scan_plain(plan: ChunkScan, inputs: Inputs, state: Array, index: Array | None) -> tuple[Array, Array]:
     return _scan_groups(plan, inputs, state, index, lambda residuals: None)[:2]
+
+
+_scan_chunks = jax.custom_vjp(_scan_plain, nondiff_argnums=(0,))
 
 
 def _scan_chunks_forward(plan, inputs, state, index):

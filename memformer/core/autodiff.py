@@ -1,0 +1,62 @@
+"""Derivatives beyond the first in reverse mode: which trace asks for them, and a refusal in words."""
+
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from memformer.core.types import Array
+
+__all__ = ["in_forward_mode", "reverse_once"]
+
+
+def in_forward_mode(*arrays: Any) -> bool:
+    """Whether any array is a tangent-carrying tracer of jax.jvp, jax.jacfwd or another forward-mode transformation.
+
+    A custom_vjp has no forward mode, so that a function which has one calls its plain form instead. jax.hessian is
+    forward mode over reverse mode: the reverse pass is resolved first, and this is False. It is also False inside a
+    jitted function that is differentiated from outside.
+
+    Example:
+      >>> jax.jvp(lambda x: x * in_forward_mode(x), (1.0,), (1.0,))[0], in_forward_mode(jnp.ones(2))
+      (Array(1., dtype=float32, weak_type=True), False)
+    """
+
+    def forward(x):
+        # Under vmap.
+        while isinstance(x, jax.core.Tracer) and hasattr(x, "val"):
+            x = x.val
+        return isinstance(x, ad.JVPTracer)
+
+    return any(forward(x) for x in jax.tree.leaves(arrays))
+
+
+_reverse_once = Primitive("memformer_reverse_once")
+
+
+def reverse_once(message: str, *arrays: Array | None) -> tuple[Array | None, ...]:
+    """Arrays unchanged; differentiating them in reverse mode raises NotImplementedError(message).
+
+    For the rules of a custom_vjp that hold loops of unknown length, of which JAX has no reverse mode.
+    """
+    return tuple(None if x is None else _reverse_once.bind(x, message=message) for x in arrays)
+
+
+def _raise(cotangent, x, *, message):
+    raise NotImplementedError(message)
+
+
+def _jvp(primals, tangents, *, message):
+    (x,), (tangent,) = primals, tangents
+    if not isinstance(tangent, ad.Zero):
+        tangent = _reverse_once.bind(tangent, message=message)
+    return _reverse_once.bind(x, message=message), tangent
+
+
+_reverse_once.def_impl(lambda x, *, message: x)
+_reverse_once.def_abstract_eval(lambda x, *, message: x)
+ad.primitive_jvps[_reverse_once] = _jvp
+ad.primitive_transposes[_reverse_once] = _raise
+batching.defvectorized(_reverse_once)
+mlir.register_lowering(_reverse_once, lambda context, x, *, message: [x])

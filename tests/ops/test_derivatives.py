@@ -1,0 +1,84 @@
+"""Derivatives beyond a first gradient: forward mode, Hessians, gradients of gradients, and what is refused by name."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memformer as mf
+from tests.numeric import assert_close
+
+
+def call(name, x, implementation):
+    """One op as a function of one array, which is its query, key and value."""
+    half = jnp.full(x.shape[:3], 0.5, x.dtype)
+    options = {"implementation": implementation, "chunk_size": 4}
+    if name == "delta_rule":
+        return mf.delta_rule(x, mf.l2norm(x), x, half, decay=-half, **options)[0]
+    if name == "linear_attention":
+        return mf.linear_attention(x, x, x, decay=-half, **options)[0]
+    return getattr(mf, name)(x, x, x, **options)[0]
+
+
+def loss(name, implementation):
+    return lambda x: jnp.sum(jnp.sin(call(name, x, implementation)))
+
+
+def point():
+    return jnp.asarray(np.random.default_rng(0).standard_normal((1, 6, 1, 2)))
+
+
+def second(function, x):
+    """The gradient of a function of the gradient, in reverse mode twice."""
+    return jax.grad(lambda x: jnp.sum(jnp.cos(jax.grad(function)(x))))(x)
+
+
+OPS = ("delta_rule", "linear_attention", "softmax_attention", "deltaformer")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_chunks_have_forward_mode_and_hessians(name):
+    with jax.enable_x64(True):
+        x = point()
+        chunked, recurrent = loss(name, "chunked"), loss(name, "recurrent")
+        got, want = (jax.jit(lambda x, f=f: jax.jvp(f, (x,), (jnp.cos(x),)))(x) for f in (chunked, recurrent))
+        assert_close(got, want, 1e-12, f"{name} jvp")
+        got, want = (jax.jit(jax.hessian(f))(x) for f in (chunked, recurrent))
+        assert_close(got, want, 1e-12, f"{name} hessian")
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "linear_attention"])
+def test_matrix_memories_have_gradients_of_gradients(name):
+    with jax.enable_x64(True):
+        x = point()
+        got, want = (jax.jit(functools.partial(second, loss(name, i)))(x) for i in ("chunked", "recurrent"))
+        assert_close(got, want, 1e-12, name)
+
+
+@pytest.mark.parametrize("name", ["softmax_attention", "deltaformer"])
+def test_tiles_refuse_the_gradient_of_a_gradient(name):
+    x = jnp.asarray(point(), "float32")
+    for function in (loss(name, "chunked"), jax.jit(loss(name, "chunked"))):
+        with pytest.raises(NotImplementedError, match="no reverse mode of its gradient.*implementation='recurrent'"):
+            second(function, x)
+    assert np.all(np.isfinite(second(loss(name, "recurrent"), x)))
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_other_implementations_refuse_forward_mode(name):
+    x = jnp.asarray(point(), "float32")
+    with pytest.raises(NotImplementedError, match="pallas form of .* has no forward mode; implementation='chunked' or"):
+        jax.jvp(loss(name, "pallas"), (x,), (x,))
+    # None takes the next one that has it, under vmap too.
+    assert np.all(np.isfinite(jax.jacfwd(loss(name, None))(x)))
+
+
+def test_recurrent_cells_have_forward_mode():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(1)
+        x, w_in, w_state, bias = (jnp.asarray(rng.standard_normal(s)) for s in ((2, 5, 3), (3, 16), (4, 16), (16,)))
+        function = lambda x: jnp.sum(jnp.sin(mf.lstm(x, w_in, w_state, bias)[0]))  # noqa: E731
+        got = jax.jvp(function, (x,), (x,))[1]
+        assert_close(got, jnp.sum(jax.grad(function)(x) * x), 1e-12)
