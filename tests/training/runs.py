@@ -19,7 +19,7 @@ MEASURED = ("step_seconds", "tokens_per_second", "mfu")
 SMALL = {
     "task.length": 8,
     "task.objects": 3,
-    "model.memory": "delta_rule",
+    "model.memory": "linear_attention",
     "model.width": 16,
     "model.heads": 2,
     "train.batch_size": 8,

@@ -27,12 +27,12 @@ def build_counting(config, *, vocab_size, num_classes, features, rngs):
     return Counting(config["width"], vocab_size, num_classes, rngs)
 
 
-def small_config(memory="delta_rule", **changed):
+def small_config(memory="linear_attention", **changed):
     """A run of seconds: swap with 3 objects at length 8, width 16, 8 steps; `changed` by dotted key, dots as __."""
     config = default_config()
     config.task = {"name": "swap", "objects": 3, "length": 8}
     config.model.update({"memory": memory, "width": 16, "heads": 2, "depth": 2})
-    config.model.memory_options = {"delta_rule": {"conv_width": 0}}
+    config.model.memory_options = {"linear_attention": {"conv_width": 0}, "delta_rule": {"conv_width": 0}}
     config.optimizer.learning_rate = 1e-2
     config.mesh.data = 1
     config.train.update({"steps": 8, "batch_size": 8, "log_every": 2, "eval_every": 4, "eval_batches": 2})

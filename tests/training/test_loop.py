@@ -7,6 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from memformer.tasks import Swap
 from memformer.training import build, checksums, loop, metrics
@@ -233,6 +234,8 @@ def test_profile_and_compile_cache(tmp_path, profile):
         train(small_config(train__profile=profile, train__compile_cache=str(cache)), str(tmp_path / "run"))
     finally:
         jax.config.update("jax_compilation_cache_dir", None)
+        # the process keeps the first folder it was given
+        compilation_cache.reset_cache()
     assert any(name.endswith(".pb") for _, _, names in os.walk(tmp_path / "run" / "profile") for name in names)
     assert os.listdir(cache)
 
