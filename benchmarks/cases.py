@@ -99,7 +99,8 @@ class Case:
 
 def from_json(fields: Mapping[str, Any]) -> Case:
     """Rebuilds a case from the JSON of `dataclasses.asdict(case)`."""
-    return Case(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    given: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()}
+    return Case(**given)
 
 
 def inputs(case: Case) -> dict[str, np.ndarray]:

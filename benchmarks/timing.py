@@ -105,7 +105,7 @@ def relative_error(got: Mapping[str, Any], want: Mapping[str, Any]) -> float:
     errors = []
     for name in want:
         a, b = (np.asarray(arrays[name], np.float64) for arrays in (got, want))
-        errors.append(np.sqrt(np.mean((a - b) ** 2) / max(np.mean(b**2), 1e-60)))
+        errors.append(np.sqrt(np.mean((a - b) ** 2) / np.maximum(np.mean(b**2), 1e-60)))
     return float(max(errors))
 
 
