@@ -194,7 +194,9 @@ def _attention_row(name: str, topology: str, text: str, loop: Loop) -> dict[str,
 
 def _tile_rows(case: Case, backward: bool) -> int:
     """R, the rows per tile that the library chooses for the chip of the current mesh."""
-    kind = check_tpu(case.op, jax.ShapeDtypeStruct((), case.dtype))
+    # A shape stands in for an array: only its dtype is read.
+    array: Any = jax.ShapeDtypeStruct((), case.dtype)
+    kind = check_tpu(case.op, array)
     size, _, _, back, _ = tuning.choose_tiles(kind, case.length, case.key, case.value, case.itemsize)
     return back if backward else size
 
@@ -264,7 +266,10 @@ OTHERS = {"splash": splash, "tokamax KDA": tokamax_kda}
 
 def scan_config(case: Case, topology: str) -> ScanConfig:
     """The configuration that the library chooses for this case on a chip."""
-    q, k, v, *_ = specs(case)
+    # Shapes stand in for arrays: planning reads nothing else, and no state.
+    arrays: list[Any] = list(specs(case))
+    q, k, v, *_ = arrays
+    state: Any = None
     call = MatrixCall(
         op=case.op,
         q=q,
@@ -275,7 +280,7 @@ def scan_config(case: Case, topology: str) -> ScanConfig:
         beta=None,
         decay=None,
         segments=None,
-        state=None,
+        state=state,
         writes=1,
         scale=1.0,
         precision=lax.Precision.DEFAULT,
