@@ -35,13 +35,15 @@ def kernel_axes() -> KernelAxes:
 
     The backward pass is traced later, when the arguments are gone: it takes the axes from the call's configuration.
     """
-    batch, heads = mesh_axes("B"), mesh_axes("G") or mesh_axes("H")
-    return KernelAxes(_names(batch, BATCH), _names(heads, HEADS))
+    batch, heads = _names(mesh_axes("B")), _names(mesh_axes("G") or mesh_axes("H"))
+    if not batch and not heads:
+        return KernelAxes(BATCH, HEADS)
+    return KernelAxes(batch, tuple(name for name in heads if name not in batch))
 
 
-def _names(part: Any, default: tuple[str, ...]) -> tuple[str, ...]:
+def _names(part: Any) -> tuple[str, ...]:
     if part is None:
-        return default
+        return ()
     return (part,) if isinstance(part, str) else tuple(part)
 
 

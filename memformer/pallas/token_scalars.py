@@ -32,7 +32,7 @@ def token_scalars(config: BaseScanConfig, call: MatrixCall) -> dict[str, Float[A
     scalars = {} if call.beta is None else {"beta": by_chunk(call.beta)}
     if call.decay is not None:
         decay = cumulative_decay(by_chunk(call.decay), axis=2)
-        scalars |= {"whole": decay.whole, "fraction": decay.fraction, "log_decay": decay.total()}
+        scalars |= {"whole": decay.whole, "fraction": decay.fraction}
         decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(decay[:, :, -1:].since(decay))
     if call.segments is not None:
         # Padding at the end belongs to the last segment, so that the returned state is that segment's.

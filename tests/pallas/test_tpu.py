@@ -234,6 +234,33 @@ def test_long_state(interpreter):
     assert late < 2e-6 and late < 2 * early
 
 
+@pytest.mark.parametrize("strong", [-1e7, -math.inf])
+def test_forgetting(strong, interpreter):
+    """Tokens that forget everything, alone and most of a chunk, leave the decays of their neighbours exact."""
+    rng = np.random.default_rng(6)
+    length, width = 256, 8
+    q, k, v = rng.standard_normal((3, 1, length, 2, width))
+    decay = np.full((1, length, 2), -0.05)
+    decay[:, 5, 0] = strong
+    decay[:, :200, 1] = strong
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = {"q": q, "k": k, "v": v, "beta": np.full((1, length, 2), 0.7), "decay": decay}
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            output, state = mf.delta_rule(**arrays, implementation=implementation, chunk_size=128)
+            return jnp.sum(jnp.sin(output)) + jnp.sum(state * state), (output, state)
+
+        (_, results), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+        return *results, gradients
+
+    got = run(suite.cast(arrays, "float32"), "pallas")
+    with jax.enable_x64(True):
+        exact = suite.cast(suite.cast(arrays, "float32"), "float64")
+        want = jax.tree.map(np.asarray, run(exact, "recurrent"))
+    assert_close(got, want, 2e-6)
+
+
 REFUSED = {
     "no TPU": ({}, "needs a TPU"),
     "per channel": ({"decay": np.zeros((1, 8, 2, 4))}, "per key channel"),

@@ -64,7 +64,8 @@ class ScanConfig(BaseScanConfig):
     def scalars(self) -> tuple[str, ...]:
         """Names of the token scalars of this call, in the order of their array; see token_scalars.py."""
         kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("write", self.beta or self.carries))
-        kinds += (("decay_in", self.carries), ("log_decay", self.decay), ("segment", self.segments))
+        kinds += (("decay_in", self.carries), ("whole", self.decay), ("fraction", self.decay))
+        kinds += (("segment", self.segments),)
         return tuple(name for name, present in kinds if present)
 
     def scalar_row(self, name: str, head: int) -> int:

@@ -133,8 +133,8 @@ def _backward(
     gradients.add_row("beta", h, jnp.sum(change, axis=0, keepdims=True))
     if config.decay:
         change = beta * change
-        gradients.add_column("log_decay", h, jnp.sum(change, axis=1, keepdims=True))
-        gradients.add_row("log_decay", h, -jnp.sum(change, axis=0, keepdims=True))
+        gradients.add_column("fraction", h, jnp.sum(change, axis=1, keepdims=True))
+        gradients.add_row("fraction", h, -jnp.sum(change, axis=0, keepdims=True))
     yield
     if config.carries:
         carried = config.scale * mm(q, state[...], "nn")

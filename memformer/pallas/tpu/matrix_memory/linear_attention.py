@@ -66,8 +66,8 @@ def _backward(
     yield
     if config.decay:
         change = dqk * qk
-        gradients.add_column("log_decay", h, jnp.sum(change, axis=1, keepdims=True))
-        gradients.add_row("log_decay", h, -jnp.sum(change, axis=0, keepdims=True))
+        gradients.add_column("fraction", h, jnp.sum(change, axis=1, keepdims=True))
+        gradients.add_row("fraction", h, -jnp.sum(change, axis=0, keepdims=True))
     return dq, dk, dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn")
 
 

@@ -87,8 +87,8 @@ class TokenScalars:
             mask = mask & (self.column("segment", head) == self.row("segment", head))
         if not self.config.decay:
             return jnp.where(mask, 1.0, 0.0)
-        gap = self.column("log_decay", head) - self.row("log_decay", head)
-        return jnp.where(mask, jnp.exp(gap), 0.0)
+        whole, fraction = (self.column(name, head) - self.row(name, head) for name in ("whole", "fraction"))
+        return jnp.where(mask, jnp.exp(whole + fraction), 0.0)
 
 
 class ScalarGradients:
