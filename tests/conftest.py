@@ -1,6 +1,7 @@
 """Strict settings for every test: eight virtual CPU devices, no silent promotion."""
 
 import os
+import pathlib
 
 # tests decide by name where they run; a GPU or TPU is asked for with JAX_PLATFORMS
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,22 +19,33 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "XLA_FLAGS" not in os
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.tiers import is_fast  # noqa: E402
+
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+TESTS = pathlib.Path(__file__).parent
+
+
+def _row(item: pytest.Item) -> str:
+    """The row of a shared suite's table that a test runs, or ""."""
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return str(next((params[key] for key in ("name", "spec") if key in params), ""))
+
+
 def _group(item: pytest.Item) -> str:
     """Tests that share compiled functions: those of one file, or of one row of a shared suite's table."""
-    params = item.callspec.params if hasattr(item, "callspec") else {}
-    row = next((params[key] for key in ("name", "spec") if key in params), "")
-    return f"{item.path.name} {row}"
+    return f"{item.path.relative_to(TESTS)} {_row(item)}"
 
 
 def pytest_collection_modifyitems(items):
     """One worker takes a whole group (--dist=loadgroup), so that nothing is compiled twice; groups run in one piece."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(_group(item)))
+        if is_fast(item.path.relative_to(TESTS).as_posix(), item.originalname, _row(item)):
+            item.add_marker(pytest.mark.fast)
     order = {group: place for place, group in enumerate(dict.fromkeys(map(_group, items)))}
     items.sort(key=lambda item: order[_group(item)])
 

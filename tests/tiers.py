@@ -1,0 +1,65 @@
+"""The fast tier, `pytest -m fast`: under two minutes on two cores, at least one test of every room of the library."""
+
+import re
+
+# Files or folders of tests, and a pattern of the functions that are fast ("" takes all).
+FAST = {
+    "core": "",
+    "ops/test_ops.py": "test_(packed_against|odd_lengths|two_calls|which_impl|bad_input)",
+    "ops/test_addressing.py": "",
+    "ops/test_associative.py": "test_(segments|features)",
+    "ops/test_softmax_attention.py": "test_(huge|window|errors)",
+    "ops/test_deltaformer.py": "test_(linear_kernels|errors)",
+    "ops/test_recurrent_cells.py": "test_(equations|mistakes)",
+    "pallas/test_platform.py": "test_(choice|an_interpreter)",
+    "pallas/test_tpu.py": "test_(packed_against|tuning|what_is_saved)",
+    "pallas/test_tpu_attention.py": "test_tuning",
+    "pallas/test_gpu.py": "test_(packed_against|refusals|other_gpus)",
+    "layers/test_basic.py": "test_(norms|constrain|positions|rotary|feedforward|decays|sigmoid)",
+    "layers/test_memory.py": "test_(a_returned_state|every|kernels|user_errors|wrong)",
+    "layers/test_table.py": "",
+    "models/test_language_model.py": "test_(features|an_id|parameters|presets|model_keys|a_preset|configs|user)",
+    "models/test_generate.py": "test_(equal_shapes|a_stopped|sample_follows|user_errors)",
+    "models/test_beam.py": "test_(enough_beams|one_beam|user_errors)",
+    "models/test_transformer.py": "test_(visible_memory|a_first_call|user_errors)",
+    "models/test_seq2seq.py": "test_user_errors",
+    "models/test_encoder.py": "test_(features|token_types|user_errors)",
+    "models/test_ntm.py": "test_(ids|user_errors|inputs)",
+    "data": "",
+    "tasks": "(?!test_(answers_are_near|gaps_follow|the_optimal|held_out_sentences))",
+    "training/test_config.py": "(?!test_flags_that_cannot_be)",
+    "training/test_checkpoint.py": "test_(restores|keeps|refuses|no_checkpoint|options)",
+    "training/test_input.py": "",
+    "training/test_losses.py": "",
+    "training/test_optimizer.py": "test_(schedule|unknown|clipping|moving)",
+    "training/test_sharding.py": "(?!test_(eight_devices|time_over))",
+    "training/test_step.py": "test_(a_step|micro|defaults)",
+    "training/test_loop.py": "test_(early_stop|folder|flops)",
+    "lab/test_study.py": "",
+    "lab/test_runs.py": "test_(the_last|an_unknown)",
+    "lab/test_capacity.py": "test_(the_latest|theory)",
+    "test_configs.py": "",
+    "test_docstrings.py": "(?!test_examples_run)",
+    "test_faces.py": "",
+    "test_imports.py": "",
+    "test_readme.py": "(?!test_training_command)",
+    "test_style.py": "(?!test_types)",
+    "test_tiers.py": "",
+}
+
+# Rows of the parametrized suites that are fast; a test without such a parameter counts whole.
+FAST_ROWS = {"delta_rule", "delta_rule_head_decay", "linear_attention_channel_decay", "softmax_attention"}
+SUITES = ("ops/test_ops.py", "layers/test_memory.py", "pallas/test_tpu.py", "pallas/test_gpu.py")
+
+
+def is_fast(path: str, function: str, row: str = "") -> bool:
+    """Whether a test is in the fast tier.
+
+    Args:
+      path: its file, relative to tests/.
+      function: its name, without parameters.
+      row: the row of a shared suite that it runs, if it runs one.
+    """
+    if path in SUITES and row and row not in FAST_ROWS:
+        return False
+    return any((path == place or path.startswith(place + "/")) and re.match(FAST[place], function) for place in FAST)
