@@ -5,10 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from memformer.core.calls import AttentionCall
-from memformer.core.numerics import accumulation_dtype
+from memformer.core.numerics import accumulation_dtype, repeat_heads
 from memformer.core.types import Array, Float
 from memformer.pallas.checks import unsupported
 from memformer.pallas.platform import chip
+from memformer.pallas.sharding import key_head_repeats
 
 __all__ = ["deltaformer", "softmax_attention"]
 
@@ -29,7 +30,18 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
         from memformer.pallas.gpu.attention.softmax_attention import run
     else:
         from memformer.pallas.tpu.attention.softmax_attention import run  # type: ignore[assignment]
-    return run(call)
+    return run(_share_key_heads(call))
+
+
+def _share_key_heads(call: AttentionCall) -> AttentionCall:
+    """The call with k and v repeated where a mesh has more devices along the heads than there are key heads."""
+    repeats = key_head_repeats(call.k.shape[2], call.q.shape[2])
+    if repeats == 1:
+        return call
+    k, v, cache = repeat_heads(call.k, repeats), repeat_heads(call.v, repeats), call.cache
+    if cache is not None:
+        cache = dataclasses.replace(cache, k=repeat_heads(cache.k, repeats), v=repeat_heads(cache.v, repeats))
+    return dataclasses.replace(call, k=k, v=v, cache=cache)
 
 
 def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:

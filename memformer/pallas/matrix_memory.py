@@ -5,9 +5,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from memformer.core.calls import MatrixCall
+from memformer.core.numerics import repeat_heads
 from memformer.core.types import Array, Float
 from memformer.pallas.checks import check_matrix_call
 from memformer.pallas.platform import chip
+from memformer.pallas.sharding import key_head_repeats
 
 __all__ = ["run"]
 
@@ -29,6 +31,8 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
         from memformer.pallas.tpu.matrix_memory.linear_attention import run as kernels  # type: ignore[assignment]
     else:
         from memformer.pallas.tpu.matrix_memory.delta_rule import run as kernels  # type: ignore[assignment]
+    repeats = key_head_repeats(call.q.shape[2], call.v.shape[2])
+    call = dataclasses.replace(call, q=repeat_heads(call.q, repeats), k=repeat_heads(call.k, repeats))
     output, state = kernels(_one_write_per_token(call))
     return output[:, call.writes - 1 :: call.writes], state
 

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from memformer.core.sharding import mesh_axes
 from memformer.core.types import Array
 
-__all__ = ["KernelAxes", "kernel_axes", "split_batch_and_heads", "varying_result"]
+__all__ = ["KernelAxes", "kernel_axes", "key_head_repeats", "split_batch_and_heads", "varying_result"]
 
 # Mesh axes over which the library's own meshes shard batch and heads.
 BATCH, HEADS = ("data", "fsdp"), ("tensor",)
@@ -39,6 +39,21 @@ def kernel_axes() -> KernelAxes:
     if not batch and not heads:
         return KernelAxes(BATCH, HEADS)
     return KernelAxes(batch, tuple(name for name in heads if name not in batch))
+
+
+def key_head_repeats(groups: int, heads: int) -> int:
+    """How often key heads must be repeated so that devices share them out; 1 where that is not needed, or impossible.
+
+    Fewer key heads than devices along the heads would leave every device with all heads.
+
+    Args:
+      groups: G, key heads.
+      heads: H, a multiple of G.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = (name for name in kernel_axes().heads if name in mesh.axis_names and name not in mesh.manual_axes)
+    count = math.lcm(groups, math.prod(mesh.shape[name] for name in names))
+    return count // groups if heads % count == 0 else 1
 
 
 def _names(part: Any) -> tuple[str, ...]:

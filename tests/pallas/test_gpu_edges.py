@@ -119,16 +119,23 @@ def shard_maps(jaxpr):
                 yield from shard_maps(inner)
 
 
-@pytest.mark.parametrize("op", ["delta_rule", "linear_attention", "softmax_attention", "deltaformer"])
-def test_explicit_mesh(op):
-    """On Explicit axes of any name each device runs the kernels on its own batch rows and heads, both ways."""
+OPS = ["delta_rule", "linear_attention", "softmax_attention", "deltaformer"]
+
+
+@pytest.mark.parametrize(("op", "groups"), [*((op, 2) for op in OPS), ("delta_rule", 1), ("softmax_attention", 1)])
+def test_explicit_mesh(op, groups):
+    """On Explicit axes of any name each device runs the kernels on its own batch rows and heads, both ways.
+
+    One key head that all devices share is repeated.
+    """
     device = AbstractDevice("NVIDIA H200", 1, "cuda")
     mesh = AbstractMesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device)
     place = NamedSharding(mesh, PartitionSpec("x", None, "y"))
-    names = {"q": 2, "k": 2, "v": 4} if op in ("delta_rule", "linear_attention") else {"q": 4, "k": 2, "v": 2}
-    arrays = {
-        name: jax.ShapeDtypeStruct((4, 70, heads, 16), "bfloat16", sharding=place) for name, heads in names.items()
-    }
+    names = {"q": groups, "k": groups, "v": groups} | {"v" if op in ("delta_rule", "linear_attention") else "q": 4}
+    arrays = {}
+    for name, heads in names.items():
+        spec = PartitionSpec("x", None, None if heads == 1 else "y")
+        arrays[name] = jax.ShapeDtypeStruct((4, 70, heads, 16), "bfloat16", sharding=NamedSharding(mesh, spec))
     if op == "delta_rule":
         arrays["beta"] = jax.ShapeDtypeStruct((4, 70, 4), "float32", sharding=place)
 
@@ -137,7 +144,8 @@ def test_explicit_mesh(op):
 
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(jax.grad(loss))(arrays)
-    assert all(aval.sharding.spec[:3] == ("x", None, "y") for aval in program.out_avals)
+    wanted = [("x", None, None if x.shape[2] == 1 else "y") for x in jax.tree.leaves(arrays)]
+    assert [aval.sharding.spec[:3] for aval in program.out_avals] == wanted
     found = list(shard_maps(program.jaxpr))
     assert len(found) >= 2
     for spec in (spec for eqn in found for spec in (*eqn.params["in_specs"], *eqn.params["out_specs"])):
@@ -145,7 +153,7 @@ def test_explicit_mesh(op):
 
 
 @pytest.mark.parametrize("op", ["linear_attention", "softmax_attention", "deltaformer"])
-def test_second_derivative_names_what_has_one(op):
+def test_other_derivatives_name_what_has_them(op):
     x = jax.ShapeDtypeStruct((1, 70, 1, 16), jnp.bfloat16)
 
     def loss(x):
@@ -153,3 +161,5 @@ def test_second_derivative_names_what_has_one(op):
 
     with jax.sharding.use_abstract_mesh(H200), pytest.raises(NotImplementedError, match="implementation='recurrent'"):
         jax.eval_shape(jax.grad(lambda x: jnp.sum(jax.grad(loss)(x).astype("float32"))), x)
+    with jax.sharding.use_abstract_mesh(H200), pytest.raises(NotImplementedError, match="has no forward mode"):
+        jax.eval_shape(lambda x: jax.jvp(loss, (x,), (x,)), x)
