@@ -5,12 +5,12 @@ from absl import app, flags
 from memformer.training.flags import parse_flags, report_errors
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
-STEP = flags.DEFINE_integer("step", None, "The checkpoint; by default the newest that is whole.")
+STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest whole one.")
 SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
-LENGTHS = flags.DEFINE_list("lengths", None, "Lengths of the task; by default the task's own list.")
-BATCHES = flags.DEFINE_integer("batches", 16, "Batches a length.", lower_bound=1)
-BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Examples a batch; by default the run's.", lower_bound=1)
-SET = flags.DEFINE_multi_string("set", [], "A key of the run's config to change, such as task.length=64; repeatable.")
+LENGTHS = flags.DEFINE_list("lengths", None, "Task lengths; by default the task's own list.")
+BATCHES = flags.DEFINE_integer("batches", 16, "Batches per length.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Examples per batch; by default that of the run.", lower_bound=1)
+SET = flags.DEFINE_multi_string("set", [], "A change to the run's config, such as task.length=64; may be repeated.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; by default <workdir>/eval_<split>.json.")
 
 

@@ -10,7 +10,8 @@ import pytest
 from memformer.layers.memory import known_options
 from memformer.tasks import TASKS, make_task
 from memformer.training.build import model_settings
-from memformer.training.config import default_config, set_values, unknown_key, validate
+from memformer.training.config import default_config, set_values, unknown_key
+from memformer.training.validate import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

@@ -1,7 +1,7 @@
 """Training: configs, sharding, input, train step, loop, checkpoints, evaluation, dry run."""
 
 from memformer.training.build import Run, build_run, model_settings
-from memformer.training.checkpoint import Checkpoints, Restored, SaveError
+from memformer.training.checkpoint import Checkpoints, Restored
 from memformer.training.checksums import CHECKSUMS, EMPTY, JSON_ITEMS, StateHandler, damage
 from memformer.training.config import (
     FREE_KEYS,
@@ -15,7 +15,6 @@ from memformer.training.config import (
     run_errors,
     set_values,
     unknown_key,
-    validate,
 )
 from memformer.training.curriculum import Curriculum
 from memformer.training.distributed import agree, join_processes
@@ -32,13 +31,14 @@ from memformer.training.files import (
 )
 from memformer.training.flags import define_config, parse_flags, read_config, report_errors
 from memformer.training.folder import describe_changes, make_folder, read_run_config, schedule_steps, write_run_config
+from memformer.training.guards import FiniteGuard, NotFiniteError
 from memformer.training.input import Batch, Loader, batch_arrays, check_batch, check_split, make_loader
 from memformer.training.lock import LOCK, run_lock
-from memformer.training.loop import NotFiniteError, Trainer, train
+from memformer.training.loop import Trainer, train
 from memformer.training.losses import SCORES, count_batch, means, smoothing_loss
 from memformer.training.metrics import (
     RunLog,
-    flops_a_token,
+    flops_per_token,
     format_table,
     log,
     memory_pattern,
@@ -47,8 +47,10 @@ from memformer.training.metrics import (
     read_records,
 )
 from memformer.training.optimizer import decay_mask, make_optimizer, make_schedule, update_ema
+from memformer.training.orbax_errors import SaveError, hide_orbax, save_errors, step_folders
 from memformer.training.paths import abstract, describe, difference, flatten, nest
 from memformer.training.plots import COLOURS, plot_learning_curve, plot_lengths
+from memformer.training.profiling import Profiler
 from memformer.training.remote import Mirror, copy_folder
 from memformer.training.report import draw_curve, final_scores, result_table, write_report
 from memformer.training.sharding import (
@@ -60,6 +62,7 @@ from memformer.training.sharding import (
     partition_spec,
     state_shardings,
 )
+from memformer.training.signals import StopSignal
 from memformer.training.step import (
     Functional,
     abstract_state,
@@ -68,6 +71,7 @@ from memformer.training.step import (
     make_functional,
     make_train_step,
 )
+from memformer.training.validate import OPTIMIZER_RANGES, SCHEDULES, validate
 
 __all__ = [
     "AXES",
@@ -77,17 +81,21 @@ __all__ = [
     "FREE_KEYS",
     "JSON_ITEMS",
     "LOCK",
+    "OPTIMIZER_RANGES",
     "RULES",
+    "SCHEDULES",
     "SCORES",
     "Batch",
     "Checkpoints",
     "Curriculum",
     "DryRun",
+    "FiniteGuard",
     "Functional",
     "LoadedRun",
     "Loader",
     "Mirror",
     "NotFiniteError",
+    "Profiler",
     "Restored",
     "Run",
     "RunError",
@@ -95,6 +103,7 @@ __all__ = [
     "SaveError",
     "Scorer",
     "StateHandler",
+    "StopSignal",
     "Trainer",
     "abstract",
     "abstract_state",
@@ -127,10 +136,11 @@ __all__ = [
     "find_devices",
     "fits_model",
     "flatten",
-    "flops_a_token",
+    "flops_per_token",
     "format_table",
     "free_space",
     "global_batch",
+    "hide_orbax",
     "init_state",
     "is_url",
     "join_processes",
@@ -165,11 +175,13 @@ __all__ = [
     "result_table",
     "run_errors",
     "run_lock",
+    "save_errors",
     "schedule_steps",
     "set_values",
     "show_dry_run",
     "smoothing_loss",
     "state_shardings",
+    "step_folders",
     "train",
     "unknown_key",
     "update_ema",

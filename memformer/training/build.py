@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from memformer.models import build_model
 from memformer.tasks import Task, make_task
-from memformer.training.config import RunError, complete_config, run_errors, validate
+from memformer.training.config import RunError, complete_config, run_errors
 from memformer.training.metrics import memory_pattern
 from memformer.training.optimizer import make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
 from memformer.training.step import Functional, make_functional
+from memformer.training.validate import validate
 
 __all__ = ["Run", "build_run", "model_settings"]
 

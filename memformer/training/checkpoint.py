@@ -9,9 +9,7 @@ not fall back from a damaged one: here every step is checked before it is read.
 import contextlib
 import dataclasses
 import json
-import logging as std_logging
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,29 +20,18 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from memformer.training.checksums import EMPTY, JSON_ITEMS, StateHandler, damage
-from memformer.training.config import RunError
 from memformer.training.distributed import agree
-from memformer.training.files import error_reason, free_space, is_url
+from memformer.training.files import is_url
+from memformer.training.orbax_errors import SaveError, hide_orbax, save_errors, step_folders
 from memformer.training.paths import abstract, describe, difference, flatten, nest
 from memformer.training.remote import Mirror
 
-__all__ = ["Checkpoints", "Restored", "SaveError"]
+__all__ = ["Checkpoints", "Restored"]
 
 PyTree = Any
 
 
-class SaveError(RunError):
-    """A step that could not be written: its cause, the disk, and the newest whole step."""
-
-
-class _NoOrbax(std_logging.Filter):
-    """Hides Orbax's messages, which are for its developers, from the terminal; its errors are raised here."""
-
-    def filter(self, record: std_logging.LogRecord) -> bool:
-        return "/orbax/" not in record.pathname
-
-
-logging.get_absl_logger().addFilter(_NoOrbax())
+hide_orbax()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,8 +104,6 @@ class Checkpoints:
         self._keep = (keep_last, keep_best)
         self._best = (best_metric, best_mode)
         self._manager: ocp.CheckpointManager | None = None
-        self._hook: Callable[..., Any] = sys.excepthook
-        self._failed = False
         self._current: int | None = None
         # the step of the save in progress
         self._writing: int | None = None
@@ -205,31 +190,8 @@ class Checkpoints:
         self._current = step
         return True
 
-    @contextlib.contextmanager
-    def _save_errors(self, step: int | None) -> Iterator[None]:
-        """Raises the errors of Orbax and TensorStore while writing as one `SaveError`."""
-        try:
-            yield
-        except (NotADirectoryError, SaveError):
-            raise
-        except (OSError, ValueError, RuntimeError) as error:
-            self._failed = True
-            steps = self._steps() if self.folder.exists() else []
-            whole = [s for s in steps if damage(self.folder / str(s), deep=False) is None]
-            kept = f"step {whole[0]} is the newest whole one" if whole else "there is no whole one yet"
-            self._drop_partial(step)
-            raise SaveError(
-                f"cannot write checkpoint {step} in {self.name}: {error_reason(error)}"
-                f"{free_space(self.name)}; {kept}. Free space on this disk or make it writable, then rerun the "
-                "command to resume."
-            ) from error
-
-    def _drop_partial(self, step: int | None) -> None:
-        """Removes the files of a failed save, which take the space that the next one needs."""
-        with contextlib.suppress(OSError):
-            for path in self.folder.iterdir():
-                if path.name.startswith(f"{step}.orbax-checkpoint-tmp"):
-                    path.rmtree()
+    def _save_errors(self, step: int | None) -> contextlib.AbstractContextManager[None]:
+        return save_errors(self.folder, self.name, step)
 
     def restore(self, target: PyTree, step: int | None = None) -> Restored:
         """Restores a whole train state.
@@ -284,8 +246,6 @@ class Checkpoints:
             manager, self._manager = self._manager, None
             with self._save_errors(self._writing):
                 manager.close()
-            if not self._failed:
-                sys.excepthook = self._hook
         if self._mirror is not None:
             self._mirror.close()
             self._mirror = None
@@ -317,7 +277,6 @@ class Checkpoints:
             registry.add(name, ocp.args.JsonRestore, handler)
         # the last item is finalized last: its checksums cover the others
         registry.add("state", ocp.args.PyTreeSave, StateHandler())
-        self._hook, sys.excepthook = sys.excepthook, _hide_closed_loop(sys.excepthook)
         self._manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
         return self._manager
 
@@ -346,8 +305,7 @@ class Checkpoints:
             )
         if not self.folder.is_dir():
             raise NotADirectoryError(f"{self.name} must be a folder of checkpoints, and is a file.")
-        names = (path.name for path in self.folder.iterdir() if path.is_dir())
-        return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+        return step_folders(self.folder)
 
     def _choose(self, step: int | None) -> int:
         self.wait()
@@ -426,16 +384,6 @@ class Checkpoints:
         restored = ocp.PyTreeCheckpointHandler().restore(self.folder / str(step) / "state", args=arguments)
         flat = flatten(restored)
         return jax.tree.unflatten(jax.tree.structure(target), [flat[path] for path in wanted])
-
-
-def _hide_closed_loop(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """Hides what TensorStore prints for each write still in progress when Orbax has given up a save."""
-
-    def wrapped(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            hook(kind, error, trace)
-
-    return wrapped
 
 
 def _jsonable(name: str, value: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from memformer.training.build import Run, build_run
 from memformer.training.config import RunError
 from memformer.training.input import batch_arrays
-from memformer.training.metrics import flops_a_token, log
+from memformer.training.metrics import flops_per_token, log
 from memformer.training.sharding import batch_sharding, mesh_scope
 from memformer.training.step import abstract_state, make_train_step
 
@@ -113,7 +113,9 @@ def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
         lowered, held = lower_step(run)
         total, limit = _memory(lowered, devices[0].device_kind, held)
     tokens = config["train"]["batch_size"] * run.task.steps
-    flops = tokens * flops_a_token(config["model"], run.model.size(without=("embedding", "positions")), run.task.steps)
+    flops = tokens * flops_per_token(
+        config["model"], run.model.size(without=("embedding", "positions")), run.task.steps
+    )
     return DryRun(
         devices=f"{len(devices)} x {devices[0].device_kind}",
         parameters=run.model.size(),

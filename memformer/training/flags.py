@@ -199,3 +199,6 @@ def report_errors() -> Iterator[None]:
     except RunError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)

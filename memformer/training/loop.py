@@ -3,34 +3,32 @@
 import contextlib
 import math
 import os
-import shutil
-import signal
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
-from jax.experimental import multihost_utils
 
 from memformer.training.build import Run, build_run
-from memformer.training.checkpoint import Checkpoints, SaveError
-from memformer.training.config import RunError, complete_config, run_errors
+from memformer.training.checkpoint import Checkpoints
+from memformer.training.config import complete_config, run_errors
 from memformer.training.curriculum import Curriculum
 from memformer.training.evaluation import Scorer, format_score, parameters_of
-from memformer.training.files import check_folder, is_url
+from memformer.training.files import check_folder
 from memformer.training.folder import describe_changes, make_folder, read_run_config, schedule_steps, write_run_config
+from memformer.training.guards import FiniteGuard, NotFiniteError
 from memformer.training.input import Loader, check_split, make_loader
 from memformer.training.lock import run_lock
 from memformer.training.losses import means
-from memformer.training.metrics import RunLog, flops_a_token, log, model_name, peak_flops
-from memformer.training.remote import copy_folder
+from memformer.training.metrics import RunLog, flops_per_token, log, model_name, peak_flops
+from memformer.training.orbax_errors import SaveError
+from memformer.training.profiling import Profiler
 from memformer.training.report import draw_curve, final_scores, write_report
 from memformer.training.sharding import global_batch, mesh_scope
+from memformer.training.signals import StopSignal
 from memformer.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
-__all__ = ["NotFiniteError", "Trainer", "train"]
+__all__ = ["Trainer", "train"]
 
 # parameters that are not operands of a matrix product
 LOOKED_UP = ("embedding", "positions")
@@ -72,10 +70,6 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
         return Trainer(run, folder).train(changes)
 
 
-class NotFiniteError(RunError):
-    """A loss or gradient that is not finite: the state is not worth saving."""
-
-
 def _layout_change(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[str]:
     if old is None or old == new:
         return []
@@ -101,15 +95,13 @@ class Trainer:
         scorer = make_eval_step(run.model, run.mesh)
         self._score = Scorer(scorer, run.mesh, self._options["batch_size"], run.config["seed"])
         self._solved, self._evaluated = False, -1
-        # skipped steps in a row, up to the last log
-        self._skips = 0
+        self._guard = FiniteGuard(self._options)
+        self._profiler = Profiler(folder, self._options["profile"])
         self._held_out: dict[str, float] = {}
         self._step = 0
         # the newest step on disk, or on its way there
         self._saved: int | None = None
         self._first = True
-        self._tracing = False
-        self._signal: int | None = None
 
     def train(self, changes: Sequence[str] = ()) -> dict[str, Any]:
         """Trains to the last step, an early stop or a signal; returns the result. Call it inside `mesh_scope`.
@@ -131,11 +123,12 @@ class Trainer:
             progress=options["progress"],
         )
         self._compiled = make_train_step(run.model, run.tx, run.schedule, run.mesh, options, self._ema)
-        with self._signals(), contextlib.closing(self._log), self._checkpoints, contextlib.ExitStack() as stack:
+        self._signal = StopSignal()
+        with self._signal, contextlib.closing(self._log), self._checkpoints, contextlib.ExitStack() as stack:
             self._loader = self._load(self._step * options["batch_size"])
             # closes the current loader: a curriculum replaces it
             stack.callback(lambda: self._loader.close())
-            stack.callback(self._stop_profile)
+            stack.callback(lambda: self._note(self._profiler.stop(self._step, self._state["step"])))
             self._tick()
             with self._rescue():
                 # the error that ended the last run may have come before this evaluation
@@ -167,7 +160,7 @@ class Trainer:
                 self._state, self._step, self._saved = found.state, found.step, found.step
                 self._curriculum.length = found.data["length"]
                 self._solved, self._evaluated = found.data["solved"], found.data["evaluated"]
-                self._skips = found.data.get("skips", 0)
+                self._guard.skips = found.data.get("skips", 0)
                 scores = found.data["held_out"]
                 self._held_out = {name: math.nan if value is None else value for name, value in scores.items()}
                 return _layout_change(found.data.get("layout"), self._layout())
@@ -205,7 +198,7 @@ class Trainer:
     def _advance(self) -> None:
         """Takes one step, then logs, evaluates and saves if they are due."""
         options = self._options
-        self._profile(self._step + 1, starts=True)
+        self._profiler.before(self._step + 1)
         batch = global_batch(next(self._loader), self._run.mesh)
         self._state, report = self._compiled(self._state, batch)
         self._step += 1
@@ -214,7 +207,7 @@ class Trainer:
             self._first = False
             jax.block_until_ready(report)
             self._tick()
-        self._profile(self._step, starts=False)
+        self._note(self._profiler.after(self._step, self._state["step"]))
         last = self._step == options["steps"]
         if self._step % options["log_every"] == 0 or last:
             self._write(jax.device_get(report))
@@ -227,8 +220,8 @@ class Trainer:
 
     def _write(self, report: Mapping[str, Any]) -> None:
         """Records the steps since the last log, and updates the curriculum and early stopping."""
-        self._check_finite(report)
-        self._check_skips(report)
+        self._guard.check(report, self._last_checkpoint())
+        self._guard.count(report, self._step, self._last_checkpoint())
         now, steps = time.monotonic(), float(report["steps"])
         timed = self._step - self._ticked
         seconds = (now - self._since) / timed if timed else math.nan
@@ -266,31 +259,6 @@ class Trainer:
             self._loader.close()
             self._loader = self._load(self._step * self._options["batch_size"])
 
-    def _check_finite(self, report: Mapping[str, Any]) -> None:
-        if float(report["bad_count"]) and self._options["on_nan"] == "abort":
-            raise NotFiniteError(
-                f"the loss or its gradient stopped being finite at step {int(report['bad_step'])}. "
-                f"{self._last_checkpoint()} Lower --config.optimizer.learning_rate, increase "
-                "--config.optimizer.warmup_steps, or skip such steps with --config.train.on_nan=skip."
-            )
-
-    def _check_skips(self, report: Mapping[str, Any]) -> None:
-        """Counts skipped steps in a row; raises RunError at `train.max_skips`, or if the whole run was skipped."""
-        skipped, steps, first = (int(report[name]) for name in ("bad_count", "steps", "bad_step"))
-        if not skipped or skipped != self._step - first + 1:
-            # the last step was taken, or the skipped ones are not all at the end
-            self._skips = 0
-            return
-        self._skips = skipped + (self._skips if skipped == steps else 0)
-        nothing_learned = self._step == self._options["steps"] == self._skips
-        if self._skips >= self._options["max_skips"] or nothing_learned:
-            raise NotFiniteError(
-                f"the last {self._skips} steps up to step {self._step} were all skipped: their loss or gradient is not "
-                f"finite (train.max_skips is {self._options['max_skips']}). {self._last_checkpoint()} Lower "
-                "--config.optimizer.learning_rate or increase --config.optimizer.warmup_steps; with another config, "
-                "give another --workdir."
-            )
-
     def _last_checkpoint(self) -> str:
         if self._saved is None:
             return f"There is no checkpoint in {self._folder} yet."
@@ -302,7 +270,7 @@ class Trainer:
         if peak is None:
             return None
         parameters = self._run.model.size(without=LOOKED_UP)
-        flops = flops_a_token(self._run.config["model"], parameters, self._curriculum.task.steps)
+        flops = flops_per_token(self._run.config["model"], parameters, self._curriculum.task.steps)
         return tokens_per_second * flops / (peak * self._run.mesh.size)
 
     def _evaluate_if_due(self) -> None:
@@ -314,17 +282,17 @@ class Trainer:
         """Scores held-out examples, at most once per step."""
         if self._evaluated == self._step:
             return
-        self._evaluated = self._step
         values = self._score(parameters_of(self._state), self._curriculum.task, batches=self._options["eval_batches"])
         self._held_out = {**values, "length": self._curriculum.length}
         self._log.write("eval", self._step, self._held_out)
+        self._evaluated = self._step
         shown = "  ".join(f"{name} {format_score(name, value)}" for name, value in values.items())
         self._log.show(self._step, f"held out: {shown}", always=True)
         self._tick()
 
     def _save(self, *, sync: bool = True) -> None:
         # the steps since the last log have not been checked yet
-        self._check_finite(jax.device_get(self._state["sums"]))
+        self._guard.check(jax.device_get(self._state["sums"]), self._last_checkpoint())
         if sync:
             self._log.sync()
         data = {
@@ -332,7 +300,7 @@ class Trainer:
             "length": self._curriculum.length,
             "solved": self._solved,
             "evaluated": self._evaluated,
-            "skips": self._skips,
+            "skips": self._guard.skips,
             "layout": self._layout(),
             "held_out": {name: value if math.isfinite(value) else None for name, value in self._held_out.items()},
         }
@@ -360,6 +328,11 @@ class Trainer:
                     log(f"saved step {self._step} before the error; rerun the command to resume")
             raise
 
+    def _note(self, line: str | None) -> None:
+        if line is not None:
+            self._log.note(line)
+            self._tick()
+
     def _tick(self) -> None:
         """Restarts the clock of the step time, which excludes compilation, evaluation and saving."""
         self._since, self._ticked = time.monotonic(), self._step
@@ -384,8 +357,7 @@ class Trainer:
         task = self._curriculum.task
         draw_curve(self._folder, str(result["memory"]), task)
         if stopped:
-            name = signal.Signals(self._signal).name if self._signal else "the scheduler"
-            log(f"stopped by {name} after step {self._step}, saved; rerun the command to resume")
+            log(f"stopped by {self._signal.name} after step {self._step}, saved; rerun the command to resume")
             return result
         scores = final_scores(self._score, parameters_of(self._state), task, self._options)
         result["lengths"] = {str(length): values for length, values in scores.items()}
@@ -393,55 +365,5 @@ class Trainer:
         log(f"{self._step} steps in {seconds:.0f} s; curve, metrics and checkpoints in {self._folder}")
         return result
 
-    def _profile(self, step: int, *, starts: bool) -> None:
-        first, last = self._options["profile"]
-        if starts and step == first:
-            self._tracing = True
-            # the profiler writes to local disks only
-            self._trace = tempfile.mkdtemp() if is_url(self._folder) else os.path.join(self._folder, "profile")
-            jax.profiler.start_trace(self._trace)
-        elif not starts and step == last:
-            self._stop_profile()
-
-    def _stop_profile(self) -> None:
-        """Ends a trace that is running: at its last step, or where the run ends before."""
-        if self._tracing:
-            self._tracing = False
-            # after an error in a step its donated state is gone
-            with contextlib.suppress(RuntimeError):
-                jax.block_until_ready(self._state["step"])
-            jax.profiler.stop_trace()
-            if is_url(self._folder):
-                copy_folder(epath.Path(self._trace), epath.Path(self._folder) / "profile")
-                shutil.rmtree(self._trace)
-            self._log.note(f"profile up to step {self._step} in {self._folder}/profile")
-            self._tick()
-
     def _stop_asked(self) -> bool:
-        if jax.process_count() > 1:
-            # all processes agree on the step
-            return multihost_utils.reached_preemption_sync_point(self._step)
-        return self._signal is not None
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C stop the run after the current step, with a checkpoint; a second one ends it at once."""
-        several = jax.process_count() > 1
-        # JAX itself handles SIGTERM of one process of several: all stop after the same step
-        numbers = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
-        before = {number: signal.getsignal(number) for number in numbers}
-
-        def note(number: int, frame: Any) -> None:
-            self._signal = number
-            for known, handler in before.items():
-                signal.signal(known, handler)
-            if several:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        try:
-            for number in before:
-                signal.signal(number, note)
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return self._signal.asked(self._step)

@@ -19,7 +19,7 @@ from memformer.training.files import disk_errors, is_url, replace_file
 
 __all__ = [
     "RunLog",
-    "flops_a_token",
+    "flops_per_token",
     "format_table",
     "memory_pattern",
     "model_name",
@@ -63,7 +63,7 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for name, peak in PEAKS if name in device_kind), None)
 
 
-def flops_a_token(model: Mapping[str, Any], matrix_parameters: int, steps: int) -> float:
+def flops_per_token(model: Mapping[str, Any], matrix_parameters: int, steps: int) -> float:
     """Analytic training FLOPs per token: 3 (forward, and twice that backward) times
 
         2 (parameters of matrix products) + depth * heads * mix

@@ -21,9 +21,9 @@ from memformer.training.config import (
     run_errors,
     set_values,
     unknown_key,
-    validate,
 )
 from memformer.training.flags import define_config, parse_flags, report_errors
+from memformer.training.validate import validate
 
 CONFIG_FILE = """
 from memformer.training.config import default_config

@@ -10,7 +10,7 @@ from memformer.training import dryrun
 from memformer.training.build import build_run
 from memformer.training.config import RunError
 from memformer.training.dryrun import GIB, dry_run
-from memformer.training.metrics import flops_a_token
+from memformer.training.metrics import flops_per_token
 from memformer.training.sharding import mesh_scope
 from memformer.training.step import init_state
 from tests.training.small import small_config
@@ -40,7 +40,7 @@ def test_counts(found, run, config):
     # a gradient of each parameter and a few activations at least, and no copy of everything on every device
     assert sum(x.nbytes for x in state["params"].values()) / 8 < found.working_bytes < 100 * sum(held)
     assert found.parameters == run.model.size() and found.devices == "8 x cpu"
-    a_token = flops_a_token(config["model"], run.model.size(without=("embedding", "positions")), run.task.steps)
+    a_token = flops_per_token(config["model"], run.model.size(without=("embedding", "positions")), run.task.steps)
     assert found.flops == 8 * run.task.steps * a_token
     assert found.fits is None and "the memory of this device is not known" in str(found)
 

@@ -367,6 +367,6 @@ def test_more_steps_leave_the_schedule_where_it_was(tmp_path, capsys):
 
 def test_flops_and_peak():
     model = {"memory": "softmax_attention, delta_rule", "depth": 2, "heads": 2, "width": 8, "key_width": None}
-    got = metrics.flops_a_token({**model, "value_width": None}, 100, 16)
+    got = metrics.flops_per_token({**model, "value_width": None}, 100, 16)
     assert got == 3 * (2 * 100 + 2 * (16 * 8) + 2 * (6 * 16))
     assert metrics.peak_flops("NVIDIA A100-SXM4") == 312e12 and metrics.peak_flops("TPU v5 lite") == 197e12

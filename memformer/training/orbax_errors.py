@@ -1,0 +1,81 @@
+"""Errors of Orbax and TensorStore while writing, as one paragraph; their own messages are hidden."""
+
+import contextlib
+import logging as std_logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+from etils import epath
+
+from memformer.training.checksums import damage
+from memformer.training.config import RunError
+from memformer.training.files import error_reason, free_space
+
+__all__ = ["SaveError", "hide_orbax", "save_errors", "step_folders"]
+
+
+class SaveError(RunError):
+    """A step that could not be written: its cause, the disk, and the newest whole step."""
+
+
+@contextlib.contextmanager
+def save_errors(folder: epath.Path, name: str, step: int | None) -> Iterator[None]:
+    """Raises any error of the enclosed writes as one `SaveError`, and removes what was half written.
+
+    Args:
+      folder: the folder of the steps.
+      name: the folder as the message names it.
+      step: the step being written.
+    """
+    try:
+        yield
+    except (NotADirectoryError, SaveError):
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        steps = step_folders(folder) if folder.exists() else []
+        whole = [s for s in steps if damage(folder / str(s), deep=False) is None]
+        kept = f"step {whole[0]} is the newest whole one" if whole else "there is no whole one yet"
+        _drop_partial(folder, step)
+        raise SaveError(
+            f"cannot write checkpoint {step} in {name}: {error_reason(error)}{free_space(name)}; {kept}. Free space on "
+            "this disk or make it writable, then rerun the command to resume."
+        ) from error
+
+
+def step_folders(folder: epath.Path) -> list[int]:
+    """Steps that have a folder, newest first."""
+    names = (path.name for path in folder.iterdir() if path.is_dir())
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
+
+
+def _drop_partial(folder: epath.Path, step: int | None) -> None:
+    """Removes the files of a failed save, which take the space that the next one needs."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if path.name.startswith(f"{step}.orbax-checkpoint-tmp"):
+                path.rmtree()
+
+
+class _NoOrbax(std_logging.Filter):
+    """Hides Orbax's messages, which are for its developers; its errors are raised here."""
+
+    def filter(self, record: std_logging.LogRecord) -> bool:
+        return "/orbax/" not in record.pathname
+
+
+def hide_orbax() -> None:
+    """Keeps messages of Orbax, and of the writes that TensorStore abandons with a failed save, off the terminal."""
+    logger = logging.get_absl_logger()
+    if any(isinstance(known, _NoOrbax) for known in logger.filters):
+        return
+    logger.addFilter(_NoOrbax())
+    hook = sys.excepthook
+
+    def quiet(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        # a write that ends after Orbax has given up the save cannot report to its event loop
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            hook(kind, error, trace)
+
+    sys.excepthook = quiet
