@@ -1,5 +1,5 @@
-"""Image captioning with soft attention (Show, Attend and Tell, arXiv 1502.03044): an LSTM that attends to the picture for
-each word, and a Transformer over patches. `python -m memformer.lab captions RUN_FOLDERS` scores captions by beam search
+"""Image captioning with soft attention (Show, Attend and Tell, arXiv 1502.03044): an LSTM that attends to the picture
+for each word, and a Transformer over patches. `python -m memformer.lab captions RUN_FOLDERS` scores captions by beam search
 and plots the attention (results: docs/results.md).
 
 Generated pictures of placed shapes. Expected: 8 minutes on one shared core, loss 0.0005 nats per word on new pictures.
@@ -11,8 +11,8 @@ A Transformer over patches of 4 x 4 pixels. Expected: 14 minutes, loss 0.0047 on
 
     python train.py --config=configs/captions.py:transformer --workdir=runs/captions-transformer
 
-The 785 stamps of Tux Paint (install them with `apt-get install tuxpaint-stamps-default`). Expected: 6 minutes, test loss
-1.3 nats per known word; there are too few pictures to generalize to new objects.
+The 785 stamps of Tux Paint (install them with `apt-get install tuxpaint-stamps-default`). Expected: 6 minutes, test
+loss 1.3 nats per known word; there are too few pictures to generalize to new objects.
 
     python train.py --config=configs/captions.py:stamps --workdir=runs/captions-stamps
 """

@@ -3,8 +3,8 @@
     python train.py --config=configs/coreference.py --workdir=runs/coreference
     python -m memformer.lab coreference runs/coreference
 
-Noun pairs of validation and test do not occur in training. Expected: 3 minutes on two shared cores, accuracy 82% at step
-500 and 100.0% at the end. The family of sentences that is held out of training:
+Noun pairs of validation and test do not occur in training. Expected: 3 minutes on two shared cores, accuracy 82% at
+step 500 and 100.0% at the end. The family of sentences that is held out of training:
 
     python eval.py --workdir=runs/coreference --set=task.families=held_out
 """

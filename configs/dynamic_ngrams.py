@@ -1,4 +1,4 @@
-"""Dynamic 6-grams (arXiv 1410.5401, section 4.4): 200 bits; the probabilities of all 32 contexts are drawn per sequence.
+"""Dynamic 6-grams (arXiv 1410.5401, section 4.4): 200 bits, the probabilities of all 32 contexts drawn per sequence.
 
     python train.py --config=configs/dynamic_ngrams.py:ntm --workdir=runs/dynamic_ngrams-ntm
     python train.py --config=configs/dynamic_ngrams.py:lstm --workdir=runs/dynamic_ngrams-lstm

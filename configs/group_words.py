@@ -1,9 +1,9 @@
-"""Words over a group (arXiv 2404.08819): label each letter with the running product; train at length 32, test up to 500.
+"""Words over a group (arXiv 2404.08819): label each letter with the running product; train at length 32, test to 500.
 
     python train.py --config=configs/group_words.py --workdir=runs/s3
 
-Expected: 3 minutes on two shared cores, stops at step 560, held-out accuracy at length 32 100.0% of letters and 99.6% of
-whole words.
+Expected: 3 minutes on two shared cores, stops at step 560, held-out accuracy at length 32 100.0% of letters and 99.6%
+of whole words.
 
 S3, S4 and A5 need two delta steps per token, S5 four (arXiv 2502.10297), S5 restricted to swaps one:
 

@@ -10,8 +10,8 @@ Both, evaluated on pairs in random order:
 
     python -m memformer.lab lookup runs/lookup-anywhere runs/lookup-first
 
-Expected: 3 minutes each on two shared cores; accuracy 100.0% each on the training distribution, 100.0% and 12.7% on pairs
-in random order (chance 6.2%).
+Expected: 3 minutes each on two shared cores; accuracy 100.0% each on the training distribution, 100.0% and 12.7% on
+pairs in random order (chance 6.2%).
 """
 
 from memformer.training.config import default_config

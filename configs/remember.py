@@ -1,4 +1,4 @@
-"""Remember (ARMT, arXiv 2407.04841): pairs of three-symbol keys and one-symbol values; 2, 10, 50 pairs, one segment each.
+"""Remember (ARMT, arXiv 2407.04841): three-symbol keys, one-symbol values; 2, 10, 50 pairs, one segment each.
 
     python train.py --config=configs/remember.py:armt --workdir=runs/remember_armt
     python train.py --config=configs/remember.py:armt_without_gamma --workdir=runs/remember_armt_without_gamma
@@ -28,7 +28,7 @@ VARIANTS = ("armt", "armt_without_gamma", "rmt")
 def get_config(variant="armt"):
     """Returns the run's config; `variant` is one of VARIANTS."""
     config = default_config("rmt" if variant == "rmt" else "armt", task="remember")
-    # eight questions per sequence, at random positions among the pairs; the paper asks one and draws the number of pairs
+    # eight questions per sequence, at random positions; the paper asks one and draws the number of pairs
     config.task.update(length=50, key_size=3, value_size=1, symbols=16, queries=8)
     # one segment per pair or question
     config.model.segment_length = 6

@@ -4,12 +4,12 @@
     python train.py --config=configs/rewrite.py:armt_without_gamma --workdir=runs/rewrite_armt_without_gamma
     python train.py --config=configs/rewrite.py:rmt --workdir=runs/rewrite_rmt
 
-ARMT learns which value belongs to which key after 540 steps and reaches 50 pairs at step 900; without gamma at steps 1000
-and 1700. The results below are of runs of 1000 steps that were then resumed up to 2000, with the learning rate raised
-again (15 and 20 minutes on one shared core). Memory tokens alone (RMT) do not learn it: they guess among the values in
-the context, with four tokens after 1000 steps of 2 pairs, with eight after 1860 steps at 1.5e-3. Their curriculum
-therefore moves on at 25%, the accuracy of such guesses, and 120 of their 200 steps are at 50 pairs (4 minutes). Exact
-match of one question after n pairs, by `python -m memformer.lab segment_recall RUN_FOLDER...`:
+ARMT learns which value belongs to which key after 540 steps and reaches 50 pairs at step 900; without gamma at steps
+1000 and 1700. The results below are of runs of 1000 steps that were then resumed up to 2000, with the learning rate
+raised again (15 and 20 minutes on one shared core). Memory tokens alone (RMT) do not learn it: they guess among the
+values in the context, with four tokens after 1000 steps of 2 pairs, with eight after 1860 steps at 1.5e-3. Their
+curriculum therefore moves on at 25%, the accuracy of such guesses, and 120 of their 200 steps are at 50 pairs (4
+minutes). Exact match of one question after n pairs, by `python -m memformer.lab segment_recall RUN_FOLDER...`:
 
     pairs                  2     10     50    100    200    500
     ARMT, 1000 steps    99.8%  99.8%  99.8%   100%  98.0%  69.9%
@@ -17,8 +17,8 @@ match of one question after n pairs, by `python -m memformer.lab segment_recall 
     ARMT without gamma  98.6%  98.6%  90.0%  56.6%  38.3%  21.9%
     RMT                 53.3%  20.7%  15.4%  11.3%  13.3%  11.7%
 
-Two layers of width 64, one memory token (RMT: eight), eight questions per sequence, 32 sequences per step. The paper has
-four layers of width 128, four memory tokens, one question, and up to 10,000 steps of 512 sequences at each of eight
+Two layers of width 64, one memory token (RMT: eight), eight questions per sequence, 32 sequences per step. The paper
+has four layers of width 128, four memory tokens, one question, and up to 10,000 steps of 512 sequences at each of eight
 numbers of pairs; there ARMT is exact at 500.
 """
 
@@ -30,7 +30,7 @@ VARIANTS = ("armt", "armt_without_gamma", "rmt")
 def get_config(variant="armt"):
     """Returns the run's config; `variant` is one of VARIANTS."""
     config = default_config("rmt" if variant == "rmt" else "armt", task="rewrite")
-    # eight questions per sequence, at random positions among the pairs; the paper asks one and draws the number of pairs
+    # eight questions per sequence, at random positions; the paper asks one and draws the number of pairs
     config.task.update(length=50, key_size=1, value_size=1, symbols=16, queries=8)
     # one segment per pair or question
     config.model.segment_length = 4

@@ -1,5 +1,5 @@
-"""Translation of verses from English to Spanish by three generations of models: the last state of an LSTM, attention over
-the states of an LSTM, and the Transformer. Same verses and byte pairs; 4000 steps of 32 verses, the Transformer 2500.
+"""Translation of verses from English to Spanish by three generations of models: the last state of an LSTM, attention
+over the states of an LSTM, and the Transformer. Same verses and byte pairs; 4000 steps of 32 verses, the Transformer 2500.
 
     python train.py --config=configs/translation.py:last_state --workdir=runs/translation-last_state
     python train.py --config=configs/translation.py:attention --workdir=runs/translation-attention
@@ -11,9 +11,9 @@ BLEU by source length, and plots of the attention:
         runs/translation-transformer
 
 Expected with the installed verses, seed 0, one shared core (1,074 test verses of at most 39 tokens, four beams): last
-state, 33 minutes, BLEU 2.4 (3.3 for the shortest fifth of the sources, 2.4 for the longest); attention, 45 minutes, BLEU
-23.9 (25.3, 24.2); Transformer, 40 minutes, BLEU 20.1 (23.6, 19.4). The last state alone does not learn to translate in
-so few steps: it writes fluent but unrelated verses.
+state, 33 minutes, BLEU 2.4 (3.3 for the shortest fifth of the sources, 2.4 for the longest); attention, 45 minutes,
+BLEU 23.9 (25.3, 24.2); Transformer, 40 minutes, BLEU 20.1 (23.6, 19.4). The last state alone does not learn to
+translate in so few steps: it writes fluent but unrelated verses.
 
 The verses are those of the packages sword-text-kjv and sword-text-sparv; without them 514 verses of Genesis are used,
 which is only enough to see the loss fall.

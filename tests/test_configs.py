@@ -1,4 +1,4 @@
-"""Every file of configs/ is a whole run: task, model and options all build, and its docstring's commands parse."""
+"""Every file of configs/ is a complete run: task, model and options build, and the commands of its docstring parse."""
 
 import dataclasses
 import importlib.util
@@ -18,7 +18,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 
 
 def variants(name: str) -> tuple[str, ...]:
-    """What may follow the file's name after a colon; () where nothing may."""
+    """Variants of a config file, given after a colon; () if it has none."""
     return getattr(load(name), "VARIANTS", ())
 
 

@@ -100,14 +100,14 @@ def read_config(argument: str) -> ml_collections.ConfigDict:
     if spec is None or spec.loader is None:
         raise RunError(f"{expected}, got {path!r}.")
     module = importlib.util.module_from_spec(spec)
-    with _errors_of(path):
+    with _ErrorsOf(path):
         spec.loader.exec_module(module)
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise RunError(f"{expected}; {path} does not define it.")
     if variant is not None:
         _check_variant(path, variant, module, get_config)
-    with _errors_of(path):
+    with _ErrorsOf(path):
         config = get_config() if variant is None else get_config(variant)
     if not isinstance(config, ml_collections.ConfigDict):
         raise RunError(f"get_config() of {path} must return the config of default_config(), got {config!r}.")
@@ -124,17 +124,23 @@ def _check_variant(path: str, variant: str, module: Any, get_config: Any) -> Non
         raise RunError(f"{path} has no variant {variant!r}{hint} It has: {', '.join(known)}.")
 
 
-@contextlib.contextmanager
-def _errors_of(path: str) -> Iterator[None]:
-    """Reports an error raised by the code of a config file with its line."""
-    try:
-        yield
-    except Exception as error:
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+class _ErrorsOf:
+    """Context manager that reports an error raised by the code of a config file with its line."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is None or error is None or not issubclass(kind, Exception):
+            return
+        frames = [frame for frame in traceback.extract_tb(trace) if frame.filename == self._path]
         line = frames[-1].lineno if frames else getattr(error, "lineno", None)
-        where = f"{path}, line {line}" if line else path
+        where = f"{self._path}, line {line}" if line else self._path
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-        raise RunError(f"{where}: {type(error).__name__}: {' '.join(reason.split())}") from error
+        raise RunError(f"{where}: {kind.__name__}: {' '.join(reason.split())}") from error
 
 
 def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,7 +130,8 @@ class Trainer:
             stack.callback(lambda: self._loader.close())
             stack.callback(lambda: self._note(self._profiler.stop(self._step, self._state["step"])))
             self._tick()
-            with self._rescue():
+            with contextlib.ExitStack() as rescue:
+                rescue.push(self._rescue)
                 # the error that ended the last run may have come before this evaluation
                 self._evaluate_if_due()
                 while self._step < options["steps"] and not self._solved and not self._stop_asked():
@@ -168,7 +169,7 @@ class Trainer:
         return []
 
     def _layout(self) -> dict[str, Any]:
-        """What the bits of a step depend on, besides the config."""
+        """Everything besides the config that the bits of a step depend on."""
         kind = jax.devices()[0].device_kind
         return {"processes": jax.process_count(), "mesh": dict(self._run.mesh.shape), "device": kind}
 
@@ -310,23 +311,20 @@ class Trainer:
         self._saved = self._step
         self._tick()
 
-    @contextlib.contextmanager
-    def _rescue(self) -> Iterator[None]:
-        """Saves the current step before an error ends the run, if the state is whole."""
-        try:
-            yield
-        except (NotFiniteError, SaveError):
-            raise
-        except Exception:
-            whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
-            # other processes may not see the error, and saving needs all of them
-            if whole and jax.process_count() == 1 and self._saved != self._step:
-                with contextlib.suppress(Exception):
-                    # the error may be one of the log
-                    self._save(sync=False)
-                    self._checkpoints.wait()
-                    log(f"saved step {self._step} before the error; rerun the command to resume")
-            raise
+    def _rescue(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """Saves the current step when an error leaves the loop, if the state is whole; an `ExitStack` calls it."""
+        if kind is None or not issubclass(kind, Exception) or issubclass(kind, (NotFiniteError, SaveError)):
+            return
+        # a step that failed has taken the state with it
+        whole = not any(leaf.is_deleted() for leaf in jax.tree.leaves(self._state))
+        # other processes may not see the error, and saving needs all of them
+        if whole and jax.process_count() == 1 and self._saved != self._step:
+            # the first error is the one to report
+            with contextlib.suppress(OSError, RuntimeError, ValueError):
+                # it may be an error of the log
+                self._save(sync=False)
+                self._checkpoints.wait()
+                log(f"saved step {self._step} before the error; rerun the command to resume")
 
     def _note(self, line: str | None) -> None:
         if line is not None:

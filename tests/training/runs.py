@@ -1,4 +1,4 @@
-"""Runs of train.py as processes of their own: started, watched, ended and compared."""
+"""Runs of train.py in separate processes: start, watch, stop and compare them."""
 
 import json
 import os
@@ -36,7 +36,7 @@ SMALL = {
 
 
 def start(folder: pathlib.Path, settings=(), *, environment=(), log="", flags=()) -> subprocess.Popen:
-    """A small swap run in `folder`; what it says goes to `log`, by default <folder>.log."""
+    """Starts a small swap run in `folder`; its output goes to `log`, by default <folder>.log."""
     values = {**SMALL, **dict(settings)}
     command = [sys.executable, "train.py", *flags, "--config=configs/swap.py", f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in values.items()]
@@ -51,7 +51,7 @@ def start(folder: pathlib.Path, settings=(), *, environment=(), log="", flags=()
 
 
 def finish(process: subprocess.Popen, log: str, seconds: float = 180) -> str:
-    """Waits for a clean end; returns all that `log` holds."""
+    """Waits for a clean exit; returns the content of `log`."""
     code = process.wait(seconds)
     said = pathlib.Path(log).read_text()
     assert code == 0, said
@@ -59,7 +59,7 @@ def finish(process: subprocess.Popen, log: str, seconds: float = 180) -> str:
 
 
 def wait_until(condition, process: subprocess.Popen, seconds: float = 180) -> None:
-    """Polls; fails when the process ends before the condition holds."""
+    """Polls until the condition holds; fails if the process exits first."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run ended too early"
@@ -68,7 +68,7 @@ def wait_until(condition, process: subprocess.Popen, seconds: float = 180) -> No
 
 
 def records_of(folder: pathlib.Path) -> list[dict]:
-    """The run's records without what is measured with a clock."""
+    """The run's records without measured times."""
     records = read_records(str(folder / "metrics.jsonl"))
     return [{key: value for key, value in record.items() if key not in MEASURED} for record in records]
 
@@ -79,7 +79,7 @@ def last_step(folder: pathlib.Path) -> int:
 
 
 def last_checkpoint(folder: pathlib.Path) -> tuple[int, dict[str, np.ndarray], dict, dict]:
-    """Its step, arrays by path, input position and metrics."""
+    """Step, arrays by path, data and metrics of the newest checkpoint."""
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = checkpoints.latest_step()
         shapes = json.loads((folder / "checkpoints" / str(step) / "arrays" / "metadata").read_text())
@@ -90,7 +90,7 @@ def last_checkpoint(folder: pathlib.Path) -> tuple[int, dict[str, np.ndarray], d
 
 
 def assert_same_arrays(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    """Bitwise: a NaN equals itself, and 0 is not -0."""
+    """Compares bits: NaN equals itself, and 0 differs from -0."""
     assert got.keys() == want.keys()
     for name, array in want.items():
         assert got[name].tobytes() == array.tobytes(), f"{name} differs"

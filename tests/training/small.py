@@ -1,4 +1,4 @@
-"""Small runs that the trainer's tests share."""
+"""Small runs shared by the tests of training."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from memformer.training.config import default_config
 
 
 class Counting(nnx.Module):
-    """A model that compiles in a moment: the mean of what was read so far, through one hidden layer."""
+    """A model that compiles fast: the mean of the inputs so far, through one hidden layer."""
 
     def __init__(self, width, vocab_size, num_classes, rngs):
         self.table = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width)))
@@ -23,12 +23,12 @@ class Counting(nnx.Module):
 
 
 def build_counting(config, *, vocab_size, num_classes, features, rngs):
-    """Takes the place of `build_model`."""
+    """Replaces `build_model`."""
     return Counting(config["width"], vocab_size, num_classes, rngs)
 
 
 def small_config(memory="linear_attention", **changed):
-    """A run of seconds: swap with 3 objects at length 8, width 16, 8 steps; `changed` by dotted key, dots as __."""
+    """Config of a fast run: swap with 3 objects at length 8, width 16, 8 steps; `changed` by dotted key, dots as __."""
     config = default_config()
     config.task = {"name": "swap", "objects": 3, "length": 8}
     config.model.update({"memory": memory, "width": 16, "heads": 2, "depth": 2})

@@ -1,4 +1,4 @@
-"""Checkpoints: what goes in comes out, on any mesh; damage is seen, and another model is refused."""
+"""Checkpoints: restored on any mesh bit for bit; damage is detected, and another model is refused."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ CONFIG = {"model": {"memory": "delta_rule", "width": 8}, "task": {"name": "swap"
 
 
 def make_state(seed: int = 0) -> dict:
-    """Every kind of leaf a train state has: nested and dotted names, optax tuples, bfloat16, both kinds of keys."""
+    """A state with every kind of leaf: nested and dotted names, optax tuples, bfloat16, both kinds of keys."""
     params = {
         "layers.0.kernel": jax.random.normal(jax.random.key(seed), (16, 256)),
         "layers.0.bias": jnp.full((8,), seed, jnp.bfloat16),
@@ -35,7 +35,7 @@ def make_state(seed: int = 0) -> dict:
 
 
 def place(state, devices: int):
-    """The state over a mesh of this many devices: leaves whose first axis divides are split."""
+    """The state on a mesh of this many devices: leaves whose first axis divides are sharded."""
     mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
 
     def put(leaf):
@@ -301,7 +301,7 @@ def test_options_out_of_range(tmp_path, options):
 
 
 def test_nothing_of_orbax_reaches_the_terminal(run, capfd, caplog):
-    """A whole life of a folder, a half-written step of a killed run included."""
+    """Covers the life of a folder, including a half-written step of a killed run."""
     (run / "40.orbax-checkpoint-tmp").mkdir()
     with caplog.at_level(logging.DEBUG, logger="absl"), Checkpoints(run) as checkpoints:
         checkpoints.restore(like(make_state()))

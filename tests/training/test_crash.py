@@ -1,4 +1,4 @@
-"""The command a user runs, killed: it goes on where it was and ends with the bits of an unbroken run."""
+"""train.py, killed and restarted: it resumes and ends with the same bits as an uninterrupted run."""
 
 import signal
 import time
@@ -16,13 +16,13 @@ STEPS = 90
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    """One cache of compiled programs serves all processes of this file."""
+    """All processes of this file share one cache of compiled programs."""
     return {"train.steps": STEPS, "train.compile_cache": tmp_path_factory.mktemp("compiled")}
 
 
 @pytest.fixture(scope="module")
 def unbroken(settings, tmp_path_factory):
-    """The folder of a run that nobody disturbed."""
+    """The folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     runs.finish(runs.start(folder, settings), f"{folder}.log")
     assert runs.last_step(folder) == STEPS
@@ -66,7 +66,7 @@ def test_killed_five_times(settings, unbroken, tmp_path):
 
 
 def test_terminated_then_damaged(settings, unbroken, tmp_path):
-    """SIGTERM saves the step in progress and ends well; with that checkpoint damaged, the one before serves."""
+    """SIGTERM saves the current step and exits cleanly; if that checkpoint is damaged, the one before is used."""
     folder = tmp_path / "run"
     process = runs.start(folder, settings)
     runs.wait_until(lambda: runs.last_step(folder) >= 8, process)
@@ -92,7 +92,7 @@ def test_terminated_then_damaged(settings, unbroken, tmp_path):
     ],
 )
 def test_checkpoints_that_cannot_be_used_are_no_fresh_start(tmp_path, harm, message):
-    """Said before the first step, not when the first checkpoint is due."""
+    """Reported before the first step, not when the first checkpoint is due."""
     harm(tmp_path / "checkpoints")
     with pytest.raises(RunError, match=f"the checkpoints in .* cannot be used: .*{message}"):
         train(small_config(mesh__data=-1), str(tmp_path))

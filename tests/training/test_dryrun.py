@@ -1,4 +1,4 @@
-"""Dry runs: what they count, what they say of a run that does not fit, and what they need."""
+"""Dry runs: counts, advice for a run that does not fit, and requirements."""
 
 import dataclasses
 import importlib.util
@@ -60,7 +60,7 @@ def test_verdict(found):
     ],
 )
 def test_overflow_is_a_verdict(run, message, used):
-    """The words of libtpu 0.0.42, for a compiler that is not there."""
+    """Messages of libtpu 0.0.42, in place of the compiler."""
 
     class Lowered:
         def compile(self):

@@ -1,4 +1,4 @@
-"""Evaluation from a run's folder alone: lengths, variants, what it writes, and its errors."""
+"""Evaluation from a run's folder alone: lengths, variants, files, errors."""
 
 import json
 import os
@@ -92,7 +92,7 @@ def test_missing_and_damaged_checkpoints(run, tmp_path):
 
 
 def test_a_running_trainer_deletes_the_step_that_is_read(run, tmp_path, monkeypatch):
-    """The next newest step is read; a step asked for by number is named."""
+    """The newest remaining step is read; a step requested by number is an error that names it."""
     whole = str(tmp_path / "run")
     shutil.copytree(run[0], whole)
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -113,7 +113,7 @@ def test_a_running_trainer_deletes_the_step_that_is_read(run, tmp_path, monkeypa
 
 
 def test_batches_add_up(run):
-    """The score of two batches is that of both together."""
+    """Scores of two batches equal those of their union."""
     pieces = build.build_run(small_config(mesh__data=1).to_dict())
     params, rest = pieces.model.init(jax.random.key(0))
     step = make_eval_step(pieces.model, pieces.mesh)

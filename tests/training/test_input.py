@@ -1,4 +1,4 @@
-"""The input pipeline: order, exact resume, processes, single passes, strict checks of a batch."""
+"""Input pipeline: order, exact resume, processes, single passes, checks of batches."""
 
 import dataclasses
 import itertools

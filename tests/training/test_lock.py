@@ -23,7 +23,7 @@ def leave(folder, **changed):
 
 
 def ended():
-    """The id of a process that was killed and waited for, and of one that nobody waited for."""
+    """The id of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()
     return process.pid
@@ -68,7 +68,7 @@ def test_killed_but_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": null}'])
 def test_unreadable(tmp_path, content, monkeypatch):
-    """As a full disk leaves it."""
+    """A full disk leaves such files."""
     monkeypatch.setattr(lock, "STALE", 0.05)
     monkeypatch.setattr(lock, "POLL", 0.01)
     (tmp_path / LOCK).write_text(content)

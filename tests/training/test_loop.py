@@ -1,4 +1,4 @@
-"""Runs of seconds: what they write, exact resume, curriculum, early stop, steps that are not finite, errors."""
+"""The training loop in fast runs: files, exact resume, curriculum, early stop, steps that are not finite, errors."""
 
 import json
 import os
@@ -31,7 +31,7 @@ CLIMBING = {
 
 
 def make_light(monkeypatch):
-    """One device, and a model that compiles in a moment."""
+    """Uses one device, and a model that compiles fast."""
     devices = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)
     monkeypatch.setattr(build, "build_model", build_counting)
@@ -44,7 +44,7 @@ def light(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder and the result of one whole run."""
+    """Folder and result of one uninterrupted run."""
     folder = str(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
         make_light(patch)
@@ -148,7 +148,7 @@ def test_folder_of_another_config(finished):
 
 
 def test_checkpoint_of_another_model(finished, tmp_path):
-    """The folder's config.json was lost; the arrays tell."""
+    """config.json is lost; the shapes of the arrays differ."""
     os.symlink(os.path.join(finished[0], "checkpoints"), tmp_path / "checkpoints")
     with pytest.raises(RunError, match="cannot be used.*"):
         train(small_config(**CLIMBING, optimizer__ema=0.9, model__width=32), str(tmp_path))
@@ -180,7 +180,7 @@ def test_abort_names_the_step_that_was_not_finite(tmp_path):
 
 
 def test_state_that_is_not_finite_is_never_saved(tmp_path, monkeypatch):
-    """Asked to stop between two logs, after the loss was lost."""
+    """The run stops between two logs, after the loss stopped being finite."""
     config = small_config(optimizer__learning_rate=1e38, optimizer__clip_norm=0.0, train__log_every=8)
     config.train.update({"checkpoint_every": 0, "eval_every": 0})
     monkeypatch.setattr(loop.Trainer, "_stop_asked", lambda self: self._step == 5)

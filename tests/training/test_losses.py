@@ -1,4 +1,4 @@
-"""Sums of a batch against plain formulas, and what is made of them."""
+"""Sums of a batch against plain formulas, and the scores computed from them."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Two processes on CPU, two devices each: one told to end ends both, and a restart has the same bits."""
+"""Two processes on CPU, two devices each: a signal to one stops both, and a restart has the same bits."""
 
 import shutil
 import signal
@@ -33,7 +33,7 @@ def start_both(folder, steps):
 
 
 def finish_both(processes, folder):
-    """What the first process said; the second has nothing of its own to say."""
+    """Output of the first process; the second prints nothing of its own."""
     said = runs.finish(processes[0], f"{folder}.log")
     assert "step" not in runs.finish(processes[1], f"{folder}-second.log")
     return said

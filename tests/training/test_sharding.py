@@ -1,4 +1,4 @@
-"""The mesh, the rules, and a sharded run against one device: same losses, nothing big gathered."""
+"""The mesh, the rules, and sharded runs against one device: same losses, no large all-gather."""
 
 import math
 import re
@@ -72,7 +72,7 @@ def test_batch_must_divide():
 
 
 def prepared(memory, mesh, monkeypatch, **changes):
-    """A small run on as many devices as the mesh names: its pieces, compiled step, state and batches."""
+    """A small run on the devices of a mesh: its parts, compiled step, state and batches."""
     sizes = {"model__width": 32, "model__heads": 4, "model__depth": 1, "optimizer__learning_rate": 1e-3}
     config = small_config(memory, **sizes, **changes)
     config.mesh = mesh
@@ -118,7 +118,7 @@ def test_eight_devices_do_what_one_does(memory, monkeypatch):
 
 
 def test_time_over_devices_does_what_one_does(monkeypatch):
-    """The context axis: correct, though a scan over time then moves activations between devices."""
+    """The context axis is correct, although a scan over time moves activations between devices."""
     even = {"task__start": "none"}
     one = prepared("delta_rule", ONE, monkeypatch, **even)
     many = prepared("delta_rule", {**ONE, "context": 2, "tensor": 2}, monkeypatch, **even)
