@@ -1,4 +1,4 @@
-"""How closely results must agree: one error measure and one table of tolerances."""
+"""Tolerances of numeric tests: one error measure and one table."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ GRADIENT = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 3e-2}
 
 
 def relative_rms(got, want) -> float:
-    """|got - want| / |want| in the root mean square, computed in float64; plain |got| where want is 0."""
+    """|got - want| / |want| as root mean squares in float64; |got| where want is 0."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         raise AssertionError(f"shapes differ: {got.shape} and {want.shape}")
@@ -19,7 +19,7 @@ def relative_rms(got, want) -> float:
 
 
 def assert_close(got, want, tolerance: float, what: str = "") -> None:
-    """Every leaf of `got` is finite and within `tolerance` of `want` in relative RMS."""
+    """Asserts that every leaf of `got` is finite and within `tolerance` of `want` in relative RMS."""
     got_leaves, got_tree = jax.tree_util.tree_flatten_with_path(got)
     want_leaves, want_tree = jax.tree_util.tree_flatten_with_path(want)
     assert got_tree == want_tree, f"{what}: trees differ: {got_tree} and {want_tree}"

@@ -9,7 +9,7 @@ from memformer.core.checks import check_array, check_multiple, check_positive
 
 X = np.zeros((2, 8, 4), np.float32)
 
-# name of the case, argument, letters, sizes known, kind, what the message must say
+# case: argument, letters, known sizes, kind, expected message
 BAD_ARRAYS = {
     "no array": ([1.0, 2.0], "B T H", {}, jnp.floating, "x must be an array, got list"),
     "none": (None, "B T H", {}, jnp.floating, "x must be an array, got NoneType"),
@@ -29,7 +29,7 @@ BAD_ARRAYS = {
 
 
 @pytest.mark.parametrize("case", BAD_ARRAYS)
-def test_check_array_says_what_is_wrong(case):
+def test_check_array_messages(case):
     x, letters, dims, kind, message = BAD_ARRAYS[case]
     before = dict(dims)
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Shared numerics against numpy in float64, with the corners: zero vectors, empty rows, large scores."""
+"""Shared numerics against numpy in float64, and edge cases: zero vectors, empty rows, large scores."""
 
 import jax
 import jax.numpy as jnp
@@ -83,9 +83,9 @@ def test_masked_softmax_of_large_scores(offset):
     assert_close(got, np.array([[1 / (1 + np.e), np.e / (1 + np.e), 0.0]]), 1e-3)
 
 
-def test_masked_softmax_has_no_gradient_through_what_is_hidden():
+def test_masked_softmax_has_no_gradient_through_masked_entries():
     mask = jnp.array([[True, True, False], [False, False, False]])
-    # What is hidden may be infinite: it must not reach the result nor the gradient.
+    # Masked entries may be infinite: they must reach neither the result nor the gradient.
     scores = jnp.array([[0.5, -0.5, jnp.inf], [jnp.inf, 1.0, -jnp.inf]])
     gradient = jax.grad(lambda s: jnp.sum(masked_softmax(s, mask)[:, 0]))(scores)
     half = 1 / (1 + np.exp(-1.0))

@@ -1,4 +1,4 @@
-"""Chunks there and back, and segments against a loop over tokens."""
+"""Round trips of chunks, and segments against a loop over tokens."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from memformer.core.segments import chunk_time, find_segments, pad_time, unchunk
 
 
 def segments_by_loop(row):
-    """The rule, told token by token: 0 is padding; the index grows where the id differs from the last that was not."""
+    """The rule as a loop: 0 is padding; the index grows where the id differs from that of the last valid token."""
     index, current, out = 0, None, []
     for token in row:
         if token != 0:
@@ -72,7 +72,7 @@ def test_bad_segment_ids(case):
 
 
 @pytest.mark.parametrize(("length", "size", "chunks"), [(1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (3, 1, 3)])
-def test_chunks_there_and_back(length, size, chunks):
+def test_round_trip_of_chunks(length, size, chunks):
     x = np.random.default_rng(1).normal(size=(2, length, 3)).astype(np.float32)
     parts = chunk_time(jnp.asarray(x), size)
     assert parts.shape == (chunks, 2, size, 3)

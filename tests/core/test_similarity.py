@@ -1,4 +1,4 @@
-"""Similarity kernels: values against numpy, gradients, default scales, and refusals."""
+"""Similarity kernels: values against numpy, gradients, default scales, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_resolve_kernel_names_the_argument(value):
         resolve_kernel("write_kernel", value)
 
 
-def test_kernel_refuses():
+def test_kernel_errors():
     with pytest.raises(ValueError, match="kernel name must be one of linear, relu, exp, softmax, round, got 'cosine'"):
         Kernel("cosine")
     with pytest.raises(ValueError, match="decimals is for the round kernel only, got decimals=2 with 'exp'"):

@@ -1,4 +1,4 @@
-"""The ladder against numpy's inverse in float64: any size, and the keys that break power series."""
+"""The triangular inverse against numpy in float64: any size, and the keys that break power series."""
 
 import jax
 import jax.numpy as jnp

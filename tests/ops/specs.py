@@ -1,18 +1,18 @@
-"""The ops under test: one row each; test_ops.py runs the whole suite on every row.
+"""The ops under test, one row each; test_ops.py runs the whole suite on every row.
 
-To add an op, or another setting of one, append a row to SPECS; write no test.
-  name             unique; what `pytest -k` selects by.
+To add an op, or another setting of one, append a row to SPECS; no test has to be written.
+  name             unique; selected by `pytest -k`.
   op               the public function `op(**arrays, segment_ids=, initial_state=, implementation=, **options)`.
   arrays           `arrays(rng, batch, length) -> {argument name: float64 numpy array}`: every differentiable
                    argument, time on axis 1, in ranges where the op is well conditioned.
   initial_state    `initial_state(rng, batch)`: a float64 state to start from. Where the state is a cache, build it
                    with numpy or by a plain call on a few random tokens; only its float leaves get gradients.
-  observe          `observe(state) -> pytree of float arrays`: what is compared (and differentiated) of a state.
-                   A cache must be observed so that the place of a slot does not matter and dead slots do not
-                   count, for example as the sums over valid slots of k, v and k v^T.
+  observe          `observe(state) -> pytree of float arrays`: the part of a state that is compared and
+                   differentiated. For a cache it must not depend on the order of slots or on invalid slots, for
+                   example the sums over valid slots of k, v and k v^T.
   options          further keyword arguments of every call, all static.
   implementations  which of them exist; "recurrent" (the oracle) is always among them.
-  chunk_sizes      what `chunk_size` may be held against; () where the op takes none.
+  chunk_sizes      values of `chunk_size` to compare; () where the op takes none.
   scope            name of the op in the scope memformer.<scope>.<implementation>.
 """
 
@@ -44,7 +44,7 @@ class Spec(NamedTuple):
 
 
 def unit(rng, *shape):
-    """Random vectors of length 1."""
+    """Random unit vectors."""
     x = rng.standard_normal(shape)
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -114,7 +114,7 @@ def cache_state(kind, held=3):
 
 
 def observe_cache(cache):
-    """Sums over the valid slots: where a slot lies does not matter."""
+    """Sums over the valid slots, which do not depend on the order of slots."""
     values = cache.v if isinstance(cache, KVCache) else cache.u
     seen = cache.valid[:, :, None, None]
     k, values = (jnp.where(seen, x, jnp.zeros((), x.dtype)) for x in (cache.k, values))

@@ -1,4 +1,4 @@
-"""Addressing, step by step: against loops in numpy, by worked examples, and by finite differences."""
+"""Addressing against loops in numpy, worked examples and finite differences."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def softmax(x):
 
 
 def draw(seed=0, dtype=np.float32):
-    """A focus of three heads, weights, a memory, and what two write heads write."""
+    """A focus of three heads, weights, a memory, and erase and add vectors of two write heads."""
     rng = np.random.default_rng(seed)
     before = rng.dirichlet(np.ones(S), (B, H))
     focus = Focus(
@@ -42,7 +42,7 @@ def draw(seed=0, dtype=np.float32):
     return jax.tree.map(lambda x: jnp.asarray(x, dtype), (focus, before, memory, erase, add))
 
 
-# What the paper's equations say, one number at a time.
+# The paper's equations, one number at a time.
 
 
 def by_content(key, strength, memory):
@@ -96,12 +96,12 @@ def test_reading_and_writing_are_their_equations():
 def test_all_heads_erase_before_any_adds(order):
     weights, erase = jnp.ones((1, 2, 1)), jnp.ones((1, 2, 1))
     add = jnp.array([[[5.0], [7.0]]])[:, order]
-    # were each head to erase and add in turn, the second would erase what the first added
+    # If each head erased and added in turn, the second would erase the addition of the first.
     assert float(write_slots(jnp.full((1, 1, 1), 3.0), weights, erase, add)[0, 0, 0]) == 12.0
 
 
 @pytest.mark.parametrize("shifts, place", [([1, 0, 0], 4), ([0, 1, 0], 0), ([0, 0, 1], 1)])
-def test_shifts_go_round(shifts, place):
+def test_shifts_wrap_around(shifts, place):
     first = jnp.eye(S)[None, :1]
     moved = shift_weights(first, jnp.array([[shifts]], jnp.float32))
     assert moved[0, 0].tolist() == [float(s == place) for s in range(S)]
@@ -119,7 +119,7 @@ def test_weights_of_zero_and_any_sharpness_are_finite(sharpness):
     assert all(np.isfinite(g).all() for g in jax.grad(first, (0, 1))(weights, jnp.array([[sharpness]])))
 
 
-def test_an_empty_memory_is_no_place_of_its_own():
+def test_an_empty_memory_gives_uniform_content_weights():
     def total(key, memory):
         return jnp.sum(content_weights(key, jnp.full((1, 1), 3.0), memory) * jnp.arange(4.0)[None, None])
 

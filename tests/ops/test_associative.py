@@ -1,4 +1,4 @@
-"""ARMT's associative memory: against float64 NumPy, its gradients, and what gamma does."""
+"""ARMT's associative memory against float64 NumPy: values, gradients, and gamma."""
 
 import functools
 
@@ -19,14 +19,14 @@ write = jax.jit(associative_write, static_argnames="correction")
 
 
 def oracle_dpfp(x):
-    """Feature by feature, as arXiv 2102.11174 has it: products with the neighbour j places before, at unit length."""
+    """The features of arXiv 2102.11174, one by one: products with the neighbour j places before, at unit length."""
     r = [max(value, 0.0) for value in x] + [max(-value, 0.0) for value in x]
     phi = np.array([r[i] * r[i - j] for j in (1, 2, 3) for i in range(len(r))])
     return phi / np.linalg.norm(phi) if phi.any() else phi
 
 
 def oracle(segments, correction):
-    """Reads and writes segment by segment: [(q, k, v, beta)], each one row of the batch; returns (reads, A, z)."""
+    """Reads and writes segments [(q, k, v, beta)] of one batch row; returns (reads, A, z)."""
     a, z, reads = np.zeros((V, P)), np.zeros(P), []
     for q, k, v, beta in segments:
         reads.append([a @ f / (z @ f + 1e-5) for f in map(oracle_dpfp, q)])
@@ -45,7 +45,7 @@ def draw(segments, dtype=np.float64):
     rng = np.random.default_rng(0)
     shapes = [(segments, B, T, K), (segments, B, T, K), (segments, B, T, V)]
     q, k, v = (rng.normal(size=shape) for shape in shapes)
-    # a key comes again in the next segment, and twice in one: z . phi above 1, which gamma clips
+    # One key repeats in the next segment, another within its segment: z . phi exceeds 1, which gamma clips.
     k[1, :, 0] = k[0, :, 0]
     k[1, :, 1:] = k[1, :, 1:2]
     k[2, :, 0] = k[1, :, 1]
@@ -101,7 +101,7 @@ def test_gamma_counts_a_key_once():
         counted = write(counted, phi, value, one, correction=False)
     assert_close(memory.normaliser, phi[:, 0], 1e-5)
     assert_close(counted.normaliser, 5 * phi[:, 0], 1e-5)
-    # with gamma the value is there; without, what it was divided by has grown
+    # With gamma the value is read back; without it the normaliser has grown.
     assert_close(associative_read(memory, phi), value, 1e-4)
     assert float(associative_read(counted, phi)[0, 0, 0]) < 0.9
 
@@ -120,7 +120,7 @@ def test_gamma_is_clipped_and_has_no_gradient():
     by_memory, by_scale = jax.jit(jax.grad(grown, argnums=(0, 1)))(some, jnp.ones(()))
     assert_close(by_memory, jnp.ones((B, P)), 1e-6)
     total = jnp.einsum("bp,btp->bt", some, phi)
-    # gamma held fixed: the slope is the features times it
+    # With gamma fixed, the slope is the features times gamma.
     assert_close(by_scale, jnp.sum((1 - total)[:, :, None] * phi), 1e-4)
 
 
@@ -129,7 +129,7 @@ def test_gradients_by_finite_differences(correction):
     with jax.enable_x64(True):
         q, k, v, beta = map(jnp.asarray, draw(3))
 
-        # gamma has no gradient: with it, only what does not go through the keys can be held against differences
+        # gamma has no gradient: with it, only gradients that bypass the keys can be compared with differences.
         if correction:
             check_grads(lambda q, v, beta: walk(empty("float64"), q, k, v, beta, True), (q, v, beta), 1, modes=["rev"])
         else:

@@ -1,4 +1,4 @@
-"""What the ops with a cache share: fixed buffers, memory of the compiled program, shards, rematerialisation, errors."""
+"""Ops with a cache: fixed capacity, memory of the compiled program, shards, rematerialisation, errors."""
 
 import re
 
@@ -22,14 +22,14 @@ def empty(name, batch, capacity, groups=1, width=16):
 
 
 def arrays(batch, length, groups=1, seed=0):
-    """q, k, v with two query heads a key head."""
+    """q, k, v with two query heads per key head."""
     rng = np.random.default_rng(seed)
     shapes = ((2 * groups, 16), (groups, 16), (groups, 16))
     return [jnp.asarray(rng.standard_normal((batch, length, *s)), "float32") for s in shapes]
 
 
 @each_op
-def test_fixed_buffer_decodes_with_one_compilation(name):
+def test_fixed_cache_decodes_with_one_compilation(name):
     op = OPS[name]
     given = arrays(2, 20)
     want, exact = op(*given)
@@ -54,7 +54,7 @@ def test_fixed_buffer_decodes_with_one_compilation(name):
 
 
 @each_op
-def test_full_buffer_is_an_error_and_stays_as_it_was(name):
+def test_full_cache_is_an_error_and_stays_unchanged(name):
     op = OPS[name]
     given = arrays(1, 5)
     _, state = op(*given, initial_state=empty(name, 1, 8))
@@ -67,6 +67,43 @@ def test_full_buffer_is_an_error_and_stays_as_it_was(name):
         jax.block_until_ready(jax.jit(op)(*given, initial_state=state))
     after = jax.jit(append, static_argnums=(0, 2))(type(state), state, None, *given[1:])
     jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+@each_op
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+def test_invalid_slots_may_hold_anything(name, implementation):
+    """NaN in slots that no query sees reaches neither outputs nor gradients."""
+    op, given = OPS[name], arrays(1, 5)
+    ids = jnp.asarray([[1, 1, 0, 2, 2]])
+    _, cache = op(*given, segment_ids=ids)
+    spoiled = jax.tree.map(lambda x: x.at[:, :3].set(jnp.nan) if x.dtype == jnp.float32 else x, cache)
+
+    @jax.jit
+    def run(arrays, cache):
+        def loss(arrays):
+            output = op(*arrays, initial_state=cache, implementation=implementation)[0]
+            return jnp.sum(jnp.sin(output)), output
+
+        return jax.grad(loss, has_aux=True)(arrays)
+
+    jax.tree.map(np.testing.assert_array_equal, run(given, spoiled), run(given, cache))
+
+
+@each_op
+def test_fixed_cache_drops_an_earlier_segment_of_nan(name):
+    """A segment that holds NaN does not reach the next segment: its slots are cleared when it ends."""
+    op, given = OPS[name], arrays(2, 6)
+    step = jax.jit(lambda arrays, cache, ids: op(*arrays, initial_state=cache, segment_ids=ids))
+    first, second, third = ([x[:, i : i + 2] for x in given] for i in (0, 2, 4))
+    nan = [x.at[0].set(jnp.nan) for x in first]
+    one, two = jnp.ones((2, 2), jnp.int32), jnp.asarray([[1, 2], [2, 2]])
+    outputs = []
+    for start in (first, nan):
+        _, cache = step(start, empty(name, 2, 8), one)
+        # The first row goes on with its segment for one token, the second row starts a new one.
+        _, cache = step(second, cache, two)
+        outputs.append((step(third, cache, 2 * one)[0], cache))
+    jax.tree.map(np.testing.assert_array_equal, *outputs)
 
 
 @each_op
@@ -92,7 +129,7 @@ def test_memory_is_linear_in_time(name):
 
 @each_op
 def test_shards_without_gathering(name):
-    """Batch and heads over a mesh: sharded inputs under jit, and shard_map, give what one device does."""
+    """Batch and heads over a mesh: sharded inputs under jit, and shard_map, agree with one device."""
     op = OPS[name]
     given = arrays(2, 20, groups=2)
 

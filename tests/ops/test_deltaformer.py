@@ -10,7 +10,7 @@ from tests.numeric import FORWARD, GRADIENT, assert_close
 
 
 def arrays(length=39, dtype="float32", seed=2):
-    """Grouped heads, keys and w of length 1."""
+    """Grouped heads, unit keys and w."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape):
@@ -103,7 +103,7 @@ def test_round_kernels_track_a_thousand_swaps_exactly():
     pairs = np.stack([rng.choice(objects, 2, replace=False) for _ in range(swaps)])
     held = rng.integers(-1000, 1000, (objects, 4)).astype(np.float64)
     nothing = np.zeros((objects, width))
-    # Write every object; swap, reading one of the two; at the end read every object.
+    # Write every object, then swap pairs and read one of the two, then read every object.
     k = np.concatenate([keys, keys[pairs[:, 0]] - keys[pairs[:, 1]], nothing])
     v = np.concatenate([held, np.zeros((swaps + objects, 4))])
     q = np.concatenate([keys, keys[pairs[:, 0]], keys])

@@ -37,7 +37,7 @@ def arrays(decay=None, batch=BATCH, length=LENGTH, dtype=np.float32):
 
 
 def loss(arrays, **options):
-    """A number that depends on output and state, and both."""
+    """A scalar that depends on output and state, and both of them."""
     output, state = mf.delta_rule(**arrays, **options)
     return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.sin(state)), (output, state)
 
@@ -79,14 +79,29 @@ def test_very_negative_decay_keeps_only_the_last_write(implementation, amount, d
     assert np.all(gradient["decay"] == 0)
 
 
+@pytest.mark.parametrize("amount", [-1e4, -1e7, -np.inf])
 @pytest.mark.parametrize("decay", ["head", "channel"])
-def test_a_few_very_negative_decays_among_ordinary_ones(decay):
-    """Forgetting everything at one token does not blur the decays beside it."""
+def test_a_few_very_negative_decays_among_ordinary_ones(decay, amount):
+    """A token that forgets everything does not blur the decays of its neighbours, nor their gradients."""
     given = arrays(decay)
-    given["decay"] = given["decay"].at[:, ::9].set(-1e4)
+    given["decay"] = given["decay"].at[:, ::9].set(amount)
     got, want = gradients(implementation="chunked")(given), in_float64(given)
     assert_close(got[1], want[1], FORWARD["float32"])
     assert_close(got[0], want[0], GRADIENT["float32"])
+
+
+@pytest.mark.parametrize("chunk_size", [64, 1024])
+def test_a_chunk_of_very_negative_decays(chunk_size):
+    """800 tokens that forget everything in one chunk: whole numbers of the cumulative decay still add exactly."""
+    rng = np.random.default_rng(8)
+    shape = (1, 1024, 1, 4)
+    given = {key: jnp.asarray(rng.standard_normal(shape), "float32") for key in "qkv"}
+    given["decay"] = jnp.full(shape[:3], -0.6).at[:, :800].set(-jnp.inf)
+    got, want = (
+        jax.jit(functools.partial(mf.linear_attention, implementation=name, chunk_size=chunk_size))(**given)
+        for name in ("chunked", "recurrent")
+    )
+    assert_close(got, want, FORWARD["float32"])
 
 
 @pytest.mark.parametrize("size", [16, 64])
@@ -102,14 +117,14 @@ def test_adversarial_keys(keys, beta, size):
     given["beta"] = jnp.full_like(given["beta"], beta)
     got, want = gradients(implementation="chunked", chunk_size=size)(given), in_float64(given)
     assert_close(got[1], want[1], FORWARD["float32"])
-    # Measured 1.2e-4 with chunks of 64 at beta 2 and 7e-5 with 16 (the recurrence: 5e-6): the sums of alternating
-    # signs that the ladder adds up grow with the chunk.
+    # Measured 1.2e-4 with chunks of 64 at beta 2 and 7e-5 with 16 (the recurrence: 5e-6): sums of alternating signs
+    # in the inverse grow with the chunk.
     assert_close(got[0], want[0], GRADIENT["float32"] * (2 if (beta, size) == (2.0, 64) else 1))
 
 
 @pytest.mark.parametrize("decay", [None, "channel"])
 def test_groups_of_chunks_agree(decay, monkeypatch):
-    """What accelerators run, several chunks at once, equals the one chunk at a time of a CPU."""
+    """Groups of several chunks, as on accelerators, agree with groups of one, as on a CPU."""
     given = arrays(decay)
     want = in_float64(given)
     monkeypatch.setattr(chunked, "_group_size", lambda *_: 3)
@@ -119,7 +134,7 @@ def test_groups_of_chunks_agree(decay, monkeypatch):
 
 
 def test_a_long_sequence_of_the_usual_size():
-    """Rounding does not pile up over 2,000 tokens of width 64."""
+    """Rounding does not accumulate over 2,000 tokens of width 64."""
     rng = np.random.default_rng(5)
     shape = (1, 2000, 1, 64)
     made = {"q": unit(rng, *shape), "k": unit(rng, *shape), "v": rng.standard_normal(shape)}
@@ -152,7 +167,7 @@ def test_memory_is_linear_in_length(decay):
 
 
 def test_default_is_one_token_by_recurrence():
-    """Decoding does not pay for a chunk."""
+    """One token runs the recurrence, not a chunk."""
     given = arrays(length=1)
     text = jax.jit(mf.delta_rule).lower(**given).as_text(debug_info=True)
     assert "memformer.delta_rule.recurrent" in text

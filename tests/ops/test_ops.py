@@ -37,7 +37,7 @@ def cast(tree, dtype):
 
 
 def split_floats(tree):
-    """The floating leaves, and a function that puts others in their place."""
+    """The floating leaves, and a function that replaces them."""
     leaves, structure = jax.tree.flatten(tree)
     places = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
 
@@ -59,7 +59,7 @@ def inputs(name, length=LENGTH):
 
 
 def packed_ids():
-    """[2, 71] ids of three segments of 20 tokens, and where each lies: boundaries in chunks, padding anywhere."""
+    """[2, 71] ids of three segments of 20 tokens with padding, and the positions of each; boundaries inside chunks."""
     ids, places = np.zeros((BATCH, LENGTH), np.int32), []
     for row, shift in enumerate((0, 4)):
         first = shift + np.arange(PIECE)
@@ -103,7 +103,7 @@ def compiled(name, implementation, chunk_size=None, mapped=False):
 
 
 def evaluate(name, implementation, arrays, state, ids=None, *, output_weight=None, state_weight=1.0, **kind):
-    """Runs `compiled` on whatever dtype the arrays have."""
+    """Runs `compiled` in the dtype of the arrays."""
     length = next(iter(arrays.values())).shape[1]
     output_weight = np.ones(length) if output_weight is None else output_weight
     call = compiled(name, implementation, **kind)
@@ -255,7 +255,7 @@ def test_odd_lengths(name):
 
 @each
 def test_packed_equals_unpacked(name, implementation):
-    """Each segment alone gives what it gives in the pack; the first one starts, the last one is returned."""
+    """Each segment alone agrees with the packed call; the state starts the first and is that of the last."""
     arrays, state = inputs(name)
     ids, places = packed_ids()
     arrays, state = cast(arrays, "float32"), cast(state, "float32")
@@ -302,7 +302,7 @@ def test_decoding_equals_the_whole(name):
 
 @each
 def test_vmap(name, implementation):
-    """Each row of the batch alone, mapped, is the batch."""
+    """Mapping over batch rows agrees with the batch."""
     arrays, state = inputs(name)
     ids = packed_ids()[0]
 
@@ -379,7 +379,7 @@ def test_which_implementation_ran(name, implementation):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_bad_input(name):
-    """A ValueError that names the argument, and says what was expected and what came."""
+    """A ValueError names the argument, what was expected and what was given."""
     spec = ROWS[name]
     arrays = cast(inputs(name, 5)[0], "float32")
 

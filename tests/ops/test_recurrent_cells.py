@@ -1,4 +1,4 @@
-"""rnn, lstm and gru against their equations written out in NumPy, one suite for the three."""
+"""rnn, lstm and gru against their equations in NumPy, one suite for the three."""
 
 import functools
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from tests.numeric import FORWARD, GRADIENT, assert_close
 
 B, T, F, D = 4, 6, 3, 5
 
-# Left padding, a gap inside a segment, segments side by side, padding at the end, a row of padding alone.
+# Left padding, a gap inside a segment, segments side by side, padding at the end, a row that is all padding.
 SEGMENTS = np.array([[0, 5, 5, 0, 5, 3], [2, 2, 7, 7, 0, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 0]])
 
 
@@ -91,7 +91,7 @@ def oracle(name, arrays, states, segments):
 def test_equations_segments_and_states(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         arrays, states = (jax.tree.map(lambda a: jnp.asarray(a, dtype), part) for part in arguments(name))
-        # What stands at padding must not matter.
+        # Values at padding must not matter.
         arrays[0] = jnp.where((SEGMENTS == 0)[..., None], jnp.nan, arrays[0])
         y, state = call(name, arrays, states, jnp.asarray(SEGMENTS))
         wide = "float64" if dtype == "float64" else "float32"
@@ -141,7 +141,7 @@ def test_under_vmap_and_shard_map_as_alone(name):
     assert_close(got, want, GRADIENT["float32"])
 
 
-# Position of the argument, what comes in its place, and what the error must say.
+# Position of the argument, its replacement, and the expected error.
 MISTAKES = {
     "x": (0, jnp.zeros((B, F)), r"x must be \[B, T, F\], got \(4, 3\)"),
     "w_in": (1, jnp.zeros((F, D)), r"w_in must be \[F, E\] = \(3, 20\), got \(3, 5\)"),
@@ -152,7 +152,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_named(mistake):
+def test_errors_name_the_argument(mistake):
     place, wrong, message = MISTAKES[mistake]
     arrays, _ = jax.tree.map(jnp.asarray, arguments("lstm"))
     arrays[place] = wrong

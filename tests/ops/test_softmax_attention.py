@@ -21,7 +21,7 @@ def arrays(scale=1.0):
 
 
 def formula(q, k, v, *, causal, window, ids):
-    """The whole T x T, in the dtype that came; distances count tokens that are not padding."""
+    """The whole T x T formula in the dtype of the inputs; distances count valid tokens."""
     k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
     rank = np.cumsum(ids != 0, axis=1)
     distance = rank[:, :, None] - rank[:, None, :]
@@ -56,7 +56,7 @@ def test_against_the_formula(causal, window):
 
 
 def test_window_and_encoder_without_segments():
-    """Nothing but the padding of the last chunk to hide."""
+    """Only the padding of the last chunk is masked."""
     given = arrays()
     for causal, window in ((True, 7), (False, None)):
         want = formula(*given, causal=causal, window=window, ids=np.ones_like(IDS))
@@ -81,8 +81,8 @@ def test_huge_scores_stay_finite():
     assert np.all(np.isfinite(gradient))
 
 
-def test_window_leaves_tiles_out():
-    """The work of a window does not grow with the keys behind it: hidden keys may even be infinite."""
+def test_window_skips_tiles():
+    """Tiles behind the window are not visited: keys there may even be infinite."""
     q, k, v = arrays()
     spoiled = k.at[:, :8].set(jnp.inf)
     want, _ = mf.softmax_attention(q, k, v, window=4, chunk_size=8)
