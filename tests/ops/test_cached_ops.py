@@ -96,11 +96,11 @@ def test_fixed_cache_drops_an_earlier_segment_of_nan(name):
     step = jax.jit(lambda arrays, cache, ids: op(*arrays, initial_state=cache, segment_ids=ids))
     first, second, third = ([x[:, i : i + 2] for x in given] for i in (0, 2, 4))
     nan = [x.at[0].set(jnp.nan) for x in first]
-    one, two = jnp.ones((2, 2), jnp.int32), jnp.asarray([[1, 2], [2, 2]])
+    one, two = jnp.ones((2, 2), jnp.int32), jnp.asarray([[2, 2], [1, 2]])
     outputs = []
     for start in (first, nan):
         _, cache = step(start, empty(name, 2, 8), one)
-        # The first row goes on with its segment for one token, the second row starts a new one.
+        # The first row starts a new segment, the second row continues its segment for one token.
         _, cache = step(second, cache, two)
         outputs.append((step(third, cache, 2 * one)[0], cache))
     jax.tree.map(np.testing.assert_array_equal, *outputs)
