@@ -1,6 +1,6 @@
 """Image captioning with soft attention (Show, Attend and Tell, arXiv 1502.03044): an LSTM that attends to the picture
-for each word, and a Transformer over patches. `python -m memformer.lab captions RUN_FOLDERS` scores captions by beam search
-and plots the attention (results: docs/results.md).
+for each word, and a Transformer over patches. `python -m memformer.lab captions RUN_FOLDERS` scores captions by beam
+search and plots the attention (results: docs/results.md).
 
 Generated pictures of placed shapes. Expected: 8 minutes on one shared core, loss 0.0005 nats per word on new pictures.
 The test split holds pairs of color and kind that are not in training: loss 0.34.

@@ -1,5 +1,5 @@
 """Translation of verses from English to Spanish by three generations of models: the last state of an LSTM, attention
-over the states of an LSTM, and the Transformer. Same verses and byte pairs; 4000 steps of 32 verses, the Transformer 2500.
+over the states of an LSTM, and the Transformer. Same verses and byte pairs; 4000 steps of 32 verses (Transformer 2500).
 
     python train.py --config=configs/translation.py:last_state --workdir=runs/translation-last_state
     python train.py --config=configs/translation.py:attention --workdir=runs/translation-attention
