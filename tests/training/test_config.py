@@ -244,6 +244,9 @@ def test_errors_of_the_user_and_bugs_part(capsys):
     assert capsys.readouterr().err == "error: config.task: objects must be at least 3\n"
     with pytest.raises(KeyError), report_errors(), run_errors("config.task"):
         raise KeyError("a bug")
+    with pytest.raises(SystemExit), report_errors():
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_changed_keys():
