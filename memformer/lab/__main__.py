@@ -7,7 +7,7 @@ from memformer.lab.page import write_page
 from memformer.lab.runner import run_study
 from memformer.training.config import RunError
 from memformer.training.flags import report_errors
-from memformer.training.metrics import say
+from memformer.training.metrics import log
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
             lines = [f"  {name:<18}{study.title}" for name, study in STUDIES.items()]
             raise RunError("\n".join(["name a study, or give --write:", *lines]))
         if arguments.write:
-            say(f"written: {write_page(arguments.out)}")
+            log(f"written: {write_page(arguments.out)}")
 
 
 if __name__ == "__main__":

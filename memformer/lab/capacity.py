@@ -33,7 +33,7 @@ from memformer.ops.delta_rule import delta_rule
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.linear_attention import linear_attention
 from memformer.ops.softmax_attention import softmax_attention
-from memformer.training.metrics import say
+from memformer.training.metrics import log
 
 __all__ = ["CAPACITY", "NUMBER", "RECALLERS", "Recaller", "Writes", "capacity", "draw_writes", "recalled", "theory"]
 
@@ -302,7 +302,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     for bits in settings["bits"]:
         for times in WRITTEN:
             rows += [_row(name, settings, bits, times) for name in RECALLERS]
-            say(f"values of {bits} bits, {WRITTEN[times]}: done")
+            log(f"values of {bits} bits, {WRITTEN[times]}: done")
     title = f"Pairs recalled by bytes of state (median, least and most of {settings['seeds']} seeds)"
     values = {"seeds": settings["seeds"], "key widths of caches": settings["widths"], "share": GOAL}
     return Result([Table(title, rows)], values)

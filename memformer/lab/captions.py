@@ -172,8 +172,8 @@ def _by_caption(name: str, one: Captioned, known: set[tuple[str, ...]]) -> list[
     for kind, trained in (("caption is a training caption", True), ("caption is new", False)):
         chosen = [i for i, words in enumerate(one.references) if (tuple(words) in known) == trained]
         if chosen:
-            parts = ([words[i] for i in chosen] for words in (one.captions, one.references))
-            rows.append(_row(name, kind, *parts, None))
+            captions, references = ([words[i] for i in chosen] for words in (one.captions, one.references))
+            rows.append(_row(name, kind, captions, references, None))
     return rows
 
 

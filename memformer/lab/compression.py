@@ -19,7 +19,7 @@ import numpy as np
 from memformer.lab.plots import DOTTED, draw_lines, new_figure
 from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.ops.deltaformer import deltaformer
-from memformer.training.metrics import say
+from memformer.training.metrics import log
 
 __all__ = ["COHERENCE", "COMPRESSION", "codes", "place_keys", "track"]
 
@@ -120,7 +120,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     rows = []
     for places in settings["places"]:
         rows.append(_row(places, settings["swaps"]))
-        say(f"{places} objects: done")
+        log(f"{places} objects: done")
     values = {"between": "2 n", "coherence": COHERENCE}
     return Result([Table("Swaps tracked with a compressed cache", rows)], values)
 

@@ -23,7 +23,7 @@ from memformer.lab.fit import fit
 from memformer.lab.plots import DOTTED, draw_bars, new_figure
 from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, numbers_in
 from memformer.models import build_model
-from memformer.training.metrics import say
+from memformer.training.metrics import log
 
 __all__ = ["CONTEXT", "draw_regression", "draw_test", "ridge_error", "train_regression"]
 
@@ -118,7 +118,7 @@ def train_regression(name: str, heads: int, depth: int, *, pairs: int, steps: in
     )
     graph, params = nnx.split(model)
     params, losses = fit(graph, params, jax.random.key(seed), loss=_loss, draw=_drawing(pairs), steps=steps, rate=RATE)
-    say(f"{name}, {heads} heads, depth {depth}, seed {seed}: loss {float(losses[0]):.2f} to {float(losses[-1]):.3f}")
+    log(f"{name}, {heads} heads, depth {depth}, seed {seed}: loss {float(losses[0]):.2f} to {float(losses[-1]):.3f}")
     return graph, params
 
 

@@ -27,7 +27,7 @@ from memformer.ops.delta_rule import delta_rule
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.linear_attention import linear_attention
 from memformer.ops.softmax_attention import softmax_attention
-from memformer.training.metrics import say
+from memformer.training.metrics import log
 
 __all__ = ["CONVERGENCE", "READERS", "Reader", "answers", "recovery", "slope"]
 
@@ -158,7 +158,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
                 taken = recovery(name, change, steps=steps, heads=heads, batch=batch)
                 row[f"recovery, change at {change}"] = "never" if taken is None else taken
             rows.append(row)
-        say(f"{heads} heads: done")
+        log(f"{heads} heads: done")
     title = f"Slope of log |o_t - o_(t-1)| against log t to t = {steps}, and steps until halfway to the new answer"
     limits = [_settling(heads, steps, batch) for heads in settings["heads"]]
     values = {"steps": steps, "streams": batch, "width": WIDTH, "beta": BETA, "decay": DECAY, "noise": NOISE}

@@ -22,7 +22,7 @@ from memformer.lab.plots import Lines
 from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
 from memformer.models.config import LanguageModelConfig
 from memformer.models.language_model import Block
-from memformer.training.metrics import say
+from memformer.training.metrics import log
 
 __all__ = ["CONVERGENCE_DEEP", "MEMORIES", "halfway", "probe"]
 
@@ -142,7 +142,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
                 row, pair = _row(name, heads, depth, found, times)
                 rows.append(row)
                 values[f"{name}, {heads} heads, depth {depth + 1}"] = pair
-        say(f"{heads} heads: done")
+        log(f"{heads} heads: done")
     title = (
         f"Blocks at random initialisation, t = {times[0]} to {times[-1]}: slope of the mean of {seeds} seeds, median "
         "for the rest (least to most of seeds)"

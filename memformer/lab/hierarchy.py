@@ -39,12 +39,13 @@ ROWS: Mapping[str, Row] = {
 
 
 def _measure(runs: Runs, settings: Settings) -> Result:
-    rows = [_row(*label.split(" ", 1), run) for label, run in runs.items()]
+    rows = [_row(label, run) for label, run in runs.items()]
     title = "Accuracy of the answer's tokens by length (test split)"
     return Result([Table(title, rows)], accuracies(runs))
 
 
-def _row(task: str, model: str, run: Any) -> Row:
+def _row(label: str, run: Any) -> Row:
+    task, _, model = label.partition(" ")
     published = PUBLISHED.get(task)
     column = ("DeltaFormer", "Transformer", "LSTM").index(model.partition(",")[0])
     paper = f"{published[column]}%" if published else "not known"

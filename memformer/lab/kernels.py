@@ -17,7 +17,7 @@ from memformer.core.similarity import Kernel
 from memformer.lab.plots import Lines
 from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent
 from memformer.ops.deltaformer import deltaformer
-from memformer.training.metrics import say
+from memformer.training.metrics import log
 
 __all__ = ["FUNCTIONS", "KERNELS", "nearly_orthogonal", "swap_by_hand"]
 
@@ -38,7 +38,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
             curve = swap_by_hand(keys, codes, kernel, swaps=swaps, batch=settings["batch"])
             rows.append(_row(objects, name, curve))
             values[f"{objects} {name}"] = round(float(curve.mean()), 4)
-            say(f"{objects} objects, {name}: {percent(curve.mean())}")
+            log(f"{objects} objects, {name}: {percent(curve.mean())}")
     return Result([Table(f"Accuracy at place 0 of constructed swaps, keys of width {WIDTH}", rows)], values)
 
 

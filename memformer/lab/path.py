@@ -30,7 +30,7 @@ from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table
 from memformer.layers.memory import build_memory
 from memformer.layers.recurrent import CELLS
 from memformer.models import build_model
-from memformer.training.metrics import say
+from memformer.training.metrics import log
 
 __all__ = ["LAYERS", "PATH", "draw_recall", "factor_per_step", "gradients", "train_recall", "width_for"]
 
@@ -259,7 +259,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
         )
         recall.append(_accuracy_row(name, accuracy, [steps_to_learn(losses) for _, _, losses in models], delays))
         after.append(_trained_row(name, gradient, shown))
-        say(f"{name}: done")
+        log(f"{name}: done")
     tables = [
         Table(
             "Gradient by distance at initialisation (median of seeds, 10% to 90%)",

@@ -15,7 +15,7 @@ DOTTED: Mapping[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 1.3,
 MARKERS = "osD^vPXd"
 
 # y of each x, or (y, low, high)
-Points = Mapping[float, Any]
+Points = Mapping[Any, Any]
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float = 7.0, height: float = 3.6) -> tuple[Any, Any]:

@@ -17,7 +17,7 @@ from memformer.lab.runs import train_runs, trained_table, training_seconds
 from memformer.lab.study import Result, Row, Study, Table, Verdict
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun, load_run
-from memformer.training.metrics import format_table, model_name, replace_file, say
+from memformer.training.metrics import format_table, log, model_name, replace_file
 
 __all__ = ["read_result", "run_study", "save_figure", "write_result"]
 
@@ -66,7 +66,7 @@ def run_study(
             path = os.path.join(given[0].folder, f"{study.name}-{label}.png")
             add_legend(figure)
             figure.savefig(path, dpi=120)
-            say(f"written: {path}")
+            log(f"written: {path}")
     return result
 
 
@@ -84,8 +84,8 @@ def write_result(
       seconds: that the measurement took, training included.
     """
     for title, rows in result.tables:
-        say(f"\n{title}")
-        say(format_table(list(rows[0]), [[_shown(value) for value in row.values()] for row in rows]))
+        log(f"\n{title}")
+        log(format_table(list(rows[0]), [[_shown(value) for value in row.values()] for row in rows]))
     os.makedirs(out, exist_ok=True)
     content = {
         "name": study.name,
@@ -102,10 +102,10 @@ def write_result(
         json.dump(content, file, indent=1)
         file.write("\n")
     save_figure(study, read_result(content), out)
-    say(f"\nclaim:   {study.claim}")
+    log(f"\nclaim:   {study.claim}")
     if verdict is not None:
-        say(f"verdict: {verdict.kind}. {verdict.finding}")
-    say(f"written: {path}")
+        log(f"verdict: {verdict.kind}. {verdict.finding}")
+    log(f"written: {path}")
     return path
 
 

@@ -14,7 +14,7 @@ from memformer.training.build import build_run
 from memformer.training.config import RunError, complete_config
 from memformer.training.evaluation import LoadedRun, load_run
 from memformer.training.loop import train
-from memformer.training.metrics import read_records, say
+from memformer.training.metrics import log, read_records
 
 __all__ = [
     "accuracies",
@@ -94,7 +94,7 @@ def train_runs(
         path = os.path.join(folder, label.replace(" ", "_"))
         earlier += seconds_in(path)
         if not _finished(path, config):
-            say(f"\nrun {number} of {len(configs)}: {label}")
+            log(f"\nrun {number} of {len(configs)}: {label}")
             if not train(config, path)["finished"]:
                 raise RunError(f"the run {label!r} was stopped; rerun the command to resume.")
         runs[label] = load_run(path)

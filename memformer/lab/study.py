@@ -10,7 +10,7 @@ from memformer.training.evaluation import LoadedRun
 __all__ = ["Quick", "Result", "Row", "Runs", "Settings", "Study", "Table", "Verdict"]
 __all__ += ["numbers_in", "percent", "pivot", "grade"]
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 Runs = Mapping[str, LoadedRun]
 Settings = Mapping[str, Any]
 

@@ -49,10 +49,6 @@ def log(text: str) -> None:
         sys.stdout.flush()
 
 
-# for modules that have not moved to the new name yet
-say = log
-
-
 def peak_flops(device_kind: str) -> float | None:
     """Peak FLOP/s of a device, or None if unknown (CPUs).
 
