@@ -1,15 +1,18 @@
 """Argument checks, shared by the whole library.
 
-Every check raises ValueError naming the argument, what was expected and what was given. Checks of integers accept
-numpy integers and return a Python int.
+Every check raises ValueError naming the argument, what was expected and what was given. Checks of numbers also accept
+scalars of NumPy and JAX, and return a Python int or float.
 """
 
 import math
 import numbers
+import operator
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from memformer.core.types import Array, ArrayLike, Dims
 
@@ -112,20 +115,17 @@ def check_groups(heads: int, groups: int | None) -> int:
 
 def check_size(name: str, value: Any) -> int:
     """Returns `value` as an int; it must be an integer of at least 1."""
-    check(_is_integer(value) and value >= 1, name, "a positive integer", value)
-    return int(value)
+    return _check_integer(name, value, 1, "a positive integer")
 
 
 def check_positive(name: str, value: Any) -> int | None:
     """Returns `value` as an int, or None; it must be an integer of at least 1 or None."""
-    check(value is None or (_is_integer(value) and value >= 1), name, "a positive integer or None", value)
-    return None if value is None else int(value)
+    return None if value is None else _check_integer(name, value, 1, "a positive integer or None")
 
 
 def check_at_least(name: str, value: Any, least: int) -> int:
     """Returns `value` as an int; it must be an integer of at least `least`."""
-    check(_is_integer(value) and value >= least, name, f"an integer of at least {least}", value)
-    return int(value)
+    return _check_integer(name, value, least, f"an integer of at least {least}")
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
@@ -137,12 +137,13 @@ def check_number(name: str, value: Any, *, above: float | None = None, at_least:
       ...
       ValueError: rate must be a finite number above 0, got 0
     """
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    scalar = value.item() if isinstance(value, np.generic | jax.Array) and value.ndim == 0 else value
+    number = isinstance(scalar, numbers.Real) and not isinstance(scalar, bool) and math.isfinite(scalar)
     bounds = [] if above is None else [f" above {above}"]
     bounds += [] if at_least is None else [f" of at least {at_least}"]
-    inside = number and (above is None or value > above) and (at_least is None or value >= at_least)
+    inside = number and (above is None or scalar > above) and (at_least is None or scalar >= at_least)
     check(inside, name, f"a finite number{' and'.join(bounds)}", value)
-    return float(value)
+    return float(scalar)
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
@@ -172,5 +173,10 @@ def check_options(what: str, options: Iterable[str], known: Sequence[str]) -> No
             raise ValueError(f"{what} has no key {key!r}; known keys: {', '.join(known) or 'none'}")
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+def _check_integer(name: str, value: Any, least: int, expected: str) -> int:
+    try:
+        integer = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        integer = None
+    check(integer is not None and integer >= least, name, expected, value)
+    return int(value)

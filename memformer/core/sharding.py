@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from memformer.core.types import Array
 
-__all__ = ["keep_shardings", "mesh_axes", "vary_like"]
+__all__ = ["explicit_mesh", "keep_shardings", "mesh_axes", "vary_like"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -63,7 +63,7 @@ def keep_shardings(function: F) -> F:
     def wrapper(*args, **kwargs):
         leaves, tree = jax.tree.flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
-        mesh = _explicit_mesh([leaves[i] for i in places])
+        mesh = explicit_mesh([leaves[i] for i in places])
         if mesh is None:
             return function(*args, **kwargs)
         axes: dict[str, Any] = {}
@@ -108,7 +108,7 @@ def mesh_axes(letter: str) -> Any:
     return _axes.get().get(letter)
 
 
-def _explicit_mesh(arrays: list[Any]) -> Mesh | AbstractMesh | None:
+def explicit_mesh(arrays: list[Any]) -> Mesh | AbstractMesh | None:
     """The mesh with Explicit axes that is set, or else that the arrays lie on."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.explicit_axes:

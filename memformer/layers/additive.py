@@ -10,6 +10,7 @@ from memformer.core.checks import check_size
 from memformer.core.numerics import accumulation_dtype, masked_softmax, matmul_precision
 from memformer.core.types import Array, Bool, Float
 from memformer.layers.basic import Dtypes, linear, named
+from memformer.layers.sharding import auto_axes
 
 __all__ = ["AdditiveAttention"]
 
@@ -49,10 +50,12 @@ class AdditiveAttention(nnx.Module):
         init = named(nnx.initializers.normal(width**-0.5), None)
         self.score = nnx.Param(init(rngs.params(), (width,), dtypes.param))
 
+    @auto_axes
     def prepare(self, memory: Float[Array, "B S F"]) -> Float[Array, "B S A"]:
         """U m_i, computed once per memory instead of once per step."""
         return self.key(memory)
 
+    @auto_axes
     def __call__(
         self,
         state: Float[Array, "B D"],

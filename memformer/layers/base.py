@@ -13,6 +13,7 @@ from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, RMSNorm, constrain, linear
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.positions import count_positions, next_position, rotate
+from memformer.layers.sharding import auto_axes, state_letters
 
 __all__ = ["GATES", "MemoryLayer", "State"]
 
@@ -134,6 +135,7 @@ class MemoryLayer(nnx.Module):
             state["position"] = jnp.zeros(batch, jnp.int32)
         return state
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -169,6 +171,15 @@ class MemoryLayer(nnx.Module):
         parts = self._shape(parts, positions)
         o, after["memory"] = self._apply_op(x, parts, segment_ids, before.get("memory"))
         return self._output(x, o), after
+
+    def state_letters(self, state: State) -> Any:
+        """The letters of the arrays of a state."""
+        letters = state_letters(state)
+        if isinstance(letters["memory"], str):
+            letters["memory"] = "B H K V"
+        if "convolution" in letters:
+            letters["convolution"] = dict.fromkeys(letters["convolution"], "B W C")
+        return letters
 
     def _project(self, x: Array, segments: Any, state: State | None) -> tuple[dict, dict]:
         parts: dict[str, Array] = {}

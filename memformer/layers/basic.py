@@ -11,6 +11,7 @@ from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from memformer.core.types import Array, Float, Int
+from memformer.layers.sharding import auto_axes
 
 __all__ = [
     "NORMS",
@@ -185,13 +186,15 @@ class Embedding(nnx.Module):
         self.table = nnx.Param(init(rngs.params(), (vocab, width), dtypes.param))
         self.dtypes = dtypes
 
+    @auto_axes
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of the ids, in the compute dtype."""
         # Gathers the table over fsdp; the compiler would otherwise gather the larger activations.
         table = constrain(self.table[...].astype(self.dtypes.compute), "activation_vocab", None)
         return jnp.take(table, ids, axis=0) * jnp.asarray(table.shape[1] ** 0.5, table.dtype)
 
-    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    @auto_axes
+    def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T classes"]:
         """Inner products with the embeddings of all tokens, in float32."""
         table = self.table[...].astype(self.dtypes.compute)
         return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=self.dtypes.wide)

@@ -5,6 +5,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax.core import FrozenDict
 
@@ -20,8 +21,8 @@ class BaseConfig:
 
     A subclass declares its fields and checks them in its own `__post_init__`, which calls this one first. Values are
     normalised here: "none" becomes None where the field allows None (a command line cannot express None otherwise),
-    integers become Python's, and mappings and lists become hashable, because a config is part of a model's structure,
-    which keys the compilation cache.
+    scalars of NumPy and JAX become Python numbers, and mappings and lists become hashable, because a config is part of
+    the structure of a model, which keys the compilation cache.
 
     Attributes:
       dtype: of activations.
@@ -60,12 +61,12 @@ def _normalize(field: dataclasses.Field, value: Any) -> Any:
     choices = typing.get_args(field.type) or (field.type,)
     if type(None) in choices and isinstance(value, str) and value == "none":
         return None
-    if int in choices and isinstance(value, np.integer):
-        return int(value)
     return _freeze(value)
 
 
 def _freeze(value: Any) -> Any:
     if isinstance(value, Mapping):
         return FrozenDict({key: _freeze(item) for key, item in value.items()})
+    if isinstance(value, np.generic | jax.Array) and value.ndim == 0:
+        return value.item()
     return tuple(_freeze(item) for item in value) if isinstance(value, list | tuple) else value

@@ -8,6 +8,7 @@ from memformer.core.checks import check_size
 from memformer.core.segments import Segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, named
+from memformer.layers.sharding import auto_axes
 
 __all__ = ["ShortConvolution"]
 
@@ -61,6 +62,7 @@ class ShortConvolution(nnx.Module):
         """The state before the first token: zeros."""
         return jnp.zeros((batch, self.width - 1, self.channels), self.dtypes.compute)
 
+    @auto_axes
     def __call__(
         self, x: Float[Array, "B T C"], *, segments: Segments | None = None, state: Array | None = None
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:

@@ -13,6 +13,7 @@ from jax import lax
 from memformer.core.checks import check, check_choice, check_positive, check_size
 from memformer.core.types import Array, Bool, Float
 from memformer.layers.basic import Dtypes, constrain, linear, named
+from memformer.layers.sharding import auto_axes
 
 __all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "SwiGLU", "feedforward_keys"]
 
@@ -70,7 +71,10 @@ class MLP(nnx.Module):
         self.up = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs, bias=bias)
         self.down = linear(hidden, width, ("mlp", "embed"), dtypes=dtypes, rngs=rngs, bias=bias)
 
-    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
+    @auto_axes
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Returns (y, {}); `valid` is ignored, there is no auxiliary loss."""
         h = ACTIVATIONS[self.activation](self.up(x))
         h = constrain(h, "activation_batch", "activation_time", "activation_mlp")
@@ -103,7 +107,10 @@ class SwiGLU(nnx.Module):
         self.up = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs)
         self.down = linear(hidden, width, ("mlp", "embed"), dtypes=dtypes, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
+    @auto_axes
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Returns (y, {}); `valid` is ignored, there is no auxiliary loss."""
         h = nnx.silu(self.gate(x)) * self.up(x)
         h = constrain(h, "activation_batch", "activation_time", "activation_mlp")
@@ -166,7 +173,10 @@ class MixtureOfExperts(nnx.Module):
         self.up = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
         self.down = nnx.Param(back(rngs.params(), (experts, hidden, width), dtypes.param))
 
-    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None) -> tuple[Array, dict]:
+    @auto_axes
+    def __call__(
+        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Returns (y, {"moe_balance": loss}); the loss leaves out padding (where `valid` is False)."""
         probability = jax.nn.softmax(self.router(x), axis=-1)
         top, chosen = lax.top_k(probability, self.active)

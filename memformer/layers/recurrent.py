@@ -9,6 +9,7 @@ from flax import nnx
 from memformer.core.checks import check, check_array, check_choice, check_size
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, constrain, dropout, linear, named, stochastic_keys
+from memformer.layers.sharding import auto_axes, state_letters
 from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn
 
 __all__ = [
@@ -77,6 +78,7 @@ class RecurrentLayer(nnx.Module):
         """The state before the first token: zeros [B, D] in float32."""
         return jnp.zeros((check_size("batch", batch), self.width), self.dtypes.wide)
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "B T F"],
@@ -238,6 +240,7 @@ class RecurrentStack(nnx.Module):
         self._check_state(not self.bidirectional)
         return tuple(layer.init_state(batch) for layer in self.forward)
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "B T F"],
@@ -332,6 +335,11 @@ class RecurrentMemory(nnx.Module):
         check_size("capacity", capacity)
         return {"memory": self.layer.init_state(batch)}
 
+    def state_letters(self, state: Any) -> Any:
+        """The letters of the arrays of a state."""
+        return state_letters(state)
+
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "B T D"],

@@ -12,6 +12,7 @@ from memformer.core.types import Array, Bool, Float, Int
 from memformer.layers.basic import LayerNorm, constrain, dropout, linear
 from memformer.layers.feedforward import MLP
 from memformer.layers.positions import rotate
+from memformer.layers.sharding import auto_axes
 from memformer.layers.stack import TransformerShape
 from memformer.ops.attention.cache import KVCache, init_cache
 from memformer.ops.softmax_attention import softmax_attention
@@ -71,6 +72,7 @@ class SelfAttention(_Attention):
       ((1, 3, 8), (1, 3, 2, 4))
     """
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -86,6 +88,7 @@ class SelfAttention(_Attention):
         o, state = softmax_attention(q, k, v, causal=causal, segment_ids=segment_ids, initial_state=state)
         return self._output(o), state
 
+    @auto_axes
     def weights(
         self,
         x: Float[Array, "B T D"],
@@ -133,10 +136,12 @@ class CrossAttention(_Attention):
       ((1, 3, 8), (1, 2, 3, 5))
     """
 
+    @auto_axes
     def prepare(self, memory: Float[Array, "B S D"]) -> dict[str, Array]:
         """Keys and values of the memory, {"k": [B, S, H, K], "v": [B, S, H, K]}, computed once per memory."""
         return {"k": self._heads(self.key(memory)), "v": self._heads(self.value(memory))}
 
+    @auto_axes
     def __call__(
         self, x: Float[Array, "B T D"], memory: Mapping[str, Array], visible: Bool[Array, "B T S"] | None = None
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B H T S"]]:
@@ -212,6 +217,7 @@ class EncoderBlock(nnx.Module):
         self.feedforward = _feedforward(shape, rngs)
         self.feedforward_norm = shape.norm(rngs)
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -231,6 +237,7 @@ class EncoderBlock(nnx.Module):
         x, _ = _residual(self.shape, self.feedforward_norm, self.feedforward, x, keys[1])
         return constrain(x, "activation_batch", "activation_time", "activation_embed")
 
+    @auto_axes
     def weights(
         self,
         x: Float[Array, "B T D"],
@@ -268,6 +275,7 @@ class DecoderBlock(nnx.Module):
         self.feedforward = _feedforward(shape, rngs)
         self.feedforward_norm = shape.norm(rngs)
 
+    @auto_axes
     def start(self, memory: Float[Array, "B S D"], capacity: int | None = None) -> dict[str, Any]:
         """The state before the first token: keys and values of the memory, and a cache for `capacity` tokens.
 
@@ -287,6 +295,7 @@ class DecoderBlock(nnx.Module):
             )
         return state
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "B T D"],
@@ -296,7 +305,7 @@ class DecoderBlock(nnx.Module):
         visible: Bool[Array, "B T S"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
-    ) -> tuple[Array, dict[str, Any], Float[Array, "B H T S"]]:
+    ) -> tuple[Float[Array, "B T D"], dict[str, Any], Float[Array, "B H T S"]]:
         """Returns (x, state, cross-attention weights); `state` is from `start` or an earlier call."""
         keys = (None, None, None) if key is None else jax.random.split(key, 3)
         where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions}

@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check, check_size
+from memformer.core.checks import check_at_least, check_number, check_size
 from memformer.core.types import Array, Float, Int
+from memformer.layers.sharding import on_auto_mesh
 
 __all__ = ["beam_search", "decode", "length_divisor", "repeat_rows"]
 
@@ -99,7 +100,7 @@ def beam_search(
       Array([[2, 2, 2],
              [0, 2, 2]], dtype=int32)
     """
-    beams, max_steps = _check(beams, max_steps, length_penalty)
+    beams, max_steps, length_penalty = _check(beams, max_steps, length_penalty)
     batch = start.shape[0]
     none = jnp.full((batch, beams), -jnp.inf, jnp.float32)
     blank = jnp.full((batch, beams, max_steps), end, jnp.int32)
@@ -122,10 +123,10 @@ def beam_search(
     return _pick(jnp.concatenate([search.finished, search.live], axis=1), order), _pick(scores, order)
 
 
-def _check(beams: int, max_steps: int, length_penalty: float) -> tuple[int, int]:
-    """The two sizes as Python integers."""
-    check(length_penalty >= 0, "length_penalty", "at least 0 (0 is none)", length_penalty)
-    return check_size("beams", beams), check_size("max_steps", max_steps)
+def _check(beams: int, max_steps: int, length_penalty: float) -> tuple[int, int, float]:
+    """The settings as Python numbers."""
+    penalty = check_number("length_penalty", length_penalty, at_least=0)
+    return check_size("beams", beams), check_size("max_steps", max_steps), penalty
 
 
 def _done(finished_scores: Array) -> Array:
@@ -189,14 +190,16 @@ def decode(
     Raises:
       ValueError: a setting out of range, no extras, or a model in training mode.
     """
-    beams, max_steps = _check(beams, max_steps, length_penalty)
+    beams, max_steps, length_penalty = _check(beams, max_steps, length_penalty)
     if not extras:
         raise ValueError("extras must hold the input that the model starts from, such as source=..., got none")
     if not getattr(model, "deterministic", True):
         raise ValueError("model must be in evaluation mode: call model.eval() before decode")
     graph, parameters = nnx.split(model)
     arrays = {name: jnp.asarray(x) for name, x in extras.items()}
-    tokens, scores = _decode(graph, parameters, arrays, start, end, beams, max_steps, float(length_penalty))
+    settings = (check_at_least("start", start, 0), check_at_least("end", end, 0), beams, max_steps, length_penalty)
+    with on_auto_mesh((parameters, arrays)) as (parameters, arrays):
+        tokens, scores = _decode(graph, parameters, arrays, *settings)
     return np.asarray(tokens), np.asarray(scores)
 
 

@@ -17,6 +17,7 @@ from memformer.layers.basic import Embedding, LayerNorm, constrain, dropout, lin
 from memformer.layers.config import BaseConfig
 from memformer.layers.positions import count_positions, next_position, sinusoid
 from memformer.layers.recurrent import LSTM
+from memformer.layers.sharding import auto_axes
 from memformer.layers.stack import TransformerShape
 from memformer.layers.transformer import DecoderBlock
 from memformer.models.language_model import ModelOutput
@@ -235,6 +236,7 @@ class Captioner(nnx.Module):
         self.deterministic = True
         self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
 
+    @auto_axes
     def start(self, picture: Float[Array, "B Y X 3"], capacity: int | None = None) -> State:
         """The state before the first word: the encoded picture, and the cache of a Transformer for `capacity` words.
 
@@ -243,6 +245,7 @@ class Captioner(nnx.Module):
         """
         return self.decoder.start(self._encode(picture, None)[0], capacity)
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"],
@@ -272,6 +275,7 @@ class Captioner(nnx.Module):
         loss = doubly_stochastic(weights, segments)
         return output._replace(aux={"doubly_stochastic": loss * jnp.asarray(self.config.doubly_stochastic, loss.dtype)})
 
+    @auto_axes
     def alignments(
         self,
         inputs: Int[Array, "B T"],

@@ -10,6 +10,7 @@ from memformer.core.checks import check_array, check_at_least, check_size
 from memformer.core.numerics import accumulation_dtype, l2norm
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.basic import Embedding, constrain, linear, named
+from memformer.layers.sharding import auto_axes
 from memformer.layers.stack import TransformerShape
 from memformer.models.config import check_input
 from memformer.models.language_model import ModelOutput
@@ -132,6 +133,7 @@ class Encoder(nnx.Module):
         # Set by model.train() and model.eval().
         self.deterministic = True
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T F"],
@@ -164,6 +166,7 @@ class Encoder(nnx.Module):
         logits = constrain(self.head(x), "activation_batch", "activation_time", "activation_vocab")
         return ModelOutput(logits, None, {})
 
+    @auto_axes
     def encode(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T F"],
@@ -176,6 +179,7 @@ class Encoder(nnx.Module):
         x = self._embed(inputs, token_types)
         return self.encoder(x, segment_ids=segment_ids, positions=positions)
 
+    @auto_axes
     def embed(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T F"],
@@ -186,6 +190,7 @@ class Encoder(nnx.Module):
         """One unit-length vector per row by `mean_pool`; a row is one sequence, padded with segment id 0."""
         return mean_pool(self.encode(inputs, segment_ids=segment_ids, token_types=token_types), segment_ids)
 
+    @auto_axes
     def attention_weights(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T F"],

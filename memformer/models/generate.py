@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from memformer.core.checks import check, check_at_least, check_number, check_positive, check_size
 from memformer.core.types import Array, Float, Int
+from memformer.layers.sharding import on_auto_mesh
 
 __all__ = ["Sampling", "generate", "pad_prompts", "sample"]
 
@@ -22,14 +25,19 @@ class Sampling(NamedTuple):
     top_k: int | None = None
     top_p: float | None = None
 
-    def check(self, vocab: int) -> None:
-        """Raises ValueError unless every setting is in range."""
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0 (0 is greedy), got {self.temperature!r}")
-        if self.top_k is not None and not 1 <= self.top_k <= vocab:
-            raise ValueError(f"top_k must be None or in [1, {vocab}] (the number of classes), got {self.top_k!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be None or in (0, 1], got {self.top_p!r}")
+    def checked(self, vocab: int) -> "Sampling":
+        """The same settings as Python numbers, so that they are hashable.
+
+        Raises:
+          ValueError: a setting out of range.
+        """
+        temperature = check_number("temperature", self.temperature, at_least=0)
+        top_k, top_p = check_positive("top_k", self.top_k), self.top_p
+        check(top_k is None or top_k <= vocab, "top_k", f"None or in [1, {vocab}] (the number of classes)", top_k)
+        if top_p is not None:
+            top_p = check_number("top_p", top_p, above=0)
+            check(top_p <= 1, "top_p", "None or in (0, 1]", top_p)
+        return Sampling(temperature, top_k, top_p)
 
 
 def sample(logits: Float[Array, "B V"], key: Array | None, sampling: Sampling) -> Int[Array, "B"]:
@@ -48,9 +56,11 @@ def sample(logits: Float[Array, "B V"], key: Array | None, sampling: Sampling) -
       >>> sample(jnp.array([[0.0, 2.0, 1.0]]), None, Sampling())
       Array([1], dtype=int32)
     """
-    if key is None or sampling.temperature == 0:
+    # A temperature below the smallest normal number is 0 on devices that flush denormals.
+    if key is None or sampling.temperature < jnp.finfo(logits.dtype).tiny:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
+    # The largest logit is 0 before the division, which then cannot overflow to infinity minus infinity.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.asarray(sampling.temperature, logits.dtype)
     low = jnp.asarray(-jnp.inf, logits.dtype)
     if sampling.top_k is not None:
         least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
@@ -107,7 +117,8 @@ def generate(
 
     Args:
       model: a language model (`MemoryLM`) whose inputs and outputs are the same ids, in evaluation mode.
-      prompts: [B, T] ids, or a list of id sequences of different lengths.
+      prompts: [B, T] ids, or a list of id sequences of different lengths. Where they are an array that is sharded over
+        a mesh, rows are decoded on the devices that they lie on.
       max_new_tokens: number of new tokens per row.
       temperature: divides the logits before sampling; 0 takes the most probable token (greedy decoding).
       top_k: samples only from the k most probable tokens.
@@ -129,37 +140,48 @@ def generate(
       >>> generate(model, [[1, 2, 3], [4]], max_new_tokens=4).shape
       (2, 4)
     """
-    sampling = Sampling(temperature, top_k, top_p)
-    _check(model, sampling, max_new_tokens, stop_token, key)
+    _check_model(model)
+    count = check_size("max_new_tokens", max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p).checked(model.num_classes)
+    if sampling.temperature > 0 and key is None:
+        raise ValueError("key must be given where temperature is not 0, such as jax.random.key(0)")
+    if stop_token is not None:
+        stop_token = check_at_least("stop_token", stop_token, 0)
+        check(stop_token < model.vocab_size, "stop_token", f"None or in [0, {model.vocab_size})", stop_token)
     ids, segments = pad_prompts(prompts)
     if ids.min() < 0 or ids.max() >= model.vocab_size:
-        raise ValueError(f"prompts must hold ids in [0, {model.vocab_size}), got {ids.min()} to {ids.max()}")
-    # The last new token is never read by the model.
-    state = model.init_state(ids.shape[0], ids.shape[1] + max_new_tokens - 1)
+        raise ValueError(f"prompts must have ids in [0, {model.vocab_size}), got {ids.min()} to {ids.max()}")
     graph, parameters = nnx.split(model)
-    key = jax.random.key(0) if key is None else key
-    logits, state = _prefill(graph, parameters, jnp.asarray(ids), jnp.asarray(segments), state)
-    tokens = _decode(graph, parameters, logits, state, key, sampling, max_new_tokens, stop_token)
+    # Rows lie on the devices that the prompts lie on.
+    rows = PartitionSpec(*prompts.sharding.spec[:1]) if _on_mesh(prompts) else PartitionSpec()
+    with on_auto_mesh((parameters, prompts)) as (parameters, prompts):
+        if _on_mesh(prompts):
+            ids, segments = jax.device_put((ids, segments), NamedSharding(prompts.sharding.mesh, rows))
+        key = jax.random.key(0) if key is None else key
+        # The last new token is never read by the model.
+        logits, state = _prefill(graph, parameters, ids, segments, ids.shape[1] + count - 1)
+        tokens = _decode(graph, parameters, logits, state, key, sampling, count, stop_token)
     return np.asarray(tokens)
 
 
-def _check(model: Any, sampling: Sampling, max_new_tokens: int, stop_token: int | None, key: Array | None) -> None:
+def _on_mesh(x: Any) -> bool:
+    return isinstance(getattr(x, "sharding", None), NamedSharding)
+
+
+def _check_model(model: Any) -> None:
     if not getattr(model, "vocab_size", 0) or model.vocab_size != model.num_classes:
         raise ValueError("model must take ids and give logits over the same ids (vocab_size = num_classes > 0)")
     if not getattr(model, "deterministic", True):
         raise ValueError("model must be in evaluation mode: call model.eval() before generate")
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be a positive integer, got {max_new_tokens!r}")
-    sampling.check(model.num_classes)
-    if sampling.temperature > 0 and key is None:
-        raise ValueError("key must be given where temperature is not 0, such as jax.random.key(0)")
-    if stop_token is not None and not 0 <= stop_token < model.vocab_size:
-        raise ValueError(f"stop_token must be None or in [0, {model.vocab_size}), got {stop_token!r}")
 
 
-@functools.partial(jax.jit, static_argnames=("graph",), donate_argnames=("state",))
-def _prefill(graph, parameters, ids, segment_ids, state):
-    output = nnx.merge(graph, parameters)(ids, segment_ids=segment_ids, state=state)
+@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
+def _prefill(graph, parameters, ids, segment_ids, capacity):
+    """Reads the prompts; returns the logits of the last position and the state."""
+    model = nnx.merge(graph, parameters)
+    # Made here, so that on a mesh the compiler shards it as the keys and values that are written to it.
+    state = model.init_state(ids.shape[0], capacity)
+    output = model(ids, segment_ids=segment_ids, state=state)
     return output.logits[:, -1], output.state
 
 

@@ -16,6 +16,7 @@ from memformer.layers.basic import NORMS, Embedding, constrain, dropout, linear,
 from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import count_positions, next_position
+from memformer.layers.sharding import auto_axes
 from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig, check_input
 
 __all__ = ["Block", "MemoryLM", "ModelOutput", "check_sizes"]
@@ -30,9 +31,9 @@ class ModelOutput(NamedTuple):
       aux: scalar losses by name, already weighted; {} if none.
     """
 
-    logits: Float[Array, "B T V"]
+    logits: Float[Array, "B T classes"]
     state: Any
-    aux: Mapping[str, Array]
+    aux: Mapping[str, Float[Array, ""]]
 
 
 class Block(nnx.Module):
@@ -145,6 +146,7 @@ class MemoryLM(nnx.Module):
             states = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (groups, *x.shape)), states)
         return {"layers": states, "position": jnp.zeros(batch, jnp.int32)}
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T F"],
@@ -184,6 +186,16 @@ class MemoryLM(nnx.Module):
         x, layers, aux = run(x, layers, None if keys is None else keys[:-1], segment_ids, positions)
         state = {"layers": layers, "position": next_position(positions, segments)}
         return ModelOutput(self._read_out(x), state, aux)
+
+    def state_letters(self, state: State) -> Any:
+        """The letters of the arrays of a state; L is the axis of scanned groups of layers."""
+        layers = state["layers"]
+        if self.config.scan_layers:
+            layers = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), layers)
+        letters = tuple(block.memory.state_letters(layer) for block, layer in zip(self.blocks, layers, strict=True))
+        if self.config.scan_layers:
+            letters = jax.tree.map(lambda each: f"L {each}", letters)
+        return {"layers": letters, "position": "B"}
 
     def _keys(self) -> Array | None:
         """Dropout keys, one per layer and one for the embedding; None without dropout."""

@@ -13,6 +13,7 @@ from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import linear, named
 from memformer.layers.config import BaseConfig
+from memformer.layers.sharding import auto_axes
 from memformer.models.config import check_input
 from memformer.models.language_model import ModelOutput
 from memformer.ops.addressing import Focus, address, read_slots, write_slots
@@ -187,6 +188,7 @@ class NTM(nnx.Module):
             c=zeros,
         )
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T F"],
@@ -209,6 +211,7 @@ class NTM(nnx.Module):
         logits, state, _ = self._run(inputs, segment_ids, state, traced=False)
         return ModelOutput(logits, state, {})
 
+    @auto_axes
     def trace(self, inputs: Array, *, segment_ids: Array | None = None, state: NTMState | None = None) -> NTMTrace:
         """Runs a call and returns the activity of the heads at each step.
 

@@ -12,6 +12,7 @@ from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.basic import Embedding, constrain, dropout, linear
 from memformer.layers.config import BaseConfig
 from memformer.layers.recurrent import CELLS, RecurrentStack
+from memformer.layers.sharding import auto_axes
 from memformer.models.config import check_input
 from memformer.models.language_model import ModelOutput
 
@@ -109,6 +110,7 @@ class RecurrentLM(nnx.Module):
         check_size("capacity", capacity)
         return self.stack.init_state(batch)
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T F"],

@@ -20,6 +20,7 @@ from memformer.layers.basic import NORMS, Embedding, constrain, linear, named
 from memformer.layers.config import BaseConfig
 from memformer.layers.gates import SigmoidGate
 from memformer.layers.positions import count_positions, next_position
+from memformer.layers.sharding import auto_axes
 from memformer.models.config import REMAT, LanguageModelConfig
 from memformer.models.language_model import Block, ModelOutput, check_sizes
 from memformer.ops.associative import NEIGHBOURS, AssociativeMemory, associative_read, associative_write, dpfp
@@ -225,6 +226,7 @@ class SegmentMemory(nnx.Module):
     def _tokens(self) -> Array:
         return self.tokens[...].astype(self.config.dtypes.compute)
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"] | Float[Array, "B T F"],

@@ -16,6 +16,7 @@ from memformer.layers.base import State
 from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
 from memformer.layers.config import BaseConfig
 from memformer.layers.recurrent import RecurrentStack
+from memformer.layers.sharding import auto_axes
 from memformer.models.language_model import ModelOutput
 from memformer.ops.recurrent_cells import LSTMState
 
@@ -119,6 +120,7 @@ class Seq2Seq(nnx.Module):
         self.deterministic = True
         self.dropout_stream: Any = rngs.dropout.fork() if config.dropout else nnx.data(None)
 
+    @auto_axes
     def start(
         self,
         source: Int[Array, "B S"],
@@ -144,6 +146,7 @@ class Seq2Seq(nnx.Module):
         decoder = jax.tree.map(lambda x: x[:, 0], self._first(memory, segment))
         return self._state(memory, decoder, segment[:, 0])
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"],
@@ -169,6 +172,7 @@ class Seq2Seq(nnx.Module):
         """
         return self._run(inputs, source, source_segment_ids, segment_ids, state)[0]
 
+    @auto_axes
     def alignments(
         self,
         inputs: Int[Array, "B T"],

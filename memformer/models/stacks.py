@@ -12,6 +12,7 @@ from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.base import State
 from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
 from memformer.layers.positions import count_positions, next_position
+from memformer.layers.sharding import auto_axes
 from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack
 from memformer.layers.transformer import DecoderBlock, EncoderBlock, visible_memory
 from memformer.models.config import POSITIONS
@@ -78,6 +79,7 @@ class TransformerEncoder(_Stack):
         super().__init__(shape, depth, EncoderBlock, rngs=rngs)
         self.embedding_norm: Any = shape.norm(rngs) if embedding_norm else nnx.data(None)
 
+    @auto_axes
     def __call__(
         self,
         x: Float[Array, "B S D"],
@@ -103,6 +105,7 @@ class TransformerEncoder(_Stack):
         x, _ = run_stack(self.blocks, step, x, None if keys is None else keys[:-1])
         return self._finish(x)
 
+    @auto_axes
     def weights(
         self,
         x: Float[Array, "B S D"],
@@ -189,6 +192,7 @@ class TransformerDecoder(_Stack):
             self.head = linear(shape.width, num_classes, ("embed", "vocab"), dtypes=shape.dtypes, rngs=rngs)
             self.head.preferred_element_type = shape.dtypes.wide
 
+    @auto_axes
     def start(
         self,
         memory: Float[Array, "B S D"],
@@ -221,6 +225,7 @@ class TransformerDecoder(_Stack):
             "position": jnp.zeros(dims["B"], jnp.int32),
         }
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"],
@@ -250,6 +255,7 @@ class TransformerDecoder(_Stack):
         logits = self.embedding.attend(x) if self.head is None else self.head(x)
         return ModelOutput(constrain(logits, "activation_batch", "activation_time", "activation_vocab"), state, {})
 
+    @auto_axes
     def alignments(
         self,
         inputs: Int[Array, "B T"],

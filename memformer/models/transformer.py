@@ -10,6 +10,7 @@ from memformer.core.checks import check_array
 from memformer.core.types import Array, Float, Int
 from memformer.layers.base import State
 from memformer.layers.basic import Embedding
+from memformer.layers.sharding import auto_axes
 from memformer.layers.stack import TransformerShape
 from memformer.models.language_model import ModelOutput
 from memformer.models.stacks import TransformerDecoder, TransformerEncoder
@@ -98,6 +99,7 @@ class Transformer(nnx.Module):
         # Set by model.train() and model.eval().
         self.deterministic = True
 
+    @auto_axes
     def encode(
         self, source: Int[Array, "B S"], source_segment_ids: Int[Array, "B S"] | None = None
     ) -> Float[Array, "B S D"]:
@@ -110,6 +112,7 @@ class Transformer(nnx.Module):
         embedding = self.decoder.embedding if self.source_embedding is None else self.source_embedding
         return self.encoder(embedding(source), segment_ids=source_segment_ids)
 
+    @auto_axes
     def start(
         self,
         source: Int[Array, "B S"],
@@ -128,6 +131,7 @@ class Transformer(nnx.Module):
         """
         return self.decoder.start(self.encode(source, source_segment_ids), source_segment_ids, capacity=capacity)
 
+    @auto_axes
     def __call__(
         self,
         inputs: Int[Array, "B T"],
@@ -162,6 +166,7 @@ class Transformer(nnx.Module):
             state=state,
         )
 
+    @auto_axes
     def alignments(
         self,
         inputs: Int[Array, "B T"],

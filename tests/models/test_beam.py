@@ -119,7 +119,7 @@ def test_the_loop_stops_when_all_rows_are_done():
 MISTAKES = {
     "beams": ({"beams": 0}, "beams must be a positive integer, got 0"),
     "max_steps": ({"max_steps": 2.0}, "max_steps must be a positive integer, got 2.0"),
-    "length_penalty": ({"length_penalty": -0.5}, "length_penalty must be at least 0"),
+    "length_penalty": ({"length_penalty": -0.5}, "length_penalty must be a finite number of at least 0"),
 }
 
 

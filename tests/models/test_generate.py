@@ -73,6 +73,28 @@ def test_a_stopped_row_repeats_the_stop_token(model, greedy):
         np.testing.assert_array_equal(row[end:], stop)
 
 
+def test_settings_may_be_scalars_of_numpy_and_jax(model):
+    plain = {"max_new_tokens": 3, "temperature": 0.5, "top_k": 4, "top_p": 0.75, "stop_token": 2}
+    scalars = {
+        "max_new_tokens": np.int64(3),
+        "temperature": jnp.float32(0.5),
+        "top_k": np.int32(4),
+        "top_p": np.float32(0.75),
+        "stop_token": jnp.int32(2),
+    }
+    key, before = jax.random.key(0), _decode._cache_size()
+    want = generate(model, PROMPTS, key=key, **plain)
+    np.testing.assert_array_equal(generate(model, PROMPTS, key=key, **scalars), want)
+    assert _decode._cache_size() == before + 1
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-37, 1e-38, 1e-45])
+def test_a_tiny_temperature_is_greedy(temperature):
+    logits = jnp.array([[5.0, 9.0, 7.0], [-jnp.inf, -4.0, -3.0]])
+    for sampling in (Sampling(temperature), Sampling(temperature, top_k=2), Sampling(temperature, top_p=0.9)):
+        assert sample(logits, jax.random.key(0), sampling).tolist() == [1, 2]
+
+
 def test_sampling_depends_on_the_key(model):
     draw = lambda seed: generate(  # noqa: E731
         model, PROMPTS * 8, max_new_tokens=NEW, temperature=1.0, top_k=5, top_p=0.9, key=jax.random.key(seed)
@@ -108,14 +130,18 @@ def test_sample_follows_its_settings(name):
 # Arguments, and the error message.
 MISTAKES = {
     "max_new_tokens": ({"max_new_tokens": 0}, "max_new_tokens must be a positive integer, got 0"),
-    "temperature": ({"temperature": -1.0}, "temperature must be at least 0"),
+    "temperature": ({"temperature": -1.0}, "temperature must be a finite number of at least 0, got -1.0"),
     "top_k": ({"top_k": 10}, r"top_k must be None or in \[1, 9\]"),
-    "top_p": ({"top_p": 0.0}, r"top_p must be None or in \(0, 1\]"),
+    "top_p": ({"top_p": 0.0}, "top_p must be a finite number above 0"),
+    "top_p above 1": ({"top_p": 1.5}, r"top_p must be None or in \(0, 1\]"),
+    "infinite temperature": ({"temperature": np.inf}, "temperature must be a finite number"),
+    "fractional count": ({"max_new_tokens": 2.0}, "max_new_tokens must be a positive integer, got 2.0"),
+    "fractional stop": ({"stop_token": 2.5}, "stop_token must be an integer of at least 0, got 2.5"),
     "key": ({"temperature": 1.0}, "key must be given where temperature is not 0"),
     "stop_token": ({"stop_token": 9}, r"stop_token must be None or in \[0, 9\), got 9"),
     "empty prompt": ({"prompts": [[1], []]}, "prompts must be one or more sequences of at least one integer id"),
     "float prompt": ({"prompts": [[1.0]]}, "prompts must be one or more sequences of at least one integer id"),
-    "id": ({"prompts": [[9]]}, r"prompts must hold ids in \[0, 9\), got 9 to 9"),
+    "id": ({"prompts": [[9]]}, r"prompts must have ids in \[0, 9\), got 9 to 9"),
 }
 
 

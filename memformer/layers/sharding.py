@@ -1,0 +1,167 @@
+"""Module calls on Explicit meshes, where shardings are part of the types of arrays."""
+
+import contextlib
+import functools
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from memformer.core.sharding import explicit_mesh
+from memformer.core.types import Array
+
+__all__ = ["auto_axes", "on_auto_mesh", "state_letters"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Logical axis of a parameter -> the dimensions of results that are sharded like it: channels of projections and
+# heads, and logits.
+PARAMETER_LETTERS = {"heads": ("C", "G", "H"), "vocab": ("classes",)}
+
+UNIONS = (typing.Union, types.UnionType)
+
+
+def auto_axes(method: F) -> F:
+    """Lets a method of a module run on Explicit meshes: the method sees Auto axes, its results keep shardings.
+
+    The counterpart of `core.sharding.keep_shardings` for modules. Each dimension of a result is sharded like the
+    dimension of the same letter in an argument, and heads and logits like the parameters with the logical axes
+    "heads" and "vocab". Letters are those of the annotations. The letters of a state, which has none there, are
+    `state_letters(state)`, a method of the module or the function below. Without an Explicit mesh this does nothing.
+
+    Random streams in the module advance as usual.
+    """
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+        parameter = next((x for _, x in nnx.iter_graph(self) if isinstance(x, nnx.Param)), None)
+        arrays = [leaves[i] for i in places] + ([] if parameter is None else [parameter.get_value()])
+        mesh = explicit_mesh(arrays)
+        if mesh is None:
+            return method(self, *args, **kwargs)
+        graph, state = nnx.split(self)
+        axes = _parameter_axes(state)
+        for name, value in list(signature.bind(self, *args, **kwargs).arguments.items())[1:]:
+            for letters, x in _annotated(signature.parameters[name].annotation, value, self):
+                for letter, part in zip(letters.split(), jax.typeof(x).sharding.spec, strict=False):
+                    if part is not None:
+                        axes[letter] = part
+        abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+        auto = abstract.update_axis_types(dict.fromkeys(abstract.explicit_axes, AxisType.Auto))
+        enter = functools.partial(_enter, mesh=mesh)
+        with jax.sharding.use_abstract_mesh(auto):
+            for i in places:
+                leaves[i] = enter(leaves[i])
+            module = nnx.merge(graph, jax.tree.map(enter, state))
+            args, kwargs = jax.tree.unflatten(tree, leaves)
+            result = method(module, *args, **kwargs)
+            streams = nnx.state(module, nnx.RngState)
+        found = list(_annotated(signature.return_annotation, result, self))
+        outputs, structure = jax.tree.flatten(result)
+        specs = {id(x): _spec(letters.split(), x.shape, axes, mesh) for letters, x in found}
+        outputs = [_place(x, specs.get(id(x), PartitionSpec()), mesh) for x in outputs]
+        if streams:
+            nnx.update(self, jax.tree.map(lambda x: _place(x, PartitionSpec(), mesh), streams))
+        return jax.tree.unflatten(structure, outputs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def on_auto_mesh(tree: Any) -> Iterator[Any]:
+    """A scope in which the arrays of `tree` that lie on an Explicit mesh lie on the same mesh with Auto axes.
+
+    For host-level functions that compile their own programs. No data moves.
+    """
+    meshes = [x.sharding.mesh for x in jax.tree.leaves(tree) if isinstance(getattr(x, "sharding", None), NamedSharding)]
+    mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+    if mesh is None:
+        yield tree
+        return
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+    def place(x: Any) -> Any:
+        sharding = getattr(x, "sharding", None)
+        on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
+        return jax.device_put(x, NamedSharding(auto, sharding.spec)) if on_mesh else x
+
+    with jax.set_mesh(auto):
+        yield jax.tree.map(place, tree)
+
+
+def _place(x: Array, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Array:
+    return jax.sharding.reshard(x, NamedSharding(mesh, spec))
+
+
+def _enter(x: Any, mesh: Mesh | AbstractMesh) -> Array:
+    """x as an array of the Auto mesh of the context: its placement is unchanged, but its type shows no sharding."""
+    if isinstance(mesh, Mesh) and not jax.typeof(x).sharding.mesh.explicit_axes:
+        # Outside of jit and without a mesh that is set, an array may still be on one device only.
+        x = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+    return jax.sharding.reshard(x, PartitionSpec())
+
+
+def _parameter_axes(state: Any) -> dict[str, Any]:
+    """Mesh axes of the dimensions in `PARAMETER_LETTERS`, from the first parameter that has them sharded."""
+    axes: dict[str, Any] = {}
+    for variable in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable)):
+        names = variable.get_metadata().get("out_sharding") or ()
+        for name, part in zip(names, jax.typeof(variable.get_value()).sharding.spec, strict=False):
+            for letter in PARAMETER_LETTERS.get(name, ()) if part is not None else ():
+                axes.setdefault(letter, part)
+    return axes
+
+
+def _annotated(annotation: Any, value: Any, module: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays of an annotated value, with their letters."""
+    for option in typing.get_args(annotation) if typing.get_origin(annotation) in UNIONS else (annotation,):
+        if hasattr(option, "dim_str") and len(option.dim_str.split()) == getattr(value, "ndim", None):
+            yield option.dim_str, value
+            return
+        if typing.get_origin(option) is tuple and type(value) is tuple:
+            for part, item in zip(typing.get_args(option), value, strict=False):
+                yield from _annotated(part, item, module)
+            return
+        if typing.get_origin(option) in (dict, Mapping) and typing.get_args(option)[1] is not Any:
+            for item in value.values():
+                yield from _annotated(typing.get_args(option)[1], item, module)
+            return
+        if hasattr(option, "_fields"):
+            for name, part in option.__annotations__.items():
+                yield from _annotated(part, getattr(value, name), module)
+            return
+    letters = getattr(module, "state_letters", state_letters)(value)
+    yield from zip(jax.tree.leaves(letters), jax.tree.leaves(value), strict=True)
+
+
+def state_letters(state: Any) -> Any:
+    """The letters of a state: batch first in every array, and heads third in those of four dimensions.
+
+    Example:
+      >>> state_letters({"position": jnp.zeros(2)})
+      {'position': 'B'}
+    """
+    return jax.tree.map(lambda x: "" if x.ndim == 0 else "B S G K" if x.ndim == 4 else "B", state)
+
+
+def _spec(letters: list[str], shape: tuple[int, ...], axes: dict[str, Any], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """The spec of an array; mesh axes that an earlier dimension has, or that do not divide the size, are left out."""
+    used: set[str] = set()
+    parts = []
+    for letter, size in zip(letters, shape, strict=False):
+        part = axes.get(letter)
+        names = part if isinstance(part, tuple) else () if part is None else (part,)
+        fits = not used & set(names) and size % math.prod(mesh.shape[name] for name in names) == 0
+        parts.append(part if fits else None)
+        used |= set(names) if fits else set()
+    return PartitionSpec(*parts)
