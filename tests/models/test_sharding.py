@@ -1,0 +1,123 @@
+"""Models on Auto and Explicit meshes of eight devices: values, gradients, shardings, decoding, nothing gathered."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from memformer.models import build_model, generate
+from tests.numeric import FORWARD, GRADIENT, assert_close
+
+VOCAB, ROWS, TIME = 8, 4, 6
+IDS = jax.random.randint(jax.random.key(5), (ROWS, TIME), 0, VOCAB)
+RULES = (("layers", None), ("embed", None), ("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
+HEADS = jax.P("data", "tensor")
+
+# One memory per family, and the sharding of its state.
+FAMILIES = {
+    "linear_attention": {"memory": HEADS},
+    "gated_delta_rule": {"memory": HEADS, "convolution": jax.P("data", None, "tensor")},
+    "delta_product": {"memory": HEADS},
+    "softmax_attention": {"k": jax.P("data", None, "tensor"), "position": jax.P("data")},
+    "deltaformer": {"u": jax.P("data", None, "tensor")},
+    "gru": {"memory": jax.P("data")},
+}
+KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
+
+
+@functools.cache
+def built(memory):
+    """Graph and parameters of a model, and its jitted call with gradients."""
+    config = {"memory": memory, "width": 16, "heads": 2, "feedforward": "mlp", "feedforward_options": {"hidden": 16}}
+    graph, parameters = nnx.split(build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0)))
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def call(parameters, ids, state=None):
+        output = nnx.merge(graph, parameters)(ids, state=state)
+        return jnp.mean(jnp.square(output.logits)), output
+
+    return graph, parameters, call, call(parameters, IDS)
+
+
+def place(kind, parameters, ids=IDS):
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(KINDS[kind],) * 2)
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
+        placed = jax.device_put(parameters, nnx.get_named_sharding(parameters, mesh))
+    return mesh, placed, jax.device_put(ids, jax.NamedSharding(mesh, jax.P("data")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("memory", FAMILIES)
+def test_a_model_on_a_mesh(memory, kind):
+    _, parameters, call, (gradients, want) = built(memory)
+    mesh, placed, rows = place(kind, parameters)
+    with jax.set_mesh(mesh):
+        program = call.lower(placed, rows).compile()
+        by_parameter, got = program(placed, rows)
+    assert_close(got, want, FORWARD["float32"])
+    assert_close(by_parameter, gradients, GRADIENT["float32"])
+    assert "all-gather" not in program.as_text()
+    if kind == "auto":
+        # Shardings of results are the compiler's choice there.
+        return
+    assert got.logits.sharding.spec == jax.P("data", None, "tensor")
+    assert jax.tree.map(lambda x: x.sharding.spec, by_parameter) == jax.tree.map(lambda x: x.sharding.spec, placed)
+    for name, spec in FAMILIES[memory].items():
+        leaves = [x for path, x in jax.tree_util.tree_leaves_with_path(got.state["layers"]) if name in str(path)]
+        assert leaves and all(x.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), x.ndim) for x in leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_on_a_mesh(kind):
+    """Token by token with the returned state; heads and rows stay sharded."""
+    config = {"memory": "delta_rule,softmax_attention", "width": 16, "heads": 2, "depth": 4, "scan_layers": True}
+    model = build_model({**config, "feedforward": None}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(model)
+    want = jax.jit(lambda parameters, ids: nnx.merge(graph, parameters)(ids).logits)(parameters, IDS)
+    mesh, placed, rows = place(kind, parameters)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda parameters, ids, state: nnx.merge(graph, parameters)(ids, state=state))
+        state, logits = model.init_state(ROWS, TIME), []
+        for t in range(TIME):
+            output = step(placed, rows[:, t : t + 1], state)
+            state = output.state
+            logits.append(output.logits)
+    assert_close(np.concatenate(logits, axis=1), want, FORWARD["float32"])
+    if kind == "explicit":
+        memory, cache = state["layers"][0]["memory"], state["layers"][1]["memory"]
+        assert memory.sharding.spec[:3] == (None, "data", "tensor")
+        assert cache.k.sharding.spec[:4] == (None, "data", None, "tensor")
+
+
+@pytest.mark.parametrize("scope", [True, False], ids=["mesh set", "mesh of the arrays"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_generate_on_a_mesh(kind, scope):
+    config = {"memory": "delta_rule,softmax_attention", "width": 16, "heads": 2, "depth": 2, "feedforward": None}
+    model = build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(model)
+    settings = {"max_new_tokens": 3, "temperature": 1.0, "key": jax.random.key(0)}
+    want = generate(model, IDS, **settings)
+    mesh, placed, rows = place(kind, parameters)
+    with jax.set_mesh(mesh) if scope else contextlib.nullcontext():
+        got = generate(nnx.merge(graph, placed), rows, **settings)
+        listed = generate(nnx.merge(graph, placed), IDS.tolist(), **settings)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(listed, want)
+
+
+def test_dropout_on_an_explicit_mesh_advances():
+    config = {"memory": "linear_attention", "width": 8, "heads": 2, "feedforward": None, "dropout": 0.5}
+    model = build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    with jax.set_mesh(mesh):
+        rows = jax.device_put(IDS, jax.P("data"))
+        model.train()
+        first, second = model(rows).logits, model(rows).logits
+        assert np.abs(np.asarray(first) - np.asarray(second)).max() > 1e-3
+        assert int(model.dropout_stream.count[...]) == 2
