@@ -124,6 +124,8 @@ def _parameter_axes(state: Any) -> dict[str, Any]:
 
 def _annotated(annotation: Any, value: Any, module: Any) -> Iterator[tuple[str, Any]]:
     """The arrays of an annotated value, with their letters."""
+    if value is None:
+        return
     for option in typing.get_args(annotation) if typing.get_origin(annotation) in UNIONS else (annotation,):
         if hasattr(option, "dim_str") and len(option.dim_str.split()) == getattr(value, "ndim", None):
             yield option.dim_str, value
