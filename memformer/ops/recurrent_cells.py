@@ -297,9 +297,11 @@ def _scan_time_backward(cell, compute, precision, saved, cotangents):
     zeros = tuple(jnp.zeros_like(s) for s in states)
     inputs = (from_input, from_state, before, masks, cotangents)
     d_states, (d_input, d_state) = lax.scan(step, zeros, inputs, reverse=True)
-    flat_before, flat_gradient = (x.reshape(-1, x.shape[-1]) for x in (before[0], d_state))
-    d_weight = _dot(flat_before.T, flat_gradient, dtype, compute, precision).astype(w_state.dtype)
-    return d_input, d_weight, jnp.sum(flat_gradient, axis=0), d_states, None
+    # Time and batch are contracted as two axes: a reshape to one would gather a sharded batch.
+    operands = (before[0].astype(compute), d_state.astype(compute))
+    axes = (((0, 1), (0, 1)), ((), ()))
+    d_weight = lax.dot_general(*operands, axes, precision=precision, preferred_element_type=dtype)
+    return d_input, d_weight.astype(w_state.dtype), jnp.sum(d_state, axis=(0, 1)), d_states, None
 
 
 _scan_time.defvjp(_scan_time_forward, _scan_time_backward)
