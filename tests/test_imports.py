@@ -56,7 +56,7 @@ def room_of(dotted: str) -> str:
 
 
 def faults(source: str, module: str) -> list[str]:
-    """What a module imports against the layout, one line each."""
+    """Imports of a module that the layout forbids, one line each."""
     room, found = room_of(module), []
     for line, name in imported(source, module):
         top = name.split(".")[0]

@@ -63,7 +63,7 @@ def test_notebook():
         exec(compile(source, str(README), "exec"), names)
     q, k, v, beta, decay = (names[name] for name in ("q", "k", "v", "beta", "decay"))
     whole, packed = names["o"], names["packed"]
-    # decoding goes on where the first seven tokens ended
+    # decoding continues after the first seven tokens
     np.testing.assert_allclose(names["last"], whole[:, 7:], atol=1e-5)
     # the packed sequences are what each is alone
     np.testing.assert_allclose(packed[:, :5], whole[:, :5], atol=1e-5)

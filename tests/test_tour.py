@@ -17,7 +17,7 @@ OTHERS = {"jax", "jax.numpy", "numpy", "matplotlib.pyplot", "flax"}
 
 
 def private_names(source: str) -> list[str]:
-    """What a cell uses of memformer that is not public, and what it imports from elsewhere."""
+    """Names that a cell uses and memformer does not export, and its imports from elsewhere."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

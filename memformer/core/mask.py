@@ -17,7 +17,7 @@ _FAR = 1 << 30
 
 
 class Mask(NamedTuple):
-    """Which slots a query sees: those of its own segment number, and no slot or query of a negative number.
+    """Segment mask: a query sees the slots of its own segment number; a negative number neither sees nor is seen.
 
     Causality and the window are fields of the call, not of the mask. Segments are None where all tokens are in one
     segment. Ranks count the valid tokens of a segment; they are None unless a window needs them.
@@ -124,7 +124,7 @@ def last_tiles(mask: Mask, rows: int, columns: int, window: int | None = None) -
 
 
 def _visible_tiles(mask: Mask, rows: int, columns: int, window: int | None) -> Bool[Array, "B N M"] | None:
-    """Which tiles are not excluded as a whole: by an earlier segment (segments grow with time), or by the window."""
+    """True for tiles that neither an earlier segment (segments grow with time) nor the window excludes as a whole."""
 
     def tiles(x, size):
         return x.reshape(x.shape[0], -1, size)

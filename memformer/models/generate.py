@@ -19,7 +19,7 @@ __all__ = ["Sampling", "generate", "pad_prompts", "sample"]
 
 
 class Sampling(NamedTuple):
-    """How the next token is chosen; fields are the arguments of `generate` of the same names."""
+    """Choice of the next token; fields are the arguments of `generate` of the same names."""
 
     temperature: float = 0.0
     top_k: int | None = None

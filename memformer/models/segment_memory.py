@@ -315,7 +315,7 @@ def _choose(rows: Bool[Array, "B"], yes: Any, no: Any) -> Any:
 
 
 def _starts(index: Int[Array, "B T"], length: int) -> Bool[Array, "N B"]:
-    """Which rows start a sequence with segment n: those where it ends in another sequence than segment n - 1."""
+    """True for rows that start a sequence with segment n: it ends in another sequence than segment n - 1."""
     last = jnp.concatenate([index[:, length - 1 :: length], index[:, -1:]], axis=1)[:, : -(-index.shape[1] // length)]
     before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
     return (last != before).T

@@ -42,7 +42,7 @@ def kernel_axes() -> KernelAxes:
 
 
 def key_head_repeats(groups: int, heads: int) -> int:
-    """How often key heads must be repeated so that devices share them out; 1 where that is not needed, or impossible.
+    """Repeats of the key heads that let devices share them out; 1 where that is not needed, or impossible.
 
     Fewer key heads than devices along the heads would leave every device with all heads.
 

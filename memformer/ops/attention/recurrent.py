@@ -71,7 +71,7 @@ def _place_mask(call: AttentionCall) -> tuple[Mask, Array]:
 
 
 def _row_mask(call: AttentionCall, mask: Mask, start: Array, slots: int, t: Array) -> Bool[Array, "b S"]:
-    """Which slots query t sees; its own slot counts among them."""
+    """True for slots that query t sees; its own slot counts among them."""
     seen = jnp.ones((1, slots), bool)
     if call.causal:
         seen = jnp.arange(slots, dtype=jnp.int32)[None] <= start + t

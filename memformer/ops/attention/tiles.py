@@ -182,7 +182,7 @@ def _product(tiling: Tiling, equation: str, a: Array, b: Array) -> Array:
 
 
 def tile_mask(tiling: Tiling, mask: TileMask, i: Array, j: Array, *, strict: bool = False) -> Bool[Array, "b 1 1 C C"]:
-    """Which keys of chunk j the queries of chunk i see; `strict` leaves out a query's own key."""
+    """True where a query of chunk i sees a key of chunk j; `strict` leaves out a query's own key."""
 
     def chunk(x, i):
         return lax.dynamic_slice_in_dim(x, i * jnp.int32(tiling.size), tiling.size, axis=1)
