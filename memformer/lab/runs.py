@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 # Defaults of every run of a study: no files but those that are read.
-COMMON: Mapping[str, Any] = {"train.tensorboard": False, "train.eval_every": 0, "checkpoint.keep_last": 1}
+COMMON: Row = {"train.tensorboard": False, "train.eval_every": 0, "checkpoint.keep_last": 1}
 
 
 def make_config(*changes: Row) -> ml_collections.ConfigDict:

@@ -120,7 +120,7 @@ WORDS = Study(
             "model.heads": 2,
             "train.steps": 200,
             "train.batch_size": 32,
-            "train.final_lengths": (16,),
+            "train.final_lengths": (),
         },
     ),
     summary=lambda result: pivot(result.rows(), "model", "group", "500 letters", corner="accuracy at 500 letters"),
