@@ -1,4 +1,4 @@
-"""State tracking by swaps: n objects change places, and the labels are their current positions.
+"""State tracking by swaps: n objects change places, and the label is the object at a position.
 
 Source: DeltaFormer (NeurIPS 2025), listing G.1. Object j starts at position j; each step swaps the
 objects at two positions, drawn uniformly from the C(n, 2) pairs.
