@@ -29,7 +29,7 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     if chip() == "gpu":
         from memformer.pallas.gpu.attention.softmax_attention import run
     else:
-        from memformer.pallas.tpu.attention.softmax_attention import run  # type: ignore[assignment]
+        from memformer.pallas.tpu.attention.softmax_attention import run
     return run(_share_key_heads(call))
 
 
@@ -56,7 +56,7 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     if chip() == "gpu":
         from memformer.pallas.gpu.attention.deltaformer import run
     else:
-        from memformer.pallas.tpu.attention.deltaformer import run  # type: ignore[assignment]
+        from memformer.pallas.tpu.attention.deltaformer import run
     ones = jnp.ones(call.v.shape[:3], accumulation_dtype(call.q, call.k, call.v))
     defaults = {"w": call.k, "alpha": ones, "beta": ones}
     missing = {name: x for name, x in defaults.items() if getattr(call, name) is None}

@@ -28,9 +28,9 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     if chip() == "gpu":
         from memformer.pallas.gpu.matrix_memory.chunk_scan import run as kernels
     elif call.beta is None:
-        from memformer.pallas.tpu.matrix_memory.linear_attention import run as kernels  # type: ignore[assignment]
+        from memformer.pallas.tpu.matrix_memory.linear_attention import run as kernels
     else:
-        from memformer.pallas.tpu.matrix_memory.delta_rule import run as kernels  # type: ignore[assignment]
+        from memformer.pallas.tpu.matrix_memory.delta_rule import run as kernels
     repeats = key_head_repeats(call.q.shape[2], call.v.shape[2])
     call = dataclasses.replace(call, q=repeat_heads(call.q, repeats), k=repeat_heads(call.k, repeats))
     output, state = kernels(_one_write_per_token(call))

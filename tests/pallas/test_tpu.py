@@ -50,10 +50,18 @@ def interpreter(capfd):
     assert "RACE" not in capfd.readouterr().out
 
 
+def spoil_padding(arrays, ids, value):
+    """The arrays with `value` at padding."""
+    return {
+        name: np.where((ids == 0).reshape(*ids.shape, *(1,) * (x.ndim - 2)), value, x) for name, x in arrays.items()
+    }
+
+
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=["-".join(case) for case in CASES])
 def test_packed_against_oracle(name, dtype, interpreter):
-    arrays, state = suite.inputs(name)
-    ids = suite.packed_ids()[0]
+    """Every array holds NaN (infinity in bfloat16) at padding."""
+    (arrays, state), ids = suite.inputs(name), suite.packed_ids()[0]
+    arrays = spoil_padding(arrays, ids, np.inf if dtype == "bfloat16" else np.nan)
     got, _ = suite.evaluate(name, "pallas", suite.cast(arrays, dtype), suite.cast(state, "float32"), ids)
     assert got["output"].dtype == jnp.dtype(dtype)
     suite.check(got, suite.oracle(name, dtype), dtype, name)
@@ -329,6 +337,62 @@ def test_split_over_devices():
     assert all(s.is_equivalent_to(place, 4) for s in compiled.output_shardings)
     doubled, added = compiled(*arrays)
     assert np.array_equal(doubled, 2 * few) and np.array_equal(added, 2 * many)
+
+
+@pytest.mark.parametrize("set_mesh", [True, False])
+def test_explicit_mesh(set_mesh, interpreter):
+    """Forward and backward on an Explicit mesh of eight devices, set or known from the arrays; nothing is gathered."""
+    rng = np.random.default_rng(8)
+    mesh = jax.make_mesh((2, 2, 2), ("rows", "columns", "spare"), (AxisType.Explicit,) * 3)
+
+    wide, few, scalar = (2, 16, 4, 8), (2, 16, 2, 8), (2, 16, 4)
+    shapes = {"q": few, "k": few, "v": wide, "beta": scalar, "decay": scalar}
+    arrays = {name: jnp.asarray(rng.uniform(-0.5, 0.0, shape), "float32") for name, shape in shapes.items()}
+    places = {name: NamedSharding(mesh, PartitionSpec("rows", None, "columns")) for name in arrays}
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            output, state = mf.delta_rule(**arrays, implementation=implementation)
+            return jnp.sum(jnp.sin(output)) + jnp.sum(state * state), (output, state)
+
+        (_, results), gradients = jax.value_and_grad(loss, has_aux=True)(arrays)
+        return *results, gradients
+
+    want = jax.jit(functools.partial(run, implementation="chunked"))(arrays)
+    sharded = jax.device_put(arrays, places)
+    with jax.set_mesh(mesh) if set_mesh else jax.named_scope("no mesh"):
+        compiled = jax.jit(functools.partial(run, implementation="pallas")).lower(sharded).compile()
+        got = compiled(sharded)
+    assert_close(got, want, 1e-5)
+    output, state, gradients = got
+    assert output.sharding.is_equivalent_to(places["v"], 4)
+    assert state.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("rows", "columns")), 4)
+    assert all(x.sharding.is_equivalent_to(places[name], x.ndim) for name, x in gradients.items())
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
+
+
+def test_second_derivatives_name_what_has_them():
+    """A named implementation fails with a sentence; by default an implementation that has them is used."""
+
+    def curvature(op, arrays, implementation):
+        def first(q):
+            return jax.grad(lambda q: jnp.sum(op(q, *arrays[1:], implementation=implementation)[0]))(q)
+
+        return jax.eval_shape(jax.grad(lambda q: jnp.sum(first(q) ** 2)), arrays[0])
+
+    x = jnp.ones((1, 16, 2, 8))
+    with jax.sharding.use_abstract_mesh(TPU):
+        calls = {
+            mf.delta_rule: (x, x, x, x[..., 0]),
+            mf.linear_attention: (x, x, x),
+            mf.softmax_attention: (x, x, x),
+            mf.deltaformer: (x, x, x),
+        }
+        for op, arrays in calls.items():
+            with pytest.raises(NotImplementedError, match="implementation='recurrent' has higher derivatives"):
+                curvature(op, arrays, "pallas")
+        for op in (mf.delta_rule, mf.linear_attention):
+            assert curvature(op, calls[op], None).shape == x.shape
 
 
 def test_tuning_fits():

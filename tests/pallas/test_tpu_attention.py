@@ -3,6 +3,8 @@
 The shared suite of the ops runs with implementation="pallas"; other cases are compared with the recurrence.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.interpreter import interpreted
 from tests.numeric import FORWARD, GRADIENT, assert_close, relative_rms
 from tests.ops import test_ops as suite
-from tests.pallas.test_tpu import exported, interpreter, keys
+from tests.pallas.test_tpu import exported, interpreter, keys, spoil_padding
 
 __all__ = ["interpreter"]
 
@@ -24,9 +26,14 @@ CASES = [("deltaformer_linear_softmax", "bfloat16", 32), ("softmax_attention", "
 
 @pytest.mark.parametrize(("name", "dtype", "chunk_size"), CASES, ids=[case[0] for case in CASES])
 def test_packed_against_oracle(name, dtype, chunk_size, interpreter):
-    arrays, state = suite.inputs(name)
-    arrays, state = suite.cast(arrays, dtype), suite.cast(state, "float32")
-    got, _ = suite.evaluate(name, "pallas", arrays, state, suite.packed_ids()[0], chunk_size=chunk_size)
+    """Padding and the slots of the cache that no query sees hold NaN (infinity in bfloat16)."""
+    (arrays, state), ids = suite.inputs(name), suite.packed_ids()[0]
+    value = np.inf if dtype == "bfloat16" else np.nan
+    seen = state.valid[:, :, None, None]
+    fields = {field: np.where(seen, getattr(state, field), value) for field in ("k", "v", "u") if hasattr(state, field)}
+    arrays = suite.cast(spoil_padding(arrays, ids, value), dtype)
+    state = suite.cast(dataclasses.replace(state, **fields), "float32")
+    got, _ = suite.evaluate(name, "pallas", arrays, state, ids, chunk_size=chunk_size)
     assert got["output"].dtype == jnp.dtype(dtype)
     suite.check(got, suite.oracle(name, dtype), dtype, name)
 
@@ -156,12 +163,13 @@ def test_mapped(interpreter):
         assert_close(jax.tree.map(lambda x, row=row: x[row], got), want, GRADIENT["float32"], f"row {row}")
 
 
-def test_split_over_devices(interpreter):
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_split_over_devices(kind, interpreter):
     """Under a mesh every device calls the kernels for its own shard of batch and heads; nothing is gathered."""
     arrays = given(16, heads=(4, 2))
     arrays = {name: jnp.concatenate([x, 2 * x]) if name in "qv" else jnp.repeat(x, 2, 0) for name, x in arrays.items()}
     want = both(arrays, "chunked")
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2, devices=jax.devices()[:4])
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), (kind,) * 2, devices=jax.devices()[:4])
     place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
     sharded = {name: jax.device_put(x, place) for name, x in arrays.items()}
     with jax.set_mesh(mesh):

@@ -176,8 +176,7 @@ def _write_sub_block(config: AttentionConfig, heads: list[_Head], done: list[lis
         earlier.append(split_bf16(u, config.value_passes))
         u = u.T
         head.u[rows] = u
-        place_in_span = tiles.block_slice(config, i, rows.start, config.sub_block)
-        head.past_u[place_in_span] = u.astype(head.past_u.dtype)
+        head.past_u[tiles.block_slice(config, i, rows.start, config.sub_block)] = u.astype(head.past_u.dtype)
 
 
 def _kernel(first_ref, *flat, config: AttentionConfig, names: tuple[str, ...], count: int):
@@ -307,16 +306,18 @@ def _solve_transposed(config: AttentionConfig, refs: BackwardRefs, i) -> None:
         place = SCALARS.index(name)
         return scalars[:, place : place + 1]
 
-    alpha, beta, lse, segment = (scalar(name) for name in ("alpha", "beta", "lse", "segment"))
+    beta, lse = scalar("beta"), scalar("lse")
     key = refs.key_scalars[0, 0, 0][:1] if config.segments else None
 
+    def mask_of(rows):
+        columns = slice(0, rows.stop)
+        mask = tiles.diagonal_mask(config, rows, columns)
+        return mask if key is None else tiles.mask_segments(mask, scalar("segment")[rows], key[:, columns])
+
     def weigh_and_invert(rows):
-        prefix = slice(0, rows.stop)
-        scores = product(refs.q[0, 0, at][rows], refs.k[0, 0, prefix], "nt", config.passes) * config.factor
+        scores = product(refs.q[0, 0, at][rows], refs.k[0, 0, : rows.stop], "nt", config.passes) * config.factor
         yield
-        mask = tiles.diagonal_mask(config, rows, prefix)
-        mask = mask if key is None else tiles.mask_segments(mask, segment[rows], key[:, prefix])
-        a = beta[rows] * tiles.attention_weights(config, scores, mask, lse[rows])
+        a = beta[rows] * tiles.attention_weights(config, scores, mask_of(rows), lse[rows])
         return a, (yield from _inverse_minus_identity([a[:, rows]], config.solve_passes))[0]
 
     parts = interleave([weigh_and_invert(rows) for rows in config.sub_blocks])
@@ -330,7 +331,7 @@ def _solve_transposed(config: AttentionConfig, refs: BackwardRefs, i) -> None:
     dp = jnp.concatenate(solved)
     refs.g[at] = dp.astype(refs.g.dtype)
     refs.dx[...] = dp
-    erased = alpha * refs.v[0, 0].astype(jnp.float32) - refs.x[0, 0]
+    erased = scalar("alpha") * refs.v[0, 0].astype(jnp.float32) - refs.x[0, 0]
     refs.delta[i] = tiles.to_row(-jnp.sum(dp * erased, axis=1, keepdims=True))
 
 
