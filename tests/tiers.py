@@ -5,12 +5,12 @@ import re
 # Files or folders of tests, and a pattern of the functions that are fast ("" takes all).
 FAST = {
     "core": "",
-    "ops/test_ops.py": "test_(packed_against|odd_lengths|two_calls|which_impl|bad_input)",
+    "ops/test_ops.py": "test_(packed_against|padding|odd_lengths|two_calls|which_impl|bad_input)",
     "ops/test_addressing.py": "",
     "ops/test_associative.py": "test_(segments|features)",
     "ops/test_softmax_attention.py": "test_(huge|window|errors)",
     "ops/test_deltaformer.py": "test_(linear_kernels|errors)",
-    "ops/test_recurrent_cells.py": "test_(equations|mistakes)",
+    "ops/test_recurrent_cells.py": "test_(equations|errors)",
     "pallas/test_platform.py": "test_(choice|an_interpreter)",
     "pallas/test_tpu.py": "test_(packed_against|tuning|what_is_saved)",
     "pallas/test_tpu_attention.py": "test_tuning",

@@ -63,9 +63,9 @@ def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6) -> Float[Array, "...
     top = lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
     # The reciprocal of more than 1e37 would not be a normal number.
     scale = 1 / jnp.where((top > LEAST) & (top < MOST), 1.0, jnp.clip(top, max(epsilon, LEAST), 1e37))
-    wide, epsilon = wide * scale, jnp.asarray(epsilon, wide.dtype) * scale
+    wide, small = wide * scale, jnp.asarray(epsilon, wide.dtype) * scale
     square = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide * lax.rsqrt(square + epsilon * epsilon)).astype(x.dtype)
+    return (wide * lax.rsqrt(square + small * small)).astype(x.dtype)
 
 
 def masked_softmax(scores: Float[Array, "... S"], mask: Bool[Array, "... S"]) -> Float[Array, "... S"]:

@@ -223,7 +223,7 @@ def _run(cell: Cell, gates: int, x, w_in, w_state, bias, bias_state, segment_ids
     arrays = (from_input, w_state, state_bias, *states)
     # Inside shard_map a gradient must vary over the same axes as its argument: mark weights that all devices share.
     arrays = tuple(vary_like(array, *arrays) for array in arrays)
-    scan = _scan_plain if in_forward_mode(arrays) else _scan_time
+    scan: Callable[..., States] = _scan_plain if in_forward_mode(arrays) else _scan_time
     outputs = scan(cell, x.dtype, precision, *arrays[:3], arrays[3:], _time_masks(segments))
     y = jnp.moveaxis(outputs[0], 0, 1)
     if segments is not None:

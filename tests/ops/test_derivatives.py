@@ -62,17 +62,17 @@ def test_tiles_refuse_the_gradient_of_a_gradient(name):
     x = jnp.asarray(point(), "float32")
     for function in (loss(name, "chunked"), jax.jit(loss(name, "chunked"))):
         with pytest.raises(NotImplementedError, match="no reverse mode of its gradient.*implementation='recurrent'"):
-            second(function, x)
-    assert np.all(np.isfinite(second(loss(name, "recurrent"), x)))
+            jax.eval_shape(functools.partial(second, function), x)
+    assert jax.eval_shape(functools.partial(second, loss(name, "recurrent")), x).shape == x.shape
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_other_implementations_refuse_forward_mode(name):
     x = jnp.asarray(point(), "float32")
     with pytest.raises(NotImplementedError, match="pallas form of .* has no forward mode; implementation='chunked' or"):
-        jax.jvp(loss(name, "pallas"), (x,), (x,))
+        jax.eval_shape(lambda x: jax.jvp(loss(name, "pallas"), (x,), (x,)), x)
     # None takes the next one that has it, under vmap too.
-    assert np.all(np.isfinite(jax.jacfwd(loss(name, None))(x)))
+    assert jax.eval_shape(jax.jacfwd(loss(name, None)), x).shape == x.shape
 
 
 def test_recurrent_cells_have_forward_mode():

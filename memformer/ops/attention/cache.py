@@ -252,9 +252,8 @@ def init_cache(
     check_choice("op", op, ("softmax_attention", "deltaformer"))
     sizes = {"batch": batch, "capacity": capacity, "groups": groups, "key_width": key_width, "value_width": value_width}
     batch, capacity, groups, key_width, value_width = (check_size(name, size) for name, size in sizes.items())
-    kind, value_dtype = KVCache, dtype
-    if op == "deltaformer":
-        kind, value_dtype = DeltaCache, accumulation_dtype(jnp.zeros((), dtype))
+    kind: type[Cache] = DeltaCache if op == "deltaformer" else KVCache
+    value_dtype = accumulation_dtype(jnp.zeros((), dtype)) if op == "deltaformer" else dtype
     k = jnp.zeros((batch, capacity, groups, key_width), dtype)
     values = jnp.zeros((batch, capacity, groups, value_width), value_dtype)
     return kind(k, values, jnp.zeros((batch, capacity), bool), jnp.int32(0), True)

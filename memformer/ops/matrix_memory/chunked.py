@@ -238,8 +238,7 @@ def _flatten(plan: ChunkScan, inputs: Inputs, index: Array | None):
     Groups are sliced in place: a scan over an axis of groups, or one more axis of size 1, makes the compiler copy
     every input first.
     """
-    writes = Inputs(1, plan.writes, plan.writes, plan.writes, 1)
-    pairs = zip(inputs, writes, strict=True)
+    pairs = zip(inputs, (1, plan.writes, plan.writes, plan.writes, 1), strict=True)
     flat = Inputs(*(None if x is None else pad_time(x.reshape(*x.shape[:2], -1), plan.tokens * n) for x, n in pairs))
     if index is None:
         return flat, None
