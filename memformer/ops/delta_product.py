@@ -53,7 +53,7 @@ def delta_product(
       The output in v's dtype, and the state in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError, NotImplementedError: see `memformer.ops`.
+      ValueError, NotImplementedError: see `memformer.ops`, also for derivatives that an implementation lacks.
 
     Source: arXiv 2502.10297 equation 4.
 

@@ -53,7 +53,7 @@ def delta_rule(
       The output in v's dtype, and the state in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError, NotImplementedError: see `memformer.ops`.
+      ValueError, NotImplementedError: see `memformer.ops`, also for derivatives that an implementation lacks.
 
     Source: DeltaNet, arXiv 2406.06484 equation 1; gated: 2412.06464 equation 10; per channel: 2510.26692.
 

@@ -40,7 +40,8 @@ def deltaformer(
 
     beta = 0 with a softmax read is softmax attention; both kernels linear with alpha = beta is the delta rule
     (scale 1). The write belongs to the keys: w, alpha, beta and u have G heads, only q has H. Memory is linear in T,
-    backward too: scores live one tile at a time and are recomputed for gradients.
+    backward too: scores live one tile at a time and are recomputed for gradients. The gradient of a gradient in reverse
+    mode needs implementation="recurrent"; see `memformer.ops` for all derivatives.
 
     The write solves a triangular system. With the kernels that do not normalise (linear, relu, exp, round) keep keys
     at unit length (`memformer.l2norm`) and beta in [0, 2]: with long keys u itself grows without bound.

@@ -55,7 +55,7 @@ def linear_attention(
       The output in v's dtype, and the state in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError, NotImplementedError: see `memformer.ops`.
+      ValueError, NotImplementedError: see `memformer.ops`, also for derivatives that an implementation lacks.
 
     Source: arXiv 2006.16236 equations 16 to 20; decay per head: 2307.08621 (RetNet), 2405.21060 (Mamba-2); per
     channel: 2312.06635 (GLA) equation 3.
