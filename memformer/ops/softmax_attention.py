@@ -41,8 +41,8 @@ def softmax_attention(
 
         o_t = sum_{i <= t} p_ti v_i;  p_ti = exp(scale q_t . k_i) / sum_{j <= t} exp(scale q_t . k_j)
 
-    Memory is linear in T, backward too: scores live one tile at a time and are recomputed for gradients. The gradient of
-    a gradient in reverse mode needs implementation="recurrent"; see `memformer.ops` for all derivatives.
+    Memory is linear in T, backward too: scores live one tile at a time and are recomputed for gradients. The gradient
+    of a gradient in reverse mode needs implementation="recurrent"; see `memformer.ops` for all derivatives.
 
     Args:
       q: queries; H is a multiple of G, and head h reads key/value head h // (H / G).
