@@ -205,7 +205,7 @@ def test_bad_settings_are_named(config, message):
 
 def test_training_carries_values_between_segments():
     """Two pairs and four questions: without a memory between segments the loss stays at log 16 = 2.77."""
-    steps, task = 150, Rewrite(length=2, queries=4)
+    steps, task = 125, Rewrite(length=2, queries=4)
     shape = {"type": "armt", "segment_length": task.segment_length, "width": 32, "heads": 2, "key_width": 16}
     config = default_config()
     config.optimizer.update({"learning_rate": 5e-3, "schedule": "constant", "warmup_steps": 20, "b2": 0.99})
@@ -218,8 +218,8 @@ def test_training_carries_values_between_segments():
     with mesh_scope(mesh):
         model = make_functional(make)
         state = init_state(model, tx, mesh, seed=0)
-        step = make_train_step(model, tx, schedule, mesh, {**config.train.to_dict(), "log_every": 50})
-        loader = make_loader(task, "train", batch_size=32, seed=0)
+        step = make_train_step(model, tx, schedule, mesh, {**config.train.to_dict(), "log_every": 25})
+        loader = make_loader(task, "train", batch_size=16, seed=0)
         for _ in range(steps):
             state, report = step(state, next(loader))
         loader.close()
