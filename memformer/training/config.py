@@ -267,7 +267,7 @@ def add_options(config: ml_collections.ConfigDict) -> set[str]:
     A locked config then accepts overrides of them. `drop_options` removes those that stayed unset.
     """
     model, added = config.model, set()
-    known = {("memory_options", name): known_options(name) for name in MEMORIES}
+    known: dict[tuple[str, ...], tuple[str, ...]] = {("memory_options", name): known_options(name) for name in MEMORIES}
     keys = tuple(dict.fromkeys(key for name in FEEDFORWARDS for key in feedforward_keys(name)))
     known[("feedforward_options",)] = keys
     with config.unlocked():

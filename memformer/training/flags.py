@@ -149,24 +149,28 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     The config is locked: an override of a key that it does not have is an error that names the known keys.
     `model.preset` replaces the sizes of the config file, and other overrides win over the preset.
     """
-    parser = flag_values["config"].parser if "config" in flag_values else _ConfigParser()
+    # eval.py has no such flag
+    found = flag_values["config"].parser if "config" in flag_values else None
+    parser = found if isinstance(found, _ConfigParser) else _ConfigParser()
     parser.reset()
     with report_errors():
         try:
             rest = flag_values(argv)
         except (flags.Error, AttributeError, KeyError, TypeError) as error:
-            raise _explain(error, argv, parser) from error
+            explained = _explain(error, argv, parser)
+            if explained is None:
+                raise
+            raise explained from error
         if parser.config is not None:
-            _finish(parser, config_flags.get_override_values(flag_values["config"]))
+            _finish(parser.config, parser, config_flags.get_override_values(flag_values["config"]))
     if "verbosity" in flag_values and flag_values["verbosity"].using_default_value:
         # the INFO messages of JAX and Orbax are for their developers; absl keeps a value that the user set
         flag_values["verbosity"].value, flag_values["verbosity"].using_default_value = logging.WARNING, False
     return rest
 
 
-def _finish(parser: _ConfigParser, overrides: dict[str, Any]) -> None:
-    """Applies the preset and removes the options that nobody set."""
-    config = parser.config
+def _finish(config: ml_collections.ConfigDict, parser: _ConfigParser, overrides: dict[str, Any]) -> None:
+    """Applies the preset and removes the options that were not set."""
     for key in ("task.name", "model.type"):
         if key in overrides:
             raise RunError(
@@ -178,21 +182,22 @@ def _finish(parser: _ConfigParser, overrides: dict[str, Any]) -> None:
     drop_options(config, parser.options - overrides.keys())
 
 
-def _explain(error: Exception, argv: Sequence[str], parser: _ConfigParser) -> Exception:
-    """The error of a command line as a sentence; any other error as it is."""
+def _explain(error: Exception, argv: Sequence[str], parser: _ConfigParser) -> RunError | None:
+    """The error of a command line as a sentence; None for a bug."""
     if isinstance(error.__context__, RunError):
         return error.__context__
     keys = [argument.lstrip("-").partition("=")[0] for argument in argv if argument.startswith("-")]
+    keys = [key.removeprefix("no") if key.startswith("noconfig.") else key for key in keys]
     overrides = [key.removeprefix("config.") for key in keys if key.startswith("config.")]
     if overrides and parser.config is None:
         return RunError(f"--config.{overrides[0]} needs --config=configs/NAME.py before it.")
     if not isinstance(error, flags.Error):
-        for key in overrides:
+        for key in overrides if parser.config is not None else ():
             message = unknown_key(parser.config, key)
             if message:
                 return RunError(message)
         if not isinstance(error, TypeError):
-            return error
+            return None
     reason = str(error).replace("=None: Flag --", ": --").replace("have a value other than None", "be given")
     return RunError(f"{reason} See {os.path.basename(argv[0])} --help.")
 
