@@ -191,13 +191,13 @@ def _explain(error: Exception, argv: Sequence[str], parser: _ConfigParser) -> Ru
     overrides = [key.removeprefix("config.") for key in keys if key.startswith("config.")]
     if overrides and parser.config is None:
         return RunError(f"--config.{overrides[0]} needs --config=configs/NAME.py before it.")
-    if not isinstance(error, flags.Error):
-        for key in overrides if parser.config is not None else ():
+    if parser.config is not None and not isinstance(error, flags.Error):
+        for key in overrides:
             message = unknown_key(parser.config, key)
             if message:
                 return RunError(message)
-        if not isinstance(error, TypeError):
-            return None
+    if not isinstance(error, (flags.Error, TypeError)):
+        return None
     reason = str(error).replace("=None: Flag --", ": --").replace("have a value other than None", "be given")
     return RunError(f"{reason} See {os.path.basename(argv[0])} --help.")
 
