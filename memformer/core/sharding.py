@@ -113,7 +113,7 @@ def explicit_mesh(arrays: list[Any]) -> Mesh | AbstractMesh | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.explicit_axes:
         return mesh
-    found = [x for x in arrays if jax.typeof(x).sharding.mesh.explicit_axes]
+    found = [x for x in arrays if isinstance(x, jax.Array) and jax.typeof(x).sharding.mesh.explicit_axes]
     # Outside of jit and without a mesh that is set, only an array itself knows the devices.
     devices = (x.sharding.mesh for x in found if not isinstance(x, jax.core.Tracer))
     return next(devices, jax.typeof(found[0]).sharding.mesh if found else None)
@@ -140,8 +140,10 @@ def _letters(annotation: Any, value: Any) -> Iterator[tuple[tuple[str, ...], Any
             for option in typing.get_args(annotation):
                 yield from _letters(option, value)
     elif typing.get_origin(annotation) is tuple:
-        for i, part in enumerate(typing.get_args(annotation)):
-            yield from _letters(part, None if value is None else value[i])
+        parts = typing.get_args(annotation)
+        if value is None or (isinstance(value, tuple) and len(value) == len(parts)):
+            for i, part in enumerate(parts):
+                yield from _letters(part, None if value is None else value[i])
     elif dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
         for name, part in annotation.__annotations__.items():
             yield from _letters(part, getattr(value, name, None))
