@@ -44,9 +44,14 @@ PEAKS = (
 
 def log(text: str) -> None:
     """Prints a line to the terminal; process 0 only."""
-    if jax.process_index() == 0:
+    if jax.process_index():
+        return
+    try:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
+    except OSError:
+        # the reader of a pipe is gone, or the disk of a redirected output is full: that must not end a run
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def peak_flops(device_kind: str) -> float | None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: the run stops after the current step, with a checkpoint."""
+"""SIGTERM, SIGHUP and Ctrl-C: the run stops after the current step, with a checkpoint."""
 
 import os
 import signal
@@ -11,7 +11,9 @@ __all__ = ["StopSignal"]
 
 
 class StopSignal:
-    """Context manager that notes SIGTERM and SIGINT; a second one ends the process at once.
+    """Context manager that notes SIGTERM, SIGINT and SIGHUP (unless ignored, as under nohup).
+
+    A second signal ends the process at once.
 
     With several processes a signal to any of them stops all after the same step.
     """
@@ -20,8 +22,9 @@ class StopSignal:
         self._number: int | None = None
         self._several = jax.process_count() > 1
         # JAX handles SIGTERM of one process of several
-        numbers = (signal.SIGINT,) if self._several else (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.getsignal(number) for number in numbers}
+        numbers = (signal.SIGINT, signal.SIGHUP) if self._several else (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+        before = {number: signal.getsignal(number) for number in numbers}
+        self._before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
 
     def __enter__(self) -> "StopSignal":
         for number in self._before:

@@ -1,8 +1,10 @@
 """The training loop in fast runs: files, exact resume, curriculum, early stop, steps that are not finite, errors."""
 
+import contextlib
 import json
 import os
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -86,8 +88,8 @@ def test_curriculum_climbs_at_the_log_after_its_goal(finished):
     assert lengths == [4, 8, 8, 8]
 
 
-@pytest.mark.parametrize("at", [2, 5])
-def test_resumed_run_has_the_bits_of_an_unbroken_one(finished, tmp_path, monkeypatch, at):
+@pytest.mark.parametrize(("at", "number"), [(2, signal.SIGTERM), (5, signal.SIGHUP)])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(finished, tmp_path, monkeypatch, at, number):
     config = small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8))
     folder = str(tmp_path)
     advance = loop.Trainer._advance
@@ -95,7 +97,7 @@ def test_resumed_run_has_the_bits_of_an_unbroken_one(finished, tmp_path, monkeyp
     def advance_and_ask_to_stop(self):
         advance(self)
         if self._step == at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(loop.Trainer, "_advance", advance_and_ask_to_stop)
     result = train(config, folder)
@@ -245,6 +247,22 @@ def test_the_first_log_has_no_time(tmp_path, capsys):
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/2")]
     assert shown and "nan" not in shown[0] and " ms" not in shown[0]
     assert read_records(os.path.join(tmp_path, "metrics.jsonl"))[0]["step_seconds"] is None
+
+
+def test_output_that_nobody_reads(monkeypatch):
+    """A closed pipe does not end a run."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        metrics.log("first")
+        metrics.log("second")
+        assert sys.stdout is not pipe
+        sys.stdout.close()
+        monkeypatch.undo()
+        # what is left in the buffer has no reader either
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
 
 
 def test_another_trainer_in_the_folder(finished):
