@@ -1,0 +1,32 @@
+"""Cumulative decays against float64 sums: tokens that forget everything, and many of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memformer.core.decay import cumulative_decay
+
+
+@pytest.mark.parametrize("strong", [-1e4, -1e7, -np.inf])
+def test_differences_next_to_a_strong_decay(strong):
+    decay = -np.random.default_rng(0).uniform(0.01, 3, 64).astype(np.float32)
+    decay[5] = strong
+    total = cumulative_decay(jnp.asarray(decay), axis=0)
+    got = total[-1:].since(total[6:])
+    want = np.cumsum(decay[:6:-1].astype(np.float64))[::-1]
+    np.testing.assert_allclose(got[:-1], want, atol=2e-6)
+    # exp of the gap over the strong token is 0 in float64 too.
+    assert np.exp(np.float64(total[6:7].since(total[4:5])[0])) == 0
+
+
+def test_whole_numbers_add_exactly():
+    decay = jnp.full(4096, -0.6).at[:3000].set(-jnp.inf)
+    total = cumulative_decay(decay, axis=0)
+    np.testing.assert_allclose(total[-1:].since(total[2999:3000]), [-0.6 * 1096], rtol=1e-6)
+
+
+def test_gradient_is_that_of_the_sum_and_0_where_everything_is_forgotten():
+    decay = jnp.asarray([-0.5, -jnp.inf, -1e7, -2.0])
+    gradient = jax.grad(lambda x: cumulative_decay(x, axis=0).total()[-1])(decay)
+    assert gradient.tolist() == [1.0, 0.0, 0.0, 1.0]
