@@ -50,6 +50,7 @@ def keep_shardings(function: F) -> F:
       function: a function whose arrays, cache and state types are annotated with letters, results included.
 
     Example:
+      >>> from memformer.core.types import Float
       >>> @keep_shardings
       ... def double(x: Float[Array, "B T"]) -> Float[Array, "B T"]:
       ...     return x + x
