@@ -41,6 +41,7 @@ from memformer.layers.recurrent import (
     RecurrentStack,
     RNNMemory,
 )
+from memformer.layers.sharding import auto_axes, on_auto_mesh, state_letters
 from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack
 from memformer.layers.table import memories_table
 from memformer.layers.transformer import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, visible_memory
@@ -90,6 +91,7 @@ __all__ = [
     "StepDecay",
     "SwiGLU",
     "TransformerShape",
+    "auto_axes",
     "build_memory",
     "build_stack",
     "check_memory",
@@ -103,9 +105,11 @@ __all__ = [
     "memories_table",
     "named",
     "next_position",
+    "on_auto_mesh",
     "rotate",
     "run_stack",
     "sinusoid",
+    "state_letters",
     "stochastic_keys",
     "visible_memory",
 ]

@@ -1,6 +1,6 @@
 """Gates of a memory: decays of the state, and write and erase strengths."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,9 @@ from flax import nnx
 
 from memformer.core.types import Array, Float
 from memformer.layers.basic import Dtypes, linear, named
+from memformer.layers.sharding import auto_axes
+
+LogDecay: TypeAlias = Float[Array, "B T H"] | Float[Array, "B T H K"]
 
 __all__ = ["DECAYS", "FixedDecay", "LogSigmoidDecay", "StepDecay", "SigmoidGate"]
 
@@ -28,6 +31,7 @@ class SigmoidGate(nnx.Module):
         self.limit = limit
         self.weights = linear(width, heads, ("embed", "heads"), dtypes=dtypes, rngs=rngs, bias=True, wide=True)
 
+    @auto_axes
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:
         """Values in (0, limit)."""
         return self.limit * nnx.sigmoid(self.weights(x))
@@ -69,7 +73,8 @@ class StepDecay(nnx.Module):
         self.bias = nnx.Param(named(_step_init, "heads")(rngs.params(), (size,), dtypes.param))
         self.heads, self.dtypes = heads, dtypes
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, Array]:
+    @auto_axes
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[LogDecay, LogDecay]:
         """Returns (log decay, step softplus(x W + b)): [B, T, H] or [B, T, H, K] both."""
         wide = self.dtypes.wide
         step = self.up(x if self.down is None else self.down(x))
@@ -102,8 +107,9 @@ class LogSigmoidDecay(nnx.Module):
         self.up = linear(rank, heads * key_width, (None, "heads"), bias=True, **same)
         self.heads = heads
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, None]:
-        """Returns (log decay [B, T, H, K], None)."""
+    @auto_axes
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H K"], None]:
+        """Returns (log decay, None)."""
         decay = nnx.log_sigmoid(self.up(self.down(x))) / 16
         return decay.reshape(*decay.shape[:2], self.heads, -1), None
 
@@ -118,8 +124,9 @@ class FixedDecay(nnx.Module):
         del width, key_width, rank, rngs
         self.heads, self.dtypes = heads, dtypes
 
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Array, None]:
-        """Returns (log decay [B, T, H], None)."""
+    @auto_axes
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H"], None]:
+        """Returns (log decay, None)."""
         head = jnp.arange(self.heads, dtype=self.dtypes.wide)
         decay = jnp.log1p(-(2.0 ** (-5 - head)))
         return jnp.broadcast_to(decay[None, None, :], (*x.shape[:2], self.heads)), None

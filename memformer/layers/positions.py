@@ -7,6 +7,7 @@ from jax import lax
 from memformer.core.segments import Segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, named
+from memformer.layers.sharding import auto_axes
 
 __all__ = ["LearnedPositions", "SinusoidalPositions", "count_positions", "next_position", "rotate", "sinusoid"]
 
@@ -102,6 +103,7 @@ class SinusoidalPositions(nnx.Module):
             raise ValueError(f"sinusoidal positions require an even width, got {width}")
         self.width = width
 
+    @auto_axes
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns x plus the encoding of each position."""
         return x + sinusoid(positions, self.width).astype(x.dtype)
@@ -114,6 +116,7 @@ class LearnedPositions(nnx.Module):
         init = named(nnx.initializers.normal(0.02), None, "embed")
         self.table = nnx.Param(init(rngs.params(), (length, width), dtypes.param))
 
+    @auto_axes
     def __call__(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Returns x plus the encoding of each position."""
         return x + jnp.take(self.table[...].astype(x.dtype), positions, axis=0)

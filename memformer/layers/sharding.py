@@ -153,7 +153,7 @@ def state_letters(state: Any) -> Any:
       >>> state_letters({"position": jnp.zeros(2)})
       {'position': 'B'}
     """
-    return jax.tree.map(lambda x: "" if x.ndim == 0 else "B S G K" if x.ndim == 4 else "B", state)
+    return jax.tree.map(lambda x: {0: "", 4: "B S G K"}.get(np.ndim(x), "B"), state)
 
 
 def _spec(letters: list[str], shape: tuple[int, ...], axes: dict[str, Any], mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -10,6 +10,7 @@ from memformer.core.checks import check_size
 from memformer.core.types import Array, Float
 from memformer.layers.basic import Dtypes, LayerNorm, linear, named, stochastic_keys
 from memformer.layers.positions import sinusoid
+from memformer.layers.sharding import auto_axes
 from memformer.layers.stack import TransformerShape
 from memformer.layers.transformer import EncoderBlock
 
@@ -86,6 +87,7 @@ class ConvGrid(nnx.Module):
             rngs=rngs,
         )
 
+    @auto_axes
     def __call__(self, picture: Float[Array, "B Y X 3"], key: Array | None = None) -> Float[Array, "B R C F"]:
         """The grid of a picture in [0, 1]; there is no dropout, so `key` has no effect."""
         x = (2 * picture - 1).astype(self.dtypes.compute)
@@ -124,6 +126,7 @@ class PatchGrid(nnx.Module):
         self.blocks = nnx.List([EncoderBlock(shape, rngs=rngs) for _ in range(depth)])
         self.norm = LayerNorm(shape.width, **same)
 
+    @auto_axes
     def __call__(self, picture: Float[Array, "B Y X 3"], key: Array | None = None) -> Float[Array, "B R C F"]:
         """The grid of a picture in [0, 1]; `key` is the random key of dropout, None disables it.
 

@@ -1,0 +1,98 @@
+"""Layers on an Explicit mesh of eight devices: values, gradients by inputs and parameters, shardings of results."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.core.segments import find_segments
+from memformer.layers import (
+    AdditiveAttention,
+    DecoderBlock,
+    Dtypes,
+    Embedding,
+    LayerNorm,
+    LearnedPositions,
+    MixtureOfExperts,
+    RecurrentStack,
+    RMSNorm,
+    ShortConvolution,
+    TransformerShape,
+    build_memory,
+)
+from tests.numeric import FORWARD, assert_close
+
+B, T, D = 4, 6, 8
+SAME = {"dtypes": Dtypes(), "rngs": nnx.Rngs(0)}
+IDS = jnp.array([[1, 1, 1, 2, 2, 0]] * B)
+RULES = (("embed", None), ("mlp", "tensor"), ("heads", "tensor"), ("vocab", "tensor"), ("experts", None))
+
+
+def attend(layer, x):
+    return layer(x[:, 0], x, layer.prepare(x))
+
+
+def decode(block, x):
+    """Two calls: the cache of the first is an argument of the second."""
+    _, state, _ = block(x[:, :3], block.start(x, capacity=T))
+    return block(x[:, 3:], state)
+
+
+# Module, its use, and the sharding of the first result.
+LAYERS = {
+    "packed delta rule": (
+        build_memory("gated_delta_rule", D, heads=2, rngs=nnx.Rngs(0)),
+        lambda layer, x: layer(x, segment_ids=IDS),
+        ("data",),
+    ),
+    "grouped attention": (
+        build_memory("softmax_attention", D, heads=4, options={"groups": 2}, rngs=nnx.Rngs(0)),
+        lambda layer, x: layer(x[:, 3:], state=layer(x[:, :3])[1]),
+        ("data",),
+    ),
+    "convolution": (
+        ShortConvolution(D, 3, **SAME),
+        lambda layer, x: layer(x, segments=find_segments(IDS, {})),
+        ("data", None, "tensor"),
+    ),
+    "experts": (MixtureOfExperts(D, experts=3, active=2, hidden=4, **SAME), lambda layer, x: layer(x), ("data",)),
+    "recurrent": (
+        RecurrentStack("lstm", D, 4, bidirectional=True, rngs=nnx.Rngs(0)),
+        lambda layer, x: layer(x, segment_ids=IDS),
+        ("data",),
+    ),
+    "additive attention": (AdditiveAttention(D, D, 4, **SAME), attend, ("data",)),
+    "decoder block": (DecoderBlock(TransformerShape(width=D, heads=2), rngs=nnx.Rngs(0)), decode, ("data",)),
+    "embedding": (
+        Embedding(D, D, **SAME),
+        lambda layer, x: layer.attend(layer(IDS) + x),
+        ("data", None, "tensor"),
+    ),
+    "positions": (LearnedPositions(D, 9, **SAME), lambda layer, x: layer(x, IDS), ("data",)),
+    "norms": (nnx.List([RMSNorm(D, **SAME), LayerNorm(D, **SAME)]), lambda norms, x: norms[0](norms[1](x)), ("data",)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_on_an_explicit_mesh(name):
+    layer, use, spec = LAYERS[name]
+    graph, parameters = nnx.split(layer)
+    x = jax.random.normal(jax.random.key(1), (B, T, D))
+
+    def run(parameters, x):
+        results = jax.tree.leaves(use(nnx.merge(graph, parameters), x))
+        return jnp.sum(jnp.sin(results[0])), results[0]
+
+    call = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))
+    gradients, want = call(parameters, x)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
+        placed = jax.device_put(parameters, nnx.get_named_sharding(parameters, mesh))
+        got_gradients, got = call(placed, jax.device_put(x, jax.P("data")))
+    assert_close(got, want, FORWARD["float32"])
+    # An absolute bound, because the gradient by a bias that all keys share is zero but for rounding.
+    for one, other in zip(jax.tree.leaves(got_gradients), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert got.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P(*spec)), got.ndim)
+    assert got_gradients[1].sharding.spec[0] == "data"
