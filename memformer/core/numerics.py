@@ -49,8 +49,8 @@ def matmul_precision(precision: str | lax.Precision | None, *arrays: Array) -> l
         ) from None
 
 
-def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6) -> Float[Array, "... K"]:
-    """Normalises vectors to unit length: x / sqrt(sum(x^2) + epsilon^2) over the last axis, in x's dtype.
+def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6, *, axis: int = -1) -> Float[Array, "... K"]:
+    """Normalises vectors to unit length: x / sqrt(sum(x^2) + epsilon^2) over one axis, in x's dtype.
 
     The sum is computed in float32, of scaled entries where their squares would overflow or underflow. The gradient is
     finite at x = 0, where the result is 0.
@@ -60,11 +60,11 @@ def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6) -> Float[Array, "...
       Array([0.6, 0.8], dtype=float32)
     """
     wide = x.astype(accumulation_dtype(x))
-    top = lax.stop_gradient(jnp.max(jnp.abs(wide), axis=-1, keepdims=True))
+    top = lax.stop_gradient(jnp.max(jnp.abs(wide), axis=axis, keepdims=True))
     # The reciprocal of more than 1e37 would not be a normal number.
     scale = 1 / jnp.where((top > LEAST) & (top < MOST), 1.0, jnp.clip(top, max(epsilon, LEAST), 1e37))
     wide, small = wide * scale, jnp.asarray(epsilon, wide.dtype) * scale
-    square = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    square = jnp.sum(wide * wide, axis=axis, keepdims=True)
     return (wide * lax.rsqrt(square + small * small)).astype(x.dtype)
 
 

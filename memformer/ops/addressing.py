@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from memformer.core.numerics import l2norm
 from memformer.core.sharding import keep_shardings
@@ -61,9 +60,8 @@ def content_weights(
       >>> content_weights(jnp.array([[[3.0, 0.0]]]), jnp.array([[100.0]]), memory)
       Array([[[1., 0.]]], dtype=float32)
     """
-    products = jnp.einsum("bhk,bks->bhs", l2norm(key) * strength[..., None], memory)
-    inverse_length = lax.rsqrt(jnp.sum(memory * memory, axis=1) + jnp.asarray(EPSILON**2, memory.dtype))
-    return jax.nn.softmax(products * inverse_length[:, None])
+    products = jnp.einsum("bhk,bks->bhs", l2norm(key), l2norm(memory, EPSILON, axis=1))
+    return jax.nn.softmax(strength[..., None] * products)
 
 
 @keep_shardings

@@ -119,6 +119,13 @@ def test_weights_of_zero_and_any_sharpness_are_finite(sharpness):
     assert all(np.isfinite(g).all() for g in jax.grad(first, (0, 1))(weights, jnp.array([[sharpness]])))
 
 
+def test_content_weights_of_any_length():
+    """A memory of entries near 1e20, whose squares overflow float32."""
+    key, memory = jnp.asarray([[[1.0, 0.0]]]), jnp.asarray([[[3.0, 0.0], [0.0, 4.0]]])
+    want = content_weights(key, jnp.ones((1, 1)), memory)
+    assert_close(content_weights(1e20 * key, jnp.ones((1, 1)), 1e20 * memory), want, FORWARD["float32"])
+
+
 def test_an_empty_memory_gives_uniform_content_weights():
     def total(key, memory):
         return jnp.sum(content_weights(key, jnp.full((1, 1), 3.0), memory) * jnp.arange(4.0)[None, None])
