@@ -13,6 +13,7 @@ from memformer.lab.study import Row, Table, percent
 from memformer.training.build import build_run
 from memformer.training.config import RunError, complete_config
 from memformer.training.evaluation import LoadedRun, load_run
+from memformer.training.folder import read_run_config, schedule_steps
 from memformer.training.loop import train
 from memformer.training.metrics import log, read_records
 
@@ -103,11 +104,12 @@ def train_runs(
 
 def _finished(path: str, config: Mapping[str, Any]) -> bool:
     """Whether a run with exactly this config has ended there."""
-    saved = os.path.join(path, "config.json")
-    if not os.path.exists(os.path.join(path, "result.json")) or not os.path.exists(saved):
+    saved = read_run_config(path)
+    if saved is None or not os.path.exists(os.path.join(path, "result.json")):
         return False
-    with open(saved, encoding="utf-8") as file:
-        return json.load(file) == json.loads(json.dumps(config))
+    # training fills in the horizon of the schedule
+    optimizer = {**config["optimizer"], "schedule_steps": schedule_steps(config, saved)}
+    return json.dumps(saved, sort_keys=True) == json.dumps({**config, "optimizer": optimizer}, sort_keys=True)
 
 
 def training_records(run: LoadedRun) -> list[dict[str, Any]]:
