@@ -55,25 +55,25 @@ def build_run(
     Raises:
       RunError: a config from which no run can be built.
     """
-    config = complete_config(config).to_dict()
-    validate(config)
+    plain: dict[str, Any] = complete_config(config).to_dict()
+    validate(plain)
     with run_errors("config.task"):
-        trained = make_task(config["task"])
-        config["task"] = {**config["task"], **trained.resolved}
+        trained = make_task(plain["task"])
+        plain["task"] = {**plain["task"], **trained.resolved}
     task = trained if task is None else task
-    mesh = make_mesh(config["mesh"], devices)
+    mesh = make_mesh(plain["mesh"], devices)
     sizes = {"vocab_size": trained.vocab_size, "num_classes": trained.num_classes, "features": trained.features}
-    settings = model_settings(config["model"])
+    settings = model_settings(plain["model"])
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
         return build_model(settings, **sizes, rngs=rngs)
 
     with run_errors("config.model"), mesh_scope(mesh):
         model = make_functional(build)
-    horizon = config["optimizer"]["schedule_steps"] or config["train"]["steps"]
-    config["optimizer"] = {**config["optimizer"], "schedule_steps": horizon}
-    tx, schedule = make_optimizer(config["optimizer"], horizon)
-    return Run(config, task, mesh, model, tx, schedule)
+    horizon = plain["optimizer"]["schedule_steps"] or plain["train"]["steps"]
+    plain["optimizer"] = {**plain["optimizer"], "schedule_steps": horizon}
+    tx, schedule = make_optimizer(plain["optimizer"], horizon)
+    return Run(plain, task, mesh, model, tx, schedule)
 
 
 def model_settings(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from memformer.training.metrics import log
 __all__ = ["LOCK", "run_lock"]
 
 LOCK = "lock.json"
-# An owner on another host shows that it is alive by changing the file every BEAT seconds; without a change for STALE
+# An owner elsewhere shows that it is alive by changing the file every BEAT seconds; without a change for STALE
 # seconds the lock is stale.
 BEAT = 10.0
 STALE = 60.0
@@ -32,8 +32,8 @@ def run_lock(folder: str) -> Iterator[None]:
     """Holds the lock of a run's folder, which exists.
 
     The processes of one run are one owner: process 0 takes the lock for all. The lock of a process that ended without
-    releasing it is stale, and is replaced: on the same host if no such process runs, on another host if its heartbeat
-    has stopped.
+    releasing it is stale, and is replaced: on this host (same boot and container) if no such process runs, elsewhere if
+    its heartbeat has stopped.
 
     Raises:
       RunError: another trainer uses the folder.
@@ -59,7 +59,7 @@ def run_lock(folder: str) -> Iterator[None]:
 class _Lock:
     def __init__(self, path: str):
         self.path = path
-        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "start": _start(os.getpid())}
+        self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": _start(os.getpid()), **_scope()}
         self.owner["since"] = time.strftime("%Y-%m-%d %H:%M:%S")
 
     def acquire(self) -> str | None:
@@ -149,8 +149,8 @@ class _Lock:
             return None
 
     def _alive(self, other: dict[str, Any]) -> bool:
-        if other.get("host") == self.owner["host"]:
-            return other.get("boot") == self.owner["boot"] and _start(other.get("pid")) == other.get("start")
+        if all(other.get(name) == self.owner[name] for name in ("host", "boot", "namespace")):
+            return _start(other.get("pid")) == other.get("start")
         first, end = self._pulse(), time.monotonic() + STALE
         log(
             f"{self.path} names process {other.get('pid')} on host {other.get('host')}; waiting up to {STALE:.0f} s to "
@@ -186,12 +186,13 @@ def _owner_in(path: str) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else None
 
 
-def _boot() -> str | None:
-    """Identifies the boot of this host; process ids of earlier boots mean nothing."""
-    try:
-        return epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
+def _scope() -> dict[str, str | None]:
+    """Identifies this boot and container: hosts may share a name, and process ids mean nothing elsewhere."""
+    scope: dict[str, str | None] = {"boot": None, "namespace": None}
+    with contextlib.suppress(OSError):
+        scope["boot"] = epath.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        scope["namespace"] = os.readlink("/proc/self/ns/pid")
+    return scope
 
 
 def _start(pid: Any) -> str | None:
