@@ -10,6 +10,7 @@ from flax.core import spmd
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
+from memformer.core.checks import check, check_number
 from memformer.core.types import Array, Float, Int
 from memformer.layers.sharding import auto_axes
 
@@ -19,6 +20,7 @@ __all__ = [
     "Embedding",
     "LayerNorm",
     "RMSNorm",
+    "check_rate",
     "constrain",
     "dropout",
     "linear",
@@ -198,6 +200,12 @@ class Embedding(nnx.Module):
         """Inner products with the embeddings of all tokens, in float32."""
         table = self.table[...].astype(self.dtypes.compute)
         return jnp.einsum("btd,vd->btv", x, table, preferred_element_type=self.dtypes.wide)
+
+
+def check_rate(name: str, rate: Any) -> float:
+    """Returns a dropout rate as a float; it must be a number in [0, 1)."""
+    check(0 <= check_number(name, rate) < 1, name, "in [0, 1)", rate)
+    return float(rate)
 
 
 def stochastic_keys(key: Array | None, count: int) -> Array | None:

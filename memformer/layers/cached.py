@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from memformer.core.checks import check_choice, check_groups, check_options
+from memformer.core.checks import check_choice, check_groups, check_options, check_positive
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.layers.base import MemoryLayer
 from memformer.layers.gates import SigmoidGate
@@ -39,7 +39,7 @@ class SoftmaxAttention(MemoryLayer):
         rngs: nnx.Rngs,
         **options: Any,
     ):
-        self.groups, self.window = check_groups(heads, groups), window
+        self.groups, self.window = check_groups(heads, groups), check_positive("window", window)
         counts = (heads, self.groups, self.groups)
         super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
 

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from flax.core import FrozenDict
 
-from memformer.core.checks import check, check_size
-from memformer.layers.basic import Dtypes
+from memformer.core.checks import check, check_choice, check_size
+from memformer.layers.basic import Dtypes, check_rate
 
 __all__ = ["BaseConfig"]
 
@@ -40,8 +40,7 @@ class BaseConfig:
             object.__setattr__(self, field.name, _normalize(field, getattr(self, field.name)))
         object.__setattr__(self, "dtype", self.dtypes.compute.name)
         object.__setattr__(self, "param_dtype", self.dtypes.param.name)
-        rate = getattr(self, "dropout", 0.0)
-        check(0 <= rate < 1, "dropout", "in [0, 1)", rate)
+        check_rate("dropout", getattr(self, "dropout", 0.0))
 
     @property
     def dtypes(self) -> Dtypes:
@@ -61,7 +60,10 @@ def _normalize(field: dataclasses.Field, value: Any) -> Any:
     choices = typing.get_args(field.type) or (field.type,)
     if type(None) in choices and isinstance(value, str) and value == "none":
         return None
-    return _freeze(value)
+    value = _freeze(value)
+    if field.type is bool:
+        check_choice(field.name, value, (False, True))
+    return value
 
 
 def _freeze(value: Any) -> Any:

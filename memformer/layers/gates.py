@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from memformer.core.checks import check_number
 from memformer.core.types import Array, Float
 from memformer.layers.basic import Dtypes, linear, named
 from memformer.layers.sharding import auto_axes
@@ -25,10 +26,13 @@ class SigmoidGate(nnx.Module):
         state tracking requires (arXiv 2411.12537).
       dtypes: the dtype policy.
       rngs: random streams.
+
+    Raises:
+      ValueError: a limit that is not a finite number above 0.
     """
 
     def __init__(self, width: int, heads: int, limit: float, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        self.limit = limit
+        self.limit = check_number("limit", limit, above=0)
         self.weights = linear(width, heads, ("embed", "heads"), dtypes=dtypes, rngs=rngs, bias=True, wide=True)
 
     @auto_axes

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_choice, check_groups, check_size
+from memformer.core.checks import check_choice, check_groups, check_positive, check_size
 from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import named
 from memformer.layers.gates import DECAYS, SigmoidGate
@@ -25,6 +25,7 @@ FEATURE_MAPS = {
 def _build_decay(decay: str | None, layer: MemoryLayer, rank: int | None, rngs: nnx.Rngs) -> Any:
     """Builds the decay module of a layer by name; None for no decay."""
     check_choice("decay", decay, (None, *DECAYS))
+    rank = check_positive("decay_rank", rank)
     if decay is None:
         return nnx.data(None)
     return DECAYS[decay](layer.width, layer.heads, layer.key_width, rank, dtypes=layer.dtypes, rngs=rngs)

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check, check_array, check_choice, check_size
+from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.types import Array, Float, Int
-from memformer.layers.basic import Dtypes, constrain, dropout, linear, named, stochastic_keys
+from memformer.layers.basic import Dtypes, check_rate, constrain, dropout, linear, named, stochastic_keys
 from memformer.layers.sharding import auto_axes, state_letters
 from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn
 
@@ -220,8 +220,7 @@ class RecurrentStack(nnx.Module):
     ):
         check_choice("kind", kind, tuple(CELLS))
         layers, width = check_size("layers", layers), check_size("width", width)
-        check(0 <= dropout < 1, "dropout", "in [0, 1)", dropout)
-        self.bidirectional, self.dropout = bidirectional, dropout
+        self.bidirectional, self.dropout = bidirectional, check_rate("dropout", dropout)
         self.out_features = width * (2 if bidirectional else 1)
         sizes = [in_features] + [self.out_features] * (layers - 1)
 

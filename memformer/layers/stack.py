@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check, check_choice, check_positive
+from memformer.core.checks import check_choice, check_number, check_positive
 from memformer.core.types import Array
 from memformer.layers.basic import LayerNorm
 from memformer.layers.config import BaseConfig
@@ -62,7 +62,7 @@ class TransformerShape(BaseConfig):
         check_choice("activation", self.activation, tuple(ACTIVATIONS))
         check_choice("norm_place", self.norm_place, NORM_PLACES)
         check_choice("positions", self.positions, PLACES)
-        check(self.norm_epsilon > 0, "norm_epsilon", "above 0", self.norm_epsilon)
+        check_number("norm_epsilon", self.norm_epsilon, above=0)
 
     @property
     def key_width(self) -> int:

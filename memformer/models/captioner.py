@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check, check_array, check_choice, check_size
+from memformer.core.checks import check_array, check_choice, check_number, check_size
 from memformer.core.segments import Segments, find_segments
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.additive import AdditiveAttention
@@ -67,7 +67,7 @@ class CaptionerConfig(BaseConfig):
         check_choice("decoder", self.decoder, ("lstm", "transformer"))
         check_choice("grid", self.grid, ("conv", "patches"))
         self.check_sizes("patch", "encoder_depth", "width", "depth", "heads")
-        check(self.doubly_stochastic >= 0, "doubly_stochastic", "at least 0 (0 is none)", self.doubly_stochastic)
+        check_number("doubly_stochastic", self.doubly_stochastic, at_least=0)
 
     @property
     def blocks(self) -> TransformerShape:

@@ -138,6 +138,7 @@ class MemoryLM(nnx.Module):
         Raises:
           ValueError: a batch or capacity that is not a positive integer, or a capacity above the learned positions.
         """
+        batch, capacity = check_size("batch", batch), check_size("capacity", capacity)
         if self.config.positions == "learned" and capacity > self.config.max_length:
             raise ValueError(f"capacity must be at most max_length = {self.config.max_length}, got {capacity}")
         states = tuple(block.memory.init_state(batch, capacity, dtype) for block in self.blocks)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check, check_array, check_choice, check_size
+from memformer.core.checks import check_array, check_choice, check_number, check_size
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import linear, named
@@ -66,7 +66,8 @@ class NTMConfig(BaseConfig):
         check_choice("controller", self.controller, CONTROLLERS)
         self.check_sizes("width", "slots", "slot_width", "read_heads", "write_heads")
         check_choice("initial_focus", self.initial_focus, ("first", "learned"))
-        check(self.clip > 0, "clip", "above 0", self.clip)
+        check_number("clip", self.clip, above=0)
+        check_number("initial_slots", self.initial_slots)
 
     @property
     def heads(self) -> int:

@@ -12,7 +12,7 @@ from flax import nnx
 from flax.core import FrozenDict
 from jax import lax
 
-from memformer.core.checks import check_array, check_choice, check_size
+from memformer.core.checks import check_array, check_size
 from memformer.core.segments import chunk_time, find_segments, unchunk_time
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.layers.base import State
@@ -107,7 +107,6 @@ class ARMTConfig(RMTConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_sizes("key_width")
-        check_choice("correction", self.correction, (False, True))
 
 
 class AssociativeLayer(nnx.Module):

@@ -144,6 +144,26 @@ def test_kernels_are_given_by_name_or_by_fields():
     assert (layer.write_kernel, layer.read_kernel) == (Kernel("round", decimals=2), Kernel("relu"))
 
 
+NUMPY = {
+    "softmax_attention": {"groups": np.int64(1), "window": np.int32(3)},
+    "gla": {"decay_rank": np.int64(4), "conv_width": np.int64(2)},
+    "delta_product": {"steps": np.int16(2), "beta_limit": np.float32(2.0)},
+    "deltaformer": {"groups": np.int64(2), "beta_limit": np.float64(1.0)},
+}
+
+
+@pytest.mark.parametrize("name", NUMPY)
+def test_sizes_may_be_numpy_scalars(name):
+    options = {key: value.item() for key, value in NUMPY[name].items()}
+    layers = [
+        build_memory(name, width, heads=heads, key_width=keys, options=options, rngs=nnx.Rngs(0))
+        for width, heads, keys, options in [(8, 2, 4, options), (np.int64(8), np.int64(2), np.int32(4), NUMPY[name])]
+    ]
+    graphs, parameters = zip(*(nnx.split(layer) for layer in layers), strict=True)
+    assert hash(graphs[0]) == hash(graphs[1]) and graphs[0] == graphs[1]
+    assert jax.tree.map(jnp.shape, parameters[0]) == jax.tree.map(jnp.shape, parameters[1])
+
+
 # Options of a memory, and the error message.
 MISTAKES = {
     "unknown memory": ("delta", {}, "memory must be one of 'softmax_attention', .* got 'delta'"),
@@ -159,6 +179,8 @@ MISTAKES = {
     "groups": ("softmax_attention", {"groups": 3}, "groups must divide heads, got groups = 3 and heads = 2"),
     "rotary": ("softmax_attention", {"heads": 8}, "rotary positions require an even key_width, got 1"),
     "decay": ("delta_rule", {"decay": "fast"}, "decay must be one of None, 'step', .* got 'fast'"),
+    "decay_rank": ("gla", {"decay_rank": 0}, "decay_rank must be a positive integer or None, got 0"),
+    "beta_limit": ("delta_rule", {"beta_limit": -1}, "limit must be a finite number above 0, got -1"),
     "normalize": ("gla", {"normalize": True}, "normalize requires a positive feature_map"),
     "discretize": ("gla", {"discretize": True}, "discretize requires decay 'step'"),
     "feature map": ("gla", {"feature_map": "tanh"}, "feature_map must be one of 'identity', .* got 'tanh'"),

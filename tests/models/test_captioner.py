@@ -300,7 +300,7 @@ CONFIGS = [
     ({"grid": "vgg"}, "grid must be one of 'conv', 'patches', got 'vgg'"),
     ({"width": 0}, "width must be a positive integer, got 0"),
     ({"dropout": 1.0}, "dropout must be in"),
-    ({"doubly_stochastic": -1}, "doubly_stochastic must be at least 0"),
+    ({"doubly_stochastic": -1}, "doubly_stochastic must be a finite number of at least 0"),
     ({"channels": (8, 10)}, "the last of channels must be a multiple of 4"),
     ({"channels": ()}, "channels must have at least one entry"),
     ({"grid": "patches", "width": 6, "heads": 2}, "width must be a multiple of 4"),

@@ -266,7 +266,8 @@ def test_configs_are_hashable_and_normalised():
         memory_options=FrozenDict({"gla": FrozenDict({"decay_rank": 4})}),
         memory=("gla",),
         width=np.int64(8),
-        depth=np.int32(2),
+        depth=jnp.int32(2),
+        dropout=np.float32(0),
         dtype=jnp.float32,
     )
     assert hash(plain) == hash(dataclasses.replace(other, memory="gla")) and type(other.width) is int
@@ -304,6 +305,8 @@ MISTAKES = {
     "positions": ({"positions": "rotary"}, "positions must be one of None, 'learned', 'sinusoidal', got 'rotary'"),
     "norm": ({"norm": "batch"}, "norm must be one of 'rms', 'layer', got 'batch'"),
     "remat": ({"remat": "some"}, "remat must be one of None, 'full', .* got 'some'"),
+    "switch": ({"scan_layers": "no"}, "scan_layers must be one of False, True, got 'no'"),
+    "dropout as text": ({"dropout": "0.1"}, "dropout must be a finite number, got '0.1'"),
     "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     "dtype": ({"dtype": "int8"}, "dtype must be a floating dtype .* got 'int8'"),
     "tied": ({"tie_embeddings": True, "num_classes": 3}, "tie_embeddings requires ids in and the same ids out"),

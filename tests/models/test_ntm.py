@@ -186,7 +186,7 @@ def test_a_trained_memory_may_have_more_slots():
         ({"slots": 0}, "slots must be a positive integer, got 0"),
         ({"write_heads": True}, "write_heads must be a positive integer, got True"),
         ({"initial_focus": "last"}, "initial_focus must be one of 'first', 'learned', got 'last'"),
-        ({"clip": 0.0}, "clip must be above 0, got 0.0"),
+        ({"clip": 0.0}, "clip must be a finite number above 0, got 0.0"),
         ({"dtype": "int8"}, "dtype must be a floating dtype"),
         ({"head": 2}, "model 'ntm' has no key 'head'; known keys: controller, "),
     ],
