@@ -71,7 +71,7 @@ def _class_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
     top = jnp.max(logits, axis=-1, keepdims=True)
     # the lowest class index that attains the maximum, like argmax
     winner = jnp.min(jnp.where(logits == top, classes, jnp.iinfo(targets.dtype).max), axis=-1)
-    return _normaliser(logits) - picked, (winner != targets).astype(jnp.float32)
+    return _logsumexp(logits) - picked, (winner != targets).astype(jnp.float32)
 
 
 def _bit_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
@@ -80,7 +80,7 @@ def _bit_losses(logits: Array, targets: Array) -> tuple[Array, Array]:
     return jnp.sum(losses, axis=-1), jnp.sum(wrong.astype(jnp.float32), axis=-1)
 
 
-def _normaliser(logits: Array) -> Array:
+def _logsumexp(logits: Array) -> Array:
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     return jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
 
@@ -96,7 +96,7 @@ def smoothing_loss(logits: Float[Array, "B T vocab"], weights: Float[Array, "B T
       2.773
     """
     logits, weights = logits.astype(jnp.float32), weights.astype(jnp.float32)
-    losses = _normaliser(logits) - jnp.mean(logits, axis=-1)
+    losses = _logsumexp(logits) - jnp.mean(logits, axis=-1)
     return jnp.sum(jnp.where(weights > 0, losses, jnp.float32(0)) * weights)
 
 
