@@ -138,7 +138,7 @@ def _annotated(annotation: Any, value: Any, module: Any) -> Iterator[tuple[str, 
             for item in value.values():
                 yield from _annotated(typing.get_args(option)[1], item, module)
             return
-        if hasattr(option, "_fields"):
+        if hasattr(option, "_fields") and isinstance(value, option):
             for name, part in option.__annotations__.items():
                 yield from _annotated(part, getattr(value, name), module)
             return

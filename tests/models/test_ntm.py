@@ -75,10 +75,10 @@ def in_numpy(model, x):
             i, f, g, o = np.split(x[t] @ p["x"] + p["x0"] + np.concatenate([reads, h]) @ p["r"], 4)
             c = sigmoid(f + 1) * c + sigmoid(i) * np.tanh(g)
             h = sigmoid(o) * np.tanh(c)
-        told = np.clip(h @ p["h"] + p["h0"], -20, 20)
-        keys, told = np.tanh(told[: heads * width]).reshape(heads, width), told[heads * width :]
-        scalars, told = told[: heads * 6].reshape(heads, 6), told[heads * 6 :]
-        erases, adds = np.split(told.reshape(-1, width), 2)
+        rest = np.clip(h @ p["h"] + p["h0"], -20, 20)
+        keys, rest = np.tanh(rest[: heads * width]).reshape(heads, width), rest[heads * width :]
+        scalars, rest = rest[: heads * 6].reshape(heads, 6), rest[heads * 6 :]
+        erases, adds = np.split(rest.reshape(-1, width), 2)
         after = []
         for head in range(heads):
             beta, gate, shift = (
