@@ -13,6 +13,7 @@ factor per step at initialisation:
 then the same after training on delayed recall: a symbol, `delay` distractors, and the question for it.
 """
 
+import bisect
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -152,6 +153,7 @@ def _model(name: str, width: int, seed: int) -> nnx.Module:
     return build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(seed))
 
 
+@functools.cache
 def width_for(name: str) -> int:
     """The largest width, in steps of 2 per head, at which a model of this memory has no more than 20,000 parameters.
 
@@ -164,8 +166,8 @@ def width_for(name: str) -> int:
         shapes = jax.eval_shape(lambda: nnx.split(_model(name, width, 0))[1])
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
 
-    step = 2 * HEADS
-    return next(width for width in range(256, step, -step) if size(width) <= PARAMETERS)
+    widths = range(4 * HEADS, 257, 2 * HEADS)
+    return widths[bisect.bisect_right(widths, PARAMETERS, key=size) - 1]
 
 
 def train_recall(name: str, longest: int, *, steps: int, seed: int = 0) -> tuple[Any, Any, np.ndarray]:

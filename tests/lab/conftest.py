@@ -1,5 +1,6 @@
-"""The quick version of a study, measured without writing files."""
+"""The quick version of a study, measured without writing files; training on one device."""
 
+import jax
 import pytest
 
 from memformer.lab import STUDIES
@@ -16,3 +17,18 @@ def measure_quickly():
         return result
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def one_device():
+    """A context in which JAX has one device: a tiny run is slower, and compiles longer, on eight."""
+
+    class OneDevice:
+        def __enter__(self):
+            self.patch, device = pytest.MonkeyPatch(), jax.devices()[:1]
+            self.patch.setattr(jax, "devices", lambda *_: device)
+
+        def __exit__(self, *_):
+            self.patch.undo()
+
+    return OneDevice

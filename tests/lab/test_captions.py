@@ -2,7 +2,6 @@
 
 import os
 
-import jax
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ BLIND = (0.75 * (2 * np.log(24) + np.log(4)) + 0.25 * np.log(24) + 0.56) / (0.75
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, one_device):
     folder = str(tmp_path_factory.mktemp("runs") / "captions")
     config = default_config("captioner")
     config.task = {"name": "captions", "size": 16, "length": 9, "pictures": "shapes", "folder": ""}
@@ -28,9 +27,7 @@ def run(tmp_path_factory):
     config.optimizer.update({"learning_rate": 5e-3, "warmup_steps": 20})
     config.train.update({"steps": 300, "batch_size": 32, "log_every": 100, "eval_every": 0, "eval_batches": 4})
     config.train.update({"final_batches": 4, "tensorboard": False, "checkpoint_every": 0})
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: devices)
+    with one_device():
         train(config, folder)
         return load_run(folder)
 

@@ -31,7 +31,12 @@ def test_an_unknown_key_is_named(key):
         make_config({key: 1})
 
 
-def test_a_finished_run_is_read_and_a_fresh_one_trained_again(tmp_path):
+def test_a_finished_run_is_read_and_a_fresh_one_trained_again(tmp_path, one_device):
+    with one_device():
+        check_runs(tmp_path)
+
+
+def check_runs(tmp_path):
     folder = str(tmp_path / "runs")
     rows = {"one": {}, "two": {"seed": 1}}
     first, earlier = train_runs(folder, rows, base=BASE)

@@ -1,6 +1,5 @@
 """Translation from end to end: a small run on kept verses learns them, and the study measures it."""
 
-import jax
 import pytest
 
 from memformer.lab import STUDIES
@@ -14,16 +13,7 @@ STEPS, LOSS = 50, 1.5
 
 
 @pytest.fixture(scope="module")
-def alone():
-    """One of the virtual devices: a small run is slower over eight."""
-    devices = jax.devices()[:1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *_: devices)
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, alone):
+def run(tmp_path_factory, one_device):
     folder = tmp_path_factory.mktemp("runs") / "translation-attention"
     config = default_config("seq2seq")
     config.task = {"name": "translation", "corpus": "slice", "length": 24, "vocab_size": 1000, "folder": ""}
@@ -31,7 +21,8 @@ def run(tmp_path_factory, alone):
     config.optimizer.learning_rate = 1e-2
     config.train.update({"steps": STEPS, "batch_size": 16, "eval_every": 0, "eval_batches": 1, "checkpoint_every": 0})
     config.train.update({"final_batches": 1, "tensorboard": False, "progress": False})
-    train(config.to_dict(), str(folder))
+    with one_device():
+        train(config.to_dict(), str(folder))
     return str(folder)
 
 
@@ -41,9 +32,11 @@ def test_a_small_run_learns_its_verses(run):
     assert losses[0] > 4.5 and losses[-1] < LOSS, losses
 
 
-def test_the_study_of_a_run(run):
+def test_the_study_of_a_run(run, one_device):
     pytest.importorskip("sacrebleu", reason="sacrebleu (the extra test) is not installed")
-    runs, study = {"attention": load_run(run)}, STUDIES["translation"]
+    study = STUDIES["translation"]
+    with one_device():
+        runs = {"attention": load_run(run)}
     result = study.measure(runs, {})
     whole, rows = result.rows(), result.rows(1)
     (one,) = runs.values()
