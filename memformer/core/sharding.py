@@ -116,7 +116,7 @@ def explicit_mesh(arrays: list[Any]) -> Mesh | AbstractMesh | None:
         return mesh
     found = [x for x in arrays if isinstance(x, jax.Array) and jax.typeof(x).sharding.mesh.explicit_axes]
     # Outside of jit and without a mesh that is set, only an array itself knows the devices.
-    devices = (x.sharding.mesh for x in found if not isinstance(x, jax.core.Tracer))
+    devices = (typing.cast(NamedSharding, x.sharding).mesh for x in found if not isinstance(x, jax.core.Tracer))
     return next(devices, jax.typeof(found[0]).sharding.mesh if found else None)
 
 

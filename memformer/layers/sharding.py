@@ -92,8 +92,9 @@ def on_auto_mesh(tree: Any) -> Iterator[Any]:
 
     def place(x: Any) -> Any:
         sharding = getattr(x, "sharding", None)
-        on_mesh = isinstance(sharding, NamedSharding) and sharding.mesh == mesh
-        return jax.device_put(x, NamedSharding(auto, sharding.spec)) if on_mesh else x
+        if isinstance(sharding, NamedSharding) and sharding.mesh == mesh:
+            return jax.device_put(x, NamedSharding(auto, sharding.spec))
+        return x
 
     with jax.set_mesh(auto):
         yield jax.tree.map(place, tree)

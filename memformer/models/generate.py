@@ -153,10 +153,11 @@ def generate(
         raise ValueError(f"prompts must have ids in [0, {model.vocab_size}), got {ids.min()} to {ids.max()}")
     graph, parameters = nnx.split(model)
     # Rows lie on the devices that the prompts lie on.
-    rows = PartitionSpec(*prompts.sharding.spec[:1]) if _on_mesh(prompts) else PartitionSpec()
+    placed = _mesh_sharding(prompts)
+    rows = PartitionSpec(*placed.spec[:1]) if placed else PartitionSpec()
     with on_auto_mesh((parameters, prompts)) as (parameters, prompts):
-        if _on_mesh(prompts):
-            ids, segments = jax.device_put((ids, segments), NamedSharding(prompts.sharding.mesh, rows))
+        if placed := _mesh_sharding(prompts):
+            ids, segments = jax.device_put((ids, segments), NamedSharding(placed.mesh, rows))
         key = jax.random.key(0) if key is None else key
         # The last new token is never read by the model.
         logits, state = _prefill(graph, parameters, ids, segments, ids.shape[1] + count - 1)
@@ -164,8 +165,9 @@ def generate(
     return np.asarray(tokens)
 
 
-def _on_mesh(x: Any) -> bool:
-    return isinstance(getattr(x, "sharding", None), NamedSharding)
+def _mesh_sharding(x: Any) -> NamedSharding | None:
+    sharding = getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, NamedSharding) else None
 
 
 def _check_model(model: Any) -> None:

@@ -301,7 +301,8 @@ def _make_features(plan: ChunkScan, inputs: Inputs, masks: Masks | None) -> Feat
     qk, kk = decayed_scores(q, k, decay, None if masks is None else masks.same, erases, plan.precision)
     decay_in = decay_out = chunk_decay = None
     if decay is not None:
-        decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(decay[..., -1:, :].since(decay))
+        end: Any = decay[..., -1:, :]
+        decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(end.since(decay))
         chunk_decay = _transpose(decay_in[..., -1:, :])
     if masks is not None:
         pairs = zip(masks[1:], (decay_in, decay_out, chunk_decay), strict=True)
