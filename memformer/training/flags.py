@@ -96,6 +96,10 @@ def read_config(argument: str) -> ml_collections.ConfigDict:
     expected = "--config must name a Python file that defines get_config(), such as configs/swap.py"
     if not os.path.isfile(path):
         raise RunError(f"{expected}; there is no file {path!r}.")
+    with open(path, encoding="utf-8", errors="replace") as file:
+        # do not run another kind of script
+        if "get_config" not in file.read():
+            raise RunError(f"{expected}; {path} does not define it.")
     spec = importlib.util.spec_from_loader("run_config", importlib.machinery.SourceFileLoader("run_config", path))
     if spec is None or spec.loader is None:
         raise RunError(f"{expected}, got {path!r}.")

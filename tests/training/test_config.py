@@ -188,7 +188,7 @@ def test_command_line_that_cannot_be_used(monkeypatch, tmp_path, capsys):
     path.write_text(CONFIG_FILE)
     (tmp_path / "empty.py").write_text("x = 1\n")
     (tmp_path / "bad.py").write_text(
-        "from memformer.training.config import default_config\n\ndefault_config().stpes = 1\n"
+        "from memformer.training.config import default_config\n\n\ndef get_config():\n    default_config().stpes = 1\n"
     )
     (tmp_path / "text.py").write_text("get_config = dict\n")
     cases = [
@@ -206,7 +206,7 @@ def test_command_line_that_cannot_be_used(monkeypatch, tmp_path, capsys):
         ([f"--config={tmp_path}/none.py"], "there is no file"),
         ([f"--config={tmp_path}"], "there is no file"),
         ([f"--config={tmp_path}/empty.py"], "empty.py does not define it"),
-        ([f"--config={tmp_path}/bad.py"], "bad.py, line 3: AttributeError.*stpes"),
+        ([f"--config={tmp_path}/bad.py"], "bad.py, line 5: AttributeError.*stpes"),
         ([f"--config={tmp_path}/text.py"], "must return the config of default_config"),
         (["--config=configs/copy.py:nosuch"], "has no variant 'nosuch'.*ntm, ntm_feedforward, lstm"),
         (["--config=configs/copy.py:ntn"], "did you mean ntm"),
