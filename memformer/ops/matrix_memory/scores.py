@@ -1,8 +1,8 @@
 """Decayed inner products inside a chunk: sum_k q_rk k_ik exp(G_rk - G_ik), never with a positive exponent.
 
 G is the cumulative log decay, with last axis 1 (per head) or K (per key channel). Per head the decay is a factor of
-the inner product; per channel it is not, and splitting it as exp(G_r) exp(-G_i) over a whole chunk overflows. Blocks
-of tokens then take their first row as the reference, and pairs inside one block are computed one by one.
+the inner product; per channel it is not, and splitting it as exp(G_r) exp(-G_i) over a whole chunk overflows. There the
+chunk is halved again and again, each time with a reference between the two halves (`_scores_per_channel`).
 """
 
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from memformer.core.types import Array, Float
 
 __all__ = ["decayed_scores", "repeat_tokens"]
 
-# Tokens of a block whose pairs are computed one by one where the decay is per channel.
-BLOCK = 16
+# Blocks up to this many tokens compute whole levels in one product: smaller products cost more in calls than in work.
+BASE = 16
 
 
 def repeat_tokens(x: Array, writes: int) -> Array:
@@ -78,23 +78,84 @@ def _different_tokens(rows, columns):
 
 
 def _scores_per_channel(rows, columns, row_decay, column_decay, mask, precision):
-    size, wide = rows.shape[-2], columns.shape[-2]
-    # Rows and columns of a block of tokens; one of the two has a row for each write of a token.
-    tokens = min(size, wide)
-    height, breadth = BLOCK * size // tokens, BLOCK * wide // tokens
-    mask = jnp.broadcast_to(mask, (*rows.shape[:-1], wide))
-    gap_mask = mask & _different_tokens(rows, columns)
+    """The ladder: pairs across the middle of a block take the first token of its lower half as the reference.
+
+    For a row r in the lower half and a column i in the upper half, exp(G_r - G_i) = exp(G_r - G_m) exp(G_m - G_i) with
+    m the first token of the lower half; both exponents are at most 0. The same holds inside each half, down to single
+    tokens. Blocks of up to `BASE` tokens compute each level as one masked product, larger ones as the corner block.
+    """
+    tokens = min(rows.shape[-2], columns.shape[-2])
+    # One of the two has a row for each write of a token.
+    row_writes, column_writes = rows.shape[-2] // tokens, columns.shape[-2] // tokens
+    padded = 1 << (tokens - 1).bit_length()
+    rows, columns = _pad_tokens(rows, padded * row_writes), _pad_tokens(columns, padded * column_writes)
+    row_decay = CumulativeDecay(*(_pad_tokens(x, padded * row_writes, "edge") for x in row_decay))
+    column_decay = CumulativeDecay(*(_pad_tokens(x, padded * column_writes, "edge") for x in column_decay))
+
+    def blocks(x, size):
+        return x.reshape(*x.shape[:-2], -1, size * x.shape[-2] // padded, x.shape[-1])
+
+    def halves(x, size, lower):
+        return blocks(x, size // 2)[..., lower::2, :, :]
+
+    size = min(BASE, padded)
+    diagonal = _block_scores(
+        blocks(rows, size),
+        blocks(columns, size),
+        CumulativeDecay(*(blocks(x, size) for x in row_decay)),
+        CumulativeDecay(*(blocks(x, size) for x in column_decay)),
+        size,
+        precision,
+    )
+    while size < padded:
+        size *= 2
+        after = CumulativeDecay(*(halves(x, size, 1) for x in row_decay))
+        before = CumulativeDecay(*(halves(x, size, 0) for x in column_decay))
+        reference = after[..., :1, :]
+        corner = _product(
+            halves(rows, size, 1) * jnp.exp(after.since(reference)),
+            halves(columns, size, 0) * jnp.exp(reference.since(before)),
+            precision,
+        )
+        upper = jnp.concatenate([diagonal[..., 0::2, :, :], jnp.zeros_like(corner)], axis=-1)
+        diagonal = jnp.concatenate([upper, jnp.concatenate([corner, diagonal[..., 1::2, :, :]], axis=-1)], axis=-2)
+    scores = diagonal[..., 0, : tokens * row_writes, : tokens * column_writes]
+    return jnp.where(mask, scores, jnp.zeros((), rows.dtype))
+
+
+def _block_scores(rows, columns, row_decay, column_decay, tokens, precision):
+    """Scores of whole blocks of a few tokens, all pairs of a level in one masked product; 0 above the diagonal."""
     zero = jnp.zeros((), rows.dtype)
-    blocks = []
-    for top, left in zip(range(0, size, height), range(0, wide, breadth), strict=True):
-        block_rows, block_columns = slice(top, top + height), slice(left, left + breadth)
-        reference = row_decay[..., top : top + 1, :]
-        after = rows[..., block_rows, :] * jnp.exp(row_decay[..., block_rows, :].since(reference))
-        before = columns[..., :left, :] * jnp.exp(reference.since(column_decay[..., :left, :]))
-        earlier = jnp.matmul(after, jnp.swapaxes(before, -1, -2), precision=precision)
-        gap = row_decay[..., block_rows, None, :].since(column_decay[..., None, block_columns, :])
-        weight = jnp.exp(jnp.where(gap_mask[..., block_rows, block_columns, None], gap, zero))
-        pairs = jnp.sum(rows[..., block_rows, None, :] * columns[..., None, block_columns, :] * weight, axis=-1)
-        later = jnp.zeros((*pairs.shape[:-1], wide - left - pairs.shape[-1]), rows.dtype)
-        blocks.append(jnp.concatenate([earlier, pairs, later], axis=-1))
-    return jnp.where(mask, jnp.concatenate(blocks, axis=-2), zero)
+    row, column = (np.arange(x.shape[-2]) * tokens // x.shape[-2] for x in (rows, columns))
+    scores = jnp.where(jnp.asarray(row[:, None] == column), _product(rows, columns, precision), zero)
+    size = 2
+    while size <= tokens:
+        lower, upper = (row % size >= size // 2)[:, None], (column % size < size // 2)[:, None]
+        after, before = _since_middle(row_decay, tokens // size), -_since_middle(column_decay, tokens // size)
+        pairs = _product(
+            jnp.where(lower, rows * jnp.exp(jnp.where(lower, after, zero)), zero),
+            jnp.where(upper, columns * jnp.exp(jnp.where(upper, before, zero)), zero),
+            precision,
+        )
+        scores += jnp.where(jnp.asarray(row[:, None] // size == column // size), pairs, zero)
+        size *= 2
+    return scores
+
+
+def _since_middle(decay: CumulativeDecay, blocks: int) -> Array:
+    """Log decay since the middle row of each of `blocks` equal blocks; positive for the rows before it."""
+    parts = CumulativeDecay(*(x.reshape(*x.shape[:-2], blocks, -1, x.shape[-1]) for x in decay))
+    middle = parts.whole.shape[-2] // 2
+    return parts.since(parts[..., middle : middle + 1, :]).reshape(decay.whole.shape)
+
+
+def _pad_tokens(x: Array, size: int, mode: str = "constant") -> Array:
+    """Pads the axis of rows to `size`."""
+    if x.shape[-2] == size:
+        # A pad by nothing makes the compiler move a sharded array in the backward pass.
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)], mode=mode)
+
+
+def _product(a: Array, b: Array, precision) -> Array:
+    return jnp.matmul(a, jnp.swapaxes(b, -1, -2), precision=precision)
