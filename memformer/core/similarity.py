@@ -12,12 +12,12 @@ The default scale is K^-0.5 for exp and softmax, and 1 for linear, relu and roun
 """
 
 import dataclasses
-import math
-import numbers
+import operator
 
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.checks import check_number
 from memformer.core.types import Array, Float
 
 __all__ = ["KERNELS", "Kernel", "resolve_kernel", "similarity", "similarity_slope"]
@@ -51,13 +51,14 @@ class Kernel:
     def __post_init__(self):
         if self.name not in KERNELS:
             raise ValueError(f"kernel name must be one of {', '.join(KERNELS)}, got {self.name!r}")
+        if isinstance(self.decimals, bool) or not hasattr(self.decimals, "__index__"):
+            raise ValueError(f"decimals must be an integer, got {self.decimals!r}")
+        # NumPy and JAX scalars become Python's, so that a kernel stays hashable.
+        object.__setattr__(self, "decimals", operator.index(self.decimals))
         if self.decimals and self.name != "round":
             raise ValueError(f"decimals is for the round kernel only, got decimals={self.decimals} with {self.name!r}")
-        if isinstance(self.decimals, bool) or not isinstance(self.decimals, int):
-            raise ValueError(f"decimals must be an integer, got {self.decimals!r}")
-        number = isinstance(self.scale, numbers.Real) and not isinstance(self.scale, bool)
-        if self.scale is not None and not (number and math.isfinite(self.scale)):
-            raise ValueError(f"scale must be a finite number or None, got {self.scale!r}")
+        if self.scale is not None:
+            object.__setattr__(self, "scale", check_number("scale", self.scale))
 
     @property
     def normalized(self) -> bool:

@@ -160,7 +160,7 @@ MEMORIES: dict[str, MemorySpec] = {
         "none (reads the whole state through a gate)",
         "per-unit decay that depends on the state, add",
         "two vectors (h, c)",
-        "c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(g_t); h_t = sigmoid(o_t) tanh(c_t); o_t = h_t",
+        "c_t = sigmoid(f_t) c_{t-1} + sigmoid(i_t) tanh(z_t); h_t = sigmoid(e_t) tanh(c_t); o_t = h_t",
         "Hochreiter and Schmidhuber 1997",
     ),
     "gru": MemorySpec(

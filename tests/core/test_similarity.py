@@ -67,3 +67,11 @@ def test_kernel_errors():
         Kernel("cosine")
     with pytest.raises(ValueError, match="decimals is for the round kernel only, got decimals=2 with 'exp'"):
         Kernel("exp", decimals=2)
+    for scale in (np.nan, np.inf, "1", True):
+        with pytest.raises(ValueError, match="scale must be a finite number"):
+            Kernel("exp", scale)
+
+
+def test_scalars_of_numpy_and_jax_are_settings():
+    kernel = Kernel("round", jnp.float32(0.5), np.int64(2))
+    assert kernel == Kernel("round", 0.5, 2) and hash(kernel) == hash(Kernel("round", 0.5, 2))
