@@ -91,6 +91,10 @@ def pad_prompts(prompts: np.ndarray | Array | Sequence[Sequence[int]]) -> tuple[
     rows = [np.asarray(row) for row in prompts]
     if not rows or any(row.ndim != 1 or not row.size or row.dtype.kind not in "iu" for row in rows):
         raise ValueError("prompts must be one or more sequences of at least one integer id each")
+    low, high = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
+    if low < -(2**31) or high >= 2**31:
+        # as int32 they would wrap to other ids
+        raise ValueError(f"prompts must have ids in [0, 2**31), got {low} to {high}")
     ids = np.zeros((len(rows), max(row.size for row in rows)), np.int32)
     segments = np.zeros_like(ids)
     for i, row in enumerate(rows):

@@ -22,9 +22,9 @@ All ops share the following contract.
   given; NotImplementedError where the named implementation cannot serve, with the reason and what can. An
   implementation of None never fails for want of a backend.
 - Transformations: jit, grad, vmap, jax.checkpoint and shard_map. Every array argument and the returned state are
-  differentiable. Forward mode (jax.jvp) and jax.hessian work with "recurrent" and "chunked"; jit goes outside of jvp,
-  since a jitted call already has its reverse mode fixed. jax.grad of jax.grad works with "recurrent", and for matrix
-  memories with "chunked". "pallas" and "cudnn" have first derivatives in reverse mode only. What is missing raises
-  NotImplementedError and names what has it.
+  differentiable. Forward mode (jax.jvp) and jax.hessian work with "recurrent" and "chunked"; jit, jax.checkpoint and
+  scans go outside of jvp: inside, as in jax.linearize, "recurrent" alone has a forward mode. jax.grad of jax.grad works
+  with "recurrent", and for matrix memories with "chunked". "pallas" and "cudnn" have first derivatives in reverse mode
+  only. What is missing raises NotImplementedError and names what has it.
 - Meshes: arrays sharded over batch and heads stay sharded, on Auto and on Explicit mesh axes (docs/meshes.md).
 """

@@ -9,9 +9,17 @@ import jax
 from etils import epath
 
 from memformer.training.config import FREE_KEYS, RunError, changed_keys, complete_config, run_errors
+from memformer.training.distributed import agree
 from memformer.training.files import check_folder, disk_errors, replace_file
 
-__all__ = ["describe_changes", "make_folder", "read_run_config", "schedule_steps", "write_run_config"]
+__all__ = [
+    "check_same_config",
+    "describe_changes",
+    "make_folder",
+    "read_run_config",
+    "schedule_steps",
+    "write_run_config",
+]
 
 CONFIG = "config.json"
 
@@ -38,6 +46,23 @@ def read_run_config(folder: str) -> dict[str, Any] | None:
         if not epath.Path(path).exists():
             return None
         return complete_config(json.loads(epath.Path(path).read_text())).to_dict()
+
+
+def check_same_config(folder: str, old: Mapping[str, Any] | None) -> None:
+    """Checks under the run's lock that the folder's config is still `old`, which was read before the lock was taken.
+
+    Raises:
+      RunError: another trainer has used the folder in between.
+    """
+    changed = False
+    if jax.process_index() == 0:
+        try:
+            changed = read_run_config(folder) != old
+        except RunError:
+            # the other processes wait in `agree`
+            changed = True
+    if agree(int(changed)):
+        raise RunError(f"another trainer wrote to {folder} while this one started; run the command again.")
 
 
 def schedule_steps(config: Mapping[str, Any], old: Mapping[str, Any] | None) -> int:

@@ -15,7 +15,14 @@ from memformer.training.config import complete_config, run_errors
 from memformer.training.curriculum import Curriculum
 from memformer.training.evaluation import Scorer, format_score, parameters_of
 from memformer.training.files import check_folder
-from memformer.training.folder import describe_changes, make_folder, read_run_config, schedule_steps, write_run_config
+from memformer.training.folder import (
+    check_same_config,
+    describe_changes,
+    make_folder,
+    read_run_config,
+    schedule_steps,
+    write_run_config,
+)
 from memformer.training.guards import FiniteGuard, NotFiniteError
 from memformer.training.input import Loader, check_split, make_loader
 from memformer.training.lock import run_lock
@@ -65,6 +72,7 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
     run = build_run(plain)
     make_folder(folder)
     with run_lock(folder), mesh_scope(run.mesh):
+        check_same_config(folder, old)
         write_run_config(folder, old, run.config)
         changes = [] if old is None else describe_changes(old, run.config)
         return Trainer(run, folder).train(changes)

@@ -142,6 +142,7 @@ MISTAKES = {
     "empty prompt": ({"prompts": [[1], []]}, "prompts must be one or more sequences of at least one integer id"),
     "float prompt": ({"prompts": [[1.0]]}, "prompts must be one or more sequences of at least one integer id"),
     "id": ({"prompts": [[9]]}, r"prompts must have ids in \[0, 9\), got 9 to 9"),
+    "id beyond int32": ({"prompts": [[1, 2**40]]}, r"prompts must have ids .* got 1 to 1099511627776"),
 }
 
 

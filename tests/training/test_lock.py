@@ -11,7 +11,9 @@ import pytest
 
 from memformer.training import lock
 from memformer.training.config import RunError
+from memformer.training.folder import check_same_config, read_run_config, write_run_config
 from memformer.training.lock import LOCK, run_lock
+from tests.training.small import small_config
 
 
 def leave(folder, **changed):
@@ -121,3 +123,12 @@ def test_a_lock_taken_over_is_not_released(tmp_path):
 def test_folder_that_cannot_be_written(tmp_path):
     with pytest.raises(RunError, match="cannot write .*lock.json"), run_lock(str(tmp_path / "none")):
         pytest.fail("there is no folder")
+
+
+def test_a_config_written_while_this_trainer_started(tmp_path):
+    folder = str(tmp_path)
+    check_same_config(folder, None)
+    write_run_config(folder, None, small_config().to_dict())
+    check_same_config(folder, read_run_config(folder))
+    with pytest.raises(RunError, match="another trainer wrote to"):
+        check_same_config(folder, None)
