@@ -129,6 +129,7 @@ def evaluate_checkpoint(
     visited = _lengths(task, lengths)
     scores = {}
     for length, variant in visited.items():
+        log(f"length {length}: {batches} batches of {scorer.batch_size}")
         scores[length] = scorer(loaded.weights, variant, split=split, batches=batches)
     result = {
         "checkpoint": workdir if is_url(workdir) else os.path.abspath(workdir),
