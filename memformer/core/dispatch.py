@@ -5,12 +5,13 @@ With `implementation=None` the candidates are tried in order of preference and t
 implementation is used, or its reason is raised.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from memformer.core.autodiff import in_forward_mode
+from memformer.core.autodiff import in_forward_mode, reverse_only
 from memformer.core.calls import AttentionCall, MatrixCall
 
 __all__ = ["check_implementation", "dispatch"]
@@ -52,14 +53,27 @@ def dispatch(
     reasons = []
     for name in prefer if implementation is None else (implementation,):
         try:
-            if name not in FORWARD_MODE and in_forward_mode(vars(call)):
-                raise NotImplementedError(
-                    f"the {name} form of {call.op} has no forward mode; implementation='chunked' or 'recurrent' has it"
-                )
             with jax.named_scope(f"memformer.{call.op}.{name}"):
-                return implementations[name](call)
+                return implementations[name](_check_forward_mode(call, name))
         except NotImplementedError as error:
             if implementation is not None:
                 raise
             reasons.append(f"{name}: {error}")
     raise NotImplementedError(f"no implementation of {call.op} serves this call: {'; '.join(reasons)}")
+
+
+def _check_forward_mode(call: Any, name: str) -> Any:
+    """The call, unless it has tangents that the implementation cannot take; hidden ones are refused when evaluated."""
+    if name == "recurrent":
+        return call
+    if in_forward_mode(vars(call)):
+        if name in FORWARD_MODE:
+            return call
+        raise NotImplementedError(
+            f"the {name} form of {call.op} has no forward mode; implementation='chunked' or 'recurrent' has it"
+        )
+    message = (
+        f"the {name} form of {call.op} has no forward mode inside jit, jax.checkpoint, a scan or jax.linearize;"
+        " implementation='recurrent' has it"
+    )
+    return dataclasses.replace(call, **reverse_only(message, vars(call)))

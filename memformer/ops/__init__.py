@@ -23,8 +23,8 @@ All ops share the following contract.
   implementation of None never fails for want of a backend.
 - Transformations: jit, grad, vmap, jax.checkpoint and shard_map. Every array argument and the returned state are
   differentiable. Forward mode (jax.jvp) and jax.hessian work with "recurrent" and "chunked"; jit, jax.checkpoint and
-  scans go outside of jvp: inside, as in jax.linearize, "recurrent" alone has a forward mode. jax.grad of jax.grad works
-  with "recurrent", and for matrix memories with "chunked". "pallas" and "cudnn" have first derivatives in reverse mode
-  only. What is missing raises NotImplementedError and names what has it.
+  scans go outside of jvp: inside, and in jax.linearize, "recurrent" alone has a forward mode. jax.grad of jax.grad
+  works with "recurrent", and for matrix memories with "chunked". "pallas" and "cudnn" have first derivatives in
+  reverse mode only. What is missing raises NotImplementedError and names what has it.
 - Meshes: arrays sharded over batch and heads stay sharded, on Auto and on Explicit mesh axes (docs/meshes.md).
 """

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.autodiff import in_forward_mode
+from memformer.core.autodiff import in_forward_mode, reverse_only
 from memformer.core.checks import check_array
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.segments import Segments, find_segments
@@ -21,6 +21,11 @@ from memformer.core.sharding import keep_shardings, vary_like
 from memformer.core.types import Array, Dims, Float, Int
 
 __all__ = ["LSTMState", "gru", "lstm", "rnn"]
+
+# Of the hand-written backward pass.
+FORWARD_MODE = (
+    "recurrent cells have no forward mode inside jit, jax.checkpoint, a scan or jax.linearize; jit outside jax.jvp"
+)
 
 States: TypeAlias = tuple[Array, ...]
 # (input's part of the gates, state's part, state) to the next state, the output first.
@@ -223,7 +228,9 @@ def _run(cell: Cell, gates: int, x, w_in, w_state, bias, bias_state, segment_ids
     arrays = (from_input, w_state, state_bias, *states)
     # Inside shard_map a gradient must vary over the same axes as its argument: mark weights that all devices share.
     arrays = tuple(vary_like(array, *arrays) for array in arrays)
-    scan: Callable[..., States] = _scan_plain if in_forward_mode(arrays) else _scan_time
+    scan: Callable[..., States] = _scan_plain
+    if not in_forward_mode(arrays):
+        scan, arrays = _scan_time, reverse_only(FORWARD_MODE, arrays)
     outputs = scan(cell, x.dtype, precision, *arrays[:3], arrays[3:], _time_masks(segments))
     y = jnp.moveaxis(outputs[0], 0, 1)
     if segments is not None:

@@ -82,3 +82,29 @@ def test_recurrent_cells_have_forward_mode():
         function = lambda x: jnp.sum(jnp.sin(mf.lstm(x, w_in, w_state, bias)[0]))  # noqa: E731
         got = jax.jvp(function, (x,), (x,))[1]
         assert_close(got, jnp.sum(jax.grad(function)(x) * x), 1e-12)
+
+
+HIDING = {
+    "jit": lambda f: lambda x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "checkpoint": lambda f: lambda x: jax.jvp(jax.checkpoint(f), (x,), (x,)),
+    "scan": lambda f: lambda x: jax.jvp(lambda x: jax.lax.map(f, x[None]), (x,), (x,)),
+    "linearize": lambda f: lambda x: jax.linearize(f, x)[1](x),
+}
+
+
+@pytest.mark.parametrize("hiding", HIDING)
+@pytest.mark.parametrize("name", ["delta_rule", "softmax_attention", "deltaformer"])
+def test_hidden_tangents_are_refused_by_name(name, hiding):
+    x = jnp.asarray(point(), "float32")
+    with pytest.raises(NotImplementedError, match=f"chunked form of {name} .* implementation='recurrent' has it"):
+        jax.block_until_ready(HIDING[hiding](loss(name, "chunked"))(x))
+    jax.block_until_ready(HIDING[hiding](loss(name, "recurrent"))(x))
+
+
+@pytest.mark.parametrize("cell, gates", [("rnn", 1), ("lstm", 4)])
+def test_hidden_tangents_of_cells_are_refused(cell, gates):
+    x, weights = jnp.ones((1, 3, 2)), (jnp.ones((2, gates * 2)), jnp.ones((2, gates * 2)), jnp.ones(gates * 2))
+    function = jax.jit(lambda x: jnp.sum(getattr(mf, cell)(x, *weights)[0]))
+    with pytest.raises(NotImplementedError, match="no forward mode inside jit"):
+        jax.block_until_ready(jax.jvp(function, (x,), (x,)))
+    assert jax.grad(function)(x).shape == x.shape
