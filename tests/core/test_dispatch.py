@@ -1,6 +1,7 @@
 """Dispatch: the order of preference, what falls through, what does not, and the scope in the trace."""
 
-import types
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,16 @@ import pytest
 
 from memformer.core.dispatch import check_implementation, dispatch
 
-CALL = types.SimpleNamespace(op="op", x=3)
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A call of an op of one argument."""
+
+    op: str
+    x: Any
+
+
+CALL = Call("op", 3)
 
 
 def _unable(call):
@@ -65,7 +75,7 @@ def test_none_that_serves_raises_with_all_reasons():
 
 def test_the_compiled_program_names_the_implementation():
     def run(x):
-        call = types.SimpleNamespace(op="op", x=x)
+        call = Call(op="op", x=x)
         return dispatch(call, None, {"chunked": lambda call: jnp.sin(call.x)}, ("chunked",))
 
     text = jax.jit(run).lower(jnp.ones(3)).compile().as_text()
