@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from memformer.data.source import BATCH_KEYS
@@ -67,7 +68,9 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             "(on CPU, JAX_NUM_CPU_DEVICES=8 makes eight)."
         )
     shape = [len(devices) // fixed if name in free else sizes[name] for name in AXES]
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    # An axis may take part of a physical axis of a TPU's torus: eight-way axes on a 4 x 4 x 4 slice need it.
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager

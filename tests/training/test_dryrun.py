@@ -11,7 +11,7 @@ from memformer.training.build import build_run
 from memformer.training.config import RunError
 from memformer.training.dryrun import GIB, dry_run
 from memformer.training.metrics import flops_per_token
-from memformer.training.sharding import mesh_scope
+from memformer.training.sharding import make_mesh, mesh_scope
 from memformer.training.step import init_state
 from tests.training.small import small_config
 
@@ -98,3 +98,12 @@ def test_tpu_topology(config):
     assert found.fits and found.limit_bytes == 16 * GIB and found.devices == "8 x TPU v5 lite"
     with pytest.raises(RunError, match="--dryrun must be here or a TPU topology such as"):
         dry_run(config, "v99:2x2")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8"])
+@pytest.mark.parametrize("sizes", [{"fsdp": 8, "tensor": 8}, {"data": 32, "tensor": 2}])
+def test_axes_take_part_of_a_physical_axis(topology, sizes):
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes, dryrun.find_devices(topology))
+    assert mesh.devices.size == 64 and len({device.id for device in mesh.devices.flat}) == 64
+    assert {name: size for name, size in mesh.shape.items() if size > 1} == sizes

@@ -51,8 +51,9 @@ __all__ = [
 
 
 REVERSE_ONCE = (
-    "the chunked form of attention has no reverse mode of its gradient (jax.grad of jax.grad), because its loops over"
-    " tiles have no static length; implementation='recurrent' has it, and jax.hessian (forward over reverse) works here"
+    "the chunked form of softmax_attention and deltaformer has no reverse mode of its gradient (jax.grad of jax.grad),"
+    " because its loops over tiles have no static length; implementation='recurrent' has it, and jax.hessian (forward"
+    " over reverse) works here"
 )
 
 
