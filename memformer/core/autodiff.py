@@ -63,8 +63,8 @@ batching.defvectorized(_reverse_once)
 mlir.register_lowering(_reverse_once, lambda context, x, *, message: [x])
 
 
-_reverse_only = Primitive("memformer_reverse_only")
-_tangent = Primitive("memformer_tangent")
+_reverse_only = Primitive("reverse_only")
+_tangent = Primitive("reverse_only_tangent")
 
 
 def reverse_only(message: str, arrays: Any) -> Any:

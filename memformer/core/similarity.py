@@ -58,7 +58,10 @@ class Kernel:
         if self.decimals and self.name != "round":
             raise ValueError(f"decimals is for the round kernel only, got decimals={self.decimals} with {self.name!r}")
         if self.scale is not None:
-            object.__setattr__(self, "scale", check_number("scale", self.scale))
+            try:
+                object.__setattr__(self, "scale", check_number("scale", self.scale))
+            except ValueError:
+                raise ValueError(f"scale must be a finite number or None, got {self.scale!r}") from None
 
     @property
     def normalized(self) -> bool:

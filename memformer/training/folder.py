@@ -13,7 +13,6 @@ from memformer.training.distributed import agree
 from memformer.training.files import check_folder, disk_errors, replace_file
 
 __all__ = [
-    "check_same_config",
     "describe_changes",
     "make_folder",
     "read_run_config",

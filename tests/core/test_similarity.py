@@ -68,7 +68,7 @@ def test_kernel_errors():
     with pytest.raises(ValueError, match="decimals is for the round kernel only, got decimals=2 with 'exp'"):
         Kernel("exp", decimals=2)
     for scale in (np.nan, np.inf, "1", True):
-        with pytest.raises(ValueError, match="scale must be a finite number"):
+        with pytest.raises(ValueError, match="scale must be a finite number or None"):
             Kernel("exp", scale)
 
 
