@@ -2,7 +2,7 @@
 
 G is the cumulative log decay, with last axis 1 (per head) or K (per key channel). Per head the decay is a factor of
 the inner product; per channel it is not, and splitting it as exp(G_r) exp(-G_i) over a whole chunk overflows. There the
-chunk is halved again and again, each time with a reference between the two halves (`_scores_per_channel`).
+chunk is halved again and again, each time with a reference between the two parts (`_scores_per_channel`).
 """
 
 import jax.numpy as jnp
@@ -95,7 +95,7 @@ def _scores_per_channel(rows, columns, row_decay, column_decay, mask, precision)
     def blocks(x, size):
         return x.reshape(*x.shape[:-2], -1, size * x.shape[-2] // padded, x.shape[-1])
 
-    def halves(x, size, lower):
+    def half_blocks(x, size, lower):
         return blocks(x, size // 2)[..., lower::2, :, :]
 
     size = min(BASE, padded)
@@ -109,12 +109,12 @@ def _scores_per_channel(rows, columns, row_decay, column_decay, mask, precision)
     )
     while size < padded:
         size *= 2
-        after = CumulativeDecay(*(halves(x, size, 1) for x in row_decay))
-        before = CumulativeDecay(*(halves(x, size, 0) for x in column_decay))
-        reference = after[..., :1, :]
+        after = CumulativeDecay(*(half_blocks(x, size, 1) for x in row_decay))
+        before = CumulativeDecay(*(half_blocks(x, size, 0) for x in column_decay))
+        reference = CumulativeDecay(*(x[..., :1, :] for x in after))
         corner = _product(
-            halves(rows, size, 1) * jnp.exp(after.since(reference)),
-            halves(columns, size, 0) * jnp.exp(reference.since(before)),
+            half_blocks(rows, size, 1) * jnp.exp(after.since(reference)),
+            half_blocks(columns, size, 0) * jnp.exp(reference.since(before)),
             precision,
         )
         upper = jnp.concatenate([diagonal[..., 0::2, :, :], jnp.zeros_like(corner)], axis=-1)
@@ -146,7 +146,8 @@ def _since_middle(decay: CumulativeDecay, blocks: int) -> Array:
     """Log decay since the middle row of each of `blocks` equal blocks; positive for the rows before it."""
     parts = CumulativeDecay(*(x.reshape(*x.shape[:-2], blocks, -1, x.shape[-1]) for x in decay))
     middle = parts.whole.shape[-2] // 2
-    return parts.since(parts[..., middle : middle + 1, :]).reshape(decay.whole.shape)
+    reference = CumulativeDecay(*(x[..., middle : middle + 1, :] for x in parts))
+    return parts.since(reference).reshape(decay.whole.shape)
 
 
 def _pad_tokens(x: Array, size: int, mode: str = "constant") -> Array:
