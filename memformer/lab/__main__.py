@@ -28,7 +28,7 @@ def main() -> None:
             run_study(STUDIES[arguments.name], arguments.runs, out=out, quick=arguments.quick)
         elif not arguments.write:
             lines = [f"  {name:<18}{study.title}" for name, study in STUDIES.items()]
-            raise RunError("\n".join(["name a study, or give --write:", *lines]))
+            log("\n".join(["name a study, or give --write:", *lines]))
         if arguments.write:
             log(f"written: {write_page(out)}")
 

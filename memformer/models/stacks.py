@@ -182,7 +182,7 @@ class TransformerDecoder(_Stack):
         if tie_embeddings and num_classes != vocab_size:
             raise ValueError(
                 f"tie_embeddings requires the same ids in and out, got vocab_size = {vocab_size} and num_classes = "
-                f"{num_classes}; set tie_embeddings to False"
+                f"{num_classes}; set tie_embeddings to False (train.py: --config.model.tie_embeddings=False)"
             )
         super().__init__(shape, depth, DecoderBlock, rngs=rngs)
         self.vocab_size, self.num_classes = vocab_size, num_classes
