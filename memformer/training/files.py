@@ -61,7 +61,7 @@ def error_reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     # TensorStore puts the words of the system last, after its own paths
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.ENOENT):
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ENOENT):
         if os.strerror(number) in str(error):
             return os.strerror(number)
     lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -101,10 +101,17 @@ def replace_file(path: str) -> Iterator[TextIO]:
     # a URL names an object, which is replaced as a whole
     target = path if is_url(path) else path + ".new"
     with disk_errors(path):
-        with epath.Path(target).open("w") as file:
-            yield file
-        if target != path:
-            os.replace(target, path)
+        try:
+            with epath.Path(target).open("w") as file:
+                yield file
+            if target != path:
+                os.replace(target, path)
+        except OSError:
+            if target != path:
+                # a part of the file takes the space that the next one needs
+                with contextlib.suppress(OSError):
+                    os.unlink(target)
+            raise
 
 
 def write_bytes(path: str, content: bytes) -> None:

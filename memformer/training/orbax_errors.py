@@ -3,8 +3,8 @@
 import contextlib
 import logging as std_logging
 import sys
+import traceback
 from collections.abc import Iterator
-from typing import Any
 
 from absl import logging
 from etils import epath
@@ -37,9 +37,10 @@ def save_errors(folder: epath.Path, name: str, step: int | None) -> Iterator[Non
         steps = step_folders(folder) if folder.exists() else []
         whole = [s for s in steps if damage(folder / str(s), deep=False) is None]
         kept = f"step {whole[0]} is the newest whole one" if whole else "there is no whole one yet"
+        space = free_space(name)
         _drop_partial(folder, step)
         raise SaveError(
-            f"cannot write checkpoint {step} in {name}: {error_reason(error)}{free_space(name)}; {kept}. Free space on "
+            f"cannot write checkpoint {step} in {name}: {error_reason(error)}{space}; {kept}. Free space on "
             "this disk or make it writable, then rerun the command to resume."
         ) from error
 
@@ -59,23 +60,33 @@ def _drop_partial(folder: epath.Path, step: int | None) -> None:
 
 
 class _NoOrbax(std_logging.Filter):
-    """Hides Orbax's messages, which are for its developers; its errors are raised here."""
+    """Hides messages of Orbax, and of asyncio about writes that Orbax has abandoned; their errors are raised here."""
 
     def filter(self, record: std_logging.LogRecord) -> bool:
-        return "/orbax/" not in record.pathname
+        if record.name != "asyncio":
+            return "/orbax/" not in record.pathname
+        # a traceback of Orbax's writer, or an error of TensorStore, which Orbax awaits
+        text = record.getMessage()
+        if record.exc_info and record.exc_info[1]:
+            text += "".join(traceback.format_exception(record.exc_info[1]))
+        return "/orbax/" not in text and "tensorstore" not in text
 
 
 def hide_orbax() -> None:
-    """Keeps messages of Orbax, and of the writes that TensorStore abandons with a failed save, off the terminal."""
-    logger = logging.get_absl_logger()
-    if any(isinstance(known, _NoOrbax) for known in logger.filters):
+    """Keeps messages of Orbax, and of the writes that it abandons with a failed save, off the terminal.
+
+    Orbax stops at the first write that fails and closes its event loop. The others then fail without a reader: asyncio
+    reports them when they are garbage-collected, at the end of the program at the latest, and TensorStore reports that
+    the loop is closed.
+    """
+    if any(isinstance(known, _NoOrbax) for known in logging.get_absl_logger().filters):
         return
-    logger.addFilter(_NoOrbax())
-    hook = sys.excepthook
+    for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
+        logger.addFilter(_NoOrbax())
+    hook = sys.unraisablehook
 
-    def quiet(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        # a write that ends after Orbax has given up the save cannot report to its event loop
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            hook(kind, error, trace)
+    def quiet(report: "sys.UnraisableHookArgs") -> None:
+        if not (isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"):
+            hook(report)
 
-    sys.excepthook = quiet
+    sys.unraisablehook = quiet

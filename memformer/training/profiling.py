@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from memformer.training.files import is_url
+from memformer.training.files import disk_errors, is_url
 from memformer.training.remote import copy_folder
 
 __all__ = ["Profiler"]
@@ -41,15 +41,24 @@ class Profiler:
         return self.stop(step, state) if step == self._last else None
 
     def stop(self, step: int, state: Any) -> str | None:
-        """Ends a running trace, also one whose last step the run does not reach; returns a line for the log."""
+        """Ends a running trace, also one whose last step the run does not reach; returns a line for the log.
+
+        Raises:
+          RunError: the disk is full or gone.
+        """
         if self._trace is None:
             return None
         trace, self._trace = self._trace, None
         # after an error in a step its donated state is gone
         with contextlib.suppress(RuntimeError):
             jax.block_until_ready(state)
-        jax.profiler.stop_trace()
-        if trace != self._folder:
-            copy_folder(epath.Path(trace), epath.Path(self._folder))
-            shutil.rmtree(trace)
+        with disk_errors(self._folder):
+            try:
+                jax.profiler.stop_trace()
+            except RuntimeError as error:
+                # the profiler's error holds the words of the system
+                raise OSError(str(error)) from error
+            if trace != self._folder:
+                copy_folder(epath.Path(trace), epath.Path(self._folder))
+                shutil.rmtree(trace)
         return f"profile of steps {self._first}..{step} in {self._folder}"

@@ -1,7 +1,9 @@
 """Checkpoints: restored on any mesh bit for bit; damage is detected, and another model is refused."""
 
+import gc
 import json
 import logging
+import resource
 import shutil
 import tempfile
 
@@ -14,6 +16,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from memformer.training.checkpoint import Checkpoints
+from memformer.training.orbax_errors import SaveError
 
 CONFIG = {"model": {"memory": "delta_rule", "width": 8}, "task": {"name": "swap", "lengths": [16, 32]}}
 
@@ -292,6 +295,31 @@ def test_what_save_refuses(run, tmp_path):
         with pytest.raises(ValueError, match=r"metrics must have 'loss', .* got \['accuracy'\]"):
             checkpoints.save(1, state, {}, {}, {"accuracy": 1.0})
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def no_large_files():
+    """Files cannot grow beyond 2 KiB: TensorStore's writes fail as on a full disk, and Orbax abandons the others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    limit = lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))  # noqa: E731
+    yield lambda: limit(2048)
+    limit(soft)
+
+
+def test_a_failed_save_is_one_error_and_no_message(tmp_path, no_large_files, capfd, caplog):
+    state = {"params": {f"w{i}": jax.random.normal(jax.random.key(i), (32, 32)) for i in range(8)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {}, CONFIG, {"loss": 0.5})
+        checkpoints.wait()
+        no_large_files()
+        for step in (2, 3):
+            with pytest.raises(SaveError, match=f"checkpoint {step} in .*: File too large .*MiB free.*step 1"):
+                checkpoints.save(step, state, {}, CONFIG, {"loss": 0.5})
+                checkpoints.wait()
+    # asyncio reports the abandoned writes when they are collected
+    gc.collect()
+    assert caplog.records == [] and capfd.readouterr() == ("", "")
+    assert steps_of(tmp_path) == [1]
 
 
 @pytest.mark.parametrize("options", [{"keep_last": 0}, {"keep_best": -1}, {"best_mode": "smallest"}])

@@ -9,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from memformer.tasks import Swap
@@ -273,6 +274,10 @@ def test_another_trainer_in_the_folder(finished):
     assert records_of(folder) == before and LOCK not in os.listdir(folder)
 
 
+def fail(error):
+    raise error
+
+
 def fail_at(monkeypatch, owner, name, error, when):
     """Makes a method raise `error` where `when(self, *arguments)` holds."""
     method = getattr(owner, name)
@@ -340,6 +345,35 @@ def test_a_save_that_fails_keeps_the_newest_whole_step(tmp_path, monkeypatch):
     mend()
     assert os.listdir(tmp_path / "checkpoints") == ["2"] and LOCK not in os.listdir(tmp_path)
     assert train(config, str(tmp_path))["finished"]
+
+
+def test_each_file_of_a_run_that_cannot_be_written(finished, tmp_path, monkeypatch):
+    """One paragraph names it and the disk; the newest whole step stays, and the next run resumes from it."""
+    config = small_config(**CLIMBING, optimizer__ema=0.9, train__final_lengths=(4, 8))
+    full, stop = OSError(28, "No space left on device"), jax.profiler.stop_trace
+    # file that fails, what the error says, steps that are kept
+    cases = [
+        ("config.json", "config.json: No space .*MiB free", []),
+        ("4.orbax-checkpoint-tmp/arrays", "checkpoint 4 in .*: No space .*MiB free.*there is no whole", []),
+        ("8.orbax-checkpoint-tmp/data", "checkpoint 8 in .*: No space .*MiB free.*step 4 is the newest", [4]),
+        ("profile", "profile: No space .*MiB free", [4, 5]),
+        ("curve.png", "curve.png: No space .*MiB free", [5, 8]),
+        ("result.json", "result.json: No space .*MiB free", [5, 8]),
+    ]
+    for file, says, kept in cases:
+        bad = lambda path, mode="r", file=file, **_: "w" in mode and file in str(path)  # noqa: E731
+        mend = fail_at(monkeypatch, type(epath.Path()), "open", full, bad)
+        config.train.profile = (5, 5) if file == "profile" else (0, 0)
+        if file == "profile":
+            error = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {file}; {full.strerror}")
+            monkeypatch.setattr(jax.profiler, "stop_trace", lambda error=error: (stop(), fail(error)))
+        with pytest.raises(RunError, match=f"cannot write .*{says}"):
+            train(config, str(tmp_path))
+        mend()
+        left = set(os.listdir(tmp_path)) - {"config.json", "metrics.jsonl", "checkpoints", "profile", "curve.png"}
+        assert not left and (steps_in(tmp_path) if "checkpoints" in os.listdir(tmp_path) else []) == kept, file
+    assert {**train(config, str(tmp_path)), "seconds": 0} == {**finished[1], "seconds": 0}
+    assert records_of(str(tmp_path)) == records_of(finished[0])
 
 
 @pytest.mark.parametrize(
