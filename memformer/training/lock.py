@@ -1,11 +1,13 @@
 """One trainer per folder: a lock file names the process that owns a run."""
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,23 +66,31 @@ class _Lock:
 
     def acquire(self) -> str | None:
         """Takes the lock; returns the error message if another trainer holds it."""
+        if epath.Path(self.path).is_dir():
+            raise RunError(f"{self.path} must be the lock of a run, a file, and is a folder: move it away.")
         for _ in range(10):
             with disk_errors(self.path):
                 if self._create():
                     return None
             other = self._read()
+            if other is None:
+                # its owner may be writing it
+                time.sleep(POLL)
+                other = self._read()
             if other is not None and self._alive(other):
                 return (
                     f"another trainer is running in this folder: {os.path.dirname(self.path)} is in use by process "
                     f"{other.get('pid')} on host {other.get('host')}, since {other.get('since')}. Wait for it or stop "
                     "it, or choose another --workdir."
                 )
-            self._remove(other)
+            with disk_errors(self.path):
+                if self._replace(other):
+                    return None
         return f"cannot take the lock {self.path}: other trainers keep replacing it; choose another --workdir."
 
     def release(self) -> None:
         """Removes the lock if it is still ours."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self._guard():
             if self._read() == self.owner:
                 epath.Path(self.path).unlink()
 
@@ -106,34 +116,74 @@ class _Lock:
 
     def _create(self) -> bool:
         """Creates the file with its content; False if it exists."""
-        text = json.dumps(self.owner)
         if is_url(self.path):
-            path = epath.Path(self.path)
-            if path.exists():
+            return not epath.Path(self.path).exists() and self._upload()
+        with self._written() as own:
+            try:
+                # a link, unlike opening the file, appears together with its content
+                os.link(own, self.path)
+            except FileExistsError:
                 return False
-            path.write_text(text)
-            return True
-        own = f"{self.path}.{os.getpid()}"
-        with open(own, "w", encoding="utf-8") as file:
-            file.write(text)
-        try:
-            # a link, unlike opening the file, appears together with its content
-            os.link(own, self.path)
-        except FileExistsError:
-            return False
-        except OSError:
-            # a file system without links
-            with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as file:
-                file.write(text)
-                return True
-            return False
-        finally:
-            os.unlink(own)
+            except OSError:
+                # a file system without links
+                with contextlib.suppress(FileExistsError), open(self.path, "x", encoding="utf-8") as file:
+                    file.write(json.dumps(self.owner))
+                    return True
+                return False
         return True
+
+    def _replace(self, other: dict[str, Any] | None) -> bool:
+        """Replaces a stale lock, which names `other`; False if another trainer has done so, or the lock is gone."""
+        if is_url(self.path):
+            return self._read() == other and self._upload()
+        with self._guard(), self._written() as own:
+            # the file exists at every moment: nobody can create it meanwhile
+            if self._read() != other or not os.path.exists(self.path):
+                return False
+            os.replace(own, self.path)
+        return True
+
+    def _upload(self) -> bool:
+        """Writes the object of a URL, which cannot be created exclusively; False if another trainer wrote it too."""
+        epath.Path(self.path).write_text(json.dumps(self.owner))
+        time.sleep(POLL)
+        return self._read() == self.owner
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[str]:
+        """A file of our own with the content of the lock."""
+        # process ids are not unique: containers may share the folder
+        own = f"{self.path}.{uuid.uuid4().hex}"
+        try:
+            with open(own, "w", encoding="utf-8") as file:
+                file.write(json.dumps(self.owner))
+            yield own
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(own)
+
+    @contextlib.contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Serialises trainers that read a lock to replace or remove it; it ends with the process at the latest."""
+        if is_url(self.path):
+            yield
+            return
+        folder = os.open(os.path.dirname(self.path), os.O_RDONLY)
+        try:
+            # some network file systems cannot lock a folder
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def _read(self) -> dict[str, Any] | None:
         """The owner; None if the file is gone or unreadable."""
-        return _owner_in(self.path)
+        try:
+            owner = json.loads(epath.Path(self.path).read_text())
+        except (OSError, ValueError):
+            return None
+        return owner if isinstance(owner, dict) else None
 
     def _touch(self) -> None:
         if is_url(self.path):
@@ -163,27 +213,6 @@ class _Lock:
                 # gone: the owner has released it
                 return pulse is not None
         return False
-
-    def _remove(self, other: dict[str, Any] | None) -> None:
-        """Removes a stale lock, unless another trainer has replaced it meanwhile."""
-        with contextlib.suppress(FileNotFoundError):
-            if is_url(self.path):
-                epath.Path(self.path).unlink()
-                return
-            aside = f"{self.path}.{os.getpid()}.stale"
-            os.rename(self.path, aside)
-            if _owner_in(aside) == other:
-                os.unlink(aside)
-            else:
-                os.rename(aside, self.path)
-
-
-def _owner_in(path: str) -> dict[str, Any] | None:
-    try:
-        owner = json.loads(epath.Path(path).read_text())
-    except (OSError, ValueError):
-        return None
-    return owner if isinstance(owner, dict) else None
 
 
 def _scope() -> dict[str, str | None]:

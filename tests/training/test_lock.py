@@ -68,6 +68,69 @@ def test_killed_but_not_waited_for(tmp_path):
     process.communicate()
 
 
+def test_a_stale_lock_is_replaced_by_one(tmp_path, monkeypatch):
+    """Eight trainers find the lock of a dead one; slow reads make each act on what is no longer there."""
+    leave(tmp_path, pid=ended())
+    read, inside, most, refused = lock._Lock._read, [], [], []
+
+    def slow(self):
+        owner = read(self)
+        time.sleep(0.02)
+        return owner
+
+    def start():
+        try:
+            with run_lock(str(tmp_path)):
+                inside.append(0)
+                most.append(len(inside))
+                done.wait(10)
+                inside.pop()
+        except RunError as error:
+            refused.append(str(error))
+
+    monkeypatch.setattr(lock._Lock, "_read", slow)
+    done = threading.Event()
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while len(refused) < 7 and any(thread.is_alive() for thread in threads):
+        time.sleep(0.01)
+        if len(most) > 1:
+            break
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert most == [1] and len(refused) == 7 and all("another trainer is running" in said for said in refused)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_in_place_of_the_lock(tmp_path):
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(RunError, match="lock.json must be the lock of a run, a file, and is a folder"):
+        with run_lock(str(tmp_path)):
+            pytest.fail("there is no lock")
+
+
+def test_a_lock_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    """Equal process ids of two containers share no file."""
+    opened = []
+
+    def full(path, mode="r", **options):
+        opened.append(path)
+        file = open(path, mode, **options)
+        file.close()
+        raise OSError(28, "No space left on device")
+
+    for _ in range(2):
+        monkeypatch.setattr(lock, "open", full, raising=False)
+        with (
+            pytest.raises(RunError, match="cannot write .*: No space left.*MiB free"),
+            run_lock(str(tmp_path)),
+        ):
+            pytest.fail("there is no lock")
+    assert len(set(opened)) == 2 and os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": null}'])
 def test_unreadable(tmp_path, content, monkeypatch):
     """A full disk leaves such files."""
