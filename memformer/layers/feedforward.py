@@ -179,14 +179,16 @@ class MixtureOfExperts(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Returns (y, {"moe_balance": loss}); the loss leaves out padding (where `valid` is False)."""
         probability = jax.nn.softmax(self.router(x), axis=-1)
-        top, chosen = lax.top_k(probability, self.active)
-        choice = jax.nn.one_hot(chosen, probability.shape[-1], dtype=top.dtype)
-        weight = jnp.einsum("btk,btke->bte", top / jnp.sum(top, axis=-1, keepdims=True), choice).astype(x.dtype)
+        # Sorting is divided over sharded tokens; the compiler gathers the operand of lax.top_k.
+        chosen = jnp.argsort(lax.stop_gradient(probability), axis=-1, descending=True)[..., : self.active]
+        choice = jnp.sum(jax.nn.one_hot(chosen, probability.shape[-1], dtype=probability.dtype), axis=2)
+        kept = probability * choice
+        weight = (kept / jnp.sum(kept, axis=-1, keepdims=True)).astype(x.dtype)
         gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
         h = nnx.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
         h = constrain(h, "activation_batch", "activation_time", None, "activation_mlp")
         y = jnp.einsum("btef,efd->btd", h * weight[..., None], down)
-        return y, {"moe_balance": self._balance(probability, jnp.sum(choice, axis=2), valid)}
+        return y, {"moe_balance": self._balance(probability, choice, valid)}
 
     def _balance(self, probability: Array, choice: Array, valid: Array | None) -> Array:
         ones = jnp.ones(probability.shape[:2], probability.dtype)

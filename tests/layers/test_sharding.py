@@ -96,3 +96,16 @@ def test_a_layer_on_an_explicit_mesh(name):
         np.testing.assert_allclose(one, other, atol=1e-5)
     assert got.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P(*spec)), got.ndim)
     assert got_gradients[1].sharding.spec[0] == "data"
+
+
+def test_experts_gather_nothing():
+    """The compiler gathers the operand of lax.top_k from all devices."""
+    layer = LAYERS["experts"][0]
+    graph, parameters = nnx.split(layer)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    rules = (*RULES, ("activation_batch", "data"), ("activation_mlp", "tensor"))
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        placed = jax.device_put(parameters, nnx.get_named_sharding(parameters, mesh))
+        x = jax.device_put(jnp.ones((B, T, D)), jax.P("data"))
+        loss = jax.grad(lambda parameters, x: jnp.sum(nnx.merge(graph, parameters)(x)[0]))
+        assert "all-gather" not in jax.jit(loss).lower(placed, x).compile().as_text()
