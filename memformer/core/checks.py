@@ -22,6 +22,7 @@ __all__ = [
     "check_at_least",
     "check_choice",
     "check_groups",
+    "check_key",
     "check_multiple",
     "check_number",
     "check_options",
@@ -144,6 +145,24 @@ def check_number(name: str, value: Any, *, above: float | None = None, at_least:
     inside = number and (above is None or scalar > above) and (at_least is None or scalar >= at_least)
     check(inside, name, f"a finite number{' and'.join(bounds)}", value)
     return float(scalar)
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises ValueError unless `key` is one random key, of `jax.random.key` or `jax.random.PRNGKey`.
+
+    Example:
+      >>> check_key("key", 3)
+      Traceback (most recent call last):
+      ...
+      ValueError: key must be one random key, such as jax.random.key(0), got 3
+    """
+    expected = f"{name} must be one random key, such as jax.random.key(0), got "
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise ValueError(f"{expected}{key!r}")
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    # raw keys have two or four words
+    if not (key.shape == () if typed else key.dtype == np.uint32 and key.shape in ((2,), (4,))):
+        raise ValueError(f"{expected}{key.dtype} of shape {key.shape}")
 
 
 def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:

@@ -10,7 +10,7 @@ from flax.core import spmd
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from memformer.core.checks import check, check_number
+from memformer.core.checks import check, check_key, check_number
 from memformer.core.types import Array, Float, Int
 from memformer.layers.sharding import auto_axes
 
@@ -123,8 +123,12 @@ def linear(
     )
 
 
+# Norms square their input times this, a power of two: the same bits, and no overflow of float32 below 1e28.
+SHRINK = 2.0**-30
+
+
 class RMSNorm(nnx.RMSNorm):
-    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32.
+    """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32; entries below 1e28.
 
     Source: arXiv 1910.07467.
 
@@ -134,15 +138,15 @@ class RMSNorm(nnx.RMSNorm):
     """
 
     def __init__(self, size: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        super().__init__(size, dtype=dtypes.wide, param_dtype=dtypes.param, rngs=rngs)
+        super().__init__(size, epsilon=1e-6 * SHRINK**2, dtype=dtypes.wide, param_dtype=dtypes.param, rngs=rngs)
 
     def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
         """Returns the shape and dtype of x; statistics cover only the entries where `mask` is True."""
-        return super().__call__(x, mask=mask).astype(x.dtype)
+        return super().__call__(x.astype(self.dtype) * SHRINK, mask=mask).astype(x.dtype)
 
 
 class LayerNorm(nnx.LayerNorm):
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32.
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis, in float32; entries below 1e28.
 
     Source: arXiv 1607.06450.
 
@@ -153,11 +157,11 @@ class LayerNorm(nnx.LayerNorm):
 
     def __init__(self, size: int, *, epsilon: float = 1e-6, dtypes: Dtypes, rngs: nnx.Rngs):
         same: dict[str, Any] = {"dtype": dtypes.wide, "param_dtype": dtypes.param, "rngs": rngs}
-        super().__init__(size, epsilon=epsilon, use_fast_variance=False, **same)
+        super().__init__(size, epsilon=epsilon * SHRINK**2, use_fast_variance=False, **same)
 
     def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
         """Returns the shape and dtype of x; statistics cover only the entries where `mask` is True."""
-        return super().__call__(x, mask=mask).astype(x.dtype)
+        return super().__call__(x.astype(self.dtype) * SHRINK, mask=mask).astype(x.dtype)
 
 
 NORMS = {"rms": RMSNorm, "layer": LayerNorm}
@@ -210,7 +214,10 @@ def check_rate(name: str, rate: Any) -> float:
 
 def stochastic_keys(key: Array | None, count: int) -> Array | None:
     """Splits a key into `count` keys; None (no dropout) stays None."""
-    return None if key is None else jax.random.split(key, count)
+    if key is None:
+        return None
+    check_key("key", key)
+    return jax.random.split(key, count)
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Array | None) -> Float[Array, "..."]:
@@ -227,5 +234,6 @@ def dropout(x: Float[Array, "..."], rate: float, key: Array | None) -> Float[Arr
     """
     if key is None or rate == 0:
         return x
+    check_key("key", key)
     keep = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(keep, x / jnp.asarray(1 - rate, x.dtype), jnp.zeros_like(x))

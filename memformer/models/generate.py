@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from memformer.core.checks import check, check_at_least, check_number, check_positive, check_size
+from memformer.core.checks import check, check_at_least, check_key, check_number, check_positive, check_size
 from memformer.core.types import Array, Float, Int
 from memformer.layers.sharding import on_auto_mesh
 
@@ -147,7 +147,9 @@ def generate(
     _check_model(model)
     count = check_size("max_new_tokens", max_new_tokens)
     sampling = Sampling(temperature, top_k, top_p).checked(model.num_classes)
-    if sampling.temperature > 0 and key is None:
+    if key is not None:
+        check_key("key", key)
+    elif sampling.temperature > 0:
         raise ValueError("key must be given where temperature is not 0, such as jax.random.key(0)")
     if stop_token is not None:
         stop_token = check_at_least("stop_token", stop_token, 0)

@@ -40,6 +40,17 @@ def test_norms_compute_in_float32(dtypes):
         assert_close(got.astype(jnp.float32), want, tolerance)
 
 
+@pytest.mark.parametrize("size", [1e-20, 1e-3, 1e20, 1e27])
+def test_norms_of_large_and_small_vectors(size):
+    """float32 cannot hold the squares of entries above 1e19."""
+    x = normal(1, 2, 8) * size
+    wide = np.asarray(x, np.float64)
+    centred = wide - wide.mean(-1, keepdims=True)
+    for norm, part, statistics in [(RMSNorm, wide, wide), (LayerNorm, centred, centred)]:
+        got = norm(8, dtypes=F32, rngs=rngs())(x)
+        assert_close(got, part / np.sqrt(np.mean(statistics**2, -1, keepdims=True) + 1e-6), 1e-5)
+
+
 def test_tied_logits_have_unit_variance_and_are_float32():
     embedding = Embedding(50, 64, dtypes=BF16, rngs=rngs())
     x = embedding(jnp.arange(50)[None])

@@ -138,6 +138,11 @@ MISTAKES = {
     "fractional count": ({"max_new_tokens": 2.0}, "max_new_tokens must be a positive integer, got 2.0"),
     "fractional stop": ({"stop_token": 2.5}, "stop_token must be an integer of at least 0, got 2.5"),
     "key": ({"temperature": 1.0}, "key must be given where temperature is not 0"),
+    "no key": ({"temperature": 1.0, "key": 3}, r"key must be one random key, such as jax.random.key\(0\), got 3"),
+    "keys": (
+        {"key": jax.random.split(jax.random.key(0), 2)},
+        r"key must be one random key.* key<fry> of shape \(2,\)",
+    ),
     "stop_token": ({"stop_token": 9}, r"stop_token must be None or in \[0, 9\), got 9"),
     "empty prompt": ({"prompts": [[1], []]}, "prompts must be one or more sequences of at least one integer id"),
     "float prompt": ({"prompts": [[1.0]]}, "prompts must be one or more sequences of at least one integer id"),
