@@ -1,8 +1,9 @@
 """Data: tokenizers, documents and packing, offline data sets, and sources of examples."""
 
 from memformer.data.bpe import BytePairs, split_words, train_bpe
+from memformer.data.corpus import Corpus, open_corpus, wrap_source
 from memformer.data.documents import Document, list_documents, read_documents, split_documents, standard_library
-from memformer.data.packing import PackedDocuments
+from memformer.data.packing import PackedDocuments, make_window
 from memformer.data.shapes import Figure, describe_scene, draw_scene, figure_coverage, paint_scene
 from memformer.data.source import (
     BATCH_KEYS,
@@ -24,6 +25,10 @@ from memformer.data.stamps import (
     read_pictures,
     split_stamps,
 )
+from memformer.data.text_files import Cursor, Problem, TextRecord
+from memformer.data.token_store import Shard, TokenSplit, TokenStore
+from memformer.data.token_windows import MixedSource, PackedTokens, TokenWindows, pack_lengths
+from memformer.data.tokenization import describe_problem, tokenize_corpus, training_texts
 from memformer.data.tokenizer import (
     ByteTokenizer,
     FileTokenizer,
@@ -51,20 +56,31 @@ __all__ = [
     "VERSES_PACKAGES",
     "BytePairs",
     "ByteTokenizer",
+    "Corpus",
+    "Cursor",
     "Document",
     "Example",
     "Extra",
     "Figure",
     "FileTokenizer",
     "FiniteSource",
+    "MixedSource",
     "PackedDocuments",
+    "PackedTokens",
+    "Problem",
     "RandomAccessSource",
+    "Shard",
     "Stamp",
     "SyntheticSource",
+    "TextRecord",
+    "TokenSplit",
+    "TokenStore",
+    "TokenWindows",
     "Tokenizer",
     "Verse",
     "WordPiece",
     "clean_caption",
+    "describe_problem",
     "describe_scene",
     "draw_scene",
     "figure_coverage",
@@ -73,6 +89,9 @@ __all__ = [
     "list_stamps",
     "load_tokenizer",
     "make_example",
+    "make_window",
+    "open_corpus",
+    "pack_lengths",
     "paint_scene",
     "read_documents",
     "read_pictures",
@@ -87,6 +106,9 @@ __all__ = [
     "split_words",
     "standard_library",
     "strip_markup",
+    "tokenize_corpus",
     "train_bpe",
     "train_tokenizer",
+    "training_texts",
+    "wrap_source",
 ]
