@@ -6,7 +6,7 @@ A document that cannot be read is a `Problem` with its file and line, which the 
 import dataclasses
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 from memformer.core.checks import check_at_least
@@ -109,7 +109,7 @@ def open_corpus(
     return Corpus(parts, tuple((file, os.path.getsize(file)) for file in files), len(files) if whole else None)
 
 
-def wrap_source(source: Iterable[Any], *, field: str = "text", name: str = "source") -> Corpus:
+def wrap_source(source: Any, *, field: str = "text", name: str = "source") -> Corpus:
     """Makes a corpus of a source from Python: a Grain data source, a list, or any iterable that starts anew.
 
     Args:
@@ -124,7 +124,7 @@ def wrap_source(source: Iterable[Any], *, field: str = "text", name: str = "sour
     """
 
     def part(report: Report) -> Iterator[TextRecord]:
-        items = source if hasattr(source, "__iter__") else (source[i] for i in range(len(source)))  # type: ignore[arg-type]
+        items = source if hasattr(source, "__iter__") else (source[i] for i in range(len(source)))
         for number, item in enumerate(items):
             value = {field: item} if isinstance(item, str) else item
             record = make_record(value, field, f"{name}, item {number}", report)

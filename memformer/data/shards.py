@@ -41,6 +41,7 @@ class Unit(NamedTuple):
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file that a crash leaves either whole or absent."""
     with _whole_file(path) as file:
         file.write(json.dumps(value, indent=1).encode())
 
@@ -64,7 +65,8 @@ class Workers:
     """
 
     def __init__(self, store: pathlib.Path, processes: int):
-        self._store, self._processes, self._pool = store, processes, None
+        self._store, self._processes = store, processes
+        self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._began = self._shown = time.monotonic()
         self._first: int | None = None
 
@@ -149,6 +151,7 @@ class _Columns:
 
 
 def token_dtype(vocab_size: int) -> Any:
+    """The smallest dtype of a store that holds all ids."""
     return np.uint16 if vocab_size <= 2**16 else np.uint32
 
 

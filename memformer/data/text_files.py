@@ -53,18 +53,22 @@ Part: TypeAlias = Callable[[Report], Iterator[TextRecord]]
 
 
 class TextOptions(NamedTuple):
+    """Options of `open_corpus` that readers need."""
+
     field: str
     separator: bytes
     piece_bytes: int
 
 
 def reader_of(path: str) -> Callable[[BinaryIO, str, TextOptions, Report], Iterator[TextRecord]]:
+    """The reader of a file, by the ending of its name."""
     name, packed = os.path.splitext(path.lower())
     kind = os.path.splitext(name)[1] if packed in COMPRESSED else packed
     return _read_json_lines if kind in JSON_LINES else _read_parquet if kind == PARQUET else read_text
 
 
 def file_part(path: str, options: TextOptions) -> Part:
+    """The part of a corpus that one file is."""
     reader = reader_of(path)
 
     def part(report: Report) -> Iterator[TextRecord]:
@@ -81,13 +85,12 @@ class _DamagedError(Exception):
     """An error of an optional library that reads a format."""
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> Any:
+    """A binary stream of the decompressed file."""
     if path.lower().endswith(".gz"):
-        # GzipFile is a BinaryIO to all that is used here
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.lower().endswith(".zst"):
-        # BufferedReader is a BinaryIO to all that is used here
-        return io.BufferedReader(_Zstandard(path, _import("zstandard", path)))  # type: ignore[return-value]
+        return io.BufferedReader(_Zstandard(path, _import("zstandard", path)))
     return open(path, "rb")
 
 
@@ -138,6 +141,7 @@ def _import(package: str, path: str) -> Any:
 
 
 def read_text(stream: BinaryIO, path: str, options: TextOptions, report: Report) -> Iterator[TextRecord]:
+    """The documents of a text file."""
     anything = False
     for piece, line in _divide(stream, options):
         if not piece.strip():

@@ -171,7 +171,7 @@ class TokenStore:
 
     def summary(self) -> str:
         """A table of the splits, and the problems of the corpus."""
-        rows = [("split", "documents", "tokens", "bytes", "share", "bytes/token")]
+        rows: list[Sequence[str]] = [("split", "documents", "tokens", "bytes", "share", "bytes/token")]
         whole = sum(self.split(name).count("bytes") for name in SPLITS)
         for name in SPLITS:
             part = self.split(name)

@@ -70,10 +70,10 @@ def tokenize_corpus(
     Example:
       >>> import tempfile
       >>> from memformer.data.corpus import wrap_source
-      >>> corpus = wrap_source([f"document {i}" for i in range(40)])
+      >>> corpus = wrap_source([f"document {i}" for i in range(60)])
       >>> store = tokenize_corpus(corpus, tempfile.mkdtemp())
-      >>> store.split("test").count("documents")
-      2
+      >>> sum(store.split(split).count("documents") for split in ("train", "validation", "test"))
+      60
     """
     check_choice("on_error", on_error, ("skip", "fail"))
     shares = {"validation": check_at_least("validation", validation, 0), "test": check_at_least("test", test, 0)}

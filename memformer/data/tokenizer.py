@@ -106,13 +106,9 @@ class FileTokenizer:
         if not self.path.is_file():
             raise ValueError(f"tokenizer must be a tokenizer.json or a folder that holds one, got {str(path)!r}")
         content = self.path.read_bytes()
-        try:
-            self._tokenizer = _import("tokenizers").Tokenizer.from_buffer(content)
-        except ImportError:
-            raise
-        # the library raises Exception itself
-        except Exception as error:  # noqa: BLE001
-            raise ValueError(f"tokenizer {self.path} cannot be read as a tokenizer.json: {error}") from error
+        library = _import("tokenizers")
+        with _ErrorsOfFile(self.path):
+            self._tokenizer = library.Tokenizer.from_buffer(content)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._settings = _read_settings(self.path.with_name(SETTINGS_FILE))
@@ -254,6 +250,20 @@ def train_tokenizer(
     (target / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     tokenizer.save(str(target / TOKENIZER_FILE))
     return FileTokenizer(target)
+
+
+class _ErrorsOfFile:
+    """Context manager that names the file in an error of the library, which raises Exception itself."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is not None and issubclass(kind, Exception):
+            raise ValueError(f"tokenizer {self._path} cannot be read as a tokenizer.json: {error}") from error
 
 
 def _import(name: str) -> Any:
