@@ -33,8 +33,8 @@ class MatrixCall:
       k: [B, W, G, K].
       v: [B, W, H, V].
       w: erase vector [B, W, G, K]; None is k.
-      alpha: write strength [B, W, H]; None is beta where there is one, else 1.
-      beta: erase strength [B, W, H]; None where writes only add.
+      alpha: write strength [B, W, H]; None is beta.
+      beta: erase strength [B, W, H]; None where writes only add, without w and alpha.
       decay: log decay [B, T, H] or, per key channel, [B, T, H, K]; None is 0.
       segments: from `find_segments`, or None where nothing is packed.
       state: [B, H, K, V] in the accumulation dtype.
@@ -63,21 +63,6 @@ class MatrixCall:
     def decay_per_channel(self) -> bool:
         """Whether each key channel has a decay of its own."""
         return self.decay is not None and self.decay.ndim == 4
-
-    def require_delta_write(self, implementation: str) -> None:
-        """Checks that the call erases at k with strength alpha = beta.
-
-        Args:
-          implementation: named in the message.
-
-        Raises:
-          NotImplementedError: the call has w or alpha, which only the recurrent form takes.
-        """
-        if self.w is not None or self.alpha is not None:
-            raise NotImplementedError(
-                f"the {implementation} form of {self.op} takes no erase vector w and no write strength alpha;"
-                " implementation='recurrent' does"
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

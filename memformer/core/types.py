@@ -28,7 +28,8 @@ Glossary:
     decay_in         decay from the start of the chunk to a token
     decay_out        decay from a token to the end of the chunk
     chunk_decay      decay over the whole chunk
-    qk, kk           decayed inner products inside a chunk of queries and keys, and of keys and keys
+    qk, wk           decayed inner products inside a chunk of queries and keys, and of erase vectors and keys (kk
+                     where they are the keys)
     lse              log-sum-exp of a row of scores
     delta            sum of an output times its gradient: the normaliser's part in the gradient of scores
     mask             which slots a query sees: `core.mask.Mask`

@@ -22,6 +22,8 @@ def delta_product(
     v: Float[Array, "B T N H V"],
     beta: Float[Array, "B T N H"],
     *,
+    w: Float[Array, "B T N G K"] | None = None,
+    alpha: Float[Array, "B T N H"] | None = None,
     decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -33,17 +35,21 @@ def delta_product(
     """Writes N values per token by the delta rule, in order, and reads once.
 
         S_{t,0} = exp(decay_t) S_{t-1}
-        S_{t,n} = S_{t,n-1} + beta_tn k_tn (v_tn - S_{t,n-1}^T k_tn)^T for n = 1 ... N
+        S_{t,n} = S_{t,n-1} + k_tn (alpha_tn v_tn - beta_tn S_{t,n-1}^T w_tn)^T for n = 1 ... N
         o_t = scale S_{t,N}^T q_t
 
-    The transition of a token is a product of N reflections (beta up to 2), which can be any rotation in N
-    dimensions. N = 1 is `delta_rule`. Keys should have unit length (`memformer.l2norm`).
+    With w = k the transition of a token is a product of N reflections (beta up to 2), which can be any rotation in N
+    dimensions. N = 1 is `delta_rule`. Keys should have unit length (`memformer.l2norm`). With w of its own a write can
+    add any matrix of rank one to the transition: RWKV-7 is a write (k = b, w = -exp(-decay) a, v = 0) before the write
+    of the value (w = 0).
 
     Args:
       q: queries. G may be less than the number of value heads H, as in `delta_rule`.
       k: keys, N per token.
       v: values.
-      beta: fraction of the stored value that is replaced.
+      beta: erase strength, the fraction of the stored value that is removed.
+      w: where to erase; None is k.
+      alpha: write strength; None is beta.
       decay: log decay (at most 0) of the state before each token, per head or per head and key channel; None is 0.
       scale: factor on the read; None is K ** -0.5.
       segment_ids, initial_state, chunk_size, precision: see `memformer.ops`.
@@ -70,6 +76,8 @@ def delta_product(
         k,
         v,
         beta,
+        w=w,
+        alpha=alpha,
         decay=decay,
         scale=scale,
         segment_ids=segment_ids,

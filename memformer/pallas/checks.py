@@ -55,7 +55,8 @@ def check_chunk_size(op: str, chunk_size: int | None, allowed: tuple[int, ...]) 
 
 def check_matrix_call(call: MatrixCall) -> None:
     """Raises where a call of a matrix memory asks for what no kernel has, on any chip."""
-    call.require_delta_write("pallas")
+    if call.w is not None or call.alpha is not None:
+        raise unsupported(call.op, "erases at k with strength beta: it takes no erase vector w and no alpha")
     if call.decay_per_channel:
         raise unsupported(
             call.op,

@@ -54,7 +54,7 @@ def log_decay(rng, *shape):
     return -np.exp(rng.uniform(-4.0, 1.1, shape))
 
 
-def recurrent_arrays(decay=None, beta=True, groups=HEADS, positive=False, steps=None):
+def recurrent_arrays(decay=None, beta=True, groups=HEADS, positive=False, steps=None, erase=False):
     """Arguments of the ops with a matrix state; decay is None, "head" or "channel"."""
 
     def build(rng, batch, length):
@@ -68,6 +68,9 @@ def recurrent_arrays(decay=None, beta=True, groups=HEADS, positive=False, steps=
             arrays["q"], arrays["k"] = abs(arrays["q"]) + 0.1, abs(arrays["k"]) + 0.1
         if beta:
             arrays["beta"] = rng.uniform(0.0, 2.0, (batch, length, *many, HEADS))
+        if erase:
+            arrays["w"] = unit(rng, batch, length, *many, groups, WIDTH)
+            arrays["alpha"] = rng.uniform(0.0, 2.0, (batch, length, *many, HEADS))
         if decay == "head":
             arrays["decay"] = log_decay(rng, batch, length, HEADS)
         if decay == "channel":
@@ -157,6 +160,7 @@ SPECS = (
     _delta_rule("delta_rule_head_decay", decay="head"),
     _delta_rule("delta_rule_channel_decay", decay="channel"),
     _delta_rule("delta_rule_grouped", decay="head", groups=1),
+    _delta_rule("delta_rule_erase", decay="head", groups=1, erase=True),
     _linear("linear_attention"),
     _linear("linear_attention_head_decay", decay="head"),
     _linear("linear_attention_channel_decay", decay="channel", groups=1),
@@ -170,7 +174,7 @@ SPECS = (
     ),
     _product("delta_product", decay=None),
     _product("delta_product_head_decay", decay="head"),
-    _product("delta_product_channel_decay", decay="channel"),
+    _product("delta_product_channel_decay_erase", decay="channel", erase=True),
     _attention("softmax_attention"),
     _deltaformer("deltaformer_linear_softmax", write_kernel="linear"),
 )

@@ -49,6 +49,18 @@ def test_linear_kernels_are_the_delta_rule():
     assert_close(got[1], want[1], GRADIENT["float32"], "gradient")
 
 
+def test_linear_kernels_are_the_delta_rule_with_its_erase_vector():
+    """The same w, alpha and beta in both, to the last digit of float64."""
+    with jax.enable_x64(True):
+        given = arrays(39, "float64")
+        given["q"] = given["q"][:, :, :2]
+        linear = {"write_kernel": "linear", "read_kernel": "linear"}
+        got = evaluate(lambda **x: mf.deltaformer(**x, chunk_size=16, **linear)[0], given)
+        want = evaluate(lambda **x: mf.delta_rule(**x, scale=1.0)[0], given)
+        assert_close(got[0], want[0], 1e-14, "output")
+        assert_close(got[1], want[1], 1e-13, "gradient")
+
+
 def test_without_erasure_it_is_softmax_attention():
     given = {name: x for name, x in arrays().items() if name in ("q", "k", "v")}
     zero = jnp.zeros(given["k"].shape[:3])

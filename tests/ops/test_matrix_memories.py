@@ -1,6 +1,5 @@
 """Matrix memories: identities between the ops, and hard cases of keys, decays, length and devices."""
 
-import dataclasses
 import functools
 
 import jax
@@ -11,8 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memformer as mf
-from memformer.ops.matrix_memory import chunked, recurrent
-from memformer.ops.matrix_memory.arguments import make_call
+from memformer.ops.matrix_memory import chunked
 from tests.numeric import FORWARD, GRADIENT, assert_close
 from tests.ops.specs import HEADS, VALUE, WIDTH, log_decay, unit
 
@@ -88,6 +86,17 @@ def test_a_few_very_negative_decays_among_ordinary_ones(decay, amount):
     got, want = gradients(implementation="chunked")(given), in_float64(given)
     assert_close(got[1], want[1], FORWARD["float32"])
     assert_close(got[0], want[0], GRADIENT["float32"])
+
+
+@pytest.mark.parametrize("amount", [1, 5, 30, 70])
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_gradient_of_strong_decays(decay, amount):
+    """It shrinks as the state does, to 1e-30, and keeps its digits: no sum in it cancels."""
+    given = arrays(decay)
+    given["decay"] = -amount * (1 + 0.1 * jnp.sin(jnp.arange(given["decay"].size, dtype="float32")))
+    given["decay"] = given["decay"].reshape(arrays(decay)["decay"].shape)
+    got, want = gradients(implementation="chunked")(given), in_float64(given)
+    assert_close(got[0], want[0], 1e-6 if amount < 70 else 1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [64, 1024])
@@ -222,43 +231,38 @@ def test_sharded_batch_and_heads_are_not_gathered(decay):
     assert_close(compiled(sharded), want, GRADIENT["float32"])
 
 
-def test_erase_vector_and_write_strength():
-    """S_t = S' + k (alpha v - beta S'^T w)^T, two writes per token, against a float64 loop; chunks refuse it."""
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_erase_vector_and_write_strength(implementation):
+    """S_t = S' + k (alpha v - beta S'^T w)^T, two writes per token, against a loop, in float64."""
     rng = np.random.default_rng(11)
-    writes, length = 2, 9
-    rows = (BATCH, length, writes)
-    q, decay = unit(rng, BATCH, length, HEADS, WIDTH), log_decay(rng, BATCH, length, HEADS, WIDTH)
+    rows = (BATCH, 9, 2)
+    q, decay = unit(rng, *rows[:2], HEADS, WIDTH), log_decay(rng, *rows[:2], HEADS, WIDTH)
     k, w = (unit(rng, *rows, HEADS, WIDTH) for _ in range(2))
     v, start = rng.standard_normal((*rows, HEADS, VALUE)), rng.standard_normal((BATCH, HEADS, WIDTH, VALUE))
     alpha, beta = (rng.uniform(0, 2, (*rows, HEADS)) for _ in range(2))
-    state, want = start.copy(), np.zeros((BATCH, length, HEADS, VALUE))
-    for t in range(length):
+    state, want = start.copy(), np.zeros((*rows[:2], HEADS, VALUE))
+    for t in range(rows[1]):
         state = state * np.exp(decay[:, t])[..., None]
-        for n in range(writes):
+        for n in range(rows[2]):
             erased = beta[:, t, n, :, None] * np.einsum("bhk,bhkv->bhv", w[:, t, n], state)
             state = state + k[:, t, n, ..., None] * (alpha[:, t, n, :, None] * v[:, t, n] - erased)[..., None, :]
         want[:, t] = 0.5 * np.einsum("bhk,bhkv->bhv", q[:, t], state)
     with jax.enable_x64(True):
-        call = make_call(
-            "delta_product",
-            q,
-            k,
-            v,
-            beta,
-            decay=decay,
-            scale=0.5,
-            segment_ids=None,
-            initial_state=start,
-            chunk_size=None,
-            precision=None,
-            several_writes=True,
-        )
-        flat = (jnp.asarray(x.reshape(BATCH, length * writes, *x.shape[3:])) for x in (w, alpha))
-        call = dataclasses.replace(call, **dict(zip(("w", "alpha"), flat, strict=True)))
-        output, last = recurrent.run(call)
+        options = {"scale": 0.5, "initial_state": start, "chunk_size": 4, "implementation": implementation}
+        arrays = {"w": w, "alpha": alpha, "decay": decay}
+        output, last = mf.delta_product(q, k, v, beta, **{key: jnp.asarray(x) for key, x in arrays.items()}, **options)
         assert_close({"output": output, "state": last}, {"output": want, "state": state}, 1e-12)
-        with pytest.raises(NotImplementedError, match="no erase vector w .*implementation='recurrent'"):
-            chunked.run(call)
-        adds = dataclasses.replace(call, beta=None, w=None, alpha=jnp.ones_like(call.alpha))
-        plain = dataclasses.replace(adds, alpha=None)
-        assert_close(recurrent.run(adds), recurrent.run(plain), 1e-14)
+
+
+def test_default_erase_vector_and_write_strength():
+    """w = k and alpha = beta, given, agree with the defaults."""
+    given = arrays("channel")
+    got = mf.delta_rule(**given, w=given["k"], alpha=given["beta"])
+    assert_close(got, mf.delta_rule(**given), 1e-6)
+
+
+def test_kernels_refuse_an_erase_vector():
+    given = arrays()
+    for changes in ({"w": given["k"]}, {"alpha": given["beta"]}):
+        with pytest.raises(NotImplementedError, match="no erase vector w and no alpha; .*'chunked'"):
+            mf.delta_rule(**given, **changes, implementation="pallas")

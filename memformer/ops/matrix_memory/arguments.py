@@ -23,6 +23,8 @@ def make_call(
     v,
     beta,
     *,
+    w=None,
+    alpha=None,
     decay,
     scale,
     segment_ids,
@@ -36,9 +38,9 @@ def make_call(
 
     Args:
       op: name of the public function.
-      q, k, v, beta, decay, scale, segment_ids, initial_state, chunk_size, precision: its arguments; beta None where
-        it has none.
-      several_writes: whether k, v and beta have an axis of writes after time.
+      q, k, v, beta, w, alpha, decay, scale, segment_ids, initial_state, chunk_size, precision: its arguments; beta
+        None where it has none.
+      several_writes: whether k, v, w, alpha and beta have an axis of writes after time.
       normalize: whether the state has one more value column, of the keys' sum.
 
     Raises:
@@ -50,8 +52,9 @@ def make_call(
     k = check_array("k", k, f"{time} G K", dims)
     v = check_array("v", v, f"{time} H V", dims)
     check_multiple("H", "G", dims, GROUPS)
-    if beta is not None:
-        beta = check_array("beta", beta, f"{time} H", dims)
+    beta = None if beta is None else check_array("beta", beta, f"{time} H", dims)
+    w = None if w is None else check_array("w", w, f"{time} G K", dims)
+    alpha = None if alpha is None else check_array("alpha", alpha, f"{time} H", dims)
     if decay is not None:
         decay = check_array("decay", decay, "B T H K" if getattr(decay, "ndim", 3) == 4 else "B T H", dims)
     dtype = accumulation_dtype(q, k, v)
@@ -60,23 +63,24 @@ def make_call(
         initial_state = check_array("initial_state", initial_state, "B H K V", state_dims).astype(dtype)
     segments = find_segments(segment_ids, dims)
     chunk_size = check_positive("chunk_size", chunk_size)
-    precision = matmul_precision(precision, q, k, v)
+    precision = matmul_precision(precision, q, k, v, w)
     valid = None if segments is None else segments.valid
-    q, k, v, beta, decay = (clear(valid, x) for x in (q, k, v, beta, decay))
+    q, k, v, w, alpha, beta, decay = (clear(valid, x) for x in (q, k, v, w, alpha, beta, decay))
     if normalize:
         v = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
     if several_writes:
-        k, v, beta = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v, beta))
+        rows = (None if x is None else x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (k, v, w, alpha, beta))
+        k, v, w, alpha, beta = rows
     if initial_state is None:
         zeros = jnp.zeros((dims["B"], dims["H"], dims["K"], v.shape[-1]), dtype)
-        initial_state = vary_like(zeros, q, k, v, beta, decay)
+        initial_state = vary_like(zeros, q, k, v, w, alpha, beta, decay)
     return MatrixCall(
         op=op,
         q=q,
         k=k,
         v=v,
-        w=None,
-        alpha=None,
+        w=w,
+        alpha=alpha,
         beta=beta,
         decay=decay,
         segments=segments,

@@ -3,14 +3,16 @@
 For one chunk of C tokens, with the state S before it and the cumulative log decay G inside it (no exponent used is
 positive):
 
-    A = diag(beta) tril(K K^T * exp(G_r - G_i), -1)     X = (I + A)^-1
-    U = X diag(beta) (V - (exp(G) K) S)                 where writes only add: U = V
-    P = tril(Q K^T * exp(G_r - G_i))                    O = (exp(G) Q) S + P U
+    A = diag(beta) tril(W K^T * exp(G_r - G_i), -1)       X = (I + A)^-1
+    U = X (diag(alpha) V - diag(beta) (exp(G) W) S)       where writes only add: U = V
+    P = tril(Q K^T * exp(G_r - G_i))                      O = (exp(G) Q) S + P U
     S' = exp(G_C) S + (exp(G_C - G) K)^T U
 
-Chunks are processed in groups. The terms that do not need the state (scores, X, W = X diag(beta) exp(G) K and
-Y = X diag(beta) V) are computed for a whole group, then a scan with two products per chunk carries the state
-(U = Y - W S), then the group's reads: few large products, and a working set that stays in cache. The backward pass
+W is K and alpha is beta where a call has none.
+
+Chunks are processed in groups. The terms that do not need the state (scores, X, Z = X diag(beta) exp(G) W and
+Y = X diag(alpha) V) are computed for a whole group, then a scan with two products per chunk carries the state
+(U = Y - Z S), then the group's reads: few large products, and a working set that stays in cache. The backward pass
 runs in the same way from the end. It starts from U, X and the states at the starts of the chunks, and recomputes the
 scores.
 
@@ -26,7 +28,7 @@ from jax import lax
 
 from memformer.core.autodiff import in_forward_mode
 from memformer.core.calls import MatrixCall
-from memformer.core.decay import cumulative_decay
+from memformer.core.decay import cumulative_decay, decay_to_end
 from memformer.core.numerics import accumulation_dtype, repeat_heads
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
@@ -59,6 +61,11 @@ class ChunkScan(NamedTuple):
         """Tokens per group."""
         return self.size * self.group
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Rows per token of each of `Inputs`."""
+        return (1, *(self.writes,) * 5, 1)
+
     def product(self, a: Array, b: Array) -> Array:
         """a @ b."""
         return jnp.matmul(a, b, precision=self.precision)
@@ -67,13 +74,15 @@ class ChunkScan(NamedTuple):
 class Inputs(NamedTuple):
     """Arrays of a call or of one group, or their gradients; None where absent.
 
-    A call's are [B, T, H, width], or [B, T N, H, width] for k, v and beta; a group's are [M, B, H, C, width] or
+    A call's are [B, T, H, width], or [B, T N, H, width] for what each write has; a group's are [M, B, H, C, width] or
     [M, B, H, C N, width], with M chunks.
     """
 
     q: Array
     k: Array
     v: Array
+    w: Array | None
+    alpha: Array | None
     beta: Array | None
     decay: Array | None
 
@@ -99,19 +108,19 @@ class Features(NamedTuple):
 
     Attributes:
       q_in: exp(G) Q scale.
-      k_in: exp(G) K, or None where writes only add.
+      w_in: exp(G) W, or None where writes only add.
       k_out: exp(G_C - G) K.
       chunk_decay: [M, B, H, 1 or K, 1] factor on the state over a chunk, or None for 1.
       qk: P scale.
-      kk: A without beta, or None where writes only add.
+      wk: A without beta, or None where writes only add.
     """
 
     q_in: Array
-    k_in: Array | None
+    w_in: Array | None
     k_out: Array
     chunk_decay: Array | None
     qk: Array
-    kk: Array | None
+    wk: Array | None
 
 
 class Residuals(NamedTuple):
@@ -127,16 +136,14 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
 
     Returns:
       The output in the accumulation dtype, and the state.
-
-    Raises:
-      NotImplementedError: the call has an erase vector w or a write strength alpha.
     """
-    call.require_delta_write("chunked")
     repeats = call.v.shape[2] // call.q.shape[2]
     inputs = Inputs(
         repeat_heads(call.q, repeats),
         repeat_heads(call.k, repeats),
         call.v,
+        None if call.w is None else repeat_heads(call.w, repeats),
+        None if call.alpha is None else call.alpha[..., None],
         None if call.beta is None else call.beta[..., None],
         call.decay if call.decay is None or call.decay_per_channel else call.decay[..., None],
     )
@@ -238,7 +245,7 @@ def _flatten(plan: ChunkScan, inputs: Inputs, index: Array | None):
     Groups are sliced in place: a scan over an axis of groups, or one more axis of size 1, makes the compiler copy
     every input first.
     """
-    pairs = zip(inputs, (1, plan.writes, plan.writes, plan.writes, 1), strict=True)
+    pairs = zip(inputs, plan.rows, strict=True)
     flat = Inputs(*(None if x is None else pad_time(x.reshape(*x.shape[:2], -1), plan.tokens * n) for x, n in pairs))
     if index is None:
         return flat, None
@@ -285,7 +292,7 @@ def _load_group(plan: ChunkScan, flat: Inputs, inputs: Inputs, i: Array, segment
         rows = _load(x, i, plan.tokens * writes).reshape(x.shape[0], -1, *like.shape[2:])
         return _to_chunks(rows, plan.group).astype(dtype)
 
-    group = Inputs(*map(load, flat, inputs, (1, plan.writes, plan.writes, plan.writes, 1)))
+    group = Inputs(*map(load, flat, inputs, plan.rows))
     if segments is None:
         return group, None
     index, before = segments
@@ -296,59 +303,66 @@ def _load_group(plan: ChunkScan, flat: Inputs, inputs: Inputs, i: Array, segment
 
 def _make_features(plan: ChunkScan, inputs: Inputs, masks: Masks | None) -> Features:
     q, k = inputs.q * plan.scale, inputs.k
-    erases = inputs.beta is not None
+    w = None if inputs.beta is None else k if inputs.w is None else inputs.w
     decay = None if inputs.decay is None else cumulative_decay(inputs.decay)
-    qk, kk = decayed_scores(q, k, decay, None if masks is None else masks.same, erases, plan.precision)
+    qk, wk = decayed_scores(q, k, w, decay, None if masks is None else masks.same, plan.precision)
     decay_in = decay_out = chunk_decay = None
     if decay is not None:
-        end: Any = decay[..., -1:, :]
-        decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(end.since(decay))
+        decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(decay_to_end(inputs.decay))
         chunk_decay = _transpose(decay_in[..., -1:, :])
     if masks is not None:
         pairs = zip(masks[1:], (decay_in, decay_out, chunk_decay), strict=True)
         decay_in, decay_out, chunk_decay = (mask if x is None else mask * x for mask, x in pairs)
-    k_in, k_out = (k if x is None else k * repeat_tokens(x, plan.writes) for x in (decay_in, decay_out))
-    return Features(q if decay_in is None else q * decay_in, k_in if erases else None, k_out, chunk_decay, qk, kk)
+    w_in = w if w is None or decay_in is None else w * repeat_tokens(decay_in, plan.writes)
+    k_out = k if decay_out is None else k * repeat_tokens(decay_out, plan.writes)
+    return Features(q if decay_in is None else q * decay_in, w_in, k_out, chunk_decay, qk, wk)
 
 
 def _group_forward(plan: ChunkScan, state: Array, inputs: Inputs, masks) -> tuple[Array, Array, Residuals]:
     features = _make_features(plan, inputs, masks)
-    inverse = w = None
+    inverse = z = None
     y = inputs.v
     if inputs.beta is not None:
-        inverse = unit_lower_inverse(inputs.beta * features.kk)
+        inverse = unit_lower_inverse(inputs.beta * features.wk)
         width = inputs.k.shape[-1]
-        both = plan.product(inverse, inputs.beta * jnp.concatenate([features.k_in, inputs.v], axis=-1))
-        w, y = both[..., :width], both[..., width:]
+        both = plan.product(inverse, _right_sides(inputs, features))
+        z, y = both[..., :width], both[..., width:]
 
     def step(state, chunk):
-        w, y, k_out, chunk_decay = chunk
-        u = y if w is None else y - plan.product(w, state)
+        z, y, k_out, chunk_decay = chunk
+        u = y if z is None else y - plan.product(z, state)
         decayed = state if chunk_decay is None else state * chunk_decay
         return decayed + plan.product(jnp.swapaxes(k_out, -1, -2), u), (u, state)
 
-    last, (u, states) = lax.scan(step, state, (w, y, features.k_out, features.chunk_decay))
+    last, (u, states) = lax.scan(step, state, (z, y, features.k_out, features.chunk_decay))
     output = plan.product(features.q_in, states) + plan.product(features.qk, u)
     return last, output, Residuals(inverse, u, states)
+
+
+def _right_sides(inputs: Inputs, features: Features) -> Array:
+    """diag(beta) exp(G) W and diag(alpha) V side by side."""
+    if inputs.alpha is None:
+        return inputs.beta * jnp.concatenate([features.w_in, inputs.v], axis=-1)
+    return jnp.concatenate([inputs.beta * features.w_in, inputs.alpha * inputs.v], axis=-1)
 
 
 def _group_backward(plan: ChunkScan, inputs: Inputs, masks, residuals: Residuals, d_output, d_state):
     """Gradients of the state before a group and of its inputs."""
     features, pull = jax.vjp(lambda inputs: _make_features(plan, inputs, masks), inputs)
     inverse, u, states = residuals
-    w = None
+    z = None
     if inverse is not None:
-        w = plan.product(inverse, inputs.beta * features.k_in)
+        z = plan.product(inverse, inputs.beta * features.w_in)
     du_read = plan.product(_transpose(features.qk), d_output)
     d_state_read = plan.product(_transpose(features.q_in), d_output)
 
     def step(d_state, chunk):
-        w, k_out, chunk_decay, du_read, d_state_read = chunk
+        z, k_out, chunk_decay, du_read, d_state_read = chunk
         du = du_read + plan.product(k_out, d_state)
         before = (d_state if chunk_decay is None else d_state * chunk_decay) + d_state_read
-        return before if w is None else before - plan.product(_transpose(w), du), (du, d_state)
+        return before if z is None else before - plan.product(_transpose(z), du), (du, d_state)
 
-    chunks = (w, features.k_out, features.chunk_decay, du_read, d_state_read)
+    chunks = (z, features.k_out, features.chunk_decay, du_read, d_state_read)
     d_start, (du, d_ends) = lax.scan(step, d_state, chunks, reverse=True)
 
     d_chunk_decay = None
@@ -357,27 +371,29 @@ def _group_backward(plan: ChunkScan, inputs: Inputs, masks, residuals: Residuals
         d_chunk_decay = jnp.sum(d_ends * states, axis=axes, keepdims=True)
     d_features = Features(
         q_in=plan.product(d_output, _transpose(states)),
-        k_in=None,
+        w_in=None,
         k_out=plan.product(u, _transpose(d_ends)),
         chunk_decay=d_chunk_decay,
         qk=plan.product(d_output, _transpose(u)),
-        kk=None,
+        wk=None,
     )
     if inverse is None:
         (d_inputs,) = pull(d_features)
         return d_start, d_inputs._replace(v=d_inputs.v + du)
-    # X (diag(beta) Z) with Z = V - K_in S: d_right is the gradient of diag(beta) Z, d_entering that of K_in.
+    # U = X (diag(alpha) V - diag(beta) W_in S): d_right is the gradient of the right side, d_erased that of -beta W_in.
     d_right = plan.product(_transpose(inverse), du)
     d_a = -plan.product(d_right, _transpose(u))
-    d_entering = plan.product(d_right, _transpose(states))
-    d_features = d_features._replace(k_in=-inputs.beta * d_entering, kk=inputs.beta * d_a)
+    d_erased = plan.product(d_right, _transpose(states))
+    d_features = d_features._replace(w_in=-inputs.beta * d_erased, wk=inputs.beta * d_a)
     (d_inputs,) = pull(d_features)
-    d_beta = (
-        jnp.sum(d_right * inputs.v, axis=-1, keepdims=True)
-        - jnp.sum(d_entering * features.k_in, axis=-1, keepdims=True)
-        + jnp.sum(d_a * features.kk, axis=-1, keepdims=True)
-    )
-    return d_start, d_inputs._replace(v=d_inputs.v + inputs.beta * d_right, beta=d_inputs.beta + d_beta)
+    d_alpha = jnp.sum(d_right * inputs.v, axis=-1, keepdims=True)
+    d_carried = -jnp.sum(d_erased * features.w_in, axis=-1, keepdims=True)
+    d_inside = jnp.sum(d_a * features.wk, axis=-1, keepdims=True)
+    if inputs.alpha is None:
+        d_beta = d_alpha + d_carried + d_inside
+        return d_start, d_inputs._replace(v=d_inputs.v + inputs.beta * d_right, beta=d_inputs.beta + d_beta)
+    v, alpha = d_inputs.v + inputs.alpha * d_right, d_inputs.alpha + d_alpha
+    return d_start, d_inputs._replace(v=v, alpha=alpha, beta=d_inputs.beta + d_carried + d_inside)
 
 
 def _transpose(x: Array) -> Array:

@@ -36,8 +36,6 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
         if beta is not None:
             stored = jnp.einsum("bhk,bhkv->bhv", k if w is None else w, state, precision=precision)
             v = beta[..., None] * (v - stored) if alpha is None else alpha[..., None] * v - beta[..., None] * stored
-        elif alpha is not None:
-            v = alpha[..., None] * v
         return state + k[..., :, None] * v[..., None, :]
 
     def step(state, inputs):

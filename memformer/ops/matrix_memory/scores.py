@@ -7,6 +7,7 @@ chunk is halved again and again, each time with a reference between the two part
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from memformer.core.decay import CumulativeDecay
 from memformer.core.types import Array, Float
@@ -25,37 +26,37 @@ def repeat_tokens(x: Array, writes: int) -> Array:
 def decayed_scores(
     q: Float[Array, "*N B H C K"],
     k: Float[Array, "*N B H L K"],
+    w: Float[Array, "*N B H L K"] | None,
     decay: CumulativeDecay | None,
     same_segment: Array | None,
-    key_scores: bool,
     precision,
 ) -> tuple[Array, Array | None]:
-    """Scores of queries and keys, and of keys and keys, inside each chunk; 0 where masked.
+    """Scores of queries and keys, and of erase vectors and keys, inside each chunk; 0 where masked.
 
     Args:
       q: queries.
       k: keys, with L = C N rows for N writes per token.
+      w: erase vectors, or None where writes only add.
       decay: [*N, B, H, C, 1 or K] cumulative log decay up to each token, or None.
       same_segment: [*N, B, 1, C, C], True for tokens of one segment, or None.
-      key_scores: whether the scores of keys and keys are needed.
       precision: of the products.
 
     Returns:
-      qk [*N, B, H, C, L], of the writes up to the query's own token, and kk [*N, B, H, L, L], of strictly earlier
+      qk [*N, B, H, C, L], of the writes up to the query's own token, and wk [*N, B, H, L, L], of strictly earlier
       writes, or None.
     """
     writes = k.shape[-2] // q.shape[-2]
     place = np.arange(k.shape[-2])
     lead = (None,) * (q.ndim - 2)
     qk_mask = jnp.asarray(place // writes <= np.arange(q.shape[-2])[:, None])[lead]
-    kk_mask = jnp.asarray(place < place[:, None])[lead]
+    wk_mask = jnp.asarray(place < place[:, None])[lead]
     if same_segment is not None:
         same_segment = jnp.repeat(same_segment, writes, axis=-1)
         qk_mask = qk_mask & same_segment
-        kk_mask = kk_mask & repeat_tokens(same_segment, writes)
+        wk_mask = wk_mask & repeat_tokens(same_segment, writes)
     per_write = None if decay is None else CumulativeDecay(*(repeat_tokens(x, writes) for x in decay))
     qk = _scores(q, k, decay, per_write, qk_mask, precision)
-    return qk, (_scores(k, k, per_write, per_write, kk_mask, precision) if key_scores else None)
+    return qk, None if w is None else _scores(w, k, per_write, per_write, wk_mask, precision)
 
 
 def _scores(rows, columns, row_decay, column_decay, mask, precision):
@@ -111,7 +112,7 @@ def _scores_per_channel(rows, columns, row_decay, column_decay, mask, precision)
         size *= 2
         after = CumulativeDecay(*(half_blocks(x, size, 1) for x in row_decay))
         before = CumulativeDecay(*(half_blocks(x, size, 0) for x in column_decay))
-        reference = CumulativeDecay(*(x[..., :1, :] for x in after))
+        reference = _reference(after, 0)
         corner = _product(
             half_blocks(rows, size, 1) * jnp.exp(after.since(reference)),
             half_blocks(columns, size, 0) * jnp.exp(reference.since(before)),
@@ -145,9 +146,12 @@ def _block_scores(rows, columns, row_decay, column_decay, tokens, precision):
 def _since_middle(decay: CumulativeDecay, blocks: int) -> Array:
     """Log decay since the middle row of each of `blocks` equal blocks; positive for the rows before it."""
     parts = CumulativeDecay(*(x.reshape(*x.shape[:-2], blocks, -1, x.shape[-1]) for x in decay))
-    middle = parts.whole.shape[-2] // 2
-    reference = CumulativeDecay(*(x[..., middle : middle + 1, :] for x in parts))
-    return parts.since(reference).reshape(decay.whole.shape)
+    return parts.since(_reference(parts, parts.whole.shape[-2] // 2)).reshape(decay.whole.shape)
+
+
+def _reference(decay: CumulativeDecay, row: int) -> CumulativeDecay:
+    """One row, without a gradient: scores do not depend on the reference, and its terms would cancel inexactly."""
+    return CumulativeDecay(*(lax.stop_gradient(x[..., row : row + 1, :]) for x in decay))
 
 
 def _pad_tokens(x: Array, size: int, mode: str = "constant") -> Array:
