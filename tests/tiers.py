@@ -29,7 +29,7 @@ FAST = {
     "tasks": "(?!test_(answers_are|gaps_follow|the_optimal|held_out_sentences|rewritten_keys))",
     "training/test_config.py": "(?!test_flags_that_cannot_be)",
     "training/test_checkpoint.py": "test_(restores|keeps|refuses|no_checkpoint|options)",
-    "training/test_input.py": "",
+    "training/test_input.py": "(?!test_worker)",
     "training/test_losses.py": "",
     "training/test_optimizer.py": "test_(schedule|unknown|clipping|moving)",
     "training/test_sharding.py": "(?!test_(eight_devices|time_over))",

@@ -4,6 +4,8 @@ from memformer.data.bpe import BytePairs, split_words, train_bpe
 from memformer.data.corpus import Corpus, open_corpus, wrap_source
 from memformer.data.documents import Document, list_documents, read_documents, split_documents, standard_library
 from memformer.data.packing import PackedDocuments, make_window
+from memformer.data.draws import bounded_integers, sample_integers, split_words64, unit_floats
+from memformer.data.packing import PackedDocuments
 from memformer.data.shapes import Figure, describe_scene, draw_scene, figure_coverage, paint_scene
 from memformer.data.source import (
     BATCH_KEYS,
@@ -13,7 +15,9 @@ from memformer.data.source import (
     FiniteSource,
     RandomAccessSource,
     SyntheticSource,
+    make_batch,
     make_example,
+    stack_examples,
 )
 from memformer.data.splits import split_by_hash, split_items
 from memformer.data.stamps import (
@@ -79,6 +83,7 @@ __all__ = [
     "Tokenizer",
     "Verse",
     "WordPiece",
+    "bounded_integers",
     "clean_caption",
     "describe_problem",
     "describe_scene",
@@ -88,6 +93,7 @@ __all__ = [
     "list_documents",
     "list_stamps",
     "load_tokenizer",
+    "make_batch",
     "make_example",
     "make_window",
     "open_corpus",
@@ -98,12 +104,15 @@ __all__ = [
     "read_verse_slice",
     "read_verses",
     "save_tokenizer",
+    "sample_integers",
     "split_by_hash",
     "split_documents",
     "split_items",
     "split_stamps",
     "split_verses",
     "split_words",
+    "split_words64",
+    "stack_examples",
     "standard_library",
     "strip_markup",
     "tokenize_corpus",
@@ -111,4 +120,5 @@ __all__ = [
     "train_tokenizer",
     "training_texts",
     "wrap_source",
+    "unit_floats",
 ]

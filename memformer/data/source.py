@@ -7,7 +7,7 @@ numbers: as easy as 1, 2, 3".
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -23,10 +23,13 @@ __all__ = [
     "FiniteSource",
     "RandomAccessSource",
     "SyntheticSource",
+    "make_batch",
     "make_example",
+    "stack_examples",
 ]
 
 Example: TypeAlias = dict[str, np.ndarray]
+Words: TypeAlias = Callable[[int], np.ndarray]
 
 # The number is the second word of the generator's key.
 SPLITS = {"train": 0, "validation": 1, "test": 2}
@@ -55,6 +58,8 @@ class Extra(NamedTuple):
 class RandomAccessSource(Protocol):
     """The interface that the input pipeline reads: a length and examples by number.
 
+    A source may also have a method `batch(numbers)` that returns examples stacked; the pipeline then calls it instead.
+
     Attributes:
       endless: True where every draw is new; False where the source is a stored set.
     """
@@ -73,6 +78,9 @@ class SyntheticSource:
       draw: makes one example from a fresh generator and the example's number.
       split: "train", "validation" or "test".
       seed: integer in [0, 2**64).
+      draw_batch: makes the stacked examples of a batch from `words`, where words(n) are the first n words [B, n] of the
+        rows' generators, and names the rows that `draw` must make instead; see `memformer.data.draws`. It must make
+        the same examples as `draw`, faster.
 
     Raises:
       ValueError: unknown split, or invalid seed.
@@ -87,10 +95,16 @@ class SyntheticSource:
 
     endless = True
 
-    def __init__(self, draw: Callable[[np.random.Generator, int], Example], split: str, seed: int):
+    def __init__(
+        self,
+        draw: Callable[[np.random.Generator, int], Example],
+        split: str,
+        seed: int,
+        draw_batch: Callable[[Words], tuple[Example, np.ndarray]] | None = None,
+    ):
         check_choice("split", split, SPLITS)
         self._key = np.array([_check_seed(seed), SPLITS[split]], np.uint64)
-        self._draw = draw
+        self._draw, self._draw_batch = draw, draw_batch
 
     def __len__(self) -> int:
         return ENDLESS
@@ -99,6 +113,34 @@ class SyntheticSource:
         index = _check_index(index, ENDLESS)
         counter = np.array([0, 0, index, 0], np.uint64)
         return self._draw(np.random.Generator(np.random.Philox(key=self._key, counter=counter)), index)
+
+    def batch(self, numbers: Sequence[int]) -> Example:
+        """The examples with these numbers, stacked.
+
+        Example:
+          >>> source = SyntheticSource(lambda rng, i: {"x": rng.integers(10, size=3)}, "train", 0)
+          >>> source.batch([7, 8])["x"].shape
+          (2, 3)
+        """
+        if self._draw_batch is None:
+            return stack_examples([self[number] for number in numbers])
+        chosen = [_check_index(number, ENDLESS) for number in numbers]
+        batch, again = self._draw_batch(lambda count: self._words(chosen, count))
+        for row in np.flatnonzero(again):
+            for name, array in self[chosen[row]].items():
+                batch[name][row] = array
+        return batch
+
+    def _words(self, numbers: Sequence[int], count: int) -> np.ndarray:
+        # setting the counter of one generator costs a tenth of making another
+        generator = np.random.Philox(key=self._key)
+        state = generator.state
+        words = np.empty((len(numbers), count), np.uint64)
+        for row, number in enumerate(numbers):
+            state["state"]["counter"][2] = number
+            generator.state = state
+            words[row] = generator.random_raw(count)
+        return words
 
 
 class FiniteSource:
@@ -146,6 +188,36 @@ def make_example(inputs: np.ndarray, targets: ArrayLike, loss_weights: np.ndarra
         "segment_ids": inside.astype(np.int32),
         "positions": np.where(inside, time, 0).astype(np.int32),
     }
+
+
+def make_batch(inputs: np.ndarray, targets: np.ndarray, loss_weights: np.ndarray) -> Example:
+    """Makes the stacked examples [B, T] of a batch, each a single segment without padding; see `make_example`."""
+    positions = np.broadcast_to(np.arange(inputs.shape[1], dtype=np.int32), inputs.shape[:2])
+    return {
+        "inputs": inputs.astype(np.int32),
+        "targets": targets.astype(np.int32),
+        "loss_weights": loss_weights.astype(np.float32),
+        "segment_ids": np.ones(inputs.shape[:2], np.int32),
+        "positions": positions.copy(),
+    }
+
+
+def stack_examples(examples: Sequence[Example]) -> Example:
+    """Stacks examples along a new first axis.
+
+    Raises:
+      ValueError: examples with different arrays or shapes.
+
+    Example:
+      >>> stack_examples([{"x": np.zeros(3)}, {"x": np.ones(3)}])["x"].shape
+      (2, 3)
+    """
+    first = {name: np.shape(array) for name, array in examples[0].items()}
+    for example in examples:
+        found = {name: np.shape(array) for name, array in example.items()}
+        if found != first:
+            raise ValueError(f"all examples of a source must have the same arrays and shapes, got {first} and {found}")
+    return {name: np.stack([example[name] for example in examples]) for name in first}
 
 
 def _check_index(index: int, length: int) -> int:

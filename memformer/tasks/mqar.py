@@ -11,7 +11,8 @@ import functools
 import numpy as np
 
 from memformer.core.checks import check, check_at_least, check_number
-from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.data.draws import bounded_integers, sample_integers, split_words64, unit_floats
+from memformer.data.source import Example, SyntheticSource, Words, make_batch
 from memformer.tasks.task import Task
 
 __all__ = ["MQAR"]
@@ -74,20 +75,78 @@ class MQAR(Task):
 
     def source(self, split: str, seed: int) -> SyntheticSource:
         """Examples of one split, by number."""
-        return SyntheticSource(self._draw, split, seed)
+        population = self.vocab_size // 2 - 1
+        # `sample_integers` draws no other samples
+        together = population > self.pairs and (population <= 10_000 or self.pairs <= population // 50)
+        return SyntheticSource(self._draw, split, seed, self._draw_batch if together else None)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
+        half = self.vocab_size // 2
+        keys = rng.choice(half - 1, self.pairs, replace=False)
+        values = rng.choice(half, self.pairs, replace=False)
+        chances = self._gap_probabilities
+        gaps = rng.choice(len(chances), self.pairs, replace=False, p=chances)
+        rest = rng.integers(self.vocab_size, size=self.length)
+        batch = self._examples(keys[None], values[None], gaps[None], rest[None])
+        return {name: array[0] for name, array in batch.items()}
+
+    def _draw_batch(self, words: Words) -> tuple[Example, np.ndarray]:
+        half, pairs = self.vocab_size // 2, self.pairs
+        sampled, filled = 2 * pairs - 1, -(-self.length // 2)
+        # Most rows need fewer words for their gaps.
+        drawn = words(sampled + 6 * pairs + 16 + filled)
+        samples = split_words64(drawn[:, :sampled])
+        keys, bad_keys = sample_integers(samples[:, :sampled], half - 1, pairs)
+        values, bad_values = sample_integers(samples[:, sampled:], half, pairs)
+        gaps, used, short = _sample_gaps(unit_floats(drawn[:, sampled:-filled]), self._gap_probabilities, pairs)
+        columns = sampled + used[:, None] + np.arange(filled)
+        rest = split_words64(np.take_along_axis(drawn, columns, axis=1))[:, : self.length]
+        others, bad_others = bounded_integers(rest, self.vocab_size)
+        return self._examples(keys, values, gaps, others), bad_keys | bad_values | short | bad_others
+
+    def _examples(self, keys: np.ndarray, values: np.ndarray, gaps: np.ndarray, others: np.ndarray) -> Example:
+        """Stacked examples: keys, values and gaps [B, pairs] from 0 on, and the ids [B, length] of all other tokens."""
         half, context = self.vocab_size // 2, 2 * self.pairs
-        keys = 1 + rng.choice(half - 1, self.pairs, replace=False)
-        values = half + rng.choice(half, self.pairs, replace=False)
-        probabilities = _gap_probabilities((self.length - context) // 2, float(self.power))
-        queried = context + 2 * rng.choice(len(probabilities), self.pairs, replace=False, p=probabilities)
-        inputs = rng.integers(self.vocab_size, size=self.length)
-        inputs[0:context:2], inputs[1:context:2] = keys, values
-        inputs[queried] = keys
-        targets, weights = np.zeros(self.length), np.zeros(self.length)
-        targets[queried], weights[queried] = values, 1
-        return make_example(inputs, targets, weights)
+        keys, values, queried = 1 + keys, half + values, context + 2 * gaps
+        inputs = others.copy()
+        inputs[:, 0:context:2], inputs[:, 1:context:2] = keys, values
+        targets, weights = np.zeros_like(inputs), np.zeros(inputs.shape)
+        for array, content in ((inputs, keys), (targets, values), (weights, 1)):
+            np.put_along_axis(array, queried, content, axis=1)
+        return make_batch(inputs, targets, weights)
+
+    @property
+    def _gap_probabilities(self) -> np.ndarray:
+        return _gap_probabilities((self.length - 2 * self.pairs) // 2, float(self.power))
+
+
+def _sample_gaps(drawn: np.ndarray, probabilities: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distinct numbers of these probabilities per row, as `Generator.choice` draws them from floats [B, n].
+
+    Returns:
+      The numbers [B, size], the floats used per row, and the rows that need more floats.
+    """
+    cumulative = np.cumsum(probabilities)
+    cumulative /= cumulative[-1]
+    first = cumulative.searchsorted(drawn[:, :size], side="right")
+    result, used = first.copy(), np.full(len(drawn), size)
+    short = np.zeros(len(drawn), bool)
+    for row, numbers in enumerate(first.tolist()):
+        found = list(dict.fromkeys(numbers))
+        while len(found) < size and not short[row]:
+            # NumPy draws what is missing again, without the numbers found
+            end = used[row] + size - len(found)
+            if end > drawn.shape[1]:
+                short[row] = True
+                break
+            left = probabilities.copy()
+            left[found] = 0
+            left = np.cumsum(left)
+            left /= left[-1]
+            found += dict.fromkeys(left.searchsorted(drawn[row, used[row] : end], side="right").tolist())
+            used[row] = end
+        result[row, : len(found)] = found
+    return result, used, short
 
 
 @functools.cache

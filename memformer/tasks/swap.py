@@ -9,7 +9,8 @@ import dataclasses
 import numpy as np
 
 from memformer.core.checks import check, check_at_least, check_choice
-from memformer.data.source import Example, SyntheticSource, make_example
+from memformer.data.draws import bounded_integers, split_words64
+from memformer.data.source import Example, SyntheticSource, Words, make_batch
 from memformer.tasks.task import Task
 
 __all__ = ["Swap"]
@@ -107,28 +108,41 @@ class Swap(Task):
 
     def source(self, split: str, seed: int) -> SyntheticSource:
         """Examples of one split, by number."""
-        return SyntheticSource(self._draw, split, seed)
+        return SyntheticSource(self._draw, split, seed, self._draw_batch)
 
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
         n = self.objects
         first = rng.integers(n, size=self.length)
-        second = (first + 1 + rng.integers(n - 1, size=self.length)) % n
+        step = rng.integers(n - 1, size=self.length)
         queried = rng.integers(n, size=self.length) if self.queries else np.zeros(self.length, np.int64)
+        return {name: array[0] for name, array in self._examples(first[None], step[None], queried[None]).items()}
+
+    def _draw_batch(self, words: Words) -> tuple[Example, np.ndarray]:
+        n, kinds = self.objects, 2 + self.queries
+        count = kinds * self.length
+        drawn = split_words64(words(-(-count // 2)))[:, :count]
+        numbers, rejected = bounded_integers(drawn, np.repeat([n, n - 1, n][:kinds], self.length))
+        first, step, *queried = np.split(numbers, kinds, axis=1)
+        return self._examples(first, step, queried[0] if queried else np.zeros_like(first)), rejected
+
+    def _examples(self, first: np.ndarray, step: np.ndarray, queried: np.ndarray) -> Example:
+        """Stacked examples whose swaps [B, length] exchange positions `first` and `first` + 1 + `step`, modulo n."""
+        second = (first + 1 + step) % self.objects
         tokens = self._encode(first, second, queried)
-        targets = np.zeros_like(tokens)
-        targets[:, -1] = _track(n, first, second, queried)
-        weights = np.zeros(tokens.shape)
-        weights[:, -1] = 1
-        start = np.arange(self.vocab_size - self.start_tokens, self.vocab_size)
-        nothing = np.zeros(self.start_tokens)
-        return make_example(
-            np.concatenate([start, tokens.ravel()]),
-            np.concatenate([nothing, targets.ravel()]),
-            np.concatenate([nothing, weights.ravel()]),
+        targets, weights = np.zeros_like(tokens), np.zeros(tokens.shape)
+        targets[..., -1] = [_track(self.objects, *swaps) for swaps in zip(first, second, queried, strict=True)]
+        weights[..., -1] = 1
+        rows = len(first)
+        start = np.tile(np.arange(self.vocab_size - self.start_tokens, self.vocab_size), (rows, 1))
+        nothing = np.zeros_like(start)
+        return make_batch(
+            np.concatenate([start, tokens.reshape(rows, -1)], axis=1),
+            np.concatenate([nothing, targets.reshape(rows, -1)], axis=1),
+            np.concatenate([nothing, weights.reshape(rows, -1)], axis=1),
         )
 
     def _encode(self, first: np.ndarray, second: np.ndarray, queried: np.ndarray) -> np.ndarray:
-        """Token ids [length, tokens_per_swap]."""
+        """Token ids [B, length, tokens_per_swap]."""
         if self.encoding == "pair":
             low, high = np.minimum(first, second), np.maximum(first, second)
             # Row-major index of (low, high) above the diagonal of an n x n table.
@@ -137,7 +151,7 @@ class Swap(Task):
             columns = [first, second]
         if self.queries:
             columns.append(self.swap_ids + queried)
-        return np.stack(columns, axis=1)
+        return np.stack(columns, axis=-1)
 
 
 def _track(n: int, first: np.ndarray, second: np.ndarray, queried: np.ndarray) -> list[int]:

@@ -32,7 +32,15 @@ from memformer.training.files import (
 from memformer.training.flags import define_config, parse_flags, read_config, report_errors
 from memformer.training.folder import describe_changes, make_folder, read_run_config, schedule_steps, write_run_config
 from memformer.training.guards import FiniteGuard, NotFiniteError
-from memformer.training.input import Batch, Loader, batch_arrays, check_batch, check_split, make_loader
+from memformer.training.input import (
+    Batch,
+    Loader,
+    batch_arrays,
+    batch_shapes,
+    check_batch,
+    check_split,
+    make_loader,
+)
 from memformer.training.lock import LOCK, run_lock
 from memformer.training.loop import Trainer, train
 from memformer.training.losses import SCORES, count_batch, means, smoothing_loss
@@ -56,6 +64,8 @@ from memformer.training.report import draw_curve, final_scores, result_table, wr
 from memformer.training.sharding import (
     AXES,
     RULES,
+    BatchLayout,
+    batch_layout,
     global_batch,
     make_mesh,
     mesh_scope,
@@ -86,6 +96,7 @@ __all__ = [
     "SCHEDULES",
     "SCORES",
     "Batch",
+    "BatchLayout",
     "Checkpoints",
     "Curriculum",
     "DryRun",
@@ -111,6 +122,8 @@ __all__ = [
     "agree",
     "apply_preset",
     "batch_arrays",
+    "batch_layout",
+    "batch_shapes",
     "build_run",
     "changed_keys",
     "check_batch",

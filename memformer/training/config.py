@@ -48,6 +48,7 @@ FREE_KEYS = (
     "train.final_batches",
     "train.profile",
     "train.compile_cache",
+    "train.input_workers",
     "train.progress",
     "train.tensorboard",
     "train.max_skips",
@@ -160,6 +161,8 @@ def _train_section() -> ml_collections.ConfigDict:
             "batch_size": 64,
             # micro-batches per step: same gradient, less memory
             "accumulate": 1,
+            # processes per host that make the batches, where an example takes much Python; 0 = a thread
+            "input_workers": 0,
             # weight of the uniform distribution in the targets of the training loss
             "label_smoothing": 0.0,
             "log_every": 10,

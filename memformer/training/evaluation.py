@@ -19,11 +19,11 @@ from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError, complete_config, run_errors, set_values
 from memformer.training.files import check_folder, is_url, replace_file
-from memformer.training.input import make_loader
+from memformer.training.input import batch_shapes, make_loader
 from memformer.training.losses import means
 from memformer.training.metrics import format_table, log, model_name
 from memformer.training.plots import plot_lengths
-from memformer.training.sharding import global_batch, mesh_scope
+from memformer.training.sharding import batch_layout, mesh_scope
 from memformer.training.step import Arrays, Functional, abstract_state, make_eval_step
 
 __all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of"]
@@ -53,18 +53,14 @@ class Scorer:
         self, parameters: tuple[Arrays, Arrays], task: Task, *, split: str = "validation", batches: int
     ) -> dict[str, float]:
         """Loss and the task's scores over `batches` batches of `split`."""
+        layout = batch_layout(batch_shapes(task, self.batch_size), self.mesh)
         loader = make_loader(
-            task,
-            split,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            task, split, batch_size=self.batch_size, seed=self.seed, rows=layout.rows, place=layout.place
         )
         sums: list[Arrays] = []
         with mesh_scope(self.mesh):
             for _ in range(batches):
-                sums.append(self.step(*parameters, global_batch(next(loader), self.mesh)))
+                sums.append(self.step(*parameters, next(loader)))
         loader.close()
         fetched = jax.device_get(sums)
         total = {name: math.fsum(float(part[name]) for part in fetched) for name in fetched[0]}

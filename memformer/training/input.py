@@ -1,21 +1,24 @@
 """Input pipeline: the examples of a task, in an order that depends on the seed alone.
 
-Stages of Grain: source -> shuffle (finite sources) -> repeat -> start at a position -> batch -> slice by process.
+Order of the examples (shuffled, repeated) -> batches, of which a process reads its own rows -> checks and the transfer
+to the devices. Everything runs in a background thread; reading can run in processes.
 The position is the number of examples that all processes together have consumed since the start of the run: one
 integer, saved with the checkpoint, that restores exactly under another number of processes, another batch size or
 another task (a curriculum).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
+from grain.experimental import ThreadPrefetchIterDataset
 
-from memformer.data.source import BATCH_KEYS, Example, Extra, RandomAccessSource
+from memformer.data.source import BATCH_KEYS, Example, Extra, RandomAccessSource, stack_examples
 from memformer.tasks import Task
 
-__all__ = ["Batch", "Loader", "batch_arrays", "check_batch", "check_split", "make_loader"]
+__all__ = ["Batch", "Loader", "batch_arrays", "batch_shapes", "check_batch", "check_split", "make_loader"]
 
 Batch = dict[str, np.ndarray]
 
@@ -24,30 +27,27 @@ PREFETCH = 2
 
 
 class Loader:
-    """Iterates over this process's rows of each batch, and tracks the global position.
+    """Iterates over this process's part of each batch, and tracks the global position.
 
     Created by `make_loader`. `position` counts the examples that all processes together have consumed, without
     prefetched ones: a loader created at that position continues with the next batch.
     """
 
-    def __init__(self, batches: grain.IterDataset, task: Task, batch_size: int, local_size: int, position: int):
+    def __init__(self, batches: grain.IterDataset, batch_size: int, position: int):
         self._batches = iter(batches)
-        self._task = task
         self._batch_size = batch_size
-        self._local_size = local_size
         self.position = position
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> dict[str, Any]:
         batch = next(self._batches)
-        check_batch(batch, self._task, self._local_size)
         self.position += self._batch_size
         return batch
 
     def close(self) -> None:
-        """Stops the background thread."""
+        """Stops the background thread and the workers."""
         self._batches.close()
 
 
@@ -58,30 +58,37 @@ def make_loader(
     batch_size: int,
     seed: int,
     position: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
+    place: Callable[[Batch], dict[str, Any]] | None = None,
     shuffle: bool | None = None,
     repeat: bool = True,
     prefetch: int = PREFETCH,
+    workers: int = 0,
 ) -> Loader:
     """Returns a loader of batches of `task`, starting at global example number `position`.
 
-    Batch b holds examples position + b * batch_size ... + batch_size - 1. Process p of P gets the p-th of P equal
-    blocks of its rows, so that the concatenated rows of all processes are the same batch for every P.
+    Row r of batch b is example position + b * batch_size + r, for every number of processes. A process reads the rows
+    that its devices hold and no other:
+
+        layout = batch_layout(batch_shapes(task, batch_size), mesh)
+        make_loader(task, "train", batch_size=batch_size, seed=seed, rows=layout.rows, place=layout.place)
 
     Args:
       task: provides the source of the split.
       split: "train", "validation" or "test".
-      batch_size: rows per batch over all processes; a multiple of process_count.
+      batch_size: rows per batch over all processes.
       seed: seed of the source and of the shuffle.
       position: `Loader.position` of the run to resume.
-      process_index: as jax.process_index().
-      process_count: as jax.process_count().
+      rows: numbers of the rows to read, increasing; by default all.
+      place: applied to each batch of these rows in the background thread, such as `BatchLayout.place`; by default
+        batches stay NumPy arrays.
       shuffle: reshuffle a finite source in each epoch; by default for the train split only. An endless source is
         random already and is never shuffled.
       repeat: False ends a finite source after one pass, with padding rows (segment 0, weight 0) in its last batch, so
         that every example is scored once.
       prefetch: number of prefetched batches; 0 creates each on demand.
+      workers: processes that read batches, for sources that compute much per example (rendering, tokenizing); 0 reads
+        in the background thread. The batches are the same.
 
     Raises:
       ValueError: sizes that do not fit, named; an endless source with repeat=False; an empty split.
@@ -92,23 +99,54 @@ def make_loader(
       >>> next(loader)["inputs"].shape, loader.position
       ((4, 21), 4)
     """
-    _check_sizes(batch_size, position, process_index, process_count, prefetch)
+    _check_sizes(batch_size=batch_size, position=position, prefetch=prefetch, workers=workers)
+    chosen = np.arange(batch_size) if rows is None else _check_rows(rows, batch_size)
     source = task.source(split, seed)
     _check_source(source, task, split, repeat)
     if not repeat:
         source = _Filled(source, batch_size)
-    local_size = batch_size // process_count
-    data = grain.MapDataset.source(source)
+    order: Any = range(len(source))
     if not source.endless:
+        order = grain.MapDataset.range(len(source))
         if split == "train" if shuffle is None else shuffle:
             # Grain's shuffle takes 32 bits.
-            data = data.shuffle(seed=seed % 2**32)
-        data = data.repeat() if repeat else data
-    if not position < len(data):
-        raise ValueError(f"position must be below the {len(data)} examples of one pass, got {position}")
-    batches = data[position:].batch(local_size, drop_remainder=True)[process_index::process_count]
-    threads = grain.ReadOptions(num_threads=1 if prefetch else 0, prefetch_buffer_size=prefetch)
-    return Loader(batches.to_iter_dataset(threads), task, batch_size, local_size, position)
+            order = order.shuffle(seed=seed % 2**32)
+        order = order.repeat() if repeat else order
+    if not position < len(order):
+        raise ValueError(f"position must be below the {len(order)} examples of one pass, got {position}")
+
+    def prepare(batch: Batch) -> dict[str, Any]:
+        check_batch(batch, task, len(chosen))
+        return batch if place is None else place(batch)
+
+    batches = grain.MapDataset.source(_Batches(source, order, batch_size, chosen, position))
+    stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            # Grain reads flags of its own, which nothing has parsed in a notebook
+            flags.FLAGS.mark_as_parsed()
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    stream = stream.map(prepare)
+    if prefetch:
+        stream = ThreadPrefetchIterDataset(stream, prefetch_buffer_size=prefetch)
+    return Loader(stream, batch_size, position)
+
+
+class _Batches:
+    """The batches of a source by number: `rows` of each `batch_size` examples of `order`, from `position` on."""
+
+    def __init__(self, source: RandomAccessSource, order: Any, batch_size: int, rows: np.ndarray, position: int):
+        self._source, self._order = source, order
+        self._size, self._rows, self._position = batch_size, rows, position
+
+    def __len__(self) -> int:
+        return (len(self._order) - self._position) // self._size
+
+    def __getitem__(self, index: int) -> Batch:
+        start = self._position + int(index) * self._size
+        numbers = [self._order[start + row] for row in self._rows.tolist()]
+        read = getattr(self._source, "batch", None)
+        return stack_examples([self._source[number] for number in numbers]) if read is None else read(numbers)
 
 
 class _Filled:
@@ -129,16 +167,19 @@ class _Filled:
         return {key: np.zeros_like(array) for key, array in self._source[0].items()}
 
 
-def _check_sizes(batch_size: int, position: int, process_index: int, process_count: int, prefetch: int) -> None:
-    least = {"batch_size": 1, "position": 0, "process_index": 0, "process_count": 1, "prefetch": 0}
-    values = (batch_size, position, process_index, process_count, prefetch)
-    for (name, low), value in zip(least.items(), values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
-            raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
-    if process_index >= process_count:
-        raise ValueError(f"process_index must be below process_count = {process_count}, got {process_index}")
-    if batch_size % process_count:
-        raise ValueError(f"batch_size must be a multiple of process_count = {process_count}, got {batch_size}")
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        least = 1 if name == "batch_size" else 0
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_rows(rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:
+    numbers = np.asarray(rows)
+    whole = numbers.ndim == 1 and len(numbers) > 0 and np.issubdtype(numbers.dtype, np.integer)
+    if not (whole and np.all(np.diff(numbers) > 0) and numbers[0] >= 0 and numbers[-1] < batch_size):
+        raise ValueError(f"rows must be increasing numbers below batch_size = {batch_size}, got {rows!r}")
+    return numbers
 
 
 def _check_source(source: RandomAccessSource, task: Task, split: str, repeat: bool) -> None:
@@ -202,6 +243,17 @@ def batch_arrays(task: Task) -> dict[str, Extra]:
         Extra(time, "int32", task.steps),
     )
     return {**dict(zip(BATCH_KEYS, own, strict=True)), **task.extras}
+
+
+def batch_shapes(task: Task, batch_size: int) -> dict[str, tuple[int, ...]]:
+    """Global shape of each array in batches of a task.
+
+    Example:
+      >>> from memformer.tasks import make_task
+      >>> batch_shapes(make_task({"name": "swap"}), 4)["inputs"]
+      (4, 21)
+    """
+    return {name: (batch_size, *extra.shape) for name, extra in batch_arrays(task).items()}
 
 
 def _check_range(name: str, values: np.ndarray, end: int) -> None:

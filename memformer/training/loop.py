@@ -24,14 +24,14 @@ from memformer.training.folder import (
     write_run_config,
 )
 from memformer.training.guards import FiniteGuard, NotFiniteError
-from memformer.training.input import Loader, check_split, make_loader
+from memformer.training.input import Loader, batch_shapes, check_split, make_loader
 from memformer.training.lock import run_lock
 from memformer.training.losses import means
 from memformer.training.metrics import RunLog, flops_per_token, log, model_name, peak_flops
 from memformer.training.orbax_errors import SaveError
 from memformer.training.profiling import Profiler
 from memformer.training.report import draw_curve, final_scores, write_report
-from memformer.training.sharding import global_batch, mesh_scope
+from memformer.training.sharding import batch_layout, mesh_scope
 from memformer.training.signals import StopSignal
 from memformer.training.step import abstract_state, init_state, make_eval_step, make_train_step
 
@@ -194,22 +194,24 @@ class Trainer:
                 log(line)
 
     def _load(self, position: int) -> Loader:
+        task, size = self._curriculum.task, self._options["batch_size"]
+        layout = batch_layout(batch_shapes(task, size), self._run.mesh)
         return make_loader(
-            self._curriculum.task,
+            task,
             "train",
-            batch_size=self._options["batch_size"],
+            batch_size=size,
             seed=self._run.config["seed"],
             position=position,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=layout.rows,
+            place=layout.place,
+            workers=self._options["input_workers"],
         )
 
     def _advance(self) -> None:
         """Takes one step, then logs, evaluates and saves if they are due."""
         options = self._options
         self._profiler.before(self._step + 1)
-        batch = global_batch(next(self._loader), self._run.mesh)
-        self._state, report = self._compiled(self._state, batch)
+        self._state, report = self._compiled(self._state, next(self._loader))
         self._step += 1
         if self._first:
             # the first step at a length compiles

@@ -1,6 +1,7 @@
 """The mesh of a run, and the table from logical axis names to mesh axes."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from memformer.data.source import BATCH_KEYS
 from memformer.training.config import RunError
 
-__all__ = ["AXES", "RULES", "global_batch", "make_mesh", "mesh_scope", "partition_spec", "state_shardings"]
+__all__ = [
+    "AXES",
+    "RULES",
+    "BatchLayout",
+    "batch_layout",
+    "global_batch",
+    "make_mesh",
+    "mesh_scope",
+    "partition_spec",
+    "state_shardings",
+]
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -134,22 +145,104 @@ def batch_sharding(name: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     return NamedSharding(mesh, partition_spec(names[: len(shape)], shape, mesh))
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchLayout:
+    """The part of each batch that the devices of one process hold.
+
+    Created by `batch_layout`.
+
+    Attributes:
+      rows: numbers of its rows, increasing. Other processes hold the same rows where a tensor or context axis spans
+        processes, and the rows need not be neighbours.
+      steps: numbers of its time steps by array; None where the array is not sharded over time.
+      shapes: global shapes by array.
+      shardings: shardings by array.
+    """
+
+    rows: np.ndarray
+    steps: Mapping[str, np.ndarray | None]
+    shapes: Mapping[str, tuple[int, ...]]
+    shardings: Mapping[str, NamedSharding]
+
+    def keep(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Drops the time steps that the process does not hold from a batch of `rows`."""
+        result = dict(batch)
+        for name, steps in self.steps.items():
+            if steps is not None and len(steps) < self.shapes[name][1]:
+                result[name] = batch[name][:, steps]
+        return result
+
+    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Puts a batch of `rows` on the devices of this process, as global arrays."""
+        kept = self.keep(batch)
+        return {name: self._put(name, array) for name, array in kept.items()}
+
+    def _put(self, name: str, array: np.ndarray) -> jax.Array:
+        numbers = (self.rows, self.steps[name])
+
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            # global slices to slices of the rows and steps that are here
+            slices = list(index or ())
+            for axis, here in enumerate(numbers[: len(slices)]):
+                if here is not None:
+                    start, stop, _ = slices[axis].indices(self.shapes[name][axis])
+                    first = int(np.searchsorted(here, start))
+                    slices[axis] = slice(first, first + stop - start)
+            return array[tuple(slices)]
+
+        return jax.make_array_from_callback(self.shapes[name], self.shardings[name], shard)
+
+
+def batch_layout(
+    shapes: Mapping[str, Sequence[int]], mesh: Mesh, devices: Sequence[jax.Device] | None = None
+) -> BatchLayout:
+    """Returns the part of each batch that a process holds, from the index map of the batch's sharding.
+
+    Args:
+      shapes: global shapes [B, T, ...] by array.
+      mesh: the mesh of the run.
+      devices: the devices of the process; by default those of this one.
+
+    Raises:
+      RunError: a batch size not divisible by the data and fsdp axes.
+
+    Example:
+      >>> mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+      >>> batch_layout({"inputs": (4, 8)}, mesh).rows.tolist()
+      [0, 1, 2, 3]
+    """
+    sizes = {name: tuple(shape) for name, shape in shapes.items()}
+    count, shards = next(iter(sizes.values()))[0], mesh.shape["data"] * mesh.shape["fsdp"]
+    if count % shards:
+        raise RunError(
+            f"train.batch_size must be a multiple of mesh data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}, "
+            f"got {count}. Set --config.train.batch_size (eval.py: --batch_size) to such a multiple."
+        )
+    here = set(mesh.local_devices if devices is None else devices)
+    shardings = {name: batch_sharding(name, shape, mesh) for name, shape in sizes.items()}
+    rows, steps = np.arange(0), {}
+    for name, shape in sizes.items():
+        indices = [i for device, i in shardings[name].devices_indices_map(shape).items() if device in here]
+        # the same for all arrays: their rows are sharded alike
+        rows = _numbers(shape[0], [index[0] for index in indices])
+        sharded = len(shardings[name].spec) > 1 and shardings[name].spec[1] is not None
+        steps[name] = _numbers(shape[1], [index[1] for index in indices]) if sharded else None
+    return BatchLayout(rows, steps, sizes, shardings)
+
+
+def _numbers(size: int, slices: Sequence[slice]) -> np.ndarray:
+    """The numbers in [0, size) that lie in at least one of the slices."""
+    inside = np.zeros(size, bool)
+    for part in slices:
+        inside[part] = True
+    return np.flatnonzero(inside)
+
+
 def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts this process's rows of a batch on its devices, as global arrays.
+    """Puts a batch on the devices of a mesh, as global arrays; every process has the whole batch.
 
     Raises:
       RunError: a batch size not divisible by the data and fsdp axes.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = len(batch["inputs"]) * jax.process_count()
-    if rows % shards:
-        raise RunError(
-            f"train.batch_size must be a multiple of mesh data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}, "
-            f"got {rows}. Set --config.train.batch_size (eval.py: --batch_size) to such a multiple."
-        )
-    put = jax.make_array_from_process_local_data
-    result = {}
-    for name, array in batch.items():
-        shape = (rows, *array.shape[1:])
-        result[name] = put(batch_sharding(name, shape, mesh), array, shape)
-    return result
+    layout = batch_layout({name: array.shape for name, array in batch.items()}, mesh)
+    return layout.place({name: array[layout.rows] for name, array in batch.items()})

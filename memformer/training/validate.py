@@ -29,8 +29,8 @@ def validate(config: Mapping[str, Any]) -> None:
 def _check_train(train: Mapping[str, Any]) -> None:
     for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "final_batches", "max_skips"):
         check_at_least(f"train.{name}", train[name], 1)
-    for name in ("eval_every", "checkpoint_every"):
-        # 0: only at the end
+    for name in ("eval_every", "checkpoint_every", "input_workers"):
+        # 0: only at the end, or no workers
         check_at_least(f"train.{name}", train[name], 0)
     size, parts = train["batch_size"], train["accumulate"]
     check(size % parts == 0, "train.batch_size", f"a multiple of train.accumulate = {parts}", size)

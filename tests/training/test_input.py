@@ -3,14 +3,15 @@
 import dataclasses
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from memformer.data.source import Extra, make_example
+from memformer.data.source import Extra, FiniteSource, make_example
 from memformer.tasks import Swap, Task
-from memformer.training.input import check_batch, make_loader
-from memformer.training.sharding import global_batch, make_mesh
+from memformer.training.input import batch_shapes, check_batch, make_loader
+from memformer.training.sharding import batch_layout, batch_sharding, global_batch, make_mesh
 
 SWAP = Swap(length=8)
 
@@ -42,6 +43,14 @@ class Finite(Task):
         return Numbers(self.size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Ragged(Finite):
+    """Example i has i + 2 steps."""
+
+    def source(self, split: str, seed: int):
+        return FiniteSource(lambda i: make_example(np.zeros(i + 2), np.zeros(i + 2), np.ones(i + 2)), self.size)
+
+
 def take(count: int, task=SWAP, split="train", **settings):
     loader = make_loader(task, split, **{"batch_size": 6, "seed": 0, **settings})
     batches = list(itertools.islice(loader, count))
@@ -49,8 +58,13 @@ def take(count: int, task=SWAP, split="train", **settings):
     return batches, loader.position
 
 
-def numbers(batches) -> list[list[int]]:
+def first_inputs(batches) -> list[list[int]]:
     return [batch["inputs"][:, 0].tolist() for batch in batches]
+
+
+def covered(slices: list[slice], size: int) -> list[int]:
+    """The numbers in at least one of the slices."""
+    return sorted({number for part in slices for number in range(*part.indices(size))})
 
 
 def assert_same(got, want):
@@ -79,26 +93,80 @@ def test_a_position_resumes_with_the_same_bits(task, prefetch):
     assert_same(first + rest, whole)
 
 
-@pytest.mark.parametrize("task", [SWAP, Finite()], ids=lambda task: task.name)
-@pytest.mark.parametrize("processes", [2, 3, 6])
-def test_processes_share_the_same_batches(task, processes):
-    whole, _ = take(4, task=task, position=6)
-    shares = [take(4, task=task, position=6, process_index=p, process_count=processes) for p in range(processes)]
-    joined = [
-        {k: np.concatenate([batch[k] for batch in batches]) for k in batches[0]}
-        for batches in zip(*(share[0] for share in shares), strict=True)
-    ]
-    assert_same(joined, whole)
-    assert {position for _, position in shares} == {30}
+MESHES = [
+    {"data": 8},
+    {"fsdp": 2, "tensor": 4},
+    {"data": 2, "context": 4},
+    {"data": 2, "context": 2, "tensor": 2},
+    {"context": 8},
+]
+
+
+def layouts(task, batch_size, sizes, processes):
+    """The mesh of eight devices, and the layout of each process where neighbouring devices share a process."""
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes)
+    devices = np.array(jax.devices()).reshape(processes, -1)
+    return mesh, [batch_layout(batch_shapes(task, batch_size), mesh, list(own)) for own in devices]
+
+
+@pytest.mark.parametrize("task", [SWAP, Finite(size=30)], ids=lambda task: task.name)
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_processes_share_the_same_batches(task, processes, sizes):
+    """Every process reads the rows and keeps the steps that its devices address, of the same global batches."""
+    task = dataclasses.replace(task, start="none") if task is SWAP else task
+    whole, _ = take(2, task=task, position=8, batch_size=8)
+    mesh, parts = layouts(task, 8, sizes, processes)
+    for part, devices in zip(parts, np.array(jax.devices()).reshape(processes, -1), strict=True):
+        batches, position = take(2, task=task, position=8, batch_size=8, rows=part.rows, place=part.keep)
+        assert position == 24
+        for batch, want in zip(batches, whole, strict=True):
+            for name, array in want.items():
+                indices = batch_sharding(name, array.shape, mesh).devices_indices_map(array.shape)
+                rows, steps = (covered([indices[d][axis] for d in devices], array.shape[axis]) for axis in (0, 1))
+                assert part.rows.tolist() == rows
+                np.testing.assert_array_equal(batch[name], array[rows][:, steps], strict=True)
+
+
+def test_rows_that_are_no_neighbours():
+    """A process whose devices lie apart in the mesh holds rows 0, 1, 4 and 5."""
+    mesh = make_mesh({"data": 4, "fsdp": 1, "context": 2, "tensor": 1})
+    devices = [*mesh.devices[0].flat, *mesh.devices[2].flat]
+    part = batch_layout(batch_shapes(SWAP, 8), mesh, devices)
+    assert part.rows.tolist() == [0, 1, 4, 5]
+    batch = take(1, batch_size=8, rows=part.rows)[0][0]
+    assert_same([batch], [{name: array[[0, 1, 4, 5]] for name, array in take(1, batch_size=8)[0][0].items()}])
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_batches_reach_the_devices(sizes):
+    task = dataclasses.replace(SWAP, start="none")
+    mesh, (layout,) = layouts(task, 8, sizes, 1)
+    want = take(1, task=task, batch_size=8)[0][0]
+    got = take(1, task=task, batch_size=8, rows=layout.rows, place=layout.place)[0][0]
+    assert_same([{name: np.asarray(array) for name, array in got.items()}], [want])
+    for name, array in got.items():
+        assert array.sharding == batch_sharding(name, array.shape, mesh)
+        for shard in array.addressable_shards:
+            np.testing.assert_array_equal(shard.data, want[name][shard.index])
 
 
 def test_restart_with_other_processes_and_batch_size():
     whole, _ = take(1, batch_size=24)
     _, position = take(2)
-    halves = [take(1, batch_size=12, position=position, process_index=p, process_count=2)[0][0] for p in range(2)]
+    halves = [take(1, batch_size=12, position=position, rows=range(6 * p, 6 * p + 6))[0][0] for p in range(2)]
     for key in whole[0]:
         got = np.concatenate([half[key] for half in halves])
         np.testing.assert_array_equal(got, whole[0][key][12:])
+
+
+def test_worker_processes_make_the_same_batches():
+    assert_same(take(5, task=Finite(), position=6, workers=2)[0], take(5, task=Finite(), position=6)[0])
+
+
+def test_a_bad_example_is_refused_in_the_main_thread():
+    with pytest.raises(ValueError, match="all examples of a source must have the same arrays and shapes"):
+        take(1, task=Ragged())
 
 
 def test_curriculum_goes_on_at_the_position():
@@ -111,22 +179,22 @@ def test_curriculum_goes_on_at_the_position():
 
 def test_finite_source_is_shuffled_anew_each_epoch():
     batches, _ = take(10, task=Finite(), batch_size=5)
-    order = np.concatenate(numbers(batches)).reshape(5, 10)
+    order = np.concatenate(first_inputs(batches)).reshape(5, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in order.tolist())
     assert len({tuple(epoch) for epoch in order.tolist()}) > 1
     other, _ = take(2, task=Finite(), batch_size=5, seed=1)
-    assert numbers(other) != numbers(batches[:2])
+    assert first_inputs(other) != first_inputs(batches[:2])
 
 
 def test_evaluation_splits_keep_their_order():
     batches, _ = take(4, task=Finite(), split="validation", batch_size=5)
-    assert numbers(batches) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] * 2
+    assert first_inputs(batches) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]] * 2
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_single_pass_scores_every_example_once(processes):
     shares = [
-        take(99, Finite(), "test", batch_size=4, repeat=False, process_index=p, process_count=processes)[0]
+        take(99, Finite(), "test", batch_size=4, repeat=False, rows=np.arange(4).reshape(processes, -1)[p])[0]
         for p in range(processes)
     ]
     assert {len(batches) for batches in shares} == {3}
@@ -142,8 +210,11 @@ def test_single_pass_scores_every_example_once(processes):
         ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
         ({"batch_size": 6.0}, "batch_size must be an integer of at least 1, got 6.0"),
         ({"position": -1}, "position must be an integer of at least 0, got -1"),
-        ({"process_count": 4}, "batch_size must be a multiple of process_count = 4, got 6"),
-        ({"process_index": 2, "process_count": 2}, "process_index must be below process_count = 2, got 2"),
+        ({"rows": []}, "rows must be increasing numbers below batch_size = 6, got"),
+        ({"rows": [3, 2]}, "rows must be increasing numbers below batch_size = 6, got"),
+        ({"rows": [5, 6]}, "rows must be increasing numbers below batch_size = 6, got"),
+        ({"rows": [0.5]}, "rows must be increasing numbers below batch_size = 6, got"),
+        ({"workers": -1}, "workers must be an integer of at least 0, got -1"),
         ({"prefetch": True}, "prefetch must be an integer of at least 0, got True"),
         ({"split": "dev"}, "split must be one of 'train', 'validation', 'test', got 'dev'"),
         ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*64\), got -1"),

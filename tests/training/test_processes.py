@@ -1,23 +1,33 @@
 """Two processes on CPU, two devices each: a signal to one stops both, and a restart has the same bits."""
 
+import json
+import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 
+import jax
+import numpy as np
 import pytest
 
 from memformer.training.config import RunError
 from memformer.training.distributed import join_processes
-from tests.training import runs
+from tests.training import process_steps, runs
 
 SETTINGS = {"train.log_every": 1, "train.eval_every": 0, "mesh.data": 2, "mesh.fsdp": 2}
 
 
-def start_both(folder, steps):
-    """Both processes of a run; the second writes to <folder>-second.log."""
+def free_address():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_both(folder, steps):
+    """Both processes of a run; the second writes to <folder>-second.log."""
+    address = free_address()
     # no cache of compiled programs: one process would wait for the other's compiler, longer than Gloo allows
     settings = {**SETTINGS, "train.steps": steps}
     return [
@@ -59,6 +69,22 @@ def test_two_processes(tmp_path):
     assert (again, data_again["position"]) == (stopped, data["position"])
     runs.assert_same_arrays(arrays_again, arrays)
     assert [record for record in runs.records_of(folder) if record["kind"] == "train"] == runs.records_of(whole)
+
+
+def test_axes_across_processes(tmp_path):
+    """Tensor and context axes span two processes: each reads what its devices hold; losses match one process."""
+    address, environment = free_address(), {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+    logs = [tmp_path / f"{index}.log" for index in range(2)]
+    processes = []
+    for index, log in enumerate(logs):
+        command = [sys.executable, "-m", "tests.training.process_steps", f"{address},2,{index}"]
+        with open(log, "wb") as file:
+            processes.append(subprocess.Popen(command, cwd=runs.ROOT, stdout=file, stderr=file, env=environment))
+    want = process_steps.losses({"data": 1}, jax.devices()[:1])
+    said = [runs.finish(process, str(log)) for process, log in zip(processes, logs, strict=True)]
+    found = json.loads(said[0].splitlines()[-1])
+    assert len(found) == len(process_steps.MESHES) == 3
+    np.testing.assert_allclose(found, [want] * 3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["automatic", "host,2,0", "host:1,2", "host:1,two,0", "127.0.0.1:1,2,5"])
