@@ -32,7 +32,7 @@ FAST = {
     "training/test_input.py": "(?!test_worker)",
     "training/test_losses.py": "",
     "training/test_optimizer.py": "test_(schedule|unknown|clipping|moving)",
-    "training/test_sharding.py": "(?!test_(eight_devices|time_over))",
+    "training/test_sharding.py": "(?!test_(eight_devices|time_over|explicit))",
     "training/test_step.py": "test_(a_step|micro|defaults)",
     "training/test_loop.py": "test_(early_stop|folder_that|flops)",
     "lab/test_study.py": "(?!test_the_command)",

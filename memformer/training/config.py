@@ -110,8 +110,9 @@ def default_config(
         }
     )
     config.train = _train_section()
-    # one of the four may be -1: the devices that the others leave
-    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1})
+    # one of the four may be -1: the devices that the others leave. Slices are the outer part of the data axis; 0 = as
+    # many as the TPUs report
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "slices": 0})
     config.checkpoint = ml_collections.ConfigDict({"keep_last": 2, "keep_best": 1})
     if preset is not None:
         apply_preset(config, preset)

@@ -23,7 +23,7 @@ from memformer.training.input import batch_shapes, make_loader
 from memformer.training.losses import means
 from memformer.training.metrics import format_table, log, model_name
 from memformer.training.plots import plot_lengths
-from memformer.training.sharding import batch_layout, mesh_scope
+from memformer.training.sharding import batch_layout, count_slices, mesh_scope
 from memformer.training.step import Arrays, Functional, abstract_state, make_eval_step
 
 __all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of"]
@@ -235,7 +235,7 @@ def _load(
     saved = checkpoints.config(step)
     config = complete_config(saved)
     # evaluation may run on other devices than training
-    config.mesh = {"data": 1, "fsdp": -1, "context": 1, "tensor": 1}
+    config.mesh = {"data": count_slices(), "fsdp": -1, "context": 1, "tensor": 1, "slices": 0}
     set_values(config, settings)
     config.train.batch_size = batch_size or config.train.batch_size
     config = config.to_dict()

@@ -20,6 +20,7 @@ __all__ = [
     "RULES",
     "BatchLayout",
     "batch_layout",
+    "count_slices",
     "global_batch",
     "make_mesh",
     "mesh_scope",
@@ -50,8 +51,13 @@ RULES = (
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh of axes data, fsdp, context, tensor over `devices` (by default all).
 
+    Over several slices of TPUs, which a data-center network joins, the slices are the outer part of the data axis: one
+    sum of gradients per step crosses that network, and no other axis does.
+
     Args:
-      sizes: axis name to size; one may be -1, the devices that the others leave.
+      sizes: axis name to size; one may be -1, the devices that the others leave. `slices`, if given and not 0, is the
+        number of slices; by default it is read from TPU devices, and 1 elsewhere. Devices that report no slices are cut
+        into as many equal blocks.
       devices: the devices of the mesh; all of them must be used.
 
     Raises:
@@ -62,11 +68,31 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       ('data', 'fsdp', 'context', 'tensor')
     """
     devices = jax.devices() if devices is None else list(devices)
-    asked = ", ".join(f"{name}={sizes.get(name)}" for name in AXES)
-    several = len(devices) > 1
-    found = f"{len(devices)} {devices[0].platform} device{'s were' if several else ' was'} found"
-    if set(sizes) != set(AXES):
+    if set(sizes) - {"slices"} != set(AXES):
         raise RunError(f"config.mesh must have the axes {', '.join(AXES)}, got {', '.join(sizes)}.")
+    shape = _axis_sizes(sizes, devices)
+    slices = _slices(sizes.get("slices", 0), devices)
+    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True))
+    if shape[0] % len(slices):
+        raise RunError(
+            f"config.mesh.data must be a multiple of the {len(slices)} slices, which the data axis spans, got {asked}. "
+            "Change the sizes with --config.mesh.data=... and the others."
+        )
+    inner = [shape[0] // len(slices), *shape[1:]]
+    try:
+        # An axis may take part of a physical axis of a TPU's torus: eight-way axes on a 4 x 4 x 4 slice need it.
+        grids = [mesh_utils.create_device_mesh(inner, part, allow_split_physical_axes=True) for part in slices]
+    except (ValueError, NotImplementedError) as error:
+        raise RunError(
+            f"config.mesh ({asked}) cannot be laid out; {_found(devices)}: {str(error).splitlines()[0]} Choose "
+            "axes that are products of factors of the sides of the slice."
+        ) from error
+    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _axis_sizes(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> list[int]:
+    """The size of each axis, with -1 replaced."""
+    asked = ", ".join(f"{name}={sizes[name]}" for name in AXES)
     free = [name for name in AXES if sizes[name] == -1]
     if len(free) > 1 or any(sizes[name] < 1 and sizes[name] != -1 for name in AXES):
         raise RunError(f"config.mesh sizes must be at least 1, with at most one -1 (the rest), got {asked}.")
@@ -74,14 +100,45 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     if len(devices) % fixed if free else fixed != len(devices):
         need = f"a multiple of {fixed}" if free else str(fixed)
         raise RunError(
-            f"config.mesh ({asked}) needs {need} devices, but {found}. Change the sizes with "
+            f"config.mesh ({asked}) needs {need} devices, but {_found(devices)}. Change the sizes with "
             f"--config.mesh.{free[0] if free else 'data'}=..., or run where there are as many devices "
             "(on CPU, JAX_NUM_CPU_DEVICES=8 makes eight)."
         )
-    shape = [len(devices) // fixed if name in free else sizes[name] for name in AXES]
-    # An axis may take part of a physical axis of a TPU's torus: eight-way axes on a 4 x 4 x 4 slice need it.
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return [len(devices) // fixed if name in free else sizes[name] for name in AXES]
+
+
+def count_slices(devices: Sequence[jax.Device] | None = None) -> int:
+    """Number of TPU slices that the devices (by default all) report; 1 elsewhere."""
+    return len(_slices(0, jax.devices() if devices is None else devices))
+
+
+def _slices(count: int, devices: Sequence[jax.Device]) -> list[list[jax.Device]]:
+    """The devices of each slice."""
+    reported: dict[int, list[jax.Device]] = {}
+    if devices[0].platform == "tpu":
+        for device in devices:
+            reported.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    found = [reported[index] for index in sorted(reported)]
+    uneven = len({len(part) for part in found}) > 1
+    if uneven or (len(found) > 1 and count not in (0, len(found))):
+        held = ", ".join(str(len(part)) for part in found)
+        raise RunError(
+            f"config.mesh.slices must be 0 or {len(found)}, the slices of these TPUs, each with as many devices; got "
+            f"{count} and slices of {held} devices."
+        )
+    if len(found) > 1 or count in (0, 1):
+        return found or [list(devices)]
+    if count < 0 or len(devices) % count:
+        raise RunError(
+            f"config.mesh.slices must be 0 (as the devices report) or a divisor of the {len(devices)} devices, got "
+            f"{count}."
+        )
+    size = len(devices) // count
+    return [list(devices[size * i : size * (i + 1)]) for i in range(count)]
+
+
+def _found(devices: Sequence[jax.Device]) -> str:
+    return f"{len(devices)} {devices[0].platform} device{'s were' if len(devices) > 1 else ' was'} found"
 
 
 @contextlib.contextmanager

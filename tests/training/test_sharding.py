@@ -6,13 +6,23 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from memformer.training import build
 from memformer.training.build import build_run
 from memformer.training.config import RunError
 from memformer.training.input import make_loader
-from memformer.training.sharding import RULES, global_batch, make_mesh, mesh_scope, partition_spec
+from memformer.training.sharding import (
+    AXES,
+    RULES,
+    count_slices,
+    global_batch,
+    make_mesh,
+    mesh_scope,
+    partition_spec,
+)
 from memformer.training.step import init_state, make_train_step
+from tests.training import process_steps
 from tests.training.small import small_config
 
 ONE = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
@@ -24,6 +34,12 @@ IMPOSSIBLE = [
     ({**ONE, "data": -1, "fsdp": -1}, "at most one -1"),
     ({**ONE, "data": 0}, "at least 1"),
     ({"data": 8}, "must have the axes data, fsdp, context, tensor, got data"),
+    (
+        {**ONE, "data": 8, "slices": 3},
+        r"slices must be 0 \(.*\) or a divisor of the 8 devices, got 3",
+    ),
+    ({**ONE, "data": 8, "slices": -1}, "slices must be 0"),
+    ({**ONE, "data": 2, "fsdp": 4, "slices": 4}, "data must be a multiple of the 4 slices, .* got data=2, fsdp=4"),
 ]
 
 
@@ -35,6 +51,40 @@ def test_impossible_mesh(sizes, says):
 
 def test_free_axis_takes_the_rest():
     assert dict(make_mesh({**ONE, "fsdp": -1, "tensor": 2}).shape) == {"data": 1, "fsdp": 4, "context": 1, "tensor": 2}
+
+
+def test_slices_are_the_outer_part_of_data():
+    """Only the data axis spans slices; inside each, the mesh is that of one slice alone."""
+    sizes = {**ONE, "data": 4, "tensor": 2}
+    devices = jax.devices()
+    mesh = make_mesh({**sizes, "slices": 2}, devices[::-1])
+    for i, part in enumerate((devices[7:3:-1], devices[3::-1])):
+        inside = make_mesh({**sizes, "data": 2}, part)
+        assert mesh.devices[2 * i : 2 * i + 2].tolist() == inside.devices.tolist()
+    assert mesh.axis_names == AXES and dict(mesh.shape) == sizes
+    assert make_mesh({**sizes, "slices": 0}) == make_mesh({**sizes, "slices": 1}) == make_mesh(sizes)
+
+
+class Chip:
+    """A TPU of one of several slices."""
+
+    platform, device_kind, process_index = "tpu", "TPU v4", 0
+
+    def __init__(self, index, slice_index):
+        self.id, self.slice_index, self.coords, self.core_on_chip = index, slice_index, (index % 4, 0, 0), 0
+
+
+def test_reported_slices():
+    chips = [Chip(i, slice_index) for slice_index in (1, 0) for i in range(4)]
+    assert count_slices(chips) == 2 and count_slices() == 1
+    mesh = make_mesh({**ONE, "data": 2, "fsdp": 4}, chips)
+    assert [[chip.slice_index for chip in row.flat] for row in mesh.devices] == [[0] * 4, [1] * 4]
+    with pytest.raises(RunError, match="slices must be 0 or 2, the slices of these TPUs, .* got 1 and slices of 4, 4"):
+        make_mesh({**ONE, "data": 2, "fsdp": 4, "slices": 1}, chips)
+    with pytest.raises(RunError, match="data must be a multiple of the 2 slices"):
+        make_mesh({**ONE, "fsdp": 8}, chips)
+    with pytest.raises(RunError, match="slices of 3, 4 devices"):
+        make_mesh({**ONE, "data": 7}, chips[:7])
 
 
 def test_two_axes_of_one_parameter_that_ask_for_one_mesh_axis():
@@ -125,6 +175,19 @@ def test_time_over_devices_does_what_one_does(monkeypatch):
     batch = many[3][0]
     assert batch["inputs"].sharding.spec == PartitionSpec(("data", "fsdp"), "context")
     np.testing.assert_allclose(losses(*many), losses(*one), rtol=1e-5)
+
+
+def test_explicit_axes_do_what_auto_axes_do(monkeypatch):
+    """A run on a mesh with Explicit axes, as `jax.make_mesh` makes them, trains to the same losses."""
+
+    def explicit(sizes, devices=None):
+        return Mesh(make_mesh(sizes, devices).devices, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
+
+    found = []
+    for make in (make_mesh, explicit):
+        monkeypatch.setattr(build, "make_mesh", make)
+        found.append(process_steps.losses({"data": 2, "tensor": 2}, jax.devices()[:4]))
+    np.testing.assert_allclose(*found, rtol=1e-6)
 
 
 def gathered_sizes(text):
