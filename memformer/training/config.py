@@ -110,8 +110,7 @@ def default_config(
         }
     )
     config.train = _train_section()
-    # one of the four may be -1: the devices that the others leave. Slices are the outer part of the data axis; 0 = as
-    # many as the TPUs report
+    # one of the four axes may be -1: the devices that the others leave; slices are outer data, 0 = as TPUs report
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "slices": 0})
     config.checkpoint = ml_collections.ConfigDict({"keep_last": 2, "keep_best": 1})
     if preset is not None:
@@ -162,15 +161,14 @@ def _train_section() -> ml_collections.ConfigDict:
             "batch_size": 64,
             # micro-batches per step: same gradient, less memory
             "accumulate": 1,
-            # processes per host that make the batches, where an example takes much Python; 0 = a thread
+            # processes per host that make the batches; 0 = a thread
             "input_workers": 0,
             # weight of the uniform distribution in the targets of the training loss
             "label_smoothing": 0.0,
             "log_every": 10,
-            # 0 = only at the end
+            # 0 = only at the end, as for checkpoints
             "eval_every": 100,
             "eval_batches": 4,
-            # 0 = only at the end
             "checkpoint_every": 500,
             # stop when training and held-out accuracy reach it; 0 = never
             "stop_accuracy": 0.0,
