@@ -3,9 +3,8 @@
 from memformer.data.bpe import BytePairs, split_words, train_bpe
 from memformer.data.corpus import Corpus, open_corpus, wrap_source
 from memformer.data.documents import Document, list_documents, read_documents, split_documents, standard_library
-from memformer.data.packing import PackedDocuments, make_window
 from memformer.data.draws import bounded_integers, sample_integers, split_words64, unit_floats
-from memformer.data.packing import PackedDocuments
+from memformer.data.packing import PackedDocuments, make_window
 from memformer.data.shapes import Figure, describe_scene, draw_scene, figure_coverage, paint_scene
 from memformer.data.source import (
     BATCH_KEYS,
@@ -103,8 +102,8 @@ __all__ = [
     "read_pictures",
     "read_verse_slice",
     "read_verses",
-    "save_tokenizer",
     "sample_integers",
+    "save_tokenizer",
     "split_by_hash",
     "split_documents",
     "split_items",
@@ -119,6 +118,6 @@ __all__ = [
     "train_bpe",
     "train_tokenizer",
     "training_texts",
-    "wrap_source",
     "unit_floats",
+    "wrap_source",
 ]
