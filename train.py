@@ -10,7 +10,13 @@ PROCESSES = flags.DEFINE_string(
     "processes", "", "For a run of several processes: auto (TPU pods, SLURM), or host:port,processes,index."
 )
 DRYRUN = flags.DEFINE_string(
-    "dryrun", "", "Report whether the run fits, and exit: here (these devices), or on a TPU such as v5p:4x4x4."
+    "dryrun",
+    "",
+    "Report whether the run fits and how fast it can be, and exit: here (these devices), or on others such as v5p-128, "
+    "v6e:8x8, tpu7x:2x2x1, h200:8, which need not be present.",
+)
+SEARCH = flags.DEFINE_bool(
+    "dryrun_search", False, "With --dryrun: search the mesh, batch and remat that fit, and print the three best."
 )
 flags.mark_flag_as_required("config")
 
@@ -21,9 +27,9 @@ def main(_: list[str]) -> None:
         from memformer.training.loop import train
 
         if DRYRUN.value:
-            from memformer.training.dryrun import show_dry_run
+            from memformer.training.plan import show_dry_run, show_search
 
-            show_dry_run(CONFIG.value, DRYRUN.value)
+            (show_search if SEARCH.value else show_dry_run)(CONFIG.value, DRYRUN.value)
             return
         join_processes(PROCESSES.value)
         train(CONFIG.value, WORKDIR.value)

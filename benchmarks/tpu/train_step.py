@@ -23,9 +23,11 @@ import jax
 
 from benchmarks.tpu.static import prepare_compiler
 from memformer.training.build import build_run
+from memformer.training.chips import GIB, find_chip
 from memformer.training.config import default_config
-from memformer.training.dryrun import MEMORY, find_devices, lower_step
+from memformer.training.dryrun import lower_step
 from memformer.training.sharding import mesh_scope
+from memformer.training.topology import find_devices
 
 __all__ = ["MESHES", "OUT", "Step", "compile_step", "step_config"]
 
@@ -96,7 +98,8 @@ def measure(memory: str, topology: str) -> dict[str, Any]:
     row: dict[str, Any] = {"memory": memory, "topology": topology, "ok": False}
     row["mesh"] = dict(zip(("data", "fsdp", "tensor"), MESHES[topology], strict=True))
     kind = find_devices(topology)[0].device_kind
-    limit = next(gib for name, gib in MEMORY if name in kind)
+    chip = find_chip(kind)
+    limit = chip.memory // GIB if chip else 0
     row |= {"rows": config["train"]["batch_size"], "length": LENGTH, "limit": limit}
     try:
         step = compile_step(config, topology)

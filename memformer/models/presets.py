@@ -31,6 +31,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xlarge_1300m": {
         "width": 2048, "depth": 24, "heads": 16, "remat": "full", "dtype": "bfloat16", "scan_layers": True,
     },
+    # 2516 M
+    "huge_2700m": {
+        "width": 2560, "depth": 32, "heads": 20, "remat": "full", "dtype": "bfloat16", "scan_layers": True,
+    },
+    # 6442 M
+    "giant_7b": {
+        "width": 4096, "depth": 32, "heads": 32, "remat": "full", "dtype": "bfloat16", "scan_layers": True,
+    },
 }  # fmt: skip
 
 

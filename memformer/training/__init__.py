@@ -3,6 +3,7 @@
 from memformer.training.build import Run, build_run, model_settings
 from memformer.training.checkpoint import Checkpoints, Restored
 from memformer.training.checksums import CHECKSUMS, EMPTY, JSON_ITEMS, StateHandler, damage
+from memformer.training.chips import CHIPS, GIB, Chip, find_chip
 from memformer.training.config import (
     FREE_KEYS,
     RunError,
@@ -18,7 +19,7 @@ from memformer.training.config import (
 )
 from memformer.training.curriculum import Curriculum
 from memformer.training.distributed import agree, join_processes
-from memformer.training.dryrun import DryRun, dry_run, find_devices, lower_step, show_dry_run
+from memformer.training.dryrun import DryRun, Feeding, describe_feeding, dry_run, lower_step, step_flops
 from memformer.training.evaluation import LoadedRun, Scorer, evaluate_checkpoint, fits_model, load_run, parameters_of
 from memformer.training.files import (
     check_folder,
@@ -57,10 +58,13 @@ from memformer.training.metrics import (
 from memformer.training.optimizer import decay_mask, make_optimizer, make_schedule, update_ema
 from memformer.training.orbax_errors import SaveError, hide_orbax, save_errors, step_folders
 from memformer.training.paths import abstract, describe, difference, flatten, nest
+from memformer.training.plan import Choice, make_fit, search_runs, show_dry_run, show_search
 from memformer.training.plots import COLOURS, plot_learning_curve, plot_lengths
 from memformer.training.profiling import Profiler
+from memformer.training.program import Collective, Program, read_program
 from memformer.training.remote import Mirror, copy_folder
 from memformer.training.report import draw_curve, final_scores, result_table, write_report
+from memformer.training.roofline import Roofline, collective_seconds, roofline
 from memformer.training.sharding import (
     AXES,
     RULES,
@@ -82,14 +86,18 @@ from memformer.training.step import (
     make_functional,
     make_train_step,
 )
+from memformer.training.topology import GPUS, find_devices, topology_name
 from memformer.training.validate import OPTIMIZER_RANGES, SCHEDULES, validate
 
 __all__ = [
     "AXES",
     "CHECKSUMS",
+    "CHIPS",
     "COLOURS",
     "EMPTY",
     "FREE_KEYS",
+    "GIB",
+    "GPUS",
     "JSON_ITEMS",
     "LOCK",
     "OPTIMIZER_RANGES",
@@ -99,8 +107,12 @@ __all__ = [
     "Batch",
     "BatchLayout",
     "Checkpoints",
+    "Chip",
+    "Choice",
+    "Collective",
     "Curriculum",
     "DryRun",
+    "Feeding",
     "FiniteGuard",
     "Functional",
     "LoadedRun",
@@ -108,7 +120,9 @@ __all__ = [
     "Mirror",
     "NotFiniteError",
     "Profiler",
+    "Program",
     "Restored",
+    "Roofline",
     "Run",
     "RunError",
     "RunLog",
@@ -130,6 +144,7 @@ __all__ = [
     "check_batch",
     "check_folder",
     "check_split",
+    "collective_seconds",
     "complete_config",
     "copy_folder",
     "count_batch",
@@ -140,6 +155,7 @@ __all__ = [
     "define_config",
     "describe",
     "describe_changes",
+    "describe_feeding",
     "difference",
     "disk_errors",
     "draw_curve",
@@ -148,6 +164,7 @@ __all__ = [
     "error_reason",
     "evaluate_checkpoint",
     "final_scores",
+    "find_chip",
     "find_devices",
     "fits_model",
     "flatten",
@@ -163,6 +180,7 @@ __all__ = [
     "log",
     "lower_step",
     "make_eval_step",
+    "make_fit",
     "make_folder",
     "make_functional",
     "make_loader",
@@ -183,20 +201,26 @@ __all__ = [
     "plot_learning_curve",
     "plot_lengths",
     "read_config",
+    "read_program",
     "read_records",
     "read_run_config",
     "replace_file",
     "report_errors",
     "result_table",
+    "roofline",
     "run_errors",
     "run_lock",
     "save_errors",
     "schedule_steps",
+    "search_runs",
     "set_values",
     "show_dry_run",
+    "show_search",
     "smoothing_loss",
     "state_shardings",
+    "step_flops",
     "step_folders",
+    "topology_name",
     "train",
     "unknown_key",
     "update_ema",

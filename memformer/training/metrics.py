@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from memformer.training.chips import find_chip
 from memformer.training.files import disk_errors, is_url, replace_file
 
 __all__ = [
@@ -27,19 +28,6 @@ __all__ = [
     "read_records",
     "log",
 ]
-
-# Dense bfloat16 peak of one device in FLOP/s, from the vendors' data sheets; the first match wins.
-PEAKS = (
-    ("TPU v6", 918e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-    ("H200", 989e12),
-    ("H100", 989e12),
-    ("A100", 312e12),
-)
 
 
 def log(text: str) -> None:
@@ -61,7 +49,8 @@ def peak_flops(device_kind: str) -> float | None:
       >>> peak_flops("NVIDIA H100 80GB HBM3"), peak_flops("cpu")
       (989000000000000.0, None)
     """
-    return next((peak for name, peak in PEAKS if name in device_kind), None)
+    chip = find_chip(device_kind)
+    return None if chip is None else chip.flops
 
 
 def flops_per_token(model: Mapping[str, Any], matrix_parameters: int, steps: int) -> float:

@@ -224,7 +224,7 @@ def test_under_a_mesh_results_agree_and_only_weights_are_gathered(memory):
 
 def test_presets_have_their_sizes():
     sizes = {"tiny": 0.4e6, "mini_10m": 10.6e6, "small_125m": 85e6, "medium_350m": 302e6, "large_760m": 679e6}
-    for name, size in {**sizes, "xlarge_1300m": 1208e6}.items():
+    for name, size in {**sizes, "xlarge_1300m": 1208e6, "huge_2700m": 2516e6, "giant_7b": 6442e6}.items():
         config = from_preset(name, memory="softmax_attention")
         model = nnx.eval_shape(lambda config=config: MemoryLM(config, vocab_size=64, rngs=nnx.Rngs(0)))
         count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model.blocks, nnx.Param)))
