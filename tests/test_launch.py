@@ -6,9 +6,11 @@ import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
 from absl import flags
 
+from memformer.training.build import build_run
 from memformer.training.flags import define_config, parse_flags
 from memformer.training.topology import TPUS
 from memformer.training.validate import validate
@@ -42,6 +44,19 @@ def test_commands_are_parsed(number, monkeypatch):
     kind = re.fullmatch(r"(\w+)-(\d+)", values["dryrun"].value or "")
     if kind and shards > 0 and not values["dryrun_search"].value:
         assert shards * config.mesh.tensor == int(kind[2]) // TPUS[kind[1]][1]
+
+
+def test_models_are_built(monkeypatch):
+    """The task and the model of each command fit each other."""
+    monkeypatch.chdir(ROOT)
+    seen = []
+    for command in COMMANDS:
+        config = parse(command, monkeypatch)[1].to_dict()
+        if (config["task"], config["model"]) not in seen:
+            seen.append((config["task"], config["model"]))
+            config["mesh"] = {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+            assert build_run(config, devices=jax.devices()[:1]).model.size() > 0
+    assert len(seen) >= 4
 
 
 def test_the_page_has_every_way():

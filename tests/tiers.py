@@ -44,7 +44,7 @@ FAST = {
     "test_docstrings.py": "(?!test_examples_run)",
     "test_faces.py": "",
     "test_imports.py": "",
-    "test_launch.py": "",
+    "test_launch.py": "(?!test_models)",
     "test_readme.py": "(?!test_(training_command|notebook))",
     "test_style.py": "(?!test_types)",
     "test_tiers.py": "",
