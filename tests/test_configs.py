@@ -8,9 +8,9 @@ import re
 import pytest
 
 from memformer.layers.memory import known_options
-from memformer.tasks import TASKS, make_task
+from memformer.tasks import TASKS
 from memformer.training.build import model_settings
-from memformer.training.config import default_config, set_values, unknown_key
+from memformer.training.config import default_config, set_values, task_of, unknown_key
 from memformer.training.validate import validate
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,9 +43,9 @@ def test_config_builds(name):
 def check_config(config):
     validate(config.to_dict())
     assert set(config.keys()) == set(default_config().keys())
-    task = make_task(config.task)
+    task = task_of(config)
     # An override on the command line needs the key to be there.
-    assert set(config.task.keys()) == {"name"} | {field.name for field in dataclasses.fields(task)}
+    assert {*config.task.keys(), *config.data.keys()} == {"name"} | {field.name for field in dataclasses.fields(task)}
     for length in config.train.final_lengths:
         task.with_length(length)
     if config.model.type != "memory_lm":
@@ -73,7 +73,7 @@ def test_commands_of_the_docstring_name_what_is_there(name):
             assert unknown_key(config, key) is None
             set_values(config, [f"{key}={value}"])
         validate(config.to_dict())
-        make_task(config.task)
+        task_of(config)
 
 
 def test_the_check_sees_a_typo():

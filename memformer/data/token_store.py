@@ -64,6 +64,10 @@ class TokenSplit:
     folder: pathlib.Path
     shards: tuple[Mapping[str, Any], ...]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # maps are opened anew in each process that reads
+        return {"folder": self.folder, "shards": self.shards}
+
     def count(self, what: str) -> int:
         """Sum over the shards of "tokens", "documents", "bytes" (of text that is scored) or "scored" (tokens)."""
         return sum(shard[what] for shard in self.shards)

@@ -6,7 +6,7 @@ planned here, once, from the lengths of the documents.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -194,6 +194,9 @@ class MixedSource:
     def __getitem__(self, index: int) -> Example:
         return self._mixed[int(index)]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_mixed"}
+
     @functools.cached_property
     def _mixed(self) -> Any:
         import grain
@@ -206,9 +209,8 @@ class MixedSource:
             parts.append(part.repeat())
         return grain.MapDataset.mix(parts, [round(weight * 1e6) for weight in self._weights])
 
-    def epochs(self, position: int) -> Mapping[int, float]:
-        """Number of passes over each source, by its index, after the first `position` examples."""
-        return {
-            number: position * weight / len(source)
-            for number, (source, weight) in enumerate(zip(self._sources, self._weights, strict=True))
-        }
+    def epochs(self, position: int) -> tuple[float, ...]:
+        """Number of passes over each source after the first `position` examples."""
+        return tuple(
+            position * weight / len(source) for source, weight in zip(self._sources, self._weights, strict=True)
+        )

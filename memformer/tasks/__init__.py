@@ -12,6 +12,7 @@ from memformer.tasks.formal_languages import (
     scaled_accuracy,
 )
 from memformer.tasks.group_words import GROUPS, GroupWords, cayley_table
+from memformer.tasks.language_modeling import LanguageModeling
 from memformer.tasks.lookup import Lookup
 from memformer.tasks.mqar import MQAR
 from memformer.tasks.ntm import AssociativeRecall, Copy, DynamicNGrams, PrioritySort, RepeatCopy, optimal_bits
@@ -35,6 +36,7 @@ __all__ = [
     "DynamicNGrams",
     "EvenPairs",
     "GroupWords",
+    "LanguageModeling",
     "Lookup",
     "ModularArithmetic",
     "Parity",

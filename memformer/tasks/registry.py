@@ -16,6 +16,7 @@ from memformer.tasks.formal_languages import (
     StackManipulation,
 )
 from memformer.tasks.group_words import GroupWords
+from memformer.tasks.language_modeling import LanguageModeling
 from memformer.tasks.lookup import Lookup
 from memformer.tasks.mqar import MQAR
 from memformer.tasks.ntm import AssociativeRecall, Copy, DynamicNGrams, PrioritySort, RepeatCopy
@@ -41,6 +42,7 @@ TASKS: dict[str, type[Task]] = {
     "stack_manipulation": StackManipulation,
     "mqar": MQAR,
     "text": Text,
+    "lm": LanguageModeling,
     "coreference": Coreference,
     "lookup": Lookup,
     "translation": Translation,

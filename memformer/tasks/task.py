@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from memformer.data.source import SPLITS, Extra, RandomAccessSource
 
@@ -21,16 +21,18 @@ class Task:
       scores: metrics reported beside the loss, keys of `memformer.training.losses.SCORES`.
       loss: "classes": a target is a class, and the loss its cross entropy. "bits": a target is [num_classes] zeros and
         ones, and the loss the sum of their binary cross entropies.
+      data_fields: options that stand in section `data` of a run's config instead of section `task`.
     """
 
     name: ClassVar[str]
     scores: ClassVar[tuple[str, ...]] = ("accuracy",)
     loss: ClassVar[str] = "classes"
+    data_fields: ClassVar[tuple[str, ...]] = ()
 
     length: int
 
     @property
-    def resolved(self) -> Mapping[str, str]:
+    def resolved(self) -> Mapping[str, Any]:
         """Options whose value depends on what is installed, with the values chosen here; a run stores them."""
         return {}
 
@@ -72,6 +74,13 @@ class Task:
     def source(self, split: str, seed: int) -> RandomAccessSource:
         """Examples of one split, by number."""
         raise NotImplementedError(f"{type(self).__name__} has no source")
+
+    def bytes_per_step(self, split: str) -> float:
+        """Bytes of text per scored step of a split, by which bits per byte are counted."""
+        return 1.0
+
+    def write_files(self, folder: str) -> None:
+        """Writes what a run's folder needs beside its config to use the model, such as a tokenizer."""
 
     def check_data(self, seed: int = 0) -> None:
         """Checks that every split has examples; training calls it before the first step.

@@ -5,16 +5,15 @@ from memformer.training.checkpoint import Checkpoints, Restored
 from memformer.training.checksums import CHECKSUMS, EMPTY, JSON_ITEMS, StateHandler, damage
 from memformer.training.chips import CHIPS, GIB, Chip, find_chip
 from memformer.training.config import (
-    FREE_KEYS,
     RunError,
     add_options,
     apply_preset,
-    changed_keys,
     complete_config,
     default_config,
     drop_options,
     run_errors,
     set_values,
+    task_of,
     unknown_key,
 )
 from memformer.training.curriculum import Curriculum
@@ -31,7 +30,15 @@ from memformer.training.files import (
     write_bytes,
 )
 from memformer.training.flags import define_config, parse_flags, read_config, report_errors
-from memformer.training.folder import describe_changes, make_folder, read_run_config, schedule_steps, write_run_config
+from memformer.training.folder import (
+    FREE_KEYS,
+    changed_keys,
+    describe_changes,
+    make_folder,
+    read_run_config,
+    schedule_steps,
+    write_run_config,
+)
 from memformer.training.guards import FiniteGuard, NotFiniteError
 from memformer.training.input import (
     Batch,
@@ -220,6 +227,7 @@ __all__ = [
     "state_shardings",
     "step_flops",
     "step_folders",
+    "task_of",
     "topology_name",
     "train",
     "unknown_key",

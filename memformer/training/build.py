@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from memformer.models import build_model
-from memformer.tasks import Task, make_task
-from memformer.training.config import RunError, complete_config, run_errors
+from memformer.tasks import Task
+from memformer.training.config import RunError, complete_config, run_errors, task_of
 from memformer.training.metrics import memory_pattern
 from memformer.training.optimizer import make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
@@ -58,8 +58,10 @@ def build_run(
     plain: dict[str, Any] = complete_config(config).to_dict()
     validate(plain)
     with run_errors("config.task"):
-        trained = make_task(plain["task"])
-        plain["task"] = {**plain["task"], **trained.resolved}
+        trained = task_of(plain)
+    with run_errors("config"):
+        for key, value in trained.resolved.items():
+            plain["data" if key in trained.data_fields else "task"][key] = value
     task = trained if task is None else task
     mesh = make_mesh(plain["mesh"], devices)
     sizes = {"vocab_size": trained.vocab_size, "num_classes": trained.num_classes, "features": trained.features}

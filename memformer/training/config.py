@@ -1,7 +1,8 @@
 """The run config: every key with its default, checks, and overrides whose typos are errors.
 
-The sections are `task` and `model` (fields of the dataclass that the section's `name` or `type` selects),
-`optimizer`, `train`, `mesh` and `checkpoint`. A file of configs/ starts from `default_config()` and overrides.
+The sections are `task` and `model` (fields of the dataclass that the section's `name` or `type` selects), `data`
+(those fields of the task that say where stored data are), `optimizer`, `train`, `mesh` and `checkpoint`. A file of
+configs/ starts from `default_config()` and overrides.
 """
 
 import ast
@@ -20,41 +21,20 @@ from memformer.core.checks import check_choice
 from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import MEMORIES, known_options
 from memformer.models import MODELS, preset_fields
-from memformer.tasks import TASKS
+from memformer.tasks import TASKS, Task, make_task
 
 __all__ = [
-    "FREE_KEYS",
     "RunError",
     "add_options",
     "apply_preset",
-    "changed_keys",
     "complete_config",
     "default_config",
     "drop_options",
     "run_errors",
     "set_values",
+    "task_of",
     "unknown_key",
 ]
-
-# A resumed run may change these. Only schedule_steps, mesh and max_skips affect its results: the learning rate, the
-# rounding of sums, the step at which a run of skipped steps stops.
-FREE_KEYS = (
-    "train.steps",
-    "optimizer.schedule_steps",
-    "train.eval_every",
-    "train.eval_batches",
-    "train.checkpoint_every",
-    "train.final_lengths",
-    "train.final_batches",
-    "train.profile",
-    "train.compile_cache",
-    "train.input_workers",
-    "train.progress",
-    "train.tensorboard",
-    "train.max_skips",
-    "checkpoint",
-    "mesh",
-)
 
 
 class RunError(ValueError):
@@ -81,7 +61,7 @@ def default_config(
     """
     config = ml_collections.ConfigDict()
     config.seed = 0
-    config.task = _task_section(task)
+    config.task, config.data = _task_sections(task)
     config.model = _model_section(model)
     config.optimizer = ml_collections.ConfigDict(
         {
@@ -118,10 +98,24 @@ def default_config(
     return config.lock()
 
 
-def _task_section(name: str) -> ml_collections.ConfigDict:
+def _task_sections(name: str) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
+    """Sections `task` and `data`, which the fields of the task's dataclass share."""
     with run_errors("config"):
         check_choice("task.name", name, tuple(TASKS))
-    return _section({"name": name}, TASKS[name])
+    task, data = _section({"name": name}, TASKS[name]), ml_collections.ConfigDict()
+    for key in TASKS[name].data_fields:
+        data[key] = task.get_ref(key)
+        del task[key]
+    return task, data
+
+
+def task_of(config: Mapping[str, Any]) -> Task:
+    """Builds the task of a run's config, from its sections `task` and `data`.
+
+    Raises:
+      ValueError: an option that the task does not have, or rejects.
+    """
+    return make_task({**config["task"], **config.get("data", {})})
 
 
 def _model_section(name: str) -> ml_collections.ConfigDict:
@@ -360,33 +354,6 @@ def _literal(text: str) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-
-
-def changed_keys(
-    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, free: Sequence[str] = ()
-) -> list[str]:
-    """Dotted keys whose values differ, without those of `free`.
-
-    Example:
-      >>> changed_keys({"seed": 0, "train": {"steps": 5}}, {"seed": 1, "train": {"steps": 9}}, free=FREE_KEYS)
-      ['seed']
-    """
-    changed = []
-    for key in sorted(set(old) | set(new)):
-        path = f"{prefix}{key}"
-        if path in free:
-            continue
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            changed += changed_keys(a, b, f"{path}.", free=free)
-        elif _plain(a) != _plain(b):
-            changed.append(path)
-    return changed
-
-
-def _plain(value: Any) -> Any:
-    # JSON has lists only
-    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from memformer.data.source import SPLITS
-from memformer.tasks import Task, make_task
+from memformer.tasks import Task
 from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
-from memformer.training.config import RunError, complete_config, run_errors, set_values
+from memformer.training.config import RunError, complete_config, run_errors, set_values, task_of
 from memformer.training.files import check_folder, is_url, replace_file
 from memformer.training.input import batch_shapes, make_loader
 from memformer.training.losses import means
@@ -64,7 +64,7 @@ class Scorer:
         loader.close()
         fetched = jax.device_get(sums)
         total = {name: math.fsum(float(part[name]) for part in fetched) for name in fetched[0]}
-        return means(total, task.scores)
+        return means(total, task.scores, task.bytes_per_step(split))
 
 
 def parameters_of(state: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
@@ -240,11 +240,11 @@ def _load(
     config.train.batch_size = batch_size or config.train.batch_size
     config = config.to_dict()
     config["train"]["accumulate"] = 1
-    trained = make_task(saved["task"])
+    trained = task_of(saved)
     with run_errors("--set"):
-        task = make_task(config["task"])
+        task = task_of(config)
     fits_model(task, trained)
-    run = build_run({**config, "task": saved["task"]}, task=task)
+    run = build_run({**config, "task": saved["task"], "data": saved.get("data", {})}, task=task)
     with mesh_scope(run.mesh):
         target = abstract_state(run.model, run.tx, run.mesh, config["optimizer"]["ema"])
         wanted: dict[str, Any] = {name: target[name] for name in ("params", "rest", "ema") if name in target}

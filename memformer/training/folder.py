@@ -2,17 +2,19 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 
-from memformer.training.config import FREE_KEYS, RunError, changed_keys, complete_config, run_errors
+from memformer.training.config import RunError, complete_config, run_errors
 from memformer.training.distributed import agree
 from memformer.training.files import check_folder, disk_errors, replace_file
 
 __all__ = [
+    "FREE_KEYS",
+    "changed_keys",
     "describe_changes",
     "make_folder",
     "read_run_config",
@@ -21,6 +23,28 @@ __all__ = [
 ]
 
 CONFIG = "config.json"
+
+# A resumed run may change these. Only schedule_steps, mesh and max_skips affect its results: the learning rate, the
+# rounding of sums, the step at which a run of skipped steps stops.
+FREE_KEYS = (
+    "train.steps",
+    "optimizer.schedule_steps",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.checkpoint_every",
+    "train.final_lengths",
+    "train.final_batches",
+    "train.profile",
+    "train.compile_cache",
+    "train.input_workers",
+    "train.progress",
+    "train.tensorboard",
+    "train.max_skips",
+    # a record of what is in the stores must stay the same
+    "data.path",
+    "checkpoint",
+    "mesh",
+)
 
 
 def make_folder(folder: str) -> None:
@@ -93,6 +117,33 @@ def write_run_config(folder: str, old: Mapping[str, Any] | None, config: Mapping
         path = os.path.join(folder, CONFIG)
         with disk_errors(path), replace_file(path) as file:
             json.dump(config, file, indent=2)
+
+
+def changed_keys(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "", *, free: Sequence[str] = ()
+) -> list[str]:
+    """Dotted keys whose values differ, without those of `free`.
+
+    Example:
+      >>> changed_keys({"seed": 0, "train": {"steps": 5}}, {"seed": 1, "train": {"steps": 9}}, free=FREE_KEYS)
+      ['seed']
+    """
+    changed = []
+    for key in sorted(set(old) | set(new)):
+        path = f"{prefix}{key}"
+        if path in free:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            changed += changed_keys(a, b, f"{path}.", free=free)
+        elif _plain(a) != _plain(b):
+            changed.append(path)
+    return changed
+
+
+def _plain(value: Any) -> Any:
+    # JSON has lists only
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
 
 def describe_changes(old: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

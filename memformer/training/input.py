@@ -16,6 +16,7 @@ from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
 from memformer.data.source import BATCH_KEYS, Example, Extra, RandomAccessSource, stack_examples
+from memformer.data.token_windows import MixedSource
 from memformer.tasks import Task
 
 __all__ = ["Batch", "Loader", "batch_arrays", "batch_shapes", "check_batch", "check_split", "make_loader"]
@@ -33,7 +34,8 @@ class Loader:
     prefetched ones: a loader created at that position continues with the next batch.
     """
 
-    def __init__(self, batches: grain.IterDataset, batch_size: int, position: int):
+    def __init__(self, batches: grain.IterDataset, source: RandomAccessSource, batch_size: int, position: int):
+        self._source = source
         self._batches = iter(batches)
         self._batch_size = batch_size
         self.position = position
@@ -45,6 +47,13 @@ class Loader:
         batch = next(self._batches)
         self.position += self._batch_size
         return batch
+
+    @property
+    def epochs(self) -> tuple[float, ...]:
+        """Number of passes over each stored part of the data so far; () where every example is new."""
+        if isinstance(self._source, MixedSource):
+            return self._source.epochs(self.position)
+        return () if self._source.endless else (self.position / len(self._source),)
 
     def close(self) -> None:
         """Stops the background thread and the workers."""
@@ -129,7 +138,7 @@ def make_loader(
     stream = stream.map(prepare)
     if prefetch:
         stream = ThreadPrefetchIterDataset(stream, prefetch_buffer_size=prefetch)
-    return Loader(stream, batch_size, position)
+    return Loader(stream, source, batch_size, position)
 
 
 class _Batches:

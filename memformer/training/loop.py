@@ -14,7 +14,7 @@ from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import complete_config, run_errors
 from memformer.training.curriculum import Curriculum
 from memformer.training.evaluation import Scorer, format_score, parameters_of
-from memformer.training.files import check_folder
+from memformer.training.files import check_folder, disk_errors, is_url
 from memformer.training.folder import (
     check_same_config,
     describe_changes,
@@ -74,8 +74,16 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
     with run_lock(folder), mesh_scope(run.mesh):
         check_same_config(folder, old)
         write_run_config(folder, old, run.config)
+        _write_files(run, folder)
         changes = [] if old is None else describe_changes(old, run.config)
         return Trainer(run, folder).train(changes)
+
+
+def _write_files(run: Run, folder: str) -> None:
+    # elsewhere the store itself has them
+    if jax.process_index() == 0 and not is_url(folder):
+        with disk_errors(folder):
+            run.task.write_files(folder)
 
 
 def _layout_change(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> list[str]:
@@ -103,6 +111,8 @@ class Trainer:
         scorer = make_eval_step(run.model, run.mesh)
         self._score = Scorer(scorer, run.mesh, self._options["batch_size"], run.config["seed"])
         self._solved, self._evaluated = False, -1
+        with run_errors("config.data"):
+            self._bytes_per_step = run.task.bytes_per_step("train")
         self._guard = FiniteGuard(self._options)
         self._profiler = Profiler(folder, self._options["profile"])
         self._held_out: dict[str, float] = {}
@@ -236,7 +246,7 @@ class Trainer:
         now, steps = time.monotonic(), float(report["steps"])
         timed = self._step - self._ticked
         seconds = (now - self._since) / timed if timed else math.nan
-        values = means(report, self._run.task.scores)
+        values = means(report, self._run.task.scores, self._bytes_per_step)
         shown = [f"{name} {format_score(name, value)}" for name, value in values.items()]
         values["length"] = self._curriculum.length
         if float(report["aux"]):
@@ -247,13 +257,19 @@ class Trainer:
             values[name] = float(report[name])
         values["step_seconds"] = seconds
         values["tokens_per_second"] = float(report["tokens"]) / steps / seconds
+        # share of the steps that are no padding
+        examples = steps * self._options["batch_size"]
+        values["packing_efficiency"] = float(report["tokens"]) / (examples * self._curriculum.task.steps)
+        epochs = self._loader.epochs
+        values.update({"epoch" if len(epochs) == 1 else f"epoch_{i}": epoch for i, epoch in enumerate(epochs)})
         mfu = self._flops_used(values["tokens_per_second"])
         if mfu is not None and timed:
             values["mfu"] = mfu
         self._log.write("train", self._step, values)
         shown.append(f"length {values['length']}")
         # with log_every = 1 the first log holds only the step that compiled
-        shown += [f"{1e3 * seconds:.0f} ms"] if timed else []
+        shown += [f"{1e3 * seconds:.0f} ms", f"{values['tokens_per_second']:,.0f} tokens/s"] if timed else []
+        shown += [f"epoch {' '.join(f'{epoch:.2f}' for epoch in epochs)}"] if epochs else []
         self._log.show(self._step, "  ".join(shown))
         self._decide(values.get("accuracy", math.nan))
         self._tick()

@@ -104,7 +104,7 @@ def smoothing_loss(logits: Float[Array, "B T vocab"], weights: Float[Array, "B T
 SCORES: dict[str, tuple[str, str, Callable[[float], float]]] = {
     "accuracy": ("correct", "weight", float),
     "sequence_accuracy": ("sequences_correct", "sequences", float),
-    # assumes one byte per position
+    # per position; `means` divides by the bytes of one
     "bits_per_byte": ("loss", "weight", lambda nats: nats / math.log(2)),
     "perplexity": ("loss", "weight", lambda nats: math.exp(min(nats, 700.0))),
     "bits_per_sequence": ("loss", "sequences", lambda nats: nats / math.log(2)),
@@ -112,8 +112,15 @@ SCORES: dict[str, tuple[str, str, Callable[[float], float]]] = {
 }
 
 
-def means(sums: Mapping[str, float | np.ndarray], scores: tuple[str, ...] = ("accuracy",)) -> dict[str, float]:
+def means(
+    sums: Mapping[str, float | np.ndarray], scores: tuple[str, ...] = ("accuracy",), bytes_per_step: float = 1.0
+) -> dict[str, float]:
     """Loss and the named scores from the sums of `count_batch`.
+
+    Args:
+      sums: from `count_batch`.
+      scores: names in `SCORES`.
+      bytes_per_step: bytes of text per scored position, of which bits_per_byte is counted.
 
     Raises:
       ValueError: a score not in `SCORES`.
@@ -128,6 +135,8 @@ def means(sums: Mapping[str, float | np.ndarray], scores: tuple[str, ...] = ("ac
             raise ValueError(f"scores must be of {', '.join(SCORES)}, got {score!r}")
         above, below, finish = SCORES[score]
         result[score] = finish(_quotient(sums, above, below))
+    if "bits_per_byte" in result:
+        result["bits_per_byte"] /= bytes_per_step
     return result
 
 

@@ -94,7 +94,7 @@ def _check_keys(config: Mapping[str, Any], known: Mapping[str, Any], prefix: str
         if key not in config:
             raise RunError(f"{prefix} has no {key}; a config file must start from default_config().")
         # the keys of these depend on a name in them; what reads them checks them
-        open_section = prefix == "config" and key in ("task", "model")
+        open_section = prefix == "config" and key in ("task", "data", "model")
         if isinstance(value, Mapping) and not open_section:
             if not isinstance(config[key], Mapping):
                 raise RunError(f"{prefix}.{key} must be a section with {', '.join(value)}, got {config[key]!r}.")

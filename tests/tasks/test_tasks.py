@@ -53,7 +53,8 @@ def assert_equal(got, want):
 
 
 def test_every_task_has_a_row():
-    assert {settings["name"] for settings, _ in SPECS} == set(TASKS)
+    # lm reads stores that its own tests write
+    assert {settings["name"] for settings, _ in SPECS} | {"lm"} == set(TASKS)
     assert all(task.name == name for name, task in TASKS.items())
 
 

@@ -13,9 +13,7 @@ from absl import flags
 
 from memformer.training.build import model_settings
 from memformer.training.config import (
-    FREE_KEYS,
     RunError,
-    changed_keys,
     complete_config,
     default_config,
     run_errors,
@@ -23,6 +21,7 @@ from memformer.training.config import (
     unknown_key,
 )
 from memformer.training.flags import define_config, parse_flags, report_errors
+from memformer.training.folder import FREE_KEYS, changed_keys
 from memformer.training.validate import validate
 
 CONFIG_FILE = """
