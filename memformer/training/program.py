@@ -19,7 +19,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 # Ops without traffic of their own: names for values, or loops whose bodies are counted.
 FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "iota",
-    "after-all", "partition-id", "replica-id", "copy-start", "copy-done", "async-start", "async-update", "async-done",
+    "after-all", "partition-id", "replica-id", "async-start", "async-update",
 )  # fmt: skip
 BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
 
@@ -256,6 +256,9 @@ def _pairs(
 def _traffic(step: _Instruction, body: _Computation, computations: Mapping[str, _Computation]) -> float:
     """Bytes that an instruction reads and writes in device memory."""
     operands = [body[name].type for name in step.operands if name in body]
+    if step.opcode == "copy-start":
+        # its result names the copy, and what it copies
+        return sum(_device_bytes(array + layout) for array, layout in _arrays(step.type)[:2])
     if step.opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * _device_bytes(step.type)
     if step.opcode == "dynamic-update-slice":
@@ -264,35 +267,61 @@ def _traffic(step: _Instruction, body: _Computation, computations: Mapping[str, 
         return _device_bytes(step.type) + sum(map(_device_bytes, operands))
     called = re.search(r"calls=%?([\w.\-]+)", step.attributes)
     inside = computations.get(called[1], {}) if called else {}
-    parameters = {s.number: s.name for s in inside.values() if s.opcode == "parameter"}
+    root = next((part for part in inside.values() if part.text.lstrip().startswith("ROOT")), None)
+    if root is None:
+        return _device_bytes(step.type) + sum(map(_device_bytes, operands))
+    results = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     users: dict[str, list[_Instruction]] = collections.defaultdict(list)
     for part in inside.values():
         for name in part.operands:
             users[name].append(part)
-    total, written = 0.0, _device_bytes(step.type)
-    for number, kind in enumerate(operands):
-        name = parameters.get(number, "")
-        if "S(1)" in kind:
-            # already in on-chip memory
-            continue
-        if users[name] and all(use.opcode in ("dynamic-slice", "slice", "gather") for use in users[name]):
-            total += sum(_bytes(use.type) for use in users[name])
-        elif users[name] and all(_updates(use, name) for use in users[name]):
-            # updated in place: only the new part is written
-            written -= sum(_bytes(use.type) - _bytes(inside[use.operands[1]].type) for use in users[name])
-        else:
-            total += _bytes(kind)
-    return total + max(written, 0.0)
+    parameters = {part.number: part.name for part in inside.values() if part.opcode == "parameter"}
+    read = (_read(kind, parameters.get(number, ""), users, inside) for number, kind in enumerate(operands))
+    # whether a result lies on the chip is said outside the fusion only
+    kinds = [array + layout for array, layout in _arrays(step.type)]
+    return sum(read) + sum(_written(*item, inside) for item in zip(results, kinds, strict=False))
 
 
-def _updates(step: _Instruction, name: str) -> bool:
-    return step.opcode == "dynamic-update-slice" and step.operands[0] == name
+def _read(
+    kind: str, name: str, users: Mapping[str, Sequence[_Instruction]], inside: Mapping[str, _Instruction]
+) -> float:
+    """Bytes that a fusion reads of an operand."""
+    total, whole = 0.0, _device_bytes(kind)
+    for use in users.get(name, ()):
+        if use.opcode in ("dynamic-slice", "slice", "gather"):
+            total += _bytes(use.type)
+        elif not (_passes(use) or (use.opcode == "dynamic-update-slice" and use.operands[0] == name)):
+            return whole
+    return min(total, whole)
+
+
+def _written(result: _Instruction, kind: str, inside: Mapping[str, _Instruction]) -> float:
+    """Bytes that a fusion writes of a result."""
+    if "S(1)" in kind:
+        return 0.0
+    while result.opcode in ("bitcast", "copy") and result.operands[0] in inside:
+        result = inside[result.operands[0]]
+    if result.opcode == "parameter" or _passes(result):
+        return 0.0
+    if result.opcode == "dynamic-update-slice":
+        # updated in place: only the new part
+        return _bytes(inside[result.operands[1]].type)
+    return _bytes(kind)
+
+
+def _passes(step: _Instruction) -> bool:
+    """Whether an instruction of a fusion hands on the buffers of a collective in flight, or of the fusion's results."""
+    return step.opcode in (*COLLECTIVES, "tuple") or "AsyncCollective" in step.attributes
 
 
 def _device_bytes(kind: str) -> float:
     """Bytes of the arrays of a type that lie in device memory; S(1) is on the chip."""
-    parts = re.findall(r"(\w+\[[\d,]*\])(\{[^}]*\})?", kind)
-    return sum(_bytes(array) for array, layout in parts if "S(1)" not in layout)
+    return sum(_bytes(array) for array, layout in _arrays(kind) if "S(1)" not in layout)
+
+
+def _arrays(kind: str) -> list[tuple[str, str]]:
+    """The arrays of a type, each with its layout."""
+    return re.findall(r"(\w+\[[\d,]*\])(\{[^}]*\})?", kind)
 
 
 def _payload(step: _Instruction, body: _Computation, group: int) -> float:
