@@ -6,6 +6,7 @@ import re
 FAST = {
     "core": "",
     "ops/test_ops.py": "test_(packed_against|padding|odd_lengths|two_calls|which_impl|bad_input)",
+    "ops/test_context.py": "test_(where|refusals)",
     "ops/test_addressing.py": "test_(reading|shifts|all_heads)",
     "ops/test_associative.py": "test_(segments|features)",
     "ops/test_softmax_attention.py": "test_(huge|errors)",

@@ -33,6 +33,7 @@ def dispatch(
     implementation: str | None,
     implementations: Mapping[str, Callable[[Any], Any]],
     prefer: Sequence[str],
+    divide: Callable[[Callable[[Any], Any], Any], Any] | None = None,
 ) -> Any:
     """Runs a call by the named implementation, or by the first of `prefer` that serves it.
 
@@ -44,6 +45,7 @@ def dispatch(
       implementation: None, or a key of `implementations`.
       implementations: name to `run(call)`.
       prefer: keys of `implementations`, best first, tried when `implementation` is None.
+      divide: `divide(run, call)` runs an implementation where time may be divided over devices.
 
     Raises:
       ValueError: unknown implementation name.
@@ -54,7 +56,8 @@ def dispatch(
     for name in prefer if implementation is None else (implementation,):
         try:
             with jax.named_scope(f"memformer.{call.op}.{name}"):
-                return implementations[name](_check_forward_mode(call, name))
+                run, checked = implementations[name], _check_forward_mode(call, name)
+                return run(checked) if divide is None else divide(run, checked)
         except NotImplementedError as error:
             if implementation is not None:
                 raise

@@ -1,5 +1,6 @@
 """Ops on sharded arrays: Explicit meshes, and shard_map."""
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
@@ -16,11 +17,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from memformer.core.types import Array
 
-__all__ = ["explicit_mesh", "keep_shardings", "mesh_axes", "vary_like"]
+__all__ = ["explicit_mesh", "keep_shardings", "letter_axes", "mesh_axes", "set_letter_axes", "vary_like"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_axes: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("axes", default={})  # noqa: B039
+_axes: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("axes", default=None)
 
 
 def vary_like(x: Array, *others: Array | None) -> Array:
@@ -68,12 +69,17 @@ def keep_shardings(function: F) -> F:
         if mesh is None:
             return function(*args, **kwargs)
         axes: dict[str, Any] = {}
+        seen: set[str] = set()
         for name, value in signature.bind(*args, **kwargs).arguments.items():
             for letters, x in _letters(signature.parameters[name].annotation, value):
+                seen.update(letters)
                 if len(letters) == getattr(x, "ndim", None):
                     for letter, part in zip(letters, jax.typeof(x).sharding.spec, strict=False):
                         if part is not None:
                             axes.setdefault(letter, part)
+        if "T" in axes and "S" not in seen:
+            # A new cache has the slots of the call's tokens.
+            axes["S"] = axes["T"]
         structure = None
 
         def run(*arrays):
@@ -82,11 +88,8 @@ def keep_shardings(function: F) -> F:
             for place, x in zip(places, arrays, strict=True):
                 full[place] = x
             args, kwargs = jax.tree.unflatten(tree, full)
-            token = _axes.set(axes)
-            try:
+            with set_letter_axes(axes):
                 out, structure = jax.tree.flatten(function(*args, **kwargs))
-            finally:
-                _axes.reset(token)
             return out
 
         specs = [NamedSharding(mesh, _spec(letters, axes)) for letters, _ in results]
@@ -106,7 +109,22 @@ def mesh_axes(letter: str) -> Any:
 
     Inside an op these axes are Auto, so that types no longer show them. Kernels need them to run per device.
     """
-    return _axes.get().get(letter)
+    return (_axes.get() or {}).get(letter)
+
+
+def letter_axes() -> dict[str, Any] | None:
+    """The Explicit mesh axes of each letter of the op or module that is traced; None on meshes with Auto axes alone."""
+    return _axes.get()
+
+
+@contextlib.contextmanager
+def set_letter_axes(axes: dict[str, Any]) -> Iterator[None]:
+    """Scope in which the letters' dimensions lie on these Explicit mesh axes."""
+    token = _axes.set(axes)
+    try:
+        yield
+    finally:
+        _axes.reset(token)
 
 
 def explicit_mesh(arrays: list[Any]) -> Mesh | AbstractMesh | None:

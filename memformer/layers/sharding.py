@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from memformer.core.sharding import explicit_mesh
+from memformer.core.sharding import explicit_mesh, set_letter_axes
 from memformer.core.types import Array
 
 __all__ = ["auto_axes", "on_auto_mesh", "state_letters"]
@@ -56,10 +56,13 @@ def auto_axes(method: F) -> F:
                 for letter, part in zip(letters.split(), jax.typeof(x).sharding.spec, strict=False):
                     if part is not None:
                         axes[letter] = part
+        if "T" in axes:
+            # A new cache has the slots of the call's tokens.
+            axes.setdefault("S", axes["T"])
         abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
         auto = abstract.update_axis_types(dict.fromkeys(abstract.explicit_axes, AxisType.Auto))
         enter = functools.partial(_enter, mesh=mesh)
-        with jax.sharding.use_abstract_mesh(auto):
+        with jax.sharding.use_abstract_mesh(auto), set_letter_axes(axes):
             for i in places:
                 leaves[i] = enter(leaves[i])
             module = nnx.merge(graph, jax.tree.map(enter, state))

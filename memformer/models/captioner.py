@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 
 from memformer.core.checks import check_array, check_choice, check_number, check_size
+from memformer.core.context import refuse_sharded_time
 from memformer.core.segments import Segments, find_segments
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.additive import AdditiveAttention
@@ -133,6 +134,7 @@ class _LSTMDecoder(nnx.Module):
 
     def __call__(self, x, state, keys, *, segment_ids, segments, positions) -> tuple[Array, State, Array]:
         """Returns (x [B, T, D] before the read-out, state, weights [B, T, S])."""
+        refuse_sharded_time("the captioner's LSTM", x.shape[1])
         flags = None
         if segments is not None:
             starts = jnp.diff(segments.index, axis=1, prepend=jnp.zeros_like(segments.index[:, :1])) != 0

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 
 from memformer.core.checks import check_array, check_choice, check_number, check_size
+from memformer.core.context import refuse_sharded_time
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import linear, named
@@ -230,6 +231,7 @@ class NTM(nnx.Module):
         dims = {"F": self.features} if self.features else {}
         kind = jnp.floating if self.features else jnp.integer
         inputs = check_array("inputs", inputs, "B T F" if self.features else "B T", dims, kind=kind)
+        refuse_sharded_time("the Neural Turing Machine", dims["T"])
         segments = find_segments(segment_ids, dims)
         config, wide = self.config, self.config.dtypes.wide
         x = inputs if self.features else jax.nn.one_hot(inputs, self.vocab_size)

@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 from jax import lax
 
 from memformer.core.checks import check_array, check_size
+from memformer.core.context import refuse_sharded_time
 from memformer.core.segments import chunk_time, find_segments, unchunk_time
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.layers.base import State
@@ -251,6 +252,7 @@ class SegmentMemory(nnx.Module):
         dims = {"F": self.features} if self.features else {}
         kind = jnp.floating if self.features else jnp.integer
         inputs = check_array("inputs", inputs, "B T F" if self.features else "B T", dims, kind=kind)
+        refuse_sharded_time("the segment memory transformer", dims["T"])
         x = self.embedding(inputs.astype(self.config.dtypes.compute) if self.features else inputs)
         x = constrain(x, "activation_batch", "activation_time", "activation_embed")
         aligned = segment_ids is None and positions is None and state is None

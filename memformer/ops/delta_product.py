@@ -5,7 +5,7 @@ import jax
 from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
-from memformer.ops.matrix_memory import chunked, recurrent
+from memformer.ops.matrix_memory import chunked, context, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
 from memformer.pallas import matrix_memory as pallas
 from memformer.pallas.platform import preferred
@@ -86,5 +86,5 @@ def delta_product(
         precision=precision,
         several_writes=True,
     )
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1]))
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1]), context.run)
     return output.astype(call.v.dtype), state

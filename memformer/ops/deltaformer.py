@@ -6,7 +6,7 @@ from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.types import Array, Float, Int
-from memformer.ops.attention import recurrent, tiled
+from memformer.ops.attention import context, recurrent, tiled
 from memformer.ops.attention.arguments import make_call
 from memformer.ops.attention.cache import DeltaCache, append
 from memformer.pallas import attention as pallas
@@ -94,5 +94,5 @@ def deltaformer(
         chunk_size=chunk_size,
         precision=precision,
     )
-    output, u = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1], few=1))
+    output, u = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1], few=1), context.run)
     return output.astype(call.v.dtype), append(DeltaCache, initial_state, segments, call.k, u)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
-from memformer.ops.matrix_memory import chunked, recurrent
+from memformer.ops.matrix_memory import chunked, context, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
 from memformer.pallas import matrix_memory as pallas
 from memformer.pallas.platform import preferred
@@ -81,7 +81,7 @@ def linear_attention(
         precision=precision,
         normalize=normalize,
     )
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1]))
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1]), context.run)
     if normalize:
         # At padding this would be 0 / 0; the output there is 0.
         total = output[..., -1:]

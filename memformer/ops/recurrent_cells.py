@@ -15,6 +15,7 @@ from jax import lax
 
 from memformer.core.autodiff import in_forward_mode, reverse_only
 from memformer.core.checks import check_array
+from memformer.core.context import refuse_sharded_time
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.segments import Segments, find_segments
 from memformer.core.sharding import keep_shardings, vary_like
@@ -203,6 +204,7 @@ def _run(cell: Cell, gates: int, x, w_in, w_state, bias, bias_state, segment_ids
     """Checks the arguments, projects the input, and scans the cell over time: (output, states)."""
     dims: Dims = {}
     x = check_array("x", x, "B T F", dims)
+    refuse_sharded_time(cell.__name__.strip("_"), dims["T"])
     w_state = check_array("w_state", w_state, "D E", dims)
     if dims["E"] != gates * dims["D"]:
         raise ValueError(f"w_state must be [D, {gates} * D], got {w_state.shape}")

@@ -6,7 +6,7 @@ from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float, Int
-from memformer.ops.attention import cudnn, recurrent, tiled
+from memformer.ops.attention import context, cudnn, recurrent, tiled
 from memformer.ops.attention.arguments import make_call
 from memformer.ops.attention.cache import KVCache, append
 from memformer.pallas import attention as pallas
@@ -98,5 +98,6 @@ def softmax_attention(
         chunk_size=chunk_size,
         precision=precision,
     )
-    output = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1], few=1, library="cudnn"))
+    prefer = preferred(call.q.shape[1], few=1, library="cudnn")
+    output = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
     return output.astype(call.v.dtype), append(KVCache, initial_state, segments, call.k, call.v)

@@ -17,7 +17,14 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from memformer.core.sharding import mesh_axes
 from memformer.core.types import Array
 
-__all__ = ["KernelAxes", "kernel_axes", "key_head_repeats", "split_batch_and_heads", "varying_result"]
+__all__ = [
+    "KernelAxes",
+    "dividing_axes",
+    "kernel_axes",
+    "key_head_repeats",
+    "split_batch_and_heads",
+    "varying_result",
+]
 
 # Mesh axes over which the library's own meshes shard batch and heads.
 BATCH, HEADS = ("data", "fsdp"), ("tensor",)
@@ -54,6 +61,20 @@ def key_head_repeats(groups: int, heads: int) -> int:
     names = (name for name in kernel_axes().heads if name in mesh.axis_names and name not in mesh.manual_axes)
     count = math.lcm(groups, math.prod(mesh.shape[name] for name in names))
     return count // groups if heads % count == 0 else 1
+
+
+def dividing_axes(batch: int, heads: int) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """The free mesh axes over which the batch and the heads of the op that is traced divide; None where none does.
+
+    Args:
+      batch: B.
+      heads: G, or H where those divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
+    axes = zip(kernel_axes(), (batch, heads), strict=True)
+    on_batch, on_heads = (_dividing(mesh, free, names, size) for names, size in axes)
+    return on_batch, on_heads
 
 
 def _names(part: Any) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from memformer.layers import MEMORIES
+from memformer.layers.recurrent import RecurrentMemory
 from memformer.models import build_model
 from memformer.tasks import Task
 from memformer.training.config import RunError, complete_config, run_errors, task_of
@@ -64,6 +66,7 @@ def build_run(
             plain["data" if key in trained.data_fields else "task"][key] = value
     task = trained if task is None else task
     mesh = make_mesh(plain["mesh"], devices)
+    _check_context(plain["model"], mesh.shape["context"])
     sizes = {"vocab_size": trained.vocab_size, "num_classes": trained.num_classes, "features": trained.features}
     settings = model_settings(plain["model"])
 
@@ -76,6 +79,25 @@ def build_run(
     plain["optimizer"] = {**plain["optimizer"], "schedule_steps": horizon}
     tx, schedule = make_optimizer(plain["optimizer"], horizon)
     return Run(plain, task, mesh, model, tx, schedule)
+
+
+# Models that run one step after the other; of memory_lm those whose memory does.
+STEPWISE = ("armt", "rmt", "seq2seq", "ntm", "recurrent_lm")
+
+
+def _check_context(model: Mapping[str, Any], size: int) -> None:
+    """Raises RunError where a mesh has time on several devices and the model cannot divide it."""
+    kind = model.get("type", "memory_lm")
+    names = [kind] if kind in STEPWISE else []
+    if kind == "memory_lm":
+        pattern = memory_pattern(model["memory"])
+        names = [name for name in pattern if name in MEMORIES and issubclass(MEMORIES[name].layer, RecurrentMemory)]
+    if size > 1 and names:
+        raise RunError(
+            f"config.mesh.context = {size} divides time over devices, which {names[0]} cannot: every step needs the "
+            "whole state of the step before. Set --config.mesh.context=1 and --config.mesh.data or --config.mesh.fsdp, "
+            "which divide the batch."
+        )
 
 
 def model_settings(model: Mapping[str, Any]) -> dict[str, Any]:

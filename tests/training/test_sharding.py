@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from memformer.training import build
 from memformer.training.build import build_run
-from memformer.training.config import RunError
+from memformer.training.config import RunError, default_config
 from memformer.training.input import make_loader
 from memformer.training.sharding import (
     AXES,
@@ -22,6 +22,7 @@ from memformer.training.sharding import (
     partition_spec,
 )
 from memformer.training.step import init_state, make_train_step
+from tests.programs import program_cost
 from tests.training import process_steps
 from tests.training.small import small_config
 
@@ -114,6 +115,16 @@ def test_specs():
         partition_spec(("embed",), (8, 8), mesh)
 
 
+@pytest.mark.parametrize("model", [{"memory": "softmax_attention, lstm"}, {"type": "ntm"}])
+def test_what_cannot_divide_time(model):
+    config = default_config(model.get("type", "memory_lm"))
+    config.model.update(model)
+    config.mesh.update({"data": 2, "context": 4})
+    name = model.get("type", "lstm")
+    with pytest.raises(RunError, match=rf"mesh.context = 4 divides time over devices, which {name} cannot"):
+        build_run(config.to_dict())
+
+
 def test_batch_must_divide():
     run = build_run(small_config(mesh__data=8).to_dict())
     batch = next(make_loader(run.task, "train", batch_size=6, seed=0))
@@ -168,10 +179,13 @@ def test_eight_devices_do_what_one_does(memory, monkeypatch):
 
 
 def test_time_over_devices_does_what_one_does(monkeypatch):
-    """The context axis is correct, although a scan over time moves activations between devices."""
+    """Losses are those of one device, work is divided, and no collective runs inside a loop over time."""
     even = {"task__start": "none"}
-    one = prepared("delta_rule", ONE, monkeypatch, **even)
-    many = prepared("delta_rule", {**ONE, "context": 2, "tensor": 2}, monkeypatch, **even)
+    one = prepared("gated_delta_rule", ONE, monkeypatch, **even)
+    many = prepared("gated_delta_rule", {**ONE, "context": 4}, monkeypatch, **even)
+    cost, whole = (program_cost(run[1].as_text()) for run in (many, one))
+    assert not cost.looped
+    assert cost.flops <= 1.2 * whole.flops / 4
     batch = many[3][0]
     assert batch["inputs"].sharding.spec == PartitionSpec(("data", "fsdp"), "context")
     np.testing.assert_allclose(losses(*many), losses(*one), rtol=1e-5)
