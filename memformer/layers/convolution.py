@@ -167,7 +167,7 @@ def _start_inputs(
         inputs = _last(history, index, segments)
         in_last = segments.valid & (segments.index == segments.index[:, -1:])
         count = jnp.minimum(jnp.sum(in_last, axis=1, dtype=jnp.int32), jnp.int32(size))
-        # Nothing of earlier shards is left once a segment has started here.
+        # A segment that starts here leaves nothing of earlier shards.
         count = jnp.where(continues & (segments.index[:, -1] == 0), count, jnp.int32(size))
     tail = _Tail(inputs, vary_like(count, x))
     whole = _Tail(state, jnp.full_like(tail.filled, size))

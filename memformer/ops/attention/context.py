@@ -76,7 +76,7 @@ def _repeat_groups(call: AttentionCall, repeats: int) -> AttentionCall:
     return dataclasses.replace(call, **arrays, cache=jax.tree.map(repeat, call.cache))
 
 
-class _Rows(NamedTuple):
+class _HeadRows(NamedTuple):
     """Rows (examples x key heads) of a device before the exchange, and how many it has after it.
 
     Attributes:
@@ -91,12 +91,12 @@ class _Rows(NamedTuple):
     kept: int
     shards: TimeShards
 
-    def leave(self, x: Array) -> Array:
+    def gather_time(self, x: Array) -> Array:
         """[B, t, G R, ...] to [rows, T, R, ...], this device's rows."""
         return lax.all_to_all(self._split(x), self.shards.names, 0, 1, tiled=True)
 
-    def enter(self, x: Array) -> Array:
-        """The inverse of `leave`."""
+    def gather_heads(self, x: Array) -> Array:
+        """The inverse of `gather_time`."""
         x = lax.all_to_all(x, self.shards.names, 1, 0, tiled=True)[: self.batch * self.groups]
         x = jnp.moveaxis(x.reshape(self.batch, self.groups, *x.shape[1:]), 1, 2)
         return x.reshape(*x.shape[:2], -1, *x.shape[4:])
@@ -123,14 +123,14 @@ def _exchange(implementation, shards: TimeShards, call: AttentionCall) -> Any:
     batch, groups = call.k.shape[0], call.k.shape[2]
     repeats = _row_repeats(batch * groups, call.q.shape[2] // groups, shards.devices)
     call = _repeat_groups(call, repeats)
-    rows = _Rows(batch, groups * repeats, -(-batch * groups * repeats // shards.devices), shards)
-    arrays: dict[str, Any] = {name: rows.leave(x) for name, x in vars(call).items() if isinstance(x, jax.Array)}
+    rows = _HeadRows(batch, groups * repeats, -(-batch * groups * repeats // shards.devices), shards)
+    arrays: dict[str, Any] = {name: rows.gather_time(x) for name, x in vars(call).items() if isinstance(x, jax.Array)}
     mask, cache = jax.tree.map(rows.take, (call.mask, call.cache))
     results = implementation(dataclasses.replace(call, **arrays, mask=mask, cache=cache))
     output, u = results if isinstance(results, tuple) else (results, None)
     # The op rounds the output to this dtype anyway.
-    output = rows.enter(output.astype(call.v.dtype))
-    return output if u is None else (output, rows.enter(u)[:, :, ::repeats])
+    output = rows.gather_heads(output.astype(call.v.dtype))
+    return output if u is None else (output, rows.gather_heads(u)[:, :, ::repeats])
 
 
 def _row_repeats(rows: int, most: int, devices: int) -> int:
