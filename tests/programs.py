@@ -1,4 +1,4 @@
-"""What the text of a compiled program says; its costs are read by memformer.training.program."""
+"""Properties of a compiled program that its text shows; memformer.training.program reads its costs."""
 
 import re
 

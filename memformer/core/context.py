@@ -69,7 +69,7 @@ class TimeShards(NamedTuple):
         return jax.tree.map(lambda x: lax.psum(self.last(x, jnp.zeros_like(x)), self.names), tree)
 
     def earlier(self, combine: Callable[[Any, Any], Any], value: Any, start: Any, *, reverse: bool = False) -> Any:
-        """What reaches each shard: the combination of `start` and the values of all earlier shards.
+        """The combination of `start` and the values of all earlier shards.
 
         Args:
           combine: combine(earlier, later), associative; combining zeros with a value must leave the value.
@@ -96,7 +96,7 @@ class TimeShards(NamedTuple):
 
 
 def time_shards(tokens: int) -> TimeShards | None:
-    """How time is divided in the op or module that is traced; None where it is not.
+    """The shards of time in the op or module that is traced; None where time is not divided.
 
     On an Explicit mesh these are the axes of the dimension T of the arguments. On an Auto mesh it is the axis named
     "context", where it divides the tokens.

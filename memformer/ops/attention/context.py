@@ -134,7 +134,7 @@ def _exchange(implementation, shards: TimeShards, call: AttentionCall) -> Any:
 
 
 def _row_repeats(rows: int, most: int, devices: int) -> int:
-    """How often to repeat each key head so that the devices share the rows out evenly; 1 where nothing helps.
+    """Repeats of each key head with which the devices share the rows out evenly; 1 where none do.
 
     Args:
       rows: examples x key heads.
