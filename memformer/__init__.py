@@ -4,6 +4,9 @@ The ops are pure functions that return `(output, state)`; `memformer.ops` docume
 are in `memformer.layers`, models in `memformer.models`.
 """
 
+import importlib
+from typing import Any
+
 from memformer.core.numerics import l2norm
 from memformer.core.similarity import Kernel
 from memformer.ops.attention.cache import DeltaCache, KVCache, init_cache
@@ -22,6 +25,7 @@ __all__ = [
     "delta_product",
     "delta_rule",
     "deltaformer",
+    "generate_text",
     "gru",
     "init_cache",
     "l2norm",
@@ -32,3 +36,10 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded at its first use, because it needs models, and they Flax: the ops need neither.
+    if name == "generate_text":
+        return importlib.import_module("memformer.models.generate_text").generate_text
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

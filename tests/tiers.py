@@ -21,6 +21,7 @@ FAST = {
     "layers/test_table.py": "",
     "models/test_language_model.py": "test_(features|an_id|parameters|presets|model_keys|a_preset|configs|user)",
     "models/test_generate.py": "test_(equal_shapes|a_stopped|sample_follows|user_errors)",
+    "models/test_generate_text.py": "test_(pieces|random|a_character|stop|the_end|user_errors|segments|the_size)",
     "models/test_beam.py": "test_(enough_beams|one_beam|user_errors)",
     "models/test_transformer.py": "test_(visible_memory|user_errors)",
     "models/test_seq2seq.py": "test_user_errors",

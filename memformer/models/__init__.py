@@ -6,12 +6,14 @@ from memformer.models.build import MODELS, build_config, build_model, default_op
 from memformer.models.captioner import Captioner, CaptionerConfig, doubly_stochastic
 from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig, check_input
 from memformer.models.encoder import Encoder, EncoderConfig, mean_pool
-from memformer.models.generate import Sampling, generate, pad_prompts, sample
+from memformer.models.generate import TokenStream, bucket_length, generate, pad_prompts
+from memformer.models.generate_text import GeneratedText, TextPiece, TextStream, generate_text
 from memformer.models.language_model import Block, MemoryLM, ModelOutput, check_sizes
 from memformer.models.ntm import NTM, NTMConfig, NTMState, NTMTrace
 from memformer.models.picture import ConvGrid, PatchGrid, add_places
 from memformer.models.presets import PRESETS, from_preset, preset_fields
 from memformer.models.recurrent import RecurrentConfig, RecurrentLM
+from memformer.models.sampling import Sampling, sample
 from memformer.models.segment_memory import ARMTConfig, AssociativeLayer, RMTConfig, SegmentMemory
 from memformer.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from memformer.models.stacks import TransformerDecoder, TransformerEncoder
@@ -26,6 +28,7 @@ __all__ = [
     "ConvGrid",
     "Encoder",
     "EncoderConfig",
+    "GeneratedText",
     "LanguageModelConfig",
     "MODELS",
     "MemoryLM",
@@ -45,12 +48,16 @@ __all__ = [
     "SegmentMemory",
     "Seq2Seq",
     "Seq2SeqConfig",
+    "TextPiece",
+    "TextStream",
+    "TokenStream",
     "Transformer",
     "TransformerConfig",
     "TransformerDecoder",
     "TransformerEncoder",
     "add_places",
     "beam_search",
+    "bucket_length",
     "build_config",
     "build_model",
     "check_input",
@@ -61,6 +68,7 @@ __all__ = [
     "embed_sentences",
     "from_preset",
     "generate",
+    "generate_text",
     "length_divisor",
     "load_bert",
     "mean_pool",

@@ -1,8 +1,11 @@
-"""Sampling from a language model: a compiled prefill, then a compiled loop of single-token steps."""
+"""Generation of tokens by a language model: a compiled prefill, then single-token steps.
+
+`generate` runs all steps in one compiled loop; `TokenStream` runs them one by one and gives each token as it comes.
+"""
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,77 +14,28 @@ from flax import nnx
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from memformer.core.checks import check, check_at_least, check_key, check_number, check_positive, check_size
-from memformer.core.types import Array, Float, Int
+from memformer.core.checks import check, check_array, check_at_least, check_key, check_size
+from memformer.core.types import Array, Int
 from memformer.layers.sharding import on_auto_mesh
+from memformer.models.sampling import Sampling, sample
 
-__all__ = ["Sampling", "generate", "pad_prompts", "sample"]
+__all__ = ["TokenStream", "bucket_length", "generate", "pad_prompts"]
 
-
-class Sampling(NamedTuple):
-    """Choice of the next token; fields are the arguments of `generate` of the same names."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def checked(self, vocab: int) -> "Sampling":
-        """The same settings as Python numbers, so that they are hashable.
-
-        Raises:
-          ValueError: a setting out of range.
-        """
-        temperature = check_number("temperature", self.temperature, at_least=0)
-        top_k, top_p = check_positive("top_k", self.top_k), self.top_p
-        check(top_k is None or top_k <= vocab, "top_k", f"None or in [1, {vocab}] (the number of classes)", top_k)
-        if top_p is not None:
-            top_p = check_number("top_p", top_p, above=0)
-            check(top_p <= 1, "top_p", "None or in (0, 1]", top_p)
-        return Sampling(temperature, top_k, top_p)
+# Shorter prompts share one compiled prefill.
+SMALLEST_BUCKET = 16
 
 
-def sample(logits: Float[Array, "B V"], key: Array | None, sampling: Sampling) -> Int[Array, "B"]:
-    """Chooses one token per row.
-
-    Logits are divided by the temperature and restricted to the top_k largest, then to the smallest set of most
-    probable tokens whose probability reaches top_p (at least one token). A token is sampled from the softmax of what
-    remains.
-
-    Args:
-      logits: float32.
-      key: random key; with None or temperature 0 the most probable token is taken.
-      sampling: the settings.
-
-    Example:
-      >>> sample(jnp.array([[0.0, 2.0, 1.0]]), None, Sampling())
-      Array([1], dtype=int32)
-    """
-    # A temperature below the smallest normal number is 0 on devices that flush denormals.
-    if key is None or sampling.temperature < jnp.finfo(logits.dtype).tiny:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # The largest logit is 0 before the division, which then cannot overflow to infinity minus infinity.
-    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / jnp.asarray(sampling.temperature, logits.dtype)
-    low = jnp.asarray(-jnp.inf, logits.dtype)
-    if sampling.top_k is not None:
-        least = lax.top_k(logits, sampling.top_k)[0][:, -1:]
-        logits = jnp.where(logits < least, low, logits)
-    if sampling.top_p is not None:
-        order = jnp.argsort(-logits, axis=-1)
-        ranked = jnp.take_along_axis(logits, order, axis=-1)
-        chance = jax.nn.softmax(ranked, axis=-1)
-        # A token is kept if those before it have not reached top_p, so the first always is.
-        before = jnp.cumsum(chance, axis=-1) - chance
-        ranked = jnp.where(before < sampling.top_p, ranked, low)
-        rank = jnp.argsort(order, axis=-1)
-        logits = jnp.take_along_axis(ranked, rank, axis=-1)
-    return jax.random.categorical(key, logits, axis=-1).astype(jnp.int32)
-
-
-def pad_prompts(prompts: np.ndarray | Array | Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def pad_prompts(
+    prompts: np.ndarray | Array | Sequence[Sequence[int]], length: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Pads prompts of different lengths on the left to ids [B, T] and segment_ids [B, T].
 
+    Args:
+      prompts: id sequences.
+      length: T; None is the longest prompt.
+
     Raises:
-      ValueError: no prompt, an empty one, or ids that are not integers.
+      ValueError: no prompt, an empty one, one that is longer than `length`, or ids that are not integers.
 
     Example:
       >>> pad_prompts([[5, 6], [7]])[1]
@@ -95,11 +49,24 @@ def pad_prompts(prompts: np.ndarray | Array | Sequence[Sequence[int]]) -> tuple[
     if low < -(2**31) or high >= 2**31:
         # as int32 they would wrap to other ids
         raise ValueError(f"prompts must have ids in [0, 2**31), got {low} to {high}")
-    ids = np.zeros((len(rows), max(row.size for row in rows)), np.int32)
+    longest = max(row.size for row in rows)
+    length = longest if length is None else check_size("length", length)
+    check(longest <= length, "prompts", f"of at most length = {length} ids", longest)
+    ids = np.zeros((len(rows), length), np.int32)
     segments = np.zeros_like(ids)
     for i, row in enumerate(rows):
         ids[i, -row.size :], segments[i, -row.size :] = row, 1
     return ids, segments
+
+
+def bucket_length(length: int) -> int:
+    """The length to which a prompt is padded so that few programs are compiled: a power of two, at least 16.
+
+    Example:
+      >>> bucket_length(5), bucket_length(16), bucket_length(17)
+      (16, 16, 32)
+    """
+    return max(SMALLEST_BUCKET, 1 << (check_size("length", length) - 1).bit_length())
 
 
 def generate(
@@ -107,9 +74,12 @@ def generate(
     prompts: np.ndarray | Array | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    segment_ids: Int[Array, "B T"] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
     stop_token: int | None = None,
     key: Array | None = None,
 ) -> np.ndarray:
@@ -124,9 +94,13 @@ def generate(
       prompts: [B, T] ids, or a list of id sequences of different lengths. Where they are an array that is sharded over
         a mesh, rows are decoded on the devices that they lie on.
       max_new_tokens: number of new tokens per row.
+      segment_ids: of prompts that are an array padded on the left or on the right, such as the attention mask of
+        another library's tokenizer: 0 = padding, 1 elsewhere.
       temperature: divides the logits before sampling; 0 takes the most probable token (greedy decoding).
       top_k: samples only from the k most probable tokens.
       top_p: samples only from the most probable tokens that together reach this probability.
+      min_p: samples only from the tokens that are at least so many times as probable as the most probable one.
+      repetition_penalty: above 1 makes the tokens of the prompt, and those generated before, less probable.
       stop_token: ends a row, and fills it up to max_new_tokens.
       key: random key, required where temperature is not 0.
 
@@ -136,7 +110,7 @@ def generate(
     Raises:
       ValueError: a setting out of range, a model without ids, or more tokens than learned positions.
 
-    Source: top-p, arXiv 1904.09751.
+    Source: see `sample`.
 
     Example:
       >>> from memformer.models import MemoryLM, from_preset
@@ -145,18 +119,18 @@ def generate(
       (2, 4)
     """
     _check_model(model)
+    if model.vocab_size != model.num_classes:
+        raise ValueError("model must take ids and give logits over the same ids (vocab_size = num_classes > 0)")
     count = check_size("max_new_tokens", max_new_tokens)
-    sampling = Sampling(temperature, top_k, top_p).checked(model.num_classes)
-    if key is not None:
-        check_key("key", key)
-    elif sampling.temperature > 0:
-        raise ValueError("key must be given where temperature is not 0, such as jax.random.key(0)")
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty).checked(model.num_classes)
+    _check_key(key, sampling)
     if stop_token is not None:
         stop_token = check_at_least("stop_token", stop_token, 0)
         check(stop_token < model.vocab_size, "stop_token", f"None or in [0, {model.vocab_size})", stop_token)
     ids, segments = pad_prompts(prompts)
-    if ids.min() < 0 or ids.max() >= model.vocab_size:
-        raise ValueError(f"prompts must have ids in [0, {model.vocab_size}), got {ids.min()} to {ids.max()}")
+    if segment_ids is not None:
+        segments = _check_segments(segment_ids, ids)
+    _check_ids(ids, segments, model.vocab_size)
     graph, parameters = nnx.split(model)
     # Rows lie on the devices that the prompts lie on.
     placed = _mesh_sharding(prompts)
@@ -167,8 +141,111 @@ def generate(
         key = jax.random.key(0) if key is None else key
         # The last new token is never read by the model.
         logits, state = _prefill(graph, parameters, ids, segments, ids.shape[1] + count - 1)
-        tokens = _decode(graph, parameters, logits, state, key, sampling, count, stop_token)
+        seen = _find_seen(ids, segments, logits.shape[1]) if sampling.penalizes else None
+        tokens = _decode(graph, parameters, logits, state, key, seen, sampling, count, stop_token)
     return np.asarray(tokens)
+
+
+class TokenStream:
+    """New tokens of a batch of prompts, one [B] array per step, each as soon as it is there.
+
+    Prompts are padded on the left to a bucket (`bucket_length`), so that prompts of all lengths of a bucket share one
+    compiled prefill. All steps share one compiled program; that of a model with caches depends on their capacity too.
+    The stream runs once.
+
+    Args:
+      model: a language model (`MemoryLM`) in evaluation mode, whose classes are the first of its input ids.
+      prompts: id sequences of different lengths.
+      max_new_tokens: number of new tokens per row.
+      sampling: choice of the next token.
+      key: random key, required where the temperature is not 0.
+      classes: only the first so many classes are generated; None for all.
+      capacity: slots of caches; None for the bucket and the new tokens, rounded up to a power of two. The same capacity
+        for all prompts lets them share one compiled step. Matrix memories have no slots.
+
+    Attributes:
+      batch: B.
+      capacity: slots of caches.
+      state_bytes: size of the state per sequence, at this capacity.
+      slot_bytes: what one more slot per sequence adds to it; 0 for a matrix memory.
+
+    Raises:
+      ValueError: a setting out of range, a model without ids, or more tokens than learned positions or slots.
+
+    Example:
+      >>> from memformer.models import MemoryLM, from_preset
+      >>> model = MemoryLM(from_preset("tiny"), vocab_size=11, rngs=nnx.Rngs(0))
+      >>> [token.shape for token in TokenStream(model, [[1, 2, 3], [4]], max_new_tokens=2)]
+      [(2,), (2,)]
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling | None = None,
+        key: Array | None = None,
+        classes: int | None = None,
+        capacity: int | None = None,
+    ):
+        _check_model(model)
+        self._classes = model.num_classes if classes is None else check_size("classes", classes)
+        check(self._classes <= model.num_classes, "classes", f"at most {model.num_classes}", classes)
+        self._count = check_size("max_new_tokens", max_new_tokens)
+        self._sampling = (Sampling() if sampling is None else sampling).checked(self._classes)
+        _check_key(key, self._sampling)
+        self._key = jax.random.key(0) if key is None else key
+        longest = pad_prompts(prompts)[0].shape[1]
+        length, self.capacity = _plan_length(model, longest, self._count, capacity)
+        self._ids, self._segments = pad_prompts(prompts, length)
+        self.batch = len(self._ids)
+        _check_ids(self._ids, self._segments, model.vocab_size)
+        self._graph, parameters = nnx.split(model)
+        with on_auto_mesh(parameters) as placed:
+            self._parameters = placed
+        self.state_bytes = _state_bytes(model, self.capacity)
+        half = -(-self.capacity // 2)
+        growth = self.state_bytes - _state_bytes(model, half)
+        self.slot_bytes = growth // max(self.capacity - half, 1)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields [B] int32 per step."""
+        fixed = (self._graph, self._parameters)
+        settings = {"sampling": self._sampling, "classes": self._classes}
+        token, state, seen = _start(*fixed, self._ids, self._segments, self._key, capacity=self.capacity, **settings)
+        for i in range(1, self._count):
+            # The next step is dispatched before this token is read, so that the device does not wait for the host.
+            last, (token, state, seen) = token, _step(*fixed, token, state, seen, self._key, np.int32(i), **settings)
+            yield np.asarray(last)
+        yield np.asarray(token)
+
+
+def _plan_length(model: Any, longest: int, count: int, capacity: int | None) -> tuple[int, int]:
+    """Length to which prompts are padded, and the capacity of caches."""
+    config = getattr(model, "config", None)
+    limit = config.max_length if getattr(config, "positions", None) == "learned" else None
+    # The last new token is never read by the model.
+    need = longest + count - 1
+    if limit is not None and need > limit:
+        raise ValueError(
+            f"max_new_tokens must be at most {max(limit - longest + 1, 0)} for a prompt of {longest} tokens, because "
+            f"the model has {limit} learned positions, got {count}"
+        )
+    if capacity is not None:
+        limit = check_size("capacity", capacity)
+        check(need <= limit, "capacity", f"at least {need} (prompt of {longest} tokens, {count} new ones)", capacity)
+    length = bucket_length(longest)
+    if limit is None:
+        return length, bucket_length(length + count - 1)
+    length = min(length, limit - count + 1)
+    return length, limit if capacity is not None else min(bucket_length(length + count - 1), limit)
+
+
+def _state_bytes(model: Any, capacity: int) -> int:
+    shapes = jax.eval_shape(lambda: model.init_state(1, capacity))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def _mesh_sharding(x: Any) -> NamedSharding | None:
@@ -177,24 +254,81 @@ def _mesh_sharding(x: Any) -> NamedSharding | None:
 
 
 def _check_model(model: Any) -> None:
-    if not getattr(model, "vocab_size", 0) or model.vocab_size != model.num_classes:
+    if not getattr(model, "vocab_size", 0) or model.num_classes > model.vocab_size:
         raise ValueError("model must take ids and give logits over the same ids (vocab_size = num_classes > 0)")
     if not getattr(model, "deterministic", True):
         raise ValueError("model must be in evaluation mode: call model.eval() before generate")
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
-def _prefill(graph, parameters, ids, segment_ids, capacity):
-    """Reads the prompts; returns the logits of the last position and the state."""
-    model = nnx.merge(graph, parameters)
+def _check_key(key: Array | None, sampling: Sampling) -> None:
+    if key is not None:
+        check_key("key", key)
+    elif sampling.temperature > 0:
+        raise ValueError("key must be given where temperature is not 0, such as jax.random.key(0)")
+
+
+def _check_segments(segment_ids: Any, ids: np.ndarray) -> np.ndarray:
+    dims = dict(zip("BT", ids.shape, strict=True))
+    segments = np.asarray(check_array("segment_ids", segment_ids, "B T", dims, kind=jnp.integer), np.int32)
+    empty = np.flatnonzero(~np.any(segments != 0, axis=1))
+    if empty.size:
+        raise ValueError(f"segment_ids must have a token that is no padding in every row, got none in row {empty[0]}")
+    return segments
+
+
+def _check_ids(ids: np.ndarray, segments: np.ndarray, vocab: int) -> None:
+    valid = ids[segments != 0]
+    if valid.min() < 0 or valid.max() >= vocab:
+        raise ValueError(f"prompts must have ids in [0, {vocab}), got {valid.min()} to {valid.max()}")
+
+
+def _read_prompts(model, ids, segment_ids, capacity):
+    """Logits of the last token of each prompt, and the state."""
     # Made here, so that on a mesh the compiler shards it as the keys and values that are written to it.
     state = model.init_state(ids.shape[0], capacity)
-    output = model(ids, segment_ids=segment_ids, state=state)
-    return output.logits[:, -1], output.state
+    # Padding may hold any id.
+    output = model(jnp.where(segment_ids != 0, ids, 0), segment_ids=segment_ids, state=state)
+    places = jnp.where(segment_ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.int32(-1))
+    last = jnp.max(places, axis=1)[:, None, None]
+    return jnp.take_along_axis(output.logits, last, axis=1)[:, 0], output.state
+
+
+def _find_seen(ids, segment_ids, classes):
+    """Which classes occur in each prompt, [B, classes]."""
+    rows = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
+    places = jnp.where(segment_ids != 0, ids, jnp.int32(classes))
+    return jnp.zeros((ids.shape[0], classes), jnp.bool_).at[rows, places].set(True, mode="drop")
+
+
+def _mark_seen(seen, token):
+    return seen if seen is None else seen.at[jnp.arange(token.shape[0], dtype=jnp.int32), token].set(True)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "capacity"))
+def _prefill(graph, parameters, ids, segment_ids, capacity):
+    """Reads the prompts; returns the logits of the last token of each and the state."""
+    return _read_prompts(nnx.merge(graph, parameters), ids, segment_ids, capacity)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "capacity", "sampling", "classes"))
+def _start(graph, parameters, ids, segment_ids, key, *, capacity, sampling, classes):
+    """Reads the prompts; returns the first token, the state, and the classes seen."""
+    logits, state = _read_prompts(nnx.merge(graph, parameters), ids, segment_ids, capacity)
+    seen = _find_seen(ids, segment_ids, classes) if sampling.penalizes else None
+    token = sample(logits[:, :classes], jax.random.fold_in(key, 0), sampling, seen)
+    return token, state, _mark_seen(seen, token)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "sampling", "classes"), donate_argnames=("state", "seen"))
+def _step(graph, parameters, token, state, seen, key, i, *, sampling, classes):
+    """Reads one token per row; returns the next one, the state, and the classes seen."""
+    output = nnx.merge(graph, parameters)(token[:, None], state=state)
+    token = sample(output.logits[:, 0, :classes], jax.random.fold_in(key, i), sampling, seen)
+    return token, output.state, _mark_seen(seen, token)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling", "count", "stop_token"))
-def _decode(graph, parameters, logits, state, key, sampling, count, stop_token):
+def _decode(graph, parameters, logits, state, key, seen, sampling, count, stop_token):
     """Samples `count` tokens, each from the logits of the one before."""
     model = nnx.merge(graph, parameters)
     batch = logits.shape[0]
@@ -204,17 +338,18 @@ def _decode(graph, parameters, logits, state, key, sampling, count, stop_token):
         i, done = carry[0], carry[1]
         return (i < count) & ~jnp.all(done)
 
-    def draw(i, done, logits, tokens):
-        token = sample(logits, jax.random.fold_in(key, i), sampling)
+    def draw(i, done, logits, seen, tokens):
+        token = sample(logits, jax.random.fold_in(key, i), sampling, seen)
         token = jnp.where(done, jnp.int32(stop), token)
-        return token, done | (token == stop), lax.dynamic_update_slice(tokens, token[:, None], (jnp.int32(0), i))
+        tokens = lax.dynamic_update_slice(tokens, token[:, None], (jnp.int32(0), i))
+        return token, done | (token == stop), _mark_seen(seen, token), tokens
 
     def step(carry):
-        i, done, token, state, tokens = carry
+        i, done, token, state, seen, tokens = carry
         output = model(token[:, None], state=state)
-        token, done, tokens = draw(i, done, output.logits[:, 0], tokens)
-        return i + 1, done, token, output.state, tokens
+        token, done, seen, tokens = draw(i, done, output.logits[:, 0], seen, tokens)
+        return i + 1, done, token, output.state, seen, tokens
 
     tokens = jnp.full((batch, count), stop, jnp.int32)
-    token, done, tokens = draw(jnp.int32(0), jnp.zeros(batch, jnp.bool_), logits, tokens)
-    return lax.while_loop(unfinished, step, (jnp.int32(1), done, token, state, tokens))[-1]
+    token, done, seen, tokens = draw(jnp.int32(0), jnp.zeros(batch, jnp.bool_), logits, seen, tokens)
+    return lax.while_loop(unfinished, step, (jnp.int32(1), done, token, state, seen, tokens))[-1]
