@@ -294,7 +294,7 @@ def _read_prompts(model, ids, segment_ids, capacity):
 
 
 def _find_seen(ids, segment_ids, classes):
-    """Which classes occur in each prompt, [B, classes]."""
+    """Marks the classes that occur in each prompt, [B, classes]."""
     rows = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None]
     places = jnp.where(segment_ids != 0, ids, jnp.int32(classes))
     return jnp.zeros((ids.shape[0], classes), jnp.bool_).at[rows, places].set(True, mode="drop")

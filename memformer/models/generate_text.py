@@ -14,7 +14,7 @@ from memformer.models.sampling import Sampling
 
 __all__ = ["GeneratedText", "TextPiece", "TextStream", "generate_text"]
 
-# What a decoder writes for bytes that are no character, or not yet one.
+# Written by decoders for bytes that are no character, or not yet one.
 REPLACEMENT = "\ufffd"
 
 
@@ -169,7 +169,7 @@ class TextStream:
 
     @property
     def result(self) -> GeneratedText:
-        """What was generated so far."""
+        """The text so far, and how it was generated."""
         counts, times = [n for _, n in self._times], [t for t, _ in self._times]
         seconds = times[-1] - times[1] if len(times) > 2 else 0.0
         return GeneratedText(
@@ -257,7 +257,7 @@ class _Row:
         return text, None
 
     def flush(self) -> str:
-        """What was held back, where nothing follows."""
+        """The rest of the text, where nothing follows."""
         rest = self._held + self._tokenizer.decode(self._context + self._fresh)[self._given :]
         found = self._find_stop(rest)
         return rest if found is None else found
