@@ -278,7 +278,7 @@ def _examples_per_second(task: Task, seed: int, rows: int) -> float | None:
     try:
         loader = make_loader(task, "train", batch_size=rows, seed=seed, prefetch=0)
         next(loader)
-    except (OSError, ValueError):
+    except (ImportError, OSError, ValueError):
         return None
     count, started = 0, time.monotonic()
     while time.monotonic() - started < 0.25:
