@@ -62,7 +62,15 @@ from memformer.training.metrics import (
     peak_flops,
     read_records,
 )
-from memformer.training.optimizer import decay_mask, make_optimizer, make_schedule, update_ema
+from memformer.training.optimizer import (
+    OPTIMIZERS,
+    check_rate_factors,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    parse_rate_factors,
+    update_ema,
+)
 from memformer.training.orbax_errors import SaveError, hide_orbax, save_errors, step_folders
 from memformer.training.paths import abstract, describe, difference, flatten, nest
 from memformer.training.plan import Choice, make_fit, search_runs, show_dry_run, show_search
@@ -107,6 +115,7 @@ __all__ = [
     "GPUS",
     "JSON_ITEMS",
     "LOCK",
+    "OPTIMIZERS",
     "OPTIMIZER_RANGES",
     "RULES",
     "SCHEDULES",
@@ -150,6 +159,7 @@ __all__ = [
     "changed_keys",
     "check_batch",
     "check_folder",
+    "check_rate_factors",
     "check_split",
     "collective_seconds",
     "complete_config",
@@ -203,6 +213,7 @@ __all__ = [
     "nest",
     "parameters_of",
     "parse_flags",
+    "parse_rate_factors",
     "partition_spec",
     "peak_flops",
     "plot_learning_curve",

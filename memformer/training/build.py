@@ -15,7 +15,7 @@ from memformer.models import build_model
 from memformer.tasks import Task
 from memformer.training.config import RunError, complete_config, run_errors, task_of
 from memformer.training.metrics import memory_pattern
-from memformer.training.optimizer import make_optimizer
+from memformer.training.optimizer import check_rate_factors, make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
 from memformer.training.step import Functional, make_functional
 from memformer.training.validate import validate
@@ -77,6 +77,8 @@ def build_run(
         model = make_functional(build)
     horizon = plain["optimizer"]["schedule_steps"] or plain["train"]["steps"]
     plain["optimizer"] = {**plain["optimizer"], "schedule_steps": horizon}
+    with run_errors("config"):
+        check_rate_factors(plain["optimizer"], model.params)
     tx, schedule = make_optimizer(plain["optimizer"], horizon)
     return Run(plain, task, mesh, model, tx, schedule)
 

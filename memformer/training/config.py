@@ -65,6 +65,7 @@ def default_config(
     config.model = _model_section(model)
     config.optimizer = ml_collections.ConfigDict(
         {
+            # adamw | muon: Muon for the matrices inside the model, AdamW for the rest
             "name": "adamw",
             "learning_rate": 1e-3,
             # constant | cosine | warmup_stable_decay | rsqrt | exponential
@@ -82,6 +83,10 @@ def default_config(
             "b1": 0.9,
             "b2": 0.999,
             "eps": 1e-8,
+            # muon: decay of its average of the gradients
+            "momentum": 0.95,
+            # factors of the learning rate by a word of the parameters' paths, such as "embedding:0.5, decay:0.1"
+            "rate_factors": "",
             "weight_decay": 0.01,
             # maximum global norm of the gradient; 0 = no clipping
             "clip_norm": 1.0,

@@ -1,14 +1,26 @@
-"""Optimizer of a run: AdamW with a weight-decay mask, gradient clipping, learning-rate schedules, EMA."""
+"""Optimizer of a run: AdamW or Muon, weight-decay mask, learning rates by group, clipping, schedules, EMA."""
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
-__all__ = ["decay_mask", "make_optimizer", "make_schedule", "update_ema"]
+from memformer.core.checks import check_number
+
+__all__ = [
+    "OPTIMIZERS",
+    "check_rate_factors",
+    "decay_mask",
+    "make_optimizer",
+    "make_schedule",
+    "parse_rate_factors",
+    "update_ema",
+]
 
 # Words in the names of parameters without weight decay. The rule is by name and not by rank, so that stacking the
 # parameters of scanned layers changes nothing. Of a path such as "blocks.0.norm.scale" the last part counts.
@@ -94,15 +106,56 @@ def decay_mask(params: Mapping[str, jax.Array]) -> dict[str, bool]:
     return {name: NO_DECAY.isdisjoint(name.rpartition(".")[2].lower().split("_")) for name in params}
 
 
-def make_optimizer(
-    options: Mapping[str, Any], steps: int
-) -> tuple[optax.GradientTransformation, Callable[[jax.typing.ArrayLike], jax.Array]]:
-    """Returns the gradient transformation of the `optimizer` section, and its learning-rate schedule.
+def parse_rate_factors(text: str) -> dict[str, float]:
+    """Reads `optimizer.rate_factors`: words of parameter paths, each with the factor of its learning rate.
 
-    Source: AdamW, Loshchilov and Hutter, 2019 (https://arxiv.org/abs/1711.05101), algorithm 2.
+    Raises:
+      ValueError: another form, or a factor that is not a finite number of at least 0.
+
+    Example:
+      >>> parse_rate_factors("embedding:0.5, decay:0.1")
+      {'embedding': 0.5, 'decay': 0.1}
     """
-    schedule = make_schedule(options, steps)
-    adamw = optax.adamw(
+    factors = {}
+    for part in text.split(","):
+        word, colon, factor = (piece.strip() for piece in part.partition(":"))
+        if not part.strip():
+            continue
+        try:
+            number = float(factor)
+        except ValueError:
+            number = math.nan
+        if not word or not colon or math.isnan(number):
+            raise ValueError(
+                f"optimizer.rate_factors must be such as 'embedding:0.5, decay:0.1', got {part.strip()!r} in {text!r}"
+            )
+        factors[word] = check_number("optimizer.rate_factors", number, at_least=0)
+    return factors
+
+
+def _factor_of(name: str, factors: Mapping[str, float]) -> float:
+    """The factor of the first word that is a part of a path such as "blocks.0.memory.decay.rate"."""
+    parts = name.split(".")
+    return next((factor for word, factor in factors.items() if word in parts), 1.0)
+
+
+def check_rate_factors(options: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises ValueError for a word of `optimizer.rate_factors` that is in no parameter's path."""
+    words = {part for name in names for part in name.split(".") if not part.isdecimal()}
+    for word in parse_rate_factors(options["rate_factors"]):
+        if word not in words:
+            raise ValueError(
+                f"optimizer.rate_factors names {word!r}, which is in no parameter's path; the paths are made of "
+                f"{', '.join(sorted(words))}"
+            )
+
+
+def _scale_groups(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    return optax.stateless(lambda updates, _: {n: update * _factor_of(n, factors) for n, update in updates.items()})
+
+
+def _adamw(options: Mapping[str, Any], schedule: Callable[..., Any]) -> optax.GradientTransformation:
+    return optax.adamw(
         schedule,
         b1=options["b1"],
         b2=options["b2"],
@@ -110,8 +163,52 @@ def make_optimizer(
         weight_decay=options["weight_decay"],
         mask=decay_mask,
     )
+
+
+def _muon(options: Mapping[str, Any], schedule: Callable[..., Any]) -> optax.GradientTransformation:
+    """Muon for the matrices inside a model, AdamW for embeddings, head, convolutions and vectors."""
+    muon = optax.contrib.muon(
+        schedule,
+        beta=options["momentum"],
+        eps=options["eps"],
+        weight_decay=options["weight_decay"],
+        # updates as large as AdamW's, so that learning rates carry over
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=_matrix_axes,
+    )
+    return optax.partition({True: muon, False: _adamw(options, schedule)}, _is_matrix)
+
+
+def _is_matrix(params: Mapping[str, Any]) -> dict[str, bool]:
+    return {
+        # inside of the partition the other parameters are masked, and have no rank
+        name: name.endswith(".kernel") and name != "head.kernel" and getattr(x, "ndim", 0) > 1
+        for name, x in params.items()
+    }
+
+
+def _matrix_axes(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Axes of the matrix that each parameter is, or stacks over layers or experts."""
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return {name: axes if matrix else None for name, matrix in _is_matrix(params).items()}
+
+
+OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
+
+
+def make_optimizer(
+    options: Mapping[str, Any], steps: int
+) -> tuple[optax.GradientTransformation, Callable[[jax.typing.ArrayLike], jax.Array]]:
+    """Returns the gradient transformation of the `optimizer` section, and its learning-rate schedule.
+
+    Source: AdamW, Loshchilov and Hutter, 2019 (https://arxiv.org/abs/1711.05101), algorithm 2; Muon, Jordan et al.,
+    2024, with the scale of Liu et al., 2025 (https://arxiv.org/abs/2502.16982), section 2.2.
+    """
+    schedule = make_schedule(options, steps)
+    rule = OPTIMIZERS[options["name"]](options, schedule)
     clip = optax.clip_by_global_norm(options["clip_norm"]) if options["clip_norm"] else optax.identity()
-    tx = optax.chain(clip, adamw)
+    factors = parse_rate_factors(options["rate_factors"])
+    tx = optax.chain(clip, rule, *([_scale_groups(factors)] if factors else []))
     return optax.GradientTransformation(tx.init, _promoting(tx.update)), schedule
 
 

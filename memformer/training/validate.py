@@ -7,6 +7,7 @@ from typing import Any
 
 from memformer.core.checks import check, check_at_least, check_choice, check_positive
 from memformer.training.config import RunError, default_config, unknown_key
+from memformer.training.optimizer import OPTIMIZERS, parse_rate_factors
 
 __all__ = ["OPTIMIZER_RANGES", "SCHEDULES", "validate"]
 
@@ -59,6 +60,7 @@ OPTIMIZER_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
     "step_factor": ("above 0, at most 1", lambda x: 0 < x <= 1),
     "b1": ("in [0, 1)", lambda x: 0 <= x < 1),
     "b2": ("in [0, 1)", lambda x: 0 <= x < 1),
+    "momentum": ("in [0, 1)", lambda x: 0 <= x < 1),
     "eps": ("above 0 and finite", lambda x: 0 < x < math.inf),
     "weight_decay": ("0 or more and finite", lambda x: 0 <= x < math.inf),
     "clip_norm": ("0 (no clipping) or more and finite", lambda x: 0 <= x < math.inf),
@@ -67,7 +69,9 @@ OPTIMIZER_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
-    check_choice("optimizer.name", optimizer["name"], ("adamw",))
+    check_choice("optimizer.name", optimizer["name"], OPTIMIZERS)
+    check(isinstance(optimizer["rate_factors"], str), "optimizer.rate_factors", "a string", optimizer["rate_factors"])
+    parse_rate_factors(optimizer["rate_factors"])
     check_choice("optimizer.schedule", optimizer["schedule"], SCHEDULES)
     for name, (expected, holds) in OPTIMIZER_RANGES.items():
         _check_number(f"optimizer.{name}", optimizer[name], expected, holds)

@@ -1,7 +1,9 @@
 """Schedules at named steps, the mask of weight decay, clipping, the moving average."""
 
+import collections
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -9,9 +11,12 @@ import pytest
 
 from memformer.layers.memory import MEMORIES
 from memformer.models import build_model
-from memformer.training.config import default_config
-from memformer.training.optimizer import decay_mask, make_optimizer, make_schedule, update_ema
-from memformer.training.step import make_functional
+from memformer.training.build import build_run
+from memformer.training.checkpoint import Checkpoints
+from memformer.training.config import RunError, default_config
+from memformer.training.optimizer import decay_mask, make_optimizer, make_schedule, parse_rate_factors, update_ema
+from memformer.training.sharding import mesh_scope
+from memformer.training.step import abstract_state, init_state, make_functional
 
 # options, steps of the run, {step: learning rate}
 SCHEDULES = {
@@ -129,3 +134,81 @@ def test_moving_average():
     # at step 0 the average holds a tenth of the start
     np.testing.assert_allclose(update_ema(ema, params, 0.99, jnp.int32(0))["w"], 0.9, rtol=1e-6)
     np.testing.assert_allclose(update_ema(ema, params, 0.99, jnp.int32(10**6))["w"], 0.01, rtol=1e-4)
+
+
+def first_update(params, grads, **changed):
+    tx, _ = make_optimizer(options(schedule="constant", clip_norm=0.0, weight_decay=0.0, **changed), 10)
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "blocks.0.memory.out.kernel": (6, 12),
+        "embedding.table": (6, 12),
+        "head.kernel": (6, 12),
+        "blocks.0.memory.convolutions.key.weights": (4, 6),
+        "norm.scale": (6,),
+    }
+    params = {n: jnp.ones(shape) for n, shape in shapes.items()}
+    grads = {n: jnp.asarray(rng.normal(size=shape), jnp.float32) for n, shape in shapes.items()}
+    update = first_update(params, grads, name="muon")
+    (matrix, *others) = shapes
+    # the orthogonal factor of the gradient, at the size of an update of AdamW: 0.2 sqrt(12) per singular value
+    u, _, v = np.linalg.svd(np.asarray(grads[matrix]), full_matrices=False)
+    values = np.linalg.svd(np.asarray(update[matrix]), compute_uv=False) / (0.2 * np.sqrt(12))
+    assert np.all((values > 0.6) & (values < 1.3))
+    cosine = -np.sum((u @ v) * np.asarray(update[matrix])) / np.linalg.norm(u @ v) / np.linalg.norm(update[matrix])
+    assert cosine > 0.97
+    # a first step of Adam is the sign of the gradient
+    for name in others:
+        np.testing.assert_allclose(update[name], -np.sign(grads[name]), atol=1e-4)
+
+
+def test_muon_of_stacked_layers_is_that_of_each():
+    grads = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 8)), jnp.float32)
+    stacked = first_update({"blocks.up.kernel": grads}, {"blocks.up.kernel": grads}, name="muon")["blocks.up.kernel"]
+    for layer in range(3):
+        alone = first_update({"up.kernel": grads[layer]}, {"up.kernel": grads[layer]}, name="muon")["up.kernel"]
+        np.testing.assert_allclose(stacked[layer], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_learning_rates_by_group(name):
+    params = {"embedding.table": jnp.ones((4, 4)), "blocks.0.up.kernel": jnp.eye(4), "blocks.0.up.bias": jnp.ones(4)}
+    grads = {n: x + 0.1 for n, x in params.items()}
+    plain = first_update(params, grads, name=name)
+    scaled = first_update(params, grads, name=name, rate_factors="embedding:0.5, bias:0")
+    for key, factor in {"embedding.table": 0.5, "blocks.0.up.kernel": 1.0, "blocks.0.up.bias": 0.0}.items():
+        np.testing.assert_allclose(scaled[key], factor * plain[key], rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["embedding", "embedding:", ":2", "embedding:x", "embedding:nan", "embedding:-1"])
+def test_rate_factors_that_cannot_be_read(text):
+    with pytest.raises(ValueError, match="optimizer.rate_factors must be"):
+        parse_rate_factors(text)
+
+
+def test_a_group_that_the_model_does_not_have():
+    config = default_config().to_dict()
+    config["optimizer"]["rate_factors"] = "embeding:2"
+    with pytest.raises(RunError, match="names 'embeding', which is in no parameter's path; .*blocks, .*embedding"):
+        build_run(config)
+
+
+def test_checkpoints_hold_the_state_of_muon(tmp_path):
+    config = default_config().to_dict()
+    config["model"] |= {"memory": "linear_attention", "width": 8, "depth": 1, "heads": 1}
+    config["optimizer"] |= {"name": "muon", "rate_factors": "embedding:0.5"}
+    run = build_run(config)
+    with mesh_scope(run.mesh), Checkpoints(str(tmp_path)) as checkpoints:
+        state = init_state(run.model, run.tx, run.mesh, seed=0)
+        checkpoints.save(1, state, {}, run.config, {})
+        checkpoints.wait()
+        found = checkpoints.restore(abstract_state(run.model, run.tx, run.mesh)).state
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
+    # one momentum for a matrix, two moments for the rest
+    names = [getattr(path[-1], "key", None) for path, _ in jax.tree_util.tree_leaves_with_path(state["opt_state"])]
+    counts = collections.Counter(names)
+    assert counts["blocks.0.feedforward.up.kernel"] == 1 and counts["embedding.table"] == counts["head.kernel"] == 2
