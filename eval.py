@@ -1,8 +1,8 @@
 """Evaluates a run from its folder alone: python eval.py --workdir=runs/x --lengths=16,64,256 --set=task.queries=True"""
 
-from absl import app, flags
+from absl import flags
 
-from memformer.training.flags import parse_flags, report_errors
+from memformer.training.flags import report_errors, run_command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest whole one.")
@@ -30,5 +30,10 @@ def main(_: list[str]) -> None:
         )
 
 
+def run() -> None:
+    """Runs the command."""
+    run_command(main)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    run()

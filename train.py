@@ -1,8 +1,8 @@
 """Trains a model: python train.py --config=configs/swap.py --config.model.memory=delta_rule --workdir=runs/x"""
 
-from absl import app, flags
+from absl import flags
 
-from memformer.training.flags import define_config, parse_flags, report_errors
+from memformer.training.flags import define_config, report_errors, run_command
 
 CONFIG = define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder; by default runs/<task>-<memory>.")
@@ -35,5 +35,10 @@ def main(_: list[str]) -> None:
         train(CONFIG.value, WORKDIR.value)
 
 
+def run() -> None:
+    """Runs the command."""
+    run_command(main)
+
+
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    run()

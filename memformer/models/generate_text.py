@@ -92,8 +92,8 @@ class TextStream:
       repetition_penalty: above 1 makes the tokens of the prompt, and those generated before, less probable.
       stop: strings that end a text, and are left out.
       seed: of sampling; the same seed and prompts give the same text.
-      document_start: put the tokenizer's end of text before each prompt. Models trained by this library expect it
-        before the first token of a document.
+      document_start: put the tokenizer's end of text before each prompt (where it has none, the id behind its
+        vocabulary, if the model has it). Models trained by this library expect it before the first token of a document.
       capacity: tokens for which caches have room; see `TokenStream`.
 
     Raises:
@@ -129,7 +129,8 @@ class TextStream:
         capacity: int | None = None,
     ):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        ids = [_encode(tokenizer, prompt, i, document_start) for i, prompt in enumerate(prompts)]
+        start = _start_id(model, tokenizer) if document_start else None
+        ids = [_encode(tokenizer, prompt, i, start) for i, prompt in enumerate(prompts)]
         self._tokens = TokenStream(
             model,
             ids,
@@ -229,7 +230,8 @@ class _Row:
         self._tokenizer, self._stops = tokenizer, stops
         # The ids before the new ones, as many as make whole characters: some decoders drop the space before the first
         # of their ids, and some turn all bytes that stand together into replacements if they end in half a character.
-        self._context, self._fresh = list(prompt[-1:]), list[int]()
+        # The start of a document may be an id that the tokenizer does not have.
+        self._context, self._fresh = [i for i in prompt[-1:] if i < tokenizer.vocab_size], list[int]()
         # Characters of context and fresh that are already in `_held` or were given.
         self._given = len(tokenizer.decode(self._context))
         # The end of the text that may begin a stop string.
@@ -273,10 +275,17 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _encode(tokenizer: Tokenizer, prompt: Any, row: int, document_start: bool) -> list[int]:
+def _start_id(model: Any, tokenizer: Tokenizer) -> int | None:
+    """The id before the first token of a document, as token stores choose it."""
+    if tokenizer.end_of_text is not None:
+        return tokenizer.end_of_text
+    return tokenizer.vocab_size if model.vocab_size > tokenizer.vocab_size else None
+
+
+def _encode(tokenizer: Tokenizer, prompt: Any, row: int, start: int | None) -> list[int]:
     check(isinstance(prompt, str), f"prompts[{row}]", "a string", prompt)
-    ids, start = list(tokenizer.encode(prompt)), tokenizer.end_of_text
-    if document_start and start is not None and ids[:1] != [start]:
+    ids = list(tokenizer.encode(prompt))
+    if start is not None and ids[:1] != [start]:
         ids = [start, *ids]
     if not ids:
         raise ValueError(f"prompts[{row}] must have a token, got {prompt!r}; document_start=True puts one before it")

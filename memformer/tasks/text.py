@@ -11,6 +11,7 @@ from memformer.core.checks import check, check_at_least, check_choice
 from memformer.data.documents import Document, read_documents, split_documents, standard_library
 from memformer.data.packing import PackedDocuments
 from memformer.data.source import SPLITS
+from memformer.data.tokenizer import ByteTokenizer, save_tokenizer
 from memformer.tasks.task import Task
 
 __all__ = ["Text"]
@@ -86,6 +87,10 @@ class Text(Task):
         """Windows of one split; the seed has no effect."""
         check_choice("split", split, SPLITS)
         return PackedDocuments(*_load(self._root(), self.suffix)[split], self.length, START)
+
+    def write_files(self, folder: str) -> None:
+        """Writes the tokenizer to <folder>/tokenizer, so that a run can generate text."""
+        save_tokenizer(ByteTokenizer(), os.path.join(folder, "tokenizer"))
 
     def check_data(self, seed: int = 0) -> None:
         """Checks that no split is empty and that the train split fills a window.

@@ -29,7 +29,7 @@ from memformer.training.files import (
     replace_file,
     write_bytes,
 )
-from memformer.training.flags import define_config, parse_flags, read_config, report_errors
+from memformer.training.flags import define_config, parse_flags, read_config, report_errors, run_command
 from memformer.training.folder import (
     FREE_KEYS,
     changed_keys,
@@ -39,6 +39,7 @@ from memformer.training.folder import (
     schedule_steps,
     write_run_config,
 )
+from memformer.training.generation import TextModel, load_text_model, show_text
 from memformer.training.guards import FiniteGuard, NotFiniteError
 from memformer.training.input import (
     Batch,
@@ -146,6 +147,7 @@ __all__ = [
     "Scorer",
     "StateHandler",
     "StopSignal",
+    "TextModel",
     "Trainer",
     "abstract",
     "abstract_state",
@@ -195,6 +197,7 @@ __all__ = [
     "join_processes",
     "load_run",
     "log",
+    "load_text_model",
     "lower_step",
     "make_eval_step",
     "make_fit",
@@ -226,6 +229,7 @@ __all__ = [
     "report_errors",
     "result_table",
     "roofline",
+    "run_command",
     "run_errors",
     "run_lock",
     "save_errors",
@@ -234,6 +238,7 @@ __all__ = [
     "set_values",
     "show_dry_run",
     "show_search",
+    "show_text",
     "smoothing_loss",
     "state_shardings",
     "step_flops",

@@ -8,11 +8,11 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_collections
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from memformer.training.config import (
@@ -24,7 +24,7 @@ from memformer.training.config import (
     unknown_key,
 )
 
-__all__ = ["define_config", "parse_flags", "read_config", "report_errors"]
+__all__ = ["define_config", "parse_flags", "read_config", "report_errors", "run_command"]
 
 
 class _WholeNumber(flags.ArgumentParser):
@@ -217,3 +217,11 @@ def report_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Runs `main` with the flags that its module defines, from a file such as train.py or as an installed command."""
+    for flag in flags.FLAGS.get_flags_for_module(main.__module__):
+        # --help shows the flags of the program that was started
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    app.run(main, flags_parser=parse_flags)

@@ -30,12 +30,12 @@ __all__ = [
 ]
 
 
-def log(text: str) -> None:
+def log(text: str, end: str = "\n") -> None:
     """Prints a line to the terminal; process 0 only."""
     if jax.process_index():
         return
     try:
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(text + end)
         sys.stdout.flush()
     except OSError:
         # the reader of a pipe is gone, or the disk of a redirected output is full: that must not end a run

@@ -1,0 +1,100 @@
+"""generate.py and show_text: from the folder of a run, several prompts in order, files of prompts, user errors."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from memformer.data.corpus import wrap_source
+from memformer.data.tokenization import tokenize_corpus
+from memformer.models import generate
+from memformer.models.generate_text import TextPiece
+from memformer.training.config import RunError, default_config
+from memformer.training.generation import _Terminal, load_text_model, show_text
+from memformer.training.loop import train
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIZES = {"memory": "linear_attention", "width": 8, "heads": 2, "depth": 1, "feedforward": None}
+SHORT = {"steps": 1, "batch_size": 8, "eval_every": 0, "eval_batches": 1, "final_batches": 1, "tensorboard": False}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The folder of a run on text."""
+    where = tmp_path_factory.mktemp("generation")
+    tokenize_corpus(wrap_source([f"document {i}: naïve" for i in range(80)]), where / "store")
+    config = default_config(task="lm")
+    config.task.length = 8
+    config.data.path = str(where / "store")
+    config.model.update(SIZES)
+    config.model.memory_options = {"linear_attention": {}}
+    config.train.update(SHORT)
+    config.mesh.data = 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
+        train(config, str(where / "run"))
+    return str(where / "run")
+
+
+def test_the_command(folder, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "docu"}\n\n{"prompt": "é"}\n', encoding="utf-8")
+    command = [sys.executable, "generate.py", f"--workdir={folder}", "--prompt=doc", f"--prompt_file={prompts}"]
+    options = ["--max_new_tokens=5", "--temperature=0", f"--out={tmp_path / 'out.jsonl'}"]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [record["prompt"] for record in records] == ["doc", "docu", "é"]
+    shown = "".join(record["prompt"] + record["text"] + "\n\n" for record in records)
+    assert done.stdout.startswith(shown)
+    assert "12 prompt tokens, 15 new tokens" in done.stdout and "the same at any length" in done.stdout
+
+    loaded = load_text_model(folder)
+    ids = [256, *b"doc"]
+    tokens = generate(loaded.model, [ids], max_new_tokens=5, stop_token=256)[0]
+    assert records[0]["text"] == loaded.tokenizer.decode(tokens)
+
+
+def test_rows_are_shown_in_order(capsys):
+    terminal = _Terminal(["A", "B"], separate=False)
+    for piece in (TextPiece(1, "y"), TextPiece(0, "x"), TextPiece(1, "z", "stop"), TextPiece(0, "", "length")):
+        terminal.write(piece)
+    assert capsys.readouterr().out == "Ax\n\nByz\n\n"
+
+
+def test_user_errors_are_one_paragraph(folder, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    (tmp_path / "no_text").mkdir()
+    cases = [
+        ({"workdir": ""}, "give the folder of a run"),
+        ({"pretrained": "x"}, "give the folder of a run"),
+        ({"prompts": []}, "give a prompt"),
+        ({"workdir": str(tmp_path)}, "no checkpoint to evaluate"),
+        ({"prompt_file": str(tmp_path / "none")}, "--prompt_file=.*No such file"),
+        ({"prompt_file": str(tmp_path / "bad.jsonl")}, 'line 2: expected an object with a string "prompt"'),
+        ({"top_p": 2.0}, r"generation: top_p must be None or in \(0, 1\], got 2.0"),
+        ({"chat": True}, "generation: chat needs a tokenizer with a chat template"),
+    ]
+    for changed, message in cases:
+        with pytest.raises(RunError, match=message):
+            show_text(**{"prompts": ["a"], "workdir": folder, "max_new_tokens": 1, **changed})
+
+
+def test_a_run_without_text_is_refused(folder, tmp_path):
+    os.symlink(os.path.join(folder, "checkpoints"), tmp_path / "checkpoints")
+    with pytest.raises(RunError, match="holds a run on task 'lm' without a tokenizer"):
+        load_text_model(str(tmp_path))
+
+
+def test_several_devices_share_the_matrices(folder):
+    loaded = load_text_model(folder, settings=["mesh.tensor=2", "mesh.data=4"])
+    alone = load_text_model(folder, settings=["mesh.tensor=1", "mesh.data=8"])
+    prompts = [[256, *b"document"]]
+    got, want = (generate(each.model, prompts, max_new_tokens=3) for each in (loaded, alone))
+    np.testing.assert_array_equal(got, want)
