@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from memformer.data.corpus import Corpus, open_corpus
 from memformer.data.token_store import TokenStore
 from memformer.data.tokenization import describe_problem, tokenize_corpus, training_texts
-from memformer.data.tokenizer import train_tokenizer
+from memformer.data.tokenizer import FileTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 
 # the commands are the interface
 __all__ = []
@@ -69,7 +69,7 @@ def _add_corpus(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", type=int, default=5, metavar="PERCENT", help="of the documents (default: 5)")
 
 
-def _corpus(options: argparse.Namespace) -> Corpus:
+def _corpus(options: argparse.Namespace, tokenizer: Tokenizer | None = None) -> Corpus:
     separator = options.separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
     return open_corpus(
         options.paths,
@@ -77,6 +77,7 @@ def _corpus(options: argparse.Namespace) -> Corpus:
         suffix=options.suffix,
         separator=separator,
         piece_bytes=options.piece_bytes,
+        chat=tokenizer if isinstance(tokenizer, FileTokenizer) else None,
     )
 
 
@@ -112,7 +113,7 @@ class _Counted:
 
 def _tokenize(options: argparse.Namespace) -> None:
     store = tokenize_corpus(
-        _corpus(options),
+        _corpus(options, load_tokenizer(options.tokenizer)),
         options.out,
         tokenizer=options.tokenizer,
         validation=options.validation,

@@ -24,6 +24,7 @@ from memformer.data.text_files import (
     read_text,
     reader_of,
 )
+from memformer.data.tokenizer import FileTokenizer
 
 __all__ = ["Corpus", "open_corpus", "wrap_source"]
 
@@ -80,14 +81,20 @@ class Corpus:
 
 
 def open_corpus(
-    paths: Sequence[str], *, field: str = "text", suffix: str = "", separator: str = "", piece_bytes: int = 0
+    paths: Sequence[str],
+    *,
+    field: str = "text",
+    suffix: str = "",
+    separator: str = "",
+    piece_bytes: int = 0,
+    chat: FileTokenizer | None = None,
 ) -> Corpus:
     """Opens files and folders of text.
 
     The ending of a file's name says how it is read: .jsonl, .ndjson and .json hold a JSON object per line, .parquet
     rows, all others text; .gz and .zst (library `zstandard`) may follow. A text file is one document, unless
     `separator` or `piece_bytes` divide it. A JSON object or row without `field`, but with "prompt" and "completion", is
-    a document with a prompt.
+    a document with a prompt; so is a JSON object with "messages", of which the last is the completion.
 
     Args:
       paths: files, and folders that are searched with all that is below them; names that start with "." are skipped.
@@ -95,6 +102,7 @@ def open_corpus(
       suffix: ending of the file names that a folder is searched for; "" is .txt, .md, .jsonl, .ndjson and .parquet.
       separator: text between two documents of a text file, such as "\\n\\n" or "<|endoftext|>".
       piece_bytes: largest document of a text file; longer ones are cut at the end of a line. 0 is no limit.
+      chat: tokenizer whose chat template renders "messages".
 
     Raises:
       ValueError: a path that does not exist, or a folder without such a file.
@@ -103,7 +111,7 @@ def open_corpus(
     files = [file for path in paths for file in _list_files(os.path.expanduser(path), suffix)]
     if not files:
         raise ValueError("paths must name at least one file or folder, got none")
-    options = TextOptions(field, separator.encode(), piece_bytes)
+    options = TextOptions(field, separator.encode(), piece_bytes, chat)
     parts = tuple(file_part(file, options) for file in files)
     whole = not separator and not piece_bytes and all(reader_of(file) is read_text for file in files)
     return Corpus(parts, tuple((file, os.path.getsize(file)) for file in files), len(files) if whole else None)

@@ -9,6 +9,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
+from memformer.data.tokenizer import FileTokenizer
+
 __all__ = ["Cursor", "Problem", "TextRecord"]
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -58,6 +60,7 @@ class TextOptions(NamedTuple):
     field: str
     separator: bytes
     piece_bytes: int
+    chat: FileTokenizer | None
 
 
 def reader_of(path: str) -> Callable[[BinaryIO, str, TextOptions, Report], Iterator[TextRecord]]:
@@ -212,7 +215,7 @@ def _read_json_lines(stream: BinaryIO, path: str, options: TextOptions, report: 
         except (ValueError, RecursionError) as error:
             report(Problem(place, "not JSON", f"the line is no JSON: {error}"))
             continue
-        record = make_record(value, options.field, place, report)
+        record = make_record(value, options.field, place, report, options.chat)
         if record is not None:
             yield record
     if not anything:
@@ -256,11 +259,19 @@ def _read_parquet(stream: BinaryIO, path: str, options: TextOptions, report: Rep
         raise _DamagedError(error) from error
 
 
-def make_record(value: Any, field: str, place: str, report: Report) -> TextRecord | None:
+def make_record(
+    value: Any, field: str, place: str, report: Report, chat: FileTokenizer | None = None
+) -> TextRecord | None:
     """The document of a JSON object or row; None, after a report, where it has none."""
     if not isinstance(value, Mapping):
         report(Problem(place, "no text", f"expected an object with {field!r}, got {type(value).__name__}"))
         return None
+    if field not in value and "messages" in value:
+        try:
+            value = _render(value["messages"], chat)
+        except ValueError as error:
+            report(Problem(place, "no text", f"'messages' {error}"))
+            return None
     names = (field,) if field in value else ("prompt", "completion")
     if not set(names) <= set(value):
         report(Problem(place, "no text", _missing_field(field, list(value))))
@@ -277,6 +288,24 @@ def make_record(value: Any, field: str, place: str, report: Report) -> TextRecor
         report(Problem(place, "empty", f"{names[-1]!r} is empty"))
         return None
     return TextRecord(value[names[-1]], value["prompt"] if len(names) == 2 else "", place)
+
+
+def _render(messages: Any, chat: FileTokenizer | None) -> dict[str, str]:
+    """A conversation as a prompt, and the last answer as its completion.
+
+    Raises:
+      ValueError: no chat template, one that fails, or messages that do not end with an answer.
+    """
+    if chat is None or chat.chat_template is None:
+        raise ValueError("need a tokenizer with a chat template")
+    valid = isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)
+    if not valid or not messages or messages[-1].get("role") != "assistant":
+        raise ValueError("must be a list of messages of which the last has the role 'assistant'")
+    whole = chat.apply_chat_template(messages)
+    prompt = chat.apply_chat_template(messages[:-1], add_generation_prompt=True)
+    if not whole.startswith(prompt):
+        raise ValueError("are rendered with another beginning than without their answer, which cannot be scored alone")
+    return {"prompt": prompt, "completion": whole.removeprefix(prompt)}
 
 
 def _has_utf8(text: str) -> bool:

@@ -181,7 +181,10 @@ def _ids(store: TokenStore) -> int:
 
 @functools.lru_cache(maxsize=16)
 def _open_store(path: str) -> TokenStore:
-    return TokenStore(path)
+    try:
+        return TokenStore(path)
+    except ValueError as error:
+        raise ValueError(f"data.path: {error}") from error
 
 
 @functools.lru_cache(maxsize=64)

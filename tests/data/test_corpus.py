@@ -8,6 +8,7 @@ import pytest
 
 from memformer.data.corpus import open_corpus, wrap_source
 from memformer.data.text_files import Problem
+from memformer.data.tokenizer import load_tokenizer, train_tokenizer
 
 DOCUMENTS = ["one", "two\nlines\n", "drei: größe", "vier 東京 \U0001f600"]
 
@@ -92,6 +93,34 @@ def test_prompts(tmp_path):
     records = [record for _, record in open_corpus([path]).read(report=problems.append)]
     assert [(record.prompt, record.text) for record in records] == [("q", "a"), ("", "t")]
     assert problems[0].place == f"{path}:3" and "it has prompt" in problems[0].message
+
+
+def test_messages_are_rendered_by_the_template_of_the_tokenizer(tmp_path):
+    pytest.importorskip("tokenizers")
+    pytest.importorskip("jinja2")
+    template = (
+        "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_exception('no bad') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    train_tokenizer(["user assistant"], tmp_path / "tokenizer", vocab_size=260)
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    chat = load_tokenizer(str(tmp_path / "tokenizer"))
+    talk = [("user", "hi"), ("assistant", "yes?"), ("user", "go"), ("assistant", "gone")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    path = write(tmp_path / "a.jsonl", lines({"messages": messages}, {"messages": messages[:1]}, {"messages": 3}))
+    problems: list[Problem] = []
+    ((_, record),) = open_corpus([path], chat=chat).read(report=problems.append)
+    end = "<|endoftext|>"
+    assert record.prompt == f"<user>hi{end}<assistant>yes?{end}<user>go{end}<assistant>"
+    assert record.text == f"gone{end}"
+    assert [problem.place for problem in problems] == [f"{path}:2", f"{path}:3"]
+    assert all("of which the last has the role 'assistant'" in problem.message for problem in problems)
+    assert "need a tokenizer with a chat template" in read(open_corpus([path]))[1][0].message
+    bad = write(tmp_path / "b.jsonl", lines({"messages": [{"role": "bad", "content": ""}, messages[-1]]}))
+    assert "failed: no bad" in read(open_corpus([bad], chat=chat))[1][0].message
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("{{ messages | length }}")
+    odd = load_tokenizer(str(tmp_path / "tokenizer"))
+    assert "another beginning than without their answer" in read(open_corpus([path], chat=odd))[1][0].message
 
 
 def test_folders(tmp_path):
