@@ -88,6 +88,10 @@ class Workers:
             return
         waiting: dict[concurrent.futures.Future, int] = {}
         for unit in units:
+            if unit.record["last"] and not waiting:
+                # a single unit is not worth another process
+                yield unit.number, write_unit(self._store, unit)
+                return
             waiting[self._pool.submit(write_unit, self._store, unit)] = unit.number
             # so few units are in memory at once
             if len(waiting) > self._processes:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from memformer.core.checks import check, check_at_least, check_choice, check_number
 from memformer.data.source import SPLITS, RandomAccessSource
-from memformer.data.token_store import TokenSplit, TokenStore
+from memformer.data.token_store import MANIFEST, TokenSplit, TokenStore
 from memformer.data.token_windows import MixedSource, PackedTokens, TokenWindows
 from memformer.data.tokenizer import Tokenizer, save_tokenizer
 from memformer.tasks.task import Task
@@ -105,7 +105,8 @@ class LanguageModeling(Task):
     def source(self, split: str, seed: int) -> RandomAccessSource:
         """Examples of one split, in the order of the store; a mixture of several stores is shuffled by the seed."""
         check_choice("split", split, SPLITS)
-        sources = [_open_source(str(store.path), split, self.packing, self.length) for store in self._stores()]
+        paths = [str(store.path) for store in self._stores()]
+        sources = [_open_source(path, _written(path), split, self.packing, self.length) for path in paths]
         if len(sources) == 1:
             return sources[0]
         weights = self.weights or (1.0,) * len(sources)
@@ -179,15 +180,27 @@ def _ids(store: TokenStore) -> int:
     return max(store.vocab_size, store.start + 1)
 
 
-@functools.lru_cache(maxsize=16)
 def _open_store(path: str) -> TokenStore:
     try:
-        return TokenStore(path)
+        return _read_store(path, _written(path))
     except ValueError as error:
         raise ValueError(f"data.path: {error}") from error
 
 
+def _written(path: str) -> int:
+    """When a store was written: one that is written again in its place is another."""
+    try:
+        return os.stat(os.path.join(os.path.expanduser(path), MANIFEST)).st_mtime_ns
+    except OSError:
+        return 0
+
+
+@functools.lru_cache(maxsize=16)
+def _read_store(path: str, written: int) -> TokenStore:
+    return TokenStore(path)
+
+
 @functools.lru_cache(maxsize=64)
-def _open_source(path: str, split: str, packing: str, length: int) -> RandomAccessSource:
-    store = _open_store(path)
+def _open_source(path: str, written: int, split: str, packing: str, length: int) -> RandomAccessSource:
+    store = _read_store(path, written)
     return PACKING[packing](store.split(split), length, store.start)

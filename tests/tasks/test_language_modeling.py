@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -165,6 +166,15 @@ def test_paths_that_do_not_fit(folder):
         LanguageModeling().check_data()
     with pytest.raises(ValueError, match=r"data.weights must be one number per store, 1, got \(1.0, 2.0\)"):
         LanguageModeling(path=str(folder / "a"), weights=(1.0, 2.0)).check_data()
+
+
+def test_a_store_that_is_written_again_is_read_again(tmp_path):
+    task = LanguageModeling(length=16, path=str(tmp_path / "store"))
+    tokenize_corpus(wrap_source(TEXTS[:60]), tmp_path / "store")
+    before = len(task.source("train", 0))
+    shutil.rmtree(tmp_path / "store")
+    tokenize_corpus(wrap_source(TEXTS), tmp_path / "store")
+    assert len(task.source("train", 0)) > before
 
 
 def test_a_folder_with_a_comma(tmp_path):
