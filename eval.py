@@ -11,6 +11,7 @@ LENGTHS = flags.DEFINE_list("lengths", None, "Task lengths; by default the task'
 BATCHES = flags.DEFINE_integer("batches", 16, "Batches per length.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Examples per batch; by default that of the run.", lower_bound=1)
 SET = flags.DEFINE_multi_string("set", [], "A change to the run's config, such as task.length=64; may be repeated.")
+TASK_MODULE = flags.DEFINE_string("task_module", "", "A module that registers the task; by default that of the run.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; by default <workdir>/eval_<split>.json.")
 
 

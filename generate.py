@@ -19,6 +19,7 @@ MIN_P = flags.DEFINE_float("min_p", None, "Sample from tokens at least so many t
 REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: earlier tokens are less probable.")
 STOP = flags.DEFINE_multi_string("stop", [], "A string that ends a text; may be repeated.")
 SEED = flags.DEFINE_integer("seed", 0, "Seed of sampling.")
+TASK_MODULE = flags.DEFINE_string("task_module", "", "A module that registers the task; by default that of the run.")
 OUT = flags.DEFINE_string("out", "", "JSON-lines file to write: prompt, text, and why it ended.")
 
 

@@ -18,6 +18,9 @@ DRYRUN = flags.DEFINE_string(
 SEARCH = flags.DEFINE_bool(
     "dryrun_search", False, "With --dryrun: search the mesh, batch and remat that fit, and print the three best."
 )
+TASK_MODULE = flags.DEFINE_string(
+    "task_module", "", "A Python module that registers tasks of your own, such as my_package.tasks."
+)
 flags.mark_flag_as_required("config")
 
 

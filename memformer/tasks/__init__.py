@@ -17,7 +17,7 @@ from memformer.tasks.lookup import Lookup
 from memformer.tasks.mqar import MQAR
 from memformer.tasks.ntm import AssociativeRecall, Copy, DynamicNGrams, PrioritySort, RepeatCopy, optimal_bits
 from memformer.tasks.reachability import Reachability
-from memformer.tasks.registry import TASKS, make_task
+from memformer.tasks.registry import TASKS, import_tasks, make_task, register
 from memformer.tasks.segment_recall import Remember, Rewrite
 from memformer.tasks.swap import Swap
 from memformer.tasks.task import Task
@@ -54,7 +54,9 @@ __all__ = [
     "Translation",
     "VersePair",
     "cayley_table",
+    "import_tasks",
     "make_task",
     "optimal_bits",
+    "register",
     "scaled_accuracy",
 ]

@@ -21,7 +21,7 @@ from memformer.core.checks import check_choice
 from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import MEMORIES, known_options
 from memformer.models import MODELS, preset_fields
-from memformer.tasks import TASKS, Task, make_task
+from memformer.tasks import TASKS, Task, import_tasks, make_task
 
 __all__ = [
     "RunError",
@@ -61,6 +61,8 @@ def default_config(
     """
     config = ml_collections.ConfigDict()
     config.seed = 0
+    # module that registers the task, for one from outside the package
+    config.task_module = ""
     config.task, config.data = _task_sections(task)
     config.model = _model_section(model)
     config.optimizer = ml_collections.ConfigDict(
@@ -105,8 +107,11 @@ def default_config(
 
 def _task_sections(name: str) -> tuple[ml_collections.ConfigDict, ml_collections.ConfigDict]:
     """Sections `task` and `data`, which the fields of the task's dataclass share."""
-    with run_errors("config"):
-        check_choice("task.name", name, tuple(TASKS))
+    if name not in TASKS:
+        raise RunError(
+            f"config.task.name must be one of {', '.join(TASKS)}, got {name!r}. A task of your own is registered "
+            "by the module that you give as --task_module=MODULE."
+        )
     task, data = _section({"name": name}, TASKS[name]), ml_collections.ConfigDict()
     for key in TASKS[name].data_fields:
         data[key] = task.get_ref(key)
@@ -203,7 +208,11 @@ def complete_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> ml
     """
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     model, task = plain.get("model", {}), plain.get("task", {})
-    whole = default_config(model.get("type", "memory_lm"), task.get("name", "swap"))
+    name, module = task.get("name", "swap"), plain.get("task_module")
+    if module and name not in TASKS:
+        with run_errors("config"):
+            import_tasks(module)
+    whole = default_config(model.get("type", "memory_lm"), name)
     default = whole.model.to_dict()
     with whole.unlocked():
         _merge(whole, plain, "config")

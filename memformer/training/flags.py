@@ -5,6 +5,7 @@ import difflib
 import importlib.machinery
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 import traceback
@@ -15,12 +16,14 @@ import ml_collections
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from memformer.tasks import import_tasks
 from memformer.training.config import (
     RunError,
     add_options,
     apply_preset,
     complete_config,
     drop_options,
+    run_errors,
     unknown_key,
 )
 
@@ -54,6 +57,7 @@ class _ConfigParser(flags.ArgumentParser):
     def reset(self) -> None:
         """Forgets the last command line."""
         self.path: str | None = None
+        self.task_module = ""
         self.config: ml_collections.ConfigDict | None = None
         self.options: set[str] = set()
 
@@ -62,6 +66,8 @@ class _ConfigParser(flags.ArgumentParser):
         if self.path is not None:
             raise RunError(f"--config is given twice, as {self.path} and {argument}; give one config file.")
         self.path, self.config = argument, read_config(argument)
+        if self.task_module:
+            self.config.task_module = self.task_module
         self.options = add_options(self.config)
         return self.config
 
@@ -158,6 +164,7 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
     parser = found if isinstance(found, _ConfigParser) else _ConfigParser()
     parser.reset()
     with report_errors():
+        parser.task_module = _import_tasks(argv) if "task_module" in flag_values else ""
         try:
             rest = flag_values(argv)
         except (flags.Error, AttributeError, KeyError, TypeError) as error:
@@ -171,6 +178,17 @@ def parse_flags(argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
         # the INFO messages of JAX and Orbax are for their developers; absl keeps a value that the user set
         flag_values["verbosity"].value, flag_values["verbosity"].using_default_value = logging.WARNING, False
     return rest
+
+
+def _import_tasks(argv: Sequence[str]) -> str:
+    """Imports the module of --task_module, before the config file that may use its tasks; returns its name."""
+    names = ("--task_module", "-task_module")
+    found = [value for flag, sign, value in (each.partition("=") for each in argv) if sign and flag in names]
+    found += [value for flag, value in itertools.pairwise(argv) if flag in names]
+    for module in found:
+        with run_errors("--task_module"):
+            import_tasks(module)
+    return found[-1] if found else ""
 
 
 def _finish(config: ml_collections.ConfigDict, parser: _ConfigParser, overrides: dict[str, Any]) -> None:
@@ -221,7 +239,8 @@ def report_errors() -> Iterator[None]:
 
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs `main` with the flags that its module defines, from a file such as train.py or as an installed command."""
-    for flag in flags.FLAGS.get_flags_for_module(main.__module__):
-        # --help shows the flags of the program that was started
-        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+    for module in (main.__module__, __name__):
+        for flag in flags.FLAGS.get_flags_for_module(module):
+            # --help shows the flags of the program that was started
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     app.run(main, flags_parser=parse_flags)
