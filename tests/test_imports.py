@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "data": ("core",),
     "models": ("core", "pallas", "ops", "layers", "data"),
     "tasks": ("core", "pallas", "ops", "layers", "models", "data"),
-    "training": ("core", "pallas", "ops", "layers", "models", "data", "tasks"),
-    "lab": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "training"),
+    "pretrained": ("core", "pallas", "ops", "layers", "models", "data"),
+    "training": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained"),
+    "lab": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained", "training"),
     # memformer/__init__.py
     "memformer": ("core", "pallas", "ops"),
 }

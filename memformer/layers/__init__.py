@@ -6,6 +6,7 @@ from memformer.layers.basic import (
     NORMS,
     Dtypes,
     Embedding,
+    GroupRMSNorm,
     LayerNorm,
     RMSNorm,
     check_rate,
@@ -25,6 +26,7 @@ from memformer.layers.memory import MEMORIES, MemorySpec, build_memory, check_me
 from memformer.layers.positions import (
     LearnedPositions,
     SinusoidalPositions,
+    check_rotary,
     count_positions,
     next_position,
     rotate,
@@ -42,7 +44,7 @@ from memformer.layers.recurrent import (
     RecurrentStack,
     RNNMemory,
 )
-from memformer.layers.sharding import auto_axes, on_auto_mesh, state_letters
+from memformer.layers.sharding import RULES, auto_axes, on_auto_mesh, partition_spec, state_letters
 from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack
 from memformer.layers.table import memories_table
 from memformer.layers.transformer import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, visible_memory
@@ -65,6 +67,7 @@ __all__ = [
     "GATES",
     "GRU",
     "GRUMemory",
+    "GroupRMSNorm",
     "LSTM",
     "LSTMMemory",
     "LayerNorm",
@@ -80,6 +83,7 @@ __all__ = [
     "RMSNorm",
     "RNN",
     "RNNMemory",
+    "RULES",
     "RecurrentLayer",
     "RecurrentMemory",
     "RecurrentStack",
@@ -97,6 +101,7 @@ __all__ = [
     "build_stack",
     "check_memory",
     "check_rate",
+    "check_rotary",
     "constrain",
     "count_positions",
     "dropout",
@@ -108,6 +113,7 @@ __all__ = [
     "named",
     "next_position",
     "on_auto_mesh",
+    "partition_spec",
     "rotate",
     "run_stack",
     "sinusoid",

@@ -18,6 +18,7 @@ __all__ = [
     "NORMS",
     "Dtypes",
     "Embedding",
+    "GroupRMSNorm",
     "LayerNorm",
     "RMSNorm",
     "check_rate",
@@ -130,6 +131,9 @@ SHRINK = 2.0**-30
 class RMSNorm(nnx.RMSNorm):
     """x / sqrt(mean(x^2) + epsilon) * scale over the last axis, computed in float32; entries below 1e28.
 
+    With `zero_centered` the factor is 1 + scale, and scale starts at 0 (Qwen3-Next): in bfloat16 small differences from
+    1 keep their digits, and weight decay pulls the factor to 1.
+
     Source: arXiv 1910.07467.
 
     Example:
@@ -137,12 +141,44 @@ class RMSNorm(nnx.RMSNorm):
       (1, 2)
     """
 
-    def __init__(self, size: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        super().__init__(size, epsilon=1e-6 * SHRINK**2, dtype=dtypes.wide, param_dtype=dtypes.param, rngs=rngs)
+    def __init__(
+        self, size: int, *, epsilon: float = 1e-6, zero_centered: bool = False, dtypes: Dtypes, rngs: nnx.Rngs
+    ):
+        init = nnx.initializers.zeros if zero_centered else nnx.initializers.ones
+        same: dict[str, Any] = {"dtype": dtypes.wide, "param_dtype": dtypes.param, "rngs": rngs}
+        super().__init__(size, epsilon=epsilon * SHRINK**2, scale_init=init, **same)
+        self.zero_centered = zero_centered
 
     def __call__(self, x: Float[Array, "... D"], mask: Array | None = None) -> Float[Array, "... D"]:
         """Returns the shape and dtype of x; statistics cover only the entries where `mask` is True."""
-        return super().__call__(x.astype(self.dtype) * SHRINK, mask=mask).astype(x.dtype)
+        wide = x.astype(self.dtype) * SHRINK
+        if not self.zero_centered:
+            return super().__call__(wide, mask=mask).astype(x.dtype)
+        square = jnp.mean(wide * wide, axis=-1, keepdims=True, where=mask)
+        factor = 1 + self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * lax.rsqrt(square + self.epsilon) * factor).astype(x.dtype)
+
+
+class GroupRMSNorm(nnx.Module):
+    """RMSNorm whose mean square is taken over each of `groups` equal parts of the last axis, in float32.
+
+    Source: arXiv 2405.21060 section 7.2 (Mamba-2).
+
+    Example:
+      >>> GroupRMSNorm(4, 2, dtypes=Dtypes(), rngs=nnx.Rngs(0))(jnp.array([[3.0, 3.0, 5.0, -5.0]]))
+      Array([[ 1.,  1.,  1., -1.]], dtype=float32)
+    """
+
+    def __init__(self, size: int, groups: int, *, epsilon: float = 1e-6, dtypes: Dtypes, rngs: nnx.Rngs):
+        self.scale = nnx.Param(named(nnx.initializers.ones, "heads")(rngs.params(), (size,), dtypes.param))
+        self.groups, self.epsilon, self.dtypes = groups, epsilon, dtypes
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        """Returns the shape and dtype of x."""
+        wide = x.astype(self.dtypes.wide).reshape(*x.shape[:-1], self.groups, -1) * SHRINK
+        wide = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon * SHRINK**2)
+        scale = self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide.reshape(x.shape) * scale).astype(x.dtype)
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -178,6 +214,7 @@ class Embedding(nnx.Module):
     Args:
       vocab: V.
       width: D.
+      scale: False leaves out the factor sqrt(D), as most pretrained models do.
       dtypes: the dtype policy.
       rngs: random streams.
 
@@ -187,17 +224,18 @@ class Embedding(nnx.Module):
       (1, 3, 5)
     """
 
-    def __init__(self, vocab: int, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(self, vocab: int, width: int, *, scale: bool = True, dtypes: Dtypes, rngs: nnx.Rngs):
         init = named(nnx.initializers.normal(width**-0.5), "vocab", "embed")
         self.table = nnx.Param(init(rngs.params(), (vocab, width), dtypes.param))
-        self.dtypes = dtypes
+        self.scale, self.dtypes = scale, dtypes
 
     @auto_axes
     def __call__(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Embeddings of the ids, in the compute dtype."""
         # Gathers the table over fsdp; the compiler would otherwise gather the larger activations.
         table = constrain(self.table[...].astype(self.dtypes.compute), "activation_vocab", None)
-        return jnp.take(table, ids, axis=0) * jnp.asarray(table.shape[1] ** 0.5, table.dtype)
+        x = jnp.take(table, ids, axis=0)
+        return x * jnp.asarray(table.shape[1] ** 0.5, table.dtype) if self.scale else x
 
     @auto_axes
     def attend(self, x: Float[Array, "B T D"]) -> Float[Array, "B T classes"]:

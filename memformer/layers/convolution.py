@@ -1,7 +1,7 @@
 """Short causal convolution on queries, keys and values."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ _permute.defvjp(_permute_forward, _permute_backward)
 
 
 class ShortConvolution(nnx.Module):
-    """Depthwise causal convolution followed by silu: y_t = silu(sum_{j < W} a_j x_{t-j}).
+    """Depthwise causal convolution followed by silu: y_t = silu(sum_{j < W} a_j x_{t-j} + b), where b is optional.
 
     Inputs before the first token of a segment are zero, and padding is skipped, so packed sequences give the same
     outputs as unpacked ones. The state holds the last W - 1 inputs of the last segment, [B, W-1, C].
@@ -47,6 +47,7 @@ class ShortConvolution(nnx.Module):
     Args:
       channels: C, named "heads" for sharding.
       width: W, at least 1.
+      bias: adds b (Mamba-2).
       dtypes: the dtype policy.
       rngs: random streams.
 
@@ -59,10 +60,13 @@ class ShortConvolution(nnx.Module):
       ((2, 5, 3), (2, 3, 3))
     """
 
-    def __init__(self, channels: int, width: int, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(self, channels: int, width: int, *, bias: bool = False, dtypes: Dtypes, rngs: nnx.Rngs):
         width = check_size("convolution width", width)
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=())
         self.weights = nnx.Param(named(init, None, "heads")(rngs.params(), (width, channels), dtypes.param))
+        self.bias: Any = nnx.data(None)
+        if bias:
+            self.bias = nnx.Param(named(nnx.initializers.zeros, "heads")(rngs.params(), (channels,), dtypes.param))
         self.channels, self.width, self.dtypes = channels, width, dtypes
 
     def init_state(self, batch: int) -> Float[Array, "B W C"]:
@@ -75,6 +79,13 @@ class ShortConvolution(nnx.Module):
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:
         """Returns (y, state)."""
         state = self.init_state(x.shape[0]) if state is None else state
+        y, state = self._convolve(x, segments, state)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)[None, None]
+        return nnx.silu(y), state
+
+    def _convolve(self, x: Array, segments: Segments | None, state: Array) -> tuple[Array, Array]:
+        """The sums over the last inputs, and the state, on shards of time where time is sharded."""
         weights = self.weights[...].astype(x.dtype)
         shards = time_shards(x.shape[1])
         if shards is None or self.width == 1:
@@ -101,7 +112,7 @@ def _convolve(weights: Array, x: Array, segments: Segments | None, state: Array)
 
 
 def _slide(weights: Array, x: Array, state: Array, index: Array | None) -> tuple[Array, Array]:
-    """Returns the sum over shifted copies, and [state, x] concatenated."""
+    """Returns the sums over shifted copies, and [state, x] concatenated."""
     width, time = weights.shape[0], x.shape[1]
     history = jnp.concatenate([state, x], axis=1)
     # The state belongs to the first segment.
@@ -113,7 +124,7 @@ def _slide(weights: Array, x: Array, state: Array, index: Array | None) -> tuple
             same = jnp.equal(place[:, width - 1 - j : width - 1 - j + time], index)
             past = jnp.where(same[:, :, None], past, jnp.zeros_like(past))
         y = y + past * weights[None, None, j]
-    return nnx.silu(y), history
+    return y, history
 
 
 def _last(history: Array, index: Array, segments: Segments) -> Array:

@@ -117,13 +117,17 @@ class SwiGLU(nnx.Module):
         return self.down(h), {}
 
 
+DISPATCHES = ("dense", "ragged")
+
+
 class MixtureOfExperts(nnx.Module):
     """Mixture of SwiGLU experts: y = sum_e p_e SwiGLU_e(x) over the top k experts, p renormalised over those k.
 
-    Every expert is computed for every token, and the weights of unselected experts are zero. This costs E / k times
-    the arithmetic of a sparse dispatch and E hidden activations per token; in exchange no token is dropped, decoding
-    token by token gives the same result as a whole sequence, and sharding over experts is trivial. Meant for up to
-    about 8 experts.
+    With dispatch "dense" every expert is computed for every token, and the weights of unselected experts are zero. This
+    costs E / k times the arithmetic and E hidden activations per token; in exchange sharding over experts is trivial.
+    Meant for up to about 8 experts. "ragged" sorts the tokens by expert and multiplies each by the weights of its own
+    experts only (`jax.lax.ragged_dot`). With both no token is dropped, and decoding token by token gives the same
+    result as a whole sequence.
 
     The auxiliary loss "moe_balance" is balance_weight * E sum_e f_e P_e, where f_e is the fraction of selections (of
     valid tokens) that fell on expert e and P_e its mean probability. It equals balance_weight when balanced. Add it
@@ -135,6 +139,10 @@ class MixtureOfExperts(nnx.Module):
       active: k.
       hidden: hidden width per expert; None is 8 D / (3 k), so that the active experts together are as wide as SwiGLU.
       balance_weight: factor of the auxiliary loss.
+      norm_topk_prob: False leaves p as it is instead of renormalising it over the k experts.
+      shared_hidden: hidden width of a further SwiGLU that is added for every token (DeepSeek, Qwen); None for none.
+      shared_gate: multiplies that one by a sigmoid gate of x (Qwen).
+      dispatch: "dense" or "ragged".
       dtypes: the dtype policy.
       rngs: random streams.
 
@@ -158,12 +166,20 @@ class MixtureOfExperts(nnx.Module):
         active: int = 2,
         hidden: int | None = None,
         balance_weight: float = 0.01,
+        norm_topk_prob: bool = True,
+        shared_hidden: int | None = None,
+        shared_gate: bool = False,
+        dispatch: str = "dense",
         dtypes: Dtypes,
         rngs: nnx.Rngs,
     ):
         experts = check_size("feedforward option experts", experts)
         active = check_size("feedforward option active", active)
         check(active <= experts, "feedforward option active", f"in [1, experts] = [1, {experts}]", active)
+        check_choice("feedforward option dispatch", dispatch, DISPATCHES)
+        if shared_gate and shared_hidden is None:
+            raise ValueError("feedforward option shared_gate requires shared_hidden, got None")
+        self.norm_topk_prob, self.dispatch = norm_topk_prob, dispatch
         hidden = _hidden(width, hidden, 8 / 3 / active)
         init = nnx.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", batch_axis=0)
         self.active, self.balance_weight, self.dtypes = active, balance_weight, dtypes
@@ -172,6 +188,12 @@ class MixtureOfExperts(nnx.Module):
         self.gate = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
         self.up = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
         self.down = nnx.Param(back(rngs.params(), (experts, hidden, width), dtypes.param))
+        self.shared: Any = nnx.data(None)
+        self.shared_gate: Any = nnx.data(None)
+        if shared_hidden is not None:
+            self.shared = SwiGLU(width, hidden=shared_hidden, dtypes=dtypes, rngs=rngs)
+        if shared_gate:
+            self.shared_gate = linear(width, 1, ("embed", None), dtypes=dtypes, rngs=rngs)
 
     @auto_axes
     def __call__(
@@ -182,13 +204,32 @@ class MixtureOfExperts(nnx.Module):
         # Sorting is divided over sharded tokens; the compiler gathers the operand of lax.top_k.
         chosen = jnp.argsort(lax.stop_gradient(probability), axis=-1, descending=True)[..., : self.active]
         choice = jnp.sum(jax.nn.one_hot(chosen, probability.shape[-1], dtype=probability.dtype), axis=2)
-        kept = probability * choice
-        weight = (kept / jnp.sum(kept, axis=-1, keepdims=True)).astype(x.dtype)
+        weight = probability * choice
+        weight = weight / jnp.sum(weight, axis=-1, keepdims=True) if self.norm_topk_prob else weight
+        y = self._ragged(x, weight, chosen) if self.dispatch == "ragged" else self._dense(x, weight)
+        if self.shared is not None:
+            shared = self.shared(x)[0]
+            y = y + (shared if self.shared_gate is None else nnx.sigmoid(self.shared_gate(x)) * shared)
+        return y, {"moe_balance": self._balance(probability, choice, valid)}
+
+    def _dense(self, x: Array, weight: Array) -> Array:
+        """Every expert for every token; the weights of those that were not chosen are 0."""
         gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
         h = nnx.silu(jnp.einsum("btd,edf->btef", x, gate)) * jnp.einsum("btd,edf->btef", x, up)
         h = constrain(h, "activation_batch", "activation_time", None, "activation_mlp")
-        y = jnp.einsum("btef,efd->btd", h * weight[..., None], down)
-        return y, {"moe_balance": self._balance(probability, choice, valid)}
+        return jnp.einsum("btef,efd->btd", h * weight.astype(x.dtype)[..., None], down)
+
+    def _ragged(self, x: Array, weight: Array, chosen: Array) -> Array:
+        """Tokens sorted by expert, one copy for each of their experts, and multiplied in groups of unequal sizes."""
+        expert, k = chosen.reshape(-1), self.active
+        order = jnp.argsort(expert, stable=True)
+        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
+        sizes = jnp.bincount(expert, length=gate.shape[0]).astype(jnp.int32)
+        rows = jnp.take(x.reshape(-1, x.shape[-1]), order // k, axis=0)
+        h = nnx.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
+        y = jnp.take(lax.ragged_dot(h, down, sizes), jnp.argsort(order), axis=0)
+        weight = jnp.take_along_axis(weight, chosen, axis=-1).astype(x.dtype)
+        return jnp.einsum("btkd,btk->btd", y.reshape(*chosen.shape, -1), weight)
 
     def _balance(self, probability: Array, choice: Array, valid: Array | None) -> Array:
         ones = jnp.ones(probability.shape[:2], probability.dtype)

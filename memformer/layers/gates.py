@@ -24,6 +24,7 @@ class SigmoidGate(nnx.Module):
       heads: H.
       limit: 1 interpolates between old and new; 2 allows negative eigenvalues of the transition I - beta k k^T, which
         state tracking requires (arXiv 2411.12537).
+      bias: False leaves out b.
       dtypes: the dtype policy.
       rngs: random streams.
 
@@ -31,9 +32,9 @@ class SigmoidGate(nnx.Module):
       ValueError: a limit that is not a finite number above 0.
     """
 
-    def __init__(self, width: int, heads: int, limit: float, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, limit: float, *, bias: bool = True, dtypes: Dtypes, rngs: nnx.Rngs):
         self.limit = check_number("limit", limit, above=0)
-        self.weights = linear(width, heads, ("embed", "heads"), dtypes=dtypes, rngs=rngs, bias=True, wide=True)
+        self.weights = linear(width, heads, ("embed", "heads"), dtypes=dtypes, rngs=rngs, bias=bias, wide=True)
 
     @auto_axes
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"]:

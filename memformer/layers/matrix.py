@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_choice, check_groups, check_positive, check_size
+from memformer.core.checks import check_choice, check_groups, check_number, check_positive, check_size
 from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import named
 from memformer.layers.gates import DECAYS, SigmoidGate
@@ -44,6 +44,7 @@ class LinearAttention(MemoryLayer):
       key_heads: number of heads of q and k, shared by the H heads of v; None is H.
       discretize: multiplies values by the step size of the "step" decay (Mamba-2).
       skip: adds the written value times a learned scalar per head to the read (Mamba-2).
+      scale: factor on the read; None is K ** -0.5 (Mamba-2 has 1).
       rngs: random streams.
       **options: of `MemoryLayer`.
     """
@@ -60,6 +61,7 @@ class LinearAttention(MemoryLayer):
         key_heads: int | None = None,
         discretize: bool = False,
         skip: bool = False,
+        scale: float | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
@@ -71,6 +73,7 @@ class LinearAttention(MemoryLayer):
         keys = check_groups(heads, key_heads)
         super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
         self.feature_map, self.normalize, self.discretize = feature_map, normalize, discretize
+        self.scale = None if scale is None else check_number("scale", scale, above=0)
         self.decay = _build_decay(decay, self, decay_rank, rngs)
         self.skip = nnx.data(None)
         if skip:
@@ -81,9 +84,8 @@ class LinearAttention(MemoryLayer):
         v = parts["v"]
         decay, step = (None, None) if self.decay is None else self.decay(x)
         written = v if step is None or not self.discretize else v * step[..., None].astype(v.dtype)
-        o, memory = linear_attention(
-            q, k, written, decay=decay, normalize=self.normalize, segment_ids=segment_ids, initial_state=memory
-        )
+        how = {"decay": decay, "normalize": self.normalize, "scale": self.scale}
+        o, memory = linear_attention(q, k, written, **how, segment_ids=segment_ids, initial_state=memory)
         if self.skip is not None:
             o = o + v * self.skip[...].astype(v.dtype)[None, None, :, None]
         return o, memory
@@ -102,6 +104,7 @@ class DeltaRule(MemoryLayer):
       decay: None, or a name in `DECAYS`.
       decay_rank: None for one decay per head; otherwise the rank of per-channel decays.
       beta_limit: beta is beta_limit * sigmoid(.); 1 interpolates, up to 2 a write can reverse the stored value.
+      beta_bias: False leaves out the bias of beta's projection, as pretrained models do.
       key_heads: number of heads of q and k, shared by the H heads of v; None is H.
       rngs: random streams.
       **options: of `MemoryLayer`.
@@ -115,13 +118,14 @@ class DeltaRule(MemoryLayer):
         decay: str | None = None,
         decay_rank: int | None = None,
         beta_limit: float = 1.0,
+        beta_bias: bool = True,
         key_heads: int | None = None,
         rngs: nnx.Rngs,
         **options: Any,
     ):
         keys = check_groups(heads, key_heads)
         super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
-        self.beta = SigmoidGate(width, heads, beta_limit, dtypes=self.dtypes, rngs=rngs)
+        self.beta = SigmoidGate(width, heads, beta_limit, bias=beta_bias, dtypes=self.dtypes, rngs=rngs)
         self.decay = _build_decay(decay, self, decay_rank, rngs)
 
     def _apply_op(self, x, parts, segment_ids, memory):

@@ -174,7 +174,7 @@ MEMORIES: dict[str, MemorySpec] = {
     ),
 }
 
-_FIXED = ("self", "width", "heads", "key_width", "value_width", "dtypes", "rngs", "head_counts", "writes", "options")
+_FIXED = ("self", "width", "dtypes", "rngs", "head_counts", "writes", "options")
 
 
 def known_options(name: str) -> tuple[str, ...]:
@@ -219,7 +219,8 @@ def build_memory(
       heads: H.
       key_width: K; None is D // H.
       value_width: V; None is K.
-      options: override those of the table; `known_options(name)` lists them.
+      options: override those of the table, and heads, key_width and value_width (so that the memories of a pattern may
+        have sizes of their own); `known_options(name)` lists them.
       dtypes: the dtype policy.
       rngs: random streams.
 
@@ -236,4 +237,4 @@ def build_memory(
     check_options(f"memory_options of {name!r}", options, known_options(name))
     row = MEMORIES[name]
     sizes: dict[str, Any] = {"heads": heads, "key_width": key_width, "value_width": value_width}
-    return row.layer(width, **sizes, dtypes=dtypes, rngs=rngs, **{**row.options, **options})
+    return row.layer(width, dtypes=dtypes, rngs=rngs, **{**sizes, **row.options, **options})

@@ -1,15 +1,28 @@
 """Token positions in packed sequences, and their rotary, sinusoidal and learned encodings."""
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memformer.core.checks import check, check_choice, check_number, check_options
 from memformer.core.segments import Segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, named
 from memformer.layers.sharding import auto_axes
 
-__all__ = ["LearnedPositions", "SinusoidalPositions", "count_positions", "next_position", "rotate", "sinusoid"]
+__all__ = [
+    "LearnedPositions",
+    "SinusoidalPositions",
+    "check_rotary",
+    "count_positions",
+    "next_position",
+    "rotate",
+    "sinusoid",
+]
 
 
 def count_positions(
@@ -54,7 +67,60 @@ def next_position(positions: Int[Array, "B T"], segments: Segments | None) -> In
     return (at_last + (last >= 0).astype(jnp.int32))[:, 0]
 
 
-def rotate(x: Float[Array, "B T ... K"], positions: Int[Array, "B T"], base: float = 1e4) -> Float[Array, "B T ... K"]:
+# Fields of `rope_scaling` besides rope_type.
+SCALINGS = {"llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+
+
+def check_rotary(width: int, theta: Any, partial: Any, scaling: Mapping[str, Any] | None) -> int:
+    """Checks the options of rotary positions; returns how many of the K channels are rotated.
+
+    Args:
+      width: K.
+      theta: option rope_theta.
+      partial: option partial_rotary_factor.
+      scaling: option rope_scaling.
+
+    Raises:
+      ValueError: a value out of range, an unknown scaling or a field that it lacks, or an odd number of channels.
+
+    Example:
+      >>> check_rotary(64, 1e4, 0.25, None)
+      16
+    """
+    check_number("rope_theta", theta, above=0)
+    partial = check_number("partial_rotary_factor", partial, above=0)
+    check(partial <= 1, "partial_rotary_factor", "in (0, 1]", partial)
+    if scaling is not None:
+        check(isinstance(scaling, Mapping), "rope_scaling", "None or a mapping", scaling)
+        kind = scaling.get("rope_type")
+        check_choice("rope_scaling's rope_type", kind, tuple(SCALINGS))
+        check_options(f"rope_scaling of {kind!r}", scaling, ("rope_type", *SCALINGS[kind]))
+        for name in SCALINGS[kind]:
+            check_number(f"rope_scaling's {name}", scaling.get(name), above=0)
+    rotated = int(width * partial)
+    if rotated % 2 or not rotated:
+        part = "" if partial == 1 else f", of which partial_rotary_factor = {partial} leaves {rotated} channels"
+        raise ValueError(f"rotary positions require an even key_width, got {width}{part}")
+    return rotated
+
+
+def _scale_rates(rate: Array, scaling: Mapping[str, Any]) -> Array:
+    """Llama 3: rates of wavelengths beyond the original context are divided by factor, with a linear transition."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    # how often a pair turns within the original context
+    turns = rate * (scaling["original_max_position_embeddings"] / (2 * math.pi))
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return rate * kept + rate / scaling["factor"] * (1 - kept)
+
+
+def rotate(
+    x: Float[Array, "B T ... K"],
+    positions: Int[Array, "B T"],
+    base: float = 1e4,
+    *,
+    rotated: int | None = None,
+    scaling: Mapping[str, Any] | None = None,
+) -> Float[Array, "B T ... K"]:
     """Rotary positions: rotates the pairs (x_i, x_{i + K/2}) by the angle positions * base^(-2i / K).
 
     Source: arXiv 2104.09864, equation 34 (pairs the two halves instead of neighbouring channels).
@@ -63,6 +129,8 @@ def rotate(x: Float[Array, "B T ... K"], positions: Int[Array, "B T"], base: flo
       x: queries or keys, K even.
       positions: [B, T].
       base: the slowest pair completes a turn in about 2 pi base tokens.
+      rotated: number of channels that are rotated, the first ones, in place of K; the others pass unchanged.
+      scaling: of the rates, for contexts longer than those trained on; see `SCALINGS`.
 
     Raises:
       ValueError: K is odd.
@@ -71,16 +139,17 @@ def rotate(x: Float[Array, "B T ... K"], positions: Int[Array, "B T"], base: flo
       >>> rotate(jnp.ones((1, 1, 1, 2)), jnp.zeros((1, 1), jnp.int32))
       Array([[[[1., 1.]]]], dtype=float32)
     """
-    width = x.shape[-1]
+    width = x.shape[-1] if rotated is None else rotated
     if width % 2:
         raise ValueError(f"rotary positions require an even key width, got {width}")
     wide = jnp.promote_types(x.dtype, jnp.float32) if x.dtype != jnp.bfloat16 else jnp.dtype("float32")
     rate = jnp.asarray(base, wide) ** (-jnp.arange(0, width, 2, dtype=wide) / width)
+    rate = rate if scaling is None else _scale_rates(rate, scaling)
     places = positions.astype(wide).reshape(*positions.shape, *(1,) * (x.ndim - 2))
     angle = places * rate.reshape(*(1,) * (x.ndim - 1), -1)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
-    a, b = jnp.split(x.astype(wide), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    a, b, rest = jnp.split(x.astype(wide), (width // 2, width), axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
 def sinusoid(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:

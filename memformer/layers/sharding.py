@@ -6,7 +6,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from memformer.core.sharding import explicit_mesh, set_letter_axes
 from memformer.core.types import Array
 
-__all__ = ["auto_axes", "on_auto_mesh", "state_letters"]
+__all__ = ["RULES", "auto_axes", "on_auto_mesh", "partition_spec", "state_letters"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -26,6 +26,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 PARAMETER_LETTERS = {"heads": ("C", "G", "H"), "vocab": ("classes",)}
 
 UNIONS = (typing.Union, types.UnionType)
+
+# Logical axis -> mesh axes. Parameters are sharded over fsdp and tensor; activations over data and fsdp (batch),
+# context (time) and tensor (heads, hidden units, vocabulary).
+RULES = (
+    ("embed", "fsdp"),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("experts", "tensor"),
+    ("layers", None),
+    ("activation_batch", ("data", "fsdp")),
+    ("activation_time", "context"),
+    ("activation_embed", None),
+    ("activation_heads", "tensor"),
+    ("activation_mlp", "tensor"),
+    ("activation_vocab", "tensor"),
+)
 
 
 def auto_axes(method: F) -> F:
@@ -171,3 +188,37 @@ def _spec(letters: list[str], shape: tuple[int, ...], axes: dict[str, Any], mesh
         parts.append(part if fits else None)
         used |= set(names) if fits else set()
     return PartitionSpec(*parts)
+
+
+def partition_spec(
+    names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """Partition spec of an array whose axes have these logical names.
+
+    Rules are those of `RULES`. An axis that the mesh axes do not divide stays unsharded, a mesh axis shards one array
+    axis only (the first that names it), and axes that the mesh lacks are left out.
+
+    Raises:
+      ValueError: a logical name without a rule, or another number of names than axes.
+
+    Example:
+      >>> mesh = jax.sharding.AbstractMesh((2, 2), ("fsdp", "tensor"))
+      >>> tuple(partition_spec(("embed", "mlp"), (8, 16), mesh))
+      ('fsdp', 'tensor')
+    """
+    if names is None:
+        return PartitionSpec()
+    if len(names) != len(shape):
+        raise ValueError(f"logical axis names {tuple(names)} must be as many as the axes of shape {tuple(shape)}")
+    rules, entries = dict(RULES), []
+    used: set[str] = set()
+    for name, size in zip(names, shape, strict=True):
+        if name is not None and name not in rules:
+            raise ValueError(f"logical axis {name!r} has no rule; RULES has {', '.join(rules)}")
+        rule = rules.get(name) if name is not None else None
+        axes = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule or ()) if axis in mesh.shape)
+        fits = size % math.prod(mesh.shape[a] for a in axes) == 0 and not used.intersection(axes)
+        axes = axes if fits else ()
+        used.update(axes)
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*entries)

@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 from flax.core import FrozenDict
 
-from memformer.core.checks import check_choice, check_options, check_size
+from memformer.core.checks import check_choice, check_number, check_options, check_size
 from memformer.layers.basic import NORMS
 from memformer.layers.config import BaseConfig
 from memformer.layers.feedforward import FEEDFORWARDS
@@ -17,6 +18,9 @@ from memformer.layers.positions import LearnedPositions, SinusoidalPositions
 __all__ = ["POSITIONS", "REMAT", "LanguageModelConfig", "check_input"]
 
 POSITIONS = {"learned": LearnedPositions, "sinusoidal": SinusoidalPositions}
+
+# Where the norm of a sublayer f stands: x + f(norm(x)) or x + norm(f(x)).
+NORM_PLACES = ("pre", "output")
 
 # Activations of a block that are saved for the backward pass; all others are recomputed.
 REMAT = {
@@ -50,7 +54,8 @@ class LanguageModelConfig(BaseConfig):
 
     Attributes:
       memory: a name in `MEMORIES`, or the pattern of names that repeats over the depth: a tuple, or "a,b,c".
-      memory_options: options of the memory; for a pattern of several memories, a mapping from name to options.
+      memory_options: options of the memory; for a pattern of several memories, a mapping from name to options. Options
+        heads, key_width and value_width replace those below.
       width: D.
       depth: number of layers; a multiple of the length of the pattern.
       heads: H.
@@ -62,6 +67,10 @@ class LanguageModelConfig(BaseConfig):
         memory.
       max_length: size of the table of learned positions.
       norm: "rms" or "layer".
+      zero_centered_norm: norms "rms" of blocks and read-out multiply by 1 + scale (Qwen3-Next).
+      norm_place: "pre", x + f(norm(x)), or "output", x + norm(f(x)) (OLMo 2), or one of them per memory of the pattern.
+      norm_epsilon: added to the mean square or variance in the norms of blocks and read-out.
+      scale_embeddings: embeddings are multiplied by sqrt(D); False as in most pretrained models.
       tie_embeddings: the read-out shares the embedding table.
       scan_layers: compile the repeating group of layers once and scan it; worth it for deep models.
       remat: activations saved per block: None for all, "full" for its input only, "dots" for that and all matrix
@@ -88,6 +97,10 @@ class LanguageModelConfig(BaseConfig):
     positions: str | None = None
     max_length: int = 2048
     norm: str = "rms"
+    zero_centered_norm: bool = False
+    norm_place: str | tuple[str, ...] = "pre"
+    norm_epsilon: float = 1e-6
+    scale_embeddings: bool = True
     tie_embeddings: bool = False
     scan_layers: bool = False
     remat: str | None = None
@@ -106,12 +119,30 @@ class LanguageModelConfig(BaseConfig):
         check_choice("feedforward", self.feedforward, (None, *FEEDFORWARDS))
         check_choice("positions", self.positions, (None, *POSITIONS))
         check_choice("norm", self.norm, tuple(NORMS))
+        check_number("norm_epsilon", self.norm_epsilon, above=0)
+        if self.zero_centered_norm and self.norm != "rms":
+            raise ValueError(f"zero_centered_norm requires norm 'rms', got {self.norm!r}")
+        places = self.norm_places
+        if len(places) != len(self.pattern):
+            raise ValueError(f"norm_place must be one name or {len(self.pattern)}, one per memory, got {len(places)}")
+        for place in places:
+            check_choice("norm_place", place, NORM_PLACES)
         check_choice("remat", self.remat, (None, *REMAT))
 
     @property
     def pattern(self) -> tuple[str, ...]:
         """Memories of the repeating group of layers."""
         return (self.memory,) if isinstance(self.memory, str) else self.memory
+
+    @property
+    def norm_places(self) -> tuple[str, ...]:
+        """Place of the norms in each block of the repeating group."""
+        return (self.norm_place,) * len(self.pattern) if isinstance(self.norm_place, str) else self.norm_place
+
+    def build_norm(self, rngs: nnx.Rngs) -> nnx.Module:
+        """A norm of the width D."""
+        options = {"zero_centered": True} if self.zero_centered_norm else {}
+        return NORMS[self.norm](self.width, epsilon=self.norm_epsilon, dtypes=self.dtypes, rngs=rngs, **options)
 
     def options_of(self, name: str) -> Mapping[str, Any]:
         """Options of one memory of the pattern."""

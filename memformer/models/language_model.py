@@ -12,7 +12,7 @@ from memformer.core.checks import check_array, check_options, check_size
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.base import State
-from memformer.layers.basic import NORMS, Embedding, constrain, dropout, linear, stochastic_keys
+from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
 from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import count_positions, next_position
@@ -42,19 +42,20 @@ class Block(nnx.Module):
     Args:
       config: config of the model.
       memory: name of the memory of this layer.
+      norm_place: "pre" as above, or "output": x + norm(memory(x)), then x + norm(feedforward(x)).
       rngs: random streams.
     """
 
-    def __init__(self, config: LanguageModelConfig, memory: str, *, rngs: nnx.Rngs):
+    def __init__(self, config: LanguageModelConfig, memory: str, *, norm_place: str = "pre", rngs: nnx.Rngs):
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         sizes: dict[str, Any] = {key: getattr(config, key) for key in ("heads", "key_width", "value_width")}
-        self.norm = NORMS[config.norm](config.width, **same)
+        self.norm = config.build_norm(rngs)
         self.memory = build_memory(memory, config.width, options=config.options_of(memory), **sizes, **same)
         self.feedforward: Any = nnx.data(None)
         self.feedforward_norm: Any = nnx.data(None)
-        self.dropout = config.dropout
+        self.dropout, self.norm_place = config.dropout, norm_place
         if config.feedforward is not None:
-            self.feedforward_norm = NORMS[config.norm](config.width, **same)
+            self.feedforward_norm = config.build_norm(rngs)
             layer = FEEDFORWARDS[config.feedforward]
             known = feedforward_keys(config.feedforward)
             check_options(f"feedforward_options of {config.feedforward!r}", config.feedforward_options, known)
@@ -71,12 +72,14 @@ class Block(nnx.Module):
     ) -> tuple[Array, State, dict[str, Array]]:
         """Returns (x, state, aux)."""
         keys = (None, None) if key is None else jax.random.split(key, 2)
-        y, state = self.memory(self.norm(x), segment_ids=segment_ids, positions=positions, state=state)
-        x, aux = x + dropout(y, self.dropout, keys[0]), {}
+        pre = self.norm_place == "pre"
+        where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions, "state": state}
+        y, state = self.memory(self.norm(x) if pre else x, **where)
+        x, aux = x + dropout(y if pre else self.norm(y), self.dropout, keys[0]), {}
         if self.feedforward is not None:
             valid = None if segment_ids is None else segment_ids != 0
-            y, aux = self.feedforward(self.feedforward_norm(x), valid)
-            x = x + dropout(y, self.dropout, keys[1])
+            y, aux = self.feedforward(self.feedforward_norm(x) if pre else x, valid)
+            x = x + dropout(y if pre else self.feedforward_norm(y), self.dropout, keys[1])
         return constrain(x, "activation_batch", "activation_time", "activation_embed"), state, aux
 
 
@@ -118,12 +121,12 @@ class MemoryLM(nnx.Module):
         if features:
             self.embedding = linear(features, width, (None, "embed"), bias=True, **same)
         else:
-            self.embedding = Embedding(vocab_size, width, **same)
+            self.embedding = Embedding(vocab_size, width, scale=config.scale_embeddings, **same)
         self.positions: Any = nnx.data(None)
         if config.positions is not None:
             self.positions = POSITIONS[config.positions](width, config.max_length, **same)
         self.blocks = _build_blocks(config, rngs)
-        self.norm = NORMS[config.norm](width, **same)
+        self.norm = config.build_norm(rngs)
         self.head: Any = nnx.data(None)
         if not config.tie_embeddings:
             self.head = linear(width, num_classes, ("embed", "vocab"), **same)
@@ -258,15 +261,16 @@ def _build_blocks(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.List:
     groups = config.depth // size
     keys = jax.random.split(rngs.params(), config.depth).reshape(groups, size)
 
-    def build(key: Array, name: str) -> Block:
-        return Block(config, name, rngs=nnx.Rngs(params=key))
+    def build(key: Array, place: int) -> Block:
+        name, norm_place = config.pattern[place], config.norm_places[place]
+        return Block(config, name, norm_place=norm_place, rngs=nnx.Rngs(params=key))
 
     if not config.scan_layers:
-        return nnx.List([build(keys[i // size, i % size], config.pattern[i % size]) for i in range(config.depth)])
+        return nnx.List([build(keys[i // size, i % size], i % size) for i in range(config.depth)])
     stack = nnx.vmap(
         build, in_axes=(0, None), out_axes=0, axis_size=groups, transform_metadata={nnx.PARTITION_NAME: "layers"}
     )
-    return nnx.List([stack(keys[:, i], name) for i, name in enumerate(config.pattern)])
+    return nnx.List([stack(keys[:, i], i) for i in range(size)])
 
 
 def _run_block(graph, parameters, x, state, key, segment_ids, positions):

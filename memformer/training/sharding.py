@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from memformer.data.source import BATCH_KEYS
+from memformer.layers.sharding import RULES, partition_spec
 from memformer.training.config import RunError
 
 __all__ = [
@@ -29,23 +30,6 @@ __all__ = [
 ]
 
 AXES = ("data", "fsdp", "context", "tensor")
-
-# Logical axis -> mesh axes. Parameters are sharded over fsdp and tensor; activations over data and fsdp (batch),
-# context (time) and tensor (heads, hidden units, vocabulary).
-RULES = (
-    ("embed", "fsdp"),
-    ("vocab", "tensor"),
-    ("heads", "tensor"),
-    ("mlp", "tensor"),
-    ("experts", "tensor"),
-    ("layers", None),
-    ("activation_batch", ("data", "fsdp")),
-    ("activation_time", "context"),
-    ("activation_embed", None),
-    ("activation_heads", "tensor"),
-    ("activation_mlp", "tensor"),
-    ("activation_vocab", "tensor"),
-)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -146,38 +130,6 @@ def mesh_scope(mesh: Mesh) -> Iterator[None]:
     """Scope in which models are built, traced and run: sets the mesh and the rules that layers read."""
     with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
         yield
-
-
-def partition_spec(names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
-    """Partition spec of an array whose axes have these logical names.
-
-    An axis that the mesh axes do not divide stays unsharded, and a mesh axis shards one array axis only (the first
-    that names it).
-
-    Raises:
-      ValueError: a logical name without a rule, or another number of names than axes.
-
-    Example:
-      >>> mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
-      >>> tuple(partition_spec(("embed", "mlp"), (8, 16), mesh))
-      ('fsdp', 'tensor')
-    """
-    if names is None:
-        return PartitionSpec()
-    if len(names) != len(shape):
-        raise ValueError(f"logical axis names {tuple(names)} must be as many as the axes of shape {tuple(shape)}")
-    rules, entries = dict(RULES), []
-    used: set[str] = set()
-    for name, size in zip(names, shape, strict=True):
-        if name is not None and name not in rules:
-            raise ValueError(f"logical axis {name!r} has no rule; RULES has {', '.join(rules)}")
-        rule = rules.get(name) if name is not None else None
-        axes: tuple[str, ...] = (rule,) if isinstance(rule, str) else tuple(rule or ())
-        fits = size % math.prod(mesh.shape[a] for a in axes) == 0 and not used.intersection(axes)
-        axes = axes if fits else ()
-        used.update(axes)
-        entries.append(axes[0] if len(axes) == 1 else axes or None)
-    return PartitionSpec(*entries)
 
 
 def state_shardings(state: Any, params: Mapping[str, NamedSharding], mesh: Mesh) -> Any:

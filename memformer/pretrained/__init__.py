@@ -1,0 +1,27 @@
+"""Pretrained models in and out, in the Hugging Face format.
+
+    model, tokenizer, config = load_pretrained(folder)
+    save_pretrained(model, other_folder, config=config)
+
+`ARCHITECTURES` lists the models that are known, `plan_loading` says what a load reads and holds.
+"""
+
+from memformer.pretrained.folder import open_tensors, read_config, read_index
+from memformer.pretrained.load import LoadingPlan, load_pretrained, plan_loading
+from memformer.pretrained.save import export_tensors, match_architecture, save_pretrained
+from memformer.pretrained.table import ARCHITECTURES, Architecture, find_architecture
+
+__all__ = [
+    "ARCHITECTURES",
+    "Architecture",
+    "LoadingPlan",
+    "export_tensors",
+    "find_architecture",
+    "load_pretrained",
+    "match_architecture",
+    "open_tensors",
+    "plan_loading",
+    "read_config",
+    "read_index",
+    "save_pretrained",
+]

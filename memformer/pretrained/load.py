@@ -1,0 +1,252 @@
+"""Loads pretrained models, tensor by tensor, into the shards of a mesh; plans a load without reading weights."""
+
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from memformer.core.checks import check_size
+from memformer.data.tokenizer import BYTES_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
+from memformer.layers.sharding import partition_spec
+from memformer.models.config import LanguageModelConfig
+from memformer.models.language_model import MemoryLM
+from memformer.pretrained.architectures.rules import Rule
+from memformer.pretrained.folder import open_tensors, read_config, read_index
+from memformer.pretrained.table import Architecture, find_architecture
+
+__all__ = ["LoadingPlan", "load_pretrained", "plan_loading"]
+
+# Names of one message: a checkpoint of another model differs in thousands.
+MOST_NAMES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadingPlan:
+    """Sizes of a load, in bytes.
+
+    Attributes:
+      parameters: number of parameters.
+      checkpoint: bytes of all tensors in the checkpoint.
+      read: bytes that a host reads, at most; hosts read the parts that their devices hold.
+      held: bytes of parameters that a device holds.
+      largest: bytes of the largest group of tensors that is converted at once, which a host holds beside its shards.
+    """
+
+    parameters: int
+    checkpoint: int
+    read: int
+    held: int
+    largest: int
+
+
+def load_pretrained(
+    folder: str | pathlib.Path, *, dtype: Any = None, param_dtype: Any = None, mesh: Mesh | None = None
+) -> tuple[MemoryLM, Tokenizer | None, dict[str, Any]]:
+    """Loads a Hugging Face folder: config.json and safetensors, in one file or sharded.
+
+    Tensors are memory-mapped and converted one by one, each straight into its shards: there are never two whole copies,
+    and a host reads what its devices hold.
+
+    Args:
+      folder: of the model; `memformer.pretrained.ARCHITECTURES` lists what config.json may name.
+      dtype: of activations; None is that of the checkpoint (float16 becomes float32).
+      param_dtype: of parameters; None is `dtype`.
+      mesh: places parameters by their logical axes ("fsdp" and "tensor" where the mesh has axes of these names); None
+        leaves them on the default device.
+
+    Returns:
+      The model, its tokenizer (None where the folder has no tokenizer.json), and the contents of config.json.
+
+    Raises:
+      ValueError: another architecture or a config that the layers cannot express; tensors that are missing, unexpected
+        or of another shape, listed by name.
+      ImportError: the folder has a tokenizer.json, and tokenizers is not installed (the extra `hf`).
+
+    Example:
+      >>> load_pretrained("no/such/folder")
+      Traceback (most recent call last):
+      ...
+      ValueError: folder must contain config.json, as Hugging Face models do; no/such/folder has none
+    """
+    raw = read_config(folder)
+    _, architecture = find_architecture(raw)
+    config, vocab = _convert(raw, architecture, dtype, param_dtype)
+    graph, variables = _skeleton(config, vocab)
+    tensors, rules = _named(open_tensors(folder), architecture, config), architecture.rules(config)
+    expected = tensor_shapes(rules, variables)
+    _check_names(expected, tensors, architecture)
+    _check_shapes(expected, tensors)
+    for rule in rules:
+        arrays = rule.load(*(tensors[key] for key in rule.keys))
+        for name, array in zip(rule.parameters, arrays, strict=True):
+            variable = variables[name]
+            variables[name] = variable.replace(_place(array, variable, mesh))
+    state = nnx.from_flat_state([(_path(name), variable) for name, variable in variables.items()])
+    has_tokenizer = any((pathlib.Path(folder) / name).is_file() for name in (TOKENIZER_FILE, BYTES_FILE))
+    return nnx.merge(graph, state), load_tokenizer(str(folder)) if has_tokenizer else None, raw
+
+
+def plan_loading(
+    folder: str | pathlib.Path,
+    *,
+    dtype: Any = None,
+    param_dtype: Any = None,
+    mesh: Mesh | AbstractMesh | None = None,
+    devices_per_host: int | None = None,
+) -> LoadingPlan:
+    """What a load reads and holds, from config.json alone; names are checked too where the folder has an index.
+
+    Args:
+      folder: with config.json; weights need not be there.
+      dtype, param_dtype: as for `load_pretrained`.
+      mesh: as for `load_pretrained`; an AbstractMesh serves for devices that are not here.
+      devices_per_host: None is all devices of the mesh on one host.
+
+    Raises:
+      ValueError: as `load_pretrained`.
+
+    Example:
+      >>> import json, pathlib, tempfile
+      >>> sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+      >>> config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 100, "dtype": "bfloat16", **sizes}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
+      ...     plan = plan_loading(folder, mesh=jax.sharding.AbstractMesh((4,), ("fsdp",)), devices_per_host=2)
+      >>> plan.parameters, plan.checkpoint, plan.held
+      (95040, 190080, 47840)
+    """
+    raw = read_config(folder)
+    _, architecture = find_architecture(raw)
+    config, vocab = _convert(raw, architecture, dtype, param_dtype)
+    _, variables = _skeleton(config, vocab)
+    rules = architecture.rules(config)
+    expected = tensor_shapes(rules, variables)
+    index = read_index(folder)
+    if index is not None:
+        _check_names(expected, _named(dict.fromkeys(index), architecture, config), architecture)
+    width = jnp.dtype(_checkpoint_dtype({**raw.get("text_config", {}), **raw})).itemsize
+    devices = 1 if mesh is None else math.prod(mesh.shape.values())
+    here = devices if devices_per_host is None else check_size("devices_per_host", devices_per_host)
+    parameters = read = held = 0
+    for variable in variables.values():
+        value = variable.get_value()
+        shard = value.size // _parts(variable, mesh)
+        parameters += value.size
+        held += shard * value.dtype.itemsize
+        read += min(value.size, shard * here) * width
+    groups = [sum(math.prod(expected[key]) for key in rule.keys) for rule in rules]
+    checkpoint = sum(math.prod(shape) for shape in expected.values()) * width
+    return LoadingPlan(parameters, checkpoint, read, held, max(groups) * width)
+
+
+def tensor_shapes(rules: list[Rule], variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor of a checkpoint, from the parameters and the inverse conversions."""
+    shapes = {}
+    for rule in rules:
+        values = [variables[name].get_value() for name in rule.parameters]
+        result = jax.eval_shape(rule.save, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values))
+        shapes.update({key: x.shape for key, x in zip(rule.keys, result, strict=True)})
+    return shapes
+
+
+def _convert(
+    raw: Mapping[str, Any], architecture: Architecture, dtype: Any, param_dtype: Any
+) -> tuple[LanguageModelConfig, int]:
+    # models that also see keep the fields of their language model apart
+    raw = {**raw.get("text_config", {}), **raw}
+    dtype = _checkpoint_dtype(raw, half=False) if dtype is None else dtype
+    dtypes = {"dtype": dtype, "param_dtype": dtype if param_dtype is None else param_dtype}
+    try:
+        return LanguageModelConfig(**architecture.fields(raw), **dtypes), raw["vocab_size"]
+    except KeyError as error:
+        raise ValueError(f"config.json must have the field {error.args[0]!r}") from None
+
+
+def _checkpoint_dtype(raw: Mapping[str, Any], half: bool = True) -> str:
+    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+    return "float32" if name == "float16" and not half else name
+
+
+def _skeleton(config: LanguageModelConfig, vocab: int) -> tuple[Any, dict[str, nnx.Variable]]:
+    """The structure of a model and its variables by dotted path, as shapes."""
+    # Without rules Flax places nothing by itself.
+    with nnx.use_eager_sharding(False), nnx.logical_axis_rules(()):
+        graph, state = nnx.split(nnx.eval_shape(lambda: MemoryLM(config, vocab_size=vocab, rngs=nnx.Rngs(0))))
+    return graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+
+
+def _named(tensors: Mapping[str, Any], architecture: Architecture, config: LanguageModelConfig) -> dict[str, Any]:
+    """Tensors under the names of the whole model: the bare model's lack the prefix, and a tied read-out is dropped."""
+    prefix, ignored = architecture.prefix, re.compile(architecture.ignored)
+    bare = not any(name.startswith(prefix) for name in tensors)
+    named = {}
+    for name, tensor in tensors.items():
+        name = prefix + name if bare and name != "lm_head.weight" else name
+        for old, new in architecture.renames:
+            name = new + name.removeprefix(old) if name.startswith(old) else name
+        if not ignored.fullmatch(name) and not (config.tie_embeddings and name == "lm_head.weight"):
+            named[name] = tensor
+    return named
+
+
+def _check_names(expected: Collection[str], tensors: Collection[str], architecture: Architecture) -> None:
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
+    faults = [
+        f"{len(names)} {kind} ({', '.join(names[:MOST_NAMES])}{', ...' if len(names) > MOST_NAMES else ''})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if faults:
+        raise ValueError(
+            f"the checkpoint must have the tensors of a {architecture.model_type} as config.json describes it, got "
+            f"{' and '.join(faults)}"
+        )
+
+
+def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, np.ndarray]) -> None:
+    wrong = [
+        f"{name} {tensors[name].shape} instead of {shape}"
+        for name, shape in expected.items()
+        if tensors[name].shape != shape
+    ]
+    if wrong:
+        more = ", ..." if len(wrong) > MOST_NAMES else ""
+        raise ValueError(f"tensors must have the shapes of config.json, got {'; '.join(wrong[:MOST_NAMES])}{more}")
+
+
+def _parts(variable: nnx.Variable, mesh: Mesh | AbstractMesh | None) -> int:
+    """Number of different shards of a parameter."""
+    if mesh is None:
+        return 1
+    axes = jax.tree.leaves(tuple(_spec(variable, mesh)))
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> jax.sharding.PartitionSpec:
+    return partition_spec(variable.get_metadata().get("out_sharding"), variable.get_value().shape, mesh)
+
+
+def _place(array: np.ndarray, variable: nnx.Variable, mesh: Mesh | None) -> jax.Array:
+    """The parameter's shards, each copied out of the memory-mapped file by itself."""
+    value = variable.get_value()
+
+    def shard(index: Any) -> np.ndarray:
+        # A copy: a view would hold the file, which may be overwritten.
+        return np.array(array[index], dtype=value.dtype, order="C")
+
+    if mesh is None:
+        return jnp.asarray(shard(...))
+    return jax.make_array_from_callback(value.shape, NamedSharding(mesh, _spec(variable, mesh)), shard)

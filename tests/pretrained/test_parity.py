@@ -1,0 +1,152 @@
+"""The same numbers as transformers, for every architecture: logits, generation, gradients, and the way back."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.models import generate
+from memformer.models.generate import pad_prompts
+from memformer.pretrained import ARCHITECTURES, export_tensors, load_pretrained, save_pretrained
+from tests.numeric import assert_close, relative_rms
+from tests.pretrained.references import REFERENCES, build, prompts
+
+# Other packages emit warnings while they are imported and run.
+pytestmark = pytest.mark.filterwarnings("default")
+
+LOGITS = {"float32": 1e-5, "bfloat16": 1e-2}
+IDS = np.array([prompts((23,), seed)[0] for seed in range(2)])
+
+
+@pytest.fixture(scope="module")
+def peers():
+    """(torch, transformers)."""
+    reason = "needs PyTorch and transformers: pip install '.[peers]'"
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    pytest.importorskip("safetensors", reason=reason)
+    torch.set_num_threads(1)
+    return torch, transformers
+
+
+@pytest.fixture(scope="module")
+def reference(peers, tmp_path_factory):
+    """By name: (model of transformers, the folder that it is saved in)."""
+
+    @functools.cache
+    def get(name: str):
+        model = build(name, *peers)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        return model, folder
+
+    return get
+
+
+@functools.cache
+def loaded(folder, dtype=None):
+    return load_pretrained(folder, dtype=dtype)
+
+
+def ours(model, ids, **options):
+    call = nnx.jit(lambda model, ids, segments: model(ids, segment_ids=segments).logits)
+    return np.asarray(call(model, jnp.asarray(ids), options.get("segment_ids")), np.float64)
+
+
+def theirs(torch, model, ids, **options):
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(ids)), **options).logits.float().numpy()
+
+
+def test_every_architecture_has_a_reference():
+    whole = {name for name, row in ARCHITECTURES.items() if row.config is not None}
+    assert {row.model for row in REFERENCES.values()} == whole
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_logits(peers, reference, name):
+    torch, _ = peers
+    model, folder = reference(name)
+    got, want = ours(loaded(folder)[0], IDS), theirs(torch, model, IDS)
+    assert np.std(want) > 0.5, "logits hardly depend on the input"
+    assert_close(got, want, LOGITS["float32"])
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_logits_in_bfloat16(peers, reference, name):
+    torch, _ = peers
+    model, folder = reference(name)
+    half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
+    got = loaded(folder, "bfloat16")[0]
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(got, nnx.Param))} == {jnp.dtype("bfloat16")}
+    # Random maps of gain 2 amplify each rounding: theirs is off by up to 3e-2 itself. Ours must be as near to float32.
+    want = theirs(torch, model, IDS)
+    rounding = relative_rms(theirs(torch, half, IDS), want)
+    assert relative_rms(ours(got, IDS), want) < max(LOGITS["bfloat16"], 1.3 * rounding)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_greedy_generation_with_left_padding(peers, reference, name):
+    torch, _ = peers
+    model, folder = reference(name)
+    ids, segments = pad_prompts(prompts())
+    options = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0}
+    want = model.generate(torch.tensor(ids).long(), attention_mask=torch.tensor(segments).long(), **options)
+    want = want[:, ids.shape[1] :].numpy()
+    assert want.shape[1] == 32 and len(np.unique(want)) > 10, "the generated tokens are too much alike"
+    got = generate(loaded(folder)[0], prompts(), max_new_tokens=32)
+    assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_gradient_of_the_loss(peers, reference, name):
+    torch, _ = peers
+    model, folder = reference(name)
+    ids = torch.tensor(IDS)
+    model.zero_grad()
+    model(ids, labels=ids).loss.backward()
+    want = {key: p.grad.numpy() for key, p in model.named_parameters()}
+    network, _, raw = loaded(folder)
+    graph, parameters = nnx.split(network)
+
+    @jax.jit
+    @jax.grad
+    def gradient(parameters):
+        logits = nnx.merge(graph, parameters, copy=True)(jnp.asarray(IDS)).logits[:, :-1]
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(IDS)[:, 1:, None], axis=-1)
+        return -jnp.mean(chosen)
+
+    values = {".".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(gradient(parameters))}
+    rules = ARCHITECTURES[raw["architectures"][0]].rules(network.config)
+    got = dict(export_tensors(rules, values))
+    # transformers computes with the experts' gate and up maps in one array.
+    for key in [key for key in want if "experts." in key]:
+        names = ("gate_proj", "up_proj") if "gate_up" in key else ("down_proj",)
+        base, count = key.rpartition(".")[0], want[key].shape[0]
+        parts = [[got.pop(f"{base}.{e}.{name}.weight") for name in names] for e in range(count)]
+        got[key] = np.stack([np.concatenate(part) for part in parts])
+    assert_close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_way_back(peers, reference, name, tmp_path):
+    torch, _ = peers
+    model, folder = reference(name)
+    network, _, raw = loaded(folder)
+    # Into several files, with an index.
+    save_pretrained(network, tmp_path, config=raw, shard_bytes=20_000)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    back = type(model).from_pretrained(tmp_path, dtype="auto").eval()
+    assert np.array_equal(theirs(torch, back, IDS), theirs(torch, model, IDS))
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    again = load_pretrained(tmp_path)[0]
+    assert again.config == network.config
+    # Without the given config the function is the same.
+    save_pretrained(network, tmp_path / "bare")
+    assert len(list((tmp_path / "bare").glob("*.safetensors"))) == 1
+    bare = type(model).from_pretrained(tmp_path / "bare").eval()
+    assert np.array_equal(theirs(torch, bare, IDS), theirs(torch, model, IDS))
