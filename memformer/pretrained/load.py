@@ -102,7 +102,7 @@ def plan_loading(
     mesh: Mesh | AbstractMesh | None = None,
     devices_per_host: int | None = None,
 ) -> LoadingPlan:
-    """What a load reads and holds, from config.json alone; names are checked too where the folder has an index.
+    """Plans a load from config.json alone: bytes read and held; names are checked too where the folder has an index.
 
     Args:
       folder: with config.json; weights need not be there.
