@@ -55,6 +55,7 @@ from memformer.training.loop import Trainer, train
 from memformer.training.losses import SCORES, count_batch, means, smoothing_loss
 from memformer.training.metrics import (
     RunLog,
+    Tracker,
     flops_per_token,
     format_table,
     log,
@@ -103,6 +104,7 @@ from memformer.training.step import (
     make_train_step,
 )
 from memformer.training.topology import GPUS, find_devices, topology_name
+from memformer.training.trackers import EventFile, WandbRun, make_trackers
 from memformer.training.validate import OPTIMIZER_RANGES, SCHEDULES, validate
 
 __all__ = [
@@ -129,6 +131,7 @@ __all__ = [
     "Collective",
     "Curriculum",
     "DryRun",
+    "EventFile",
     "Feeding",
     "FiniteGuard",
     "Functional",
@@ -148,7 +151,9 @@ __all__ = [
     "StateHandler",
     "StopSignal",
     "TextModel",
+    "Tracker",
     "Trainer",
+    "WandbRun",
     "abstract",
     "abstract_state",
     "add_options",
@@ -196,8 +201,8 @@ __all__ = [
     "is_url",
     "join_processes",
     "load_run",
-    "log",
     "load_text_model",
+    "log",
     "lower_step",
     "make_eval_step",
     "make_fit",
@@ -207,6 +212,7 @@ __all__ = [
     "make_mesh",
     "make_optimizer",
     "make_schedule",
+    "make_trackers",
     "make_train_step",
     "means",
     "memory_pattern",

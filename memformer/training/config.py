@@ -189,6 +189,8 @@ def _train_section() -> ml_collections.ConfigDict:
             # folder of compiled programs shared between runs; "" = none
             "compile_cache": "",
             "tensorboard": True,
+            # project at Weights & Biases (package wandb); "" = none
+            "wandb": "",
             "progress": True,
         }
     )

@@ -39,6 +39,7 @@ FREE_KEYS = (
     "train.input_workers",
     "train.progress",
     "train.tensorboard",
+    "train.wandb",
     "train.max_skips",
     # a record of what is in the stores must stay the same
     "data.path",

@@ -27,13 +27,14 @@ from memformer.training.guards import FiniteGuard, NotFiniteError
 from memformer.training.input import Loader, batch_shapes, check_split, make_loader
 from memformer.training.lock import run_lock
 from memformer.training.losses import means
-from memformer.training.metrics import RunLog, flops_per_token, log, model_name, peak_flops
+from memformer.training.metrics import RunLog, Tracker, flops_per_token, log, model_name, peak_flops
 from memformer.training.orbax_errors import SaveError
 from memformer.training.profiling import Profiler
 from memformer.training.report import draw_curve, final_scores, write_report
 from memformer.training.sharding import batch_layout, mesh_scope
 from memformer.training.signals import StopSignal
 from memformer.training.step import abstract_state, init_state, make_eval_step, make_train_step
+from memformer.training.trackers import make_trackers
 
 __all__ = ["Trainer", "train"]
 
@@ -41,7 +42,7 @@ __all__ = ["Trainer", "train"]
 LOOKED_UP = ("embedding", "positions")
 
 
-def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
+def train(config: Mapping[str, Any], workdir: str = "", *, trackers: Sequence[Tracker] = ()) -> dict[str, Any]:
     """Trains the model of a config, or resumes the run of this config in `workdir`.
 
     A run that is killed and restarted with the same config, number of processes and mesh ends with the same bits as an
@@ -51,6 +52,7 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
     Args:
       config: nested dicts with the sections of `default_config`.
       workdir: the run's folder; "" is runs/<task>-<memory>, or runs/<task>-<type> for models other than memory_lm.
+      trackers: receive the numbers of the run beside those of the config.
 
     Returns:
       The content of result.json: last step, scores by length, and whether the run finished.
@@ -76,7 +78,7 @@ def train(config: Mapping[str, Any], workdir: str = "") -> dict[str, Any]:
         write_run_config(folder, old, run.config)
         _write_files(run, folder)
         changes = [] if old is None else describe_changes(old, run.config)
-        return Trainer(run, folder).train(changes)
+        return Trainer(run, folder, trackers).train(changes)
 
 
 def _write_files(run: Run, folder: str) -> None:
@@ -99,9 +101,11 @@ class Trainer:
     Args:
       run: from `build_run`.
       folder: the run's folder; it may hold an earlier part of the run.
+      trackers: receive the numbers of the run beside those of the config.
     """
 
-    def __init__(self, run: Run, folder: str):
+    def __init__(self, run: Run, folder: str, trackers: Sequence[Tracker] = ()):
+        self._own_trackers = trackers
         self._run, self._folder, self._options = run, folder, run.config["train"]
         self._ema = run.config["optimizer"]["ema"]
         with run_errors("config.train.curriculum"):
@@ -137,7 +141,7 @@ class Trainer:
             step=self._step,
             evaluated=self._evaluated,
             total=options["steps"],
-            tensorboard=options["tensorboard"],
+            trackers=(*make_trackers(self._folder, self._step, run.config), *self._own_trackers),
             progress=options["progress"],
         )
         self._compiled = make_train_step(run.model, run.tx, run.schedule, run.mesh, options, self._ema)

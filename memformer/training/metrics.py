@@ -1,4 +1,4 @@
-"""Records of a run: progress line, metrics.jsonl, TensorBoard, model FLOPs utilization.
+"""Records of a run: progress line, metrics.jsonl, trackers, model FLOPs utilization.
 
 Only process 0 writes; in the others every call does nothing.
 """
@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from etils import epath
@@ -20,6 +20,7 @@ from memformer.training.files import disk_errors, is_url, replace_file
 
 __all__ = [
     "RunLog",
+    "Tracker",
     "flops_per_token",
     "format_table",
     "memory_pattern",
@@ -127,6 +128,22 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(lines)
 
 
+class Tracker(Protocol):
+    """Receives the numbers of a run; process 0 alone has trackers.
+
+    Pass one's own to `memformer.training.train`. An exception ends the run, after a save.
+    """
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Takes the numbers of one record by name, such as "train/loss" or "eval/accuracy".
+
+        A resumed run repeats the steps after its checkpoint, with the same numbers.
+        """
+
+    def close(self) -> None:
+        """Ends the run, whether it is finished or not."""
+
+
 class RunLog:
     """The records of one run, in its folder and on the terminal.
 
@@ -138,7 +155,7 @@ class RunLog:
       step: the step the run resumes from; later records are dropped, so that none appears twice.
       evaluated: the last step whose evaluation the run remembers; later evaluations are dropped.
       total: number of steps, for the progress line.
-      tensorboard: also write event files to <folder>/tensorboard.
+      trackers: also receive the numbers of each record.
       progress: show progress, as a progress bar on a terminal, as plain lines otherwise.
     """
 
@@ -149,11 +166,11 @@ class RunLog:
         step: int,
         total: int,
         evaluated: int | None = None,
-        tensorboard: bool = True,
+        trackers: Sequence[Tracker] = (),
         progress: bool = True,
     ):
         self._records: _Lines | None = None
-        self._board: _EventFile | None = None
+        self._trackers = tuple(trackers)
         self._bar: Any = None
         self._progress, self._total, self._last_shown = progress, total, -math.inf
         if jax.process_index():
@@ -163,18 +180,13 @@ class RunLog:
             self._records = _Lines(
                 self._path, _kept_records(self._path, step, step if evaluated is None else evaluated)
             )
-        if tensorboard and is_url(folder):
-            log(f"no TensorBoard files: they need a local --workdir; the same values are in {self._path}")
-        elif tensorboard:
-            with disk_errors(os.path.join(folder, "tensorboard")):
-                self._board = _EventFile(os.path.join(folder, "tensorboard"), step + 1)
         if progress and sys.stdout.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stdout)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Adds one record; its scalars go to TensorBoard as <kind>/<name>.
+        """Adds one record; its numbers go to the trackers as <kind>/<name>.
 
         Raises:
           RunError: the disk is full or gone.
@@ -184,9 +196,9 @@ class RunLog:
         record = {"kind": kind, "step": step, **{name: _json(value) for name, value in values.items()}}
         with disk_errors(self._path):
             self._records.add(json.dumps(record))
-            if self._board is not None:
-                numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-                self._board.add({f"{kind}/{name}": value for name, value in numbers.items()}, step)
+            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+            for tracker in self._trackers:
+                tracker.write(numbers, step)
 
     def show(self, step: int, text: str, *, always: bool = False) -> None:
         """Updates the progress bar; without a terminal, prints a line every five seconds. `always` prints a line."""
@@ -221,12 +233,12 @@ class RunLog:
         """Closes the progress bar and the files."""
         if self._bar is not None:
             self._bar.close()
-        records, board, self._records, self._board = self._records, self._board, None, None
+        records, self._records = self._records, None
         if records is not None:
-            with disk_errors(self._path):
-                if board is not None:
-                    board.close()
-                records.close()
+            with disk_errors(self._path), contextlib.ExitStack() as stack:
+                stack.callback(records.close)
+                for tracker in self._trackers:
+                    stack.callback(tracker.close)
 
 
 class _Lines:
@@ -264,34 +276,6 @@ class _Lines:
                 # after an error of the disk, the rest of the buffer cannot be written either
                 with contextlib.suppress(OSError):
                     self._file.close()
-
-
-class _EventFile:
-    """TensorBoard's event file, written in the caller's thread.
-
-    tensorboardX writes in a thread of its own: an error of the disk ends that thread, and the run blocks on its queue.
-    """
-
-    def __init__(self, folder: str, purge_step: int):
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-        os.makedirs(folder, exist_ok=True)
-        self._event = Event
-        self._file = EventsWriter(os.path.join(folder, "events"))
-        # hides what an earlier part of the run wrote from this step on
-        start = SessionLog(status=SessionLog.START)
-        self._file.write_event(Event(wall_time=time.time(), step=purge_step, session_log=start))
-
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        from tensorboardX.summary import scalar
-
-        for name, value in values.items():
-            self._file.write_event(self._event(wall_time=time.time(), step=step, summary=scalar(name, value)))
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def _json(value: Any) -> Any:

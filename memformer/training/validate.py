@@ -37,6 +37,7 @@ def _check_train(train: Mapping[str, Any]) -> None:
     check(size % parts == 0, "train.batch_size", f"a multiple of train.accumulate = {parts}", size)
     _check_number("train.stop_accuracy", train["stop_accuracy"], "between 0 and 1", lambda x: 0 <= x <= 1)
     _check_number("train.label_smoothing", train["label_smoothing"], "in [0, 1)", lambda x: 0 <= x < 1)
+    check(isinstance(train["wandb"], str), "train.wandb", "the name of a project, or ''", train["wandb"])
     check_choice("train.on_nan", train["on_nan"], ("abort", "skip"))
     for name in ("profile", "final_lengths"):
         whole = isinstance(train[name], (tuple, list)) and all(_is_whole(x) and x >= 0 for x in train[name])

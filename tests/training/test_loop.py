@@ -13,7 +13,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from memformer.tasks import Swap
-from memformer.training import build, checksums, loop, metrics
+from memformer.training import build, checksums, loop, metrics, trackers
 from memformer.training.build import build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError
@@ -312,7 +312,7 @@ def test_the_end_saves_before_it_evaluates(finished, tmp_path, monkeypatch):
     [
         (loop.Trainer, "_evaluate", RuntimeError("out of memory"), "out of memory"),
         (metrics._Lines, "add", OSError(28, "No space left on device"), "metrics.jsonl: No space left.*MiB free"),
-        (metrics._EventFile, "add", OSError(28, "No space left on device"), "No space left.*--workdir"),
+        (trackers.EventFile, "write", OSError(28, "No space left on device"), "No space left.*--workdir"),
     ],
     ids=["evaluation", "records", "tensorboard"],
 )
