@@ -165,9 +165,9 @@ def _needed(shares: dict[str, int]) -> list[str]:
 def _too_small(found: str, shares: dict[str, int]) -> ValueError:
     return ValueError(
         f"the corpus is too small: {found}, and the splits {', '.join(_needed(shares))} need a document each, of "
-        "different content. Divide text files into more documents, by separator (the text between two documents, such "
-        "as a blank line) or piece_bytes (cut at line ends into pieces of so many bytes); or give validation = 0 or "
-        "test = 0 to do without that split"
+        "different content. Divide text files into more documents, by separator (--separator='\\n\\n' for blank lines) "
+        "or piece_bytes (--piece_bytes=20000 cuts at line ends); or give validation = 0 or test = 0 to do without that "
+        "split"
     )
 
 
@@ -195,8 +195,11 @@ def _start(store: pathlib.Path, settings: dict[str, Any], tokenizer: Tokenizer) 
         return dict(sorted(found.items()))
     if store.is_dir() and any(store.iterdir()) and not (store / PROGRESS).is_dir():
         raise ValueError(f"{store} must be a new or empty folder, or hold a token store; it holds something else")
-    for name in (*SPLITS, PROGRESS):
-        (store / name).mkdir(parents=True, exist_ok=True)
+    try:
+        for name in (*SPLITS, PROGRESS):
+            (store / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out must be a folder that can be made, got {str(store)!r}: {error.strerror}") from error
     save_tokenizer(tokenizer, store / "tokenizer")
     write_json(file, settings)
     return {}
@@ -249,7 +252,8 @@ def _unit(
     record = {"cursor": list(cursor), "last": last, "problems": problems}
     keys = [_key(item) for item in held]
     if number == 0 and last and len(set(keys)) < len(_needed(shares)):
-        raise _too_small(f"it has {len(set(keys))} different document{'s' * (len(set(keys)) != 1)}", shares)
+        count = f"{len(set(keys)) or 'no'} different document{'s' * (len(set(keys)) != 1)}"
+        raise _too_small(f"it has {count}{'' if keys else ' that can be read'}", shares)
     # one unit is the whole corpus, and may be small
     if number == 0 and last and all(shares.values()):
         splits = split_items(keys, **shares)

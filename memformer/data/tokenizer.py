@@ -7,6 +7,7 @@ the extra `text`.
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -225,7 +226,7 @@ def train_tokenizer(
       min_frequency: least number of times that a pair occurs to be merged.
 
     Raises:
-      ValueError: a vocabulary without room for the bytes and the end of text.
+      ValueError: no text, or a vocabulary without room for the bytes and the end of text.
       ImportError: the library `tokenizers` is not installed.
 
     Source: arXiv 1508.07909; on bytes as in GPT-2 (Radford et al. 2019, section 2.2).
@@ -233,6 +234,10 @@ def train_tokenizer(
     check_at_least("vocab_size", vocab_size, BYTES + 1)
     check_at_least("min_frequency", min_frequency, 1)
     library = _import("tokenizers")
+    rest = iter(texts)
+    first = next(rest, None)
+    if first is None:
+        raise ValueError("texts must hold at least one text to train a tokenizer on, got none")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()
@@ -243,7 +248,7 @@ def train_tokenizer(
         initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(itertools.chain([first], rest), trainer)
     target = pathlib.Path(folder).expanduser()
     target.mkdir(parents=True, exist_ok=True)
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT[0]}

@@ -165,7 +165,7 @@ def test_a_corpus_that_is_too_small_is_told_before_it_is_read(tmp_path, count, o
         (tmp_path / f"{i}.txt").write_text("".join(f"text {i} {line}\n" for line in range(50)))
     names = [str(tmp_path / f"{i}.txt") for i in range(count)]
     problem = (
-        rf"too small: it has {count} .*need a document each.*separator .* or piece_bytes .* or give validation = 0"
+        rf"too small: it has {count or 'no'} .*need a document.*separator.* or piece_bytes.* or give validation = 0"
     )
     with pytest.raises(ValueError, match=problem):
         tokenize_corpus(open_corpus(names) if names else wrap_source([]), tmp_path / "store", **options)
@@ -216,6 +216,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="must be a new or empty folder, or hold a token store; it holds something"):
         tokenize_corpus(wrap_source(TEXTS), tmp_path)
     assert contents(tmp_path) == {"mine.txt": b"mine"}
+    with pytest.raises(ValueError, match="out must be a folder that can be made, got .*mine.txt': Not a directory"):
+        tokenize_corpus(wrap_source(TEXTS), tmp_path / "mine.txt")
 
 
 def test_stores_that_cannot_be_read(tmp_path):

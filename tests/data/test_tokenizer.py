@@ -144,6 +144,13 @@ def test_a_vocabulary_without_room_for_the_bytes(tmp_path):
         train_tokenizer([], tmp_path, vocab_size=256)
 
 
+def test_no_text_to_train_on(tmp_path):
+    pytest.importorskip("tokenizers")
+    with pytest.raises(ValueError, match="texts must hold at least one text to train a tokenizer on, got none"):
+        train_tokenizer(iter([]), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_missing_library_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     (tmp_path / "tokenizer.json").write_text("{}")
