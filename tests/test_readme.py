@@ -75,8 +75,8 @@ def test_notebook():
 
 
 def commands() -> dict[str, str]:
-    """The README's commands by what they do; each block holds one."""
-    first, second, tests = (block.strip() for block in blocks("bash"))
+    """The README's commands by what they do; each block holds one, but that of one's own text (test_road.py)."""
+    first, second, _, tests = (block.strip() for block in blocks("bash"))
     return {"train": first, "twin": second, "test": tests}
 
 

@@ -1,4 +1,4 @@
-"""The road of docs/data.md, from a folder of text to scores: its commands run on a small corpus."""
+"""The road of the README, from a folder of text to a model that writes: its commands run on a small corpus."""
 
 import json
 import pathlib
@@ -14,11 +14,12 @@ from memformer.data.token_store import TokenStore
 from memformer.training.config import set_values
 from memformer.training.evaluation import evaluate_checkpoint
 from memformer.training.flags import read_config
+from memformer.training.generation import show_text
 from memformer.training.loop import train
 from memformer.training.metrics import read_records
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "data.md").read_text()
+ROAD = "python -m memformer.data train_tokenizer"
 SMALL = [
     "task.length=32", "model.memory=softmax_attention", "model.width=16", "model.depth=1", "model.heads=1",
     "optimizer.warmup_steps=2", "train.steps=6", "train.batch_size=8", "train.accumulate=1", "train.log_every=2",
@@ -26,15 +27,26 @@ SMALL = [
 ]  # fmt: skip
 
 
+def road(page: str) -> str:
+    """The block of commands on a page that begins with training a tokenizer."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if block.startswith(ROAD))
+    return block
+
+
 def commands(folder: pathlib.Path) -> list[list[str]]:
-    """The commands of the page's first block, with their files in `folder`."""
-    block = re.findall(r"^```bash\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)[0]
+    """The commands of the README, with their files in `folder`."""
+    block = road("README.md")
     block = block.replace(" books/ ", f" {folder}/books/ ").replace("=runs/", f"={folder}/runs/")
     return [shlex.split(line) for line in block.splitlines()]
 
 
 def options(words: list[str]) -> dict[str, str]:
     return dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--"))
+
+
+def test_the_page_of_data_has_the_same_commands():
+    assert road("README.md").startswith(road("docs/data.md"))
 
 
 def test_the_road(tmp_path, capsys):
@@ -47,7 +59,7 @@ def test_the_road(tmp_path, capsys):
     (tmp_path / "books" / "broken.txt").write_bytes(b"\xff")
     found = commands(tmp_path)
     assert [command[1:3] for command in found[:2]] == [["-m", "memformer.data"]] * 2
-    assert [command[1] for command in found[2:4]] == ["train.py", "eval.py"]
+    assert [command[1] for command in found[2:]] == ["train.py", "eval.py", "generate.py"]
     for command in found[:2]:
         small = ["--processes=1"] if "tokenize" in command else []
         assert main([*command[3:], *small]) == 0
@@ -73,6 +85,12 @@ def test_the_road(tmp_path, capsys):
     assert records[0]["bits_per_byte"] == pytest.approx(
         records[0]["loss"] / np.log(2) * part.count("scored") / part.count("bytes")
     )
+
+    chosen = options(found[4])
+    assert chosen.pop("workdir") == workdir and set(chosen) == {"prompt", "max_new_tokens"}
+    capsys.readouterr()
+    show_text([chosen["prompt"]], workdir=workdir, max_new_tokens=8)
+    assert chosen["prompt"] in capsys.readouterr().out
 
     # the store may have moved
     moved = pathlib.Path(config.data.path).rename(tmp_path / "moved")
