@@ -45,6 +45,7 @@ FAST = {
     "lab/test_runs.py": "test_(the_last|an_unknown)",
     "lab/test_capacity.py": "test_(the_latest|theory)",
     "test_configs.py": "",
+    "test_distribution.py": "test_the_metadata",
     "test_docstrings.py": "(?!test_examples_run)",
     "test_faces.py": "",
     "test_imports.py": "",

@@ -224,7 +224,7 @@ class TokenStream:
 
 def _plan_length(model: Any, longest: int, count: int, capacity: int | None) -> tuple[int, int]:
     """Length to which prompts are padded, and the capacity of caches."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     limit = config.max_length if getattr(config, "positions", None) == "learned" else None
     # The last new token is never read by the model.
     need = longest + count - 1

@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import itertools
 import os
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -93,12 +94,15 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHold
 def read_config(argument: str) -> ml_collections.ConfigDict:
     """Returns the complete, locked config of "path/to/file.py" or "path/to/file.py:variant".
 
+    Where there is no such file, "configs/swap.py" and "swap" name a config of this library, wherever it is installed.
+
     Raises:
       RunError: no such file, no get_config, an unknown variant, or an error in the file.
     """
     path, variant = argument, None
     if not os.path.isfile(path) and ":" in argument:
         path, _, variant = argument.rpartition(":")
+    path = _find_config(path)
     expected = "--config must name a Python file that defines get_config(), such as configs/swap.py"
     if not os.path.isfile(path):
         raise RunError(f"{expected}; there is no file {path!r}.")
@@ -122,6 +126,16 @@ def read_config(argument: str) -> ml_collections.ConfigDict:
     if not isinstance(config, ml_collections.ConfigDict):
         raise RunError(f"get_config() of {path} must return the config of default_config(), got {config!r}.")
     return complete_config(config)
+
+
+def _find_config(path: str) -> str:
+    """The path itself where it is a file, else that of the library's config of this name, if there is one."""
+    given, package = pathlib.PurePath(path), pathlib.Path(__file__).parents[1]
+    if os.path.isfile(path) or given.parent.parts not in ((), ("configs",)) or given.suffix not in ("", ".py"):
+        return path
+    # in an installed package, and in a checkout
+    places = (folder / "configs" / f"{given.stem}.py" for folder in (package, package.parent))
+    return next((str(place) for place in places if place.is_file()), path)
 
 
 def _check_variant(path: str, variant: str, module: Any, get_config: Any) -> None:
