@@ -19,7 +19,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "XLA_FLAGS" not in os
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.tiers import is_fast  # noqa: E402
+from tests.tiers import LONGEST, is_fast  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -27,6 +27,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 TESTS = pathlib.Path(__file__).parent
+
+
+def _file(item: pytest.Item) -> str:
+    """The file of a test, relative to tests/."""
+    return item.path.relative_to(TESTS).as_posix()
 
 
 def _row(item: pytest.Item) -> str:
@@ -37,17 +42,18 @@ def _row(item: pytest.Item) -> str:
 
 def _group(item: pytest.Item) -> str:
     """Tests that share compiled functions: those of one file, or of one row of a shared suite's table."""
-    return f"{item.path.relative_to(TESTS)} {_row(item)}"
+    return f"{_file(item)} {_row(item)}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """One worker takes a whole group (--dist=loadgroup), so that nothing is compiled twice; groups run in one piece."""
+    """Marks the fast tier; the longest files come first, and each group runs in one piece."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-        if is_fast(item.path.relative_to(TESTS).as_posix(), item.originalname, _row(item)):
+        if is_fast(_file(item), item.originalname, _row(item)):
             item.add_marker(pytest.mark.fast)
     order = {group: place for place, group in enumerate(dict.fromkeys(map(_group, items)))}
-    items.sort(key=lambda item: order[_group(item)])
+    longest = {file: place for place, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: (longest.get(_file(item), len(LONGEST)), order[_group(item)]))
 
 
 # A process may hold vm.max_map_count (65530) memory maps, and every compiled program takes several.

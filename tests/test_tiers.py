@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from tests.tiers import FAST, FAST_ROWS, SUITES, is_fast
+from tests.tiers import FAST, FAST_ROWS, LONGEST, SUITES, is_fast
 
 TESTS = pathlib.Path(__file__).parent
 ROOMS = sorted(path.name for path in (TESTS.parent / "memformer").iterdir() if (path / "__init__.py").exists())
@@ -39,3 +39,8 @@ def test_rows_of_the_suites():
     assert not is_fast("ops/test_ops.py", "test_odd_lengths", "delta_product")
     assert not is_fast("ops/test_ops.py", "test_vmap", "softmax_attention")
     assert not is_fast("training/test_crash.py", "test_killed_five_times")
+
+
+@pytest.mark.parametrize("place", LONGEST)
+def test_the_longest_files_are_there(place):
+    assert (TESTS / place).is_file()

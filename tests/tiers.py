@@ -1,4 +1,7 @@
-"""The fast tier, `pytest -m fast`: under two minutes on two cores, at least one test of every room of the library."""
+"""The order of the whole suite, and its fast tier.
+
+`pytest -m fast` takes under two minutes on two cores and runs at least one test of every room of the library.
+"""
 
 import re
 
@@ -58,6 +61,26 @@ FAST = {
 # Rows of the parametrized suites that are fast; a test without such a parameter counts whole.
 FAST_ROWS = {"delta_rule_head_decay", "gated_delta_rule", "softmax_attention"}
 SUITES = ("ops/test_ops.py", "layers/test_memory.py", "pallas/test_tpu.py", "pallas/test_gpu.py")
+
+# The files that take longest, longest first: one that starts late would leave the other workers idle.
+LONGEST = (
+    "ops/test_ops.py",
+    "test_docstrings.py",
+    "pallas/test_tpu.py",
+    "training/test_loop.py",
+    "pallas/test_tpu_attention.py",
+    "training/test_crash.py",
+    "lab/test_trained.py",
+    "training/test_sharding.py",
+    "models/test_sharding.py",
+    "training/test_processes.py",
+    "test_style.py",
+    "test_readme.py",
+    "models/test_segment_memory.py",
+    "test_gpu_benchmark.py",
+    "test_tour.py",
+    "lab/test_captions.py",
+)
 
 
 def is_fast(path: str, function: str, row: str = "") -> bool:
