@@ -184,9 +184,9 @@ class MixedSource:
         sizes = [len(source) for source in sources]
         check(all(sizes), "sources", "none empty", sizes)
         self._sources, self._seed = tuple(sources), seed
-        # as Grain rounds them: to a hundredth of the smallest weight
-        whole = [int(weight * 100 / min(weights)) for weight in weights]
-        self._weights = [weight / sum(whole) for weight in whole]
+        # Grain counts in whole numbers; it multiplies them so that the smallest is 100, as it is here
+        self._shares = [round(weight * 100 / min(weights)) for weight in weights]
+        self._weights = [share / sum(self._shares) for share in self._shares]
 
     def __len__(self) -> int:
         return ENDLESS
@@ -207,7 +207,7 @@ class MixedSource:
             # sources of one size would otherwise be shuffled alike
             part = part if self._seed is None else part.shuffle(seed=(self._seed + 7919 * number) % 2**32)
             parts.append(part.repeat())
-        return grain.MapDataset.mix(parts, [round(weight * 1e6) for weight in self._weights])
+        return grain.MapDataset.mix(parts, self._shares)
 
     def epochs(self, position: int) -> tuple[float, ...]:
         """Number of passes over each source after the first `position` examples."""

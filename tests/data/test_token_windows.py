@@ -141,6 +141,8 @@ def test_mixtures_keep_their_weights():
     for prefix in (40, 100, 399):
         counts = np.bincount(drawn[:prefix] // 100, minlength=3)
         np.testing.assert_allclose(counts, np.array([0.5, 0.25, 0.25]) * prefix, atol=1.5)
+    rare = MixedSource([numbers(0, 1), numbers(100, 3)], [1e-9, 1], seed=0)
+    assert sum(rare[i]["x"][0] == 0 for i in range(100)) <= 1 and rare.epochs(3)[1] == pytest.approx(1)
     # each epoch of a source is a permutation of it, and epochs differ
     small = drawn[drawn < 100].reshape(-1, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in small)
