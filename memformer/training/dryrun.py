@@ -27,6 +27,9 @@ __all__ = ["DryRun", "Feeding", "describe_feeding", "dry_run", "lower_step", "st
 OVERFLOW = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 OVERFLOW_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 
+# LLVM's passes take most of the time and change no number that is read here: the program never runs
+CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
 
 @dataclasses.dataclass(frozen=True)
 class Feeding:
@@ -250,8 +253,9 @@ def _compile(
 ) -> tuple[dict[str, int], Program | None, int | None]:
     """Bytes per device by kind, the program, and the compiler's limit; no program where the memory overflows."""
     known = sum(held.values())
+    cpu = run.mesh.devices.flat[0].platform == "cpu"
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=CPU_OPTIONS if cpu else None)
     except jax.errors.JaxRuntimeError as error:
         found = OVERFLOW.search(str(error)) or OVERFLOW_TEMPORARIES.search(str(error))
         if found is None:

@@ -125,20 +125,20 @@ def test_overflow_is_a_verdict(run, message, used):
     """Messages of libtpu 0.0.42, in place of the compiler."""
 
     class Lowered:
-        def compile(self):
+        def compile(self, **_):
             raise jax.errors.JaxRuntimeError(message)
 
     needed, program, limit = dryrun._compile(Lowered(), run, {"weights": 2 * GIB, "optimizer": 2 * GIB, "batch": 0})
     assert (sum(needed.values()), limit, program) == (used, 16 * GIB, None)
 
 
-def test_other_errors_of_the_compiler_pass():
+def test_other_errors_of_the_compiler_pass(run):
     class Lowered:
-        def compile(self):
+        def compile(self, **_):
             raise jax.errors.JaxRuntimeError("INTERNAL: a bug")
 
     with pytest.raises(jax.errors.JaxRuntimeError, match="a bug"):
-        dryrun._compile(Lowered(), None, {"weights": 0})
+        dryrun._compile(Lowered(), run, {"weights": 0})
 
 
 def test_what_it_needs(config, monkeypatch):
