@@ -211,6 +211,8 @@ def _bound(run: Run, program: Program, chip: Chip, flops: float, needed: Mapping
         tokens = run.config["train"]["batch_size"] * run.task.steps
         passes = 4 / 3 if model.get("remat") else 1.0
         computed += passes * max(flops - matrices * tokens, 0.0) / devices
+    # loops whose trip count depends on data are counted once
+    computed = max(computed, flops / devices)
     # every value of the state and of the temporaries is written once and read once
     traffic = program.bytes if needed is None else 2.0 * sum(needed.values())
     return roofline(
