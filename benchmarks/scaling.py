@@ -109,7 +109,9 @@ have not been compiled yet, and the same command adds them. For your own run:
 
 "Step" is a lower bound, not a measurement: the largest of arithmetic, memory traffic and collectives at the peak rates
 of the chips (memformer/training/chips.py), each read from the compiled program with loops counted. "MFU" is the model
-FLOPs utilization of such a step. The memory is exact for TPUs (libtpu's own count).
+FLOPs utilization of such a step. The memory is exact for TPUs (libtpu's own count). In place of GPUs a program for CPUs
+is read: its arrays are in float32 where a GPU's are in bfloat16, and its traffic is taken to be the train state and the
+temporaries, each written and read once.
 """
 HEADER = """| model | parameters | memory | rows per device | GiB per device | of it state | step at least | largest term | tokens/s at most | MFU at most |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""  # noqa: E501
