@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from memformer.training.flags import report_errors, run_command
+from memformer.training.flags import define_processes, report_errors, run_command
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest whole one.")
@@ -13,22 +13,25 @@ BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Examples per batch; by de
 SET = flags.DEFINE_multi_string("set", [], "A change to the run's config, such as task.length=64; may be repeated.")
 TASK_MODULE = flags.DEFINE_string("task_module", "", "A module that registers the task; by default that of the run.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; by default <workdir>/eval_<split>.json.")
+PROCESSES = define_processes()
 
 
 def main(_: list[str]) -> None:
     with report_errors():
+        from memformer.training.distributed import join_processes
         from memformer.training.evaluation import evaluate_checkpoint
 
-        evaluate_checkpoint(
-            WORKDIR.value,
-            step=STEP.value,
-            split=SPLIT.value,
-            lengths=LENGTHS.value,
-            batches=BATCHES.value,
-            batch_size=BATCH_SIZE.value,
-            settings=SET.value,
-            out=OUT.value,
-        )
+        with join_processes(**PROCESSES()):
+            evaluate_checkpoint(
+                WORKDIR.value,
+                step=STEP.value,
+                split=SPLIT.value,
+                lengths=LENGTHS.value,
+                batches=BATCHES.value,
+                batch_size=BATCH_SIZE.value,
+                settings=SET.value,
+                out=OUT.value,
+            )
 
 
 def run() -> None:

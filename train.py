@@ -2,13 +2,11 @@
 
 from absl import flags
 
-from memformer.training.flags import define_config, report_errors, run_command
+from memformer.training.flags import define_config, define_processes, report_errors, run_command
 
 CONFIG = define_config()
 WORKDIR = flags.DEFINE_string("workdir", "", "The run's folder; by default runs/<task>-<memory>.")
-PROCESSES = flags.DEFINE_string(
-    "processes", "", "For a run of several processes: auto (TPU pods, SLURM), or host:port,processes,index."
-)
+PROCESSES = define_processes()
 DRYRUN = flags.DEFINE_string(
     "dryrun",
     "",
@@ -34,8 +32,8 @@ def main(_: list[str]) -> None:
 
             (show_search if SEARCH.value else show_dry_run)(CONFIG.value, DRYRUN.value)
             return
-        join_processes(PROCESSES.value)
-        train(CONFIG.value, WORKDIR.value)
+        with join_processes(**PROCESSES()):
+            train(CONFIG.value, WORKDIR.value)
 
 
 def run() -> None:

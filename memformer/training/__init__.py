@@ -17,7 +17,7 @@ from memformer.training.config import (
     unknown_key,
 )
 from memformer.training.curriculum import Curriculum
-from memformer.training.distributed import agree, join_processes
+from memformer.training.distributed import agree, first_text, join_processes
 from memformer.training.dryrun import DryRun, Feeding, describe_feeding, dry_run, lower_step, step_flops
 from memformer.training.evaluation import LoadedRun, Scorer, evaluate_checkpoint, fits_model, load_run, parameters_of
 from memformer.training.files import (
@@ -29,7 +29,14 @@ from memformer.training.files import (
     replace_file,
     write_bytes,
 )
-from memformer.training.flags import define_config, parse_flags, read_config, report_errors, run_command
+from memformer.training.flags import (
+    define_config,
+    define_processes,
+    parse_flags,
+    read_config,
+    report_errors,
+    run_command,
+)
 from memformer.training.folder import (
     FREE_KEYS,
     changed_keys,
@@ -75,6 +82,7 @@ from memformer.training.optimizer import (
 )
 from memformer.training.orbax_errors import SaveError, hide_orbax, save_errors, step_folders
 from memformer.training.paths import abstract, describe, difference, flatten, nest
+from memformer.training.peers import Peers
 from memformer.training.plan import Choice, make_fit, search_runs, show_dry_run, show_search
 from memformer.training.plots import COLOURS, plot_learning_curve, plot_lengths
 from memformer.training.profiling import Profiler
@@ -139,6 +147,7 @@ __all__ = [
     "Loader",
     "Mirror",
     "NotFiniteError",
+    "Peers",
     "Profiler",
     "Program",
     "Restored",
@@ -177,6 +186,7 @@ __all__ = [
     "decay_mask",
     "default_config",
     "define_config",
+    "define_processes",
     "describe",
     "describe_changes",
     "describe_feeding",
@@ -190,6 +200,7 @@ __all__ = [
     "final_scores",
     "find_chip",
     "find_devices",
+    "first_text",
     "fits_model",
     "flatten",
     "flops_per_token",

@@ -28,7 +28,7 @@ from memformer.training.config import (
     unknown_key,
 )
 
-__all__ = ["define_config", "parse_flags", "read_config", "report_errors", "run_command"]
+__all__ = ["define_config", "define_processes", "parse_flags", "read_config", "report_errors", "run_command"]
 
 
 class _WholeNumber(flags.ArgumentParser):
@@ -89,6 +89,40 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> flags.FlagHold
     )
     flag_values["config"].parser = _ConfigParser()
     return holder
+
+
+def define_processes(flag_values: flags.FlagValues = flags.FLAGS) -> Callable[[], dict[str, Any]]:
+    """Defines --processes, --heartbeat_timeout and --join_timeout; returns what reads them for `join_processes`.
+
+    Example:
+      >>> values = flags.FlagValues()
+      >>> processes = define_processes(values)
+      >>> values(["train.py", "--processes=auto"])
+      ['train.py']
+      >>> processes()
+      {'where': 'auto', 'heartbeat': 100, 'wait': 300}
+    """
+    where = flags.DEFINE_string(
+        "processes",
+        "",
+        "For several processes: auto (TPU pods, SLURM), or host:port,processes,index.",
+        flag_values=flag_values,
+    )
+    heartbeat = flags.DEFINE_integer(
+        "heartbeat_timeout",
+        100,
+        "Seconds without a sign of life after which a process of several counts as lost.",
+        lower_bound=1,
+        flag_values=flag_values,
+    )
+    wait = flags.DEFINE_integer(
+        "join_timeout",
+        300,
+        "Seconds that a process of several waits for the others at the start.",
+        lower_bound=1,
+        flag_values=flag_values,
+    )
+    return lambda: {"where": where.value, "heartbeat": heartbeat.value, "wait": wait.value}
 
 
 def read_config(argument: str) -> ml_collections.ConfigDict:

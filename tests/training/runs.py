@@ -38,11 +38,16 @@ SMALL = {
 def start(folder: pathlib.Path, settings=(), *, environment=(), log="", flags=()) -> subprocess.Popen:
     """Starts a small swap run in `folder`; its output goes to `log`, by default <folder>.log."""
     values = {**SMALL, **dict(settings)}
-    command = [sys.executable, "train.py", *flags, "--config=configs/swap.py", f"--workdir={folder}"]
+    command = ["train.py", *flags, "--config=configs/swap.py", f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in values.items()]
-    with open(log or f"{folder}.log", "ab") as file:
+    return launch(command, log or f"{folder}.log", environment)
+
+
+def launch(command, log, environment=()) -> subprocess.Popen:
+    """Starts a script of the repository with its arguments; appends its output to `log`."""
+    with open(log, "ab") as file:
         return subprocess.Popen(
-            command,
+            [sys.executable, *command],
             cwd=ROOT,
             stdout=file,
             stderr=file,
