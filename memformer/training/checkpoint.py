@@ -20,7 +20,7 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from memformer.training.checksums import EMPTY, JSON_ITEMS, StateHandler, damage
-from memformer.training.distributed import agree
+from memformer.training.distributed import agree, first_text
 from memformer.training.files import is_url
 from memformer.training.orbax_errors import SaveError, hide_orbax, save_errors, step_folders
 from memformer.training.paths import abstract, describe, difference, flatten, nest
@@ -255,13 +255,15 @@ class Checkpoints:
         if self._manager is not None and not self._damaged:
             return self._manager
         self.close()
-        if self.folder.exists():
+        if jax.process_index() == 0 and self.folder.exists():
             self._set_aside()
+        self._damaged = {}
+        agree(0)
         keep_last, keep_best = self._keep
         policies: list[Any] = [preservation_policy.LatestN(keep_last)]
         if keep_best:
-            worst_first = self._best[1] == "min"
-            policies.append(preservation_policy.BestN(get_metric_fn=self._score, reverse=worst_first, n=keep_best))
+            reverse = self._best[1] == "min"
+            policies.append(preservation_policy.BestN(get_metric_fn=self._score, reverse=reverse, n=keep_best))
         options = ocp.CheckpointManagerOptions(
             best_fn=self._score,
             best_mode=self._best[1],
@@ -288,14 +290,13 @@ class Checkpoints:
     def _set_aside(self) -> None:
         for step in self._steps():
             reason = self._damaged.get(step) or damage(self.folder / str(step), deep=False)
-            if reason is None or jax.process_index() != 0:
+            if reason is None:
                 continue
             aside, count = self.folder / f"{step}.damaged", 1
             while aside.exists():
                 aside, count = self.folder / f"{step}.damaged{count}", count + 1
             (self.folder / str(step)).rename(aside)
             logging.warning("Checkpoint %d in %s %s: renamed to %s.", step, self.name, reason, aside.name)
-        self._damaged = {}
 
     def _steps(self) -> list[int]:
         """Steps that have a folder, newest first."""
@@ -320,26 +321,31 @@ class Checkpoints:
         steps = self._steps()
         if step not in steps:
             raise FileNotFoundError(f"no checkpoint of step {step} in {self.name}: its steps are {steps[::-1]}.")
-        reason = self._inspect(step) if jax.process_index() == 0 else None
-        if agree(int(reason is not None)):
+        reason = self._inspect(step)
+        if reason is not None:
             raise ValueError(
-                f"checkpoint {step} in {self.name} {reason or 'is damaged'}. Give another step of "
-                f"{steps[::-1]}, or none for the newest whole one."
+                f"checkpoint {step} in {self.name} {reason}. Give another step of {steps[::-1]}, or none for the "
+                "newest whole one."
             )
         return step
 
     def _newest(self) -> int | None:
-        """Finds the newest whole step; process 0 searches and broadcasts the result."""
-        steps, found = self._steps(), -1
-        if jax.process_index() == 0:
-            found = next((step for step in steps if self._inspect(step) is None), -1)
-        found = agree(found)
-        skipped = {step: self._damaged.get(step, "is damaged") for step in steps if step > found}
-        for step in skipped.keys() - self._warned:
-            logging.warning("Checkpoint %d in %s %s: skipped.", step, self.name, skipped[step])
+        """Finds the newest whole step among those that process 0 sees; all processes check them together."""
+        steps = self._steps()
+        skipped: dict[int, str] = {}
+        for i in range(agree(len(steps))):
+            step = agree(steps[i] if i < len(steps) else -1)
+            reason = self._inspect(step)
+            if reason is None:
+                break
+            skipped[step] = reason
+        else:
+            step = -1
+        for damaged in skipped.keys() - self._warned:
+            logging.warning("Checkpoint %d in %s %s: skipped.", damaged, self.name, skipped[damaged])
         self._warned |= skipped.keys()
-        if found >= 0:
-            return found
+        if step >= 0:
+            return step
         lost = {step: reason for step, reason in skipped.items() if reason != EMPTY}
         if not lost:
             return None
@@ -350,10 +356,11 @@ class Checkpoints:
         )
 
     def _inspect(self, step: int) -> str | None:
-        """Damage of a step's files, or None; each step is read once per `Checkpoints` object."""
+        """Damage of a step's files, or None; all processes together read each step once per `Checkpoints` object."""
         if step in self._whole:
             return None
-        reason = damage(self.folder / str(step), deep=True)
+        share = (jax.process_index(), jax.process_count())
+        reason = first_text(damage(self.folder / str(step), True, share))
         if reason is None:
             self._whole.add(step)
         else:

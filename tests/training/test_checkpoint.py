@@ -3,9 +3,11 @@
 import gc
 import json
 import logging
+import pathlib
 import resource
 import shutil
 import tempfile
+import zlib
 
 import chex
 import jax
@@ -13,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from memformer.training import checksums
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.orbax_errors import SaveError
 
@@ -295,6 +299,24 @@ def test_what_save_refuses(run, tmp_path):
         with pytest.raises(ValueError, match=r"metrics must have 'loss', .* got \['accuracy'\]"):
             checkpoints.save(1, state, {}, {}, {"accuracy": 1.0})
     assert not (tmp_path / "new").exists()
+
+
+def test_each_file_is_read_once_and_by_the_process_that_wrote_it(tmp_path, monkeypatch):
+    read, checksum = [], checksums._checksum
+    monkeypatch.setattr(checksums, "_checksum", lambda path: read.append(str(path)) or checksum(path))
+    write(tmp_path / "run", steps=(10,), losses=(0.5,))
+    arrays = [path for path in read if "ocdbt.process_0" in path]
+    assert arrays == read[: len(arrays)] and len(set(read)) == len(read)
+    step = epath.Path(tmp_path / "run" / "10")
+    assert not list(pathlib.Path(step).rglob("checksums.process_*"))
+    # of two processes, each reads its own half
+    moved = step / "state" / "ocdbt.process_1"
+    (step / "state" / "ocdbt.process_0").rename(moved)
+    text = (step / "state" / "checksums.json").read_text().partition("\n")[2].replace("ocdbt.process_0", moved.name)
+    (step / "state" / "checksums.json").write_text(f"{zlib.crc32(text.encode())}\n{text}")
+    flip_a_bit(largest(pathlib.Path(moved)))
+    assert checksums.damage(step, True, (0, 2)) is None
+    assert f"state/{moved.name}/d/" in checksums.damage(step, True, (1, 2)) == checksums.damage(step, True)
 
 
 @pytest.fixture
