@@ -101,8 +101,8 @@ class Workers:
         for future in concurrent.futures.as_completed(waiting):
             yield waiting[future], _result(future)
 
-    def show(self, records: dict[int, dict[str, Any]], log: Callable[[str], None]) -> None:
-        """Logs the progress every five seconds."""
+    def show(self, records: dict[int, dict[str, Any]], files: int, log: Callable[[str], None]) -> None:
+        """Logs the progress every five seconds; `files` is the number of all."""
         now, done = time.monotonic(), sum(record["text_bytes"] for record in records.values())
         if self._first is None:
             self._first = done
@@ -110,7 +110,11 @@ class Workers:
             self._shown = now
             rate = (done - self._first) / (now - self._began)
             documents = sum(record["read"] for record in records.values())
-            log(f"{len(records)} shards, {documents:,} documents, {done / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s")
+            at = 1 + max(record["cursor"][0] for record in records.values())
+            log(
+                f"file {at} of {files}, {documents:,} documents, {done / 1e6:,.0f} MB, {len(records)} shards, "
+                f"{rate / 1e6:.1f} MB/s"
+            )
 
 
 def _result(future: concurrent.futures.Future) -> dict[str, Any]:

@@ -102,7 +102,7 @@ def tokenize_corpus(
     with Workers(store, processes) as workers:
         for number, record in workers.run(units):
             records[number] = record
-            workers.show(records, say)
+            workers.show(records, len(corpus.parts), say)
     _finish(store, settings, loaded, records)
     result = TokenStore(store)
     for line in _warnings(result, shares):
@@ -196,7 +196,8 @@ def _start(store: pathlib.Path, settings: dict[str, Any], tokenizer: Tokenizer) 
     if store.is_dir() and any(store.iterdir()) and not (store / PROGRESS).is_dir():
         raise ValueError(f"{store} must be a new or empty folder, or hold a token store; it holds something else")
     try:
-        for name in (*SPLITS, PROGRESS):
+        # first the folder by which a later call knows the others as its own
+        for name in (PROGRESS, *SPLITS):
             (store / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"out must be a folder that can be made, got {str(store)!r}: {error.strerror}") from error

@@ -138,7 +138,8 @@ class FileTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without special tokens around it; names of special tokens inside it become their ids."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # the fast form leaves out the place of each token in the text
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids, without special tokens; a cut character becomes U+FFFD.
