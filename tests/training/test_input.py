@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import threading
 
 import jax
 import numpy as np
@@ -149,6 +150,37 @@ def test_batches_reach_the_devices(sizes):
         assert array.sharding == batch_sharding(name, array.shape, mesh)
         for shard in array.addressable_shards:
             np.testing.assert_array_equal(shard.data, want[name][shard.index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched(Finite):
+    """Notes the examples that are read."""
+
+    asked: list = dataclasses.field(default_factory=list, compare=False)
+
+    def source(self, split: str, seed: int):
+        def make(index):
+            self.asked.append(index)
+            return make_example(np.full(2, index), np.zeros(2), np.ones(2))
+
+        return FiniteSource(make, self.size)
+
+
+def test_only_own_examples_are_read():
+    task = Watched(size=16)
+    take(2, task=task, split="test", batch_size=8, rows=[0, 1, 4, 5], prefetch=0)
+    assert task.asked == [0, 1, 4, 5, 8, 9, 12, 13]
+
+
+def test_batches_are_placed_in_the_background():
+    threads = []
+
+    def place(batch):
+        threads.append(threading.current_thread())
+        return batch
+
+    take(2, place=place)
+    assert len(threads) >= 2 and threading.main_thread() not in threads
 
 
 def test_restart_with_other_processes_and_batch_size():
