@@ -19,6 +19,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "XLA_FLAGS" not in os
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.executables import KEPT, kept_executables  # noqa: E402
 from tests.tiers import LONGEST, is_fast  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -76,4 +77,12 @@ def pytest_runtest_setup(item):
     group = _group(item)
     if _last_group and _last_group[-1] != group and _memory_maps() > MOST_MAPS:
         jax.clear_caches()
+        KEPT.clear()
     _last_group[:] = [group]
+
+
+@pytest.fixture(scope="module")
+def programs_kept():
+    """Programs of a module's runs are compiled once."""
+    with kept_executables():
+        yield

@@ -13,10 +13,11 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from memformer.tasks import Swap
-from memformer.training import build, checksums, loop, metrics, trackers
+from memformer.training import build, checksums, loop, metrics, plots, trackers
 from memformer.training.build import build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError
+from memformer.training.files import write_bytes
 from memformer.training.lock import LOCK, run_lock
 from memformer.training.loop import train
 from memformer.training.metrics import read_records
@@ -24,6 +25,7 @@ from memformer.training.sharding import mesh_scope
 from memformer.training.step import abstract_state
 from tests.training.small import build_counting, small_config
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 MEASURED = ("step_seconds", "tokens_per_second")
 CLIMBING = {
     "train__curriculum__enabled": True,
@@ -42,11 +44,13 @@ def make_light(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
+    """Pictures are written empty: to draw one takes a third of a short run, and `finished` has drawn its own."""
     make_light(monkeypatch)
+    monkeypatch.setattr(plots, "_save", lambda figure, path: write_bytes(path, b""))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, programs_kept):
     """Folder and result of one uninterrupted run."""
     folder = str(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
@@ -72,6 +76,8 @@ def test_what_a_run_leaves(finished):
     assert {"config.json", "metrics.jsonl", "checkpoints", "curve.png", "result.json"} <= set(os.listdir(folder))
     with open(os.path.join(folder, "result.json")) as file:
         assert json.load(file) == result
+    with open(os.path.join(folder, "curve.png"), "rb") as file:
+        assert file.read(4) == b"\x89PNG"
     assert result["steps"] == 8 and result["finished"] and set(result["lengths"]) == {"4", "8"}
     records = read_records(os.path.join(folder, "metrics.jsonl"))
     trained = [r for r in records if r["kind"] == "train"]
