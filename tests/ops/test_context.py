@@ -148,7 +148,7 @@ def test_cost_of_the_program(name):
     (one, held), (many, held_by_each) = found
     before, after = (read_program(text, mesh) for text in (one, many))
     assert before.flops / devices <= after.flops <= most * before.flops / devices
-    assert held_by_each <= 1.3 * held / devices
+    assert held_by_each <= 1.5 * held / devices
     assert not collectives_in_loops(many)
     assert {"all-gather"} & {c.kind for c in after.collectives} == set()
 
