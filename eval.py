@@ -8,7 +8,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=Tru
 STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; by default the newest whole one.")
 SPLIT = flags.DEFINE_string("split", "test", "train, validation or test.")
 LENGTHS = flags.DEFINE_list("lengths", None, "Task lengths; by default the task's own list.")
-BATCHES = flags.DEFINE_integer("batches", 16, "Batches per length.", lower_bound=1)
+BATCHES = flags.DEFINE_integer("batches", 16, "Batches per length; 0 for all.", lower_bound=0)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Examples per batch; by default that of the run.", lower_bound=1)
 SET = flags.DEFINE_multi_string("set", [], "A change to the run's config, such as task.length=64; may be repeated.")
 TASK_MODULE = flags.DEFINE_string("task_module", "", "A module that registers the task; by default that of the run.")

@@ -172,6 +172,7 @@ def _train_section() -> ml_collections.ConfigDict:
             "log_every": 10,
             # 0 = only at the end, as for checkpoints
             "eval_every": 100,
+            # 0 = each example of a stored split once
             "eval_batches": 4,
             "checkpoint_every": 500,
             # stop when training and held-out accuracy reach it; 0 = never
@@ -183,6 +184,7 @@ def _train_section() -> ml_collections.ConfigDict:
             "curriculum": {"enabled": False, "start": 32, "stop": 256, "factor": 2, "accuracy": 0.99},
             # lengths of the final table; () = the task's own length
             "final_lengths": (),
+            # as eval_batches
             "final_batches": 8,
             # trace of steps (first, last), counted from 1, to <workdir>/profile; (0, 0) = none
             "profile": (0, 0),

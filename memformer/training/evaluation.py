@@ -1,6 +1,7 @@
 """Scores a model on any split, length or variant of a task, from a run or from its checkpoint alone."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -52,15 +53,21 @@ class Scorer:
     def __call__(
         self, parameters: tuple[Arrays, Arrays], task: Task, *, split: str = "validation", batches: int
     ) -> dict[str, float]:
-        """Loss and the task's scores over `batches` batches of `split`."""
+        """Loss and the task's scores over `batches` batches of `split`; 0 scores each of its examples once."""
         layout = batch_layout(batch_shapes(task, self.batch_size), self.mesh)
         loader = make_loader(
-            task, split, batch_size=self.batch_size, seed=self.seed, rows=layout.rows, place=layout.place
+            task,
+            split,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            rows=layout.rows,
+            place=layout.place,
+            repeat=batches > 0,
         )
         sums: list[Arrays] = []
         with mesh_scope(self.mesh):
-            for _ in range(batches):
-                sums.append(self.step(*parameters, next(loader)))
+            for batch in itertools.islice(loader, batches or None):
+                sums.append(self.step(*parameters, batch))
         loader.close()
         fetched = jax.device_get(sums)
         total = {name: math.fsum(float(part[name]) for part in fetched) for name in fetched[0]}
@@ -104,7 +111,7 @@ def evaluate_checkpoint(
       step: step of the checkpoint; None for the newest that restores.
       split: "train", "validation" or "test".
       lengths: task lengths to evaluate; None for the task's own list, or else its length.
-      batches: batches per length.
+      batches: batches per length; 0 scores each example of a stored split once.
       batch_size: rows per batch; None for that of the run.
       settings: changes to the run's config, such as "task.objects=5", "mesh.data=1".
       out: JSON file to write; None for <workdir>/eval_<split>.json. The plot has the same name with .png.
@@ -125,15 +132,16 @@ def evaluate_checkpoint(
     visited = _lengths(task, lengths)
     scores = {}
     for length, variant in visited.items():
-        log(f"length {length}: {batches} batches of {scorer.batch_size}")
-        scores[length] = scorer(loaded.weights, variant, split=split, batches=batches)
+        log(f"length {length}: {batches or 'all'} batches of {scorer.batch_size}")
+        with run_errors("--batches" if not batches else "the data"):
+            scores[length] = scorer(loaded.weights, variant, split=split, batches=batches)
     result = {
         "checkpoint": workdir if is_url(workdir) else os.path.abspath(workdir),
         "step": loaded.step,
         "split": split,
         "task": config["task"],
         "memory": model_name(config["model"]),
-        "examples": batches * scorer.batch_size,
+        "examples": batches * scorer.batch_size or "all",
         "lengths": {str(length): values for length, values in scores.items()},
     }
     _write(result, scores, visited, trained_on, out or os.path.join(workdir, f"eval_{split}.json"))

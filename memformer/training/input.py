@@ -198,10 +198,10 @@ def _check_source(source: RandomAccessSource, task: Task, split: str, repeat: bo
         raise ValueError(f"the {split} split of task {task.name!r} holds no example; give it more data, or shorten it")
 
 
-def check_split(task: Task, split: str, seed: int) -> None:
-    """Raises ValueError unless the split has an example that a model of `task` can take."""
+def check_split(task: Task, split: str, seed: int, *, once: bool = False) -> None:
+    """Raises ValueError unless the split has an example that a model of `task` can take, and an end for `once`."""
     source = task.source(split, seed)
-    _check_source(source, task, split, repeat=True)
+    _check_source(source, task, split, repeat=not once)
     check_batch({name: np.asarray(array)[None] for name, array in source[0].items()}, task, 1)
 
 

@@ -40,6 +40,8 @@ __all__ = ["Trainer", "train"]
 
 # parameters that are not operands of a matrix product
 LOOKED_UP = ("embedding", "positions")
+# options with the number of batches of a held-out split; 0 scores all of it
+BATCHES = {"validation": "eval_batches", "test": "final_batches"}
 
 
 def train(config: Mapping[str, Any], workdir: str = "", *, trackers: Sequence[Tracker] = ()) -> dict[str, Any]:
@@ -172,7 +174,7 @@ class Trainer:
         for split, visited in lengths.items():
             for length in dict.fromkeys(visited):
                 with run_errors(f"the {split} split of task {task.name!r} at length {length} cannot be used"):
-                    check_split(task.with_length(length), split, seed)
+                    check_split(task.with_length(length), split, seed, once=not options[BATCHES.get(split, "steps")])
 
     def _start(self) -> list[str]:
         """Restores the newest checkpoint, or initializes the state; returns sentences on a change of layout."""

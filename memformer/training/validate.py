@@ -28,10 +28,10 @@ def validate(config: Mapping[str, Any]) -> None:
 
 
 def _check_train(train: Mapping[str, Any]) -> None:
-    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_batches", "final_batches", "max_skips"):
+    for name in ("steps", "batch_size", "accumulate", "log_every", "max_skips"):
         check_at_least(f"train.{name}", train[name], 1)
-    for name in ("eval_every", "checkpoint_every", "input_workers"):
-        # 0: only at the end, or no workers
+    for name in ("eval_every", "checkpoint_every", "input_workers", "eval_batches", "final_batches"):
+        # 0: only at the end, no workers, or all
         check_at_least(f"train.{name}", train[name], 0)
     size, parts = train["batch_size"], train["accumulate"]
     check(size % parts == 0, "train.batch_size", f"a multiple of train.accumulate = {parts}", size)

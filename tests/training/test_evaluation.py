@@ -1,5 +1,6 @@
 """Evaluation from a run's folder alone: lengths, variants, files, errors."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from memformer.data.source import FiniteSource
 from memformer.training import build
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError
@@ -141,3 +143,23 @@ def test_command_lines_end_with_one_paragraph():
         error = process.communicate()[1]
         assert process.returncode == 1 and error.startswith("error: ") and error.count("\n") == 1, error
         assert says in error, error
+
+
+def test_a_whole_split_is_scored_once(run):
+    """One pass over a stored split, whatever the batch size: the sums of its examples."""
+    pieces = build.build_run(small_config(mesh__data=1).to_dict())
+    params, rest = pieces.model.init(jax.random.key(0))
+    step = make_eval_step(pieces.model, pieces.mesh)
+
+    class Stored(type(pieces.task)):
+        def source(self, split, seed):
+            endless = super().source(split, seed)
+            return FiniteSource(lambda i: endless[i], 8)
+
+    task = Stored(**dataclasses.asdict(pieces.task))
+    eight = Scorer(step, pieces.mesh, 8, 0)((params, rest), task, batches=1)
+    for size in (8, 4):
+        whole = Scorer(step, pieces.mesh, size, 0)((params, rest), task, batches=0)
+        np.testing.assert_allclose(list(whole.values()), list(eight.values()), rtol=1e-6)
+    with pytest.raises(RunError, match="--batches: repeat must be True for task 'swap': its source is endless"):
+        evaluate_checkpoint(run[0], lengths=[8], batches=0)
