@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "pretrained": ("core", "pallas", "ops", "layers", "models", "data"),
     "training": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained"),
     "lab": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained", "training"),
+    "evals": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained", "training"),
     # memformer/__init__.py
     "memformer": ("core", "pallas", "ops"),
 }

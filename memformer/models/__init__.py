@@ -7,7 +7,7 @@ from memformer.models.captioner import Captioner, CaptionerConfig, doubly_stocha
 from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig, check_input
 from memformer.models.encoder import Encoder, EncoderConfig, mean_pool
 from memformer.models.generate import TokenStream, bucket_length, generate, pad_prompts
-from memformer.models.generate_text import GeneratedText, TextPiece, TextStream, generate_text
+from memformer.models.generate_text import GeneratedText, TextPiece, TextStream, generate_text, start_id
 from memformer.models.language_model import Block, MemoryLM, ModelOutput, check_sizes
 from memformer.models.ntm import NTM, NTMConfig, NTMState, NTMTrace
 from memformer.models.picture import ConvGrid, PatchGrid, add_places
@@ -79,4 +79,5 @@ __all__ = [
     "read_safetensors",
     "repeat_rows",
     "sample",
+    "start_id",
 ]

@@ -12,7 +12,7 @@ from memformer.data.tokenizer import Tokenizer
 from memformer.models.generate import TokenStream
 from memformer.models.sampling import Sampling
 
-__all__ = ["GeneratedText", "TextPiece", "TextStream", "generate_text"]
+__all__ = ["GeneratedText", "TextPiece", "TextStream", "generate_text", "start_id"]
 
 # Written by decoders for bytes that are no character, or not yet one.
 REPLACEMENT = "\ufffd"
@@ -129,7 +129,7 @@ class TextStream:
         capacity: int | None = None,
     ):
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        start = _start_id(model, tokenizer) if document_start else None
+        start = start_id(model, tokenizer) if document_start else None
         ids = [_encode(tokenizer, prompt, i, start) for i, prompt in enumerate(prompts)]
         self._tokens = TokenStream(
             model,
@@ -275,8 +275,11 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _start_id(model: Any, tokenizer: Tokenizer) -> int | None:
-    """The id before the first token of a document, as token stores choose it."""
+def start_id(model: Any, tokenizer: Tokenizer) -> int | None:
+    """The id before the first token of a document, as token stores choose it; None where the model has none.
+
+    It is the tokenizer's end of text or, without one, the id behind its vocabulary.
+    """
     if tokenizer.end_of_text is not None:
         return tokenizer.end_of_text
     return tokenizer.vocab_size if model.vocab_size > tokenizer.vocab_size else None

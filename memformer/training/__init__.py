@@ -46,7 +46,7 @@ from memformer.training.folder import (
     schedule_steps,
     write_run_config,
 )
-from memformer.training.generation import TextModel, load_text_model, show_text
+from memformer.training.generation import TextModel, load_text_model, show_text, text_errors
 from memformer.training.guards import FiniteGuard, NotFiniteError
 from memformer.training.input import (
     Batch,
@@ -262,6 +262,7 @@ __all__ = [
     "step_folders",
     "task_of",
     "topology_name",
+    "text_errors",
     "train",
     "unknown_key",
     "update_ema",

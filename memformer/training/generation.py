@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -10,12 +9,13 @@ from typing import Any
 
 from memformer.data.tokenizer import Tokenizer, load_tokenizer
 from memformer.models.generate_text import GeneratedText, TextPiece, TextStream
+from memformer.pretrained import load_pretrained
 from memformer.training.config import RunError, run_errors
 from memformer.training.evaluation import load_run
 from memformer.training.files import replace_file
 from memformer.training.metrics import log
 
-__all__ = ["TextModel", "load_text_model", "show_text"]
+__all__ = ["TextModel", "load_text_model", "show_text", "text_errors"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ def load_text_model(
     if pretrained:
         return _load_pretrained(pretrained)
     loaded = load_run(workdir, step=step, settings=["mesh.fsdp=1", "mesh.tensor=-1", *settings])
-    with _text_errors(f"the tokenizer of the run in {workdir}"):
+    with text_errors(f"the tokenizer of the run in {workdir}"):
         folder = os.path.join(workdir, "tokenizer")
         if not os.path.isdir(folder):
             raise RunError(
@@ -65,9 +65,8 @@ def load_text_model(
 
 
 def _load_pretrained(folder: str) -> TextModel:
-    with _text_errors(f"--pretrained={folder}"):
-        # this room is above none that imports it: a run may start from a pretrained model
-        model, tokenizer, _ = importlib.import_module("memformer.pretrained").load_pretrained(folder)
+    with text_errors(f"--pretrained={folder}"):
+        model, tokenizer, _ = load_pretrained(folder)
     if tokenizer is None:
         raise RunError(f"--pretrained={folder}: there is no tokenizer.json in this folder, so that ids are no text.")
     model.eval()
@@ -105,7 +104,7 @@ def show_text(
     if not texts:
         raise RunError("give a prompt (--prompt=TEXT, which may be repeated), or a file of them (--prompt_file=FILE).")
     loaded = load_text_model(workdir, pretrained=pretrained, step=step, settings=settings)
-    with _text_errors("generation"):
+    with text_errors("generation"):
         inputs = [_chat_prompt(loaded.tokenizer, text) for text in texts] if chat else texts
         start = loaded.document_start and not chat
         stream = TextStream(loaded.model, loaded.tokenizer, inputs, document_start=start, **options)
@@ -174,8 +173,8 @@ def _prompt_field(path: str, number: int, line: str) -> str:
 
 
 @contextlib.contextmanager
-def _text_errors(what: str) -> Iterator[None]:
-    """As `run_errors`, and a package that is not installed, too."""
+def text_errors(what: str) -> Iterator[None]:
+    """Turns a ValueError, OSError or missing package of the enclosed block into a `RunError`; as `run_errors`."""
     try:
         with run_errors(what):
             yield
