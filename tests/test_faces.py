@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1] / "memformer"
-PACKAGES = ("layers", "models", "data", "tasks", "pretrained", "training")
+PACKAGES = ("layers", "models", "data", "tasks", "pretrained", "training", "evals")
 
 
 def public_names(path: pathlib.Path) -> list[str]:
