@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -64,11 +65,11 @@ class Workers:
     Processes are spawned, because JAX may run threads in this one, and end when it does, however it ends.
     """
 
-    def __init__(self, store: pathlib.Path, processes: int):
+    def __init__(self, store: pathlib.Path, processes: int, records: dict[int, dict[str, Any]]):
         self._store, self._processes = store, processes
+        self._before = _text_bytes(records)
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._began = self._shown = time.monotonic()
-        self._first: int | None = None
 
     def __enter__(self) -> "Workers":
         if self._processes > 1:
@@ -103,18 +104,21 @@ class Workers:
 
     def show(self, records: dict[int, dict[str, Any]], files: int, log: Callable[[str], None]) -> None:
         """Logs the progress every five seconds; `files` is the number of all."""
-        now, done = time.monotonic(), sum(record["text_bytes"] for record in records.values())
-        if self._first is None:
-            self._first = done
+        now = time.monotonic()
         if now - self._shown >= 5:
             self._shown = now
-            rate = (done - self._first) / (now - self._began)
+            done = _text_bytes(records)
+            rate = (done - self._before) / (now - self._began)
             documents = sum(record["read"] for record in records.values())
             at = 1 + max(record["cursor"][0] for record in records.values())
             log(
                 f"file {at} of {files}, {documents:,} documents, {done / 1e6:,.0f} MB, {len(records)} shards, "
                 f"{rate / 1e6:.1f} MB/s"
             )
+
+
+def _text_bytes(records: dict[int, dict[str, Any]]) -> int:
+    return sum(record["text_bytes"] for record in records.values())
 
 
 def _result(future: concurrent.futures.Future) -> dict[str, Any]:
@@ -128,7 +132,9 @@ def _result(future: concurrent.futures.Future) -> dict[str, Any]:
 
 
 def _end_with_parent() -> None:
-    """Ends a worker when its parent is killed; it would wait for work for ever."""
+    """Makes a worker end when its parent does; it would wait for work for ever where that is killed."""
+    # Ctrl-C reaches all processes of a terminal: the parent ends the work, after the units that are under way
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # one worker per core
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()

@@ -99,7 +99,7 @@ def tokenize_corpus(
     if records:
         say(f"resuming behind {len(records)} finished shards")
     units = _gather(corpus, shares, shard_bytes, records, _Reporter(on_error, say))
-    with Workers(store, processes) as workers:
+    with Workers(store, processes, records) as workers:
         for number, record in workers.run(units):
             records[number] = record
             workers.show(records, len(corpus.parts), say)
