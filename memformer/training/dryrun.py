@@ -27,6 +27,8 @@ __all__ = ["DryRun", "Feeding", "describe_feeding", "dry_run", "lower_step", "st
 OVERFLOW = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 OVERFLOW_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 
+# processes that a host can hold
+MOST_WORKERS = 64
 # LLVM's passes take most of the time and change no number that is read here: the program never runs
 CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -126,7 +128,7 @@ class DryRun:
 
 
 def _describe(bound: Roofline) -> list[str]:
-    terms = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in bound.terms.items() if value >= 1e-6)
+    terms = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in bound.terms.items())
     return [
         f"a step takes at least {1e3 * bound.seconds:.3g} ms ({terms}); largest term: {bound.largest}; "
         f"MFU at most {100 * bound.mfu:.0f}%",
@@ -147,7 +149,10 @@ def describe_feeding(feeding: Feeding, seconds: float) -> str:
     text += f"; one thread of this machine makes {feeding.made * feeding.steps:,.0f}: "
     if feeding.made >= needed:
         return text + "enough"
-    return text + f"too few; set --config.train.input_workers={math.ceil(needed / feeding.made)}"
+    workers = math.ceil(needed / feeding.made)
+    if workers > MOST_WORKERS:
+        return text + f"too few by a factor of {workers:,}: the input bounds the step"
+    return text + f"too few; set --config.train.input_workers={workers}"
 
 
 def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:

@@ -12,7 +12,7 @@ from memformer.training import dryrun, plan
 from memformer.training.build import build_run
 from memformer.training.chips import GIB, find_chip
 from memformer.training.config import RunError
-from memformer.training.dryrun import DryRun, Feeding, dry_run, lower_step
+from memformer.training.dryrun import DryRun, Feeding, describe_feeding, dry_run, lower_step
 from memformer.training.metrics import flops_per_token
 from memformer.training.roofline import Roofline
 from memformer.training.sharding import make_mesh, mesh_scope
@@ -80,6 +80,13 @@ def test_the_report(found):
         assert words in text
     assert re.search(r"(all-gather|reduce-scatter|all-reduce) over fsdp +\d", text)
     assert re.search("a host needs [\\d,]+ tokens/s; one thread of this machine makes [\\d,]+", text)
+
+
+def test_sentences_about_the_input():
+    few, many = Feeding(rows=8, made=30.0, steps=512), Feeding(rows=8, made=0.1, steps=512)
+    assert describe_feeding(few, 0.1).endswith("makes 15,360: too few; set --config.train.input_workers=3")
+    assert describe_feeding(many, 0.1).endswith("too few by a factor of 800: the input bounds the step")
+    assert "the data are not here" in describe_feeding(Feeding(rows=8, made=None, steps=512), 0.1)
 
 
 def test_an_unknown_device(config, found):
