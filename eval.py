@@ -11,6 +11,7 @@ LENGTHS = flags.DEFINE_list("lengths", None, "Task lengths; by default the task'
 BATCHES = flags.DEFINE_integer("batches", 16, "Batches per length; 0 for all.", lower_bound=0)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Examples per batch; by default that of the run.", lower_bound=1)
 SET = flags.DEFINE_multi_string("set", [], "A change to the run's config, such as task.length=64; may be repeated.")
+BY_POSITION = flags.DEFINE_bool("by_position", False, "Perplexity by position in the document, of text, instead.")
 TASK_MODULE = flags.DEFINE_string("task_module", "", "A module that registers the task; by default that of the run.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; by default <workdir>/eval_<split>.json.")
 PROCESSES = define_processes()
@@ -22,6 +23,19 @@ def main(_: list[str]) -> None:
         from memformer.training.evaluation import evaluate_checkpoint
 
         with join_processes(**PROCESSES()):
+            if BY_POSITION.value:
+                from memformer.evals.positions import evaluate_positions
+
+                evaluate_positions(
+                    WORKDIR.value,
+                    step=STEP.value,
+                    split=SPLIT.value,
+                    batches=BATCHES.value,
+                    batch_size=BATCH_SIZE.value,
+                    settings=SET.value,
+                    out=OUT.value,
+                )
+                return
             evaluate_checkpoint(
                 WORKDIR.value,
                 step=STEP.value,

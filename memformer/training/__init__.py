@@ -84,7 +84,7 @@ from memformer.training.orbax_errors import SaveError, hide_orbax, save_errors, 
 from memformer.training.paths import abstract, describe, difference, flatten, nest
 from memformer.training.peers import Peers
 from memformer.training.plan import Choice, make_fit, search_runs, show_dry_run, show_search
-from memformer.training.plots import COLOURS, plot_learning_curve, plot_lengths
+from memformer.training.plots import COLOURS, plot_learning_curve, plot_lengths, plot_positions
 from memformer.training.profiling import Profiler
 from memformer.training.program import Collective, Program, read_program
 from memformer.training.remote import Mirror, copy_folder
@@ -238,6 +238,7 @@ __all__ = [
     "peak_flops",
     "plot_learning_curve",
     "plot_lengths",
+    "plot_positions",
     "read_config",
     "read_program",
     "read_records",

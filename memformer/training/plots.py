@@ -6,7 +6,7 @@ from typing import Any
 
 from memformer.training.files import write_bytes
 
-__all__ = ["COLOURS", "plot_learning_curve", "plot_lengths"]
+__all__ = ["COLOURS", "plot_learning_curve", "plot_lengths", "plot_positions"]
 
 # Okabe and Ito's palette, safe for color-blind readers
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -121,6 +121,28 @@ def plot_lengths(
     axis.set_ylim(0, 1.03)
     axis.set_xlabel("length")
     axis.set_ylabel("accuracy")
+    axis.set_title(title)
+    axis.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_positions(results: Mapping[str, Mapping[int, float]], path: str, *, title: str, trained: int) -> None:
+    """Plots perplexity against the tokens of context, one line per model.
+
+    Args:
+      results: label -> tokens of context -> perplexity.
+      path: PNG file to write.
+      title: title of the plot.
+      trained: length of the examples in training, marked by a line.
+    """
+    figure, (axis,) = _axes(1)
+    for index, (label, points) in enumerate(results.items()):
+        axis.plot(list(points), list(points.values()), "o-", color=COLOURS[index % len(COLOURS)], label=label)
+    axis.axvline(trained, color="0.4", linestyle=":", label="length of training")
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xlabel("tokens of context")
+    axis.set_ylabel("perplexity")
     axis.set_title(title)
     axis.legend(frameon=False)
     _save(figure, path)

@@ -9,13 +9,19 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from memformer.data.corpus import wrap_source
 from memformer.data.tokenization import tokenize_corpus
-from memformer.models import generate
+from memformer.data.tokenizer import ByteTokenizer
+from memformer.evals import evaluate_positions
+from memformer.models import LanguageModelConfig, MemoryLM, generate
 from memformer.models.generate_text import TextPiece
+from memformer.pretrained import find_architecture, save_pretrained
 from memformer.training.config import RunError, default_config
+from memformer.training.evaluation import load_run
 from memformer.training.generation import _Terminal, load_text_model, show_text
+from memformer.training.input import make_loader
 from memformer.training.loop import train
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -98,3 +104,59 @@ def test_several_devices_share_the_matrices(folder):
     prompts = [[256, *b"document"]]
     got, want = (generate(each.model, prompts, max_new_tokens=3) for each in (loaded, alone))
     np.testing.assert_array_equal(got, want)
+
+
+def test_loss_by_position(folder, capsys):
+    result = evaluate_positions(folder, split="train", batches=2, settings=["mesh.fsdp=1", "mesh.data=8"])
+    bins = [(part["first"], part["last"]) for part in result["positions"]]
+    assert bins == [(0, 0), (1, 1), (2, 3), (4, 7)]
+    assert os.path.isfile(os.path.join(folder, "positions_train.png"))
+    assert "0-0" in capsys.readouterr().out
+
+    loaded = load_run(folder)
+    loss, weight = np.zeros(8), np.zeros(8)
+    model = loaded.module()
+    loader = make_loader(loaded.task, "train", batch_size=8, seed=0)
+    for batch in (next(loader), next(loader)):
+        arguments = {name: batch[name] for name in ("segment_ids", "positions")}
+        logits = np.asarray(model(batch["inputs"], **arguments).logits, np.float64)
+        chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+        scores = np.log(np.sum(np.exp(logits), axis=-1)) - chosen
+        np.add.at(loss, batch["positions"], scores * batch["loss_weights"])
+        np.add.at(weight, batch["positions"], batch["loss_weights"])
+    loader.close()
+    for part in result["positions"]:
+        where = slice(part["first"], part["last"] + 1)
+        assert part["tokens"] == weight[where].sum()
+        assert part["loss"] == pytest.approx(loss[where].sum() / weight[where].sum(), rel=1e-5)
+        assert part["perplexity"] == pytest.approx(np.exp(part["loss"]))
+
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 260,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "dtype": "float32",
+}
+
+
+def test_a_pretrained_model(tmp_path, capsys):
+    pytest.importorskip("safetensors.numpy", reason="needs safetensors: pip install '.[hf]'")
+    _, architecture = find_architecture(LLAMA)
+    model = MemoryLM(LanguageModelConfig(**architecture.fields(LLAMA)), vocab_size=260, rngs=nnx.Rngs(0))
+    save_pretrained(model, tmp_path)
+    with pytest.raises(RunError, match="there is no tokenizer.json in this folder"):
+        load_text_model(pretrained=str(tmp_path))
+    save_pretrained(model, tmp_path, tokenizer=ByteTokenizer())
+    found = show_text(["ab"], pretrained=str(tmp_path), max_new_tokens=2)
+    # no start of a document, and no ids beyond the tokenizer's, which are no text
+    assert found.prompt_tokens == 2
+    first = int(np.argmax(model(np.array([[*b"ab"]])).logits[0, -1, :257]))
+    assert found.texts[0].startswith(ByteTokenizer().decode([first]))
+    assert "bytes per token" in capsys.readouterr().out
+    with pytest.raises(RunError, match="--pretrained=nowhere: folder must contain config.json"):
+        load_text_model(pretrained="nowhere")
