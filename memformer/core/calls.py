@@ -9,6 +9,7 @@ from typing import Any
 
 from jax import lax
 
+from memformer.core.decay import CumulativeDecay
 from memformer.core.mask import Mask
 from memformer.core.segments import Segments
 from memformer.core.similarity import Kernel
@@ -37,7 +38,7 @@ class MatrixCall:
       beta: erase strength [B, W, H]; None where writes only add, without w and alpha.
       decay: log decay [B, T, H] or, per key channel, [B, T, H, K]; None is 0.
       segments: from `find_segments`, or None where nothing is packed.
-      state: [B, H, K, V] in the accumulation dtype.
+      state: [B, H, K, V] in the accumulation dtype, or [B, P, H, K, V] with one of each document, P per row.
       writes: N.
       scale: factor on the read.
       precision: of matrix products.
@@ -64,12 +65,20 @@ class MatrixCall:
         """Whether each key channel has a decay of its own."""
         return self.decay is not None and self.decay.ndim == 4
 
+    @property
+    def document_states(self) -> bool:
+        """Whether each document of a packed row has a state of its own."""
+        return self.state.ndim == 5
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AttentionCall:
     """A call of an attention op: softmax attention, or DeltaFormer where `write_kernel` is set.
 
         u_t = alpha_t v_t - beta_t sum_{i < t} kappa1(k_i, w_t) u_i;  o_t = sum_{i <= t} kappa2(k_i, q_t) u_i
+
+    With a cumulative decay G, G_t - G_i is added to the logits of a softmax, and exp(G_t - G_i) multiplies the other
+    kernels.
 
     For softmax attention u = v. Kernels have their scale filled in.
 
@@ -81,6 +90,9 @@ class AttentionCall:
       w: erase vector [B, T, G, K]; None is k. DeltaFormer only, as alpha and beta.
       alpha: write strength [B, T, G]; None is 1.
       beta: erase strength [B, T, G]; None is 1.
+      decay: cumulative log decay, from `running_decay`, of the tokens; those of the slots are in the cache. [B, T, H],
+        or [B, T, G] in DeltaFormer; None is 0.
+      sinks: logit per head of a slot with value 0 that every query sees, [H]; None is no such slot.
       write_kernel: kappa1; None for softmax attention.
       read_kernel: kappa2.
       mask: segments and ranks of cached slots and of tokens.
@@ -98,6 +110,8 @@ class AttentionCall:
     w: Array | None
     alpha: Array | None
     beta: Array | None
+    decay: CumulativeDecay | None
+    sinks: Array | None
     write_kernel: Kernel | None
     read_kernel: Kernel
     mask: Mask

@@ -7,14 +7,18 @@ from jax import lax
 
 from memformer.core.types import Array, Float
 
-__all__ = ["CumulativeDecay", "cumulative_decay", "decay_to_end"]
+__all__ = ["CumulativeDecay", "FORGOTTEN_PAIR", "cumulative_decay", "decay_to_end", "running_decay"]
 
 # exp of this is 0 even in float64, and a chunk may hold 2^14 tokens of it before whole numbers stop adding exactly.
 FORGOTTEN = -1024.0
 
+# Attention adds decays to logits, where no finite number hides a pair for sure: a pair with this much decay between
+# its tokens is masked. -inf counts as this.
+FORGOTTEN_PAIR = -8192
+
 
 class CumulativeDecay(NamedTuple):
-    """A cumulative log decay as the sum of a whole number and a small fraction.
+    """A cumulative log decay as the sum of a whole number (a float, or int32) and a small fraction.
 
     Whole numbers add exactly, so that a token that forgets everything (-1e4, or -inf) does not blur the decays of its
     neighbours, as the difference of two large sums would.
@@ -28,7 +32,8 @@ class CumulativeDecay(NamedTuple):
 
     def since(self, other: "CumulativeDecay") -> Array:
         """The log decay between the two."""
-        return (self.whole - other.whole) + (self.fraction - other.fraction)
+        whole = self.whole - other.whole
+        return whole.astype(self.fraction.dtype) + (self.fraction - other.fraction)
 
     def total(self) -> Array:
         """The log decay from the start."""
@@ -37,7 +42,33 @@ class CumulativeDecay(NamedTuple):
 
 def cumulative_decay(decay: Float[Array, "*N C K"], axis: int = -2) -> CumulativeDecay:
     """Sums log decays along `axis`, each token included."""
-    return CumulativeDecay(*(jnp.cumsum(x, axis=axis) for x in _split(decay)))
+    return CumulativeDecay(*(jnp.cumsum(x, axis=axis) for x in _split(decay, FORGOTTEN)))
+
+
+def running_decay(decay: Float[Array, "B T H"], start: CumulativeDecay | None = None) -> CumulativeDecay:
+    """Sums log decays over a sequence of any length, each token included: int32, and a fraction of at most 1/2.
+
+    The fraction is rounded off after every sum, so that differences between far tokens are as exact as those between
+    neighbours; whole numbers are exact for 2^18 tokens that forget everything.
+
+    Args:
+      decay: log decays in the accumulation dtype.
+      start: [B, 1, H], the sum before the first token.
+    """
+    parts = _split(decay, FORGOTTEN_PAIR)
+    whole, fraction = lax.associative_scan(_add, lax.stop_gradient((parts[0].astype(jnp.int32), parts[1])), axis=1)
+    # The gradient of a plain sum: adding a number less itself changes no digit.
+    plain = jnp.cumsum(parts[1], axis=1)
+    fraction = fraction + (plain - lax.stop_gradient(plain))
+    if start is None:
+        return CumulativeDecay(whole, fraction)
+    return CumulativeDecay(*_add((whole, fraction), tuple(start)))
+
+
+def _add(a, b):
+    fraction = a[1] + b[1]
+    carry = lax.stop_gradient(jnp.round(fraction))
+    return a[0] + b[0] + carry.astype(jnp.int32), fraction - carry
 
 
 def decay_to_end(decay: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
@@ -46,13 +77,13 @@ def decay_to_end(decay: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
     As the difference of two cumulative decays it would have a gradient that is lost in rounding where decays are
     strong: the last token, which decays by nothing, would add its gradient and subtract it again.
     """
-    later = (jnp.pad(x[..., 1:, :], [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]) for x in _split(decay))
+    later = (jnp.pad(x[..., 1:, :], [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]) for x in _split(decay, FORGOTTEN))
     whole, fraction = (lax.cumsum(x, axis=x.ndim - 2, reverse=True) for x in later)
     return whole + fraction
 
 
-def _split(decay: Array) -> tuple[Array, Array]:
-    """Each log decay as a whole number and a fraction."""
-    decay = jnp.maximum(decay, jnp.asarray(FORGOTTEN, decay.dtype))
+def _split(decay: Array, least: float) -> tuple[Array, Array]:
+    """Each log decay, at least `least`, as a whole number and a fraction."""
+    decay = jnp.maximum(decay, jnp.asarray(least, decay.dtype))
     whole = lax.stop_gradient(jnp.round(decay))
     return whole, decay - whole

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from memformer.core.types import Array
 
@@ -59,7 +59,7 @@ def keep_shardings(function: F) -> F:
       Array([[2., 2.]], dtype=float32)
     """
     signature = inspect.signature(function)
-    results = list(_letters(signature.return_annotation, None))
+    returned = signature.return_annotation
 
     @functools.wraps(function)
     def wrapper(*args, **kwargs):
@@ -80,25 +80,22 @@ def keep_shardings(function: F) -> F:
         if "T" in axes and "S" not in seen:
             # A new cache has the slots of the call's tokens.
             axes["S"] = axes["T"]
-        structure = None
-
-        def run(*arrays):
-            nonlocal structure
-            full = list(leaves)
-            for place, x in zip(places, arrays, strict=True):
-                full[place] = x
-            args, kwargs = jax.tree.unflatten(tree, full)
-            with set_letter_axes(axes):
-                out, structure = jax.tree.flatten(function(*args, **kwargs))
-            return out
-
-        specs = [NamedSharding(mesh, _spec(letters, axes)) for letters, _ in results]
-        arrays = [jax.numpy.asarray(leaves[i]) for i in places]
-        if isinstance(mesh, Mesh):
-            # Arrays on one device, such as the length of a new cache, go to all devices of the mesh.
-            replicated = NamedSharding(mesh, PartitionSpec())
-            arrays = [x if jax.typeof(x).sharding.mesh.explicit_axes else jax.device_put(x, replicated) for x in arrays]
-        out = jax.sharding.auto_axes(run, axes=mesh.abstract_mesh.explicit_axes, out_sharding=specs)(*arrays)
+        abstract = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+        auto = abstract.update_axis_types(dict.fromkeys(abstract.explicit_axes, AxisType.Auto))
+        for place in places:
+            x = jax.numpy.asarray(leaves[place])
+            if isinstance(mesh, Mesh) and not jax.typeof(x).sharding.mesh.explicit_axes:
+                # Arrays on one device, such as the length of a new cache, go to all devices of the mesh.
+                x = jax.device_put(x, NamedSharding(mesh, PartitionSpec()))
+            leaves[place] = x
+        with jax.sharding.use_abstract_mesh(auto), set_letter_axes(axes):
+            for place in places:
+                leaves[place] = jax.sharding.reshard(leaves[place], PartitionSpec())
+            args, kwargs = jax.tree.unflatten(tree, leaves)
+            result = function(*args, **kwargs)
+        specs = {id(x): _spec(letters, axes) for letters, x in _letters(returned, result) if len(letters) == x.ndim}
+        out, structure = jax.tree.flatten(result)
+        out = [jax.sharding.reshard(x, NamedSharding(mesh, specs[id(x)])) for x in out]
         return jax.tree.unflatten(structure, out)
 
     return wrapper  # type: ignore[return-value]
@@ -151,18 +148,19 @@ def _spec(letters: tuple[str, ...], axes: dict[str, Any]) -> PartitionSpec:
 
 
 def _letters(annotation: Any, value: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Letters of each array in an annotated value, with that array; for results the value is None."""
+    """Letters of each array in an annotated value, with that array; each option of a union is tried."""
+    if value is None:
+        return
     if hasattr(annotation, "dim_str"):
         yield tuple(annotation.dim_str.split()), value
     elif typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        if value is not None:
-            for option in typing.get_args(annotation):
-                yield from _letters(option, value)
+        for option in typing.get_args(annotation):
+            yield from _letters(option, value)
     elif typing.get_origin(annotation) is tuple:
         parts = typing.get_args(annotation)
-        if value is None or (isinstance(value, tuple) and len(value) == len(parts)):
-            for i, part in enumerate(parts):
-                yield from _letters(part, None if value is None else value[i])
+        if isinstance(value, tuple) and len(value) == len(parts):
+            for part, item in zip(parts, value, strict=True):
+                yield from _letters(part, item)
     elif dataclasses.is_dataclass(annotation) or hasattr(annotation, "_fields"):
         for name, part in annotation.__annotations__.items():
             yield from _letters(part, getattr(value, name, None))

@@ -6,6 +6,7 @@ Every array is named by letters, in code, documentation and tests:
     T  time (queries)        V  value width
     S  source time (cache)   D  model width
     H  heads (of queries)    N  chunks, or writes per token
+                             P  documents (segments) per row
     G  key/value heads       C  chunk length
        where fewer (H % G == 0)
 

@@ -6,7 +6,9 @@ All ops share the following contract.
 - Result: `(output, state)`. Decoding is the same function with T = 1 and the state of the previous call.
 - `initial_state`: a state to start from, as an earlier call returned it; None is empty. It belongs to the first
   segment of the call. A matrix state is [B, H, K, V]; the state of an attention op is a cache, which grows with every
-  call or has a fixed capacity (`memformer.init_cache`).
+  call or has a fixed capacity (`memformer.init_cache`). A matrix state may also be [B, P, H, K, V]: segment p of a row
+  then starts from state p, and the returned state has the same shape, with the state at the end of each segment (many
+  prompts in one packed call; a place without a segment keeps its state). More than P segments in a row are an error.
 - `segment_ids`: for packed sequences, [B, T] integers, 0 = padding. The state resets where the id changes; padding
   leaves the state unchanged and its output is zero. The returned state is that of the last segment.
 - `decay`: log decay, at most 0, of the state before each token, per head or per key channel; None is 0.

@@ -27,11 +27,11 @@ def delta_product(
     decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    initial_state: Float[Array, "B H K V"] | None = None,
+    initial_state: Float[Array, "B H K V"] | Float[Array, "B P H K V"] | None = None,
     chunk_size: int | None = None,
     precision: str | jax.lax.Precision | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"] | Float[Array, "B P H K V"]]:
     """Writes N values per token by the delta rule, in order, and reads once.
 
         S_{t,0} = exp(decay_t) S_{t-1}

@@ -26,11 +26,11 @@ def linear_attention(
     normalize: bool = False,
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    initial_state: Float[Array, "B H K V"] | None = None,
+    initial_state: Float[Array, "B H K V"] | Float[Array, "B P H K V"] | None = None,
     chunk_size: int | None = None,
     precision: str | jax.lax.Precision | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"] | Float[Array, "B P H K V"]]:
     """Adds each value to the memory at its key, and reads at the query.
 
         S_t = exp(decay_t) S_{t-1} + k_t v_t^T;  o_t = scale S_t^T q_t

@@ -28,6 +28,8 @@ def softmax_attention(
     k: Float[Array, "B T G K"],
     v: Float[Array, "B T G V"],
     *,
+    decay: Float[Array, "B T H"] | None = None,
+    sinks: Float[Array, "H"] | None = None,
     causal: bool = True,
     window: int | None = None,
     scale: float | None = None,
@@ -39,8 +41,10 @@ def softmax_attention(
 ) -> tuple[Float[Array, "B T H V"], KVCache]:
     """Reads a mean of the values, weighted by the softmax of inner products.
 
-        o_t = sum_{i <= t} p_ti v_i;  p_ti = exp(scale q_t . k_i) / sum_{j <= t} exp(scale q_t . k_j)
+        o_t = sum_{i <= t} p_ti v_i;  p_ti = exp(s_ti) / (exp(sink) + sum_{j <= t} exp(s_tj))
+        s_ti = scale q_t . k_i + decay_{i+1} + ... + decay_t
 
+    Without sinks the sum alone divides. With a decay this is the Forgetting Transformer: what is older weighs less.
     Memory is linear in T, backward too: scores live one tile at a time and are recomputed for gradients. The gradient
     of a gradient in reverse mode needs implementation="recurrent"; see `memformer.ops` for all derivatives.
 
@@ -48,7 +52,9 @@ def softmax_attention(
       q: queries; H is a multiple of G, and head h reads key/value head h // (H / G).
       k: keys.
       v: values.
-      causal: False lets every query see the whole segment (an encoder); it takes no initial_state.
+      decay: log decay (at most 0) of earlier tokens at each token, per head; None is 0. -inf hides them.
+      sinks: logit per head of a slot without a value, so that a query may read nothing; None is no such slot.
+      causal: False lets every query see the whole segment (an encoder); it takes no initial_state and no decay.
       window: how many tokens back a query sees, itself included; without causal, also as many ahead. Padding does not
         count. None is no limit.
       scale: factor on inner products; None is K ** -0.5.
@@ -67,7 +73,8 @@ def softmax_attention(
       ValueError, NotImplementedError: see `memformer.ops`. A fixed cache without room for the call is a ValueError;
         under jit it is an error of the running program.
 
-    Source: Vaswani et al., arXiv 1706.03762 equation 1; tiles with a running maximum: arXiv 2205.14135.
+    Source: Vaswani et al., arXiv 1706.03762 equation 1; tiles with a running maximum: arXiv 2205.14135; decay:
+    Forgetting Transformer, arXiv 2503.02130; sinks: gpt-oss, arXiv 2508.10925.
 
     Example:
       >>> q = jnp.zeros((1, 2, 4, 8))
@@ -79,6 +86,8 @@ def softmax_attention(
       >>> cache.k.shape
       (1, 3, 1, 8)
     """
+    if not causal and decay is not None:
+        raise ValueError("decay must be None where causal is False: it has no direction there")
     if not causal and initial_state is not None:
         raise ValueError(
             "initial_state must be None where causal is False: the tokens of the earlier call have read already, "
@@ -90,6 +99,8 @@ def softmax_attention(
         k,
         v,
         cache=KVCache,
+        decay=decay,
+        sinks=sinks,
         read_kernel=Kernel("softmax", scale),
         causal=causal,
         window=window,
@@ -100,4 +111,4 @@ def softmax_attention(
     )
     prefer = preferred(call.q.shape[1], few=1, library="cudnn")
     output = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
-    return output.astype(call.v.dtype), append(KVCache, initial_state, segments, call.k, call.v)
+    return output.astype(call.v.dtype), append(KVCache, initial_state, segments, call.k, call.v, call.decay)

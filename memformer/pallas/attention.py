@@ -21,16 +21,23 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
       The output in float32, or bfloat16 where v is.
 
     Raises:
-      NotImplementedError: a window; attention that is not causal; no kernel serves the call, or the chip.
+      NotImplementedError: a window, decay or sinks; attention that is not causal; no kernel serves the call, or the
+        chip.
     """
-    if call.window is not None or not call.causal:
-        raise unsupported(call.op, "is causal and has no window", "implementation='chunked' serves both")
+    _check_attention_call(call)
+    if not call.causal:
+        raise unsupported(call.op, "is causal")
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
     if chip() == "gpu":
         from memformer.pallas.gpu.attention.softmax_attention import run
     else:
         from memformer.pallas.tpu.attention.softmax_attention import run
     return run(_share_key_heads(call))
+
+
+def _check_attention_call(call: AttentionCall) -> None:
+    if call.window is not None or call.decay is not None or call.sinks is not None:
+        raise unsupported(call.op, "has no window, no decay and no sinks", "implementation='chunked' serves them")
 
 
 def _share_key_heads(call: AttentionCall) -> AttentionCall:
@@ -51,8 +58,9 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
       The output in float32, or bfloat16 where v is, and the writes u.
 
     Raises:
-      NotImplementedError: no kernel serves the call, or the chip.
+      NotImplementedError: a window, decay or sinks; no kernel serves the call, or the chip.
     """
+    _check_attention_call(call)
     if chip() == "gpu":
         from memformer.pallas.gpu.attention.deltaformer import run
     else:

@@ -57,6 +57,8 @@ def check_matrix_call(call: MatrixCall) -> None:
     """Raises where a call of a matrix memory asks for what no kernel has, on any chip."""
     if call.w is not None or call.alpha is not None:
         raise unsupported(call.op, "erases at k with strength beta: it takes no erase vector w and no alpha")
+    if call.document_states:
+        raise unsupported(call.op, "takes one initial_state per row, not one per document")
     if call.decay_per_channel:
         raise unsupported(
             call.op,

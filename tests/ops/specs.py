@@ -90,7 +90,7 @@ def matrix_state(columns=VALUE, positive=False):
     return build
 
 
-def attention_arrays(rng, batch, length, write=False):
+def attention_arrays(rng, batch, length, write=False, decay=False):
     """Arguments of the ops with a cache: two query heads share one key head."""
     arrays = {
         "q": 2 * rng.standard_normal((batch, length, HEADS, WIDTH)),
@@ -101,17 +101,24 @@ def attention_arrays(rng, batch, length, write=False):
         arrays["w"] = unit(rng, batch, length, 1, WIDTH)
         arrays["alpha"] = rng.uniform(0.5, 1.5, (batch, length, 1))
         arrays["beta"] = rng.uniform(0.0, 1.0, (batch, length, 1))
+    if decay:
+        arrays["decay"] = log_decay(rng, batch, length, 1 if write else HEADS)
     return arrays
 
 
-def cache_state(kind, held=3):
+def cache_state(kind, held=3, decay_heads=None):
     """A cache of a few tokens; one slot of the first row is not valid."""
 
     def build(rng, batch):
         k, values = unit(rng, batch, held, 1, WIDTH), rng.standard_normal((batch, held, 1, VALUE))
         valid = np.ones((batch, held), bool)
         valid[0, 1] = False
-        return kind(k, values, valid, np.int32(held))
+        decays = ()
+        if decay_heads is not None:
+            shape = (batch, held, decay_heads)
+            whole = -np.arange(held, dtype=np.int32)[None, :, None]
+            decays = (np.broadcast_to(whole, shape), rng.uniform(-0.5, 0.0, shape))
+        return kind(k, values, valid, np.int32(held), False, *decays)
 
     return build
 
@@ -132,15 +139,16 @@ def observe_cache(cache):
     }
 
 
-def _attention(name, **options):
-    return Spec(
-        name, mf.softmax_attention, attention_arrays, cache_state(KVCache), "softmax_attention", options, observe_cache
-    )
+def _attention(name, decay=False, **options):
+    arrays = functools.partial(attention_arrays, decay=decay)
+    state = cache_state(KVCache, decay_heads=HEADS if decay else None)
+    return Spec(name, mf.softmax_attention, arrays, state, "softmax_attention", options, observe_cache)
 
 
-def _deltaformer(name, **options):
-    arrays = functools.partial(attention_arrays, write=True)
-    return Spec(name, mf.deltaformer, arrays, cache_state(DeltaCache), "deltaformer", options, observe_cache)
+def _deltaformer(name, decay=False, **options):
+    arrays = functools.partial(attention_arrays, write=True, decay=decay)
+    state = cache_state(DeltaCache, decay_heads=1 if decay else None)
+    return Spec(name, mf.deltaformer, arrays, state, "deltaformer", options, observe_cache)
 
 
 def _delta_rule(name, **kind):
@@ -176,5 +184,7 @@ SPECS = (
     _product("delta_product_head_decay", decay="head"),
     _product("delta_product_channel_decay_erase", decay="channel", erase=True),
     _attention("softmax_attention"),
+    _attention("softmax_attention_decay", decay=True, window=25),
     _deltaformer("deltaformer_linear_softmax", write_kernel="linear"),
+    _deltaformer("deltaformer_decay", decay=True, write_kernel="linear", window=25),
 )

@@ -49,11 +49,14 @@ def test_linear_kernels_are_the_delta_rule():
     assert_close(got[1], want[1], GRADIENT["float32"], "gradient")
 
 
-def test_linear_kernels_are_the_delta_rule_with_its_erase_vector():
-    """The same w, alpha and beta in both, to the last digit of float64."""
+@pytest.mark.parametrize("decay", [False, True])
+def test_linear_kernels_are_the_delta_rule_with_its_erase_vector(decay):
+    """The same w, alpha and beta, and decay, in both, to the last digit of float64."""
     with jax.enable_x64(True):
         given = arrays(39, "float64")
         given["q"] = given["q"][:, :, :2]
+        if decay:
+            given["decay"] = -given["alpha"].at[:, 20].set(jnp.inf)
         linear = {"write_kernel": "linear", "read_kernel": "linear"}
         got = evaluate(lambda **x: mf.deltaformer(**x, chunk_size=16, **linear)[0], given)
         want = evaluate(lambda **x: mf.delta_rule(**x, scale=1.0)[0], given)
@@ -153,6 +156,17 @@ def test_repeated_keys(noise):
     assert_close(outputs[0], outputs[1], FORWARD["float32"], f"noise {noise}")
 
 
+def test_a_write_forgets_everything():
+    """After a decay of -inf a softmax write sees nothing before it: u is alpha v there, as at the start."""
+    given = {name: x for name, x in arrays(20).items() if name in ("q", "k", "v")}
+    decay = jnp.zeros(given["k"].shape[:3]).at[:, 9].set(-jnp.inf)
+    want = [mf.deltaformer(**{name: x[:, part] for name, x in given.items()}) for part in (slice(0, 9), slice(9, 20))]
+    for kind in ({"implementation": "recurrent"}, {"implementation": "chunked", "chunk_size": 8}):
+        output, cache = mf.deltaformer(**given, decay=decay, **kind)
+        assert_close(output, jnp.concatenate([x for x, _ in want], axis=1), FORWARD["float32"])
+        assert_close(cache.u, jnp.concatenate([x.u for _, x in want], axis=1), FORWARD["float32"])
+
+
 def test_errors():
     given = arrays(5)
     for message, changes in (
@@ -161,6 +175,11 @@ def test_errors():
             {"write_kernel": "cosine"},
         ),
         ("read_kernel must be a Kernel or one of", {"read_kernel": None}),
+        (
+            "sinks must be None where read_kernel is not softmax, got a relu",
+            {"sinks": jnp.ones(4), "read_kernel": "relu"},
+        ),
+        (r"decay must be \[B, T, G\] = \(2, 5, 2\), got \(2, 5, 4\)", {"decay": jnp.ones((2, 5, 4))}),
         (r"beta must be \[B, T, G\] = \(2, 5, 2\), got \(2, 5, 4\)", {"beta": jnp.ones((2, 5, 4))}),
         (r"alpha must be \[B, T, G\] = \(2, 5, 2\), got \(5, 2\)", {"alpha": jnp.ones((5, 2))}),
         (r"w must be \[B, T, G, K\] = \(2, 5, 2, 8\), got \(2, 5, 4, 8\)", {"w": given["q"]}),

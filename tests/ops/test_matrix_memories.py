@@ -1,18 +1,19 @@
 """Matrix memories: identities between the ops, and hard cases of keys, decays, length and devices."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import memformer as mf
 from memformer.ops.matrix_memory import chunked
 from tests.numeric import FORWARD, GRADIENT, assert_close
-from tests.ops.specs import HEADS, VALUE, WIDTH, log_decay, unit
+from tests.ops.specs import HEADS, VALUE, WIDTH, log_decay, recurrent_arrays, unit
 
 IMPLEMENTATIONS = ("recurrent", "chunked")
 BATCH, LENGTH = 2, 71
@@ -266,3 +267,91 @@ def test_kernels_refuse_an_erase_vector():
     for changes in ({"w": given["k"]}, {"alpha": given["beta"]}):
         with pytest.raises(NotImplementedError, match="no erase vector w and no alpha; .*'chunked'"):
             mf.delta_rule(**given, **changes, implementation="pallas")
+
+
+OPS_OF_DOCUMENTS = {
+    "delta_rule": recurrent_arrays("head", erase=True),
+    "delta_product": recurrent_arrays("channel", steps=2),
+    "linear_attention": recurrent_arrays("channel", beta=False, groups=1),
+}
+# Three and two documents with padding before, inside and behind them, and places for four.
+DOCUMENTS = np.array(
+    [[0] * 2 + [4] * 5 + [0] * 2 + [4] * 4 + [1] * 18 + [4] * 6 + [0] * 4, [3] * 1 + [5] * 40], np.int32
+)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", OPS_OF_DOCUMENTS)
+def test_states_per_document(name, implementation):
+    """Each document agrees with a call of its own that starts from its state; the fourth place keeps its state."""
+    rng, op = np.random.default_rng(9), getattr(mf, name)
+    given = {key: jnp.asarray(x, "float32") for key, x in OPS_OF_DOCUMENTS[name](rng, *DOCUMENTS.shape).items()}
+    states = jnp.asarray(rng.standard_normal((2, 4, HEADS, WIDTH, VALUE)), "float32")
+    options = {"implementation": implementation} | ({"chunk_size": 8} if implementation == "chunked" else {})
+
+    def together(given, states):
+        output, last = op(**given, segment_ids=jnp.asarray(DOCUMENTS), initial_state=states, **options)
+        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.sin(last)), (output, last)
+
+    def apart(given, states):
+        """All documents as rows of one call, padded on the right."""
+        rows, places, total = [], [], DOCUMENTS.shape[1]
+        for row, ids in enumerate(DOCUMENTS):
+            index = np.cumsum(np.diff(ids[ids != 0], prepend=ids[ids != 0][0]) != 0)
+            tokens = np.flatnonzero(ids)
+            parts = [tokens[index == p] for p in range(4)]
+            places += [(row, part) for part in parts]
+            rows += [np.concatenate([part, np.full(total - len(part), total)]) for part in parts]
+        rows = np.stack(rows)
+        ids = jnp.asarray(rows < total, "int32")
+        owner = np.repeat(np.arange(2), 4)[:, None]
+        alone = {key: jnp.concatenate([x, x[:, :1]], axis=1)[owner, rows] for key, x in given.items()}
+        output, last = op(**alone, segment_ids=ids, initial_state=states.reshape(8, *states.shape[2:]), **options)
+        whole = jnp.zeros((*DOCUMENTS.shape, *output.shape[2:]), output.dtype)
+        for i, (row, part) in enumerate(places):
+            whole = whole.at[row, part].set(output[i, : len(part)])
+        last = last.reshape(states.shape)
+        return jnp.sum(jnp.sin(whole)) + jnp.sum(jnp.sin(last)), (whole, last)
+
+    got, want = (jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(given, states) for f in (together, apart))
+    assert_close(got[1], want[1], FORWARD["float32"])
+    assert_close(got[0], want[0], GRADIENT["float32"])
+    assert np.array_equal(got[1][1][1, 2:], states[1, 2:])
+
+
+def test_states_per_document_on_meshes():
+    """The states stay sharded over batch and heads, and nothing is gathered."""
+    rng = np.random.default_rng(9)
+    given = {key: jnp.asarray(x, "float32") for key, x in OPS_OF_DOCUMENTS["delta_rule"](rng, *DOCUMENTS.shape).items()}
+    given = {key: jnp.repeat(x, 2, axis=2) if x.shape[2] == 1 else x for key, x in given.items()}
+    states = jnp.asarray(rng.standard_normal((2, 4, HEADS, WIDTH, VALUE)), "float32")
+
+    def run(given, states, ids):
+        return mf.delta_rule(**given, segment_ids=ids, initial_state=states, implementation="chunked")
+
+    want = run(given, states, jnp.asarray(DOCUMENTS))
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+        place = lambda x, *axes, mesh=mesh: jax.device_put(x, NamedSharding(mesh, P("data", *axes)))  # noqa: E731
+        sharded = {key: place(x, None, "tensor") for key, x in given.items()}
+        with jax.set_mesh(mesh):
+            arguments = sharded, place(states, None, "tensor"), place(jnp.asarray(DOCUMENTS))
+            program = jax.jit(run).lower(*arguments).compile()
+            output, last = program(*arguments)
+        assert not re.search("all-gather|all-to-all|collective-permute|all-reduce", program.as_text())
+        assert last.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "tensor")), 5)
+        assert_close((output, last), want, FORWARD["float32"])
+
+
+def test_more_documents_than_states_is_an_error():
+    given, ids = arrays(length=5), jnp.asarray([[1, 1, 2, 2, 3], [1, 1, 1, 1, 2]])
+    states = jnp.zeros((BATCH, 2, HEADS, WIDTH, VALUE))
+    message = "initial_state has states of 2 documents per row, got 3 segments in a row"
+    with pytest.raises(ValueError, match=message):
+        mf.delta_rule(**given, segment_ids=ids, initial_state=states)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(jax.jit(mf.delta_rule)(**given, segment_ids=ids, initial_state=states))
+    with pytest.raises(NotImplementedError, match="not one per document; .*'chunked'"):
+        mf.delta_rule(**given, initial_state=states, implementation="pallas")
+    with pytest.raises(ValueError, match=r"initial_state must be \[B, P, H, K, V\]"):
+        mf.delta_rule(**given, initial_state=states[..., :1])

@@ -173,7 +173,7 @@ def lay_on_mesh(mesh, name, arrays, state):
         return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
     arrays = {key: put(key, x, 2 if key == "decay" else x.ndim + heads[key]) for key, x in arrays.items()}
-    of_state = {4: 1 if isinstance(state, jax.Array) else 2}
+    of_state = {4: 1 if isinstance(state, jax.Array) else 2, 3: 2}
     return arrays, jax.tree.map(lambda x: put("state", x, of_state.get(x.ndim)) if x.ndim else x, state)
 
 

@@ -20,7 +20,7 @@ def arrays(scale=1.0):
     return scale * q, k, v
 
 
-def formula(q, k, v, *, causal, window, ids):
+def formula(q, k, v, decay=None, sinks=None, *, causal, window, ids):
     """The whole T x T formula in the dtype of the inputs; distances count valid tokens."""
     k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
     rank = np.cumsum(ids != 0, axis=1)
@@ -29,8 +29,17 @@ def formula(q, k, v, *, causal, window, ids):
     if window is not None:
         visible &= np.abs(distance) < window
     scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1]).astype(q.dtype)
+    if decay is not None:
+        # Each gap is summed on its own, without padding.
+        decay = jnp.where((ids != 0)[..., None], decay, jnp.zeros((), q.dtype))
+        between = np.tril(np.ones((LENGTH, LENGTH)))[:, None] * (1 - np.tril(np.ones((LENGTH, LENGTH))))[None]
+        between = jnp.asarray(between > 0)[None, ..., None]
+        gap = jnp.sum(jnp.where(between, decay[:, None, None], jnp.zeros((), q.dtype)), axis=3)
+        scores = scores + jnp.moveaxis(gap, 3, 1)
     weights = jnp.where(visible[:, None], jnp.exp(scores), jnp.zeros((), q.dtype))
     total = jnp.sum(weights, axis=-1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks)[None, :, None, None]
     return jnp.einsum("bhts,bshv->bthv", weights / jnp.where(total > 0, total, jnp.ones_like(total)), v)
 
 
@@ -53,6 +62,66 @@ def test_against_the_formula(causal, window):
         (_, got), gradient = loss(lambda *x, options=options: mf.softmax_attention(*x, **options)[0])(given)
         assert_close(got, want, FORWARD["float32"], "output")
         assert_close(gradient, want_gradient, GRADIENT["float32"], "gradient")
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_decay_and_sinks_against_the_formula(window):
+    """Forgetting per query head, one token of which forgets everything, and a slot that holds nothing."""
+    rng = np.random.default_rng(3)
+    decay = -np.exp(rng.uniform(-3, 1, (2, LENGTH, 4)))
+    decay[:, 12, 1] = -np.inf
+    given = (*arrays(), jnp.asarray(decay, "float32"), jnp.asarray(rng.standard_normal(4), "float32"))
+    options = {"causal": True, "window": window}
+
+    def loss(function):
+        def value(given):
+            output = function(*given)
+            return jnp.sum(jnp.sin(output)), output
+
+        return jax.jit(jax.value_and_grad(value, has_aux=True))
+
+    with jax.enable_x64(True):
+        wide = [x.astype("float64") for x in given]
+        # The naive sum of decays has no gradient at -inf.
+        wide[3] = jnp.maximum(wide[3], -1e4)
+        (_, want), want_gradient = loss(lambda *x: formula(*x, **options, ids=IDS))(wide)
+        want, want_gradient = jax.tree.map(np.asarray, (want, want_gradient))
+    for kind in ({"implementation": "chunked", "chunk_size": 8}, {"implementation": "recurrent"}):
+        kind |= options | {"segment_ids": jnp.asarray(IDS)}
+        (_, got), gradient = loss(
+            lambda q, k, v, decay, sinks, kind=kind: mf.softmax_attention(q, k, v, decay=decay, sinks=sinks, **kind)[0]
+        )(given)
+        assert_close(got, want, FORWARD["float32"], "output")
+        assert_close(list(gradient), want_gradient, GRADIENT["float32"], "gradient")
+
+
+def test_decoding_with_decay():
+    """A fixed cache carries the cumulative decay; a growing one agrees."""
+    q, k, v = arrays()
+    decay = -jnp.exp(jnp.sin(jnp.arange(2 * LENGTH * 4, dtype="float32"))).reshape(2, LENGTH, 4)
+    want, _ = mf.softmax_attention(q, k, v, decay=decay)
+    sizes = {"batch": 2, "capacity": LENGTH, "groups": 2, "key_width": 8, "value_width": 6}
+    fixed = mf.init_cache("softmax_attention", **sizes, decay_heads=4)
+    call = jax.jit(lambda q, k, v, decay, cache: mf.softmax_attention(q, k, v, decay=decay, initial_state=cache))
+    cache, parts = fixed, []
+    for first, last in ((0, 36), (36, 37), (37, 38), (38, 39)):
+        output, cache = call(*(x[:, first:last] for x in (q, k, v, decay)), cache)
+        parts.append(output)
+    assert_close(jnp.concatenate(parts, axis=1), want, FORWARD["float32"])
+    for message, state, given in (
+        ("decay must be given where initial_state holds decays", fixed, None),
+        ("decay must be None where initial_state holds no decays", mf.init_cache("softmax_attention", **sizes), decay),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mf.softmax_attention(q, k, v, decay=given, initial_state=state)
+
+
+def test_kernels_refuse_decay_and_sinks():
+    q, k, v = arrays()
+    for options in ({"decay": jnp.zeros((2, LENGTH, 4))}, {"sinks": jnp.zeros(4)}):
+        for implementation in ("pallas", "cudnn"):
+            with pytest.raises(NotImplementedError, match="no decay and no sinks.*'chunked'"):
+                mf.softmax_attention(q, k, v, **options, implementation=implementation)
 
 
 def test_window_and_encoder_without_segments():
@@ -95,6 +164,8 @@ def test_errors():
     _, state = mf.softmax_attention(q, k, v)
     for message, options in (
         ("window must be a positive integer or None, got 0", {"window": 0}),
+        ("decay must be None where causal is False", {"causal": False, "decay": jnp.zeros((2, LENGTH, 4))}),
+        (r"sinks must be \[H\] = \(4,\), got \(2,\)", {"sinks": jnp.zeros(2)}),
         ("initial_state must be None where causal is False", {"causal": False, "initial_state": state}),
         ("scale must be a finite number or None, got 'big'", {"scale": "big"}),
         ("segment_ids must be", {"segment_ids": jnp.ones((2, 3), "int32")}),

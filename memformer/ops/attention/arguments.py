@@ -11,7 +11,7 @@ from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.segments import Segments, clear, find_segments
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Dims
-from memformer.ops.attention.cache import Cache, check_cache, clear_slots
+from memformer.ops.attention.cache import Cache, check_cache, clear_slots, sum_decay
 
 __all__ = ["make_call", "write_operands"]
 
@@ -30,6 +30,8 @@ def make_call(
     w=None,
     alpha=None,
     beta=None,
+    decay=None,
+    sinks=None,
     causal: bool = True,
     window=None,
     segment_ids,
@@ -41,7 +43,7 @@ def make_call(
 
     Args:
       op: name of the public function.
-      q, k, v, w, alpha, beta, window, segment_ids, initial_state, chunk_size, precision: its arguments.
+      q, k, v, w, alpha, beta, decay, sinks, window, segment_ids, initial_state, chunk_size, precision: its arguments.
       cache: type of its state.
       read_kernel, write_kernel: as in `AttentionCall`, with or without a scale.
       causal: as in `AttentionCall`.
@@ -60,12 +62,14 @@ def make_call(
     w = None if w is None else check_array("w", w, "B T G K", dims)
     alpha = None if alpha is None else check_array("alpha", alpha, "B T G", dims)
     beta = None if beta is None else check_array("beta", beta, "B T G", dims)
+    decay = None if decay is None else check_array("decay", decay, f"B T {'H' if write_kernel is None else 'G'}", dims)
+    sinks = None if sinks is None else check_array("sinks", sinks, "H", dims)
     window = check_positive("window", window)
     chunk_size = check_positive("chunk_size", chunk_size)
     segments = find_segments(segment_ids, dims)
     state = check_cache(initial_state, cache, dims, op)
     valid = None if segments is None else segments.valid
-    q, k, v, w, alpha, beta = (clear(valid, x) for x in (q, k, v, w, alpha, beta))
+    q, k, v, w, alpha, beta, decay = (clear(valid, x) for x in (q, k, v, w, alpha, beta, decay))
     cache_valid = None if state is None else state.valid
     call = AttentionCall(
         op=op,
@@ -75,6 +79,8 @@ def make_call(
         w=w,
         alpha=alpha,
         beta=beta,
+        decay=sum_decay(state, decay, accumulation_dtype(q, k, v)),
+        sinks=sinks,
         write_kernel=None if write_kernel is None else _with_scale(write_kernel, dims["K"]),
         read_kernel=_with_scale(read_kernel, dims["K"]),
         mask=make_mask(cache_valid, segments, dims, ranks=window is not None),

@@ -18,14 +18,28 @@ import numpy as np
 from jax import lax
 
 from memformer.core.checks import check_array, check_choice, check_size
+from memformer.core.decay import CumulativeDecay, running_decay
 from memformer.core.numerics import accumulation_dtype
 from memformer.core.segments import Segments, clear
 from memformer.core.types import Array, Bool, Dims, Float, Int
 
-__all__ = ["Cache", "DeltaCache", "KVCache", "append", "check_cache", "clear_slots", "init_cache", "offset", "place"]
+__all__ = [
+    "Cache",
+    "DeltaCache",
+    "KVCache",
+    "append",
+    "check_cache",
+    "clear_slots",
+    "init_cache",
+    "offset",
+    "place",
+    "sum_decay",
+]
+
+_DATA = ["valid", "length", "decay_whole", "decay_fraction"]
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", "valid", "length"], meta_fields=["fixed"])
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "v", *_DATA], meta_fields=["fixed"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """The state of softmax attention: a key and a value per token.
@@ -36,6 +50,7 @@ class KVCache:
       valid: slots that the next call can see.
       length: slots in use.
       fixed: True for a capacity of S slots; static.
+      decay_whole, decay_fraction: cumulative log decay as a whole number and a fraction; None where calls have none.
 
     Example:
       >>> x = jnp.ones((1, 3, 2, 8))
@@ -49,6 +64,8 @@ class KVCache:
     valid: Bool[Array, "B S"]
     length: Int[Array, ""]
     fixed: bool = False
+    decay_whole: Int[Array, "B S H"] | None = None
+    decay_fraction: Float[Array, "B S H"] | None = None
 
     @property
     def values(self) -> Float[Array, "B S G V"]:
@@ -56,7 +73,7 @@ class KVCache:
         return self.v
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["k", "u", "valid", "length"], meta_fields=["fixed"])
+@partial(jax.tree_util.register_dataclass, data_fields=["k", "u", *_DATA], meta_fields=["fixed"])
 @dataclasses.dataclass(frozen=True)
 class DeltaCache:
     """The state of DeltaFormer: a key and the value u written there, per token.
@@ -67,6 +84,7 @@ class DeltaCache:
       valid: slots that the next call can see.
       length: slots in use.
       fixed: True for a capacity of S slots; static.
+      decay_whole, decay_fraction: cumulative log decay as a whole number and a fraction; None where calls have none.
 
     Example:
       >>> x = jnp.ones((1, 3, 2, 8))
@@ -80,6 +98,8 @@ class DeltaCache:
     valid: Bool[Array, "B S"]
     length: Int[Array, ""]
     fixed: bool = False
+    decay_whole: Int[Array, "B S G"] | None = None
+    decay_fraction: Float[Array, "B S G"] | None = None
 
     @property
     def values(self) -> Float[Array, "B S G V"]:
@@ -107,6 +127,10 @@ def check_cache(cache: Any, kind: type[C], dims: Dims, op: str) -> C | None:
     values = "v" if kind is KVCache else "u"
     check_array("initial_state.k", cache.k, "B S G K", dims)
     check_array(f"initial_state.{values}", getattr(cache, values), "B S G V", dims)
+    if cache.decay_whole is not None:
+        letters = "B S H" if kind is KVCache else "B S G"
+        check_array("initial_state.decay_whole", cache.decay_whole, letters, dims, kind=np.integer)
+        check_array("initial_state.decay_fraction", cache.decay_fraction, letters, dims)
     check_array("initial_state.valid", cache.valid, "B S", dims, kind=np.bool_)
     if jnp.shape(cache.length) != () or not jnp.issubdtype(cache.length.dtype, jnp.integer):
         raise ValueError(f"initial_state.length must be one integer, got shape {jnp.shape(cache.length)}")
@@ -152,8 +176,37 @@ def clear_slots(cache: C) -> C:
     """
     if cache.fixed:
         return cache
-    k, values = clear(cache.valid, cache.k), clear(cache.valid, cache.values)
-    return type(cache)(k, values, cache.valid, cache.length, cache.fixed)
+    return _clear(cache, cache.valid)
+
+
+def _clear(cache: C, valid: Bool[Array, "B S"]) -> C:
+    """The cache with these slots valid, and zeros in the others."""
+    name = "v" if isinstance(cache, KVCache) else "u"
+    changes = {"k": clear(valid, cache.k), name: clear(valid, cache.values), "valid": valid}
+    return dataclasses.replace(cache, **changes)
+
+
+def sum_decay(cache: Cache | None, decay: Array | None, dtype: jax.typing.DTypeLike) -> CumulativeDecay | None:
+    """The cumulative log decay of a call's tokens, continued from that of the cache.
+
+    Raises:
+      ValueError: the call has a decay and the cache has none, or the other way round.
+    """
+    if cache is not None and (decay is None) != (cache.decay_whole is None):
+        expected, held = ("given", "decays") if decay is None else ("None", "no decays")
+        raise ValueError(
+            f"decay must be {expected} where initial_state holds {held}: all calls of a sequence have one, or none"
+            " (memformer.init_cache(decay_heads=...) allocates them)"
+        )
+    if decay is None:
+        return None
+    start = None
+    if cache is not None:
+        last = jnp.maximum(jnp.asarray(cache.length, jnp.int32) - 1, 0) if cache.fixed else cache.k.shape[1] - 1
+        held = (lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in (cache.decay_whole, cache.decay_fraction))
+        whole, fraction = held
+        start = CumulativeDecay(whole, fraction.astype(dtype))
+    return running_decay(decay.astype(dtype), start)
 
 
 def place(cache: Cache | None, cached: Array | None, new: Array) -> Array:
@@ -182,7 +235,14 @@ def offset(cache: Cache | None, tokens: int) -> Array:
     return room(cache, tokens)[0] if cache.fixed else jnp.int32(cache.k.shape[1])
 
 
-def append(kind: type[C], cache: C | None, segments: Segments | None, k: Array, values: Array) -> C:
+def append(
+    kind: type[C],
+    cache: C | None,
+    segments: Segments | None,
+    k: Array,
+    values: Array,
+    decay: CumulativeDecay | None = None,
+) -> C:
     """The state after a call.
 
     Args:
@@ -191,6 +251,7 @@ def append(kind: type[C], cache: C | None, segments: Segments | None, k: Array, 
       segments: of the call.
       k: keys of the call's tokens, [B, T, G, K].
       values: v or u of the call's tokens, [B, T, G, V].
+      decay: of the call's tokens, from `sum_decay`.
     """
     batch, tokens = k.shape[:2]
     valid = jnp.ones((batch, tokens), bool)
@@ -198,24 +259,24 @@ def append(kind: type[C], cache: C | None, segments: Segments | None, k: Array, 
         valid = segments.valid & (segments.index == segments.index[:, -1:])
         k, values = clear(valid, k), clear(valid, values)
     if cache is None:
-        return kind(k, values, valid, jnp.int32(tokens))
+        return kind(k, values, valid, jnp.int32(tokens), False, *(decay or ()))
     full = room(cache, tokens)[1] if cache.fixed else jnp.bool_(False)
     if segments is not None:
         cache = _drop_segments(cache, full | (segments.index[:, -1] == 0))
     valid, length = place(cache, cache.valid, valid), jnp.asarray(cache.length, jnp.int32) + jnp.int32(tokens)
     if cache.fixed:
         valid, length = jnp.where(full, cache.valid, valid), jnp.where(full, length - jnp.int32(tokens), length)
-    return kind(place(cache, cache.k, k), place(cache, cache.values, values), valid, length, cache.fixed)
+    decays: Any = ()
+    if decay is not None:
+        held = (cache.decay_whole, cache.decay_fraction)
+        decays = (place(cache, cached, new) for cached, new in zip(held, decay, strict=True))
+    return kind(place(cache, cache.k, k), place(cache, cache.values, values), valid, length, cache.fixed, *decays)
 
 
 def _drop_segments(cache: C, kept: Bool[Array, "B"]) -> C:
     """Clears all slots of the rows that are not kept; most calls keep all rows and copy nothing."""
 
-    def clear_rows(cache):
-        valid = cache.valid & kept[:, None]
-        return type(cache)(clear(valid, cache.k), clear(valid, cache.values), valid, cache.length, cache.fixed)
-
-    return lax.cond(jnp.all(kept), lambda cache: cache, clear_rows, cache)
+    return lax.cond(jnp.all(kept), lambda cache: cache, lambda cache: _clear(cache, cache.valid & kept[:, None]), cache)
 
 
 def init_cache(
@@ -226,6 +287,7 @@ def init_cache(
     groups: int,
     key_width: int,
     value_width: int,
+    decay_heads: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Cache:
     """Makes an empty cache of fixed capacity: calls that take it as initial_state write in place.
@@ -237,6 +299,8 @@ def init_cache(
       groups: G, key/value heads.
       key_width: K.
       value_width: V.
+      decay_heads: number of heads of the calls' decay (H in softmax_attention, G in deltaformer); None where they
+        have none.
       dtype: of keys and values; DeltaFormer's u is kept in float32 (float64 where this is float64).
 
     Returns:
@@ -256,4 +320,8 @@ def init_cache(
     value_dtype = accumulation_dtype(jnp.zeros((), dtype)) if op == "deltaformer" else dtype
     k = jnp.zeros((batch, capacity, groups, key_width), dtype)
     values = jnp.zeros((batch, capacity, groups, value_width), value_dtype)
-    return kind(k, values, jnp.zeros((batch, capacity), bool), jnp.int32(0), True)
+    decays: Any = ()
+    if decay_heads is not None:
+        shape = (batch, capacity, check_size("decay_heads", decay_heads))
+        decays = (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, accumulation_dtype(k)))
+    return kind(k, values, jnp.zeros((batch, capacity), bool), jnp.int32(0), True, *decays)

@@ -38,7 +38,8 @@ def run(implementation: Callable[[AttentionCall], Any], call: AttentionCall) -> 
       call: of all tokens.
     """
     shards = time_shards(call.q.shape[1])
-    if shards is None:
+    if shards is None or call.decay is not None or call.sinks is not None:
+        # Decays and sinks have no exchange: the compiler divides the call.
         return implementation(call)
     groups = call.k.shape[2]
     call = _repeat_groups(call, key_head_repeats(groups, call.q.shape[2]))

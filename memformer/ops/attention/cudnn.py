@@ -16,14 +16,15 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     """Runs softmax attention by jax.nn.dot_product_attention(implementation="cudnn").
 
     Raises:
-      NotImplementedError: segments; a state; a window without causality; a chunk size; a precision; inputs that are
-        not all float16 or all bfloat16; keys and values of different widths; or what jax.nn refuses (no cuDNN here,
-        an unsupported width).
+      NotImplementedError: segments; a state; decay or sinks; a window without causality; a chunk size; a precision;
+        inputs that are not all float16 or all bfloat16; keys and values of different widths; or what jax.nn refuses
+        (no cuDNN here, an unsupported width).
     """
     q, k, v = call.q, call.k, call.v
     needs = {
         "no segment_ids": call.mask.key_segment is None,
         "no initial_state": call.cache is None,
+        "no decay and no sinks": call.decay is None and call.sinks is None,
         "no window without causality": call.window is None or call.causal,
         "no chunk_size": call.chunk_size is None,
         "default precision": call.precision == lax.Precision.DEFAULT,

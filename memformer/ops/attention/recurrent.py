@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.calls import AttentionCall
+from memformer.core.decay import FORGOTTEN_PAIR, CumulativeDecay
 from memformer.core.mask import Mask
 from memformer.core.numerics import accumulation_dtype, masked_softmax
 from memformer.core.sharding import vary_like
@@ -21,11 +22,13 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     cached_k, cached_v = (None, None) if cache is None else (cache.k, cache.values)
     k, v = place(cache, cached_k, call.k), place(cache, cached_v, call.v)
     mask, start = _place_mask(call)
+    decay = _place_decay(call)
 
     def step(_, inputs):
         t, q = inputs
         seen = _row_mask(call, mask, start, k.shape[1], t)
-        return None, _read_row(call.read_kernel, call.precision, seen, q, k, v)
+        gap, seen = _row_gap(call, decay, start, seen, t)
+        return None, _read_row(call.read_kernel, call.precision, seen, gap, q, k, v, call.sinks)
 
     tokens = jnp.arange(call.q.shape[1], dtype=jnp.int32)
     _, output = lax.scan(step, None, (tokens, jnp.moveaxis(call.q, 1, 0)))
@@ -43,16 +46,17 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     cached_k, cached_u = (None, None) if cache is None else (cache.k, cache.values)
     k, u = place(cache, cached_k, call.k), place(cache, cached_u, jnp.zeros_like(target))
     mask, start = _place_mask(call)
-    slots = k.shape[1]
+    decay, slots = _place_decay(call), k.shape[1]
 
     def step(u, inputs):
         t, q, w, target, beta = inputs
         seen = _row_mask(call, mask, start, slots, t)
+        gap, seen = _row_gap(call, decay, start, seen, t)
         own = start + t
-        earlier = seen & (jnp.arange(slots, dtype=jnp.int32)[None] < own)
-        new = target - beta[..., None] * _read_row(call.write_kernel, call.precision, earlier, w, k, u)
+        earlier = seen & (jnp.arange(slots, dtype=jnp.int32)[None, None] < own)
+        new = target - beta[..., None] * _read_row(call.write_kernel, call.precision, earlier, gap, w, k, u)
         u = lax.dynamic_update_slice_in_dim(u, new[:, None].astype(u.dtype), own, axis=1)
-        return u, (_read_row(call.read_kernel, call.precision, seen, q, k, u), new)
+        return u, (_read_row(call.read_kernel, call.precision, seen, gap, q, k, u, call.sinks), new)
 
     tokens = jnp.arange(q.shape[1], dtype=jnp.int32)
     inputs = (tokens, *(jnp.moveaxis(x, 1, 0) for x in (q, w, target, beta)))
@@ -83,6 +87,30 @@ def _row_mask(call: AttentionCall, mask: Mask, start: Array, slots: int, t: Arra
     return seen
 
 
+def _place_decay(call: AttentionCall) -> CumulativeDecay | None:
+    """The cumulative decays of all slots."""
+    if call.decay is None or call.cache is None:
+        return call.decay
+    cache = call.cache
+    return CumulativeDecay(
+        place(cache, cache.decay_whole, call.decay.whole), place(cache, cache.decay_fraction, call.decay.fraction)
+    )
+
+
+def _row_gap(
+    call: AttentionCall, decay: CumulativeDecay | None, start: Array, seen: Bool[Array, "b S"], t: Array
+) -> tuple[Float[Array, "B H S"] | None, Bool[Array, "b h S"]]:
+    """The decay from each slot to query t, 0 where masked, and what the query sees in spite of it."""
+    seen = seen[:, None]
+    if decay is None:
+        return None, seen
+    query = CumulativeDecay(*(_token(x, t) for x in call.decay))
+    gap = jnp.swapaxes(query.since(decay), 1, 2)
+    own = jnp.arange(seen.shape[-1], dtype=jnp.int32)[None, None] == start + t
+    seen = seen & (gap > FORGOTTEN_PAIR)
+    return jnp.where(seen & ~own, gap, jnp.zeros((), gap.dtype)), seen
+
+
 def _token(x: Array, t: Array) -> Array:
     return lax.dynamic_slice_in_dim(x, t, 1, axis=1)
 
@@ -90,10 +118,12 @@ def _token(x: Array, t: Array) -> Array:
 def _read_row(
     kernel: Kernel,
     precision: lax.Precision,
-    mask: Bool[Array, "b S"],
+    mask: Bool[Array, "b h S"],
+    gap: Float[Array, "B h S"] | None,
     q: Float[Array, "B H K"],
     k: Float[Array, "B S G K"],
     values: Float[Array, "B S G V"],
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "B H V"]:
     """One token's read, in the accumulation dtype."""
     dtype = accumulation_dtype(q, k, values)
@@ -101,12 +131,27 @@ def _read_row(
     groups = k.shape[2]
     q = q.reshape(q.shape[0], groups, -1, q.shape[2])
     scores = jnp.einsum("bgrk,bsgk->bgrs", q, k, precision=precision) * kernel.scale
-    mask = mask[:, None, None]
+    # Heads h of the mask and the decay are 1, G or H.
+    mask = mask[:, None] if mask.shape[1] == 1 else mask.reshape(mask.shape[0], groups, -1, mask.shape[2])
+    if gap is not None:
+        gap = gap.astype(dtype).reshape(gap.shape[0], groups, -1, gap.shape[2])
     if kernel.normalized:
-        weights = masked_softmax(scores, jnp.broadcast_to(mask, scores.shape))
+        scores = scores if gap is None else scores + gap
+        weights = _softmax(scores, jnp.broadcast_to(mask, scores.shape), sinks)
     else:
         zero = jnp.zeros((), dtype)
         # Masked scores are cleared before the similarity too: an infinite exponential there would spoil gradients.
         weights = jnp.where(mask, similarity(kernel, jnp.where(mask, scores, zero)), zero)
+        weights = weights if gap is None else weights * jnp.exp(gap)
     output = jnp.einsum("bgrs,bsgv->bgrv", weights, values, precision=precision)
     return output.reshape(output.shape[0], -1, output.shape[3])
+
+
+def _softmax(scores: Array, mask: Array, sinks: Array | None) -> Float[Array, "B G R S"]:
+    """Softmax over the slots that are seen and, per head, a sink without a slot."""
+    if sinks is None:
+        return masked_softmax(scores, mask)
+    sinks = sinks.astype(scores.dtype).reshape(1, *scores.shape[1:3], 1)
+    sinks = jnp.broadcast_to(sinks, (*scores.shape[:3], 1))
+    scores = jnp.concatenate([scores, sinks], axis=-1)
+    return masked_softmax(scores, jnp.concatenate([mask, jnp.ones(sinks.shape, bool)], axis=-1))[..., :-1]

@@ -10,7 +10,8 @@ from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.ops.attention import tiles
 from memformer.ops.attention.arguments import write_operands
-from memformer.ops.attention.tiles import TileMask, Tiling
+from memformer.ops.attention.backward import key_gradient
+from memformer.ops.attention.tiles import Decay, TileMask, Tiling
 from memformer.ops.attention.write import write
 
 __all__ = ["deltaformer", "softmax_attention"]
@@ -23,13 +24,16 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     """Reads the cache and the tokens by tiles; the output is in the accumulation dtype."""
     cache, (tokens, groups) = call.cache, call.k.shape[1:3]
     tiling, mask = tiles.make_tiling(call, call.read_kernel, READ_CHUNK)
+    mask, decay = tiles.chunk_decay(call, tiling, mask)
     k, v = call.k, call.v
     cached_k, cached_v = (None, None) if cache is None else (cache.k, cache.values)
     if cache is not None:
         k, v = k.astype(cached_k.dtype), v.astype(cached_v.dtype)
     k, v = tiles.join_keys(cached_k, k, tiling.size), tiles.join_keys(cached_v, v, tiling.size)
-    q, k, v = tiles.unify(mask, tiles.chunk_queries(call.q, groups, tiling.size), k, v)
-    return tiles.unchunk_queries(_read(tiling, mask, q, k, v), tokens)
+    q = tiles.chunk_queries(call.q, groups, tiling.size)
+    q, k, v, *fractions = tiles.unify(mask, q, k, v, *(decay or ()))
+    output = _read(tiling, mask, Decay(*fractions) if fractions else None, call.sinks, q, k, v)
+    return tiles.unchunk_queries(output, tokens)
 
 
 def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
@@ -41,38 +45,50 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     cache, (tokens, groups) = call.cache, call.k.shape[1:3]
     w, target, beta = write_operands(call)
     tiling, mask = tiles.make_tiling(call, call.write_kernel, WRITE_CHUNK)
+    mask, decay = tiles.chunk_decay(call, tiling, mask)
     size = tiling.size
     cached_k, cached_u = (None, None) if cache is None else (cache.k, cache.values)
     k = tiles.join_keys(cached_k, call.k if cache is None else call.k.astype(cached_k.dtype), size)
     target, beta = tiles.chunk_keys(target, size), tiles.chunk_keys(beta, size)
     cached_u = target[:0] if cached_u is None else tiles.chunk_keys(cached_u.astype(target.dtype), size)
     q, w = tiles.chunk_queries(call.q, groups, size), tiles.chunk_queries(w, groups, size)
-    q, w, k, target, beta, cached_u = tiles.unify(mask, q, w, k, target, beta, cached_u)
-    u = write(tiling, mask, w, k, target, beta, cached_u)
-    output = _read(tiling._replace(kernel=call.read_kernel), mask, q, k, u)
+    arrays = q, w, k, target, beta, cached_u
+    q, w, k, target, beta, cached_u, *fractions = tiles.unify(mask, *arrays, *(decay or ()))
+    decay = Decay(*fractions) if fractions else None
+    u = write(tiling, mask, decay, w, k, target, beta, cached_u)
+    if decay is not None:
+        # Each query head of a group has the group's decay.
+        decay = Decay(*(jnp.broadcast_to(x, (*x.shape[:3], q.shape[3], size)) for x in decay))
+    output = _read(tiling._replace(kernel=call.read_kernel), mask, decay, call.sinks, q, k, u)
     return tiles.unchunk_queries(output, tokens), tiles.unchunk_keys(u[tiling.cached :], tokens)
 
 
-def _read(tiling: Tiling, mask: TileMask, q: Array, k: Array, x: Array) -> Float[Array, "N B G R C V"]:
+def _read(
+    tiling: Tiling, mask: TileMask, decay: Decay | None, sinks: Array | None, q: Array, k: Array, x: Array
+) -> Float[Array, "N B G R C V"]:
     """Reads the values x at the queries, in the accumulation dtype."""
-    read = _read_plain if in_forward_mode(q, k, x) else _read_reverse
-    return read(tiling, mask, q, k, x)
+    read = _read_plain if in_forward_mode(decay, q, k, x) else _read_reverse
+    output, lse = read(tiling, mask, decay, q, k, x)
+    if sinks is None:
+        return output
+    sinks = sinks.astype(output.dtype).reshape(1, 1, *q.shape[2:4], 1)
+    return output * jax.nn.sigmoid(lse - sinks)[..., None]
 
 
-def _read_plain(tiling, mask, q, k, x):
-    return _read_rows(tiling, mask, q, k, x)[0]
+def _read_plain(tiling, mask, decay, q, k, x):
+    return _read_rows(tiling, mask, decay, q, k, x)
 
 
 _read_reverse = jax.custom_vjp(_read_plain, nondiff_argnums=(0,))
 
 
-def _read_rows(tiling, mask, q, k, x):
+def _read_rows(tiling, mask, decay, q, k, x):
     """The output, and the log-sum-exp of its rows."""
 
     def row(_, inputs):
         i, q = inputs
         steps = mask.used + (i + 1 if tiling.causal else k.shape[0] - tiling.cached)
-        sums = tiles.sum_row(tiling, mask, i, q, k, x, steps)
+        sums = tiles.sum_row(tiling, mask, decay, i, q, k, x, steps)
         if sums.total is None:
             return None, (sums.value, None)
         total = jnp.where(sums.total > 0, sums.total, jnp.ones_like(sums.total))
@@ -82,25 +98,32 @@ def _read_rows(tiling, mask, q, k, x):
     return lax.scan(row, None, (index, q))[1]
 
 
-def _read_forward(tiling, mask, q, k, x):
-    output, lse = reverse_once(tiles.REVERSE_ONCE, *_read_rows(tiling, mask, q, k, x))
-    return output, (mask, q, k, x, output if tiling.kernel.normalized else None, lse)
+def _read_forward(tiling, mask, decay, q, k, x):
+    output, lse = reverse_once(tiles.REVERSE_ONCE, *_read_rows(tiling, mask, decay, q, k, x))
+    return (output, lse), (mask, decay, q, k, x, output if tiling.kernel.normalized else None, lse)
 
 
-def _read_backward(tiling, saved, do):
-    mask, q, k, x, output, lse = saved
-    delta = None if output is None else jnp.sum(output * do, axis=-1)
+def _read_backward(tiling, saved, cotangents):
+    mask, decay, q, k, x, output, lse = saved
+    do, dlse = cotangents
+    delta = None if output is None else jnp.sum(output * do, axis=-1) - dlse
     last = q.shape[0]
 
-    def column(dq, j):
+    def column(queries, j):
         first = jnp.maximum(j - tiling.cached, 0) if tiling.causal else 0
         first = jnp.where((j >= mask.used) & (j < tiling.cached), last, first)
-        dq, dk, dx = tiles.key_gradient(tiling, mask, j, (first, last), k, x, q, (lse, do, delta), dq)
-        return dq, (dk.astype(k.dtype), dx.astype(x.dtype))
+        queries, (dk, dx, key_decay) = key_gradient(
+            tiling, mask, decay, j, (first, last), k, x, q, (lse, do, delta), queries
+        )
+        return queries, (dk.astype(k.dtype), dx.astype(x.dtype), key_decay)
 
-    start = vary_like(jnp.zeros(q.shape, do.dtype), q, k, x, do, *mask.arrays)
-    dq, (dk, dx) = lax.scan(column, start, jnp.arange(k.shape[0], dtype=jnp.int32))
-    return None, *reverse_once(tiles.REVERSE_ONCE, dq.astype(q.dtype), dk, dx)
+    def zeros(a):
+        return None if a is None else vary_like(jnp.zeros(a.shape, do.dtype), q, k, x, do, *mask.arrays, *(decay or ()))
+
+    start = zeros(q), None if decay is None else zeros(decay.query)
+    (dq, query_decay), (dk, dx, key_decay) = lax.scan(column, start, jnp.arange(k.shape[0], dtype=jnp.int32))
+    gradients = reverse_once(tiles.REVERSE_ONCE, dq.astype(q.dtype), dk, dx, query_decay, key_decay)
+    return None, None if decay is None else Decay(*gradients[3:]), *gradients[:3]
 
 
 _read_reverse.defvjp(_read_forward, _read_backward)

@@ -9,6 +9,7 @@ head:
     queries  [N, B, G, R, C, K]        N chunks of the call
     keys     [M, B, G, C, K]           M = cached + N: chunks of the cache come first, unused ones at their end
     values   [M, B, G, C, V]
+    decays   [N, B, G, R, C] of queries and [M, B, G, R, C] of keys
 """
 
 from typing import NamedTuple
@@ -17,32 +18,36 @@ import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.calls import AttentionCall
+from memformer.core.decay import FORGOTTEN_PAIR
 from memformer.core.mask import Mask, first_tiles, join_cache, last_tiles
 from memformer.core.numerics import accumulation_dtype
 from memformer.core.segments import chunk_time, unchunk_time
 from memformer.core.sharding import vary_like
-from memformer.core.similarity import Kernel, similarity, similarity_slope
+from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.attention.cache import offset
 
 __all__ = [
     "REVERSE_ONCE",
+    "Decay",
+    "Gap",
     "RowSums",
     "TileMask",
     "Tiling",
     "attention_weights",
+    "chunk_decay",
     "chunk_keys",
     "chunk_queries",
     "join_keys",
-    "key_gradient",
     "make_tiling",
     "mask_scores",
     "rescale",
     "row_lse",
     "sum_row",
     "take",
-    "tile_gradient",
+    "tile_gap",
     "tile_mask",
+    "tile_product",
     "tile_scores",
     "unchunk_keys",
     "unchunk_queries",
@@ -85,17 +90,39 @@ class TileMask(NamedTuple):
       used: how many chunks of the cache hold anything.
       first: for each row, the first column that any example sees; None where that is the first.
       last: for each column, one more than the last row in which any example sees it; None where that is the last.
+      query_decay, key_decay: whole part of the cumulative decays, or None.
     """
 
     mask: Mask
     used: Int[Array, ""]
     first: Int[Array, "N"] | None
     last: Int[Array, "M"] | None
+    query_decay: Int[Array, "N B G R C"] | None = None
+    key_decay: Int[Array, "M B G R C"] | None = None
 
     @property
     def arrays(self) -> tuple[Array | None, ...]:
         """All of them."""
-        return (*self.mask, self.used, self.first, self.last)
+        return (*self.mask, *self[1:])
+
+
+class Decay(NamedTuple):
+    """Fractions of the cumulative decays of queries and of keys; their whole parts are in the mask."""
+
+    query: Float[Array, "N B G R C"]
+    key: Float[Array, "M B G R C"]
+
+
+class Gap(NamedTuple):
+    """The decay between the tokens of one tile.
+
+    Attributes:
+      log: from each key to each query, at most 0; 0 where masked.
+      apart: False for a token and itself, whose gap of 0 has no gradient: in sums it would cancel inexactly.
+    """
+
+    log: Float[Array, "B G R C C"]
+    apart: Bool[Array, "1 1 1 C C"]
 
 
 class RowSums(NamedTuple):
@@ -128,6 +155,27 @@ def make_tiling(call: AttentionCall, kernel: Kernel, default_size: int) -> tuple
         last = None if last is None else jnp.max(last, axis=0)
     tiling = Tiling(kernel, size, cached, call.causal, call.window, call.precision)
     return tiling, TileMask(mask, used, first, last)
+
+
+def chunk_decay(call: AttentionCall, tiling: Tiling, mask: TileMask) -> tuple[TileMask, Decay | None]:
+    """The decays of a call in chunks: the mask with their whole parts, and the fractions."""
+    if call.decay is None:
+        return mask, None
+    cache, groups = call.cache, call.k.shape[2]
+
+    def chunks(x):
+        """[B, T, H] to [N, B, G, R, C]."""
+        return chunk_queries(x[..., None], groups, tiling.size)[..., 0]
+
+    held = (None, None) if cache is None else (cache.decay_whole, cache.decay_fraction)
+    (whole, key_whole), (fraction, key_fraction) = (
+        (
+            chunks(new),
+            chunks(new) if cached is None else jnp.concatenate([chunks(cached), chunks(new.astype(cached.dtype))]),
+        )
+        for new, cached in zip(call.decay, held, strict=True)
+    )
+    return mask._replace(query_decay=whole, key_decay=key_whole), Decay(fraction, key_fraction)
 
 
 def chunk_queries(x: Float[Array, "B T H K"], groups: int, size: int) -> Float[Array, "N B G R C K"]:
@@ -174,7 +222,7 @@ def take(x: Array | None, i: Array) -> Array | None:
     return None if x is None else lax.dynamic_index_in_dim(x, i, 0, keepdims=False)
 
 
-def _product(tiling: Tiling, equation: str, a: Array, b: Array) -> Array:
+def tile_product(tiling: Tiling, equation: str, a: Array, b: Array) -> Array:
     """An einsum with sums in float32 or wider."""
     dtype = accumulation_dtype(a, b)
     if a.dtype != b.dtype:
@@ -182,7 +230,7 @@ def _product(tiling: Tiling, equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, precision=tiling.precision, preferred_element_type=dtype)
 
 
-def tile_mask(tiling: Tiling, mask: TileMask, i: Array, j: Array, *, strict: bool = False) -> Bool[Array, "b 1 1 C C"]:
+def tile_mask(tiling: Tiling, mask: TileMask, i: Array, j: Array, *, strict: bool = False) -> Bool[Array, "b g r C C"]:
     """True where a query of chunk i sees a key of chunk j; `strict` leaves out a query's own key."""
 
     def chunk(x, i):
@@ -199,12 +247,33 @@ def tile_mask(tiling: Tiling, mask: TileMask, i: Array, j: Array, *, strict: boo
     if tiling.window is not None:
         distance = chunk(whole.query_rank, i)[:, :, None] - chunk(whole.key_rank, j)[:, None, :]
         seen &= (distance if tiling.causal else jnp.abs(distance)) < tiling.window
-    return seen[:, None, None]
+    seen = seen[:, None, None]
+    return seen if mask.query_decay is None else seen & (_whole_gap(mask, i, j) > FORGOTTEN_PAIR)
 
 
-def tile_scores(tiling: Tiling, q: Array, k: Array) -> Float[Array, "B G R C C"]:
-    """Scaled inner products of one tile."""
-    return _product(tiling, "bgrtk,bgsk->bgrts", q, k) * tiling.kernel.scale
+def _whole_gap(mask: TileMask, i: Array, j: Array) -> Int[Array, "B G R C C"]:
+    return take(mask.query_decay, i)[..., :, None] - take(mask.key_decay, j)[..., None, :]
+
+
+def tile_gap(
+    tiling: Tiling, mask: TileMask, decay: Decay | None, i: Array, j: Array, seen: Bool[Array, "b g r C C"]
+) -> Gap | None:
+    """The decay from the keys of chunk j to the queries of chunk i."""
+    if decay is None:
+        return None
+    gap = take(decay.query, i)[..., :, None] - take(decay.key, j)[..., None, :]
+    gap = gap + _whole_gap(mask, i, j).astype(gap.dtype)
+    # Queries in the padding of the last chunk have no decay, and gaps that would overflow.
+    seen = seen & (gap < 1)
+    place = jnp.arange(tiling.size, dtype=jnp.int32)
+    apart = place[None, :] - place[:, None] != (i + tiling.cached - j) * tiling.size
+    return Gap(jnp.where(seen, gap, jnp.zeros((), gap.dtype)), apart[None, None, None])
+
+
+def tile_scores(tiling: Tiling, q: Array, k: Array, gap: Gap | None) -> Float[Array, "B G R C C"]:
+    """Scaled inner products of one tile; a normalised kernel has the decay added to them."""
+    scores = tile_product(tiling, "bgrtk,bgsk->bgrts", q, k) * tiling.kernel.scale
+    return scores + gap.log if tiling.kernel.normalized and gap is not None else scores
 
 
 def mask_scores(scores: Array, mask: Array) -> Array:
@@ -212,19 +281,22 @@ def mask_scores(scores: Array, mask: Array) -> Array:
     return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
 
 
-def attention_weights(tiling: Tiling, mask: Array, scores: Array, lse: Array | None) -> Float[Array, "B G R C C"]:
-    """Similarities of one tile, normalised by the rows' log-sum-exp for softmax."""
+def attention_weights(
+    tiling: Tiling, mask: Array, scores: Array, lse: Array | None, gap: Gap | None
+) -> Float[Array, "B G R C C"]:
+    """Decayed similarities of one tile, normalised by the rows' log-sum-exp for softmax."""
     if tiling.kernel.normalized:
         return jnp.exp(mask_scores(scores, mask) - lse[..., None])
     zero = jnp.zeros((), scores.dtype)
-    return jnp.where(mask, similarity(tiling.kernel, jnp.where(mask, scores, zero)), zero)
+    weights = jnp.where(mask, similarity(tiling.kernel, jnp.where(mask, scores, zero)), zero)
+    return weights if gap is None else weights * jnp.exp(gap.log)
 
 
 def _weighted_values(tiling: Tiling, weights: Array, x: Array) -> Float[Array, "B G R C V"]:
     """Sum of values by weights. Normalised weights are at most 1: they may be as narrow as the values."""
     if tiling.kernel.normalized:
         weights = weights.astype(x.dtype)
-    return _product(tiling, "bgrts,bgsv->bgrtv", weights, x)
+    return tile_product(tiling, "bgrts,bgsv->bgrtv", weights, x)
 
 
 def rescale(sums: RowSums, scores: Array) -> tuple[Array, Array, Array]:
@@ -252,15 +324,18 @@ def _empty_sums(tiling: Tiling, q: Array, x: Array, *others: Array | None) -> Ro
     return RowSums(top, jnp.zeros_like(value[..., 0]), value)
 
 
-def sum_row(tiling: Tiling, mask: TileMask, i: Array, q: Array, k: Array, x: Array, steps: Array) -> RowSums:
+def sum_row(
+    tiling: Tiling, mask: TileMask, decay: Decay | None, i: Array, q: Array, k: Array, x: Array, steps: Array
+) -> RowSums:
     """Sums over the first `steps` tiles of row i, unused chunks of the cache left out."""
 
     def tile(step, sums):
         j = jnp.where(step < mask.used, step, step - mask.used + tiling.cached)
         seen = tile_mask(tiling, mask, i, j)
-        scores = tile_scores(tiling, q, take(k, j))
+        gap = tile_gap(tiling, mask, decay, i, j, seen)
+        scores = tile_scores(tiling, q, take(k, j), gap)
         if not tiling.kernel.normalized:
-            weights = attention_weights(tiling, seen, scores, None)
+            weights = attention_weights(tiling, seen, scores, None, gap)
             return sums._replace(value=sums.value + _weighted_values(tiling, weights, take(x, j)))
         top, shrink, weights = rescale(sums, mask_scores(scores, seen))
         total = sums.total * shrink + jnp.sum(weights, axis=-1)
@@ -270,7 +345,7 @@ def sum_row(tiling: Tiling, mask: TileMask, i: Array, q: Array, k: Array, x: Arr
     if mask.first is not None:
         first = take(mask.first, i)
         first = jnp.where(first < tiling.cached, jnp.minimum(first, mask.used), first - tiling.cached + mask.used)
-    start = _empty_sums(tiling, q, x, k, *mask.arrays)
+    start = _empty_sums(tiling, q, x, k, *mask.arrays, *(decay or ()))
     return lax.fori_loop(first, jnp.asarray(steps, jnp.int32), tile, start)
 
 
@@ -279,64 +354,3 @@ def row_lse(sums: RowSums) -> Float[Array, "B G R C"] | None:
     if sums.top is None:
         return None
     return sums.top + jnp.log(jnp.where(sums.total > 0, sums.total, jnp.ones_like(sums.total)))
-
-
-def tile_gradient(
-    tiling: Tiling, mask: Array, q: Array, k: Array, x: Array, lse: Array | None, do: Array, delta: Array | None
-) -> tuple[Array, Array, Array]:
-    """Gradients of q, k and x through one tile of the output.
-
-    Args:
-      tiling: static settings.
-      mask: of the tile.
-      q, k, x: queries, keys and values of the tile.
-      lse: log-sum-exp of the rows, or None.
-      do: gradient of the output.
-      delta: sum of output times `do`, or None without a normaliser.
-    """
-    scores = tile_scores(tiling, q, k)
-    weights = attention_weights(tiling, mask, scores, lse)
-    dx = _product(tiling, "bgrts,bgrtv->bgsv", weights, do)
-    dweights = _product(tiling, "bgrtv,bgsv->bgrts", do, x)
-    if tiling.kernel.normalized:
-        dscores = weights * (dweights - delta[..., None])
-    else:
-        slope = similarity_slope(tiling.kernel, scores, weights)
-        dscores = jnp.where(mask, dweights * slope, jnp.zeros((), scores.dtype))
-    dscores = dscores * tiling.kernel.scale
-    dq = _product(tiling, "bgrts,bgsk->bgrtk", dscores, k)
-    return dq, _product(tiling, "bgrts,bgrtk->bgsk", dscores, q), dx
-
-
-def key_gradient(
-    tiling: Tiling, mask: TileMask, j: Array, rows: tuple, k: Array, x: Array, q: Array, rest: tuple, dq: Array
-) -> tuple[Array, Array, Array]:
-    """Gradients through the tiles of column j in rows[0] <= i < rows[1].
-
-    Args:
-      tiling: static settings.
-      mask: of the call.
-      j: chunk of keys.
-      rows: first row and one more than the last.
-      k, x: all keys and values.
-      q: all queries.
-      rest: lse, do and delta of `tile_gradient`, of all rows.
-      dq: gradient of all queries so far.
-
-    Returns:
-      dq with these tiles added, and the gradients of k[j] and x[j].
-    """
-    k, x = take(k, j), take(x, j)
-
-    def row(i, carry):
-        dq, dk, dx = carry
-        seen = tile_mask(tiling, mask, i, j)
-        parts = tile_gradient(tiling, seen, take(q, i), k, x, *(take(r, i) for r in rest))
-        dq = lax.dynamic_update_index_in_dim(dq, take(dq, i) + parts[0], i, 0)
-        return dq, dk + parts[1], dx + parts[2]
-
-    zeros = (vary_like(jnp.zeros(a.shape, dq.dtype), q, k, x, *rest, *mask.arrays) for a in (k, x))
-    first, last = (jnp.asarray(bound, jnp.int32) for bound in rows)
-    if mask.last is not None:
-        last = jnp.minimum(last, take(mask.last, j))
-    return lax.fori_loop(first, last, row, (dq, *zeros))

@@ -14,49 +14,53 @@ from memformer.core.sharding import vary_like
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
 from memformer.ops.attention import tiles
-from memformer.ops.attention.tiles import RowSums, TileMask, Tiling
+from memformer.ops.attention.backward import add_row, key_gradient, tile_gradient
+from memformer.ops.attention.tiles import Decay, RowSums, TileMask, Tiling
 
 __all__ = ["write"]
 
 
-def write(tiling: Tiling, mask: TileMask, w, k, target, beta, cached_u) -> Float[Array, "M B G C V"]:
+def write(
+    tiling: Tiling, mask: TileMask, decay: Decay | None, w, k, target, beta, cached_u
+) -> Float[Array, "M B G C V"]:
     """u of the cache's slots and of all tokens.
 
     Args:
       tiling: static settings.
-      mask: of the call.
+      mask, decay: of the call.
       w: [N, B, G, 1, C, K].
       k: [M, B, G, C, K].
       target: alpha v, [N, B, G, C, V].
       beta: [N, B, G, C].
       cached_u: u of the cache, [cached, B, G, C, V].
     """
-    run = _write_plain if in_forward_mode(w, k, target, beta, cached_u) else _write_reverse
-    return run(tiling, mask, w, k, target, beta, cached_u)
+    run = _write_plain if in_forward_mode(decay, w, k, target, beta, cached_u) else _write_reverse
+    return run(tiling, mask, decay, w, k, target, beta, cached_u)
 
 
-def _write_plain(tiling, mask, w, k, target, beta, cached_u):
-    return _write_rows(tiling, mask, w, k, target, beta, cached_u)[0]
+def _write_plain(tiling, mask, decay, w, k, target, beta, cached_u):
+    return _write_rows(tiling, mask, decay, w, k, target, beta, cached_u)[0]
 
 
 _write_reverse = jax.custom_vjp(_write_plain, nondiff_argnums=(0,))
 
 
-def _write_rows(tiling, mask, w, k, target, beta, cached_u):
+def _write_rows(tiling, mask, decay, w, k, target, beta, cached_u):
     """u, and for each row its read of earlier writes (erased) and the log-sum-exp of that read."""
-    start = vary_like(jnp.concatenate([cached_u, jnp.zeros_like(target)]), w, k, target, beta, *mask.arrays)
+    others = (w, k, target, beta, *mask.arrays, *(decay or ()))
+    start = vary_like(jnp.concatenate([cached_u, jnp.zeros_like(target)]), *others)
 
     def row(u, inputs):
         i, w, target, beta = inputs
-        sums = tiles.sum_row(tiling, mask, i, w, k, u, mask.used + i)
-        seen, scores = _own_scores(tiling, mask, i, w, k)
+        sums = tiles.sum_row(tiling, mask, decay, i, w, k, u, mask.used + i)
+        seen, gap, scores = _own_scores(tiling, mask, decay, i, w, k)
         lse, erased = None, sums.value
         if tiling.kernel.normalized:
             top, shrink, weights = tiles.rescale(sums, tiles.mask_scores(scores, seen))
             total = sums.total * shrink + jnp.sum(weights, axis=-1)
             lse = tiles.row_lse(RowSums(top, total, sums.value))
             erased = sums.value * jnp.exp(sums.top - lse)[..., None]
-        own = tiles.attention_weights(tiling, seen, scores, lse)[:, :, 0]
+        own = tiles.attention_weights(tiling, seen, scores, lse, gap)[:, :, 0]
         inverse = unit_lower_inverse(beta[..., None] * own)
         new = _exact(inverse, target - beta[..., None] * erased[:, :, 0])
         erased = erased + _exact(own, new)[:, :, None]
@@ -67,63 +71,75 @@ def _write_rows(tiling, mask, w, k, target, beta, cached_u):
     return u, erased, lse
 
 
-def _own_scores(tiling, mask, i, w, k):
-    """Mask and scores of a chunk against itself."""
+def _own_scores(tiling, mask, decay, i, w, k):
+    """Mask, decay and scores of a chunk against itself."""
     own = i + tiling.cached
     seen = tiles.tile_mask(tiling, mask, i, own, strict=True)
-    return seen, tiles.tile_scores(tiling, w, tiles.take(k, own))
+    gap = tiles.tile_gap(tiling, mask, decay, i, own, seen)
+    return seen, gap, tiles.tile_scores(tiling, w, tiles.take(k, own), gap)
 
 
 def _exact(a: Array, b: Array) -> Array:
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
-def _write_forward(tiling, mask, w, k, target, beta, cached_u):
-    u, erased, lse = reverse_once(tiles.REVERSE_ONCE, *_write_rows(tiling, mask, w, k, target, beta, cached_u))
-    return u, (mask, w, k, beta, u, erased, lse)
+def _write_forward(tiling, mask, decay, w, k, target, beta, cached_u):
+    rows = _write_rows(tiling, mask, decay, w, k, target, beta, cached_u)
+    u, erased, lse = reverse_once(tiles.REVERSE_ONCE, *rows)
+    return u, (mask, decay, w, k, beta, u, erased, lse)
 
 
 def _write_backward(tiling, saved, du):
     """Chunks in reverse: a chunk's gradient needs those of all chunks that read it."""
-    mask, w, k, beta, u, erased, lse = saved
+    mask, decay, w, k, beta, u, erased, lse = saved
     cached, rows = tiling.cached, w.shape[0]
-    start = tuple(
-        vary_like(jnp.zeros(shape, u.dtype), w, k, beta, u, du, *mask.arrays)
-        for shape in (w.shape, erased.shape, erased.shape[:-1])
-    )
+
+    def zeros(shape):
+        return vary_like(jnp.zeros(shape, u.dtype), w, k, beta, u, du, *mask.arrays, *(decay or ()))
 
     def column(carry, inputs):
-        dw, derased, delta = carry
+        queries, derased, delta = carry
         i, w_i, beta_i, erased_i, lse_i, du_i = inputs
         j = i + cached
-        dw, dk, later = tiles.key_gradient(tiling, mask, j, (i + 1, rows), k, u, w, (lse, derased, delta), dw)
-        seen, scores = _own_scores(tiling, mask, i, w_i, k)
-        own = tiles.attention_weights(tiling, seen, scores, lse_i)[:, :, 0]
+        queries, (dk, later, key_decay) = key_gradient(
+            tiling, mask, decay, j, (i + 1, rows), k, u, w, (lse, derased, delta), queries
+        )
+        seen, gap, scores = _own_scores(tiling, mask, decay, i, w_i, k)
+        own = tiles.attention_weights(tiling, seen, scores, lse_i, gap)[:, :, 0]
         inverse = unit_lower_inverse(beta_i[..., None] * own)
         dtarget = _exact(jnp.swapaxes(inverse, -1, -2), du_i + later)
         dbeta = -jnp.sum(dtarget * erased_i[:, :, 0], axis=-1)
         derased_i = -(beta_i[..., None] * dtarget)[:, :, None]
         delta_i = jnp.sum(derased_i * erased_i, axis=-1)
-        dw_i, dk_i, _ = tiles.tile_gradient(
-            tiling, seen, w_i, tiles.take(k, j), tiles.take(u, j), lse_i, derased_i, delta_i
+        own_queries, (dk_i, _, own_decay) = tile_gradient(
+            tiling, seen, gap, w_i, tiles.take(k, j), tiles.take(u, j), lse_i, derased_i, delta_i
         )
-        parts = (tiles.take(dw, i) + dw_i, derased_i, delta_i)
-        pairs = zip((dw, derased, delta), parts, strict=True)
-        carry = tuple(lax.dynamic_update_index_in_dim(x, part, i, 0) for x, part in pairs)
-        return carry, ((dk + dk_i).astype(k.dtype), dtarget, dbeta)
+        pairs = zip((derased, delta), (derased_i, delta_i), strict=True)
+        carry = (
+            add_row(queries, own_queries, i),
+            *(lax.dynamic_update_index_in_dim(x, part, i, 0) for x, part in pairs),
+        )
+        key_decay = None if gap is None else key_decay + own_decay
+        return carry, ((dk + dk_i).astype(k.dtype), key_decay, dtarget, dbeta)
 
-    def cache_column(dw, j):
+    def cache_column(queries, j):
         last = jnp.where(j < mask.used, rows, 0)
-        dw, dk, dx = tiles.key_gradient(tiling, mask, j, (0, last), k, u, w, (lse, derased, delta), dw)
-        return dw, (dk.astype(k.dtype), dx)
+        rest = (lse, derased, delta)
+        queries, (dk, dx, key_decay) = key_gradient(tiling, mask, decay, j, (0, last), k, u, w, rest, queries)
+        return queries, (dk.astype(k.dtype), key_decay, dx)
 
     index = jnp.arange(rows, dtype=jnp.int32)
     inputs = (index, w, beta, erased, lse, du[cached:])
-    (dw, derased, delta), (dk, dtarget, dbeta) = lax.scan(column, start, inputs, reverse=True)
-    dw, (dk_cached, du_cached) = lax.scan(cache_column, dw, jnp.arange(cached, dtype=jnp.int32))
-    dk = jnp.concatenate([dk_cached, dk])
-    gradients = dw.astype(w.dtype), dk, dtarget, dbeta, du[:cached] + du_cached
-    return None, *reverse_once(tiles.REVERSE_ONCE, *gradients)
+    start = zeros(w.shape), None if decay is None else zeros(decay.query.shape)
+    carry, (*of_keys, dtarget, dbeta) = lax.scan(
+        column, (start, zeros(erased.shape), zeros(erased.shape[:-1])), inputs, reverse=True
+    )
+    queries, derased, delta = carry
+    (dw, query_decay), (*of_cache, du_cached) = lax.scan(cache_column, queries, jnp.arange(cached, dtype=jnp.int32))
+    dk, key_decay = jax.tree.map(lambda *parts: jnp.concatenate(parts), of_cache, of_keys)
+    gradients = dw.astype(w.dtype), dk, dtarget, dbeta, du[:cached] + du_cached, query_decay, key_decay
+    gradients = reverse_once(tiles.REVERSE_ONCE, *gradients)
+    return None, None if decay is None else Decay(*gradients[5:]), *gradients[:5]
 
 
 _write_reverse.defvjp(_write_forward, _write_backward)

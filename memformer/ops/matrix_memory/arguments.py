@@ -1,15 +1,20 @@
 """Checked arguments of the matrix memories, as one `MatrixCall`."""
 
+import functools
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from memformer.core.calls import MatrixCall
 from memformer.core.checks import check_array, check_multiple, check_positive
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.segments import clear, find_segments
 from memformer.core.sharding import vary_like
-from memformer.core.types import Dims
+from memformer.core.types import Array, Dims
 
 __all__ = ["make_call"]
 
@@ -60,8 +65,11 @@ def make_call(
     dtype = accumulation_dtype(q, k, v)
     if initial_state is not None:
         state_dims = dims | {"V": dims["V"] + int(normalize)}
-        initial_state = check_array("initial_state", initial_state, "B H K V", state_dims).astype(dtype)
+        letters = "B P H K V" if getattr(initial_state, "ndim", 4) == 5 else "B H K V"
+        initial_state = check_array("initial_state", initial_state, letters, state_dims).astype(dtype)
     segments = find_segments(segment_ids, dims)
+    if segments is not None and initial_state is not None and initial_state.ndim == 5:
+        _check_documents(jnp.max(segments.index) + 1, initial_state.shape[1])
     chunk_size = check_positive("chunk_size", chunk_size)
     precision = matmul_precision(precision, q, k, v, w)
     valid = None if segments is None else segments.valid
@@ -90,3 +98,21 @@ def make_call(
         precision=precision,
         chunk_size=chunk_size,
     )
+
+
+def _check_documents(found: Array, room: int) -> None:
+    """Raises at once where the segments are known, or else has the running program raise."""
+    if not isinstance(found, jax.core.Tracer):
+        _raise_documents(room, found > room, found)
+        return
+
+    def report():
+        jax.debug.callback(functools.partial(_raise_documents, room), found > room, found)
+
+    lax.cond(found > room, report, lambda: None)
+
+
+def _raise_documents(room: int, more: Any, found: Any) -> None:
+    # Under vmap both branches of the condition run: only `more` tells.
+    if np.any(more):
+        raise ValueError(f"initial_state has states of {room} documents per row, got {np.max(found)} segments in a row")

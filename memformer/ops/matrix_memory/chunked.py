@@ -34,73 +34,11 @@ from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
+from memformer.ops.matrix_memory import documents, groups
+from memformer.ops.matrix_memory.groups import ChunkScan, Inputs, Masks
 from memformer.ops.matrix_memory.scores import decayed_scores, repeat_tokens
 
 __all__ = ["run"]
-
-
-class ChunkScan(NamedTuple):
-    """Static settings of one call.
-
-    Attributes:
-      size: C, tokens per chunk.
-      group: chunks per group.
-      writes: N, writes per token.
-      scale: factor on the read.
-      precision: of the products; the inverse always runs at the highest.
-    """
-
-    size: int
-    group: int
-    writes: int
-    scale: float
-    precision: lax.Precision
-
-    @property
-    def tokens(self) -> int:
-        """Tokens per group."""
-        return self.size * self.group
-
-    @property
-    def rows(self) -> tuple[int, ...]:
-        """Rows per token of each of `Inputs`."""
-        return (1, *(self.writes,) * 5, 1)
-
-    def product(self, a: Array, b: Array) -> Array:
-        """a @ b."""
-        return jnp.matmul(a, b, precision=self.precision)
-
-
-class Inputs(NamedTuple):
-    """Arrays of a call or of one group, or their gradients; None where absent.
-
-    A call's are [B, T, H, width], or [B, T N, H, width] for what each write has; a group's are [M, B, H, C, width] or
-    [M, B, H, C N, width], with M chunks.
-    """
-
-    q: Array
-    k: Array
-    v: Array
-    w: Array | None
-    alpha: Array | None
-    beta: Array | None
-    decay: Array | None
-
-
-class Masks(NamedTuple):
-    """Segments inside the chunks of a group.
-
-    Attributes:
-      same: [M, B, 1, C, C] pairs of tokens in one segment.
-      decay_in: [M, B, 1, C, 1] tokens in the segment that the chunk starts in, as factors.
-      decay_out: [M, B, 1, C, 1] tokens in the segment that the chunk ends in.
-      chunk_decay: [M, B, 1, 1, 1] whether those two are one segment.
-    """
-
-    same: Array
-    decay_in: Array
-    decay_out: Array
-    chunk_decay: Array
 
 
 class Features(NamedTuple):
@@ -131,7 +69,7 @@ class Residuals(NamedTuple):
     states: Array
 
 
-def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Array]:
     """Runs a matrix memory chunk by chunk, in matrix products.
 
     Returns:
@@ -152,9 +90,15 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     # All or none must vary over an axis of a surrounding shard_map, cotangents too.
     arrays = (*inputs, call.state)
     inputs = Inputs(*(None if x is None else vary_like(x, *arrays) for x in inputs))
+    state = vary_like(call.state, *arrays)
     index = None if call.segments is None else call.segments.index
     scan = _scan_plain if in_forward_mode(arrays) else _scan_chunks
-    return scan(plan, inputs, vary_like(call.state, *arrays), index)
+    if not call.document_states:
+        return scan(plan, inputs, state, index)
+    plan = plan._replace(group=1)
+    inputs, index, places = documents.align(plan, inputs, index, state.shape[1])
+    output, state = scan(plan, inputs, state, index)
+    return documents.take_tokens(output, places), state
 
 
 def _default_chunk(call: MatrixCall) -> int:
@@ -192,22 +136,27 @@ def _scan_chunks_forward(plan, inputs, state, index):
 
 
 def _scan_groups(plan: ChunkScan, inputs: Inputs, state: Array, index: Array | None, save: Callable[[Residuals], Any]):
-    """Output, state, and what `save` keeps of each group for the backward pass."""
+    """Output, state, and what `save` keeps of each group for the backward pass.
+
+    With states per document `index` is the document of each chunk [N, B], else the segment of each token [B, T].
+    """
     batch, _, heads, width = inputs.v.shape
     length = inputs.q.shape[1]
-    flat, segments = _flatten(plan, inputs, index)
+    of_documents = state.ndim == 5
+    flat, segments = groups.flatten(plan, inputs, None if of_documents else index)
     dtype = accumulation_dtype(inputs.q, inputs.k, inputs.v)
 
     def step(carry, at):
         state, output = carry
-        i, segments = at
-        state, new, residuals = _group_forward(plan, state, *_load_group(plan, flat, inputs, i, segments))
-        return (state, _store(output, _to_time(new), i)), save(residuals)
+        i, segments, document = at
+        group = groups.load_group(plan, flat, inputs, i, segments)
+        last, new, residuals = _group_forward(plan, documents.take(state, document), *group)
+        return (documents.put(state, document, last), groups.store(output, groups.to_time(new), i)), save(residuals)
 
     padded = flat.q.shape[1]
     output = vary_like(jnp.zeros((batch, padded, heads * width), dtype), state)
-    groups = jnp.arange(padded // plan.tokens, dtype=jnp.int32)
-    (state, output), residuals = lax.scan(step, (state, output), (groups, segments))
+    places = jnp.arange(padded // plan.tokens, dtype=jnp.int32)
+    (state, output), residuals = lax.scan(step, (state, output), (places, segments, index if of_documents else None))
     return output[:, :length].reshape(batch, length, heads, width), state, residuals
 
 
@@ -215,90 +164,35 @@ def _scan_chunks_backward(plan, saved, cotangents):
     inputs, index, residuals = saved
     d_output, d_state = cotangents
     batch, length, heads, width = d_output.shape
-    flat, segments = _flatten(plan, inputs, index)
+    of_documents = d_state.ndim == 5
+    flat, segments = groups.flatten(plan, inputs, None if of_documents else index)
     d_output = pad_time(d_output.reshape(batch, length, -1), plan.tokens)
 
     def step(carry, at):
         d_state, d_inputs = carry
-        i, segments, residuals = at
-        group, masks = _load_group(plan, flat, inputs, i, segments)
-        rows = _to_chunks(_load(d_output, i, plan.tokens).reshape(batch, plan.tokens, heads, width), plan.group)
-        d_state, d_group = _group_backward(plan, group, masks, residuals, rows, d_state)
+        i, segments, document, residuals = at
+        group, masks = groups.load_group(plan, flat, inputs, i, segments)
+        rows = groups.to_chunks(
+            groups.load(d_output, i, plan.tokens).reshape(batch, plan.tokens, heads, width), plan.group
+        )
+        d_last = documents.take(d_state, document)
+        d_first, d_group = _group_backward(plan, group, masks, residuals, rows, d_last)
         pairs = zip(d_inputs, d_group, strict=True)
-        d_inputs = Inputs(*(None if x is None else _store(x, _to_time(d).astype(x.dtype), i) for x, d in pairs))
-        return (d_state, d_inputs), None
+        d_inputs = Inputs(
+            *(None if x is None else groups.store(x, groups.to_time(d).astype(x.dtype), i) for x, d in pairs)
+        )
+        return (documents.put(d_state, document, d_first), d_inputs), None
 
     zeros = Inputs(*(None if x is None else vary_like(jnp.zeros(x.shape, x.dtype), d_state) for x in flat))
-    groups = jnp.arange(flat.q.shape[1] // plan.tokens, dtype=jnp.int32)
-    (d_state, d_inputs), _ = lax.scan(step, (d_state, zeros), (groups, segments, residuals), reverse=True)
+    places = jnp.arange(flat.q.shape[1] // plan.tokens, dtype=jnp.int32)
+    along = (places, segments, index if of_documents else None, residuals)
+    (d_state, d_inputs), _ = lax.scan(step, (d_state, zeros), along, reverse=True)
     pairs = zip(d_inputs, inputs, strict=True)
     d_inputs = Inputs(*(None if x is None else d[:, : x.shape[1]].reshape(x.shape) for d, x in pairs))
     return d_inputs, d_state, None
 
 
 _scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)
-
-
-def _flatten(plan: ChunkScan, inputs: Inputs, index: Array | None):
-    """Arrays [B, T, H width] with time in whole groups; segments of each group, and the one that each chunk starts in.
-
-    Groups are sliced in place: a scan over an axis of groups, or one more axis of size 1, makes the compiler copy
-    every input first.
-    """
-    pairs = zip(inputs, plan.rows, strict=True)
-    flat = Inputs(*(None if x is None else pad_time(x.reshape(*x.shape[:2], -1), plan.tokens * n) for x, n in pairs))
-    if index is None:
-        return flat, None
-    # Padding at the end belongs to the last segment, so that the final state is the last segment's.
-    index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % plan.tokens)), mode="edge")
-    chunks = index.reshape(index.shape[0], -1, plan.size)
-    before = jnp.pad(chunks[:, :-1, -1], ((0, 0), (1, 0)))
-
-    def by_group(x):
-        x = jnp.moveaxis(x, 1, 0)
-        return x.reshape(-1, plan.group, *x.shape[1:])
-
-    return flat, (by_group(chunks), by_group(before))
-
-
-def _load(x: Array, i: Array, rows: int) -> Array:
-    return lax.dynamic_slice_in_dim(x, i * jnp.int32(rows), rows, axis=1)
-
-
-def _store(x: Array, new: Array, i: Array) -> Array:
-    new = new.reshape(*new.shape[:2], -1)
-    return lax.dynamic_update_slice_in_dim(x, new, i * jnp.int32(new.shape[1]), axis=1)
-
-
-def _to_chunks(x: Array, chunks: int) -> Array:
-    """[B, T, H, width] of a group to [M, B, H, C, width]."""
-    batch, _, heads, width = x.shape
-    return x.reshape(batch, chunks, -1, heads, width).transpose(1, 0, 3, 2, 4)
-
-
-def _to_time(x: Array) -> Array:
-    """The inverse of `_to_chunks`."""
-    _, batch, heads, _, width = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, width)
-
-
-def _load_group(plan: ChunkScan, flat: Inputs, inputs: Inputs, i: Array, segments) -> tuple[Inputs, Masks | None]:
-    """Group i in the accumulation dtype, with the shapes of `inputs`, and its masks."""
-    dtype = accumulation_dtype(inputs.q, inputs.k, inputs.v)
-
-    def load(x, like, writes):
-        if x is None:
-            return None
-        rows = _load(x, i, plan.tokens * writes).reshape(x.shape[0], -1, *like.shape[2:])
-        return _to_chunks(rows, plan.group).astype(dtype)
-
-    group = Inputs(*map(load, flat, inputs, plan.rows))
-    if segments is None:
-        return group, None
-    index, before = segments
-    same = index[..., :, None] == index[..., None, :]
-    factors = index == before[..., None], index == index[..., -1:], index[..., -1:] == before[..., None]
-    return group, Masks(same[:, :, None], *(x[:, :, None, :, None].astype(dtype) for x in factors))
 
 
 def _make_features(plan: ChunkScan, inputs: Inputs, masks: Masks | None) -> Features:

@@ -45,7 +45,8 @@ def run(implementation: Run, call: MatrixCall) -> tuple[Float[Array, "B T H V"],
       call: of all tokens.
     """
     shards = time_shards(call.q.shape[1])
-    if shards is None:
+    if shards is None or call.document_states:
+        # Documents move to the starts of chunks: the compiler divides that.
         return implementation(call)
     repeats = key_head_repeats(call.q.shape[2], call.v.shape[2])
     shared: dict[str, Any] = {
