@@ -30,8 +30,10 @@ def table() -> str:
     """The table of memories, shortened to what a first look needs."""
     from memformer.layers.memory import MEMORIES
 
-    rows = ["| memory | similarity | update | state |", "| --- | --- | --- | --- |"]
-    rows += [f"| `{name}` | {row.similarity} | {row.update} | {row.state} |" for name, row in MEMORIES.items()]
+    rows = ["| memory | similarity | erase | forget | state |", "| --- | --- | --- | --- | --- |"]
+    rows += [
+        f"| `{name}` | {row.similarity} | {row.erase} | {row.forget} | {row.state} |" for name, row in MEMORIES.items()
+    ]
     return "\n".join(rows) + "\n"
 
 

@@ -19,8 +19,17 @@ from memformer.layers.basic import (
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.config import BaseConfig
 from memformer.layers.convolution import ShortConvolution
+from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase
 from memformer.layers.feedforward import FEEDFORWARDS, MLP, MixtureOfExperts, SwiGLU, feedforward_keys
-from memformer.layers.gates import DECAYS, FixedDecay, LogSigmoidDecay, SigmoidGate, StepDecay
+from memformer.layers.gates import (
+    DECAYS,
+    BoundedDecay,
+    FixedDecay,
+    ForgetDecay,
+    LogSigmoidDecay,
+    SigmoidGate,
+    StepDecay,
+)
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention
 from memformer.layers.memory import MEMORIES, MemorySpec, build_memory, check_memory, known_options
 from memformer.layers.positions import (
@@ -120,4 +129,10 @@ __all__ = [
     "state_letters",
     "stochastic_keys",
     "visible_memory",
+    "BoundedDecay",
+    "ForgetDecay",
+    "Comba",
+    "GatedErase",
+    "HGRN2",
+    "RWKV7",
 ]

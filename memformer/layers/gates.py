@@ -1,5 +1,6 @@
 """Gates of a memory: decays of the state, and write and erase strengths."""
 
+import math
 from typing import Any, TypeAlias
 
 import jax
@@ -13,7 +14,7 @@ from memformer.layers.sharding import auto_axes
 
 LogDecay: TypeAlias = Float[Array, "B T H"] | Float[Array, "B T H K"]
 
-__all__ = ["DECAYS", "FixedDecay", "LogSigmoidDecay", "StepDecay", "SigmoidGate"]
+__all__ = ["DECAYS", "BoundedDecay", "FixedDecay", "ForgetDecay", "LogSigmoidDecay", "SigmoidGate", "StepDecay"]
 
 
 class SigmoidGate(nnx.Module):
@@ -137,4 +138,46 @@ class FixedDecay(nnx.Module):
         return jnp.broadcast_to(decay[None, None, :], (*x.shape[:2], self.heads)), None
 
 
-DECAYS = {"step": StepDecay, "log_sigmoid": LogSigmoidDecay, "fixed": FixedDecay}
+class ForgetDecay(nnx.Module):
+    """Log decay log(sigmoid(x W + b)) per head, in float32: a forget gate.
+
+    Source: arXiv 2503.02130 (Forgetting Transformer).
+    """
+
+    def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        del key_width, rank
+        self.weights = linear(width, heads, ("embed", "heads"), dtypes=dtypes, rngs=rngs, bias=True, wide=True)
+
+    @auto_axes
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H"], None]:
+        """Returns (log decay, None)."""
+        return nnx.log_sigmoid(self.weights(x)), None
+
+
+class BoundedDecay(nnx.Module):
+    """Log decay -exp(-1/2) sigmoid(x W1 W2 + b) per key channel, in float32: above -0.61.
+
+    Source: arXiv 2503.14456 (RWKV-7).
+    """
+
+    def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        rank = 16 if rank is None else rank
+        same: dict[str, Any] = {"dtypes": dtypes, "rngs": rngs, "wide": True}
+        self.down = linear(width, rank, ("embed", None), **same)
+        self.up = linear(rank, heads * key_width, (None, "heads"), bias=True, **same)
+        self.heads = heads
+
+    @auto_axes
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H K"], None]:
+        """Returns (log decay, None)."""
+        decay = -math.exp(-0.5) * nnx.sigmoid(self.up(self.down(x)))
+        return decay.reshape(*decay.shape[:2], self.heads, -1), None
+
+
+DECAYS = {
+    "step": StepDecay,
+    "log_sigmoid": LogSigmoidDecay,
+    "fixed": FixedDecay,
+    "forget": ForgetDecay,
+    "bounded": BoundedDecay,
+}

@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from memformer.core.checks import check_choice, check_groups, check_number, check_positive, check_size
+from memformer.core.types import Array
 from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import named
 from memformer.layers.gates import DECAYS, SigmoidGate
@@ -19,7 +21,15 @@ FEATURE_MAPS = {
     "identity": lambda x: x,
     "elu": lambda x: nnx.elu(x) + jnp.ones_like(x),
     "relu": nnx.relu,
+    "taylor": lambda x: _taylor(x),
 }
+
+
+def _taylor(x: Array) -> Array:
+    """Features whose inner product is 1 + s + s^2 / 2 with s = x . y / sqrt(K): exp(s) to second order (Based)."""
+    x = x * x.shape[-1] ** -0.25
+    pairs = x[..., :, None] * x[..., None, :] * 0.5**0.5
+    return jnp.concatenate([jnp.ones_like(x[..., :1]), x, pairs.reshape(*x.shape[:-1], -1)], axis=-1)
 
 
 def _build_decay(decay: str | None, layer: MemoryLayer, rank: int | None, rngs: nnx.Rngs) -> Any:
@@ -37,7 +47,8 @@ class LinearAttention(MemoryLayer):
     Args:
       width: D.
       heads: H.
-      feature_map: of q and k: "identity", "elu" (elu + 1) or "relu".
+      feature_map: of q and k: "identity", "elu" (elu + 1), "relu", or "taylor" (exp to second order, of width
+        1 + K + K^2).
       normalize: reads are divided by z . q; requires a positive feature map.
       decay: None, or a name in `DECAYS`.
       decay_rank: None for one decay per head; otherwise the rank of per-channel decays.
@@ -67,7 +78,7 @@ class LinearAttention(MemoryLayer):
     ):
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
         if normalize and feature_map == "identity":
-            raise ValueError("normalize requires a positive feature_map, 'elu' or 'relu', got 'identity'")
+            raise ValueError("normalize requires a positive feature_map, 'elu', 'relu' or 'taylor', got 'identity'")
         if discretize and (decay != "step" or decay_rank is not None):
             raise ValueError(f"discretize requires decay 'step' without decay_rank, got {decay!r} and {decay_rank!r}")
         keys = check_groups(heads, key_heads)
@@ -92,7 +103,8 @@ class LinearAttention(MemoryLayer):
 
     def _init_memory(self, batch, capacity, dtype):
         columns = self.value_width + int(self.normalize)
-        return jnp.zeros((batch, self.heads, self.key_width, columns), self.dtypes.wide)
+        rows = jax.eval_shape(FEATURE_MAPS[self.feature_map], jnp.zeros((1, self.key_width))).shape[-1]
+        return jnp.zeros((batch, self.heads, rows, columns), self.dtypes.wide)
 
 
 class DeltaRule(MemoryLayer):

@@ -10,7 +10,7 @@ from memformer.core.segments import find_segments
 from memformer.layers.basic import Dtypes, Embedding, LayerNorm, RMSNorm, constrain, dropout
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.feedforward import FEEDFORWARDS, MixtureOfExperts, feedforward_keys
-from memformer.layers.gates import FixedDecay, LogSigmoidDecay, SigmoidGate, StepDecay
+from memformer.layers.gates import BoundedDecay, FixedDecay, ForgetDecay, LogSigmoidDecay, SigmoidGate, StepDecay
 from memformer.layers.positions import LearnedPositions, count_positions, next_position, rotate, sinusoid
 from tests.numeric import FORWARD, assert_close
 
@@ -195,6 +195,8 @@ DECAYS = {
     "head": (StepDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2)),
     "channel": (StepDecay(8, 2, 3, 4, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2, 3)),
     "log_sigmoid": (LogSigmoidDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2, 3)),
+    "forget": (ForgetDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2)),
+    "bounded": (BoundedDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2, 3)),
     "fixed": (FixedDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2)),
 }
 

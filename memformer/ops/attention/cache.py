@@ -181,9 +181,8 @@ def clear_slots(cache: C) -> C:
 
 def _clear(cache: C, valid: Bool[Array, "B S"]) -> C:
     """The cache with these slots valid, and zeros in the others."""
-    name = "v" if isinstance(cache, KVCache) else "u"
-    changes = {"k": clear(valid, cache.k), name: clear(valid, cache.values), "valid": valid}
-    return dataclasses.replace(cache, **changes)
+    decays = (cache.decay_whole, cache.decay_fraction)
+    return type(cache)(clear(valid, cache.k), clear(valid, cache.values), valid, cache.length, cache.fixed, *decays)
 
 
 def sum_decay(cache: Cache | None, decay: Array | None, dtype: jax.typing.DTypeLike) -> CumulativeDecay | None:
@@ -193,9 +192,9 @@ def sum_decay(cache: Cache | None, decay: Array | None, dtype: jax.typing.DTypeL
       ValueError: the call has a decay and the cache has none, or the other way round.
     """
     if cache is not None and (decay is None) != (cache.decay_whole is None):
-        expected, held = ("given", "decays") if decay is None else ("None", "no decays")
+        expected, holds = ("given", "decays") if decay is None else ("None", "no decays")
         raise ValueError(
-            f"decay must be {expected} where initial_state holds {held}: all calls of a sequence have one, or none"
+            f"decay must be {expected} where initial_state holds {holds}: all calls of a sequence have one, or none"
             " (memformer.init_cache(decay_heads=...) allocates them)"
         )
     if decay is None:
@@ -203,8 +202,8 @@ def sum_decay(cache: Cache | None, decay: Array | None, dtype: jax.typing.DTypeL
     start = None
     if cache is not None:
         last = jnp.maximum(jnp.asarray(cache.length, jnp.int32) - 1, 0) if cache.fixed else cache.k.shape[1] - 1
-        held = (lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in (cache.decay_whole, cache.decay_fraction))
-        whole, fraction = held
+        held = (cache.decay_whole, cache.decay_fraction)
+        whole, fraction = (lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in held)
         start = CumulativeDecay(whole, fraction.astype(dtype))
     return running_decay(decay.astype(dtype), start)
 

@@ -137,8 +137,8 @@ def _write_backward(tiling, saved, du):
     queries, derased, delta = carry
     (dw, query_decay), (*of_cache, du_cached) = lax.scan(cache_column, queries, jnp.arange(cached, dtype=jnp.int32))
     dk, key_decay = jax.tree.map(lambda *parts: jnp.concatenate(parts), of_cache, of_keys)
-    gradients = dw.astype(w.dtype), dk, dtarget, dbeta, du[:cached] + du_cached, query_decay, key_decay
-    gradients = reverse_once(tiles.REVERSE_ONCE, *gradients)
+    found = dw.astype(w.dtype), dk, dtarget, dbeta, du[:cached] + du_cached, query_decay, key_decay
+    gradients = reverse_once(tiles.REVERSE_ONCE, *found)
     return None, None if decay is None else Decay(*gradients[5:]), *gradients[:5]
 
 

@@ -1,0 +1,157 @@
+"""Matrix memories that erase elsewhere than at the key, or whose keys are gates: Comba, GDN-2, RWKV-7, HGRN2."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from memformer.core.numerics import l2norm
+from memformer.core.types import Array
+from memformer.layers.base import MemoryLayer
+from memformer.layers.basic import named
+from memformer.layers.gates import BoundedDecay, SigmoidGate, StepDecay
+from memformer.layers.matrix import DeltaRule
+from memformer.ops.delta_product import delta_product
+from memformer.ops.delta_rule import delta_rule
+from memformer.ops.linear_attention import linear_attention
+
+__all__ = ["Comba", "GatedErase", "HGRN2", "RWKV7"]
+
+
+class Comba(DeltaRule):
+    """The gated delta rule with feedback: it erases at w = d k, and reads at q - c w.
+
+    d = sigmoid(.) and c are learned, one of each per key head.
+
+    Args:
+      width: D.
+      heads: H.
+      correction: initial c.
+      rngs: random streams.
+      **options: of `DeltaRule` and `MemoryLayer`.
+
+    Source: arXiv 2506.02475.
+    """
+
+    def __init__(self, width: int, *, heads: int, correction: float = 1.0, rngs: nnx.Rngs, **options: Any):
+        super().__init__(width, heads=heads, rngs=rngs, **options)
+        keys = self.head_counts[1]
+
+        def scalars(value):
+            init = named(nnx.initializers.constant(value), "heads")
+            return nnx.Param(init(rngs.params(), (keys,), self.dtypes.param))
+
+        self.erase, self.correction = scalars(1.0), scalars(correction)
+
+    def _apply_op(self, x, parts, segment_ids, memory):
+        q, k = parts["q"], parts["k"]
+        w = k * nnx.sigmoid(self.erase[...]).astype(k.dtype)[None, None, :, None]
+        q = q - w * self.correction[...].astype(k.dtype)[None, None, :, None]
+        return super()._apply_op(x, {**parts, "q": q, "w": w}, segment_ids, memory)
+
+
+class GatedErase(MemoryLayer):
+    """Gated DeltaNet-2: erases at b * k, with a gate b per key channel, and writes a * v, with one per value channel.
+
+    Args:
+      width: D.
+      heads: H.
+      decay_rank: rank of the per-channel decays; None for one decay per head.
+      erase_limit: b is erase_limit * sigmoid(.).
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+
+    Source: Gated DeltaNet-2, as in the library flash-linear-attention (fla.ops.gdn2).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        decay_rank: int | None = 16,
+        erase_limit: float = 1.0,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        super().__init__(width, heads=heads, rngs=rngs, **options)
+        same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs}
+        self.erase = SigmoidGate(width, heads * self.key_width, erase_limit, bias=False, **same)
+        self.write = SigmoidGate(width, heads * self.value_width, 1.0, bias=False, **same)
+        self.decay = StepDecay(width, heads, self.key_width, decay_rank, **same)
+
+    def _apply_op(self, x, parts, segment_ids, memory):
+        q, k, v = (parts[name] for name in "qkv")
+        w = k * self.erase(x).reshape(k.shape).astype(k.dtype)
+        v = v * self.write(x).reshape(v.shape).astype(v.dtype)
+        ones = jnp.ones(v.shape[:3], self.dtypes.wide)
+        return delta_rule(q, k, v, ones, w=w, decay=self.decay(x)[0], segment_ids=segment_ids, initial_state=memory)
+
+
+class RWKV7(MemoryLayer):
+    """The memory of RWKV-7: a transition diag(exp(g)) - (a * n) n^T, with n the unit key, and a write at k.
+
+    As two writes per token: at a * n, which erases at n exp(-g), and then at k, which erases nothing. The layer has
+    the projections of this library (a short convolution of width 2 takes the place of the token shift) and no bonus.
+
+    Args:
+      width: D.
+      heads: H.
+      decay_rank: rank of the per-channel decays.
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+
+    Source: arXiv 2503.14456.
+    """
+
+    def __init__(self, width: int, *, heads: int, decay_rank: int = 16, rngs: nnx.Rngs, **options: Any):
+        super().__init__(width, heads=heads, rngs=rngs, **options)
+        same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs}
+        self.rate = SigmoidGate(width, heads * self.key_width, 1.0, **same)
+        self.decay = BoundedDecay(width, heads, self.key_width, decay_rank, **same)
+        init = named(nnx.initializers.ones, "heads", None)
+        shape = (heads, self.key_width)
+        self.erase_scale = nnx.Param(init(rngs.params(), shape, self.dtypes.param))
+        self.rate_scale = nnx.Param(init(rngs.params(), shape, self.dtypes.param))
+
+    def _apply_op(self, x, parts, segment_ids, memory):
+        q, k, v = (parts[name] for name in "qkv")
+        decay, rate = self.decay(x)[0], self.rate(x).reshape(k.shape).astype(k.dtype)
+        unit = l2norm(k * self.erase_scale[...].astype(k.dtype)[None, None])
+        k = k * (1 + (rate - 1) * self.rate_scale[...].astype(k.dtype)[None, None])
+
+        def writes(first, second):
+            return jnp.stack([first, second], axis=2)
+
+        keys, erased = writes(unit * rate, k), unit * jnp.exp(-decay).astype(k.dtype)
+        return delta_product(
+            q,
+            keys,
+            writes(jnp.zeros_like(v), v),
+            jnp.ones((*v.shape[:2], 2, v.shape[2]), self.dtypes.wide),
+            w=writes(erased, jnp.zeros_like(erased)),
+            decay=decay,
+            scale=1.0,
+            segment_ids=segment_ids,
+            initial_state=memory,
+        )
+
+
+class HGRN2(MemoryLayer):
+    """Gated linear attention whose key is what the forget gate f lets go: k = 1 - f, decay log f, f = sigmoid(W x).
+
+    Args:
+      width: D.
+      heads: H.
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+
+    Source: arXiv 2404.07904, without its lower bounds of the gates.
+    """
+
+    def _apply_op(self, x, parts, segment_ids, memory):
+        logits: Array = parts["k"].astype(self.dtypes.wide)
+        k = nnx.sigmoid(-logits).astype(parts["k"].dtype)
+        decay = nnx.log_sigmoid(logits)
+        q = nnx.silu(parts["q"])
+        return linear_attention(q, k, parts["v"], decay=decay, segment_ids=segment_ids, initial_state=memory)

@@ -1,0 +1,125 @@
+"""Published memories as arguments of the ops: each against its paper's recurrence, a plain loop in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import memformer as mf
+from memformer.layers.matrix import FEATURE_MAPS
+from tests.numeric import assert_close
+
+LENGTH, KEY, VALUE = 11, 6, 4
+
+
+def draw():
+    """Arguments of one head, [T, width]."""
+    rng = np.random.default_rng(5)
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    return {
+        "q": unit(rng.standard_normal((LENGTH, KEY))),
+        "k": unit(rng.standard_normal((LENGTH, KEY))),
+        "v": rng.standard_normal((LENGTH, VALUE)),
+        "beta": rng.uniform(0, 1, LENGTH),
+        "gate": rng.uniform(0, 1, (LENGTH, KEY)),
+        "value_gate": rng.uniform(0, 1, (LENGTH, VALUE)),
+        "head": -rng.uniform(0, 1, LENGTH),
+        # As RWKV-7 bounds it.
+        "channel": -np.exp(-0.5) * rng.uniform(0, 1, (LENGTH, KEY)),
+    }
+
+
+def loop(x, step):
+    """Reads of a state S [K, V] that `step(S, t)` updates."""
+    state, reads = np.zeros((KEY, VALUE)), []
+    for t in range(LENGTH):
+        state = step(state, t)
+        reads.append(state.T @ x["q"][t])
+    return np.stack(reads)
+
+
+def comba(x):
+    def step(S, t):
+        S = np.exp(x["head"][t]) * S
+        return S + x["beta"][t] * np.outer(x["k"][t], x["v"][t] - S.T @ (0.7 * x["k"][t]))
+
+    return loop(x, step)
+
+
+def gdn2(x):
+    def step(S, t):
+        k, decayed = x["k"][t], np.diag(np.exp(x["channel"][t])) @ S
+        erased = np.eye(KEY) - np.outer(k, x["gate"][t] * k)
+        return erased @ decayed + np.outer(k, x["value_gate"][t] * x["v"][t])
+
+    return loop(x, step)
+
+
+def rwkv7(x):
+    """Its state is the transpose [V, K]: S (diag(w) - n^T (a * n)) + v^T k, with rows as vectors."""
+    state, reads = np.zeros((VALUE, KEY)), []
+    for t in range(LENGTH):
+        n, a, k = x["k"][t], x["gate"][t], 0.5 * x["k"][t] + x["q"][t]
+        state = state @ (np.diag(np.exp(x["channel"][t])) - np.outer(n, a * n)) + np.outer(x["v"][t], k)
+        reads.append(state @ x["q"][t])
+    return np.stack(reads)
+
+
+def hgrn2(x):
+    def step(S, t):
+        forget = np.exp(x["channel"][t])
+        return np.diag(forget) @ S + np.outer(1 - forget, x["v"][t])
+
+    return loop(x, step)
+
+
+def based(x):
+    scores = x["q"] @ x["k"].T / np.sqrt(KEY)
+    weights = np.tril(1 + scores + scores**2 / 2)
+    return weights @ x["v"] / weights.sum(axis=1, keepdims=True)
+
+
+def call_comba(x, **options):
+    return mf.delta_rule(x["q"], x["k"], x["v"], x["beta"], w=0.7 * x["k"], decay=x["head"], scale=1.0, **options)
+
+
+def call_gdn2(x, **options):
+    v, ones = x["value_gate"] * x["v"], jnp.ones_like(x["beta"])
+    return mf.delta_rule(x["q"], x["k"], v, ones, w=x["gate"] * x["k"], decay=x["channel"], scale=1.0, **options)
+
+
+def call_rwkv7(x, **options):
+    n, zeros = x["k"], jnp.zeros_like(x["k"])
+    pairs = [(x["gate"] * n, 0.5 * n + x["q"]), (jnp.zeros_like(x["v"]), x["v"]), (n * jnp.exp(-x["channel"]), zeros)]
+    k, v, w = (jnp.stack(pair, axis=2) for pair in pairs)
+    return mf.delta_product(x["q"], k, v, jnp.ones((1, LENGTH, 2, 1)), w=w, decay=x["channel"], scale=1.0, **options)
+
+
+def call_hgrn2(x, **options):
+    return mf.linear_attention(x["q"], 1 - jnp.exp(x["channel"]), x["v"], decay=x["channel"], scale=1.0, **options)
+
+
+def call_based(x, **options):
+    q, k = (FEATURE_MAPS["taylor"](x[name]) for name in "qk")
+    return mf.linear_attention(q, k, x["v"], normalize=True, **options)
+
+
+MEMORIES = {
+    "comba": (comba, call_comba),
+    "gdn2": (gdn2, call_gdn2),
+    "rwkv7": (rwkv7, call_rwkv7),
+    "hgrn2": (hgrn2, call_hgrn2),
+    "based": (based, call_based),
+}
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_against_the_paper(name):
+    reference, call = MEMORIES[name]
+    x = draw()
+    want = reference(x)
+    with jax.enable_x64(True):
+        wide = {key: jnp.asarray(value)[None, :, None] for key, value in x.items()}
+        for options in ({"implementation": "recurrent"}, {"implementation": "chunked", "chunk_size": 4}):
+            output, _ = call(wide, **options)
+            assert_close(output[0, :, 0], want, 1e-12, f"{name} {options}")
