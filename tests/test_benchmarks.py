@@ -54,7 +54,8 @@ def test_the_default_names_its_implementation(result):
 
 def test_scaling_and_goals(result):
     assert [row["T"] for row in result["scaling"]] == [[32, 64], [32, 64]]
-    assert len(result["goals"]) == len(goals.GOALS) + 2
+    assert [row["T"] for row in result["per_channel"]] == [32, 32]
+    assert len(result["goals"]) == len(goals.GOALS) + 4
     # no goal is about toy sizes
     assert all(verdict["met"] is None for verdict in result["goals"][: len(goals.GOALS)])
 

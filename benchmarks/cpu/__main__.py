@@ -99,6 +99,22 @@ def scale(group: Sequence[Case], gradient: bool, budget: float) -> dict[str, Any
     }
 
 
+def compare(pair: Sequence[Case], gradient: bool, budget: float) -> dict[str, Any]:
+    """Times a decay per key channel beside one per head, in interleaved rounds."""
+    head, channel = map(
+        statistics.median, timing.interleave([Ours(case, "default", gradient) for case in pair], budget)
+    )
+    return {
+        "op": pair[0].op,
+        "T": pair[0].length,
+        "shape": _shape(pair[0]),
+        "pass": BOTH if gradient else FORWARD,
+        "head": 1e3 * head,
+        "channel": 1e3 * channel,
+        "ratio": channel / head,
+    }
+
+
 def environment(peers: Worker | None, quick: bool) -> dict[str, Any]:
     """Date, machine and versions of a run."""
 
@@ -150,9 +166,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(argv)
     table = cases.QUICK if arguments.quick else cases.CASES
     scaling = cases.QUICK_SCALING if arguments.quick else cases.SCALING
+    pairs = cases.QUICK_PER_CHANNEL if arguments.quick else cases.PER_CHANNEL
     budget = 0.0 if arguments.quick else arguments.budget
     peers = start_peers(arguments.peer_python) if arguments.peer_python else None
-    found = {**environment(peers, arguments.quick), "rows": [], "scaling": []}
+    found = {**environment(peers, arguments.quick), "rows": [], "scaling": [], "per_channel": []}
     print(f"{found['processor']}, {found['cores']} cores; {found['versions']}")
     print(
         f"floors at {found['flops_per_second'] / 1e9:.0f} GFLOP/s (float32 matrix product) and "
@@ -167,6 +184,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             print("\n".join(line(row, found) for row in rows), flush=True)
     if peers is not None:
         peers.close()
+    for pair in pairs:
+        for _, gradient in PASSES if pair[0].op in arguments.ops else ():
+            row = compare(pair, gradient, budget)
+            found["per_channel"].append(row)
+            times = f"per head {row['head']:.1f} ms, per channel {row['channel']:.1f} ms"
+            print(
+                f"{row['op']} T {row['T']} {row['shape']} {row['pass']}: {times}, ratio {row['ratio']:.2f}", flush=True
+            )
     for group in () if arguments.no_scaling else scaling:
         if group[0].op not in arguments.ops:
             continue
@@ -176,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             times = ", ".join(f"{t}: {ms:.1f}" for t, ms in zip(row["T"], row["milliseconds"], strict=True))
             what = f"{row['variant']} {row['op']} {row['shape']} {row['pass']}"
             print(f"{what}, ms by T: {times}; exponent {row['exponent']:.3f}", flush=True)
-    found["goals"] = goals.judge(found["rows"], found["scaling"])
+    found["goals"] = goals.judge(found["rows"], found["scaling"], found["per_channel"])
     for verdict in found["goals"]:
         got = "not measured" if verdict["got"] is None else f"{verdict['got']:.2f}"
         print(f"{'met' if verdict['met'] else '-' if verdict['met'] is None else 'NOT MET':8} {verdict['goal']}: {got}")

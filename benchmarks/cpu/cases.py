@@ -7,7 +7,19 @@ import dataclasses
 
 from benchmarks.cases import RECURRENT, Case
 
-__all__ = ["CASES", "DENSE", "NAIVE", "QUICK", "QUICK_SCALING", "SCALING", "SDPA", "TORCH", "variant"]
+__all__ = [
+    "CASES",
+    "DENSE",
+    "NAIVE",
+    "PER_CHANNEL",
+    "QUICK",
+    "QUICK_PER_CHANNEL",
+    "QUICK_SCALING",
+    "SCALING",
+    "SDPA",
+    "TORCH",
+    "variant",
+]
 
 # The T x T form in plain JAX (benchmarks/cpu/dense.py), and the peers (benchmarks/cpu/peers.py).
 DENSE = "T x T (plain JAX)"
@@ -56,12 +68,19 @@ SCALING = tuple(
     )
 )
 
+# A decay per head and one per key channel, whose times are compared in one run.
+PER_CHANNEL = tuple(
+    tuple(_case(op, LENGTHS[0], 4, 64, decay=decay) for decay in ("head", "channel"))
+    for op in ("delta_rule", "linear_attention")
+)
+
 # The same tables at toy sizes, for the tests.
 QUICK = tuple(
     dataclasses.replace(case, length=48, heads=2, groups=2, key=8, value=8)
     for case in (CASES[0], CASES[2], CASES[4], CASES[6])
 )
 QUICK_SCALING = (tuple(_case("delta_rule", length, 2, 8) for length in (32, 64)),)
+QUICK_PER_CHANNEL = (tuple(_case("delta_rule", 32, 2, 8, decay=decay) for decay in ("head", "channel")),)
 
 
 def variant(case: Case) -> str:

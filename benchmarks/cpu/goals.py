@@ -20,8 +20,15 @@ GOALS = (
 )
 EXPONENT = 1.1
 
+# Most times as long as with a decay per head that a decay per key channel takes.
+PER_CHANNEL = 3.0
 
-def judge(rows: Sequence[Mapping[str, Any]], scaling: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+
+def judge(
+    rows: Sequence[Mapping[str, Any]],
+    scaling: Sequence[Mapping[str, Any]],
+    per_channel: Sequence[Mapping[str, Any]] = (),
+) -> list[dict[str, Any]]:
     """One row per goal: its limit, what was measured, and whether it was met (None where nothing was measured)."""
     verdicts = []
     for op, shape, direction, rival, want in GOALS:
@@ -33,4 +40,8 @@ def judge(rows: Sequence[Mapping[str, Any]], scaling: Sequence[Mapping[str, Any]
         goal = f"{row['op']} ({row['variant']}) {row['pass']}: exponent of time in T at most {EXPONENT}"
         got = row["exponent"]
         verdicts.append({"goal": goal, "want": EXPONENT, "got": got, "met": got <= EXPONENT})
+    for row in per_channel:
+        goal = f"{row['op']} T {row['T']} {row['pass']}: decay per channel at most {PER_CHANNEL:g} times per head"
+        got = row["ratio"]
+        verdicts.append({"goal": goal, "want": PER_CHANNEL, "got": got, "met": got <= PER_CHANNEL})
     return verdicts

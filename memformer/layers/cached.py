@@ -55,7 +55,7 @@ class SoftmaxAttention(MemoryLayer):
     def _apply_op(self, x, parts, segment_ids, memory):
         decay = None if self.decay is None else self.decay(x)[0]
         sinks = None if self.sinks is None else self.sinks[...]
-        how = {"window": self.window, "decay": decay, "sinks": sinks}
+        how: dict[str, Any] = {"window": self.window, "decay": decay, "sinks": sinks}
         return softmax_attention(**parts, **how, segment_ids=segment_ids, initial_state=memory)
 
     def _init_memory(self, batch, capacity, dtype):

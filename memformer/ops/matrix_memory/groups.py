@@ -99,10 +99,12 @@ def flatten(plan: ChunkScan, inputs: Inputs, index: Array | None):
 
 
 def load(x: Array, i: Array, rows: int) -> Array:
+    """Rows of group i of a flat array."""
     return lax.dynamic_slice_in_dim(x, i * jnp.int32(rows), rows, axis=1)
 
 
 def store(x: Array, new: Array, i: Array) -> Array:
+    """Writes the rows of group i into a flat array."""
     new = new.reshape(*new.shape[:2], -1)
     return lax.dynamic_update_slice_in_dim(x, new, i * jnp.int32(new.shape[1]), axis=1)
 
