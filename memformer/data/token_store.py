@@ -34,6 +34,8 @@ __all__ = ["Shard", "TokenSplit", "TokenStore"]
 
 MANIFEST = "manifest.json"
 FORMAT = "memformer tokens 1"
+# Of NumPy's format, for arrays of one axis.
+HEADER_BYTES = 128
 # Shards that stay mapped; a mapping costs a file handle and no memory.
 MAPPED_SHARDS = 256
 
@@ -163,6 +165,27 @@ class TokenStore:
         """The id before the first token of a document: the end of text, or else one behind the vocabulary."""
         end = self.manifest["tokenizer"]["end_of_text"]
         return self.vocab_size if end is None else end
+
+    def check(self) -> None:
+        """Checks that all files of all splits are there, in their sizes; contents are not read.
+
+        Raises:
+          ValueError: a file that is missing or has another size, named.
+        """
+        widths = {"tokens": np.dtype(self.manifest["dtype"]).itemsize, "ends": 8, "prompts": 4}
+        for name in SPLITS:
+            for shard in self.manifest["splits"][name]:
+                for array, width in widths.items():
+                    if array == "prompts" and not shard["prompts"]:
+                        continue
+                    path = self.path / name / f"{shard['name']}.{array}.npy"
+                    count = shard["tokens" if array == "tokens" else "documents"]
+                    size = path.stat().st_size if path.is_file() else 0
+                    if size != HEADER_BYTES + count * width:
+                        raise ValueError(
+                            f"the token store is damaged: {path} must hold {count} numbers of {width} bytes, got a "
+                            f"file of {size} bytes; delete the store and write it again"
+                        )
 
     def tokenizer(self) -> Tokenizer:
         """Loads the tokenizer of the store."""

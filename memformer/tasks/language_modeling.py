@@ -129,12 +129,13 @@ class LanguageModeling(Task):
         save_tokenizer(self.tokenizer(), os.path.join(folder, "tokenizer"))
 
     def check_data(self, seed: int = 0) -> None:
-        """Checks that no split is empty.
+        """Checks that all files of the stores are whole, and that no split is empty.
 
         Raises:
           ValueError: no store, a store that is damaged, or one without a split.
         """
         for store in self._stores():
+            store.check()
             for split in SPLITS:
                 part = store.split(split)
                 if not part.count("scored"):
