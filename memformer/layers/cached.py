@@ -48,13 +48,15 @@ class SoftmaxAttention(MemoryLayer):
         counts = (heads, self.groups, self.groups)
         super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
         self.decay = _head_decay(decay, self, heads, rngs)
-        self.sinks = nnx.data(None)
+        self.sink_bias = nnx.data(None)
         if sinks:
-            self.sinks = nnx.Param(named(nnx.initializers.zeros, "heads")(rngs.params(), (heads,), self.dtypes.param))
+            self.sink_bias = nnx.Param(
+                named(nnx.initializers.zeros, "heads")(rngs.params(), (heads,), self.dtypes.param)
+            )
 
     def _apply_op(self, x, parts, segment_ids, memory):
         decay = None if self.decay is None else self.decay(x)[0]
-        sinks = None if self.sinks is None else self.sinks[...]
+        sinks = None if self.sink_bias is None else self.sink_bias[...]
         how: dict[str, Any] = {"window": self.window, "decay": decay, "sinks": sinks}
         return softmax_attention(**parts, **how, segment_ids=segment_ids, initial_state=memory)
 

@@ -41,12 +41,12 @@ class Comba(DeltaRule):
             init = named(nnx.initializers.constant(value), "heads")
             return nnx.Param(init(rngs.params(), (keys,), self.dtypes.param))
 
-        self.erase, self.correction = scalars(1.0), scalars(correction)
+        self.erase_scale, self.correction_scale = scalars(1.0), scalars(correction)
 
     def _apply_op(self, x, parts, segment_ids, memory):
         q, k = parts["q"], parts["k"]
-        w = k * nnx.sigmoid(self.erase[...]).astype(k.dtype)[None, None, :, None]
-        q = q - w * self.correction[...].astype(k.dtype)[None, None, :, None]
+        w = k * nnx.sigmoid(self.erase_scale[...]).astype(k.dtype)[None, None, :, None]
+        q = q - w * self.correction_scale[...].astype(k.dtype)[None, None, :, None]
         return super()._apply_op(x, {**parts, "q": q, "w": w}, segment_ids, memory)
 
 
@@ -109,16 +109,20 @@ class RWKV7(MemoryLayer):
         same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs}
         self.rate = SigmoidGate(width, heads * self.key_width, 1.0, **same)
         self.decay = BoundedDecay(width, heads, self.key_width, decay_rank, **same)
-        init = named(nnx.initializers.ones, "heads", None)
-        shape = (heads, self.key_width)
+        init = named(nnx.initializers.ones, "heads")
+        shape = (heads * self.key_width,)
         self.erase_scale = nnx.Param(init(rngs.params(), shape, self.dtypes.param))
         self.rate_scale = nnx.Param(init(rngs.params(), shape, self.dtypes.param))
 
     def _apply_op(self, x, parts, segment_ids, memory):
         q, k, v = (parts[name] for name in "qkv")
         decay, rate = self.decay(x)[0], self.rate(x).reshape(k.shape).astype(k.dtype)
-        unit = l2norm(k * self.erase_scale[...].astype(k.dtype)[None, None])
-        k = k * (1 + (rate - 1) * self.rate_scale[...].astype(k.dtype)[None, None])
+
+        def per_channel(scale):
+            return scale[...].astype(k.dtype).reshape(1, 1, *k.shape[2:])
+
+        unit = l2norm(k * per_channel(self.erase_scale))
+        k = k * (1 + (rate - 1) * per_channel(self.rate_scale))
 
         def writes(first, second):
             return jnp.stack([first, second], axis=2)

@@ -171,7 +171,7 @@ MISTAKES = {
     "recurrent option": (
         "lstm",
         {"conv_width": 4},
-        "memory_options of 'lstm' has no key 'conv_width'; known keys: none",
+        "memory_options of 'lstm' has no key 'conv_width'; known keys: heads, key_width",
     ),
     "units": ("gru", {"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),
     "width not divisible": ("gla", {"heads": 3}, "width must be a multiple of heads .* got 8 and 3"),

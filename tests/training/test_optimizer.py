@@ -81,7 +81,7 @@ MORE = {
     "linear_attention": {"skip": True, "decay": "log_sigmoid"},
     "delta_product": {"decay": "step"},
     "deltaformer": {"alpha": "sigmoid", "write_query": True, "conv_width": 2, "output_norm": True},
-    "softmax_attention": {"conv_width": 2, "output_norm": True, "output_gate": "silu"},
+    "softmax_attention": {"conv_width": 2, "output_norm": True, "output_gate": "silu", "sinks": True},
 }
 
 
