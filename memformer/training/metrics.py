@@ -196,7 +196,9 @@ class RunLog:
         record = {"kind": kind, "step": step, **{name: _json(value) for name, value in values.items()}}
         with disk_errors(self._path):
             self._records.add(json.dumps(record))
-            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+            # the first log may have no rate yet
+            finite = {n: x for n, x in values.items() if isinstance(x, (int, float)) and math.isfinite(x)}
+            numbers = {f"{kind}/{name}": value for name, value in finite.items()}
             for tracker in self._trackers:
                 tracker.write(numbers, step)
 

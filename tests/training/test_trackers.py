@@ -1,5 +1,6 @@
 """Trackers: one's own, Weights & Biases by a stand-in, what is missing."""
 
+import math
 import sys
 import types
 
@@ -38,7 +39,7 @@ def config(**train):
 def test_a_tracker_sees_the_numbers_of_each_record(tmp_path):
     mine = Seen()
     log = RunLog(str(tmp_path), step=0, total=4, trackers=[mine], progress=False)
-    log.write("train", 2, {"loss": 1.5, "length": 8, "name": "no number"})
+    log.write("train", 2, {"loss": 1.5, "length": 8, "name": "no number", "rate": math.nan})
     log.write("eval", 2, {"accuracy": 0.5})
     assert not mine.closed
     log.close()
