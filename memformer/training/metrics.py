@@ -73,7 +73,8 @@ def flops_per_token(model: Mapping[str, Any], matrix_parameters: int, steps: int
     for layer in range(model["depth"]):
         name = names[layer % len(names)]
         attention = steps * (key + value)
-        mixes = {"softmax_attention": attention, "deltaformer": 2 * attention}
+        mixes = {"softmax_attention": attention, "fox": attention}
+        mixes |= {"deltaformer": 2 * attention, "gated_deltaformer": 2 * attention}
         total += heads * mixes.get(name, 6 * key * value)
     return 3.0 * (2.0 * matrix_parameters + total)
 

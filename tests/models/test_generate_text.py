@@ -35,7 +35,7 @@ def attention():
 
 
 # Patterns that hold every memory. Where there is no cache, padded and unpadded prompts share one compiled loop.
-CACHES = ("softmax_attention", "deltaformer")
+CACHES = ("softmax_attention", "fox", "deltaformer", "gated_deltaformer")
 PATTERNS = (CACHES, tuple(name for name in MEMORIES if name not in CACHES))
 
 
