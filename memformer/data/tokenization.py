@@ -162,11 +162,14 @@ def _needed(shares: dict[str, int]) -> list[str]:
     return ["train", *(split for split, share in shares.items() if share)]
 
 
-def _too_small(found: str, shares: dict[str, int]) -> ValueError:
+def _too_small(found: str, shares: dict[str, int], size: int) -> ValueError:
+    """The error of a corpus of `size` bytes that has too few documents."""
+    # a few hundred pieces, none shorter than a paragraph
+    piece = max(size // 300, 500)
     return ValueError(
         f"the corpus is too small: {found}, and the splits {', '.join(_needed(shares))} need a document each, of "
         "different content. Divide text files into more documents, by separator (--separator='\\n\\n' for blank lines) "
-        "or piece_bytes (--piece_bytes=20000 cuts at line ends); or give validation = 0 or test = 0 to do without that "
+        f"or piece_bytes (--piece_bytes={piece} cuts at line ends); or give validation = 0 or test = 0 to do without that "
         "split"
     )
 
@@ -174,7 +177,11 @@ def _too_small(found: str, shares: dict[str, int]) -> ValueError:
 def _check_most(corpus: Corpus, shares: dict[str, int]) -> None:
     """Refuses a corpus that is known to be too small before anything is read."""
     if corpus.most is not None and corpus.most < len(_needed(shares)):
-        raise _too_small(f"it has {corpus.most} text file{'s' * (corpus.most > 1)}, each one document", shares)
+        raise _too_small(
+            f"it has {corpus.most} text file{'s' * (corpus.most > 1)}, each one document",
+            shares,
+            sum(s for _, s in corpus.identity),
+        )
 
 
 def _check_settings(store: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -254,7 +261,7 @@ def _unit(
     keys = [_key(item) for item in held]
     if number == 0 and last and len(set(keys)) < len(_needed(shares)):
         count = f"{len(set(keys)) or 'no'} different document{'s' * (len(set(keys)) != 1)}"
-        raise _too_small(f"it has {count}{'' if keys else ' that can be read'}", shares)
+        raise _too_small(f"it has {count}{'' if keys else ' that can be read'}", shares, sum(map(len, keys)))
     # one unit is the whole corpus, and may be small
     if number == 0 and last and all(shares.values()):
         splits = split_items(keys, **shares)
@@ -273,7 +280,11 @@ def _finish(
     empty = [split for split in _needed(settings["shares"]) if not splits[split]]
     if empty:
         read = sum(record["read"] for record in ordered)
-        raise _too_small(f"of {read} documents none is in {' or '.join(empty)}", settings["shares"])
+        raise _too_small(
+            f"of {read} documents none is in {' or '.join(empty)}",
+            settings["shares"],
+            sum(r["text_bytes"] for r in ordered),
+        )
     problems: collections.Counter[str] = collections.Counter()
     for record in ordered:
         problems.update(record["problems"])
