@@ -169,8 +169,8 @@ def _too_small(found: str, shares: dict[str, int], size: int) -> ValueError:
     return ValueError(
         f"the corpus is too small: {found}, and the splits {', '.join(_needed(shares))} need a document each, of "
         "different content. Divide text files into more documents, by separator (--separator='\\n\\n' for blank lines) "
-        f"or piece_bytes (--piece_bytes={piece} cuts at line ends); or give validation = 0 or test = 0 to do without that "
-        "split"
+        f"or piece_bytes (--piece_bytes={piece} cuts at line ends); or give validation = 0 or test = 0 to do without "
+        "that split"
     )
 
 
