@@ -8,7 +8,7 @@ from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig, check
 from memformer.models.encoder import Encoder, EncoderConfig, mean_pool
 from memformer.models.generate import TokenStream, bucket_length, generate, pad_prompts
 from memformer.models.generate_text import GeneratedText, TextPiece, TextStream, generate_text, start_id
-from memformer.models.language_model import Block, MemoryLM, ModelOutput, check_sizes
+from memformer.models.language_model import Block, MemoryLM, ModelOutput, check_sizes, take_places
 from memformer.models.ntm import NTM, NTMConfig, NTMState, NTMTrace
 from memformer.models.picture import ConvGrid, PatchGrid, add_places
 from memformer.models.presets import PRESETS, from_preset, preset_fields
@@ -80,4 +80,5 @@ __all__ = [
     "repeat_rows",
     "sample",
     "start_id",
+    "take_places",
 ]

@@ -202,7 +202,8 @@ class TokenStream:
         self._ids, self._segments = pad_prompts(prompts, length)
         self.batch = len(self._ids)
         _check_ids(self._ids, self._segments, model.vocab_size)
-        self._graph, parameters = nnx.split(model)
+        graph, parameters = nnx.split(model)
+        self._graph = _intern(graph)
         with on_auto_mesh(parameters) as placed:
             self._parameters = placed
         self.state_bytes = _state_bytes(model, self.capacity)
@@ -220,6 +221,19 @@ class TokenStream:
             last, (token, state, seen) = token, _step(*fixed, token, state, seen, self._key, np.int32(i), **settings)
             yield np.asarray(last)
         yield np.asarray(token)
+
+
+class _Graph:
+    """The structure of a model, compared and hashed as an object: hashing a structure takes longer than a step."""
+
+    def __init__(self, graph: Any):
+        self.graph = graph
+
+
+@functools.lru_cache(maxsize=64)
+def _intern(graph: Any) -> _Graph:
+    """The same object for equal structures, so that models of one structure share compiled programs."""
+    return _Graph(graph)
 
 
 def _plan_length(model: Any, longest: int, count: int, capacity: int | None) -> tuple[int, int]:
@@ -286,11 +300,12 @@ def _read_prompts(model, ids, segment_ids, capacity):
     """Logits of the last token of each prompt, and the state."""
     # Made here, so that on a mesh the compiler shards it as the keys and values that are written to it.
     state = model.init_state(ids.shape[0], capacity)
-    # Padding may hold any id.
-    output = model(jnp.where(segment_ids != 0, ids, 0), segment_ids=segment_ids, state=state)
     places = jnp.where(segment_ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.int32(-1))
-    last = jnp.max(places, axis=1)[:, None, None]
-    return jnp.take_along_axis(output.logits, last, axis=1)[:, 0], output.state
+    # Padding may hold any id. The logits of all places would take more room than the model where many ids are known.
+    output = model(
+        jnp.where(segment_ids != 0, ids, 0), segment_ids=segment_ids, state=state, read_at=jnp.max(places, axis=1)
+    )
+    return output.logits[:, 0], output.state
 
 
 def _find_seen(ids, segment_ids, classes):
@@ -313,7 +328,7 @@ def _prefill(graph, parameters, ids, segment_ids, capacity):
 @functools.partial(jax.jit, static_argnames=("graph", "capacity", "sampling", "classes"))
 def _start(graph, parameters, ids, segment_ids, key, *, capacity, sampling, classes):
     """Reads the prompts; returns the first token, the state, and the classes seen."""
-    logits, state = _read_prompts(nnx.merge(graph, parameters), ids, segment_ids, capacity)
+    logits, state = _read_prompts(nnx.merge(graph.graph, parameters), ids, segment_ids, capacity)
     seen = _find_seen(ids, segment_ids, classes) if sampling.penalizes else None
     token = sample(logits[:, :classes], jax.random.fold_in(key, 0), sampling, seen)
     return token, state, _mark_seen(seen, token)
@@ -322,7 +337,7 @@ def _start(graph, parameters, ids, segment_ids, key, *, capacity, sampling, clas
 @functools.partial(jax.jit, static_argnames=("graph", "sampling", "classes"), donate_argnames=("state", "seen"))
 def _step(graph, parameters, token, state, seen, key, i, *, sampling, classes):
     """Reads one token per row; returns the next one, the state, and the classes seen."""
-    output = nnx.merge(graph, parameters)(token[:, None], state=state)
+    output = nnx.merge(graph.graph, parameters)(token[:, None], state=state)
     token = sample(output.logits[:, 0, :classes], jax.random.fold_in(key, i), sampling, seen)
     return token, output.state, _mark_seen(seen, token)
 

@@ -19,7 +19,7 @@ from memformer.layers.positions import count_positions, next_position
 from memformer.layers.sharding import auto_axes
 from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig, check_input
 
-__all__ = ["Block", "MemoryLM", "ModelOutput", "check_sizes"]
+__all__ = ["Block", "MemoryLM", "ModelOutput", "check_sizes", "take_places"]
 
 
 class ModelOutput(NamedTuple):
@@ -158,6 +158,7 @@ class MemoryLM(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         state: State | None = None,
+        read_at: Int[Array, "B"] | None = None,
     ) -> ModelOutput:
         """Logits at each position; a call with the returned state continues the sequences.
 
@@ -166,6 +167,7 @@ class MemoryLM(nnx.Module):
           segment_ids: packed sequences, 0 = padding; see `memformer.core.segments`.
           positions: None counts within each segment, continuing from the state.
           state: from the previous call or from `init_state`; None starts a sequence.
+          read_at: the place in each row whose logits are wanted; they are then [B, 1, classes].
 
         Raises:
           ValueError: an array of wrong shape or dtype, or more tokens than learned positions.
@@ -189,7 +191,7 @@ class MemoryLM(nnx.Module):
         run = self._scan if self.config.scan_layers else self._unroll
         x, layers, aux = run(x, layers, None if keys is None else keys[:-1], segment_ids, positions)
         state = {"layers": layers, "position": next_position(positions, segments)}
-        return ModelOutput(self._read_out(x), state, aux)
+        return ModelOutput(self._read_out(take_places(x, read_at)), state, aux)
 
     def state_letters(self, state: State) -> Any:
         """The letters of the arrays of a state; L is the axis of scanned groups of layers."""
@@ -242,6 +244,17 @@ class MemoryLM(nnx.Module):
         x = self.norm(x)
         logits = self.embedding.attend(x) if self.head is None else self.head(x)
         return constrain(logits, "activation_batch", "activation_time", "activation_vocab")
+
+
+def take_places(x: Float[Array, "B T D"], places: Int[Array, "B"] | None) -> Float[Array, "B N D"]:
+    """One time step of each row, [B, 1, D]; all of them where `places` is None.
+
+    Example:
+      >>> take_places(jnp.arange(6.0).reshape(2, 3, 1), jnp.array([0, 2]))[..., 0]
+      Array([[0.],
+             [5.]], dtype=float32)
+    """
+    return x if places is None else jnp.take_along_axis(x, places[:, None, None], axis=1)
 
 
 def check_sizes(config: LanguageModelConfig, vocab_size: int, num_classes: int, features: int) -> None:

@@ -14,7 +14,7 @@ from memformer.layers.config import BaseConfig
 from memformer.layers.recurrent import CELLS, RecurrentStack
 from memformer.layers.sharding import auto_axes
 from memformer.models.config import check_input
-from memformer.models.language_model import ModelOutput
+from memformer.models.language_model import ModelOutput, take_places
 
 __all__ = ["RecurrentConfig", "RecurrentLM"]
 
@@ -118,6 +118,7 @@ class RecurrentLM(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
         state: tuple | None = None,
+        read_at: Int[Array, "B"] | None = None,
     ) -> ModelOutput:
         """Logits at each position; a call with the returned state continues the sequences.
 
@@ -126,6 +127,7 @@ class RecurrentLM(nnx.Module):
           segment_ids: packed sequences, 0 = padding; see `memformer.core.segments`.
           positions: ignored: recurrence implies the order.
           state: from the previous call or from `init_state`; None starts a sequence.
+          read_at: the place in each row whose logits are wanted; they are then [B, 1, classes].
 
         Raises:
           ValueError: an array of wrong shape or dtype, or a state for a bidirectional model.
@@ -137,7 +139,7 @@ class RecurrentLM(nnx.Module):
         x = inputs.astype(self.config.dtypes.compute) if self.features else self.embedding(inputs)
         x, state = self.stack(x, segment_ids=segment_ids, state=state, key=first)
         x = constrain(dropout(x, self.config.dropout, rest), "activation_batch", "activation_time", None)
-        logits = self.head(x)
+        logits = self.head(take_places(x, read_at))
         return ModelOutput(constrain(logits, "activation_batch", "activation_time", "activation_vocab"), state, {})
 
     def _keys(self) -> tuple[Array | None, Array | None]:
