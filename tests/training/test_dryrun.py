@@ -166,13 +166,37 @@ def test_tpu_topology(config):
         dry_run(config, "v99:2x2")
 
 
+# shares of the devices by axis: the usual meshes of a pod
+SHARES = [
+    {"data": 1},
+    {"fsdp": 1},
+    {"fsdp": 1, "tensor": 4},
+    {"data": 4, "fsdp": 1, "tensor": 4},
+    {"fsdp": 1, "tensor": 8},
+    {"data": 1, "tensor": 2},
+    {"fsdp": 1, "context": 4},
+    {"data": 2, "fsdp": 1, "context": 2, "tensor": 2},
+]
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8"])
-@pytest.mark.parametrize("sizes", [{"fsdp": 8, "tensor": 8}, {"data": 32, "tensor": 2}])
-def test_axes_take_part_of_a_physical_axis(topology, sizes):
-    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes, find_devices(topology))
-    assert mesh.devices.size == 64 and len({device.id for device in mesh.devices.flat}) == 64
-    assert {name: size for name, size in mesh.shape.items() if size > 1} == sizes
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v5e:4x4", "v6e:8x8"])
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_usual_meshes_are_built(topology, shares):
+    """An axis may take part of a physical axis of the torus; the axis of share 1 takes the rest."""
+    devices = find_devices(topology)
+    largest = next(name for name, share in shares.items() if share == 1)
+    sizes = {**shares, largest: len(devices) // math.prod(shares.values())}
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1} | sizes, devices)
+    assert len({device.id for device in mesh.devices.flat}) == len(devices)
+    assert {name: mesh.shape[name] for name in sizes} == sizes
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_a_topology_of_two_slices():
+    devices = find_devices("v5e:4x4", 2)
+    mesh = make_mesh({"data": 4, "fsdp": 8, "context": 1, "tensor": 1}, devices)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {0}, {1}, {1}]
 
 
 @pytest.mark.parametrize(
