@@ -87,6 +87,7 @@ def last_checkpoint(folder: pathlib.Path) -> tuple[int, dict[str, np.ndarray], d
     """Step, arrays by path, data and metrics of the newest checkpoint."""
     with Checkpoints(folder / "checkpoints") as checkpoints:
         step = checkpoints.latest_step()
+        assert step is not None, f"no checkpoint in {folder}"
         shapes = json.loads((folder / "checkpoints" / str(step) / "arrays" / "metadata").read_text())
         target = {tuple(name.split("/")): jax.ShapeDtypeStruct(shape, dtype) for name, (dtype, shape) in shapes.items()}
         restored = checkpoints.restore(nest(target))
