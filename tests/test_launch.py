@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from memformer.training.build import build_run
-from memformer.training.flags import define_config, parse_flags
+from memformer.training.flags import define_config, define_processes, parse_flags
 from memformer.training.topology import TPUS
 from memformer.training.validate import validate
 
@@ -25,6 +25,7 @@ def parse(command: str, monkeypatch):
     """Flags and config of a command line of train.py."""
     values = flags.FlagValues()
     holder = define_config(values)
+    define_processes(values)
     for kind, name in re.findall(r'flags\.DEFINE_(\w+)\(\s*"(\w+)"', (ROOT / "train.py").read_text()):
         getattr(flags, f"DEFINE_{kind}")(name, None, name, flag_values=values)
     argv = shlex.split(command)
