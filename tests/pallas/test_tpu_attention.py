@@ -4,6 +4,7 @@ The shared suite of the ops runs with implementation="pallas"; other cases are c
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -129,16 +130,18 @@ def test_long_write(interpreter, monkeypatch):
     """
     monkeypatch.setitem(tuning.TILES, "interpreter", (1024, 1024, ((1024, 1024),) * 2, 1024))
     arrays = given(8192)
-    output, cache = mf.deltaformer(**arrays, implementation="pallas")
+    call = jax.jit(mf.deltaformer, static_argnames="implementation")
+    output, cache = call(**arrays, implementation="pallas")
     with jax.enable_x64(True):
         exact = suite.cast(jax.tree.map(np.asarray, arrays), "float64")
-        want, want_cache = mf.deltaformer(**exact, implementation="chunked")
+        want, want_cache = call(**exact, implementation="chunked")
         pairs = jax.tree.map(np.asarray, ((output, want), (cache.u, want_cache.u)))
     for (got, want), growth in zip(pairs, (3, 2), strict=True):
         early, late = (relative_rms(got[:, part], want[:, part]) for part in (slice(0, 2048), slice(-2048, None)))
         assert late < 1e-6 and late < growth * early
 
 
+@functools.partial(jax.jit, static_argnames="implementation")
 def both(arrays, implementation):
     """Gradients of q, k and v through DeltaFormer, its cache, and attention."""
 
@@ -157,7 +160,7 @@ def test_mapped(interpreter):
     mapped = {name: jnp.concatenate([arrays[name], 2 * arrays[name]]) for name in ("q", "v")}
     axes = {name: 0 if name in mapped else None for name in arrays}
     two = arrays | {name: x[:, None] for name, x in mapped.items()}
-    got = jax.jit(jax.vmap(lambda arrays: both(arrays, "pallas"), in_axes=(axes,)))(two)
+    got = jax.vmap(lambda arrays: both(arrays, "pallas"), in_axes=(axes,))(two)
     for row in range(2):
         want = both(arrays | {name: x[row : row + 1] for name, x in mapped.items()}, "chunked")
         assert_close(jax.tree.map(lambda x, row=row: x[row], got), want, GRADIENT["float32"], f"row {row}")
@@ -173,7 +176,7 @@ def test_split_over_devices(kind, interpreter):
     place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
     sharded = {name: jax.device_put(x, place) for name, x in arrays.items()}
     with jax.set_mesh(mesh):
-        compiled = jax.jit(lambda arrays: both(arrays, "pallas")).lower(sharded).compile()
+        compiled = both.lower(sharded, "pallas").compile()
         got = compiled(sharded)
     assert_close(got, want, GRADIENT["float32"], "gradient")
     assert all(x.sharding.is_equivalent_to(place, x.ndim) for x in got)

@@ -20,6 +20,8 @@ from memformer.training.loop import train
 from memformer.training.step import make_eval_step
 from tests.training.small import build_counting, small_config
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
+
 
 @pytest.fixture(autouse=True, scope="module")
 def light():

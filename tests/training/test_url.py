@@ -18,6 +18,7 @@ from memformer.training.loop import train
 from memformer.training.metrics import read_records
 from tests.training.small import build_counting, small_config
 
+pytestmark = pytest.mark.usefixtures("programs_kept")
 RUN = "s3://bucket/runs/swap"
 
 
