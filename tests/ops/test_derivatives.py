@@ -16,10 +16,11 @@ def call(name, x, implementation):
     half = jnp.full(x.shape[:3], 0.5, x.dtype)
     options = {"implementation": implementation, "chunk_size": 4}
     if name == "delta_rule":
-        return mf.delta_rule(x, mf.l2norm(x), x, half, decay=-half, **options)[0]
+        w = mf.l2norm(jnp.flip(x, -1))
+        return mf.delta_rule(x, mf.l2norm(x), x, half, w=w, alpha=half * x[..., 0], decay=-half, **options)[0]
     if name == "linear_attention":
         return mf.linear_attention(x, x, x, decay=-half, **options)[0]
-    return getattr(mf, name)(x, x, x, **options)[0]
+    return getattr(mf, name)(x, x, x, decay=-half * jnp.exp(x[..., 0]), **options)[0]
 
 
 def loss(name, implementation):
