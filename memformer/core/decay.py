@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -71,15 +72,23 @@ def _add(a, b):
     return a[0] + b[0] + carry.astype(jnp.int32), fraction - carry
 
 
+@jax.custom_jvp
 def decay_to_end(decay: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
     """Sums the log decays after each token, along the axis before the last.
 
-    As the difference of two cumulative decays it would have a gradient that is lost in rounding where decays are
-    strong: the last token, which decays by nothing, would add its gradient and subtract it again.
+    The gradient of the difference of two cumulative decays would be lost in rounding where decays are strong: the last
+    token, which decays by nothing, would add its gradient and subtract it again. Its derivative here is a sum as well.
     """
-    later = (jnp.pad(x[..., 1:, :], [(0, 0)] * (x.ndim - 2) + [(0, 1), (0, 0)]) for x in _split(decay, FORGOTTEN))
-    whole, fraction = (lax.cumsum(x, axis=x.ndim - 2, reverse=True) for x in later)
-    return whole + fraction
+    total = cumulative_decay(decay)
+    return total[..., -1:, :].since(total)
+
+
+@decay_to_end.defjvp
+def _decay_to_end_jvp(primals, tangents):
+    (decay,), (tangent,) = primals, tangents
+    tangent = jnp.where(decay >= FORGOTTEN, tangent, jnp.zeros_like(tangent))
+    later = jnp.pad(tangent[..., 1:, :], [(0, 0)] * (tangent.ndim - 2) + [(0, 1), (0, 0)])
+    return decay_to_end(decay), lax.cumsum(later, axis=later.ndim - 2, reverse=True)
 
 
 def _split(decay: Array, least: float) -> tuple[Array, Array]:
