@@ -133,12 +133,12 @@ def evaluate_positions(
     loaded = load_run(workdir, step=step, settings=settings, batch_size=batch_size)
     found = loss_by_position(loaded, split=split, batches=batches)
     name = model_name(loaded.config["model"])
-    log(f"{name} on {loaded.task.name}, {split} split, step {loaded.step}: perplexity by position in the document")
+    log(f"{name} on {loaded.task.name}, {split} split, step {loaded.step}: perplexity by tokens of context")
     rows = [
-        (f"{part.first}-{part.last}", f"{part.tokens:,}", f"{part.loss:.4f}", f"{part.perplexity:.3f}")
+        (_label(part.first + 1, part.last + 1), f"{part.tokens:,}", f"{part.loss:.4f}", f"{part.perplexity:.3f}")
         for part in found
     ]
-    log(format_table(("positions", "tokens", "loss", "perplexity"), rows))
+    log(format_table(("context", "tokens", "loss", "perplexity"), rows))
     result = {
         "step": loaded.step,
         "split": split,
@@ -150,7 +150,11 @@ def evaluate_positions(
     if jax.process_index() == 0:
         with replace_file(out) as file:
             json.dump(result, file, indent=2)
-        points = {part.first + 1: part.perplexity for part in found}
+        points = {part.last + 1: part.perplexity for part in found}
         title = f"{name} on {loaded.task.name}"
         plot_positions({name: points}, os.path.splitext(out)[0] + ".png", title=title, trained=loaded.trained.length)
     return result
+
+
+def _label(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"

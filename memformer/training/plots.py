@@ -130,7 +130,7 @@ def plot_positions(results: Mapping[str, Mapping[int, float]], path: str, *, tit
     """Plots perplexity against the tokens of context, one line per model.
 
     Args:
-      results: label -> tokens of context -> perplexity.
+      results: label -> most tokens of context in a range -> perplexity.
       path: PNG file to write.
       title: title of the plot.
       trained: length of the examples in training, marked by a line.
@@ -141,6 +141,11 @@ def plot_positions(results: Mapping[str, Mapping[int, float]], path: str, *, tit
     axis.axvline(trained, color="0.4", linestyle=":", label="length of training")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
+    for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    places = sorted({n for points in results.values() for n in points})
+    axis.set_xticks(places, [str(n) for n in places])
+    axis.xaxis.minorticks_off()
     axis.set_xlabel("tokens of context")
     axis.set_ylabel("perplexity")
     axis.set_title(title)
