@@ -25,10 +25,11 @@ def harness_model(scorer: TextScorer) -> Any:
     Raises:
       ImportError: the package lm-eval is not installed.
     """
-    base = _import("lm_eval.api.model").LM
+    base: Any = _import("lm_eval.api.model").LM
+    tokenizer: Any = scorer.tokenizer
 
     class HarnessModel(base):
-        tokenizer_name = scorer.tokenizer.fingerprint
+        tokenizer_name = tokenizer.fingerprint
 
         def loglikelihood(self, requests, disable_tqdm=False):
             return self._answer("loglikelihood", requests, scorer.loglikelihood)
@@ -42,10 +43,10 @@ def harness_model(scorer: TextScorer) -> Any:
             return self._answer("generate_until", requests, scorer.generate_until)
 
         def apply_chat_template(self, chat_history, add_generation_prompt=True):
-            return scorer.tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
+            return tokenizer.apply_chat_template(chat_history, add_generation_prompt=add_generation_prompt)
 
         def chat_template(self, chat_template=False):
-            return getattr(scorer.tokenizer, "chat_template", None) or ""
+            return getattr(tokenizer, "chat_template", None) or ""
 
         def _answer(self, kind, requests, answer):
             results = answer([request.args for request in requests])

@@ -74,8 +74,8 @@ def loss_by_position(loaded: LoadedRun, *, split: str = "test", batches: int = 1
     with mesh_scope(mesh):
         sums = [step(*loaded.weights, batch) for batch in itertools.islice(loader, batches or None)]
     loader.close()
-    loss, weight = np.sum([jax.device_get(part) for part in sums], axis=0, dtype=np.float64)
-    return _bin_positions(loss, weight)
+    total = np.stack(jax.device_get(sums)).astype(np.float64).sum(axis=0)
+    return _bin_positions(total[0], total[1])
 
 
 def _bin_positions(loss: np.ndarray, weight: np.ndarray) -> list[PositionLoss]:
