@@ -47,6 +47,7 @@ FAST = {
     "lab/test_study.py": "(?!test_the_command)",
     "lab/test_runs.py": "test_(the_last|an_unknown)",
     "lab/test_capacity.py": "test_(the_latest|theory)",
+    "evals": "test_(user_errors|a_missing_package)",
     "test_configs.py": "",
     "test_distribution.py": "test_the_metadata",
     "test_docstrings.py": "(?!test_examples_run)",
