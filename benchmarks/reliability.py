@@ -186,7 +186,11 @@ def vanished_data(lab: Lab, times: int) -> Iterator[str]:
 def nan_batch(lab: Lab, times: int) -> Iterator[str]:
     """A loss that is not finite"""
     for attempt in range(times):
-        settings = {"optimizer.learning_rate": 1e30, "optimizer.clip_norm": 0.0, "optimizer.schedule_steps": STEPS}
+        settings: dict[str, float | str] = {
+            "optimizer.learning_rate": 1e30,
+            "optimizer.clip_norm": 0.0,
+            "optimizer.schedule_steps": STEPS,
+        }
         if attempt % 2:
             settings |= {"train.on_nan": "skip", "train.max_skips": 10}
         folder = lab.folder()

@@ -80,7 +80,7 @@ def decay_to_end(decay: Float[Array, "*N C K"]) -> Float[Array, "*N C K"]:
     token, which decays by nothing, would add its gradient and subtract it again. Its derivative here is a sum as well.
     """
     total = cumulative_decay(decay)
-    return total[..., -1:, :].since(total)
+    return CumulativeDecay(*(x[..., -1:, :] for x in total)).since(total)
 
 
 @decay_to_end.defjvp

@@ -109,11 +109,13 @@ class MemoryLayer(nnx.Module):
         self.unit_keys, self.unit_queries, self.rotary = unit_keys, unit_queries, rotary
         self.l2norm_epsilon = check_number("l2norm_epsilon", l2norm_epsilon, above=0)
         self.norm_epsilon = check_number("norm_epsilon", norm_epsilon, above=0)
-        self.rope_theta, self.rope_scaling, self.rotated = rope_theta, None, 0
+        self.rope_theta, self.rotated = rope_theta, 0
+        self.rope_scaling: FrozenDict[str, Any] | None = None
         if rotary:
             self.rotated = check_rotary(self.key_width, rope_theta, partial_rotary_factor, rope_scaling)
             self.rope_scaling = None if rope_scaling is None else FrozenDict(rope_scaling)
-        sizes, same = self._sizes(), {"dtypes": dtypes, "rngs": rngs}
+        sizes = self._sizes()
+        same: dict[str, Any] = {"dtypes": dtypes, "rngs": rngs}
         self.projections = nnx.Dict(
             {name: linear(width, sizes[name], ("embed", "heads"), bias=qkv_bias, **same) for name in sizes}
         )
@@ -162,7 +164,8 @@ class MemoryLayer(nnx.Module):
         rank = check_positive("output_gate_rank", rank)
         if self.output_gate is None:
             return nnx.data(None), nnx.data(None)
-        size, same = self.heads * self.value_width, {"dtypes": self.dtypes, "rngs": rngs}
+        size = self.heads * self.value_width
+        same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs}
         if rank is None:
             return linear(self.width, size, ("embed", "heads"), **same), nnx.data(None)
         return linear(rank, size, (None, "heads"), **same), linear(self.width, rank, ("embed", None), **same)
@@ -272,8 +275,9 @@ class MemoryLayer(nnx.Module):
             if self.unit_queries if name == "q" else self.unit_keys:
                 parts[name] = l2norm(parts[name], self.l2norm_epsilon)
             if positions is not None and self.rotary:
-                place = {"rotated": self.rotated, "scaling": self.rope_scaling}
-                parts[name] = rotate(parts[name], positions, self.rope_theta, **place)
+                parts[name] = rotate(
+                    parts[name], positions, self.rope_theta, rotated=self.rotated, scaling=self.rope_scaling
+                )
         return parts
 
     def _heads(self, x: Array, heads: int, writes: int | None, width: int) -> Array:

@@ -155,7 +155,8 @@ class RMSNorm(nnx.RMSNorm):
         if not self.zero_centered:
             return super().__call__(wide, mask=mask).astype(x.dtype)
         square = jnp.mean(wide * wide, axis=-1, keepdims=True, where=mask)
-        factor = 1 + self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        scale: Any = self.scale
+        factor = 1 + scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * lax.rsqrt(square + self.epsilon) * factor).astype(x.dtype)
 
 

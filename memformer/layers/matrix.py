@@ -95,8 +95,16 @@ class LinearAttention(MemoryLayer):
         v = parts["v"]
         decay, step = (None, None) if self.decay is None else self.decay(x)
         written = v if step is None or not self.discretize else v * step[..., None].astype(v.dtype)
-        how = {"decay": decay, "normalize": self.normalize, "scale": self.scale}
-        o, memory = linear_attention(q, k, written, **how, segment_ids=segment_ids, initial_state=memory)
+        o, memory = linear_attention(
+            q,
+            k,
+            written,
+            decay=decay,
+            normalize=self.normalize,
+            scale=self.scale,
+            segment_ids=segment_ids,
+            initial_state=memory,
+        )
         if self.skip is not None:
             o = o + v * self.skip[...].astype(v.dtype)[None, None, :, None]
         return o, memory

@@ -327,7 +327,7 @@ def known_options(name: str) -> tuple[str, ...]:
     check_memory(name)
     layer = MEMORIES[name].layer
     # A layer takes the options of the layers that it derives from.
-    classes = [base for base in layer.__mro__ if issubclass(base, MemoryLayer)] or [layer]
+    classes: list[Any] = [base for base in layer.__mro__ if issubclass(base, MemoryLayer)] or [layer]
     names = [name for base in classes for name in inspect.signature(base.__init__).parameters]
     return tuple(dict.fromkeys(n for n in names if n not in _FIXED))
 

@@ -92,7 +92,7 @@ def check_rotary(width: int, theta: Any, partial: Any, scaling: Mapping[str, Any
     check(partial <= 1, "partial_rotary_factor", "in (0, 1]", partial)
     if scaling is not None:
         check(isinstance(scaling, Mapping), "rope_scaling", "None or a mapping", scaling)
-        kind = scaling.get("rope_type")
+        kind: Any = scaling.get("rope_type")
         check_choice("rope_scaling's rope_type", kind, tuple(SCALINGS))
         check_options(f"rope_scaling of {kind!r}", scaling, ("rope_type", *SCALINGS[kind]))
         for name in SCALINGS[kind]:

@@ -30,7 +30,7 @@ OVERFLOW_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds av
 # processes that a host can hold
 MOST_WORKERS = 64
 # LLVM's passes take most of the time and change no number that is read here: the program never runs
-CPU_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+CPU_OPTIONS: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
