@@ -81,6 +81,9 @@ LONGEST = (
     "test_gpu_benchmark.py",
     "test_tour.py",
     "lab/test_captions.py",
+    "test_benchmarks.py",
+    "test_road.py",
+    "test_scaling.py",
 )
 
 
