@@ -1,6 +1,7 @@
 """A Hugging Face folder: config.json, and the tensors of one or many safetensors files, memory-mapped."""
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -63,9 +64,27 @@ def open_tensors(folder: str | pathlib.Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def write_json(path: pathlib.Path, contents: Mapping[str, Any]) -> None:
+    """Writes a JSON object, with infinities as transformers writes them."""
+    path.write_text(json.dumps(_encode(contents), indent=2) + "\n", encoding="utf-8")
+
+
+def _encode(value: Any) -> Any:
+    """JSON has no infinities: transformers writes {"__float__": "Infinity"}."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"__float__": {math.inf: "Infinity", -math.inf: "-Infinity"}.get(value, "NaN")}
+    if isinstance(value, Mapping):
+        return {key: _encode(item) for key, item in value.items()}
+    return [_encode(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _decode(value: dict[str, Any]) -> Any:
+    return float(value["__float__"]) if set(value) == {"__float__"} else value
+
+
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
+        contents = json.loads(path.read_text(encoding="utf-8"), object_hook=_decode)
     except ValueError as error:
         raise ValueError(f"{path.name} is not JSON: {error}") from None
     if not isinstance(contents, Mapping):

@@ -195,7 +195,7 @@ def _named(tensors: Mapping[str, Any], architecture: Architecture, config: Langu
     for name, tensor in tensors.items():
         name = prefix + name if bare and name != "lm_head.weight" else name
         for old, new in architecture.renames:
-            name = new + name.removeprefix(old) if name.startswith(old) else name
+            name = re.sub(old, new, name)
         if not ignored.fullmatch(name) and not (config.tie_embeddings and name == "lm_head.weight"):
             named[name] = tensor
     return named

@@ -1,7 +1,6 @@
 """Saves models in the Hugging Face format."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from memformer.models.config import LanguageModelConfig
 from memformer.models.language_model import MemoryLM
 from memformer.pretrained.architectures.fields import explicit
 from memformer.pretrained.architectures.rules import Rule
-from memformer.pretrained.folder import INDEX, SINGLE
+from memformer.pretrained.folder import INDEX, SINGLE, write_json
 from memformer.pretrained.table import ARCHITECTURES
 
 __all__ = ["export_tensors", "match_architecture", "save_pretrained"]
@@ -69,7 +68,7 @@ def save_pretrained(
     if len(files) > 1:
         size = sum(x.size * x.dtype.itemsize for x in values.values())
         contents = {"metadata": {"total_size": size}, "weight_map": index}
-        (folder / INDEX).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / INDEX, contents)
     kind = ARCHITECTURES[name].model_type
     dtype = next(iter(values.values())).dtype.name
     given = config or {}
@@ -78,7 +77,7 @@ def save_pretrained(
     whole = {**given, **written, "architectures": [name], "model_type": kind, "dtype": dtype}
     # the older name of dtype would contradict it
     whole.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", whole)
     there = isinstance(tokenizer, FileTokenizer) and tokenizer.path.resolve().parent == folder.resolve()
     if tokenizer is not None and not there:
         save_tokenizer(tokenizer, folder)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memformer.models.config import LanguageModelConfig
-from memformer.pretrained.architectures import gpt2, llama
+from memformer.pretrained.architectures import gpt2, llama, mamba2, olmo_hybrid
 from memformer.pretrained.architectures import qwen3_next as qwen
 from memformer.pretrained.architectures.rules import Rule
 
@@ -24,7 +24,7 @@ class Architecture:
       rules: of a config: all tensors of a checkpoint, with the parameters they become.
       prefix: of the keys of the bare model; a checkpoint of the bare model lacks it.
       ignored: pattern of keys that hold no parameters of the language model.
-      renames: prefixes of keys, and those that the rules have in their place.
+      renames: patterns in keys, and what the rules have in their place.
     """
 
     model_type: str
@@ -50,6 +50,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3_5ForCausalLM": Architecture(
         "qwen3_5_text", qwen.qwen3_5_fields, qwen.qwen3_5_config, qwen.qwen3_5_rules, ignored=r"mtp\..*"
     ),
+    "OlmoHybridForCausalLM": Architecture(
+        "olmo_hybrid",
+        olmo_hybrid.olmo_fields,
+        olmo_hybrid.olmo_config,
+        olmo_hybrid.olmo_rules,
+        # names of the released checkpoints
+        renames=((r"attention_layer_norm", "input_layernorm"), (r"feedforward_layer_norm", "post_attention_layernorm")),
+    ),
+    "Mamba2ForCausalLM": Architecture(
+        "mamba2", mamba2.mamba2_fields, mamba2.mamba2_config, mamba2.mamba2_rules, "backbone."
+    ),
     # the language model of one that also sees
     "Qwen3_5ForConditionalGeneration": Architecture(
         "qwen3_5",
@@ -57,7 +68,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         None,
         qwen.qwen3_5_rules,
         ignored=r"(mtp|model\.visual)\..*",
-        renames=(("model.language_model.", "model."),),
+        renames=((r"^model\.language_model\.", "model."),),
     ),
 }
 

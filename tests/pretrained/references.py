@@ -32,6 +32,12 @@ HYBRID = {
     **LLAMA, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], "linear_num_value_heads": 4,
     "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 12,
 }  # fmt: skip
+# As many channels of keys as of values: transformers 5.24 saves three equal parts of the convolution.
+OLMO = {"head_dim": 8, "linear_key_head_dim": 12, "linear_value_head_dim": 6}
+MAMBA2 = {
+    "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 12, "state_size": 8,
+    "chunk_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
 EXPERTS = {
     "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
 }  # fmt: skip
@@ -55,6 +61,20 @@ REFERENCES: dict[str, Reference] = {
         },
     ),
     "qwen3_5": Reference("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", HYBRID),
+    "olmo_hybrid": Reference(
+        "OlmoHybridConfig",
+        "OlmoHybridForCausalLM",
+        {**HYBRID, **OLMO, "rope_parameters": {"rope_type": "default", "rope_theta": None}},
+    ),
+    "olmo_hybrid, rotary": Reference(
+        "OlmoHybridConfig",
+        "OlmoHybridForCausalLM",
+        {**HYBRID, **OLMO, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}},
+    ),
+    "mamba2": Reference("Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, "n_groups": 1}),
+    "mamba2, groups": Reference(
+        "Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, "n_groups": 2, "tie_word_embeddings": True}
+    ),
     "qwen3_next": Reference("Qwen3NextConfig", "Qwen3NextForCausalLM", {**HYBRID, **EXPERTS}),
     "qwen3_next dense": Reference("Qwen3NextConfig", "Qwen3NextForCausalLM", {**HYBRID, "num_experts": 0}),
 }  # fmt: skip

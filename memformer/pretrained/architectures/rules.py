@@ -89,8 +89,8 @@ def fused(key: str, parameters: Sequence[str], sizes: Sequence[int], *, transpos
     return Rule((key,), tuple(parameters), load, save)
 
 
-def convolution(key: str, parameters: Sequence[str], sizes: Sequence[int]) -> Rule:
-    """A depthwise convolution [channels, 1, W] over several parameters [W, channels] side by side.
+def convolution(key: str, parameters: Sequence[str], sizes: Sequence[int] | None = None) -> Rule:
+    """A depthwise convolution [channels, 1, W] over one parameter [W, channels], or several of `sizes` side by side.
 
     Its last weight is that of the current token; here the first one is.
 
@@ -99,11 +99,12 @@ def convolution(key: str, parameters: Sequence[str], sizes: Sequence[int]) -> Ru
       >>> [part.shape for part in rule.load(np.zeros((3, 1, 4)))]
       [(4, 2), (4, 1)]
     """
-    ends = np.cumsum(sizes).tolist()
+    ends = np.cumsum(sizes or ()).tolist()
 
     def load(x: Array) -> tuple[Array, ...]:
         x = x[:, 0, ::-1].T
-        return tuple(x[:, end - size : end] for size, end in zip(sizes, ends, strict=True))
+        parts = zip(sizes or (), ends, strict=True)
+        return (x,) if sizes is None else tuple(x[:, end - size : end] for size, end in parts)
 
     def save(*parts: Array) -> tuple[Array]:
         return (concatenate(parts, 1).T[:, None, ::-1],)
