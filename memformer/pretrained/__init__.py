@@ -7,7 +7,13 @@
 """
 
 from memformer.pretrained.folder import open_tensors, read_config, read_index
-from memformer.pretrained.load import LoadingPlan, load_pretrained, plan_loading
+from memformer.pretrained.load import (
+    LoadingPlan,
+    load_pretrained,
+    plan_loading,
+    read_model_config,
+    read_parameters,
+)
 from memformer.pretrained.save import export_tensors, match_architecture, save_pretrained
 from memformer.pretrained.table import ARCHITECTURES, Architecture, find_architecture
 
@@ -23,5 +29,7 @@ __all__ = [
     "plan_loading",
     "read_config",
     "read_index",
+    "read_model_config",
+    "read_parameters",
     "save_pretrained",
 ]

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from memformer.pretrained.architectures.rules import Rule
 from memformer.pretrained.folder import open_tensors, read_config, read_index
 from memformer.pretrained.table import Architecture, find_architecture
 
-__all__ = ["LoadingPlan", "load_pretrained", "plan_loading"]
+__all__ = ["LoadingPlan", "load_pretrained", "plan_loading", "read_model_config", "read_parameters"]
 
 # Names of one message: a checkpoint of another model differs in thousands.
 MOST_NAMES = 20
@@ -76,22 +76,49 @@ def load_pretrained(
       ...
       ValueError: folder must contain config.json, as Hugging Face models do; no/such/folder has none
     """
+    config, vocab = read_model_config(folder, dtype=dtype, param_dtype=param_dtype)
+    graph, variables = _skeleton(config, vocab)
+    for name, array in read_parameters(folder):
+        variables[name] = variables[name].replace(_place(array, variables[name], mesh))
+    state = nnx.from_flat_state([(_path(name), variable) for name, variable in variables.items()])
+    has_tokenizer = any((pathlib.Path(folder) / name).is_file() for name in (TOKENIZER_FILE, BYTES_FILE))
+    return nnx.merge(graph, state), load_tokenizer(str(folder)) if has_tokenizer else None, read_config(folder)
+
+
+def read_model_config(
+    folder: str | pathlib.Path, *, dtype: Any = None, param_dtype: Any = None
+) -> tuple[LanguageModelConfig, int]:
+    """The config of a pretrained model and its number of ids, from config.json alone.
+
+    Args:
+      folder, dtype, param_dtype: as for `load_pretrained`.
+
+    Raises:
+      ValueError: another architecture, or a config that the layers cannot express.
+    """
+    raw = read_config(folder)
+    return _convert(raw, find_architecture(raw)[1], dtype, param_dtype)
+
+
+def read_parameters(folder: str | pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields the parameters of a pretrained model by dotted path, converted one rule at a time.
+
+    Where a conversion needs no arithmetic the arrays are views of the memory-mapped files: what is not copied out of
+    them is never read.
+
+    Raises:
+      ValueError: tensors that are missing, unexpected or of another shape, listed by name, before the first parameter.
+    """
     raw = read_config(folder)
     _, architecture = find_architecture(raw)
-    config, vocab = _convert(raw, architecture, dtype, param_dtype)
-    graph, variables = _skeleton(config, vocab)
+    config, vocab = _convert(raw, architecture, None, None)
     tensors, rules = _named(open_tensors(folder), architecture, config), architecture.rules(config)
-    expected = tensor_shapes(rules, variables)
+    expected = tensor_shapes(rules, _skeleton(config, vocab)[1])
     _check_names(expected, tensors, architecture)
     _check_shapes(expected, tensors)
     for rule in rules:
         arrays = rule.load(*(tensors[key] for key in rule.keys))
-        for name, array in zip(rule.parameters, arrays, strict=True):
-            variable = variables[name]
-            variables[name] = variable.replace(_place(array, variable, mesh))
-    state = nnx.from_flat_state([(_path(name), variable) for name, variable in variables.items()])
-    has_tokenizer = any((pathlib.Path(folder) / name).is_file() for name in (TOKENIZER_FILE, BYTES_FILE))
-    return nnx.merge(graph, state), load_tokenizer(str(folder)) if has_tokenizer else None, raw
+        yield from zip(rule.parameters, arrays, strict=True)
 
 
 def plan_loading(

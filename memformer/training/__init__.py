@@ -48,6 +48,7 @@ from memformer.training.folder import (
 )
 from memformer.training.generation import TextModel, load_text_model, show_text, text_errors
 from memformer.training.guards import FiniteGuard, NotFiniteError
+from memformer.training.initial import apply_pretrained, start_from
 from memformer.training.input import (
     Batch,
     Loader,
@@ -168,6 +169,7 @@ __all__ = [
     "add_options",
     "agree",
     "apply_preset",
+    "apply_pretrained",
     "batch_arrays",
     "batch_layout",
     "batch_shapes",
@@ -258,6 +260,7 @@ __all__ = [
     "show_search",
     "show_text",
     "smoothing_loss",
+    "start_from",
     "state_shardings",
     "step_flops",
     "step_folders",

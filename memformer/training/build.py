@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from memformer.core.checks import check
 from memformer.layers import MEMORIES
 from memformer.layers.recurrent import RecurrentMemory
 from memformer.models import build_model
@@ -68,6 +69,11 @@ def build_run(
     mesh = make_mesh(plain["mesh"], devices)
     _check_context(plain["model"], mesh.shape["context"])
     sizes = {"vocab_size": trained.vocab_size, "num_classes": trained.num_classes, "features": trained.features}
+    if vocab := plain["vocab_size"]:
+        with run_errors("config"):
+            least = max(trained.vocab_size, trained.num_classes)
+            check(trained.vocab_size > 0 and vocab >= least, "vocab_size", f"0 or at least the task's {least}", vocab)
+        sizes |= {"vocab_size": vocab, "num_classes": vocab}
     settings = model_settings(plain["model"])
 
     def build(rngs: nnx.Rngs) -> nnx.Module:

@@ -22,6 +22,7 @@ from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import MEMORIES, known_options
 from memformer.models import MODELS, preset_fields
 from memformer.tasks import TASKS, Task, import_tasks, make_task
+from memformer.training.initial import apply_pretrained
 
 __all__ = [
     "RunError",
@@ -63,6 +64,10 @@ def default_config(
     config.seed = 0
     # module that registers the task, for one from outside the package
     config.task_module = ""
+    # folder of a pretrained model in the Hugging Face format, whose config and weights a new run takes; "" = none
+    config.init_from = ""
+    # number of ids of the model, at least those of the task; 0 = those of the task
+    config.vocab_size = 0
     config.task, config.data = _task_sections(task)
     config.model = _model_section(model)
     config.optimizer = ml_collections.ConfigDict(
@@ -224,6 +229,10 @@ def complete_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> ml
     if preset is not None:
         given = [f"model.{key}" for key, value in whole.model.to_dict().items() if value != default[key]]
         apply_preset(whole, preset, given)
+    # a run that has started keeps the model in its own config
+    if whole.init_from and not whole.vocab_size:
+        with run_errors("config.init_from"), whole.unlocked():
+            apply_pretrained(whole, whole.init_from)
     return whole
 
 

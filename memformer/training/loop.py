@@ -24,6 +24,7 @@ from memformer.training.folder import (
     write_run_config,
 )
 from memformer.training.guards import FiniteGuard, NotFiniteError
+from memformer.training.initial import start_from
 from memformer.training.input import Loader, batch_shapes, check_split, make_loader
 from memformer.training.lock import run_lock
 from memformer.training.losses import means
@@ -190,6 +191,8 @@ class Trainer:
                 self._held_out = {name: math.nan if value is None else value for name, value in scores.items()}
                 return _layout_change(found.data.get("layout"), self._layout())
         self._state = init_state(run.model, run.tx, run.mesh, seed=run.config["seed"], ema=self._ema)
+        with run_errors("config.init_from"):
+            self._state = start_from(run.config["init_from"], self._state)
         return []
 
     def _layout(self) -> dict[str, Any]:

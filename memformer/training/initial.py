@@ -1,0 +1,78 @@
+"""Runs that start from a pretrained model: its config, then its weights in the place of random ones."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from memformer.core.checks import check
+from memformer.pretrained import read_model_config, read_parameters
+
+__all__ = ["apply_pretrained", "start_from"]
+
+# Fields of the model that stay as the run's config has them: how it is computed, not which function it is.
+KEPT = ("dtype", "param_dtype", "dropout", "remat", "scan_layers")
+
+
+def apply_pretrained(config: ml_collections.ConfigDict, folder: str) -> None:
+    """Writes the model of a Hugging Face folder into a run's config: section `model`, and vocab_size.
+
+    Other values of these fields are replaced, but for dtypes, dropout and remat.
+
+    Raises:
+      ValueError: a folder that cannot be loaded, or a run with another type of model.
+    """
+    kind = config.model.type
+    check(kind == "memory_lm", "model.type", "'memory_lm' where init_from is given", kind)
+    check(not config.model.scan_layers, "model.scan_layers", "False where init_from is given", True)
+    model, vocab = read_model_config(folder)
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if field.name == "memory_options":
+            # by name of the memory, as in every run
+            value = {name: _plain(model.options_of(name)) for name in model.pattern}
+        if field.name not in KEPT:
+            config.model[field.name] = _plain(value)
+    config.vocab_size = vocab
+
+
+def start_from(folder: str, state: dict[str, Any]) -> dict[str, Any]:
+    """The train state at step 0 with the weights of a Hugging Face folder, each placed as the random one was.
+
+    Args:
+      folder: "" leaves the state as it is.
+      state: from `init_state`.
+
+    Raises:
+      ValueError: weights that do not fit the model.
+    """
+    if not folder:
+        return state
+    params = dict(state["params"])
+    for name, array in read_parameters(folder):
+        old = params.get(name)
+        shape = None if old is None else old.shape
+        check(
+            shape == array.shape, f"parameter {name} of {folder}", f"of shape {shape} by the run's config", array.shape
+        )
+        params[name] = _place(array, old)
+    state = {**state, "params": params}
+    if "ema" in state:
+        # a copy: the step donates both
+        state["ema"] = {name: jnp.array(x, jnp.float32, copy=True) for name, x in params.items()}
+    return state
+
+
+def _place(array: np.ndarray, old: jax.Array) -> jax.Array:
+    def shard(index: Any) -> np.ndarray:
+        return np.array(array[index], dtype=old.dtype, order="C")
+
+    return jax.make_array_from_callback(old.shape, old.sharding, shard)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dicts, at every level."""
+    return {key: _plain(item) for key, item in value.items()} if hasattr(value, "items") else value
