@@ -16,11 +16,11 @@ from memformer.layers.basic import (
     named,
     stochastic_keys,
 )
-from memformer.layers.cached import DeltaFormer, SoftmaxAttention
+from memformer.layers.cached import DeltaFormer, Latent, SoftmaxAttention
 from memformer.layers.config import BaseConfig
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase
-from memformer.layers.feedforward import FEEDFORWARDS, MLP, MixtureOfExperts, SwiGLU, feedforward_keys
+from memformer.layers.feedforward import FEEDFORWARDS, MLP, MixtureOfExperts, RouterCorrection, SwiGLU, feedforward_keys
 from memformer.layers.gates import (
     DECAYS,
     BoundedDecay,
@@ -79,6 +79,7 @@ __all__ = [
     "GroupRMSNorm",
     "LSTM",
     "LSTMMemory",
+    "Latent",
     "LayerNorm",
     "LearnedPositions",
     "LinearAttention",
@@ -96,6 +97,7 @@ __all__ = [
     "RecurrentLayer",
     "RecurrentMemory",
     "RecurrentStack",
+    "RouterCorrection",
     "SelfAttention",
     "ShortConvolution",
     "SigmoidGate",

@@ -4,18 +4,20 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_choice, check_groups, check_options, check_positive
+from memformer.core.checks import check, check_at_least, check_choice, check_groups, check_options, check_positive
 from memformer.core.similarity import Kernel, resolve_kernel
+from memformer.core.types import Array, Float
 from memformer.layers.base import MemoryLayer
-from memformer.layers.basic import named
+from memformer.layers.basic import RMSNorm, linear, named
 from memformer.layers.gates import DECAYS, SigmoidGate
 from memformer.ops.attention.cache import init_cache
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.softmax_attention import softmax_attention
 
-__all__ = ["DeltaFormer", "SoftmaxAttention"]
+__all__ = ["DeltaFormer", "Latent", "SoftmaxAttention"]
 
 
 class SoftmaxAttention(MemoryLayer):
@@ -28,8 +30,13 @@ class SoftmaxAttention(MemoryLayer):
       window: number of most recent tokens that a query sees, itself included; None for all.
       decay: log decay per head of what is older, "forget", "step" or "fixed" of `DECAYS`; None for none.
       sinks: a learned logit per head of a slot that holds nothing.
+      latent_rank: keys and values are projected from one latent vector of this width per token (`Latent`); None for
+        projections of x. The cache holds the keys and values of all heads.
+      shared_key_width: last channels of a key that all heads share.
       rngs: random streams.
       **options: of `MemoryLayer`.
+
+    Source: arXiv 2405.04434 section 2.1.2 (latents).
     """
 
     def __init__(
@@ -41,10 +48,13 @@ class SoftmaxAttention(MemoryLayer):
         window: int | None = None,
         decay: str | None = None,
         sinks: bool = False,
+        latent_rank: int | None = None,
+        shared_key_width: int = 0,
         rngs: nnx.Rngs,
         **options: Any,
     ):
         self.groups, self.window = check_groups(heads, groups), check_positive("window", window)
+        self.latent_rank = check_positive("latent_rank", latent_rank)
         counts = (heads, self.groups, self.groups)
         super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
         self.decay = _head_decay(decay, self, heads, rngs)
@@ -53,6 +63,17 @@ class SoftmaxAttention(MemoryLayer):
             self.sink_bias = nnx.Param(
                 named(nnx.initializers.zeros, "heads")(rngs.params(), (heads,), self.dtypes.param)
             )
+        self.latent: Any = nnx.data(None)
+        if latent_rank is not None:
+            self.latent = Latent(self, latent_rank, check_at_least("shared_key_width", shared_key_width, 0), rngs=rngs)
+
+    def _sizes(self):
+        sizes = super()._sizes()
+        return sizes if self.latent_rank is None else {"query": sizes["query"]}
+
+    def _project(self, x, segments, state):
+        parts, convolved = super()._project(x, segments, state)
+        return (parts if self.latent is None else {**parts, **self.latent(x)}), convolved
 
     def _apply_op(self, x, parts, segment_ids, memory):
         decay = None if self.decay is None else self.decay(x)[0]
@@ -64,6 +85,39 @@ class SoftmaxAttention(MemoryLayer):
         sizes: dict[str, Any] = {"groups": self.groups, "key_width": self.key_width, "value_width": self.value_width}
         sizes["decay_heads"] = None if self.decay is None else self.heads
         return init_cache("softmax_attention", batch=batch, capacity=capacity, dtype=dtype, **sizes)
+
+
+class Latent(nnx.Module):
+    """Keys and values of all heads from one latent vector per token, and a part of the keys that all heads share.
+
+        [c, s] = Wd x;   [k_h, v_h] = Wu rms(c);   key of head h = [k_h, s]
+
+    Args:
+      layer: the attention layer, for its sizes.
+      rank: width of c.
+      shared: width of s.
+      rngs: random streams.
+
+    Raises:
+      ValueError: a shared part that is not narrower than the keys.
+    """
+
+    def __init__(self, layer: MemoryLayer, rank: int, shared: int, *, rngs: nnx.Rngs):
+        check(shared < layer.key_width, "shared_key_width", f"below key_width = {layer.key_width}", shared)
+        same: dict[str, Any] = {"dtypes": layer.dtypes, "rngs": rngs}
+        self.groups, self.rank, self.own = layer.head_counts[1], rank, layer.key_width - shared
+        self.down = linear(layer.width, rank + shared, ("embed", None), **same)
+        self.norm = RMSNorm(rank, epsilon=layer.norm_epsilon, **same)
+        self.up = linear(rank, self.groups * (self.own + layer.value_width), (None, "heads"), **same)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> dict[str, Array]:
+        """Keys and values, heads side by side: [B, T, G K] and [B, T, G V]."""
+        latent, shared = jnp.split(self.down(x), (self.rank,), axis=-1)
+        parts = self.up(self.norm(latent)).reshape(*x.shape[:2], self.groups, -1)
+        own, value = jnp.split(parts, (self.own,), axis=-1)
+        shared = jnp.broadcast_to(shared[:, :, None], (*own.shape[:3], shared.shape[-1]))
+        key = jnp.concatenate([own, shared], axis=-1)
+        return {"key": key.reshape(*x.shape[:2], -1), "value": value.reshape(*x.shape[:2], -1)}
 
 
 class DeltaFormer(MemoryLayer):

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from memformer.core.checks import check, check_choice, check_positive, check_size
+from memformer.core.checks import check, check_choice, check_number, check_positive, check_size
 from memformer.core.types import Array, Bool, Float
 from memformer.layers.basic import Dtypes, constrain, linear, named
 from memformer.layers.sharding import auto_axes
 
-__all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "SwiGLU", "feedforward_keys"]
+__all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "RouterCorrection", "SwiGLU", "feedforward_keys"]
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     # tanh approximation
@@ -118,6 +118,11 @@ class SwiGLU(nnx.Module):
 
 
 DISPATCHES = ("dense", "ragged")
+ROUTERS = ("softmax", "sigmoid")
+
+
+class RouterCorrection(nnx.Variable):
+    """Added to the scores by which experts are chosen; set from outside and not trained by gradients."""
 
 
 class MixtureOfExperts(nnx.Module):
@@ -142,6 +147,9 @@ class MixtureOfExperts(nnx.Module):
       norm_topk_prob: False leaves p as it is instead of renormalising it over the k experts.
       shared_hidden: hidden width of a further SwiGLU that is added for every token (DeepSeek, Qwen); None for none.
       shared_gate: multiplies that one by a sigmoid gate of x (Qwen).
+      router: "softmax", or "sigmoid": p_e is a sigmoid of its own, and a correction per expert, which no gradient
+        reaches, is added for the choice of experts only (DeepSeek-V3).
+      routed_scaling_factor: multiplies p.
       dispatch: "dense" or "ragged".
       dtypes: the dtype policy.
       rngs: random streams.
@@ -169,6 +177,8 @@ class MixtureOfExperts(nnx.Module):
         norm_topk_prob: bool = True,
         shared_hidden: int | None = None,
         shared_gate: bool = False,
+        router: str = "softmax",
+        routed_scaling_factor: float = 1.0,
         dispatch: str = "dense",
         dtypes: Dtypes,
         rngs: nnx.Rngs,
@@ -177,6 +187,8 @@ class MixtureOfExperts(nnx.Module):
         active = check_size("feedforward option active", active)
         check(active <= experts, "feedforward option active", f"in [1, experts] = [1, {experts}]", active)
         check_choice("feedforward option dispatch", dispatch, DISPATCHES)
+        check_choice("feedforward option router", router, ROUTERS)
+        self.scaling = check_number("feedforward option routed_scaling_factor", routed_scaling_factor, above=0)
         if shared_gate and shared_hidden is None:
             raise ValueError("feedforward option shared_gate requires shared_hidden, got None")
         self.norm_topk_prob, self.dispatch = norm_topk_prob, dispatch
@@ -188,6 +200,9 @@ class MixtureOfExperts(nnx.Module):
         self.gate = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
         self.up = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
         self.down = nnx.Param(back(rngs.params(), (experts, hidden, width), dtypes.param))
+        self.correction: Any = nnx.data(None)
+        if router == "sigmoid":
+            self.correction = RouterCorrection(jnp.zeros(experts, dtypes.wide))
         self.shared: Any = nnx.data(None)
         self.shared_gate: Any = nnx.data(None)
         if shared_hidden is not None:
@@ -200,17 +215,23 @@ class MixtureOfExperts(nnx.Module):
         self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Returns (y, {"moe_balance": loss}); the loss leaves out padding (where `valid` is False)."""
-        probability = jax.nn.softmax(self.router(x), axis=-1)
+        probability = self._probability(x)
+        score = probability if self.correction is None else probability + self.correction[...][None, None]
         # Sorting is divided over sharded tokens; the compiler gathers the operand of lax.top_k.
-        chosen = jnp.argsort(lax.stop_gradient(probability), axis=-1, descending=True)[..., : self.active]
+        chosen = jnp.argsort(lax.stop_gradient(score), axis=-1, descending=True)[..., : self.active]
         choice = jnp.sum(jax.nn.one_hot(chosen, probability.shape[-1], dtype=probability.dtype), axis=2)
         weight = probability * choice
         weight = weight / jnp.sum(weight, axis=-1, keepdims=True) if self.norm_topk_prob else weight
+        weight = weight if self.scaling == 1 else weight * self.scaling
         y = self._ragged(x, weight, chosen) if self.dispatch == "ragged" else self._dense(x, weight)
         if self.shared is not None:
             shared = self.shared(x)[0]
             y = y + (shared if self.shared_gate is None else nnx.sigmoid(self.shared_gate(x)) * shared)
         return y, {"moe_balance": self._balance(probability, choice, valid)}
+
+    def _probability(self, x: Array) -> Array:
+        scores = self.router(x)
+        return jax.nn.softmax(scores, axis=-1) if self.correction is None else nnx.sigmoid(scores)
 
     def _dense(self, x: Array, weight: Array) -> Array:
         """Every expert for every token; the weights of those that were not chosen are 0."""

@@ -8,7 +8,14 @@ import jax
 from flax import nnx
 from flax.core import FrozenDict
 
-from memformer.core.checks import check_choice, check_number, check_options, check_size
+from memformer.core.checks import (
+    check_at_least,
+    check_choice,
+    check_number,
+    check_options,
+    check_positive,
+    check_size,
+)
 from memformer.layers.basic import NORMS
 from memformer.layers.config import BaseConfig
 from memformer.layers.feedforward import FEEDFORWARDS
@@ -63,6 +70,8 @@ class LanguageModelConfig(BaseConfig):
       value_width: V; None is K.
       feedforward: "swiglu", "mlp", "moe", or None (or "none") for blocks without a feedforward layer.
       feedforward_options: options of the feedforward layer.
+      dense_layers: number of first layers that have a SwiGLU in the place of the feedforward layer (DeepSeek).
+      dense_hidden: its hidden width; None is the default of `SwiGLU`.
       positions: None (or "none"), "learned" or "sinusoidal" at the embedding; rotary positions are an option of a
         memory.
       max_length: size of the table of learned positions.
@@ -94,6 +103,8 @@ class LanguageModelConfig(BaseConfig):
     value_width: int | None = None
     feedforward: str | None = "swiglu"
     feedforward_options: Mapping[str, Any] = FrozenDict()
+    dense_layers: int = 0
+    dense_hidden: int | None = None
     positions: str | None = None
     max_length: int = 2048
     norm: str = "rms"
@@ -117,6 +128,10 @@ class LanguageModelConfig(BaseConfig):
                 f"depth must be a multiple of the memory pattern's length {len(self.pattern)}, got {self.depth}"
             )
         check_choice("feedforward", self.feedforward, (None, *FEEDFORWARDS))
+        check_at_least("dense_layers", self.dense_layers, 0)
+        check_positive("dense_hidden", self.dense_hidden)
+        if self.dense_layers and self.scan_layers:
+            raise ValueError(f"dense_layers must be 0 where layers are scanned, got {self.dense_layers}")
         check_choice("positions", self.positions, (None, *POSITIONS))
         check_choice("norm", self.norm, tuple(NORMS))
         check_number("norm_epsilon", self.norm_epsilon, above=0)

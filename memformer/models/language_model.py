@@ -13,7 +13,7 @@ from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.base import State
 from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
-from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
+from memformer.layers.feedforward import FEEDFORWARDS, SwiGLU, feedforward_keys
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import count_positions, next_position
 from memformer.layers.sharding import auto_axes
@@ -42,11 +42,20 @@ class Block(nnx.Module):
     Args:
       config: config of the model.
       memory: name of the memory of this layer.
+      dense: the feedforward layer is a SwiGLU of the config's dense_hidden.
       norm_place: "pre" as above, or "output": x + norm(memory(x)), then x + norm(feedforward(x)).
       rngs: random streams.
     """
 
-    def __init__(self, config: LanguageModelConfig, memory: str, *, norm_place: str = "pre", rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: LanguageModelConfig,
+        memory: str,
+        *,
+        dense: bool = False,
+        norm_place: str = "pre",
+        rngs: nnx.Rngs,
+    ):
         same: dict[str, Any] = {"dtypes": config.dtypes, "rngs": rngs}
         sizes: dict[str, Any] = {key: getattr(config, key) for key in ("heads", "key_width", "value_width")}
         self.norm = config.build_norm(rngs)
@@ -54,12 +63,15 @@ class Block(nnx.Module):
         self.feedforward: Any = nnx.data(None)
         self.feedforward_norm: Any = nnx.data(None)
         self.dropout, self.norm_place = config.dropout, norm_place
-        if config.feedforward is not None:
+        if config.feedforward is not None and not dense:
             self.feedforward_norm = config.build_norm(rngs)
             layer = FEEDFORWARDS[config.feedforward]
             known = feedforward_keys(config.feedforward)
             check_options(f"feedforward_options of {config.feedforward!r}", config.feedforward_options, known)
             self.feedforward = layer(config.width, **config.feedforward_options, **same)
+        if dense:
+            self.feedforward_norm = config.build_norm(rngs)
+            self.feedforward = SwiGLU(config.width, hidden=config.dense_hidden, **same)
 
     def __call__(
         self,
@@ -238,7 +250,9 @@ class MemoryLM(nnx.Module):
             x, new, losses = run(*nnx.split(block), x, last, key, segment_ids, positions)
             after.append(new)
             aux.append(losses)
-        return x, tuple(after), jax.tree.map(lambda *a: sum(a[1:], start=a[0]) / self.config.depth, *aux)
+        # First layers that are dense have no such losses.
+        sparse = aux[self.config.dense_layers :]
+        return x, tuple(after), jax.tree.map(lambda *a: sum(a[1:], start=a[0]) / len(a), *sparse) if sparse else {}
 
     def _read_out(self, x: Array) -> Array:
         x = self.norm(x)
@@ -274,12 +288,13 @@ def _build_blocks(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.List:
     groups = config.depth // size
     keys = jax.random.split(rngs.params(), config.depth).reshape(groups, size)
 
-    def build(key: Array, place: int) -> Block:
+    def build(key: Array, place: int, dense: bool = False) -> Block:
         name, norm_place = config.pattern[place], config.norm_places[place]
-        return Block(config, name, norm_place=norm_place, rngs=nnx.Rngs(params=key))
+        return Block(config, name, dense=dense, norm_place=norm_place, rngs=nnx.Rngs(params=key))
 
     if not config.scan_layers:
-        return nnx.List([build(keys[i // size, i % size], i % size) for i in range(config.depth)])
+        depth, dense = config.depth, config.dense_layers
+        return nnx.List([build(keys[i // size, i % size], i % size, i < dense) for i in range(depth)])
     stack = nnx.vmap(
         build, in_axes=(0, None), out_axes=0, axis_size=groups, transform_metadata={nnx.PARTITION_NAME: "layers"}
     )

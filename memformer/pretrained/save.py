@@ -122,8 +122,8 @@ def export_tensors(rules: list[Rule], values: Mapping[str, Any]) -> Iterator[tup
 
 
 def _values(model: MemoryLM) -> dict[str, jax.Array]:
-    """Parameters by dotted path."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    """Parameters, and corrections of routers, by dotted path."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
     values = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
     away = [name for name, value in values.items() if not value.is_fully_addressable]
     if away:
@@ -133,7 +133,8 @@ def _values(model: MemoryLM) -> dict[str, jax.Array]:
 
 def _with_hidden(model: MemoryLM) -> LanguageModelConfig:
     """The config with the hidden width of the feedforward layers written out."""
-    layer = model.blocks[0].feedforward
+    # the first ones may be dense
+    layer = model.blocks[-1].feedforward
     if layer is None:
         return model.config
     up = layer.up if isinstance(layer.up, nnx.Variable) else layer.up.kernel

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memformer.models.config import LanguageModelConfig
-from memformer.pretrained.architectures import gpt2, llama, mamba2, olmo_hybrid
+from memformer.pretrained.architectures import gpt2, kimi_linear, llama, mamba2, olmo_hybrid
 from memformer.pretrained.architectures import qwen3_next as qwen
 from memformer.pretrained.architectures.rules import Rule
 
@@ -60,6 +60,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Mamba2ForCausalLM": Architecture(
         "mamba2", mamba2.mamba2_fields, mamba2.mamba2_config, mamba2.mamba2_rules, "backbone."
+    ),
+    "KimiLinearForCausalLM": Architecture(
+        "kimi_linear",
+        kimi_linear.kimi_fields,
+        kimi_linear.kimi_config,
+        kimi_linear.kimi_rules,
+        # transformers saves dense layers under the name of sparse ones
+        renames=((r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj"),),
     ),
     # the language model of one that also sees
     "Qwen3_5ForConditionalGeneration": Architecture(

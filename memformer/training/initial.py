@@ -51,15 +51,15 @@ def start_from(folder: str, state: dict[str, Any]) -> dict[str, Any]:
     """
     if not folder:
         return state
-    params = dict(state["params"])
+    params, rest = dict(state["params"]), dict(state.get("rest", {}))
     for name, array in read_parameters(folder):
-        old = params.get(name)
+        old = params.get(name, rest.get(name))
         shape = None if old is None else old.shape
         check(
             shape == array.shape, f"parameter {name} of {folder}", f"of shape {shape} by the run's config", array.shape
         )
-        params[name] = _place(array, old)
-    state = {**state, "params": params}
+        (rest if name in rest else params)[name] = _place(array, old)
+    state = {**state, "params": params, **({"rest": rest} if rest else {})}
     if "ema" in state:
         # a copy: the step donates both
         state["ema"] = {name: jnp.array(x, jnp.float32, copy=True) for name, x in params.items()}

@@ -12,7 +12,7 @@ from memformer.layers.basic import Dtypes, Embedding, RMSNorm
 from memformer.layers.feedforward import MixtureOfExperts
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import rotate
-from memformer.models import LanguageModelConfig
+from memformer.models import LanguageModelConfig, MemoryLM
 from memformer.models.language_model import Block
 from tests.numeric import FORWARD, assert_close
 
@@ -64,9 +64,20 @@ def rotated(x, rates):
     return np.concatenate(parts, -1)
 
 
+def latent_parts(latent, x):
+    down = affine(latent.down, x)
+    c, s = down[..., : latent.rank], down[..., latent.rank :]
+    heads = affine(latent.up, rms(c, wide(latent.norm.scale), 1e-6)).reshape(*x.shape[:2], HEADS, -1)
+    keys = [np.concatenate([heads[:, :, h, : latent.own], s], -1) for h in range(HEADS)]
+    values = [heads[:, :, h, latent.own :] for h in range(HEADS)]
+    return {"key": np.concatenate(keys, -1), "value": np.concatenate(values, -1)}
+
+
 def attention(layer, x, rates=None, epsilon=1e-6):
     """Softmax attention of one row, from the parameters of a layer."""
-    parts = {name: affine(layer.projections[name], x) for name in ("query", "key", "value")}
+    parts = {name: affine(projection, x) for name, projection in layer.projections.items()}
+    if layer.latent is not None:
+        parts |= latent_parts(layer.latent, x)
     if layer.qk_norm == "width":
         for name, norm in layer.qk_norms.items():
             parts[name] = rms(parts[name], wide(norm.scale), epsilon)
@@ -117,6 +128,8 @@ ATTENTION = {
     "rope_theta": ({"rotary": True, "rope_theta": 50.0}, 50.0 ** (-np.arange(0, 4, 2) / 4), 1e-6),
     "partial_rotary_factor": ({"rotary": True, "partial_rotary_factor": 0.5}, [1.0], 1e-6),
     "rope_scaling": ({"rotary": True, "rope_scaling": LLAMA3, "rope_theta": 9.0}, llama3_rates(4, 9.0), 1e-6),
+    "latent_rank": ({"latent_rank": 3}, None, 1e-6),
+    "shared_key_width": ({"latent_rank": 3, "shared_key_width": 1}, None, 1e-6),
     "output_gate_rank": ({"output_gate": "sigmoid", "output_gate_rank": 3}, None, 1e-6),
 }
 
@@ -215,6 +228,30 @@ def test_epsilon_of_a_norm():
     assert_close(got, rms(X, 1.0, 0.7), FORWARD["float32"])
 
 
+def test_zero_centered_norms():
+    norm = RMSNorm(WIDTH, zero_centered=True, dtypes=F32, rngs=nnx.Rngs(0))
+    assert not np.any(norm.scale[...])
+    scale = np.linspace(-0.5, 0.5, WIDTH)
+    norm.scale[...] = jnp.asarray(scale, jnp.float32)
+    assert_close(norm(jnp.asarray(X, jnp.float32)), rms(X, 1 + scale, 1e-6), FORWARD["float32"])
+    config = LanguageModelConfig(width=WIDTH, heads=HEADS, zero_centered_norm=True)
+    assert Block(config, "deltaformer", rngs=nnx.Rngs(0)).norm.zero_centered
+    assert build("softmax_attention", qk_norm="head", zero_centered_norm=True).qk_norms["key"].zero_centered
+    with pytest.raises(ValueError, match="zero_centered_norm requires norm 'rms', got 'layer'"):
+        LanguageModelConfig(norm="layer", zero_centered_norm=True)
+
+
+def test_first_layers_that_are_dense():
+    same = {"memory": "softmax_attention", "width": WIDTH, "heads": HEADS, "depth": 3, "feedforward": "moe"}
+    model = MemoryLM(LanguageModelConfig(**same, dense_layers=1, dense_hidden=5), vocab_size=7, rngs=nnx.Rngs(0))
+    assert [type(block.feedforward).__name__ for block in model.blocks] == ["SwiGLU"] + ["MixtureOfExperts"] * 2
+    assert model.blocks[0].feedforward.up.kernel.shape == (WIDTH, 5)
+    output = model(jnp.array([[1, 2, 3]]))
+    assert output.logits.shape == (1, 3, 7) and list(output.aux) == ["moe_balance"]
+    with pytest.raises(ValueError, match="dense_layers must be 0 where layers are scanned, got 1"):
+        LanguageModelConfig(**same, dense_layers=1, scan_layers=True)
+
+
 def test_norms_of_the_output_of_sublayers():
     config = LanguageModelConfig(
         memory="softmax_attention", width=WIDTH, heads=HEADS, norm_place="output", feedforward="mlp", norm_epsilon=1e-3
@@ -231,6 +268,8 @@ EXPERTS = {
     "probabilities as they are": {"norm_topk_prob": False},
     "shared expert": {"shared_hidden": 6},
     "shared expert with a gate": {"shared_hidden": 6, "shared_gate": True},
+    "sigmoid router": {"router": "sigmoid"},
+    "routed_scaling_factor": {"router": "sigmoid", "routed_scaling_factor": 2.5, "norm_topk_prob": False},
 }
 
 
@@ -239,15 +278,22 @@ def test_chosen_experts_only(name):
     options = EXPERTS[name]
     build = functools.partial(MixtureOfExperts, WIDTH, experts=5, active=2, hidden=3, dtypes=F32, **options)
     dense, ragged = (build(dispatch=kind, rngs=nnx.Rngs(0)) for kind in ("dense", "ragged"))
-    x = jnp.asarray(X, jnp.float32)
+    x, correction = jnp.asarray(X, jnp.float32), np.zeros(5)
+    scores = X @ wide(dense.router.kernel)
+    if "router" in options:
+        # Large enough to change the choice.
+        correction = np.array([0.0, 0.6, -0.6, 0.3, 0.0])
+        dense.correction[...] = ragged.correction[...] = jnp.asarray(correction, jnp.float32)
+        probability = sigmoid(scores)
+    else:
+        probability = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
     want = dense(x)[0]
     assert_close(ragged(x)[0], want, FORWARD["float32"])
-    probability = np.exp(X @ wide(dense.router.kernel))
-    probability /= probability.sum(-1, keepdims=True)
     oracle = np.zeros_like(X)
     for t in range(TIME):
-        best = np.argsort(-probability[0, t])[:2]
+        best = np.argsort(-probability[0, t] - correction)[:2]
         total = probability[0, t, best].sum() if options.get("norm_topk_prob", True) else 1.0
+        total /= options.get("routed_scaling_factor", 1.0)
         for e in best:
             a = X[0, t] @ wide(dense.gate)[e]
             oracle[0, t] += (
@@ -269,6 +315,7 @@ MISTAKES = {
     "field": ({"rope_scaling": {"rope_type": "llama3"}}, "rope_scaling's factor must be a finite number above 0"),
     "output_norm": ({"output_norm": "all"}, "output_norm must be one of False, True, 'group', got 'all'"),
     "rank": ({"output_gate": "silu", "output_gate_rank": 0}, "output_gate_rank must be a positive integer or None"),
+    "latent": ({"latent_rank": 2, "shared_key_width": 4}, "shared_key_width must be below key_width = 4, got 4"),
     "epsilon": ({"norm_epsilon": 0}, "norm_epsilon must be a finite number above 0, got 0"),
 }
 

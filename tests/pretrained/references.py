@@ -75,6 +75,16 @@ REFERENCES: dict[str, Reference] = {
     "mamba2, groups": Reference(
         "Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, "n_groups": 2, "tie_word_embeddings": True}
     ),
+    "kimi_linear": Reference(
+        "KimiLinearConfig",
+        "KimiLinearForCausalLM",
+        {
+            **LLAMA, "num_hidden_layers": 3, "num_key_value_heads": 4, "moe_intermediate_size": 20,
+            "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
+            "num_experts_per_tok": 2, "num_local_experts": 6, "n_group": 1, "linear_head_dim": 8,
+            "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "qwen3_next": Reference("Qwen3NextConfig", "Qwen3NextForCausalLM", {**HYBRID, **EXPERTS}),
     "qwen3_next dense": Reference("Qwen3NextConfig", "Qwen3NextForCausalLM", {**HYBRID, "num_experts": 0}),
 }  # fmt: skip
@@ -89,11 +99,14 @@ def build(name: str, torch: Any, transformers: Any) -> Any:
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and "A_log" not in path:
                 # A gain of 2 in every map, so that each token matters for the greedy choice.
                 parameter.copy_(2 * noise * parameter.shape[-1] ** -0.5)
             elif "A_log" not in path:
                 parameter.add_(0.2 * noise)
+        for path, buffer in model.named_buffers():
+            if "correction" in path:
+                buffer.copy_(0.3 * torch.randn(buffer.shape))
     return model
 
 

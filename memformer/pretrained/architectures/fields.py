@@ -109,7 +109,7 @@ def explicit(config: LanguageModelConfig, hidden: int | None = None) -> dict[str
     fields = {key: value for key, value in fields.items() if key not in FREE}
     if config.positions != "learned":
         del fields["max_length"]
-    for key in ("heads", "key_width", "value_width"):
+    for key in ("heads", "key_width", "value_width", *(() if config.dense_layers else ("dense_hidden",))):
         del fields[key]
     groups = config.depth // len(config.pattern)
     fields["memory"], fields["norm_place"] = config.pattern * groups, config.norm_places * groups
