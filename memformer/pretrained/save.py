@@ -70,7 +70,7 @@ def save_pretrained(
         contents = {"metadata": {"total_size": size}, "weight_map": index}
         write_json(folder / INDEX, contents)
     kind = ARCHITECTURES[name].model_type
-    dtype = next(iter(values.values())).dtype.name
+    dtype = values["embedding.table"].dtype.name
     given = config or {}
     if (given.get("architectures") or [name])[0] != name:
         given = given.get("text_config", {})
