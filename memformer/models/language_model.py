@@ -1,5 +1,6 @@
 """MemoryLM: embedding, blocks around any memories, read-out."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -295,10 +296,13 @@ def _build_blocks(config: LanguageModelConfig, rngs: nnx.Rngs) -> nnx.List:
     if not config.scan_layers:
         depth, dense = config.depth, config.dense_layers
         return nnx.List([build(keys[i // size, i % size], i % size, i < dense) for i in range(depth)])
-    stack = nnx.vmap(
-        build, in_axes=(0, None), out_axes=0, axis_size=groups, transform_metadata={nnx.PARTITION_NAME: "layers"}
-    )
-    return nnx.List([stack(keys[:, i], i) for i in range(size)])
+    names = {nnx.PARTITION_NAME: "layers"}
+
+    def stack(place: int) -> Any:
+        each = functools.partial(build, place=place)
+        return nnx.vmap(each, in_axes=0, out_axes=0, axis_size=groups, transform_metadata=names)(keys[:, place])
+
+    return nnx.List([stack(place) for place in range(size)])
 
 
 def _run_block(graph, parameters, x, state, key, segment_ids, positions):

@@ -5,7 +5,7 @@ import math
 import pathlib
 import re
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +79,7 @@ def load_pretrained(
     config, vocab = read_model_config(folder, dtype=dtype, param_dtype=param_dtype)
     graph, variables = _skeleton(config, vocab)
     for name, array in read_parameters(folder):
-        variables[name] = variables[name].replace(_place(array, variables[name], mesh))
+        variables[name] = variables[name].replace(_place(array, _leaf(variables[name]), mesh))
     state = nnx.from_flat_state([(_path(name), variable) for name, variable in variables.items()])
     has_tokenizer = any((pathlib.Path(folder) / name).is_file() for name in (TOKENIZER_FILE, BYTES_FILE))
     return nnx.merge(graph, state), load_tokenizer(str(folder)) if has_tokenizer else None, read_config(folder)
@@ -113,7 +113,7 @@ def read_parameters(folder: str | pathlib.Path) -> Iterator[tuple[str, np.ndarra
     _, architecture = find_architecture(raw)
     config, vocab = _convert(raw, architecture, None, None)
     tensors, rules = _named(open_tensors(folder), architecture, config), architecture.rules(config)
-    expected = tensor_shapes(rules, _skeleton(config, vocab)[1])
+    expected = tensor_shapes(rules, abstract_parameters(config, vocab))
     _check_names(expected, tensors, architecture)
     _check_shapes(expected, tensors)
     for rule in rules:
@@ -153,9 +153,9 @@ def plan_loading(
     raw = read_config(folder)
     _, architecture = find_architecture(raw)
     config, vocab = _convert(raw, architecture, dtype, param_dtype)
-    _, variables = _skeleton(config, vocab)
+    leaves = abstract_parameters(config, vocab)
     rules = architecture.rules(config)
-    expected = tensor_shapes(rules, variables)
+    expected = tensor_shapes(rules, leaves)
     index = read_index(folder)
     if index is not None:
         _check_names(expected, _named(dict.fromkeys(index), architecture, config), architecture)
@@ -163,25 +163,30 @@ def plan_loading(
     devices = 1 if mesh is None else math.prod(mesh.shape.values())
     here = devices if devices_per_host is None else check_size("devices_per_host", devices_per_host)
     parameters = read = held = 0
-    for variable in variables.values():
-        value = variable.get_value()
-        shard = value.size // _parts(variable, mesh)
-        parameters += value.size
-        held += shard * value.dtype.itemsize
-        read += min(value.size, shard * here) * width
+    for leaf in leaves.values():
+        size = math.prod(leaf.shape)
+        shard = size // _parts(leaf, mesh)
+        parameters += size
+        held += shard * leaf.dtype.itemsize
+        read += min(size, shard * here) * width
     groups = [sum(math.prod(expected[key]) for key in rule.keys) for rule in rules]
     checkpoint = sum(math.prod(shape) for shape in expected.values()) * width
     return LoadingPlan(parameters, checkpoint, read, held, max(groups) * width)
 
 
-def tensor_shapes(rules: list[Rule], variables: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def tensor_shapes(rules: list[Rule], leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor of a checkpoint, from the parameters and the inverse conversions."""
-    shapes = {}
-    for rule in rules:
-        values = [variables[name].get_value() for name in rule.parameters]
-        result = jax.eval_shape(rule.save, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values))
-        shapes.update({key: x.shape for key, x in zip(rule.keys, result, strict=True)})
-    return shapes
+
+    def save(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        saved = {}
+        for rule in rules:
+            result = rule.save(*(values[name] for name in rule.parameters))
+            saved.update(zip(rule.keys, result, strict=True))
+        return saved
+
+    # one trace for all rules
+    saved = jax.eval_shape(save, {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in leaves.items()})
+    return {key: x.shape for key, x in saved.items()}
 
 
 def _convert(
@@ -208,6 +213,37 @@ def _skeleton(config: LanguageModelConfig, vocab: int) -> tuple[Any, dict[str, n
     with nnx.use_eager_sharding(False), nnx.logical_axis_rules(()):
         graph, state = nnx.split(nnx.eval_shape(lambda: MemoryLM(config, vocab_size=vocab, rngs=nnx.Rngs(0))))
     return graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+
+
+class Leaf(NamedTuple):
+    """A parameter as shape, dtype and logical names of its axes."""
+
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    names: tuple[str | None, ...] | None
+
+
+def _leaf(variable: nnx.Variable) -> Leaf:
+    value = variable.get_value()
+    return Leaf(value.shape, value.dtype, variable.get_metadata().get("out_sharding"))
+
+
+def abstract_parameters(config: LanguageModelConfig, vocab: int) -> dict[str, Leaf]:
+    """The parameters of a model by dotted path; one group of layers is traced for all, which deep models need."""
+    size = len(config.pattern)
+    repeats = config.depth > size and not config.dense_layers
+    _, variables = _skeleton(dataclasses.replace(config, scan_layers=True) if repeats else config, vocab)
+    leaves = {}
+    for name, variable in variables.items():
+        leaf, parts = _leaf(variable), name.split(".")
+        if not repeats or parts[0] != "blocks":
+            leaves[name] = leaf
+            continue
+        names = leaf.names[1:] if leaf.names and len(leaf.names) == len(leaf.shape) else None
+        for group in range(leaf.shape[0]):
+            path = ".".join(("blocks", str(group * size + int(parts[1])), *parts[2:]))
+            leaves[path] = Leaf(leaf.shape[1:], leaf.dtype, names)
+    return leaves
 
 
 def _path(name: str) -> tuple[str | int, ...]:
@@ -254,26 +290,22 @@ def _check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str,
         raise ValueError(f"tensors must have the shapes of config.json, got {'; '.join(wrong[:MOST_NAMES])}{more}")
 
 
-def _parts(variable: nnx.Variable, mesh: Mesh | AbstractMesh | None) -> int:
+def _parts(leaf: Leaf, mesh: Mesh | AbstractMesh | None) -> int:
     """Number of different shards of a parameter."""
     if mesh is None:
         return 1
-    axes = jax.tree.leaves(tuple(_spec(variable, mesh)))
+    axes = jax.tree.leaves(tuple(partition_spec(leaf.names, leaf.shape, mesh)))
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def _spec(variable: nnx.Variable, mesh: Mesh | AbstractMesh) -> jax.sharding.PartitionSpec:
-    return partition_spec(variable.get_metadata().get("out_sharding"), variable.get_value().shape, mesh)
-
-
-def _place(array: np.ndarray, variable: nnx.Variable, mesh: Mesh | None) -> jax.Array:
+def _place(array: np.ndarray, leaf: Leaf, mesh: Mesh | None) -> jax.Array:
     """The parameter's shards, each copied out of the memory-mapped file by itself."""
-    value = variable.get_value()
 
     def shard(index: Any) -> np.ndarray:
         # A copy: a view would hold the file, which may be overwritten.
-        return np.array(array[index], dtype=value.dtype, order="C")
+        return np.array(array[index], dtype=leaf.dtype, order="C")
 
     if mesh is None:
         return jnp.asarray(shard(...))
-    return jax.make_array_from_callback(value.shape, NamedSharding(mesh, _spec(variable, mesh)), shard)
+    sharding = NamedSharding(mesh, partition_spec(leaf.names, leaf.shape, mesh))
+    return jax.make_array_from_callback(leaf.shape, sharding, shard)

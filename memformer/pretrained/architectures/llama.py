@@ -41,7 +41,9 @@ def _require_full_attention(raw: Mapping[str, Any]) -> None:
         kinds = ["sliding_attention"] * max(0, raw["num_hidden_layers"] - raw.get("max_window_layers", 28))
     others = sorted(set(kinds or ()) - {"full_attention"})
     if others:
-        raise ValueError(f"config.json's layer_types must be 'full_attention' in every layer, got {', '.join(others)}")
+        raise ValueError(
+            f"config.json's layer_types must be 'full_attention' in every layer, got {', '.join(map(repr, others))}"
+        )
 
 
 def llama_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
