@@ -44,11 +44,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         "gpt2", gpt2.gpt2_fields, gpt2.gpt2_config, gpt2.gpt2_rules, "transformer.", r".*\.attn\.(masked_)?bias"
     ),
     # mtp: a head that predicts several tokens, for speculative decoding
-    "Qwen3NextForCausalLM": Architecture(
-        "qwen3_next", qwen.moe_fields, qwen.moe_config, qwen.qwen3_next_rules, ignored=r"mtp\..*"
-    ),
     "Qwen3_5ForCausalLM": Architecture(
         "qwen3_5_text", qwen.qwen3_5_fields, qwen.qwen3_5_config, qwen.qwen3_5_rules, ignored=r"mtp\..*"
+    ),
+    "Qwen3NextForCausalLM": Architecture(
+        "qwen3_next", qwen.moe_fields, qwen.moe_config, qwen.qwen3_next_rules, ignored=r"mtp\..*"
     ),
     "OlmoHybridForCausalLM": Architecture(
         "olmo_hybrid",
