@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from memformer.core.checks import check_size
 from memformer.data.tokenizer import BYTES_FILE, TOKENIZER_FILE, Tokenizer, load_tokenizer
-from memformer.layers.sharding import partition_spec
+from memformer.layers.sharding import RULES, partition_spec
 from memformer.models.config import LanguageModelConfig
 from memformer.models.language_model import MemoryLM
 from memformer.pretrained.architectures.rules import Rule
@@ -209,8 +209,8 @@ def _checkpoint_dtype(raw: Mapping[str, Any], half: bool = True) -> str:
 
 def _skeleton(config: LanguageModelConfig, vocab: int) -> tuple[Any, dict[str, nnx.Variable]]:
     """The structure of a model and its variables by dotted path, as shapes."""
-    # Without rules Flax places nothing by itself.
-    with nnx.use_eager_sharding(False), nnx.logical_axis_rules(()):
+    # Flax would shard each parameter by its names alone, on the mesh of the context.
+    with nnx.use_eager_sharding(False), nnx.logical_axis_rules([(name, None) for name, _ in RULES]):
         graph, state = nnx.split(nnx.eval_shape(lambda: MemoryLM(config, vocab_size=vocab, rngs=nnx.Rngs(0))))
     return graph, {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
 

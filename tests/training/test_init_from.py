@@ -19,6 +19,12 @@ RAW = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)
+
+
 @pytest.fixture
 def folder(tmp_path):
     pytest.importorskip("safetensors", reason="needs safetensors: pip install '.[hf]'")
