@@ -74,7 +74,9 @@ def save_pretrained(
     given = config or {}
     if (given.get("architectures") or [name])[0] != name:
         given = given.get("text_config", {})
-    whole = {**given, **written, "architectures": [name], "model_type": kind, "dtype": dtype}
+    # absent ones would take the defaults of the architecture, which mean other tokens or none
+    tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    whole = {**tokens, **given, **written, "architectures": [name], "model_type": kind, "dtype": dtype}
     # the older name of dtype would contradict it
     whole.pop("torch_dtype", None)
     write_json(folder / "config.json", whole)
