@@ -139,10 +139,13 @@ def test_the_way_back(peers, reference, name, tmp_path):
     save_pretrained(network, tmp_path, config=raw, shard_bytes=20_000)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     back = type(model).from_pretrained(tmp_path, dtype="auto").eval()
-    assert np.array_equal(theirs(torch, back, IDS), theirs(torch, model, IDS))
+    # Not bit for bit: a loaded model may sum its experts in another order.
+    assert_close(theirs(torch, back, IDS), theirs(torch, model, IDS), 1e-6)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
     again = load_pretrained(tmp_path)[0]
     assert again.config == network.config
+    for got, want in zip(jax.tree.leaves(nnx.state(again)), jax.tree.leaves(nnx.state(network)), strict=True):
+        assert np.array_equal(got, want)
     # Without the other fields of the config the function is the same.
     save_pretrained(network, tmp_path / "bare", config={"architectures": raw["architectures"]})
     assert len(list((tmp_path / "bare").glob("*.safetensors"))) == 1
