@@ -65,6 +65,8 @@ def run(implementation: Run, call: MatrixCall) -> tuple[Float[Array, "B T H V"],
         segments = arrays.pop("segments")
         continues = None
         if segments is not None:
+            # Masks made of them meet values that differ over heads too.
+            segments = jax.tree.map(lambda x: vary_like(x, arrays["q"]), segments)
             segments, continues = shards.local_segments(segments)
         # The recurrence has every derivative, so that it must not meet a custom gradient.
         scan = _scan_plain if forward or implementation is recurrent.run else _scan
