@@ -215,16 +215,8 @@ class Trainer:
     def _load(self, position: int) -> Loader:
         task, size = self._curriculum.task, self._options["batch_size"]
         layout = batch_layout(batch_shapes(task, size), self._run.mesh)
-        return make_loader(
-            task,
-            "train",
-            batch_size=size,
-            seed=self._run.config["seed"],
-            position=position,
-            rows=layout.rows,
-            place=layout.place,
-            workers=self._options["input_workers"],
-        )
+        here: dict[str, Any] = {"rows": layout.rows, "place": layout.place, "workers": self._options["input_workers"]}
+        return make_loader(task, "train", batch_size=size, seed=self._run.config["seed"], position=position, **here)
 
     def _advance(self) -> None:
         """Takes one step, then logs, evaluates and saves if they are due."""
