@@ -64,6 +64,7 @@ CASES = [
     ("delta_product_head_decay", "chunked", "Auto"),
     ("linear_attention_normalized", "chunked", "Explicit"),
     ("softmax_attention", "chunked", "Auto"),
+    ("softmax_attention_decay", "chunked", "Explicit"),
     ("deltaformer_linear_softmax", "chunked", "Explicit"),
 ]
 

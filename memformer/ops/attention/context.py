@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from memformer.core.calls import AttentionCall
 from memformer.core.context import TimeShards, time_shards
+from memformer.core.decay import CumulativeDecay
 from memformer.core.numerics import repeat_heads
 from memformer.core.types import Array
 from memformer.pallas.sharding import dividing_axes, key_head_repeats
@@ -38,13 +39,13 @@ def run(implementation: Callable[[AttentionCall], Any], call: AttentionCall) -> 
       call: of all tokens.
     """
     shards = time_shards(call.q.shape[1])
-    if shards is None or call.decay is not None or call.sinks is not None:
-        # Decays and sinks have no exchange: the compiler divides the call.
+    if shards is None or call.sinks is not None:
+        # Sinks have no exchange: the compiler divides the call.
         return implementation(call)
     groups = call.k.shape[2]
     call = _repeat_groups(call, key_head_repeats(groups, call.q.shape[2]))
     batch, heads = dividing_axes(call.q.shape[0], call.k.shape[2])
-    tokens = {name: x for name, x in vars(call).items() if isinstance(x, jax.Array)}
+    tokens = _tokens(call)
     specs = (
         dict.fromkeys(tokens, shards.spec(batch, heads)),
         jax.tree.map(lambda x: PartitionSpec(batch if x.shape[0] > 1 else None), call.mask),
@@ -63,6 +64,11 @@ def run(implementation: Callable[[AttentionCall], Any], call: AttentionCall) -> 
     return results
 
 
+def _tokens(call: AttentionCall) -> dict[str, Any]:
+    """The fields of a call that hold something of each token."""
+    return {name: x for name, x in vars(call).items() if isinstance(x, jax.Array | CumulativeDecay)}
+
+
 def _repeat_groups(call: AttentionCall, repeats: int) -> AttentionCall:
     """The call with every key head repeated, cache included; H must be a multiple of the new G."""
     if repeats == 1:
@@ -73,7 +79,7 @@ def _repeat_groups(call: AttentionCall, repeats: int) -> AttentionCall:
         alone = x.ndim > 2 and x.shape[2] == groups and groups != heads
         return repeat_heads(x, repeats) if alone else x
 
-    arrays: dict[str, Any] = {name: repeat(x) for name, x in vars(call).items() if isinstance(x, jax.Array)}
+    arrays: dict[str, Any] = {name: jax.tree.map(repeat, x) for name, x in _tokens(call).items()}
     return dataclasses.replace(call, **arrays, cache=jax.tree.map(repeat, call.cache))
 
 
@@ -125,7 +131,7 @@ def _exchange(implementation, shards: TimeShards, call: AttentionCall) -> Any:
     repeats = _row_repeats(batch * groups, call.q.shape[2] // groups, shards.devices)
     call = _repeat_groups(call, repeats)
     rows = _HeadRows(batch, groups * repeats, -(-batch * groups * repeats // shards.devices), shards)
-    arrays: dict[str, Any] = {name: rows.gather_time(x) for name, x in vars(call).items() if isinstance(x, jax.Array)}
+    arrays: dict[str, Any] = {name: jax.tree.map(rows.gather_time, x) for name, x in _tokens(call).items()}
     mask, cache = jax.tree.map(rows.take, (call.mask, call.cache))
     results = implementation(dataclasses.replace(call, **arrays, mask=mask, cache=cache))
     output, u = results if isinstance(results, tuple) else (results, None)
