@@ -178,7 +178,7 @@ def tensor_shapes(rules: list[Rule], leaves: Mapping[str, Any]) -> dict[str, tup
     """The shape of each tensor of a checkpoint, from the parameters and the inverse conversions."""
 
     def save(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        saved = {}
+        saved: dict[str, Any] = {}
         for rule in rules:
             result = rule.save(*(values[name] for name in rule.parameters))
             saved.update(zip(rule.keys, result, strict=True))

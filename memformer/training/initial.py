@@ -53,7 +53,7 @@ def start_from(folder: str, state: dict[str, Any]) -> dict[str, Any]:
         return state
     params, rest = dict(state["params"]), dict(state.get("rest", {}))
     for name, array in read_parameters(folder):
-        old = params.get(name, rest.get(name))
+        old: Any = params.get(name, rest.get(name))
         shape = None if old is None else old.shape
         check(
             shape == array.shape, f"parameter {name} of {folder}", f"of shape {shape} by the run's config", array.shape

@@ -54,7 +54,7 @@ def test_config_and_weights_of_the_folder(folder):
 
 
 def test_a_run_continues_exactly_without_the_folder(folder, tmp_path):
-    config = small_config(init_from=str(folder), train__final_batches=1)
+    config = small_config(init_from=str(folder), train__final_batches=1, optimizer__schedule_steps=8)
     train(config, str(tmp_path / "whole"))
     config.train.steps = 4
     train(config, str(tmp_path / "parts"))
