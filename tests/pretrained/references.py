@@ -38,8 +38,9 @@ MAMBA2 = {
     "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 12, "state_size": 8,
     "chunk_size": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
 }  # fmt: skip
+# Widths of experts are multiples of 8: torch multiplies them in groups only then, in bfloat16.
 EXPERTS = {
-    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
+    "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24,
 }  # fmt: skip
 
 REFERENCES: dict[str, Reference] = {
@@ -79,7 +80,7 @@ REFERENCES: dict[str, Reference] = {
         "KimiLinearConfig",
         "KimiLinearForCausalLM",
         {
-            **LLAMA, "num_hidden_layers": 3, "num_key_value_heads": 4, "moe_intermediate_size": 20,
+            **LLAMA, "num_hidden_layers": 3, "num_key_value_heads": 4, "moe_intermediate_size": 24,
             "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
             "num_experts_per_tok": 2, "num_local_experts": 6, "n_group": 1, "linear_head_dim": 8,
             "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
