@@ -72,7 +72,8 @@ class TimeShards(NamedTuple):
         """The combination of `start` and the values of all earlier shards.
 
         Args:
-          combine: combine(earlier, later), associative; combining zeros with a value must leave the value.
+          combine: combine(earlier, later), associative; zeros as the earlier value must leave of the later one what is
+            read from the result.
           value: of this shard; that of the first shard already holds `start`.
           start: for the first shard.
           reverse: of all later shards instead; the first shard is then the last one.
