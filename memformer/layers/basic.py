@@ -166,7 +166,7 @@ class GroupRMSNorm(nnx.Module):
     Source: arXiv 2405.21060 section 7.2 (Mamba-2).
 
     Example:
-      >>> GroupRMSNorm(4, 2, dtypes=Dtypes(), rngs=nnx.Rngs(0))(jnp.array([[3.0, 3.0, 5.0, -5.0]]))
+      >>> GroupRMSNorm(4, 2, dtypes=Dtypes(), rngs=nnx.Rngs(0))(jnp.array([[3.0, 3.0, 5.0, -5.0]])).round(3)
       Array([[ 1.,  1.,  1., -1.]], dtype=float32)
     """
 

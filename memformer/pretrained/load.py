@@ -148,7 +148,7 @@ def plan_loading(
       ...     _ = pathlib.Path(folder, "config.json").write_text(json.dumps(config))
       ...     plan = plan_loading(folder, mesh=jax.sharding.AbstractMesh((4,), ("fsdp",)), devices_per_host=2)
       >>> plan.parameters, plan.checkpoint, plan.held
-      (95040, 190080, 47840)
+      (95040, 190080, 48000)
     """
     raw = read_config(folder)
     _, architecture = find_architecture(raw)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import memformer as mf
-from memformer.data import ByteTokenizer
+from memformer.data import ByteTokenizer, load_tokenizer
 from memformer.layers.memory import MEMORIES
 from memformer.models import MemoryLM, TextStream, TokenStream, bucket_length, generate, generate_text
 from memformer.models.config import LanguageModelConfig
@@ -169,7 +169,7 @@ def test_random_bytes_are_given_as_the_decoder_reads_them_whole():
 
 
 @pytest.mark.parametrize("library", ["byte_level", "byte_fallback"])
-def test_tokenizers_of_files_stream_the_same_text(library):
+def test_tokenizers_of_files_stream_the_same_text(library, tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     models, decoders = tokenizers.models, tokenizers.decoders
     if library == "byte_level":
@@ -191,7 +191,8 @@ def test_tokenizers_of_files_stream_the_same_text(library):
     ids = made.encode(text).ids
     assert made.decode(ids) == text
 
-    row = _Row(made, ids[:2], ())
+    made.save(str(tmp_path / "tokenizer.json"))
+    row = _Row(load_tokenizer(str(tmp_path)), ids[:2], ())
     pieces = [row.push(token, None)[0] for token in ids[2:]] + [row.flush()]
     assert made.decode(ids[:2]) + "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces) and sum(map(bool, pieces)) > 10

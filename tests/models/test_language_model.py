@@ -286,7 +286,7 @@ MISTAKES = {
     "memory": ({"memory": "delta"}, "memory must be one of .* got 'delta'"),
     "pattern": ({"memory": ()}, "memory must be a name or a tuple of at least one name"),
     "pattern in one string": ({"memory": "gla,"}, "memory must be one of .* got ''"),
-    "preset": ({"preset": "huge"}, "preset must be one of tiny, .*xlarge_1300m, got 'huge'"),
+    "preset": ({"preset": "huge"}, "preset must be one of tiny, .*xlarge_1300m, .*giant_7b, got 'huge'"),
     "preset of another model": ({"type": "ntm", "preset": "tiny"}, "presets are for 'memory_lm', got 'tiny'"),
     "depth": ({"depth": 3}, "depth must be a multiple of the memory pattern's length 2, got 3"),
     "width": ({"width": 0}, "width must be a positive integer, got 0"),
