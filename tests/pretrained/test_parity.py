@@ -127,7 +127,13 @@ def test_gradient_of_the_loss(peers, reference, name, tmp_path):
         return -jnp.mean(chosen)
 
     got = {".".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(gradient(parameters))}
-    assert_close(got, {name: want[name] for name in got}, 1e-4)
+    largest = max(float(np.abs(want[name]).max()) for name in got)
+    for name, slope in got.items():
+        # Without rotary positions a bias of the keys moves all scores of a query alike: its exact gradient is 0.
+        if float(np.abs(want[name]).max()) < 1e-6 * largest:
+            assert float(np.abs(slope).max()) < 1e-6 * largest, name
+        else:
+            assert_close(slope, want[name], 1e-4, name)
 
 
 @pytest.mark.parametrize("name", REFERENCES)
