@@ -154,18 +154,11 @@ class ForgetDecay(nnx.Module):
         return nnx.log_sigmoid(self.weights(x)), None
 
 
-class BoundedDecay(nnx.Module):
+class BoundedDecay(LogSigmoidDecay):
     """Log decay -exp(-1/2) sigmoid(x W1 W2 + b) per key channel, in float32: above -0.61.
 
     Source: arXiv 2503.14456 (RWKV-7).
     """
-
-    def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        rank = 16 if rank is None else rank
-        same: dict[str, Any] = {"dtypes": dtypes, "rngs": rngs, "wide": True}
-        self.down = linear(width, rank, ("embed", None), **same)
-        self.up = linear(rank, heads * key_width, (None, "heads"), bias=True, **same)
-        self.heads = heads
 
     @auto_axes
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H K"], None]:
