@@ -19,33 +19,27 @@ PROCESSES = define_processes()
 
 def main(_: list[str]) -> None:
     with report_errors():
+        from memformer.training.config import RunError
         from memformer.training.distributed import join_processes
         from memformer.training.evaluation import evaluate_checkpoint
 
+        if BY_POSITION.value and LENGTHS.value is not None:
+            raise RunError("--by_position scores examples of the run's own length; leave --lengths out.")
+        options = {
+            "step": STEP.value,
+            "split": SPLIT.value,
+            "batches": BATCHES.value,
+            "batch_size": BATCH_SIZE.value,
+            "settings": SET.value,
+            "out": OUT.value,
+        }
         with join_processes(**PROCESSES()):
             if BY_POSITION.value:
                 from memformer.evals.positions import evaluate_positions
 
-                evaluate_positions(
-                    WORKDIR.value,
-                    step=STEP.value,
-                    split=SPLIT.value,
-                    batches=BATCHES.value,
-                    batch_size=BATCH_SIZE.value,
-                    settings=SET.value,
-                    out=OUT.value,
-                )
-                return
-            evaluate_checkpoint(
-                WORKDIR.value,
-                step=STEP.value,
-                split=SPLIT.value,
-                lengths=LENGTHS.value,
-                batches=BATCHES.value,
-                batch_size=BATCH_SIZE.value,
-                settings=SET.value,
-                out=OUT.value,
-            )
+                evaluate_positions(WORKDIR.value, **options)
+            else:
+                evaluate_checkpoint(WORKDIR.value, lengths=LENGTHS.value, **options)
 
 
 def run() -> None:

@@ -14,7 +14,7 @@ from memformer.tasks import Task
 from memformer.training.build import Run, build_run
 from memformer.training.chips import GIB, Chip, find_chip
 from memformer.training.input import batch_arrays, batch_shapes, make_loader
-from memformer.training.metrics import flops_per_token, format_table
+from memformer.training.metrics import flops_per_token, format_table, looked_up
 from memformer.training.program import Collective, Program, read_program
 from memformer.training.roofline import Roofline, roofline
 from memformer.training.sharding import batch_layout, batch_sharding, mesh_scope
@@ -200,10 +200,8 @@ def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
 def step_flops(run: Run) -> float:
     """Analytic FLOPs of one step over all devices, without rematerialization."""
     model = run.config["model"]
-    # a tied embedding is also the matrix of the logits
-    looked_up = ("positions",) if model.get("tie_embeddings") else ("embedding", "positions")
     tokens = run.config["train"]["batch_size"] * run.task.steps
-    return tokens * flops_per_token(model, run.model.size(without=looked_up), run.task.steps)
+    return tokens * flops_per_token(model, run.model.size(without=looked_up(model)), run.task.steps)
 
 
 def _bound(run: Run, program: Program, chip: Chip, flops: float, needed: Mapping[str, int] | None) -> Roofline:
@@ -212,7 +210,7 @@ def _bound(run: Run, program: Program, chip: Chip, flops: float, needed: Mapping
     computed = program.flops
     if program.kernels:
         # the text of a kernel does not show its FLOPs
-        matrices = 6.0 * run.model.size(without=("embedding", "positions"))
+        matrices = 6.0 * run.model.size(without=looked_up(model))
         tokens = run.config["train"]["batch_size"] * run.task.steps
         passes = 4 / 3 if model.get("remat") else 1.0
         computed += passes * max(flops - matrices * tokens, 0.0) / devices

@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 from grain.experimental import ThreadPrefetchIterDataset
 
+from memformer.core.checks import check_at_least
 from memformer.data.source import BATCH_KEYS, Example, Extra, RandomAccessSource, stack_examples
 from memformer.data.token_windows import MixedSource
 from memformer.tasks import Task
@@ -108,7 +109,13 @@ def make_loader(
       >>> next(loader)["inputs"].shape, loader.position
       ((4, 21), 4)
     """
-    _check_sizes(batch_size=batch_size, position=position, prefetch=prefetch, workers=workers)
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("position", position, 0),
+        ("prefetch", prefetch, 0),
+        ("workers", workers, 0),
+    ):
+        check_at_least(name, value, least)
     chosen = np.arange(batch_size) if rows is None else _check_rows(rows, batch_size)
     source = task.source(split, seed)
     _check_source(source, task, split, repeat)
@@ -174,13 +181,6 @@ class _Filled:
         if index < len(self._source):
             return self._source[index]
         return {key: np.zeros_like(array) for key, array in self._source[0].items()}
-
-
-def _check_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        least = 1 if name == "batch_size" else 0
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def _check_rows(rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray:

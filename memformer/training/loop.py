@@ -28,7 +28,7 @@ from memformer.training.initial import start_from
 from memformer.training.input import Loader, batch_shapes, check_split, make_loader
 from memformer.training.lock import run_lock
 from memformer.training.losses import means
-from memformer.training.metrics import RunLog, Tracker, flops_per_token, log, model_name, peak_flops
+from memformer.training.metrics import RunLog, Tracker, flops_per_token, log, looked_up, model_name, peak_flops
 from memformer.training.orbax_errors import SaveError
 from memformer.training.profiling import Profiler
 from memformer.training.report import draw_curve, final_scores, write_report
@@ -39,8 +39,6 @@ from memformer.training.trackers import make_trackers
 
 __all__ = ["Trainer", "train"]
 
-# parameters that are not operands of a matrix product
-LOOKED_UP = ("embedding", "positions")
 # options with the number of batches of a held-out split; 0 scores all of it
 BATCHES = {"validation": "eval_batches", "test": "final_batches"}
 
@@ -297,8 +295,9 @@ class Trainer:
         peak = peak_flops(jax.devices()[0].device_kind)
         if peak is None:
             return None
-        parameters = self._run.model.size(without=LOOKED_UP)
-        flops = flops_per_token(self._run.config["model"], parameters, self._curriculum.task.steps)
+        model = self._run.config["model"]
+        parameters = self._run.model.size(without=looked_up(model))
+        flops = flops_per_token(model, parameters, self._curriculum.task.steps)
         return tokens_per_second * flops / (peak * self._run.mesh.size)
 
     def _evaluate_if_due(self) -> None:

@@ -22,6 +22,7 @@ __all__ = [
     "RunLog",
     "Tracker",
     "flops_per_token",
+    "looked_up",
     "format_table",
     "memory_pattern",
     "model_name",
@@ -77,6 +78,16 @@ def flops_per_token(model: Mapping[str, Any], matrix_parameters: int, steps: int
         mixes |= {"deltaformer": 2 * attention, "gated_deltaformer": 2 * attention}
         total += heads * mixes.get(name, 6 * key * value)
     return 3.0 * (2.0 * matrix_parameters + total)
+
+
+def looked_up(model: Mapping[str, Any]) -> tuple[str, ...]:
+    """Words in the paths of parameters that enter no matrix product; a tied embedding is the matrix of the logits.
+
+    Example:
+      >>> looked_up({"tie_embeddings": True})
+      ('positions',)
+    """
+    return ("positions",) if model.get("tie_embeddings") else ("embedding", "positions")
 
 
 def memory_pattern(memory: str | Sequence[str]) -> tuple[str, ...]:
