@@ -6,7 +6,6 @@
 import pathlib
 import re
 import shlex
-import subprocess
 import sys
 
 import numpy as np
@@ -104,6 +103,8 @@ def test_the_table_has_both_runs():
 
 @pytest.mark.parametrize("name", ["train", "twin"])
 def test_training_command_in_short(name, tmp_path):
+    from tests.processes import run_script
+
     words = shlex.split(commands()[name].split("&& ")[-1])
     assert words[:2] == [PYTHON.strip(), "train.py"]
     short = [
@@ -115,7 +116,7 @@ def test_training_command_in_short(name, tmp_path):
         "--config.train.final_batches=1",
         f"--workdir={tmp_path / 'run'}",
     ]
-    run = subprocess.run([sys.executable, *words[1:], *short], cwd=ROOT, capture_output=True, text=True)
+    run = run_script(*words[1:], *short)
     assert run.returncode == 0, run.stdout + run.stderr
     # the table that ends a run has the columns that the README shows, but for the lengths left out here
     lines = [line.split() for line in run.stdout.splitlines()]

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import subprocess
-import sys
 import types
 
 import pytest
@@ -16,6 +14,7 @@ from memformer.lab.runner import read_result, run_study, write_result
 from memformer.lab.runs import training_seconds
 from memformer.lab.study import numbers_in
 from memformer.training.config import RunError
+from tests.processes import run_script
 
 ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -167,7 +166,5 @@ def test_numbers_in_a_cell(cell, numbers):
 
 
 def test_the_command_names_the_studies():
-    got = subprocess.run(
-        [sys.executable, "-m", "memformer.lab", "nothing", "runs/x"], cwd=ROOT, capture_output=True, text=True
-    )
+    got = run_script("memformer.lab", "nothing", "runs/x")
     assert got.returncode == 1 and "the study must be one of" in got.stderr

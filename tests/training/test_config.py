@@ -2,9 +2,7 @@
 
 import json
 import math
-import pathlib
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -23,6 +21,7 @@ from memformer.training.config import (
 from memformer.training.flags import define_config, parse_flags, report_errors
 from memformer.training.folder import FREE_KEYS, changed_keys
 from memformer.training.validate import validate
+from tests.processes import run_script
 
 CONFIG_FILE = """
 from memformer.training.config import default_config
@@ -231,8 +230,7 @@ def test_command_line_that_cannot_be_used(monkeypatch, tmp_path, capsys):
 )
 def test_flags_that_cannot_be(command, says):
     """One line and exit code 1, no traceback."""
-    root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, *command.split()], cwd=root, capture_output=True, text=True, check=False)
+    done = run_script(*command.split())
     assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
     assert re.match(f"error: .*{says}.* See {command.split()[0]} --help", done.stderr), done.stderr
 

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -18,6 +16,7 @@ from memformer.training.config import RunError
 from memformer.training.evaluation import Scorer, evaluate_checkpoint, load_run
 from memformer.training.loop import train
 from memformer.training.step import make_eval_step
+from tests.processes import run_script
 from tests.training.small import build_counting, small_config
 
 pytestmark = pytest.mark.usefixtures("programs_kept")
@@ -127,7 +126,6 @@ def test_batches_add_up(run):
 
 
 def test_command_lines_end_with_one_paragraph():
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     commands = {
         "has no key write_kernle": [
             "train.py",
@@ -136,14 +134,10 @@ def test_command_lines_end_with_one_paragraph():
         ],
         "no checkpoint to evaluate": ["eval.py", "--workdir=nowhere"],
     }
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    running = {
-        says: subprocess.Popen([sys.executable, *command], cwd=root, env=environment, text=True, stderr=subprocess.PIPE)
-        for says, command in commands.items()
-    }
-    for says, process in running.items():
-        error = process.communicate()[1]
-        assert process.returncode == 1 and error.startswith("error: ") and error.count("\n") == 1, error
+    for says, command in commands.items():
+        done = run_script(*command)
+        error = done.stderr
+        assert done.returncode == 1 and error.startswith("error: ") and error.count("\n") == 1, error
         assert says in error, error
 
 

@@ -2,9 +2,6 @@
 
 import json
 import os
-import pathlib
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -23,8 +20,8 @@ from memformer.training.evaluation import load_run
 from memformer.training.generation import _Terminal, load_text_model, show_text
 from memformer.training.input import make_loader
 from memformer.training.loop import train
+from tests.processes import run_script
 
-ROOT = pathlib.Path(__file__).parents[2]
 SIZES = {"memory": "linear_attention", "width": 8, "heads": 2, "depth": 1, "feedforward": None}
 SHORT = {"steps": 1, "batch_size": 8, "eval_every": 0, "eval_batches": 1, "final_batches": 1, "tensorboard": False}
 
@@ -50,10 +47,9 @@ def folder(tmp_path_factory):
 def test_the_command(folder, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "docu"}\n\n{"prompt": "é"}\n', encoding="utf-8")
-    command = [sys.executable, "generate.py", f"--workdir={folder}", "--prompt=doc", f"--prompt_file={prompts}"]
+    command = ["generate.py", f"--workdir={folder}", "--prompt=doc", f"--prompt_file={prompts}"]
     options = ["--max_new_tokens=5", "--temperature=0", f"--out={tmp_path / 'out.jsonl'}"]
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    done = subprocess.run([*command, *options], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = run_script(*command, *options)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [record["prompt"] for record in records] == ["doc", "docu", "é"]
