@@ -5,9 +5,18 @@ from typing import Any
 
 from memformer.core.types import Array
 from memformer.models.config import LanguageModelConfig
+from memformer.pretrained.architectures.decoder import (
+    L2NORM_EPSILON,
+    convolved_rules,
+    decoder_config,
+    decoder_fields,
+    decoder_rules,
+    layer_kinds,
+    memory_fields,
+    swiglu_rules,
+)
 from memformer.pretrained.architectures.fields import memory_options, require
-from memformer.pretrained.architectures.qwen3_next import L2NORM_EPSILON, repeating
-from memformer.pretrained.architectures.rules import Rule, convolution, copy, experts, projection, transposed
+from memformer.pretrained.architectures.rules import Rule, copy, experts, projection, transposed
 
 __all__ = ["kimi_config", "kimi_fields", "kimi_rules"]
 
@@ -24,14 +33,11 @@ OLDER = {
 def kimi_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `LanguageModelConfig` for the config.json of a Kimi-Linear."""
     raw = {**{new: raw[old] for new, old in OLDER.items() if old in raw}, **raw}
-    require(raw, hidden_act="silu", attention_bias=False, n_group=1, moe_router_activation_func="sigmoid")
+    require(raw, attention_bias=False, n_group=1, moe_router_activation_func="sigmoid")
     if raw.get("q_lora_rank") is not None:
         raise ValueError(f"config.json's q_lora_rank must be null, got {raw['q_lora_rank']}")
     linear, depth = raw.get("linear_attn_config") or {}, raw["num_hidden_layers"]
     width = linear.get("head_dim", raw.get("linear_head_dim", 128))
-    pattern = repeating([KINDS[kind] for kind in _layer_types(raw, linear, depth)])
-    names = (pattern,) if isinstance(pattern, str) else pattern
-    epsilon = raw.get("rms_norm_eps", 1e-5)
     options = {
         ATTENTION: {
             "rotary": False,
@@ -47,14 +53,12 @@ def kimi_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
             "output_gate_rank": width,
             "beta_bias": False,
             "l2norm_epsilon": L2NORM_EPSILON,
-            "norm_epsilon": epsilon,
+            "norm_epsilon": raw.get("rms_norm_eps", 1e-5),
         },
     }
     return {
-        "memory": pattern,
-        "memory_options": {name: options[name] for name in dict.fromkeys(names)},
-        "width": raw["hidden_size"],
-        "depth": depth,
+        **decoder_fields(raw, epsilon=1e-5, length=1048576),
+        **memory_fields(_layer_types(raw, linear, depth), KINDS, options),
         "heads": raw["num_attention_heads"],
         "key_width": raw["qk_nope_head_dim"] + raw["qk_rope_head_dim"],
         "value_width": raw["v_head_dim"],
@@ -71,11 +75,6 @@ def kimi_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         },
         "dense_layers": _dense_layers(raw, depth),
         "dense_hidden": raw["intermediate_size"],
-        "norm": "rms",
-        "norm_epsilon": epsilon,
-        "max_length": raw.get("max_position_embeddings", 1048576),
-        "scale_embeddings": False,
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
     }
 
 
@@ -102,14 +101,11 @@ def _dense_layers(raw: Mapping[str, Any], depth: int) -> int:
 def kimi_config(config: LanguageModelConfig, vocab: int) -> dict[str, Any]:
     """Fields of config.json for a Kimi-Linear."""
     attention, linear = memory_options(config, ATTENTION), memory_options(config, LINEAR)
-    options, names = config.feedforward_options, {memory: kind for kind, memory in KINDS.items()}
-    shared = options["shared_hidden"] // options["hidden"]
+    options = config.feedforward_options
     return {
-        "vocab_size": vocab,
-        "hidden_size": config.width,
+        **decoder_config(config, vocab),
         "intermediate_size": config.dense_hidden,
         "moe_intermediate_size": options["hidden"],
-        "num_hidden_layers": config.depth,
         "num_attention_heads": attention["heads"],
         "num_key_value_heads": attention["heads"],
         "kv_lora_rank": attention["latent_rank"],
@@ -122,39 +118,31 @@ def kimi_config(config: LanguageModelConfig, vocab: int) -> dict[str, Any]:
         "linear_conv_kernel_dim": linear["conv_width"],
         "num_local_experts": options["experts"],
         "num_experts_per_tok": options["active"],
-        "n_shared_experts": shared,
+        "n_shared_experts": options["shared_hidden"] // options["hidden"],
         "norm_topk_prob": options["norm_topk_prob"],
         "routed_scaling_factor": options["routed_scaling_factor"],
         "n_group": 1,
         "topk_group": 1,
         "mlp_layer_types": ["dense" if i < config.dense_layers else "sparse" for i in range(config.depth)],
-        "layer_types": [names[memory] for memory in config.pattern] * (config.depth // len(config.pattern)),
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_epsilon,
+        "layer_types": layer_kinds(config, KINDS),
         "attention_bias": False,
-        "max_position_embeddings": config.max_length,
-        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
 def kimi_rules(config: LanguageModelConfig) -> list[Rule]:
     """The rules of a Kimi-Linear."""
-    rules = [copy("model.embed_tokens.weight", "embedding.table"), copy("model.norm.weight", "norm.scale")]
-    if not config.tie_embeddings:
-        rules.append(transposed("lm_head.weight", "head.kernel"))
-    for i in range(config.depth):
-        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
-        linear = config.pattern[i % len(config.pattern)] == LINEAR
-        rules += (_linear_rules if linear else _attention_rules)(f"{theirs}.self_attn", f"{ours}.memory")
-        if i < config.dense_layers:
-            for name in ("gate", "up", "down"):
-                rules += projection(f"{theirs}.mlp.{name}_proj", f"{ours}.feedforward.{name}")
-        else:
-            count = config.feedforward_options["experts"]
-            rules += _expert_rules(f"{theirs}.block_sparse_moe", f"{ours}.feedforward", count)
-        rules.append(copy(f"{theirs}.input_layernorm.weight", f"{ours}.norm.scale"))
-        rules.append(copy(f"{theirs}.post_attention_layernorm.weight", f"{ours}.feedforward_norm.scale"))
-    return rules
+
+    def memory(theirs: str, ours: str, layer: int) -> list[Rule]:
+        if config.pattern[layer % len(config.pattern)] == LINEAR:
+            return _linear_rules(f"{theirs}.self_attn", ours, memory_options(config, LINEAR))
+        return _attention_rules(f"{theirs}.self_attn", ours)
+
+    def feedforward(theirs: str, ours: str, layer: int) -> list[Rule]:
+        if layer < config.dense_layers:
+            return swiglu_rules(f"{theirs}.mlp", ours)
+        return _expert_rules(f"{theirs}.block_sparse_moe", ours, config.feedforward_options["experts"])
+
+    return decoder_rules(config, memory, feedforward=feedforward)
 
 
 def _attention_rules(theirs: str, ours: str) -> list[Rule]:
@@ -167,13 +155,7 @@ def _attention_rules(theirs: str, ours: str) -> list[Rule]:
     ]
 
 
-def _linear_rules(theirs: str, ours: str) -> list[Rule]:
-    rules = []
-    for name in ("query", "key", "value"):
-        rules += projection(f"{theirs}.{name[0]}_proj", f"{ours}.projections.{name}")
-        weights = f"{ours}.convolutions.{name}.weights"
-        rules.append(convolution(f"{theirs}.{name[0]}_conv1d.weight", (weights,)))
-
+def _linear_rules(theirs: str, ours: str, options: Mapping[str, Any]) -> list[Rule]:
     def load(x: Array) -> tuple[Array]:
         return (x.reshape(-1),)
 
@@ -181,7 +163,7 @@ def _linear_rules(theirs: str, ours: str) -> list[Rule]:
         return (x.reshape(1, 1, -1, 1),)
 
     return [
-        *rules,
+        *convolved_rules(theirs, ours, options["conv_width"]),
         Rule((f"{theirs}.A_log",), (f"{ours}.decay.rate",), load, save),
         copy(f"{theirs}.dt_bias", f"{ours}.decay.bias"),
         transposed(f"{theirs}.f_a_proj.weight", f"{ours}.decay.down.kernel"),
@@ -190,7 +172,6 @@ def _linear_rules(theirs: str, ours: str) -> list[Rule]:
         transposed(f"{theirs}.g_a_proj.weight", f"{ours}.gate_down.kernel"),
         transposed(f"{theirs}.g_b_proj.weight", f"{ours}.gate.kernel"),
         copy(f"{theirs}.o_norm.weight", f"{ours}.norm.scale"),
-        transposed(f"{theirs}.o_proj.weight", f"{ours}.out.kernel"),
     ]
 
 

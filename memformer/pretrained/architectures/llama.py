@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from memformer.models.config import LanguageModelConfig
+from memformer.pretrained.architectures.decoder import decoder_config, decoder_fields, decoder_rules
 from memformer.pretrained.architectures.fields import memory_options, read_rope, require, write_rope
-from memformer.pretrained.architectures.rules import Rule, copy, projection, transposed
+from memformer.pretrained.architectures.rules import Rule, copy, projection
 
 __all__ = ["attention_rules", "hf_config", "llama_fields", "model_rules", "qwen2_fields", "qwen3_fields"]
 
@@ -13,24 +14,18 @@ ATTENTION = "softmax_attention"
 
 
 def _fields(raw: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    require(raw, hidden_act="silu", mlp_bias=False, pretraining_tp=1)
+    require(raw, mlp_bias=False, pretraining_tp=1)
     _require_full_attention(raw)
     heads = raw["num_attention_heads"]
     sizes = {"groups": raw.get("num_key_value_heads") or heads}
     return {
+        **decoder_fields(raw),
         "memory": ATTENTION,
         "memory_options": {**sizes, **read_rope(raw), "norm_epsilon": raw.get("rms_norm_eps", 1e-6), **options},
-        "width": raw["hidden_size"],
-        "depth": raw["num_hidden_layers"],
         "heads": heads,
         "key_width": raw.get("head_dim") or raw["hidden_size"] // heads,
         "feedforward": "swiglu",
         "feedforward_options": {"hidden": raw["intermediate_size"]},
-        "norm": "rms",
-        "norm_epsilon": raw.get("rms_norm_eps", 1e-6),
-        "max_length": raw.get("max_position_embeddings", 2048),
-        "scale_embeddings": False,
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
     }
 
 
@@ -68,18 +63,12 @@ def hf_config(config: LanguageModelConfig, vocab: int) -> dict[str, Any]:
     """Fields of config.json for a model of this family."""
     options = memory_options(config, ATTENTION)
     return {
-        "vocab_size": vocab,
-        "hidden_size": config.width,
+        **decoder_config(config, vocab),
         "intermediate_size": config.feedforward_options["hidden"],
-        "num_hidden_layers": config.depth,
         "num_attention_heads": options["heads"],
         "num_key_value_heads": options["groups"],
         "head_dim": options["key_width"],
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_epsilon,
         "attention_bias": options["out_bias"],
-        "max_position_embeddings": config.max_length,
-        "tie_word_embeddings": config.tie_embeddings,
         **write_rope(options),
     }
 
@@ -99,15 +88,5 @@ def attention_rules(theirs: str, ours: str, options: Mapping[str, Any]) -> list[
 
 def model_rules(config: LanguageModelConfig) -> list[Rule]:
     """The rules of a model of this family."""
-    rules = [copy("model.embed_tokens.weight", "embedding.table"), copy("model.norm.weight", "norm.scale")]
-    if not config.tie_embeddings:
-        rules.append(transposed("lm_head.weight", "head.kernel"))
     options = memory_options(config, ATTENTION)
-    for i in range(config.depth):
-        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
-        rules += attention_rules(f"{theirs}.self_attn", f"{ours}.memory", options)
-        for name in ("gate", "up", "down"):
-            rules += projection(f"{theirs}.mlp.{name}_proj", f"{ours}.feedforward.{name}")
-        rules.append(copy(f"{theirs}.input_layernorm.weight", f"{ours}.norm.scale"))
-        rules.append(copy(f"{theirs}.post_attention_layernorm.weight", f"{ours}.feedforward_norm.scale"))
-    return rules
+    return decoder_rules(config, lambda theirs, ours, _: attention_rules(f"{theirs}.self_attn", ours, options))

@@ -4,12 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from memformer.models.config import LanguageModelConfig
+from memformer.pretrained.architectures.decoder import (
+    L2NORM_EPSILON,
+    convolved_rules,
+    decoder_config,
+    decoder_fields,
+    decoder_rules,
+    layer_kinds,
+    memory_fields,
+    step_rules,
+)
 from memformer.pretrained.architectures.fields import memory_options, read_rope, require, write_rope
 from memformer.pretrained.architectures.llama import attention_rules
-from memformer.pretrained.architectures.qwen3_next import ATTENTION, KINDS, L2NORM_EPSILON, LINEAR, repeating
-from memformer.pretrained.architectures.rules import Rule, convolution, copy, projection, transposed
+from memformer.pretrained.architectures.qwen3_next import ATTENTION, KINDS, LINEAR
+from memformer.pretrained.architectures.rules import Rule, copy, transposed
 
-__all__ = ["olmo_config", "olmo_fields", "olmo_rules"]
+__all__ = ["linear_rules", "olmo_config", "olmo_fields", "olmo_rules"]
 
 # Epsilon of the norm of what the delta rule reads, the same in every checkpoint.
 READ_EPSILON = 1e-5
@@ -19,15 +29,11 @@ PLACES = {LINEAR: "pre", ATTENTION: "output"}
 
 def olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `LanguageModelConfig` for the config.json of an OLMo-Hybrid."""
-    require(raw, hidden_act="silu", attention_bias=False)
+    require(raw, attention_bias=False)
     depth, width, heads = raw["num_hidden_layers"], raw["hidden_size"], raw["num_attention_heads"]
     kinds = raw.get("layer_types") or [_kind(i, depth) for i in range(depth)]
-    for kind in kinds:
-        require({"layer_types": kind}, layer_types=tuple(KINDS))
     epsilon, key_heads = raw.get("rms_norm_eps", 1e-6), raw.get("linear_num_key_heads") or heads
     key_width = raw.get("linear_key_head_dim") or int(0.75 * width / key_heads)
-    pattern = repeating([KINDS[kind] for kind in kinds])
-    names = (pattern,) if isinstance(pattern, str) else pattern
     options = {
         ATTENTION: {
             "groups": raw.get("num_key_value_heads") or heads,
@@ -50,21 +56,16 @@ def olmo_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
             "norm_epsilon": READ_EPSILON,
         },
     }
+    fields = memory_fields(kinds, KINDS, options)
+    names = (fields["memory"],) if isinstance(fields["memory"], str) else fields["memory"]
     return {
-        "memory": pattern,
-        "memory_options": {name: options[name] for name in dict.fromkeys(names)},
+        **decoder_fields(raw, length=65536),
+        **fields,
         "norm_place": tuple(PLACES[name] for name in names),
-        "width": width,
-        "depth": depth,
         "heads": heads,
         "key_width": raw.get("head_dim") or width // heads,
         "feedforward": "swiglu",
         "feedforward_options": {"hidden": raw["intermediate_size"]},
-        "norm": "rms",
-        "norm_epsilon": epsilon,
-        "max_length": raw.get("max_position_embeddings", 65536),
-        "scale_embeddings": False,
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
     }
 
 
@@ -76,17 +77,12 @@ def _kind(layer: int, depth: int) -> str:
 def olmo_config(config: LanguageModelConfig, vocab: int) -> dict[str, Any]:
     """Fields of config.json for an OLMo-Hybrid."""
     attention, linear = memory_options(config, ATTENTION), memory_options(config, LINEAR)
-    names = {memory: kind for kind, memory in KINDS.items()}
     return {
-        "vocab_size": vocab,
-        "hidden_size": config.width,
+        **decoder_config(config, vocab),
         "intermediate_size": config.feedforward_options["hidden"],
-        "num_hidden_layers": config.depth,
         "num_attention_heads": attention["heads"],
         "num_key_value_heads": attention["groups"],
         "head_dim": attention["key_width"],
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_epsilon,
         "attention_bias": False,
         "linear_num_key_heads": linear["key_heads"],
         "linear_num_value_heads": linear["heads"],
@@ -94,47 +90,34 @@ def olmo_config(config: LanguageModelConfig, vocab: int) -> dict[str, Any]:
         "linear_value_head_dim": linear["value_width"],
         "linear_conv_kernel_dim": linear["conv_width"],
         "linear_allow_neg_eigval": linear["beta_limit"] == 2,
-        "layer_types": [names[memory] for memory in config.pattern] * (config.depth // len(config.pattern)),
-        "max_position_embeddings": config.max_length,
-        "tie_word_embeddings": config.tie_embeddings,
+        "layer_types": layer_kinds(config, KINDS),
         **(write_rope(attention) if attention["rotary"] else {"rope_parameters": NO_POSITIONS}),
     }
 
 
 def olmo_rules(config: LanguageModelConfig) -> list[Rule]:
     """The rules of an OLMo-Hybrid."""
-    rules = [copy("model.embed_tokens.weight", "embedding.table"), copy("model.norm.weight", "norm.scale")]
-    if not config.tie_embeddings:
-        rules.append(transposed("lm_head.weight", "head.kernel"))
-    for i in range(config.depth):
-        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
-        if config.pattern[i % len(config.pattern)] == LINEAR:
-            rules += _linear_rules(f"{theirs}.linear_attn", f"{ours}.memory")
-            norms = ("input_layernorm", "post_attention_layernorm")
-        else:
-            options = memory_options(config, ATTENTION)
-            rules += attention_rules(f"{theirs}.self_attn", f"{ours}.memory", options)
-            norms = ("post_attention_layernorm", "post_feedforward_layernorm")
-        for name in ("gate", "up", "down"):
-            rules += projection(f"{theirs}.mlp.{name}_proj", f"{ours}.feedforward.{name}")
-        rules.append(copy(f"{theirs}.{norms[0]}.weight", f"{ours}.norm.scale"))
-        rules.append(copy(f"{theirs}.{norms[1]}.weight", f"{ours}.feedforward_norm.scale"))
-    return rules
+
+    def is_linear(layer: int) -> bool:
+        return config.pattern[layer % len(config.pattern)] == LINEAR
+
+    def memory(theirs: str, ours: str, layer: int) -> list[Rule]:
+        if is_linear(layer):
+            return linear_rules(f"{theirs}.linear_attn", ours, memory_options(config, LINEAR))
+        return attention_rules(f"{theirs}.self_attn", ours, memory_options(config, ATTENTION))
+
+    def norms(layer: int) -> tuple[str, str]:
+        if is_linear(layer):
+            return "input_layernorm", "post_attention_layernorm"
+        return "post_attention_layernorm", "post_feedforward_layernorm"
+
+    return decoder_rules(config, memory, norms=norms)
 
 
-def _linear_rules(theirs: str, ours: str) -> list[Rule]:
-    rules = []
-    for name in ("query", "key", "value"):
-        rules += projection(f"{theirs}.{name[0]}_proj", f"{ours}.projections.{name}")
-        weights = f"{ours}.convolutions.{name}.weights"
-        rules.append(convolution(f"{theirs}.{name[0]}_conv1d.weight", (weights,)))
-    return [
-        *rules,
-        transposed(f"{theirs}.a_proj.weight", f"{ours}.decay.up.kernel"),
-        transposed(f"{theirs}.b_proj.weight", f"{ours}.beta.weights.kernel"),
-        transposed(f"{theirs}.g_proj.weight", f"{ours}.gate.kernel"),
-        transposed(f"{theirs}.o_proj.weight", f"{ours}.out.kernel"),
-        copy(f"{theirs}.A_log", f"{ours}.decay.rate"),
-        copy(f"{theirs}.dt_bias", f"{ours}.decay.bias"),
-        copy(f"{theirs}.o_norm.weight", f"{ours}.norm.scale"),
-    ]
+def linear_rules(theirs: str, ours: str, options: Mapping[str, Any]) -> list[Rule]:
+    """Rules of the gated delta rule, stored as {q,k,v,a,b,g,o}_proj."""
+    rules = [*convolved_rules(theirs, ours, options["conv_width"]), *step_rules(theirs, ours)]
+    rules.append(transposed(f"{theirs}.b_proj.weight", f"{ours}.beta.weights.kernel"))
+    if options["output_gate"] is not None:
+        rules.append(transposed(f"{theirs}.g_proj.weight", f"{ours}.gate.kernel"))
+    return [*rules, copy(f"{theirs}.o_norm.weight", f"{ours}.norm.scale")]

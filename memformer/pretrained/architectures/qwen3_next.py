@@ -1,10 +1,19 @@
 """Qwen3-Next and Qwen3.5: layers of the gated delta rule, every fourth of gated softmax attention; dense or experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from memformer.core.types import Array
 from memformer.models.config import LanguageModelConfig
+from memformer.pretrained.architectures.decoder import (
+    L2NORM_EPSILON,
+    decoder_config,
+    decoder_fields,
+    decoder_rules,
+    layer_kinds,
+    memory_fields,
+    swiglu_rules,
+)
 from memformer.pretrained.architectures.fields import memory_options, read_rope, require, write_rope
 from memformer.pretrained.architectures.llama import attention_rules
 from memformer.pretrained.architectures.rules import (
@@ -25,37 +34,18 @@ __all__ = [
     "qwen3_5_fields",
     "qwen3_5_rules",
     "qwen3_next_rules",
-    "repeating",
 ]
 
 ATTENTION, LINEAR = "softmax_attention", "gated_delta_rule"
 KINDS = {"linear_attention": LINEAR, "full_attention": ATTENTION}
-# l2norm of FLA and transformers adds 1e-6 to the square of the length.
-L2NORM_EPSILON = 1e-3
-
-
-def repeating(layers: Sequence[str]) -> str | tuple[str, ...]:
-    """The shortest pattern of memories that repeats over the layers.
-
-    Example:
-      >>> repeating(("a", "b", "a", "b"))
-      ('a', 'b')
-    """
-    layers = tuple(layers)
-    size = next(
-        n for n in range(1, len(layers) + 1) if len(layers) % n == 0 and layers[:n] * (len(layers) // n) == layers
-    )
-    return layers[0] if size == 1 else layers[:size]
 
 
 def _hybrid_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    require(raw, hidden_act="silu", attention_bias=False)
+    require(raw, attention_bias=False)
     depth, epsilon = raw["num_hidden_layers"], raw.get("rms_norm_eps", 1e-6)
     every = raw.get("full_attention_interval") or 4
     kinds = raw.get("layer_types")
     kinds = kinds or ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(depth)]
-    for kind in kinds:
-        require({"layer_types": kind}, layer_types=tuple(KINDS))
     options = {
         ATTENTION: {
             "groups": raw["num_key_value_heads"],
@@ -76,21 +66,12 @@ def _hybrid_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
             "norm_epsilon": epsilon,
         },
     }
-    pattern = repeating([KINDS[kind] for kind in kinds])
-    names = (pattern,) if isinstance(pattern, str) else pattern
     return {
-        "memory": pattern,
-        "memory_options": {name: options[name] for name in dict.fromkeys(names)},
-        "width": raw["hidden_size"],
-        "depth": depth,
+        **decoder_fields(raw, length=32768),
+        **memory_fields(kinds, KINDS, options),
         "heads": raw["num_attention_heads"],
         "key_width": raw.get("head_dim") or 256,
-        "norm": "rms",
         "zero_centered_norm": True,
-        "norm_epsilon": epsilon,
-        "max_length": raw.get("max_position_embeddings", 32768),
-        "scale_embeddings": False,
-        "tie_embeddings": raw.get("tie_word_embeddings", False),
     }
 
 
@@ -137,26 +118,19 @@ def moe_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 def qwen3_5_config(config: LanguageModelConfig, vocab: int) -> dict[str, Any]:
     """Fields of config.json for a Qwen3.5."""
     attention, linear = memory_options(config, ATTENTION), memory_options(config, LINEAR)
-    names = {memory: kind for kind, memory in KINDS.items()}
     return {
-        "vocab_size": vocab,
-        "hidden_size": config.width,
+        **decoder_config(config, vocab),
         "intermediate_size": config.feedforward_options["hidden"],
-        "num_hidden_layers": config.depth,
         "num_attention_heads": attention["heads"],
         "num_key_value_heads": attention["groups"],
         "head_dim": attention["key_width"],
-        "hidden_act": "silu",
-        "rms_norm_eps": config.norm_epsilon,
         "attention_bias": False,
         "linear_conv_kernel_dim": linear["conv_width"],
         "linear_key_head_dim": linear["key_width"],
         "linear_value_head_dim": linear["value_width"],
         "linear_num_key_heads": linear["key_heads"],
         "linear_num_value_heads": linear["heads"],
-        "layer_types": [names[memory] for memory in config.pattern] * (config.depth // len(config.pattern)),
-        "max_position_embeddings": config.max_length,
-        "tie_word_embeddings": config.tie_embeddings,
+        "layer_types": layer_kinds(config, KINDS),
         **write_rope(attention),
         "partial_rotary_factor": attention["partial_rotary_factor"],
     }
@@ -190,21 +164,17 @@ def qwen3_next_rules(config: LanguageModelConfig) -> list[Rule]:
 
 
 def _model_rules(config: LanguageModelConfig, interleaved: bool) -> list[Rule]:
-    rules = [copy("model.embed_tokens.weight", "embedding.table"), copy("model.norm.weight", "norm.scale")]
-    if not config.tie_embeddings:
-        rules.append(transposed("lm_head.weight", "head.kernel"))
-    for i in range(config.depth):
-        theirs, ours = f"model.layers.{i}", f"blocks.{i}"
-        name = config.pattern[i % len(config.pattern)]
+    def memory(theirs: str, ours: str, layer: int) -> list[Rule]:
+        name = config.pattern[layer % len(config.pattern)]
         options = memory_options(config, name)
         if name == LINEAR:
-            rules += _linear_rules(f"{theirs}.linear_attn", f"{ours}.memory", options, interleaved)
-        else:
-            rules += _gated_attention_rules(f"{theirs}.self_attn", f"{ours}.memory", options)
-        rules += _feedforward_rules(f"{theirs}.mlp", f"{ours}.feedforward", config)
-        rules.append(copy(f"{theirs}.input_layernorm.weight", f"{ours}.norm.scale"))
-        rules.append(copy(f"{theirs}.post_attention_layernorm.weight", f"{ours}.feedforward_norm.scale"))
-    return rules
+            return _linear_rules(f"{theirs}.linear_attn", ours, options, interleaved)
+        return _gated_attention_rules(f"{theirs}.self_attn", ours, options)
+
+    def feedforward(theirs: str, ours: str, _: int) -> list[Rule]:
+        return _feedforward_rules(f"{theirs}.mlp", ours, config)
+
+    return decoder_rules(config, memory, feedforward=feedforward)
 
 
 def _gated_attention_rules(theirs: str, ours: str, options: Mapping[str, Any]) -> list[Rule]:
@@ -264,11 +234,10 @@ def _linear_rules(theirs: str, ours: str, options: Mapping[str, Any], interleave
 
 
 def _feedforward_rules(theirs: str, ours: str, config: LanguageModelConfig) -> list[Rule]:
-    names = ("gate", "up", "down")
     if config.feedforward != "moe":
-        return [rule for name in names for rule in projection(f"{theirs}.{name}_proj", f"{ours}.{name}")]
+        return swiglu_rules(theirs, ours)
     rules = [transposed(f"{theirs}.gate.weight", f"{ours}.router.kernel")]
-    for name in names:
+    for name in ("gate", "up", "down"):
         keys = [f"{theirs}.experts.{e}.{name}_proj.weight" for e in range(config.feedforward_options["experts"])]
         rules.append(experts(keys, f"{ours}.{name}"))
         rules += projection(f"{theirs}.shared_expert.{name}_proj", f"{ours}.shared.{name}")
