@@ -56,6 +56,7 @@ class MemoryLayer(nnx.Module):
         that share a key, each channel with its own scale (Mamba-2).
       output_gate: None, "silu" or "sigmoid": activation of a projection of x that multiplies the output.
       output_gate_rank: of that projection, as a product of two matrices (Kimi Linear); None for one matrix.
+      output_gate_bias: adds a bias to that projection (KDA).
       norm_before_gate: False multiplies by the gate first, and then normalises (Mamba-2).
       dtypes: the dtype policy.
       rngs: random streams.
@@ -91,6 +92,7 @@ class MemoryLayer(nnx.Module):
         output_norm: bool | str = False,
         output_gate: str | None = None,
         output_gate_rank: int | None = None,
+        output_gate_bias: bool = False,
         norm_before_gate: bool = True,
         dtypes: Dtypes | None = None,
         rngs: nnx.Rngs,
@@ -128,7 +130,7 @@ class MemoryLayer(nnx.Module):
         self.out = linear(heads * self.value_width, width, ("heads", "embed"), bias=out_bias, **same)
         self.norm = self._build_output_norm(output_norm, rngs)
         self.output_gate, self.norm_before_gate = output_gate, norm_before_gate
-        self.gate, self.gate_down = self._build_gate(output_gate_rank, rngs)
+        self.gate, self.gate_down = self._build_gate(output_gate_rank, output_gate_bias, rngs)
 
     def _sizes(self) -> dict[str, int]:
         query, key, value = self.head_counts
@@ -159,7 +161,7 @@ class MemoryLayer(nnx.Module):
             return GroupRMSNorm(self.heads * self.value_width, self.head_counts[1], **same)
         return RMSNorm(self.value_width, **same) if output_norm else nnx.data(None)
 
-    def _build_gate(self, rank: int | None, rngs: nnx.Rngs) -> tuple[Any, Any]:
+    def _build_gate(self, rank: int | None, bias: bool, rngs: nnx.Rngs) -> tuple[Any, Any]:
         """The projections of the output gate: (up, down), where down is None without a rank."""
         rank = check_positive("output_gate_rank", rank)
         if self.output_gate is None:
@@ -167,8 +169,8 @@ class MemoryLayer(nnx.Module):
         size = self.heads * self.value_width
         same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs}
         if rank is None:
-            return linear(self.width, size, ("embed", "heads"), **same), nnx.data(None)
-        return linear(rank, size, (None, "heads"), **same), linear(self.width, rank, ("embed", None), **same)
+            return linear(self.width, size, ("embed", "heads"), bias=bias, **same), nnx.data(None)
+        return linear(rank, size, (None, "heads"), bias=bias, **same), linear(self.width, rank, ("embed", None), **same)
 
     def _apply_op(self, x: Array, parts: dict[str, Array], segment_ids: Array | None, memory: Any) -> tuple:
         """Calls the op on parts q, k, v (and w); returns (o [B, T, H, V], memory)."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from memformer.models.config import LanguageModelConfig
-from memformer.pretrained.architectures import gpt2, kimi_linear, llama, mamba2, olmo_hybrid
+from memformer.pretrained.architectures import fla, gpt2, kimi_linear, llama, mamba2, olmo_hybrid
 from memformer.pretrained.architectures import qwen3_next as qwen
 from memformer.pretrained.architectures.rules import Rule
 
@@ -69,6 +69,22 @@ ARCHITECTURES: dict[str, Architecture] = {
         # transformers saves dense layers under the name of sparse ones
         renames=((r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj"),),
     ),
+    # flash-linear-attention; without fuse_norm its gated norm has another name
+    "DeltaNetForCausalLM": Architecture("delta_net", fla.delta_net_fields, fla.delta_net_config, fla.delta_net_rules),
+    "GatedDeltaNetForCausalLM": Architecture(
+        "gated_deltanet", fla.gated_delta_net_fields, fla.gated_delta_net_config, fla.gated_delta_net_rules
+    ),
+    "GLAForCausalLM": Architecture(
+        "gla", fla.gla_fields, fla.gla_config, fla.gla_rules, renames=((r"\.g_norm\.", ".g_norm_swish_gate."),)
+    ),
+    "RetNetForCausalLM": Architecture(
+        "retnet",
+        fla.retnet_fields,
+        fla.retnet_config,
+        fla.retnet_rules,
+        renames=((r"\.g_norm\.", ".g_norm_swish_gate."),),
+    ),
+    "KDAForCausalLM": Architecture("kda", fla.kda_fields, fla.kda_config, fla.kda_rules),
     # the language model of one that also sees
     "Qwen3_5ForConditionalGeneration": Architecture(
         "qwen3_5",

@@ -131,6 +131,7 @@ ATTENTION = {
     "latent_rank": ({"latent_rank": 3}, None, 1e-6),
     "shared_key_width": ({"latent_rank": 3, "shared_key_width": 1}, None, 1e-6),
     "output_gate_rank": ({"output_gate": "sigmoid", "output_gate_rank": 3}, None, 1e-6),
+    "output_gate_bias": ({"output_gate": "sigmoid", "output_gate_rank": 3, "output_gate_bias": True}, None, 1e-6),
 }
 
 
