@@ -8,6 +8,7 @@ from memformer.layers.basic import (
     Embedding,
     GroupRMSNorm,
     LayerNorm,
+    Linear,
     RMSNorm,
     check_rate,
     constrain,
@@ -30,6 +31,7 @@ from memformer.layers.gates import (
     SigmoidGate,
     StepDecay,
 )
+from memformer.layers.lora import add_lora, is_lora, merge_lora
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention
 from memformer.layers.memory import MEMORIES, MemorySpec, build_memory, check_memory, known_options
 from memformer.layers.positions import (
@@ -82,6 +84,7 @@ __all__ = [
     "Latent",
     "LayerNorm",
     "LearnedPositions",
+    "Linear",
     "LinearAttention",
     "LogSigmoidDecay",
     "MEMORIES",
@@ -107,6 +110,7 @@ __all__ = [
     "StepDecay",
     "SwiGLU",
     "TransformerShape",
+    "add_lora",
     "auto_axes",
     "build_memory",
     "build_stack",
@@ -117,10 +121,12 @@ __all__ = [
     "count_positions",
     "dropout",
     "feedforward_keys",
+    "is_lora",
     "known_options",
     "layer_of",
     "linear",
     "memories_table",
+    "merge_lora",
     "named",
     "next_position",
     "on_auto_mesh",

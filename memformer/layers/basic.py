@@ -20,6 +20,7 @@ __all__ = [
     "Embedding",
     "GroupRMSNorm",
     "LayerNorm",
+    "Linear",
     "RMSNorm",
     "check_rate",
     "constrain",
@@ -109,10 +110,10 @@ def linear(
     init: nnx.Initializer | None = None,
     bias: bool = False,
     wide: bool = False,
-) -> nnx.Linear:
+) -> "Linear":
     """A linear map with logical axis names; `wide` computes it in float32 (gates, decays, routers)."""
     init = nnx.initializers.lecun_normal() if init is None else init
-    return nnx.Linear(
+    return Linear(
         size_in,
         size_out,
         use_bias=bias,
@@ -122,6 +123,25 @@ def linear(
         param_dtype=dtypes.param,
         rngs=rngs,
     )
+
+
+class Linear(nnx.Linear):
+    """x W + b, and with the parameters of `add_lora` x (W + lora_scale A B) + b."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.lora_a: Any = nnx.data(None)
+        self.lora_b: Any = nnx.data(None)
+        self.lora_scale = 1.0
+
+    def __call__(self, inputs: Float[Array, "... D"], out_sharding: Any = None) -> Float[Array, "... F"]:
+        """The map of the last axis."""
+        y = super().__call__(inputs, out_sharding)
+        if self.lora_a is None:
+            return y
+        x, a, b = (each.astype(self.dtype) for each in (inputs, self.lora_a[...], self.lora_b[...]))
+        change = jnp.matmul(jnp.matmul(x, a), b, preferred_element_type=y.dtype)
+        return y + self.lora_scale * change
 
 
 # Norms square their input times this, a power of two: the same bits, and no overflow of float32 below 1e28.

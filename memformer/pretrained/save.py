@@ -12,6 +12,7 @@ from flax import nnx
 
 from memformer.core.checks import check_size
 from memformer.data.tokenizer import FileTokenizer, Tokenizer, save_tokenizer
+from memformer.layers.lora import merge_lora
 from memformer.models.config import LanguageModelConfig
 from memformer.models.language_model import MemoryLM
 from memformer.pretrained.architectures.fields import explicit
@@ -33,7 +34,8 @@ def save_pretrained(
     """Writes config.json and safetensors, which `load_pretrained` and transformers read.
 
     The architecture is the one in `ARCHITECTURES` that describes the model's config exactly, so models trained here can
-    be saved too. Tensors keep the dtype of the parameters. At most one file is in memory at a time.
+    be saved too. Tensors keep the dtype of the parameters. At most one file is in memory at a time. Low-rank changes
+    (`memformer.layers.add_lora`) are merged into the weights, which takes room for the changed ones once more.
 
     Args:
       model: with all parameters on this host's devices.
@@ -55,7 +57,7 @@ def save_pretrained(
     name, written = match_architecture(model, None if config is None else (config.get("architectures") or [None])[0])
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    rules, values = ARCHITECTURES[name].rules(model.config), _values(model)
+    rules, values = ARCHITECTURES[name].rules(model.config), _values(merge_lora(model))
     files = _split(rules, values, shard_bytes)
     for old in [*folder.glob("model-*-of-*.safetensors"), folder / SINGLE, folder / INDEX]:
         old.unlink(missing_ok=True)
@@ -130,7 +132,20 @@ def _values(model: MemoryLM) -> dict[str, jax.Array]:
     away = [name for name, value in values.items() if not value.is_fully_addressable]
     if away:
         raise ValueError(f"model must have all its parameters on this host's devices; {away[0]} is on others too")
-    return values
+    return _unstack(values, len(model.config.pattern)) if model.config.scan_layers else values
+
+
+def _unstack(values: dict[str, jax.Array], size: int) -> dict[str, jax.Array]:
+    """The parameters of each layer of a scanned model; `size` blocks of which each holds one layer per group."""
+    layers = {}
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        if first != "blocks":
+            layers[name] = value
+            continue
+        block, _, inner = rest.partition(".")
+        layers |= {f"blocks.{group * size + int(block)}.{inner}": x for group, x in enumerate(value)}
+    return layers
 
 
 def _with_hidden(model: MemoryLM) -> LanguageModelConfig:

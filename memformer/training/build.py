@@ -10,13 +10,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from memformer.core.checks import check
-from memformer.layers import MEMORIES
+from memformer.layers import MEMORIES, add_lora
 from memformer.layers.recurrent import RecurrentMemory
 from memformer.models import build_model
 from memformer.tasks import Task
 from memformer.training.config import RunError, complete_config, run_errors, task_of
 from memformer.training.metrics import memory_pattern
-from memformer.training.optimizer import check_rate_factors, make_optimizer
+from memformer.training.optimizer import check_rate_factors, frozen_names, make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
 from memformer.training.step import Functional, make_functional
 from memformer.training.validate import validate
@@ -74,17 +74,22 @@ def build_run(
             least = max(trained.vocab_size, trained.num_classes)
             check(trained.vocab_size > 0 and vocab >= least, "vocab_size", f"0 or at least the task's {least}", vocab)
         sizes |= {"vocab_size": vocab, "num_classes": vocab}
-    settings = model_settings(plain["model"])
+    settings, lora = model_settings(plain["model"]), plain["lora"]
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
-        return build_model(settings, **sizes, rngs=rngs)
+        module = build_model(settings, **sizes, rngs=rngs)
+        if lora["rank"]:
+            with run_errors("config.lora"):
+                add_lora(module, **lora, rngs=rngs)
+        return module
 
     with run_errors("config.model"), mesh_scope(mesh):
         model = make_functional(build)
     horizon = plain["optimizer"]["schedule_steps"] or plain["train"]["steps"]
     plain["optimizer"] = {**plain["optimizer"], "schedule_steps": horizon}
     with run_errors("config"):
-        check_rate_factors(plain["optimizer"], model.params)
+        model = dataclasses.replace(model, frozen=frozen_names(plain, model.params))
+        check_rate_factors(plain["optimizer"], model.trained(model.params))
     tx, schedule = make_optimizer(plain["optimizer"], horizon)
     return Run(plain, task, mesh, model, tx, schedule)
 

@@ -1,8 +1,8 @@
 """The run config: every key with its default, checks, and overrides whose typos are errors.
 
 The sections are `task` and `model` (fields of the dataclass that the section's `name` or `type` selects), `data`
-(those fields of the task that say where stored data are), `optimizer`, `train`, `mesh` and `checkpoint`. A file of
-configs/ starts from `default_config()` and overrides.
+(those fields of the task that say where stored data are), `lora`, `optimizer`, `train`, `mesh` and `checkpoint`. A
+file of configs/ starts from `default_config()` and overrides.
 """
 
 import ast
@@ -68,6 +68,8 @@ def default_config(
     config.init_from = ""
     # number of ids of the model, at least those of the task; 0 = those of the task
     config.vocab_size = 0
+    # low-rank changes of the linear maps whose paths have one of `targets`, all else frozen; rank 0 = none
+    config.lora = ml_collections.ConfigDict({"rank": 0, "alpha": 16.0, "targets": "query, value"})
     config.task, config.data = _task_sections(task)
     config.model = _model_section(model)
     config.optimizer = ml_collections.ConfigDict(
@@ -94,6 +96,8 @@ def default_config(
             "momentum": 0.95,
             # factors of the learning rate by a word of the parameters' paths, such as "embedding:0.5, decay:0.1"
             "rate_factors": "",
+            # patterns in the paths of parameters that stay as they are, such as r"embedding, blocks\.[01]\."
+            "freeze": "",
             "weight_decay": 0.01,
             # maximum global norm of the gradient; 0 = no clipping
             "clip_norm": 1.0,

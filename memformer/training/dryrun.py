@@ -201,7 +201,7 @@ def step_flops(run: Run) -> float:
     """Analytic FLOPs of one step over all devices, without rematerialization."""
     model = run.config["model"]
     tokens = run.config["train"]["batch_size"] * run.task.steps
-    return tokens * flops_per_token(model, run.model.size(without=looked_up(model)), run.task.steps)
+    return tokens * flops_per_token(model, run.model.matrix_size(without=looked_up(model)), run.task.steps)
 
 
 def _bound(run: Run, program: Program, chip: Chip, flops: float, needed: Mapping[str, int] | None) -> Roofline:

@@ -78,8 +78,8 @@ def parameters_of(state: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
     """The parameters that evaluation uses (averaged if the run averages them), and the other variables."""
     if "ema" not in state:
         return state["params"], state.get("rest", {})
-    params = {name: x.astype(state["params"][name].dtype) for name, x in state["ema"].items()}
-    return params, state.get("rest", {})
+    averaged = {name: x.astype(state["params"][name].dtype) for name, x in state["ema"].items()}
+    return {**state["params"], **averaged}, state.get("rest", {})
 
 
 def fits_model(task: Task, trained: Task) -> None:

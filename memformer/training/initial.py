@@ -62,7 +62,7 @@ def start_from(folder: str, state: dict[str, Any]) -> dict[str, Any]:
     state = {**state, "params": params, **({"rest": rest} if rest else {})}
     if "ema" in state:
         # a copy: the step donates both
-        state["ema"] = {name: jnp.array(x, jnp.float32, copy=True) for name, x in params.items()}
+        state["ema"] = {name: jnp.array(params[name], jnp.float32, copy=True) for name in state["ema"]}
     return state
 
 

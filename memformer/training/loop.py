@@ -202,7 +202,7 @@ class Trainer:
         run, mesh = self._run, dict(self._run.mesh.shape)
         devices = ", ".join(f"{name} {size}" for name, size in mesh.items() if size > 1) or "one device"
         log(
-            f"{run.task.name}, {model_name(run.config['model'])}: {run.model.size():,} parameters, "
+            f"{run.task.name}, {model_name(run.config['model'])}: {run.model.count()}, "
             f"{devices} ({jax.devices()[0].device_kind}), folder {self._folder}"
         )
         if self._step:
@@ -296,7 +296,7 @@ class Trainer:
         if peak is None:
             return None
         model = self._run.config["model"]
-        parameters = self._run.model.size(without=looked_up(model))
+        parameters = self._run.model.matrix_size(without=looked_up(model))
         flops = flops_per_token(model, parameters, self._curriculum.task.steps)
         return tokens_per_second * flops / (peak * self._run.mesh.size)
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,11 +11,14 @@ import optax
 import optax.contrib
 
 from memformer.core.checks import check_number
+from memformer.core.patterns import match_names
+from memformer.layers.lora import is_lora
 
 __all__ = [
     "OPTIMIZERS",
     "check_rate_factors",
     "decay_mask",
+    "frozen_names",
     "make_optimizer",
     "make_schedule",
     "parse_rate_factors",
@@ -148,6 +151,29 @@ def check_rate_factors(options: Mapping[str, Any], names: Iterable[str]) -> None
                 f"optimizer.rate_factors names {word!r}, which is in no parameter's path; the paths are made of "
                 f"{', '.join(sorted(words))}"
             )
+
+
+def frozen_names(config: Mapping[str, Any], names: Collection[str]) -> frozenset[str]:
+    """The parameters that a run does not train: those of `optimizer.freeze`, and with `lora` all but its own.
+
+    Args:
+      config: with the sections lora and optimizer.
+      names: paths of the parameters.
+
+    Raises:
+      ValueError: a pattern that is found in no path, or nothing left to train.
+
+    Example:
+      >>> config = {"lora": {"rank": 0}, "optimizer": {"freeze": "norm"}}
+      >>> frozen_names(config, ("norm.scale", "head.kernel"))
+      frozenset({'norm.scale'})
+    """
+    frozen = set(match_names("optimizer.freeze", config["optimizer"]["freeze"], names))
+    if config["lora"]["rank"]:
+        frozen.update(name for name in names if not is_lora(name))
+    if frozen.issuperset(names):
+        raise ValueError(f"optimizer.freeze must leave parameters to train, got {config['optimizer']['freeze']!r}")
+    return frozenset(frozen)
 
 
 def _scale_groups(factors: Mapping[str, float]) -> optax.GradientTransformation:

@@ -7,8 +7,8 @@ checkpoints and error messages use these paths. A train state is a plain dict:
     key        uint32 [2]      random key of the run: step s uses fold_in(key, s)
     params     {path: array}
     rest       {path: array}   other variables of the model; absent if it has none
-    opt_state                  optax state
-    ema        {path: float32} absent without optimizer.ema
+    opt_state                  optax state, of the parameters that are trained
+    ema        {path: float32} of the same; absent without optimizer.ema
     sums       {name: float32} counts since the last log
 """
 
@@ -58,6 +58,7 @@ class Functional:
       axes: logical axis names of each parameter, or None.
       streams: abstract keys and counts of the random streams (dropout).
       paths: dotted path -> path of keys in the module, for all variables.
+      frozen: names of the parameters that are not trained.
     """
 
     build: Callable[[nnx.Rngs], nnx.Module]
@@ -66,6 +67,11 @@ class Functional:
     axes: dict[str, tuple[str | None, ...] | None]
     streams: dict[str, jax.ShapeDtypeStruct]
     paths: dict[str, tuple]
+    frozen: frozenset[str] = frozenset()
+
+    def trained(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters that are trained."""
+        return {name: x for name, x in params.items() if name not in self.frozen}
 
     def init(self, key: jax.Array) -> tuple[Arrays, Arrays]:
         """Initializes the parameters and the other variables from `key`."""
@@ -94,8 +100,17 @@ class Functional:
 
     def size(self, without: tuple[str, ...] = ()) -> int:
         """Number of parameters, without those whose path contains a word of `without`."""
-        kept = [x for name, x in self.params.items() if not any(word in name for word in without)]
-        return sum(x.size for x in kept)
+        return sum(x.size for name, x in self.params.items() if not any(word in name for word in without))
+
+    def count(self) -> str:
+        """The number of parameters, and of those that are trained, as a log shows them."""
+        trained = sum(x.size for x in self.trained(self.params).values())
+        return f"{self.size():,} parameters" + (f" ({trained:,} trained)" if self.frozen else "")
+
+    def matrix_size(self, without: tuple[str, ...] = ()) -> int:
+        """As `size`, with two thirds of a frozen parameter: of its three products per token the gradient falls away."""
+        frozen = {name: x for name, x in self.params.items() if name in self.frozen}
+        return self.size(without) - dataclasses.replace(self, params=frozen).size(without) // 3
 
 
 def make_functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
@@ -125,14 +140,14 @@ def _new_state(model: Functional, tx: optax.GradientTransformation, ema: float, 
         "step": jnp.zeros((), jnp.int32),
         "key": jax.random.key_data(jax.random.fold_in(key, 1)),
         "params": params,
-        "opt_state": tx.init(params),
+        "opt_state": tx.init(model.trained(params)),
         "sums": _no_sums(),
     }
     if rest:
         state["rest"] = rest
     if ema:
         # a copy: the step donates both
-        state["ema"] = {name: jnp.array(x, jnp.float32, copy=True) for name, x in params.items()}
+        state["ema"] = {name: jnp.array(x, jnp.float32, copy=True) for name, x in model.trained(params).items()}
     return state
 
 
@@ -169,8 +184,8 @@ def make_train_step(
     """Returns the compiled step (state, batch) -> (state, report); it donates the state.
 
     The gradient is that of the mean loss over the whole batch, independent of the shards and of the `accumulate`
-    micro-batches. The report holds the sums since the last log (a multiple of `log_every` steps), and the norms and
-    learning rate of this step.
+    micro-batches; frozen parameters have none. The report holds the sums since the last log (a multiple of `log_every`
+    steps), and the norms and learning rate of this step.
 
     Args:
       model: from `make_functional`.
@@ -188,13 +203,15 @@ def make_train_step(
         grads, counts, rest = _gradients(model, state, batch, key, options)
         norm = optax.tree.norm(grads)
         good = jnp.isfinite(norm) & jnp.isfinite(counts["loss"])
-        updates, opt_state = tx.update(grads, state["opt_state"], state["params"])
-        params = optax.apply_updates(state["params"], updates)
+        trained = model.trained(state["params"])
+        updates, opt_state = tx.update(grads, state["opt_state"], trained)
+        trained = optax.apply_updates(trained, updates)
+        params = {**state["params"], **trained}
         new = {**state, "params": params, "opt_state": opt_state}
         if rest:
             new["rest"] = rest
         if ema:
-            new["ema"] = update_ema(state["ema"], params, ema, state["step"])
+            new["ema"] = update_ema(state["ema"], trained, ema, state["step"])
         if options["on_nan"] == "skip":
             new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
             counts = {name: jnp.where(good, x, jnp.zeros_like(x)) for name, x in counts.items()}
@@ -231,8 +248,8 @@ def _gradients(
     weight = jnp.maximum(jnp.sum(batch["loss_weights"]), jnp.float32(1e-8))
     parts, smoothing = options["accumulate"], options["label_smoothing"]
 
-    def loss(params: Arrays, rest: Arrays, part: Batch, part_key: jax.Array):
-        module = model.module(params, rest, part_key)
+    def loss(trained: Arrays, rest: Arrays, part: Batch, part_key: jax.Array):
+        module = model.module({**state["params"], **trained}, rest, part_key)
         module.train()
         output = _call(module, part)
         counts = count_batch(output.logits, part["targets"], part["loss_weights"])
@@ -246,20 +263,20 @@ def _gradients(
         return objective / weight + counts["aux"], (counts, changed)
 
     gradient = jax.grad(loss, has_aux=True)
-    rest = state.get("rest", {})
+    trained, rest = model.trained(state["params"]), state.get("rest", {})
     if parts == 1:
-        grads, (counts, rest) = gradient(state["params"], rest, batch, key)
+        grads, (counts, rest) = gradient(trained, rest, batch, key)
         return grads, counts, rest
 
     def one(carry: tuple, item: tuple):
         total, rest = carry
         part, index = item
-        grads, (counts, rest) = gradient(state["params"], rest, part, jax.random.fold_in(key, index))
+        grads, (counts, rest) = gradient(trained, rest, part, jax.random.fold_in(key, index))
         return (jax.tree.map(jnp.add, total, (grads, counts)), rest), None
 
     micro = jax.tree.map(lambda x: _micro_batches(x, parts), dict(batch))
     first = jax.tree.map(lambda x: x[0], micro)
-    shapes = jax.eval_shape(gradient, state["params"], rest, first, key)
+    shapes = jax.eval_shape(gradient, trained, rest, first, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[1][0]))
     ((grads, counts), rest), _ = jax.lax.scan(one, (zeros, rest), (micro, jnp.arange(parts)))
     return grads, counts, rest

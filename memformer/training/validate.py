@@ -21,6 +21,9 @@ def validate(config: Mapping[str, Any]) -> None:
         check_at_least("seed", config["seed"], 0)
         _check_train(config["train"])
         _check_optimizer(config["optimizer"])
+        check_at_least("lora.rank", config["lora"]["rank"], 0)
+        _check_number("lora.alpha", config["lora"]["alpha"], "above 0 and finite", lambda x: 0 < x < math.inf)
+        check(isinstance(config["lora"]["targets"], str), "lora.targets", "a string", config["lora"]["targets"])
         for name, least in (("keep_last", 1), ("keep_best", 0)):
             check_at_least(f"checkpoint.{name}", config["checkpoint"][name], least)
     except ValueError as error:
@@ -71,7 +74,8 @@ OPTIMIZER_RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
 
 def _check_optimizer(optimizer: Mapping[str, Any]) -> None:
     check_choice("optimizer.name", optimizer["name"], OPTIMIZERS)
-    check(isinstance(optimizer["rate_factors"], str), "optimizer.rate_factors", "a string", optimizer["rate_factors"])
+    for name in ("rate_factors", "freeze"):
+        check(isinstance(optimizer[name], str), f"optimizer.{name}", "a string", optimizer[name])
     parse_rate_factors(optimizer["rate_factors"])
     check_choice("optimizer.schedule", optimizer["schedule"], SCHEDULES)
     for name, (expected, holds) in OPTIMIZER_RANGES.items():

@@ -70,6 +70,16 @@ def test_a_round_trip(saved, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
 
 
+def test_a_scanned_model(safetensors, tmp_path):
+    model = random_model(SMALL, scan_layers=True)
+    save_pretrained(model, tmp_path)
+    got, stacked = parameters(load_pretrained(tmp_path)[0]), parameters(model)
+    assert len(got) == 2 * (len(stacked) - 3) + 3
+    for i in range(2):
+        up = "feedforward.up.kernel"
+        assert np.array_equal(got[f"blocks.{i}.{up}"], stacked[f"blocks.0.{up}"][i])
+
+
 def test_dtypes(saved):
     model, folder = saved
     got = load_pretrained(folder, dtype="bfloat16")[0]
