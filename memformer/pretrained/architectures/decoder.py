@@ -1,4 +1,4 @@
-"""What decoders of the Llama family share: fields of config.json, rules of embedding, norms and feedforward layers."""
+"""Decoders of the Llama family: shared fields of config.json, rules of embedding, norms and feedforward layers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
