@@ -210,7 +210,7 @@ def _bound(run: Run, program: Program, chip: Chip, flops: float, needed: Mapping
     computed = program.flops
     if program.kernels:
         # the text of a kernel does not show its FLOPs
-        matrices = 6.0 * run.model.size(without=looked_up(model))
+        matrices = 6.0 * run.model.matrix_size(without=looked_up(model))
         tokens = run.config["train"]["batch_size"] * run.task.steps
         passes = 4 / 3 if model.get("remat") else 1.0
         computed += passes * max(flops - matrices * tokens, 0.0) / devices
