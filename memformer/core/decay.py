@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from memformer.core.symbolic import is_symbolic
 from memformer.core.types import Array, Float
 
 __all__ = ["CumulativeDecay", "FORGOTTEN_PAIR", "cumulative_decay", "decay_to_end", "running_decay"]
@@ -57,13 +58,26 @@ def running_decay(decay: Float[Array, "B T H"], start: CumulativeDecay | None = 
       start: [B, 1, H], the sum before the first token.
     """
     parts = _split(decay, FORGOTTEN_PAIR)
-    whole, fraction = lax.associative_scan(_add, lax.stop_gradient((parts[0].astype(jnp.int32), parts[1])), axis=1)
+    whole, fraction = _running_sums(lax.stop_gradient((parts[0].astype(jnp.int32), parts[1])))
     # The gradient of a plain sum: adding a number less itself changes no digit.
     plain = jnp.cumsum(parts[1], axis=1)
     fraction = fraction + (plain - lax.stop_gradient(plain))
     if start is None:
         return CumulativeDecay(whole, fraction)
     return CumulativeDecay(*_add((whole, fraction), tuple(start)))
+
+
+def _running_sums(parts: tuple[Array, Array]) -> tuple[Array, Array]:
+    if not is_symbolic(parts[0].shape[1]):
+        return lax.associative_scan(_add, parts, axis=1)
+
+    def step(total, part):
+        total = _add(total, part)
+        return total, total
+
+    start = tuple(jnp.zeros_like(x[:, 0]) for x in parts)
+    sums = lax.scan(step, start, tuple(jnp.moveaxis(x, 1, 0) for x in parts))[1]
+    return jnp.moveaxis(sums[0], 0, 1), jnp.moveaxis(sums[1], 0, 1)
 
 
 def _add(a, b):

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from memformer.core.segments import Segments
+from memformer.core.symbolic import padding_to
 from memformer.core.types import Array, Bool, Dims, Int
 
 __all__ = ["BLIND", "UNSEEN", "Mask", "first_tiles", "join_cache", "last_tiles", "make_mask"]
@@ -83,7 +84,9 @@ def join_cache(mask: Mask, size: int, multiple: int | None = None) -> Mask:
     multiple = multiple or size
 
     def pad(x, fill, multiple):
-        return None if x is None else jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple)), constant_values=fill)
+        if x is None:
+            return None
+        return jnp.pad(x, ((0, 0), (0, padding_to(x.shape[1], multiple))), constant_values=fill)
 
     def join(cache, new):
         if cache is None or new is None:

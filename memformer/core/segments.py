@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.checks import check_array
+from memformer.core.symbolic import is_symbolic, padding_to
 from memformer.core.types import Array, Bool, Dims, Int
 
 __all__ = ["Segments", "chunk_time", "clear", "find_segments", "pad_time", "unchunk_time"]
@@ -70,8 +71,8 @@ def clear(valid: Bool[Array, "B T"] | None, x: Array | None) -> Array | None:
 
 def pad_time(x: Array, multiple: int, axis: int = 1) -> Array:
     """Pads `axis` with zeros to the next multiple."""
-    missing = -x.shape[axis] % multiple
-    if not missing:
+    missing = padding_to(x.shape[axis], multiple)
+    if not is_symbolic(missing) and not missing:
         return x
     width = [(0, 0)] * x.ndim
     width[axis] = (0, missing)

@@ -6,6 +6,7 @@ from memformer.models.build import MODELS, build_config, build_model, default_op
 from memformer.models.captioner import Captioner, CaptionerConfig, doubly_stochastic
 from memformer.models.config import POSITIONS, REMAT, LanguageModelConfig, check_input
 from memformer.models.encoder import Encoder, EncoderConfig, mean_pool
+from memformer.models.export import PLATFORMS, export_model
 from memformer.models.generate import TokenStream, bucket_length, generate, pad_prompts
 from memformer.models.generate_text import GeneratedText, TextPiece, TextStream, generate_text, start_id
 from memformer.models.language_model import Block, MemoryLM, ModelOutput, check_sizes, take_places
@@ -16,6 +17,7 @@ from memformer.models.recurrent import RecurrentConfig, RecurrentLM
 from memformer.models.sampling import Sampling, sample
 from memformer.models.segment_memory import ARMTConfig, AssociativeLayer, RMTConfig, SegmentMemory
 from memformer.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from memformer.models.serve import ServedModel
 from memformer.models.stacks import TransformerDecoder, TransformerEncoder
 from memformer.models.transformer import Transformer, TransformerConfig
 
@@ -37,6 +39,7 @@ __all__ = [
     "NTMConfig",
     "NTMState",
     "NTMTrace",
+    "PLATFORMS",
     "POSITIONS",
     "PRESETS",
     "PatchGrid",
@@ -48,6 +51,7 @@ __all__ = [
     "SegmentMemory",
     "Seq2Seq",
     "Seq2SeqConfig",
+    "ServedModel",
     "TextPiece",
     "TextStream",
     "TokenStream",
@@ -66,6 +70,7 @@ __all__ = [
     "default_options",
     "doubly_stochastic",
     "embed_sentences",
+    "export_model",
     "from_preset",
     "generate",
     "generate_text",

@@ -118,7 +118,7 @@ def generate(
       >>> generate(model, [[1, 2, 3], [4]], max_new_tokens=4).shape
       (2, 4)
     """
-    _check_model(model)
+    check_model(model)
     if model.vocab_size != model.num_classes:
         raise ValueError("model must take ids and give logits over the same ids (vocab_size = num_classes > 0)")
     count = check_size("max_new_tokens", max_new_tokens)
@@ -190,7 +190,7 @@ class TokenStream:
         classes: int | None = None,
         capacity: int | None = None,
     ):
-        _check_model(model)
+        check_model(model)
         self._classes = model.num_classes if classes is None else check_size("classes", classes)
         check(self._classes <= model.num_classes, "classes", f"at most {model.num_classes}", classes)
         self._count = check_size("max_new_tokens", max_new_tokens)
@@ -267,7 +267,8 @@ def _mesh_sharding(x: Any) -> NamedSharding | None:
     return sharding if isinstance(sharding, NamedSharding) else None
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Raises ValueError unless a model takes ids, gives logits over them, and is in evaluation mode."""
     if not getattr(model, "vocab_size", 0) or model.num_classes > model.vocab_size:
         raise ValueError("model must take ids and give logits over the same ids (vocab_size = num_classes > 0)")
     if not getattr(model, "deterministic", True):
@@ -296,10 +297,8 @@ def _check_ids(ids: np.ndarray, segments: np.ndarray, vocab: int) -> None:
         raise ValueError(f"prompts must have ids in [0, {vocab}), got {valid.min()} to {valid.max()}")
 
 
-def _read_prompts(model, ids, segment_ids, capacity):
-    """Logits of the last token of each prompt, and the state."""
-    # Made here, so that on a mesh the compiler shards it as the keys and values that are written to it.
-    state = model.init_state(ids.shape[0], capacity)
+def read_prompts(model: Any, ids: Array, segment_ids: Array, state: Any) -> tuple[Array, Any]:
+    """Logits of the last token of each prompt, [B, classes], and the state; `state` is that before the prompts."""
     places = jnp.where(segment_ids != 0, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.int32(-1))
     # Padding may hold any id. The logits of all places would take more room than the model where many ids are known.
     output = model(
@@ -322,13 +321,16 @@ def _mark_seen(seen, token):
 @functools.partial(jax.jit, static_argnames=("graph", "capacity"))
 def _prefill(graph, parameters, ids, segment_ids, capacity):
     """Reads the prompts; returns the logits of the last token of each and the state."""
-    return _read_prompts(nnx.merge(graph, parameters), ids, segment_ids, capacity)
+    model = nnx.merge(graph, parameters)
+    # Made here, so that on a mesh the compiler shards it as the keys and values that are written to it.
+    return read_prompts(model, ids, segment_ids, model.init_state(ids.shape[0], capacity))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "capacity", "sampling", "classes"))
 def _start(graph, parameters, ids, segment_ids, key, *, capacity, sampling, classes):
     """Reads the prompts; returns the first token, the state, and the classes seen."""
-    logits, state = _read_prompts(nnx.merge(graph.graph, parameters), ids, segment_ids, capacity)
+    model = nnx.merge(graph.graph, parameters)
+    logits, state = read_prompts(model, ids, segment_ids, model.init_state(ids.shape[0], capacity))
     seen = _find_seen(ids, segment_ids, classes) if sampling.penalizes else None
     token = sample(logits[:, :classes], jax.random.fold_in(key, 0), sampling, seen)
     return token, state, _mark_seen(seen, token)

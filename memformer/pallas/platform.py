@@ -10,6 +10,8 @@ from typing import Literal
 
 import jax
 
+from memformer.core.symbolic import is_symbolic
+
 __all__ = ["Chip", "chip", "interpreting_for", "is_hopper", "preferred", "set_interpreter", "tpu_kind"]
 
 Chip = Literal["tpu", "gpu"]
@@ -84,6 +86,8 @@ def preferred(tokens: int, few: int = 4, library: str | None = None) -> tuple[st
       few: largest T for which the recurrence comes first.
       library: implementation by another library that comes before our kernels on an sm_90 GPU.
     """
+    if is_symbolic(tokens):
+        return ("chunked", "recurrent")
     if tokens <= few:
         return ("recurrent", "chunked")
     if jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty:

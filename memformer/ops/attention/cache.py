@@ -21,6 +21,7 @@ from memformer.core.checks import check_array, check_choice, check_size
 from memformer.core.decay import CumulativeDecay, running_decay
 from memformer.core.numerics import accumulation_dtype
 from memformer.core.segments import Segments, clear
+from memformer.core.symbolic import is_symbolic
 from memformer.core.types import Array, Bool, Dims, Float, Int
 
 __all__ = [
@@ -140,8 +141,10 @@ def check_cache(cache: Any, kind: type[C], dims: Dims, op: str) -> C | None:
 
 
 def _check_room(cache: Cache, dims: Dims) -> None:
-    """Raises at once where the length is known, or else has the running program raise."""
+    """Raises at once where the length is known, or else has the running program raise; an exported one cannot."""
     tokens, capacity = dims["T"], dims["S"]
+    if is_symbolic(tokens, capacity):
+        return
     if tokens > capacity:
         raise ValueError(_overflow(tokens, capacity, 0))
     if not isinstance(cache.length, jax.core.Tracer):

@@ -24,6 +24,7 @@ from memformer.core.numerics import accumulation_dtype
 from memformer.core.segments import chunk_time, unchunk_time
 from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel, similarity
+from memformer.core.symbolic import at_most
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.attention.cache import offset
 
@@ -137,8 +138,8 @@ def make_tiling(call: AttentionCall, kernel: Kernel, default_size: int) -> tuple
     """The tiles of a call, and its mask over them."""
     cache, tokens = call.cache, call.k.shape[1]
     slots = 0 if cache is None else cache.k.shape[1]
-    size = min(call.chunk_size or default_size, slots + tokens)
-    cached = -(-slots // size)
+    size = at_most(call.chunk_size or default_size, slots + tokens)
+    cached = (slots + size - 1) // size
     used = jnp.int32(cached)
     if cache is not None and cache.fixed:
         used = jnp.minimum((offset(cache, tokens) + (size - 1)) // size, used)

@@ -32,6 +32,7 @@ from memformer.core.decay import cumulative_decay, decay_to_end
 from memformer.core.numerics import accumulation_dtype, repeat_heads
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
+from memformer.core.symbolic import is_symbolic
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
 from memformer.ops.matrix_memory import documents, groups
@@ -109,15 +110,17 @@ def _default_chunk(call: MatrixCall) -> int:
     """
     small = call.k.shape[-1] * call.v.shape[-1] <= 64 * 64
     rows = (16 if small else 32) if jax.default_backend() == "cpu" else 64
-    return max(1, min(rows // call.writes, 1 << (call.q.shape[1] - 1).bit_length()))
+    tokens = call.q.shape[1]
+    longest = rows // call.writes if is_symbolic(tokens) else 1 << (tokens - 1).bit_length()
+    return max(1, min(rows // call.writes, longest))
 
 
 def _group_size(inputs: Inputs, size: int, writes: int) -> int:
     """Chunks per group: one on a CPU, whose cache holds little more; elsewhere as many as fill the device."""
-    if jax.default_backend() == "cpu":
+    batch, _, heads, width = inputs.k.shape
+    if jax.default_backend() == "cpu" or is_symbolic(batch, inputs.q.shape[1]):
         return 1
     chunks = -(-inputs.q.shape[1] // size)
-    batch, _, heads, width = inputs.k.shape
     most = max(1, min(64, (1 << 24) // (batch * heads * size * writes * max(width, inputs.v.shape[-1]))))
     # Even groups, so that little of the last one is padding.
     return -(-chunks // -(-chunks // most))

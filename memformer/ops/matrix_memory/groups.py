@@ -7,6 +7,7 @@ from jax import lax
 
 from memformer.core.numerics import accumulation_dtype
 from memformer.core.segments import pad_time
+from memformer.core.symbolic import padding_to
 from memformer.core.types import Array
 
 __all__ = ["ChunkScan", "Inputs", "Masks", "flatten", "load", "load_group", "store", "to_chunks", "to_time"]
@@ -87,7 +88,7 @@ def flatten(plan: ChunkScan, inputs: Inputs, index: Array | None):
     if index is None:
         return flat, None
     # Padding at the end belongs to the last segment, so that the final state is the last segment's.
-    index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % plan.tokens)), mode="edge")
+    index = jnp.pad(index, ((0, 0), (0, padding_to(index.shape[1], plan.tokens))), mode="edge")
     chunks = index.reshape(index.shape[0], -1, plan.size)
     before = jnp.pad(chunks[:, :-1, -1], ((0, 0), (1, 0)))
 

@@ -1,0 +1,100 @@
+"""Exported models: run by a process without memformer, the tokens of `generate`; shapes of states; user errors."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from memformer.models import LanguageModelConfig, MemoryLM, export_model, generate
+
+# Batches of two sizes and two lengths: within a chunk of the matrix memories, and beyond one.
+BATCHES = [[[5, 3, 8]], [[1, 2, 3], list(range(18))]]
+NEW = 4
+# Of every kind: softmax, a matrix memory, a hybrid, DeltaFormer, and decays in attention.
+MODELS = {
+    "hybrid": ("softmax_attention", "gated_delta_rule"),
+    "deltaformer": ("deltaformer", "fox"),
+    "gated_delta": ("gated_delta_rule",),
+}
+RUN = ("hybrid", "deltaformer")
+# memformer and flax may be installed where the tests run, so their import is made to fail.
+SERVE = """
+import json, sys
+sys.modules.update(memformer=None, flax=None)
+batches, count, names = json.loads(sys.argv[1])
+found = {}
+for name in names:
+    sys.path.insert(0, name)
+    from serve import ServedModel
+    sys.path.pop(0)
+    model = ServedModel(name)
+    found[name] = [model.generate(rows, count).tolist() for rows in batches]
+try:
+    import memformer
+except ImportError:
+    print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def models():
+    def build(memory):
+        config = LanguageModelConfig(memory=memory, width=8, depth=len(memory), heads=2, feedforward=None)
+        return MemoryLM(config, vocab_size=19, rngs=nnx.Rngs(3))
+
+    return {name: build(memory) for name, memory in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory):
+    pytest.importorskip("flatbuffers", reason="needs flatbuffers: pip install '.[export]'")
+    folder = tmp_path_factory.mktemp("exported")
+    for name, model in models.items():
+        export_model(model, folder / name, **({"platforms": ["cpu"]} if name in RUN else {}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(folder):
+    command = [sys.executable, "-c", SERVE, json.dumps([BATCHES, NEW, RUN])]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_process_without_memformer_generates_the_same(models, served, name):
+    # each row is what it is alone
+    expected = generate(models[name], [row for rows in BATCHES for row in rows], max_new_tokens=NEW)
+    np.testing.assert_array_equal(np.concatenate(served[name]), expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_manifest_has_the_shapes_of_weights_and_state(models, folder, name):
+    manifest = json.loads((folder / name / "manifest.json").read_text())
+    sizes = {"b": 3, "c": 7}
+    state = jax.tree.leaves(models[name].init_state(3, 7))
+    assert len(state) == len(manifest["state"])
+    for x, written in zip(state, manifest["state"].values(), strict=True):
+        assert x.shape == tuple(sizes.get(n, n) for n in written["shape"]) and x.dtype.name == written["dtype"]
+        # what `ServedModel.start` makes
+        assert not np.any(x)
+    with np.load(folder / name / "weights.npz") as weights:
+        shapes = {key: list(x.shape) for key, x in weights.items()}
+    assert shapes == {key: x["shape"] for key, x in manifest["weights"].items()}
+    assert manifest["platforms"] == (["cpu"] if name in RUN else ["cpu", "cuda", "tpu"])
+
+
+def test_user_errors(models, tmp_path):
+    model = models["hybrid"]
+    with pytest.raises(ValueError, match="platforms must be one of 'cpu', 'cuda', 'rocm', 'tpu', got 'gpu'"):
+        export_model(model, tmp_path, platforms=("cpu", "gpu"))
+    with pytest.raises(ValueError, match="platforms must be a sequence of names, got 'cpu'"):
+        export_model(model, tmp_path, platforms="cpu")
+    with pytest.raises(ValueError, match="model must be a MemoryLM, got 'int'"):
+        export_model(3, tmp_path)
+    assert not list(tmp_path.iterdir())
