@@ -41,9 +41,12 @@ from memformer.data.tokenizer import (
     train_tokenizer,
 )
 from memformer.data.verses import (
+    CHAPTERS_PACKAGE,
     VERSES_PACKAGES,
     Verse,
+    find_chapters,
     find_verses,
+    read_chapters,
     read_verse_slice,
     read_verses,
     split_verses,
@@ -53,6 +56,7 @@ from memformer.data.wordpiece import WordPiece
 
 __all__ = [
     "BATCH_KEYS",
+    "CHAPTERS_PACKAGE",
     "SPLITS",
     "STAMPS_FOLDER",
     "STAMPS_PACKAGE",
@@ -88,6 +92,7 @@ __all__ = [
     "describe_scene",
     "draw_scene",
     "figure_coverage",
+    "find_chapters",
     "find_verses",
     "list_documents",
     "list_stamps",
@@ -98,6 +103,7 @@ __all__ = [
     "open_corpus",
     "pack_lengths",
     "paint_scene",
+    "read_chapters",
     "read_documents",
     "read_pictures",
     "read_verse_slice",

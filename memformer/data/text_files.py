@@ -171,6 +171,7 @@ def _divide(stream: BinaryIO, options: TextOptions) -> Iterator[tuple[bytes, int
         yield stream.read().removeprefix(BYTE_ORDER_MARK), 1
         return
     buffer, line, searched = bytearray(stream.read(BLOCK).removeprefix(BYTE_ORDER_MARK)), 1, 0
+    separator = _match_line_ends(separator, buffer, stream)
     more = True
     while more:
         block = stream.read(BLOCK)
@@ -184,6 +185,16 @@ def _divide(stream: BinaryIO, options: TextOptions) -> Iterator[tuple[bytes, int
         # a separator may lie across two blocks
         searched = max(0, len(buffer) - len(separator))
     yield bytes(buffer), line
+
+
+def _match_line_ends(separator: bytes, buffer: bytearray, stream: BinaryIO) -> bytes:
+    """The separator with the line ends of a file, which its first line shows; `buffer` grows up to that line's end."""
+    if b"\n" not in separator or b"\r" in separator:
+        return separator
+    while b"\n" not in buffer and (block := stream.read(BLOCK)):
+        buffer += block
+    end = buffer.find(b"\n")
+    return separator.replace(b"\n", b"\r\n") if end > 0 and buffer[end - 1] == ord("\r") else separator
 
 
 def _find_cut(buffer: bytearray, searched: int, separator: bytes, limit: int) -> tuple[int, int] | None:

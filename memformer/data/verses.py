@@ -1,9 +1,9 @@
-"""Verses in English and Spanish, from two Debian packages or from the excerpt that this package contains.
+"""Verses in English and Spanish and chapters in English, from Debian packages or the excerpt of this package.
 
-Both texts are in the public domain: the King James Version (1769 text) and the Reina-Valera of 1909, of the packages
-sword-text-kjv and sword-text-sparv. A SWORD module of kind zText stores each testament in three files: the compressed
-books (bzz), the offset and size of each book (bzs), and the book, offset and size of each verse (bzv). Verses have the
-same numbers in both modules.
+All texts are in the public domain: the King James Version (1769 text) and the Reina-Valera of 1909, of the packages
+sword-text-kjv and sword-text-sparv, and the World English Bible of sword-text-web. A SWORD module of kind zText stores
+each testament in three files: the compressed books (bzz), the offset and size of each book (bzs), and the book, offset
+and size of each verse (bzv). Verses of the first two modules have the same numbers.
 """
 
 import functools
@@ -19,9 +19,12 @@ from typing import NamedTuple
 from memformer.data.splits import split_items
 
 __all__ = [
+    "CHAPTERS_PACKAGE",
     "VERSES_PACKAGES",
     "Verse",
+    "find_chapters",
     "find_verses",
+    "read_chapters",
     "read_verse_slice",
     "read_verses",
     "split_verses",
@@ -30,6 +33,8 @@ __all__ = [
 
 VERSES_PACKAGES = ("sword-text-kjv", "sword-text-sparv")
 MODULES = ("modules/texts/ztext/engKJV2006eb", "modules/texts/ztext/spaRV1909eb")
+CHAPTERS_PACKAGE = "sword-text-web"
+CHAPTERS = "modules/texts/ztext/engWEB2015eb"
 SLICE = "files/genesis_en_es.tsv"
 
 # Percentages of the English verses.
@@ -38,6 +43,13 @@ TEST, VALIDATION = 6, 6
 # The text of notes and titles is not part of the verse; self-closing ones have none.
 INSETS = re.compile(r"<(note|title)\b(?:[^>]*/>|.*?</\1>)", re.DOTALL)
 TAG = re.compile(r"<[^>]*>")
+# Where a book and a chapter of it begin; both also have tags that end them, with eID for sID.
+BOOK = re.compile(r'<div [^>]*sID="[^"]*" type="book"/>')
+CHAPTER = re.compile(r'<chapter [^>]*osisID="(\w+)\.\d+" sID="[^"]*"/>')
+BEFORE_MARK = re.compile(r" (?=[,.;:!?\u2019\u201d])")
+UNREADABLE = (OSError, struct.error, zlib.error, IndexError, UnicodeDecodeError)
+# Esther and Daniel are in the Bible twice: translated from the Hebrew, and from the Greek
+TWICE = ("EsthGr", "DanGr")
 
 
 class Verse(NamedTuple):
@@ -63,6 +75,15 @@ def find_verses(folder: str = "") -> str | None:
     Args:
       folder: the only folder to search; "" searches the usual folders of SWORD modules.
     """
+    return _find_modules(MODULES, folder)
+
+
+def find_chapters(folder: str = "") -> str | None:
+    """The folder that holds the module of the World English Bible, or None; `folder` as in `find_verses`."""
+    return _find_modules((CHAPTERS,), folder)
+
+
+def _find_modules(modules: Sequence[str], folder: str) -> str | None:
     if folder:
         places = [folder]
     else:
@@ -70,7 +91,7 @@ def find_verses(folder: str = "") -> str | None:
         shared = [os.path.join(part, "sword") for part in data.split(os.pathsep) if part]
         places = [os.environ.get("SWORD_PATH", ""), os.path.expanduser("~/.sword"), *shared, "/usr/share/sword"]
     for place in places:
-        if place and all(os.path.isdir(os.path.join(place, module)) for module in MODULES):
+        if place and all(os.path.isdir(os.path.join(place, module)) for module in modules):
             return place
     return None
 
@@ -84,7 +105,7 @@ def read_verses(folder: str) -> tuple[Verse, ...]:
     """
     try:
         english, spanish = (_read_module(Path(folder, module)) for module in MODULES)
-    except (OSError, struct.error, zlib.error, IndexError, UnicodeDecodeError) as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"task.folder {folder!r}: the verses cannot be read ({error}); install the packages "
             f"{' and '.join(VERSES_PACKAGES)} again, or set task.corpus='slice'"
@@ -96,6 +117,44 @@ def read_verses(folder: str) -> tuple[Verse, ...]:
         )
     pairs = (Verse(strip_markup(a), strip_markup(b)) for a, b in zip(english, spanish, strict=True))
     return tuple(verse for verse in pairs if all(verse))
+
+
+def read_chapters(folder: str) -> tuple[str, ...]:
+    """All chapters of the World English Bible, a line per verse, without titles and the introductions of books.
+
+    Args:
+      folder: from `find_chapters`.
+
+    Raises:
+      ValueError: files that are missing or damaged.
+    """
+    try:
+        rows = _read_module(Path(folder, CHAPTERS))
+    except UNREADABLE as error:
+        raise ValueError(
+            f"folder {folder!r}: the chapters cannot be read ({error}); install the package {CHAPTERS_PACKAGE} again"
+        ) from error
+    chapters: list[list[str]] = []
+    # what stands before the first chapter of a book
+    skipped: list[str] = []
+    lines = skipped
+    for row in rows:
+        if BOOK.search(row):
+            lines = skipped
+        begin = CHAPTER.search(row)
+        if begin is not None:
+            _add_line(lines, row[: begin.start()])
+            lines = [] if begin[1] not in TWICE else skipped
+            chapters += [lines] if lines is not skipped else []
+        _add_line(lines, row[begin.end() :] if begin else row)
+    return tuple("\n".join(lines) for lines in chapters if lines)
+
+
+def _add_line(lines: list[str], text: str) -> None:
+    """Adds the words of a verse; a note may be the only space between two words, or stand before a comma."""
+    words = " ".join(TAG.sub("", INSETS.sub(" ", text)).split())
+    if words:
+        lines.append(BEFORE_MARK.sub("", words))
 
 
 def _read_module(folder: Path) -> list[str]:

@@ -167,6 +167,10 @@ def test_division_does_not_depend_on_blocks(tmp_path, monkeypatch, block):
     assert "".join(pieces) == "ü\U0001f600" * 30 and problems == []
     both = read(open_corpus([path], separator="--\n", piece_bytes=30))[0]
     assert "".join(both) == text.replace("--\n", "") and max(len(piece.encode()) for piece in both) <= 30
+    # line ends of another system
+    other = write(tmp_path / "c.txt", b"one\r\n\r\ntwo\r\nmore\r\n\r\nthree\n\nfour")
+    for separator in ("\n\n", "\r\n\r\n"):
+        assert read(open_corpus([other], separator=separator))[0] == ["one", "two\r\nmore", "three\n\nfour"]
 
 
 PROBLEMS = {

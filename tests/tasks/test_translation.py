@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from memformer.data.source import SPLITS
-from memformer.data.verses import MODULES, Verse, find_verses, read_verse_slice, read_verses, strip_markup
+from memformer.data.verses import (
+    CHAPTERS,
+    MODULES,
+    Verse,
+    find_chapters,
+    find_verses,
+    read_chapters,
+    read_verse_slice,
+    read_verses,
+    strip_markup,
+)
 from memformer.tasks import translation
 from memformer.tasks.translation import END, PADDING, SPECIAL, START, Translation
 from memformer.training.build import build_run
@@ -20,18 +30,23 @@ TASK = Translation(corpus="slice", vocab_size=800, length=64)
 def write_modules(folder, verses):
     """SWORD modules with one book per testament; (english, spanish) with their markup."""
     for language, module in enumerate(MODULES):
-        (folder / module).mkdir(parents=True)
-        for place, testament in enumerate(("ot", "nt")):
-            texts = [pair[language].encode() for pair in verses[place]]
-            book = b"".join(texts)
-            packed = zlib.compress(book)
-            starts = np.cumsum([0, *map(len, texts)])
-            rows = [struct.pack("<IIH", 0, start, len(t)) for start, t in zip(starts, texts, strict=False)]
-            path = folder / module / testament
-            path.with_suffix(".bzz").write_bytes(b"..." + packed)
-            path.with_suffix(".bzs").write_bytes(struct.pack("<III", 3, len(packed), len(book)))
-            path.with_suffix(".bzv").write_bytes(b"".join(rows))
+        write_module(folder / module, [[pair[language] for pair in testament] for testament in verses])
     return str(folder)
+
+
+def write_module(folder, testaments):
+    """A SWORD module with one book per testament."""
+    folder.mkdir(parents=True)
+    for testament, verses in zip(("ot", "nt"), testaments, strict=True):
+        texts = [verse.encode() for verse in verses]
+        book = b"".join(texts)
+        packed = zlib.compress(book)
+        starts = np.cumsum([0, *map(len, texts)])
+        rows = [struct.pack("<IIH", 0, start, len(t)) for start, t in zip(starts, texts, strict=False)]
+        path = folder / testament
+        path.with_suffix(".bzz").write_bytes(b"..." + packed)
+        path.with_suffix(".bzs").write_bytes(struct.pack("<III", 3, len(packed), len(book)))
+        path.with_suffix(".bzv").write_bytes(b"".join(rows))
 
 
 @pytest.fixture
@@ -110,6 +125,24 @@ def test_modules_are_found_in_the_usual_folders(modules, monkeypatch, tmp_path_f
     write_modules(shared / "sword", [[("a", "b")], [("c", "d")]])
     monkeypatch.setenv("XDG_DATA_DIRS", f"/nowhere:{shared}")
     assert find_verses() == str(shared / "sword")
+
+
+def test_chapters_are_read(tmp_path):
+    def begin(name):
+        chapter = f'<div sID="gen2" type="x-p"/><chapter n="1" osisID="{name}.1" sID="{name}.1"/>'
+        return [f'<div canonical="true" osisID="{name}" sID="gen1" type="book"/><title>{name}</title> Preface', chapter]
+
+    old = ["", *begin("Gen"), "In the <w>beginning</w>,<note>or: at</note> God", "light<note/>. Yes"]
+    old += ['the end<chapter n="2" osisID="Gen.2" sID="Gen.2"/>', "<w>heavens</w><note>n</note><w>finished</w>"]
+    # a text that is in the module twice, and the end tag of a book
+    new = [*begin("EsthGr"), "twice", *begin("Matt"), '<l>Abraham</l> <div eID="gen1" type="book"/>']
+    write_module(tmp_path / CHAPTERS, [old, new])
+    assert find_chapters(str(tmp_path)) == str(tmp_path) and find_chapters(str(tmp_path / "no")) is None
+    found = read_chapters(str(tmp_path))
+    assert found == ("In the beginning, God\nlight. Yes\nthe end", "heavens finished", "Abraham")
+    (tmp_path / CHAPTERS / "nt.bzz").write_bytes(b"")
+    with pytest.raises(ValueError, match="install the package sword-text-web again"):
+        read_chapters(str(tmp_path))
 
 
 def test_without_modules_the_slice_is_used_with_a_warning(monkeypatch, caplog):
