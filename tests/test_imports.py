@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "tasks": ("core", "pallas", "ops", "layers", "models", "data"),
     "pretrained": ("core", "pallas", "ops", "layers", "models", "data"),
     "training": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained"),
-    "lab": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained", "training"),
     "evals": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained", "training"),
+    "lab": ("core", "pallas", "ops", "layers", "models", "data", "tasks", "pretrained", "training", "evals"),
     # memformer/__init__.py
     "memformer": ("core", "pallas", "ops"),
 }

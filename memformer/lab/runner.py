@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -37,7 +38,7 @@ def run_study(
       folders: of finished runs, for a study that reads them.
       out: folder of the results.
       quick: the small version; it is not judged.
-      runs_folder: a study trains its runs in <runs_folder>/<name>.
+      runs_folder: a study trains its runs in <runs_folder>/<name>, on data in <runs_folder>/<name>-data.
 
     Raises:
       RunError: folders that the study does not need, or none where it needs them, or no quick version.
@@ -50,13 +51,17 @@ def run_study(
         raise RunError(f"{study.name} measures the runs it is given; it has no quick version.")
     started, earlier = time.monotonic(), 0.0
     small = study.quick if quick else None
+    settings = {**study.settings, **(small.settings if small else {})}
     runs = {os.path.basename(os.path.normpath(folder)): load_run(folder) for folder in folders}
     given = list(runs.values())
     if study.rows:
         rows, changes = (small.rows, small.changes) if small else (study.rows, {})
         folder = os.path.join(runs_folder, f"{study.name}-quick" if quick else study.name)
-        runs, earlier = train_runs(folder, rows, base=study.base, changes=changes, fresh=quick)
-    result = study.measure(runs, {**study.settings, **(small.settings if small else {})})
+        if quick:
+            shutil.rmtree(f"{folder}-data", ignore_errors=True)
+        data = {} if study.prepare is None else study.prepare(f"{folder}-data", settings)
+        runs, earlier = train_runs(folder, rows, base={**study.base, **data}, changes=changes, fresh=quick)
+    result = study.measure(runs, settings)
     if study.rows:
         result = dataclasses.replace(result, tables=[*result.tables, trained_table(runs)])
     verdict = None if quick else study.judge(result)

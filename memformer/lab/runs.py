@@ -83,9 +83,12 @@ def train_runs(
       RunError: a config that no run can have, or a run that was asked to stop (rerun the command to resume).
     """
     configs = {label: make_config(COMMON, base, row, changes or {}).to_dict() for label, row in rows.items()}
+    resolved = {}
     for label, config in configs.items():
         # a mistake in the last row is reported before the first run is trained
-        build_run(config)
+        built = build_run(config).config
+        # a run records what it found out about its data
+        resolved[label] = {**config, "task": built["task"], "data": built["data"]}
         if os.sep in label:
             raise RunError(f"the label of a run names its folder, so it must not hold {os.sep!r}, got {label!r}.")
     if fresh:
@@ -94,7 +97,7 @@ def train_runs(
     for number, (label, config) in enumerate(configs.items(), start=1):
         path = os.path.join(folder, label.replace(" ", "_"))
         earlier += seconds_in(path)
-        if not _finished(path, config):
+        if not _finished(path, resolved[label]):
             log(f"\nrun {number} of {len(configs)}: {label}")
             if not train(config, path)["finished"]:
                 raise RunError(f"the run {label!r} was stopped; rerun the command to resume.")

@@ -104,6 +104,8 @@ class Study:
       caption: of the figure.
       reads: which finished runs it needs; empty where it needs none.
       base: config that all runs share, by dotted key.
+      prepare: (folder, settings) -> changes of the config of all runs, after it wrote the data that they read there;
+        called again, it leaves what it finds.
       rows: label of a run to the changes of its config, by dotted key.
       settings: sizes of a simulation, by name.
       quick: the small version; None where the runs are given.
@@ -124,6 +126,7 @@ class Study:
     caption: str
     reads: str = ""
     base: Row = dataclasses.field(default_factory=dict)
+    prepare: Callable[[str, Settings], Row] | None = None
     rows: Mapping[str, Row] = dataclasses.field(default_factory=dict)
     settings: Settings = dataclasses.field(default_factory=dict)
     quick: Quick | None = None

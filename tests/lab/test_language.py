@@ -1,0 +1,75 @@
+"""The study of language models: two small ones from chapters to the figure."""
+
+import functools
+import json
+
+import pytest
+
+from memformer.data import TokenStore
+from memformer.lab.language import LANGUAGE, ROWS
+from memformer.lab.runner import run_study
+from memformer.lab.runs import make_config
+from memformer.lab.study import Result, Table
+from memformer.models import build_model
+from memformer.training.build import model_settings
+from memformer.training.config import RunError
+from memformer.training.step import make_functional
+from tests.executables import kept_executables
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, one_device):
+    """The quick version: (folder, result)."""
+    folder = tmp_path_factory.mktemp("language")
+    with one_device(), kept_executables(), pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        return folder, run_study(LANGUAGE, out="results", quick=True, runs_folder="runs")
+
+
+def test_all_models_are_measured_on_the_same_tokens(measured):
+    folder, result = measured
+    models, contexts, samples, trained = result.tables
+    assert [row["model"] for row in models.rows] == ["softmax attention", "LSTM"]
+    for row in models.rows:
+        # 257 ids and little training: about the entropy of a uniform byte
+        assert 4 < row["bits per byte"] < 10 and row["training tokens per second"] > 0
+    softmax, lstm = models.rows
+    grows = [int(softmax[f"state bytes at {n} tokens"].replace(",", "")) for n in (256, 4096)]
+    assert grows[1] > 10 * grows[0]
+    assert lstm["state bytes at 256 tokens"] == lstm["state bytes at 4096 tokens"]
+    assert list(contexts.rows[0]) == ["model", "1", "2", "4", "8", "16"]
+    assert all(row["text"].startswith("In the beginning") for row in samples.rows)
+    assert [row["steps"] for row in trained.rows] == [4, 4] and result.values["training tokens"] == 4 * 4 * 16
+    store = TokenStore(folder / "runs" / "language-quick-data" / "tokens")
+    assert sum(store.split(split).count("documents") for split in ("train", "validation", "test")) == 514
+    content = json.loads((folder / "results" / "language.json").read_text())
+    assert content["verdict"] is None and (folder / "results" / "language.png").stat().st_size > 1000
+
+
+def test_the_models_have_about_the_same_size():
+    for label, row in ROWS.items():
+        settings = model_settings(make_config(LANGUAGE.base, row).to_dict()["model"])
+        size = make_functional(functools.partial(_build, settings)).size()
+        assert 10.4e6 < size < 10.6e6, label
+
+
+def _build(settings, rngs):
+    return build_model(settings, vocab_size=4096, num_classes=4096, features=0, rngs=rngs)
+
+
+def test_the_verdict():
+    def judged(softmax, gated, hybrid):
+        found = {"softmax attention": softmax, "gated delta rule": gated, "hybrid 3 to 1": hybrid}
+        rows = [{"model": name, "bits per byte": value} for name, value in found.items()]
+        return LANGUAGE.judge(Result([Table("Test split", rows)]))
+
+    assert judged(1.9, 1.8, 1.7).kind == "confirmed"
+    assert judged(1.9, 1.8, 1.85).kind == "partly confirmed"
+    assert judged(1.8, 1.9, 1.85).kind == "refuted"
+    assert "hybrid 3 to 1 1.700" in judged(1.9, 1.8, 1.7).finding
+
+
+def test_a_missing_corpus_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("memformer.lab.language.find_chapters", lambda: None)
+    with pytest.raises(RunError, match="apt-get install sword-text-web"):
+        LANGUAGE.prepare(str(tmp_path), LANGUAGE.settings)
