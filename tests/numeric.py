@@ -29,3 +29,23 @@ def assert_close(got, want, tolerance: float, what: str = "") -> None:
         assert np.all(np.isfinite(np.asarray(g, np.float64))), f"{where}: not finite"
         error = relative_rms(g, w)
         assert error <= tolerance, f"{where}: relative RMS {error:.2e} > {tolerance:.0e}"
+
+
+def slopes(value_and_gradient, at, *, seed: int = 0, step: float = 1e-6) -> tuple[float, float]:
+    """The derivative along a random direction: by the gradient, and by the two values around `at`.
+
+    Args:
+      value_and_gradient: a compiled function of one tree of float64 arrays, called three times; the tree is moved with
+        NumPy, which compiles nothing.
+      at: the tree.
+      seed: of the direction.
+      step: length of the step to both sides.
+    """
+    leaves, tree = jax.tree.flatten(jax.device_get(at))
+    rng = np.random.default_rng(seed)
+    way = [rng.standard_normal(np.shape(x)) for x in leaves]
+    gradient = jax.tree.leaves(value_and_gradient(at)[1])
+    along = sum(float(np.vdot(g, d)) for g, d in zip(gradient, way, strict=True))
+    moved = [[x + s * step * d for x, d in zip(leaves, way, strict=True)] for s in (1, -1)]
+    ahead, behind = (float(value_and_gradient(tree.unflatten(x))[0]) for x in moved)
+    return along, (ahead - behind) / (2 * step)

@@ -96,9 +96,9 @@ def test_continuations(model):
     scorer = TextScorer(model, BYTES, batch_size=2)
     contexts = ["ab", "c", "longer"]
     found = scorer.generate_until([(context, {"max_gen_toks": 4, "until": ["\n\n"]}) for context in contexts])
-    for context, text in zip(contexts, found, strict=True):
-        ids = generate(model, [[START, *context.encode()]], max_new_tokens=4, stop_token=START)[0]
-        assert text == BYTES.decode(ids)
+    prompts = [[START, *context.encode()] for context in contexts]
+    want = generate(model, prompts, max_new_tokens=4, stop_token=START)
+    assert list(found) == [BYTES.decode(ids) for ids in want]
     stop = found[0][1]
     (cut,) = scorer.generate_until([("ab", {"max_gen_toks": 4, "until": stop})])
     assert cut == found[0][: found[0].index(stop)]

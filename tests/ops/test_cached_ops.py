@@ -173,7 +173,7 @@ def test_errors_name_the_argument(name):
 
     def refuses(message, *given, **options):
         with pytest.raises(ValueError, match=message):
-            op(*(given or (q, k, v)), **options)
+            jax.eval_shape(lambda: op(*(given or (q, k, v)), **options))
 
     refuses("query heads must be a multiple of key/value heads: got H = 3, G = 2", *_three())
     refuses(r"initial_state must be a .*Cache, as .* or .*init_cache\(.*\) makes it, got tuple", initial_state=())

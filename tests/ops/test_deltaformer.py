@@ -194,4 +194,4 @@ def test_errors():
         ("initial_state must be a DeltaCache", {"initial_state": mf.init_cache("softmax_attention", **sizes)}),
     ):
         with pytest.raises(ValueError, match=message):
-            mf.deltaformer(**{**given, **changes})
+            jax.eval_shape(lambda changes=changes: mf.deltaformer(**{**given, **changes}))

@@ -113,15 +113,18 @@ def test_decoding_with_decay():
         ("decay must be None where initial_state holds no decays", mf.init_cache("softmax_attention", **sizes), decay),
     ):
         with pytest.raises(ValueError, match=message):
-            mf.softmax_attention(q, k, v, decay=given, initial_state=state)
+            jax.eval_shape(
+                lambda given=given, state=state: mf.softmax_attention(q, k, v, decay=given, initial_state=state)
+            )
 
 
 def test_kernels_refuse_decay_and_sinks():
     q, k, v = arrays()
     for options in ({"decay": jnp.zeros((2, LENGTH, 4))}, {"sinks": jnp.zeros(4)}):
         for implementation in ("pallas", "cudnn"):
+            options |= {"implementation": implementation}
             with pytest.raises(NotImplementedError, match="no decay and no sinks.*'chunked'"):
-                mf.softmax_attention(q, k, v, **options, implementation=implementation)
+                jax.eval_shape(lambda options=options: mf.softmax_attention(q, k, v, **options))
 
 
 def test_window_and_encoder_without_segments():
@@ -176,6 +179,6 @@ def test_errors():
         ("segment_ids must be", {"segment_ids": jnp.ones((2, 3), "int32")}),
     ):
         with pytest.raises(ValueError, match=message):
-            mf.softmax_attention(q, k, v, **options)
+            jax.eval_shape(lambda options=options: mf.softmax_attention(q, k, v, **options))
     with pytest.raises(ValueError, match="capacity"):
         mf.init_cache("softmax_attention", batch=1, capacity=-1, groups=1, key_width=8, value_width=8)
