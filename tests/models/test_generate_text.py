@@ -34,13 +34,16 @@ def attention():
     return build("softmax_attention", depth=1)
 
 
-# Patterns that hold every memory. Where there is no cache, padded and unpadded prompts share one compiled loop.
-CACHES = ("softmax_attention", "fox", "deltaformer", "gated_deltaformer")
-PATTERNS = (CACHES, tuple(name for name in MEMORIES if name not in CACHES))
+# One memory of each layer class; tests/layers/test_memory.py packs and pads every memory. Where there is no cache,
+# padded and unpadded prompts share one compiled loop.
+CACHES = ("fox", "gated_deltaformer")
+STATES = tuple({row.layer: name for name, row in MEMORIES.items() if "cache" not in row.state}.values())
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=["caches", "states"])
+@pytest.mark.parametrize("pattern", [CACHES, STATES], ids=["caches", "states"])
 def test_padding_on_either_side_changes_nothing(pattern):
+    classes = {MEMORIES[name].layer for name in (*CACHES, *STATES)}
+    assert classes == {row.layer for row in MEMORIES.values()}
     model = build(pattern, depth=len(pattern))
     prompt, count = [3, 1, 4, 1, 5], 3
     want = generate(model, [prompt] * 3, max_new_tokens=count)

@@ -14,7 +14,7 @@ from memformer.models import build_model, generate
 from tests.numeric import FORWARD, GRADIENT, assert_close
 
 VOCAB, ROWS, TIME = 8, 4, 6
-IDS = jax.random.randint(jax.random.key(5), (ROWS, TIME), 0, VOCAB)
+IDS = np.random.default_rng(5).integers(0, VOCAB, (ROWS, TIME), np.int32)
 RULES = (("layers", None), ("embed", None), ("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
 HEADS = jax.P("data", "tensor")
 
@@ -52,9 +52,12 @@ def place(kind, parameters, ids=IDS):
     return mesh, placed, jax.device_put(ids, jax.NamedSharding(mesh, jax.P("data")))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("memory", FAMILIES)
+@pytest.mark.parametrize(
+    ("memory", "kind"),
+    [*((memory, "explicit") for memory in FAMILIES), ("gated_delta_rule", "auto"), ("deltaformer", "auto")],
+)
 def test_a_model_on_a_mesh(memory, kind):
+    """Every family on an Explicit mesh; one of each on an Auto mesh, where tests/ops/test_ops.py has every op."""
     _, parameters, call, (gradients, want) = built(memory)
     mesh, placed, rows = place(kind, parameters)
     with jax.set_mesh(mesh):
@@ -77,13 +80,20 @@ def test_a_model_on_a_mesh(memory, kind):
         assert state[name].sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), state[name].ndim)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_decoding_on_a_mesh(kind):
-    """Token by token with the returned state; heads and rows stay sharded."""
+@functools.cache
+def decoder():
+    """A model of two scanned periods, and its logits of IDS on one device."""
     config = {"memory": "delta_rule,softmax_attention", "width": 16, "heads": 2, "depth": 4, "scan_layers": True}
     model = build_model({**config, "feedforward": None}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(model)
-    want = jax.jit(lambda parameters, ids: nnx.merge(graph, parameters)(ids).logits)(parameters, IDS)
+    return model, jax.jit(lambda parameters, ids: nnx.merge(graph, parameters)(ids).logits)(parameters, IDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decoding_on_a_mesh(kind):
+    """Token by token with the returned state; heads and rows stay sharded."""
+    model, want = decoder()
+    graph, parameters = nnx.split(model)
     mesh, placed, rows = place(kind, parameters)
     with jax.set_mesh(mesh):
         step = jax.jit(lambda parameters, ids, state: nnx.merge(graph, parameters)(ids, state=state))
@@ -99,20 +109,30 @@ def test_decoding_on_a_mesh(kind):
         assert cache.k.sharding.spec[:4] == (None, "data", None, "tensor")
 
 
-@pytest.mark.parametrize("scope", [True, False], ids=["mesh set", "mesh of the arrays"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_generate_on_a_mesh(kind, scope):
+GENERATE = {"max_new_tokens": 3, "temperature": 1.0}
+
+
+@functools.cache
+def generated():
+    """A model, and tokens that it generates on one device."""
     config = {"memory": "delta_rule,softmax_attention", "width": 16, "heads": 2, "depth": 2, "feedforward": None}
     model = build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    return model, generate(model, IDS, key=jax.random.key(0), **GENERATE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scope", "listed"),
+    [("auto", True, False), ("auto", False, True), ("explicit", True, True), ("explicit", False, False)],
+)
+def test_generate_on_a_mesh(kind, scope, listed):
+    """The mesh set or that of the arrays, prompts on it or lists: each pair of the three choices at least once."""
+    model, want = generated()
     graph, parameters = nnx.split(model)
-    settings = {"max_new_tokens": 3, "temperature": 1.0, "key": jax.random.key(0)}
-    want = generate(model, IDS, **settings)
     mesh, placed, rows = place(kind, parameters)
     with jax.set_mesh(mesh) if scope else contextlib.nullcontext():
-        got = generate(nnx.merge(graph, placed), rows, **settings)
-        listed = generate(nnx.merge(graph, placed), IDS.tolist(), **settings)
+        prompts = IDS.tolist() if listed else rows
+        got = generate(nnx.merge(graph, placed), prompts, key=jax.random.key(0), **GENERATE)
     np.testing.assert_array_equal(got, want)
-    np.testing.assert_array_equal(listed, want)
 
 
 def test_dropout_on_an_explicit_mesh_advances():
@@ -122,6 +142,7 @@ def test_dropout_on_an_explicit_mesh_advances():
     with jax.set_mesh(mesh):
         rows = jax.device_put(IDS, jax.P("data"))
         model.train()
-        first, second = model(rows).logits, model(rows).logits
+        call = nnx.jit(lambda model, ids: model(ids).logits)
+        first, second = call(model, rows), call(model, rows)
         assert np.abs(np.asarray(first) - np.asarray(second)).max() > 1e-3
         assert int(model.dropout_stream.count[...]) == 2
