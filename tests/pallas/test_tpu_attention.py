@@ -80,13 +80,13 @@ def oracle(arrays, **options):
 
 
 @pytest.mark.parametrize(
-    ("write", "read"),
-    [("softmax", "relu"), ("relu", mf.Kernel("exp", scale=0.5)), (mf.Kernel("round", decimals=2), "linear")],
-    ids=lambda kernel: getattr(kernel, "name", kernel),
+    ("write", "read", "heads"),
+    [("softmax", "relu", 2), ("relu", mf.Kernel("exp", scale=0.5), 1), (mf.Kernel("round", decimals=2), "linear", 1)],
+    ids=lambda value: str(getattr(value, "name", value)),
 )
-def test_kernels(write, read, interpreter):
-    """Every similarity, two heads per program, one row more than a block, a boundary between segments."""
-    arrays, options = given(17, heads=(2, 2)), {"write_kernel": write, "read_kernel": read}
+def test_kernels(write, read, heads, interpreter):
+    """Every similarity, two heads per program in one of them, one row more than a block, a boundary of segments."""
+    arrays, options = given(17, heads=(heads, heads)), {"write_kernel": write, "read_kernel": read}
     options["segment_ids"] = jnp.asarray(np.repeat([3, 1], [6, 11])[None], jnp.int32)
     got, gradients = evaluate(arrays, "pallas", chunk_size=16, **options)
     want, want_gradients = oracle(arrays, **options)
@@ -95,9 +95,9 @@ def test_kernels(write, read, interpreter):
 
 
 def test_a_call_too_long_for_vmem(interpreter, monkeypatch):
-    """Spans of one block each: the slots before a span are read by softmax attention's kernel."""
+    """Two spans of one block each: the slots before a span are read by softmax attention's kernel."""
     monkeypatch.setattr(tuning, "RESIDENT", 1)
-    arrays = given(40, heads=(4, 2))
+    arrays = given(25, heads=(2, 1))
     got, gradients = evaluate(arrays, "pallas", chunk_size=16)
     want, want_gradients = oracle(arrays)
     assert_close(got, want, FORWARD["float32"], "output and u")
@@ -141,15 +141,16 @@ def test_long_write(interpreter, monkeypatch):
         assert late < 1e-6 and late < growth * early
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def both(arrays, implementation):
-    """Gradients of q, k and v through DeltaFormer, its cache, and attention."""
+@functools.partial(jax.jit, static_argnames=("implementation", "op"))
+def slopes(arrays, implementation, op="deltaformer"):
+    """Gradients of q, k and v through DeltaFormer and its cache, or through softmax attention."""
 
     def loss(q, k, v):
+        if op == "softmax_attention":
+            return jnp.sum(jnp.sin(mf.softmax_attention(q, k, v, implementation=implementation)[0]))
         rest = {name: x for name, x in arrays.items() if name not in "qkv"}
         seen, cache = mf.deltaformer(q, k, v, **rest, implementation=implementation)
-        plain, _ = mf.softmax_attention(q, k, v, implementation=implementation)
-        return sum(jnp.sum(jnp.sin(x)) for x in (seen, cache.u, plain))
+        return sum(jnp.sum(jnp.sin(x)) for x in (seen, cache.u))
 
     return jax.grad(loss, argnums=(0, 1, 2))(*(arrays[name] for name in "qkv"))
 
@@ -160,23 +161,30 @@ def test_mapped(interpreter):
     mapped = {name: jnp.concatenate([arrays[name], 2 * arrays[name]]) for name in ("q", "v")}
     axes = {name: 0 if name in mapped else None for name in arrays}
     two = arrays | {name: x[:, None] for name, x in mapped.items()}
-    got = jax.vmap(lambda arrays: both(arrays, "pallas"), in_axes=(axes,))(two)
+    got = jax.vmap(lambda arrays: slopes(arrays, "pallas"), in_axes=(axes,))(two)
     for row in range(2):
-        want = both(arrays | {name: x[row : row + 1] for name, x in mapped.items()}, "chunked")
+        want = slopes(arrays | {name: x[row : row + 1] for name, x in mapped.items()}, "chunked")
         assert_close(jax.tree.map(lambda x, row=row: x[row], got), want, GRADIENT["float32"], f"row {row}")
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-def test_split_over_devices(kind, interpreter):
-    """Under a mesh every device calls the kernels for its own shard of batch and heads; nothing is gathered."""
+@pytest.mark.parametrize(
+    ("kind", "op"),
+    [(AxisType.Auto, "softmax_attention"), (AxisType.Explicit, "deltaformer")],
+    ids=["auto-softmax_attention", "explicit-deltaformer"],
+)
+def test_split_over_devices(kind, op, interpreter):
+    """Under a mesh every device calls the kernels for its own shard of batch and heads; nothing is gathered.
+
+    DeltaFormer reads with the kernels of attention, and both pass through the same wrapper of shards.
+    """
     arrays = given(16, heads=(4, 2))
     arrays = {name: jnp.concatenate([x, 2 * x]) if name in "qv" else jnp.repeat(x, 2, 0) for name, x in arrays.items()}
-    want = both(arrays, "chunked")
+    want = slopes(arrays, "chunked", op)
     mesh = jax.make_mesh((2, 2), ("data", "tensor"), (kind,) * 2, devices=jax.devices()[:4])
     place = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
     sharded = {name: jax.device_put(x, place) for name, x in arrays.items()}
     with jax.set_mesh(mesh):
-        compiled = both.lower(sharded, "pallas").compile()
+        compiled = slopes.lower(sharded, "pallas", op).compile()
         got = compiled(sharded)
     assert_close(got, want, GRADIENT["float32"], "gradient")
     assert all(x.sharding.is_equivalent_to(place, x.ndim) for x in got)
