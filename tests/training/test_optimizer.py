@@ -200,7 +200,7 @@ def test_checkpoints_hold_the_state_of_muon(tmp_path):
     config = default_config().to_dict()
     config["model"] |= {"memory": "linear_attention", "width": 8, "depth": 1, "heads": 1}
     config["optimizer"] |= {"name": "muon", "rate_factors": "embedding:0.5"}
-    run = build_run(config)
+    run = build_run(config, devices=jax.devices()[:1])
     with mesh_scope(run.mesh), Checkpoints(str(tmp_path)) as checkpoints:
         state = init_state(run.model, run.tx, run.mesh, seed=0)
         checkpoints.save(1, state, {}, run.config, {})
