@@ -95,3 +95,14 @@ def programs_kept():
     """Programs of a module's runs are compiled once."""
     with kept_executables():
         yield
+
+
+@pytest.fixture(scope="module")
+def no_curves():
+    """Learning curves are not drawn: each takes half a second, a third of a short run."""
+    # imported on use: the tests of the core need no more than the core
+    from memformer.training import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_learning_curve", lambda *_, **__: None)
+        yield

@@ -104,7 +104,7 @@ CAPACITY_TRAINED = Study(
     },
     rows=_rows(tuple(MEMORIES), SIZES, TOKENS),
     quick=Quick(
-        _rows(("delta rule", "softmax attention"), SIZES[-1:], 16),
+        _rows(("delta rule",), SIZES[-1:], 16),
         {"task.vocab_size": 16, "task.length": 16, "task.pairs": 2, "train.steps": 100},
     ),
 )

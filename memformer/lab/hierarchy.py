@@ -99,7 +99,7 @@ HIERARCHY = Study(
     },
     rows=ROWS,
     quick=Quick(
-        {label: ROWS[label] for label in ("parity DeltaFormer", "parity Transformer")},
+        {"parity DeltaFormer": ROWS["parity DeltaFormer"]},
         {
             "task.length": 6,
             "model.width": 32,

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from memformer.core.types import Array
 from memformer.training.evaluation import LoadedRun
@@ -48,6 +49,11 @@ def block_inputs(model: Any, inputs: Any) -> list[BlockInputs]:
       >>> [one.memory.shape for one in block_inputs(model, jnp.ones((1, 3), int))]
       [(1, 3, 8), (1, 3, 8)]
     """
+    return _block_inputs(model, inputs)
+
+
+@nnx.jit
+def _block_inputs(model: Any, inputs: Any) -> list[BlockInputs]:
     x, found = model.embedding(inputs), []
     for block in model.blocks:
         read = block.norm(x)

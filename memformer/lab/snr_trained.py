@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from memformer.core.similarity import Kernel
+from memformer.core.types import Array
 from memformer.lab.ffn import BASE as TEXT
 from memformer.lab.inside import block_inputs, initial_model, test_batch
 from memformer.lab.plots import new_figure
@@ -102,23 +104,32 @@ def read_heads(layer: Any, x: Any) -> list[Head]:
       >>> [head.keys.shape for head in read_heads(layer, jnp.ones((1, 3, 8)))]
       [(1, 3, 4), (1, 3, 4)]
     """
+    if isinstance(layer, SoftmaxAttention):
+        kernel = Kernel("softmax")
+    elif isinstance(layer, DeltaRule) and layer.decay is None:
+        kernel = Kernel("linear")
+    elif isinstance(layer, DeltaFormer):
+        kernel = layer.read_kernel
+    else:
+        raise ValueError(f"read_heads knows softmax_attention, delta_rule and deltaformer, got {type(layer).__name__}")
+    each = (np.moveaxis(np.asarray(part), 2, 0) for part in _queries_keys_contents(layer, x))
+    return [Head(q, k, u, kernel) for q, k, u in zip(*each, strict=True)]
+
+
+@nnx.jit
+def _queries_keys_contents(layer: Any, x: Array) -> tuple[Array, Array, Array]:
+    """Of all heads, [B, T, H, K] and [B, T, H, V]."""
     # the layer's own steps before its op
     projected, _ = layer._project(x, None, None)
     parts = layer._shape(projected, count_positions(None, x.shape[:2], None) if layer.rotary else None)
     contents = parts["v"]
-    if isinstance(layer, SoftmaxAttention):
-        kernel = Kernel("softmax")
-    elif isinstance(layer, DeltaRule) and layer.decay is None:
-        kernel, beta = Kernel("linear"), layer.beta(x)
+    if isinstance(layer, DeltaRule):
+        beta = layer.beta(x)
         _, cache = deltaformer(**parts, alpha=beta, beta=beta, write_kernel="linear", read_kernel="linear")
         contents = cache.u
     elif isinstance(layer, DeltaFormer):
-        kernel = layer.read_kernel
         contents = layer._apply_op(x, parts, None, None)[1].u
-    else:
-        raise ValueError(f"read_heads knows softmax_attention, delta_rule and deltaformer, got {type(layer).__name__}")
-    each = (np.moveaxis(np.asarray(part), 2, 0) for part in (parts["q"], parts["k"], contents))
-    return [Head(q, k, u, kernel) for q, k, u in zip(*each, strict=True)]
+    return parts["q"], parts["k"], contents
 
 
 def inverse_snr(answers: np.ndarray, signal: np.ndarray | None = None) -> np.ndarray:

@@ -113,7 +113,7 @@ WORDS = Study(
     },
     rows=ROWS,
     quick=Quick(
-        {label: ROWS[label] for label in ("S3 product2", "S3 softmax")},
+        {"S3 product2": ROWS["S3 product2"]},
         {
             "task.length": 8,
             "model.width": 32,

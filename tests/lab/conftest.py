@@ -8,11 +8,11 @@ from memformer.lab import STUDIES
 
 @pytest.fixture
 def measure_quickly():
-    """(name of a study that simulates) -> its result; its figure is drawn too."""
+    """(name of a study that simulates, settings that are smaller still) -> its result; its figure is drawn too."""
 
-    def measure(name):
+    def measure(name, **smaller):
         study = STUDIES[name]
-        result = study.measure({}, {**study.settings, **study.quick.settings})
+        result = study.measure({}, {**study.settings, **study.quick.settings, **smaller})
         assert study.draw(result).axes
         return result
 

@@ -13,6 +13,7 @@ from memformer.training.evaluation import load_run
 from memformer.training.loop import train
 from memformer.training.metrics import read_records
 
+pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
 # Nats per word of a caption without the picture: one of 24 pairs twice and one of 4 relations in 9 words
 # (3 scenes of 4), one pair in 4 words and the number of shapes.
 BLIND = (0.75 * (2 * np.log(24) + np.log(4)) + 0.25 * np.log(24) + 0.56) / (0.75 * 9 + 0.25 * 4)

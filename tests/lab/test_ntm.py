@@ -3,7 +3,6 @@
 import json
 import types
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -64,7 +63,6 @@ def test_tables_verdict_and_figures(tmp_path):
     assert verdict.kind == "not reproduced" and "copy of 7 vectors: LSTM 3.5 wrong bits, NTM 3.5" in verdict.finding
     assert f"not reproduced: copy, n-grams (20.0 bits, the optimum has {np.mean(costs):.1f})." in verdict.finding
     assert study.draw(result).axes and list(study.examples(named)) == ["heads"]
-    jax.clear_caches()
 
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path):

@@ -8,7 +8,7 @@ from memformer.lab.runs import accuracy_by_length, make_config, train_runs, trai
 from memformer.training.config import RunError
 from memformer.training.metrics import read_records
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
+pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
 BASE = {
     "task": {"name": "swap", "objects": 3, "length": 4},
     "model": {"memory": "softmax_attention", "width": 8, "heads": 1, "feedforward": None},

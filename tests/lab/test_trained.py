@@ -1,40 +1,31 @@
 """The studies that train their own models: the quick version of each, and what it must show."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from memformer.core.similarity import Kernel
+from memformer.lab.__main__ import main
 from memformer.lab.kernels import nearly_orthogonal, swap_by_hand
 from memformer.lab.swap import spikes
 
-ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("swap", "curriculum", "kernels", "mqar", "reachability", "words", "hierarchy", "capacity_trained")
 NAMES += ("ffn", "snr_trained")
-# One process, so that shared programs are compiled once; of one device, as where a user calls the command.
-DRIVER = f"""
-import sys
-from memformer.lab.__main__ import main
-for name in {NAMES}:
-    sys.argv = ["lab", name, "--quick", "--out", "results"]
-    main()
-"""
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """The JSON of each measurement's quick version, by name."""
+def measured(tmp_path_factory, one_device, programs_kept, no_curves):
+    """The JSON of each measurement's quick version, by name: the command's, with JAX's own defaults."""
     folder = tmp_path_factory.mktemp("lab")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    got = subprocess.run(
-        [sys.executable, "-c", DRIVER], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert got.returncode == 0, got.stdout[-4000:] + got.stderr[-4000:]
+    with one_device(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            for name in NAMES:
+                patch.setattr(sys, "argv", ["lab", name, "--quick", "--out", "results"])
+                main()
     return {name: json.loads((folder / "results" / f"{name}.json").read_text()) for name in NAMES}
 
 
@@ -67,14 +58,15 @@ def test_recall_is_learnt_through_softmax(measured):
 
 def test_pairs_are_recalled_after_training_at_equal_bytes(measured):
     rows = measured["capacity_trained"]["tables"][0]["rows"]
-    assert [row["4096 bytes"].partition(" ")[2] for row in rows] == ["(K = 32)", "(K = 32)"]
+    assert [row["4096 bytes"].partition(" ")[2] for row in rows] == ["(K = 32)"]
     assert measured["capacity_trained"]["values"]["delta rule 4096"] > 1.5
 
 
-def test_two_reflections_a_letter_follow_s3_better_than_softmax(measured):
+def test_two_reflections_a_letter_follow_s3(measured):
+    """Softmax attention has 0.38 after as many steps."""
     study = measured["words"]
-    assert study["values"]["S3 product2"]["8"] > study["values"]["S3 softmax"]["8"] + 0.1
-    assert [(row["group"], row["model"]) for row in study["tables"][0]["rows"]][0] == ("S3", "DeltaProduct, n_h = 2")
+    assert study["values"]["S3 product2"]["8"] > 0.47
+    assert [(row["group"], row["model"]) for row in study["tables"][0]["rows"]] == [("S3", "DeltaProduct, n_h = 2")]
 
 
 def test_rounding_to_integers_follows_more_objects_than_the_key_is_wide(measured):
@@ -87,9 +79,10 @@ def test_reachability_is_learnt_by_one_layer(measured):
     assert measured["reachability"]["values"]["DeltaFormer, 1 layer"]["8"] > 0.75
 
 
-def test_parity_is_learnt_by_deltaformer_and_not_by_a_transformer(measured):
+def test_parity_is_learnt_by_deltaformer(measured):
+    """At twice the length of training; a transformer has 0.54 there after as many steps."""
     study = measured["hierarchy"]
-    assert study["values"]["parity DeltaFormer"]["12"] > study["values"]["parity Transformer"]["12"] + 0.1
+    assert study["values"]["parity DeltaFormer"]["12"] > 0.9
     assert study["tables"][0]["rows"][0]["paper"] == "100.0%"
 
 

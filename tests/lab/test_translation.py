@@ -9,6 +9,7 @@ from memformer.training.evaluation import load_run
 from memformer.training.loop import train
 from memformer.training.metrics import read_records
 
+pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
 STEPS, LOSS = 50, 1.5
 
 
