@@ -23,16 +23,19 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     Raises:
       NotImplementedError: no kernel serves the call, or the chip; the message names the implementation that does.
     """
-    check_matrix_call(call)
+    check_matrix_call(call, chip())
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
     if chip() == "gpu":
         from memformer.pallas.gpu.matrix_memory.chunk_scan import run as kernels
+    elif call.decay_per_channel or call.w is not None or call.alpha is not None:
+        from memformer.pallas.tpu.matrix_memory.channel_decay import run as kernels
     elif call.beta is None:
         from memformer.pallas.tpu.matrix_memory.linear_attention import run as kernels
     else:
         from memformer.pallas.tpu.matrix_memory.delta_rule import run as kernels
     repeats = key_head_repeats(call.q.shape[2], call.v.shape[2])
-    call = dataclasses.replace(call, q=repeat_heads(call.q, repeats), k=repeat_heads(call.k, repeats))
+    q, k, w = (x if x is None else repeat_heads(x, repeats) for x in (call.q, call.k, call.w))
+    call = dataclasses.replace(call, q=q, k=k, w=w)
     output, state = kernels(_one_write_per_token(call))
     return output[:, call.writes - 1 :: call.writes], state
 

@@ -30,7 +30,7 @@ def token_scalars(config: BaseScanConfig, call: MatrixCall) -> dict[str, Float[A
 
     decay_in = decay_out = jnp.ones(shape, jnp.float32)
     scalars = {} if call.beta is None else {"beta": by_chunk(call.beta)}
-    if call.decay is not None:
+    if config.decay:
         decay = cumulative_decay(by_chunk(call.decay), axis=2)
         scalars |= {"whole": decay.whole, "fraction": decay.fraction}
         decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(decay[:, :, -1:].since(decay))

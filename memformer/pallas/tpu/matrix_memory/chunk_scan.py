@@ -7,7 +7,7 @@ nothing else.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,13 +40,14 @@ class ChunkStep:
 
     Attributes:
       name: of the kernels.
-      forward: (config, scalars, head, prepared, q, k, v, state) to (o [C, V], the state that leaves the chunk); state
-        is a reference.
-      backward: (config, scalars, gradients, head, prepared, q, k, v, state, do, ds) to (dq, dk, dv, ds of the state
-        that enters the chunk); state and ds are references. Adds the gradients of the token scalars to `gradients`.
-      prepare: what does not depend on the state, for one or two heads, one chunk ahead: (config, scalars, heads, q, k,
-        refs) stores into refs, the references of each head, what forward and backward then receive as `prepared`; or
-        None.
+      forward: (config, scalars, head, prepared, keys, v, state) to (o [C, V], the state that leaves the chunk); keys
+        are q, k and, with an erase vector, w, each [C, K]; state is a reference.
+      backward: (config, scalars, gradients, head, prepared, keys, v, state, do, ds) to (gradients of the keys and, with
+        a decay per channel, of that; dv; ds of the state that enters the chunk); state and ds are references. Adds the
+        gradients of the token scalars to `gradients`.
+      prepare: what does not depend on the state, for one or two heads, one chunk ahead: (config, scalars, heads, keys,
+        refs) stores into refs, the references of each head, what forward and backward then receive as `prepared`; keys
+        of each head, followed by the decay [C, K] where it is per channel. Or None.
       prepared: (config, backward) to shape and dtype of what prepare stores per head.
       interleaved: heads that are computed interleaved while the next chunk is prepared.
       delay: steps of prepare before the heads start: their products fill the MXU where the inverse leaves it idle.
@@ -74,10 +75,16 @@ def run_scan(
     call = _split_values(config, call)
     # bfloat16 where all three are.
     dtype = jnp.bfloat16 if call.q.dtype == call.k.dtype == call.v.dtype == jnp.bfloat16 else jnp.float32
-    q, k, v = (jnp.swapaxes(pad_time(x.astype(dtype), config.chunk), 1, 2) for x in (call.q, call.k, call.v))
+
+    def by_head(x, dtype):
+        return jnp.swapaxes(pad_time(x.astype(dtype), config.chunk), 1, 2)
+
+    keys = tuple(by_head(x, dtype) for x in (call.q, call.k, call.w) if x is not None)
+    v = by_head(call.v, dtype)
+    channels = (by_head(call.decay, jnp.float32),) if config.channels else ()
     scalars = stack_scalars(config, call)
-    state = vary_like(call.state.astype(jnp.float32), q, k, v, *scalars)
-    o, end = _scan(step, config, q, k, v, scalars, state)
+    state = vary_like(call.state.astype(jnp.float32), *keys, v, *channels, *scalars)
+    o, end = _scan(step, config, keys, v, channels, scalars, state)
     return _join_values(jnp.swapaxes(o, 1, 2)[:, :length], end, width)
 
 
@@ -87,10 +94,11 @@ def _split_values(config: ScanConfig, call: MatrixCall) -> MatrixCall:
     if blocks == 1:
         return call
     v = call.v.reshape(*call.v.shape[:2], -1, config.value)
-    beta, decay = (x if x is None else jnp.repeat(x, blocks, axis=2) for x in (call.beta, call.decay))
+    scalars = (call.alpha, call.beta, call.decay)
+    alpha, beta, decay = (x if x is None else jnp.repeat(x, blocks, axis=2) for x in scalars)
     state = jnp.swapaxes(call.state.reshape(*call.state.shape[:3], blocks, config.value), 2, 3)
     state = state.reshape(config.batch, config.heads, config.key, config.value)
-    return dataclasses.replace(call, v=v, beta=beta, decay=decay, state=state)
+    return dataclasses.replace(call, v=v, alpha=alpha, beta=beta, decay=decay, state=state)
 
 
 def _join_values(o: Array, state: Array, width: int) -> tuple[Array, Array]:
@@ -105,33 +113,42 @@ def _join_values(o: Array, state: Array, width: int) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(step: ChunkStep, config: ScanConfig, q, k, v, scalars, state):
+def _scan(step: ChunkStep, config: ScanConfig, keys, v, channels, scalars, state):
     call = split_batch_and_heads(_forward, (step, config, False), config.axes, results=2)
-    return tuple(call(q, k, v, state, *scalars))
+    return tuple(call(*keys, v, *channels, state, *scalars))
 
 
-def _scan_forward(step, config, q, k, v, scalars, state):
+def _scan_forward(step, config, keys, v, channels, scalars, state):
     if config.remat == "inputs":
-        return _scan(step, config, q, k, v, scalars, state), (q, k, v, scalars, state)
-    o, end, states = _scan_and_save(step, config, q, k, v, scalars, state)
-    return (o, end), (q, k, v, scalars, states)
+        return _scan(step, config, keys, v, channels, scalars, state), (keys, v, channels, scalars, state)
+    o, end, states = _scan_and_save(step, config, keys, v, channels, scalars, state)
+    return (o, end), (keys, v, channels, scalars, states)
 
 
-def _scan_and_save(step, config, q, k, v, scalars, state):
+def _scan_and_save(step, config, keys, v, channels, scalars, state):
     call = split_batch_and_heads(_forward, (step, config, True), config.axes, results=3)
-    return call(q, k, v, state, *scalars)
+    return call(*keys, v, *channels, state, *scalars)
 
 
 def _scan_backward(step, config, saved, cotangents):
-    q, k, v, scalars, states = saved
+    keys, v, channels, scalars, states = saved
     if config.remat == "inputs":
-        *_, states = _scan_and_save(step, config, q, k, v, scalars, states)
-    call = split_batch_and_heads(_backward, (step, config), config.axes, results=4 + len(scalars))
-    dq, dk, dv, dstate, *dscalars = call(q, k, v, states, *cotangents, *scalars)
-    return dq, dk, dv, tuple(dscalars), dstate
+        *_, states = _scan_and_save(step, config, keys, v, channels, scalars, states)
+    results = len(keys) + len(channels) + len(scalars) + 2
+    call = split_batch_and_heads(_backward, (step, config), config.axes, results=results)
+    gradients = list(call(*keys, v, *channels, states, *cotangents, *scalars))
+    dkeys, dv, dchannels, dstate, dscalars = _split_arrays(config, gradients, 1)
+    return dkeys, dv, dchannels, dscalars, dstate
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _split_arrays(config: ScanConfig, arrays: Sequence[Array], others: int) -> tuple[Any, ...]:
+    """The arrays of a kernel's call as keys, v, channels, `others` more, and the scalars."""
+    keys, v, rest = tuple(arrays[: config.keys]), arrays[config.keys], arrays[config.keys + 1 :]
+    count = int(config.channels)
+    return keys, v, tuple(rest[:count]), *rest[count : count + others], tuple(rest[count + others :])
 
 
 class _Chunk:
@@ -141,9 +158,10 @@ class _Chunk:
     time. What is prepared lies in two copies that alternate.
     """
 
-    def __init__(self, step: ChunkStep, config: ScanConfig, q_ref, k_ref, scalars, prepared):
+    def __init__(self, step: ChunkStep, config: ScanConfig, keys, channels, scalars, prepared):
         self.step, self.config = step, config
-        self._keys = (q_ref.at[0], k_ref.at[0])
+        self._keys = tuple(ref.at[0] for ref in keys)
+        self._channels = tuple(ref.at[0] for ref in channels)
         self.scalars = TokenScalars(config, scalars[:1])
         if step.prepare is not None:
             self._next_scalars = TokenScalars(config, scalars[1:])
@@ -152,11 +170,11 @@ class _Chunk:
             self._prepared = [ref.at[1 - slot] for ref in prepared]
 
     def head(self, h: int):
-        """q, k and what was prepared, of one head."""
-        g = h // self.config.heads_per_key
+        """What was prepared, and the keys, of one head."""
+        g, count = h // self.config.heads_per_key, self.config.keys
         if self.step.prepare is None:
-            return *(ref[g] for ref in self._keys), ()
-        return *(ref[g] for ref in self._prepared[:2]), [ref.at[h] for ref in self._prepared[2:]]
+            return (), tuple(ref[g] for ref in self._keys)
+        return [ref.at[h] for ref in self._prepared[count:]], tuple(ref[g] for ref in self._prepared[:count])
 
     def run(self, heads: list[Steps]) -> None:
         """Computes all heads, interleaved with preparing the next chunk."""
@@ -171,22 +189,23 @@ class _Chunk:
         for copy, ref in zip(self._next, self._keys, strict=False):
             for g in set(places):
                 copy[g] = ref[g]
-        keys = [[ref[g] for g in places] for ref in self._keys]
-        refs = [[ref.at[h] for ref in self._next[2:]] for h in heads]
-        yield from self.step.prepare(self.config, self._next_scalars, heads, *keys, refs)
+        keys = [[ref[g] for ref in self._keys] for g in places]
+        keys = [[*own, *(ref[h] for ref in self._channels)] for h, own in zip(heads, keys, strict=True)]
+        refs = [[ref.at[h] for ref in self._next[self.config.keys :]] for h in heads]
+        yield from self.step.prepare(self.config, self._next_scalars, heads, keys, refs)
 
 
 def _prepared_scratch(step: ChunkStep, config: ScanConfig, q, backward: bool) -> list[pltpu.VMEM]:
-    """Scratch for what is prepared, in two copies: q and k, then the arrays of the memory."""
+    """Scratch for what is prepared, in two copies: the keys, then the arrays of the memory."""
     if step.prepare is None:
         return []
-    keys = [pltpu.VMEM((2, config.program_keys, config.chunk, config.key), q.dtype)] * 2
+    keys = [pltpu.VMEM((2, config.program_keys, config.chunk, config.key), q.dtype)] * config.keys
     arrays = step.prepared(config, backward)
     return keys + [pltpu.VMEM((2, config.program_heads, *shape), dtype) for shape, dtype in arrays]
 
 
 def _forward_kernel(
-    q_ref, k_ref, v_ref, scalars, start_ref, o_ref, end_ref, *refs, step: ChunkStep, config: ScanConfig, save: bool
+    keys, v_ref, channels, scalars, start_ref, o_ref, end_ref, *refs, step: ChunkStep, config: ScanConfig, save: bool
 ):
     states_ref, s_ref, *prepared = refs if save else (None, *refs)
     n = pl.program_id(2)
@@ -195,13 +214,13 @@ def _forward_kernel(
     def _():
         pltpu.sync_copy(start_ref.at[0], s_ref)
 
-    chunk = _Chunk(step, config, q_ref, k_ref, scalars, prepared)
+    chunk = _Chunk(step, config, keys, channels, scalars, prepared)
 
     def compute(h):
         if states_ref is not None:
             states_ref[0, h, 0] = s_ref[h]
-        q, k, prepared = chunk.head(h)
-        o, state = yield from step.forward(config, chunk.scalars, h, prepared, q, k, v_ref[0, h], s_ref.at[h])
+        prepared, keys = chunk.head(h)
+        o, state = yield from step.forward(config, chunk.scalars, h, prepared, keys, v_ref[0, h], s_ref.at[h])
         o_ref[0, h] = o.astype(o_ref.dtype)
         s_ref[h] = state
 
@@ -212,14 +231,16 @@ def _forward_kernel(
         pltpu.sync_copy(s_ref, end_ref.at[0])
 
 
-def _forward(step: ChunkStep, config: ScanConfig, save: bool, q, k, v, start, *scalars):
-    """One device's shard: q, k [B, G, T, K], v [B, H, T, V], start [B, H, K, V], scalars [B, H, names, N, C].
+def _forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
+    """One device's shard: keys [B, G, T, K], v [B, H, T, V], with a decay per channel that, [B, H, T, K], start
+    [B, H, K, V], scalars [B, H, names, N, C].
 
     Returns o, the last state, and, if `save`, the states that enter the chunks [B, H, N, K, V].
     """
-    config = config.local(q, v)
+    keys, v, channels, start, scalars = _split_arrays(config, arrays, 1)
+    config = config.local(keys[0], v)
     blocks = _make_blocks(config, step.prefetch)
-    like = (q, k, v, start, *scalars)
+    like = arrays
     out_specs = [blocks.value, blocks.state]
     out_shape = [varying_result(v.shape, v.dtype, *like), varying_result(start.shape, jnp.float32, *like)]
     if save:
@@ -231,18 +252,24 @@ def _forward(step: ChunkStep, config: ScanConfig, save: bool, q, k, v, start, *s
     return pl.pallas_call(
         functools.partial(_forward_kernel, step=step, config=config, save=save),
         grid=blocks.grid,
-        in_specs=[blocks.key, blocks.key, blocks.value, scalar_blocks, blocks.state],
+        in_specs=[
+            [blocks.key] * len(keys),
+            blocks.value,
+            [blocks.channels] * len(channels),
+            scalar_blocks,
+            blocks.state,
+        ],
         out_specs=out_specs,
         out_shape=out_shape,
-        scratch_shapes=[state, *_prepared_scratch(step, config, q, False)],
+        scratch_shapes=[state, *_prepared_scratch(step, config, keys[0], False)],
         compiler_params=_compiler_params(),
         name=f"memformer_{step.name}_forward",
-    )(q, k, v, scalars, start)
+    )(list(keys), v, list(channels), scalars, start)
 
 
 def _backward_kernel(
-    q_ref, k_ref, v_ref, scalars, states_ref, do_ref, dend_ref,
-    dq_ref, dk_ref, dv_ref, dscalars, dstart_ref, ds_ref, *prepared,
+    keys, v_ref, channels, scalars, states_ref, do_ref, dend_ref,
+    dkeys, dv_ref, dchannels, dscalars, dstart_ref, ds_ref, *prepared,
     step: ChunkStep, config: ScanConfig,
 ):  # fmt: skip
     n = pl.program_id(2)
@@ -251,22 +278,23 @@ def _backward_kernel(
     def _():
         pltpu.sync_copy(dend_ref.at[0], ds_ref)
 
-    chunk = _Chunk(step, config, q_ref, k_ref, scalars, prepared)
+    chunk = _Chunk(step, config, keys, channels, scalars, prepared)
     gradients = ScalarGradients(config)
     key_gradients = [[] for _ in range(config.program_keys)]
 
     def compute(h):
-        q, k, prepared = chunk.head(h)
-        inputs = (prepared, q, k, v_ref[0, h], states_ref.at[0, h, 0], do_ref[0, h], ds_ref.at[h])
-        dq, dk, dv, ds = yield from step.backward(config, chunk.scalars, gradients, h, *inputs)
+        inputs = (*chunk.head(h), v_ref[0, h], states_ref.at[0, h, 0], do_ref[0, h], ds_ref.at[h])
+        by_key, dv, ds = yield from step.backward(config, chunk.scalars, gradients, h, *inputs)
         dv_ref[0, h] = dv.astype(dv_ref.dtype)
         ds_ref[h] = ds
-        key_gradients[h // config.heads_per_key].append((dq, dk))
+        key_gradients[h // config.heads_per_key].append(by_key[: config.keys])
+        for ref, gradient in zip(dchannels, by_key[config.keys :], strict=True):
+            ref[0, h] = gradient
 
     chunk.run([compute(h) for h in range(config.program_heads)])
     for g, parts in enumerate(key_gradients):
-        dq, dk = (functools.reduce(jnp.add, x) for x in zip(*parts, strict=True))
-        dq_ref[0, g], dk_ref[0, g] = dq.astype(dq_ref.dtype), dk.astype(dk_ref.dtype)
+        for ref, summands in zip(dkeys, zip(*parts, strict=True), strict=True):
+            ref[0, g] = functools.reduce(jnp.add, summands).astype(ref.dtype)
     gradients.store(dscalars)
 
     @pl.when(n == config.chunks - 1 + step.prefetch)
@@ -274,33 +302,48 @@ def _backward_kernel(
         pltpu.sync_copy(ds_ref, dstart_ref.at[0])
 
 
-def _backward(step: ChunkStep, config: ScanConfig, q, k, v, states, do, dend, *scalars):
-    """Gradients of q, k, v, the initial state and the token scalars, of one device's shard."""
-    config = config.local(q, v)
+def _backward(step: ChunkStep, config: ScanConfig, *arrays):
+    """Gradients of keys, v, decay per channel, initial state and token scalars, of one device's shard."""
+    keys, v, channels, states, do, dend, scalars = _split_arrays(config, arrays, 3)
+    config = config.local(keys[0], v)
     blocks = _make_blocks(config, step.prefetch, reverse=True)
-    like = (q, k, v, states, do, dend, *scalars)
+    like = arrays
     # One part for every program that shares a query and key head.
-    parts = (config.batch, config.heads // min(config.program_heads, config.repeat), *q.shape[2:])
+    parts = (config.batch, config.heads // min(config.program_heads, config.repeat), *keys[0].shape[2:])
     scalars, scalar_blocks = _scalar_inputs(step, config, blocks, scalars)
     state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
-    dq, dk, dv, dscalars, dstart = pl.pallas_call(
+    dkeys, dv, dchannels, dscalars, dstart = pl.pallas_call(
         functools.partial(_backward_kernel, step=step, config=config),
         grid=blocks.grid,
-        in_specs=[blocks.key, blocks.key, blocks.value, scalar_blocks, blocks.states, blocks.value, blocks.state],
-        out_specs=[blocks.key_part, blocks.key_part, blocks.value, scalar_blocks[:1], blocks.state],
+        in_specs=[
+            [blocks.key] * len(keys),
+            blocks.value,
+            [blocks.channels] * len(channels),
+            scalar_blocks,
+            blocks.states,
+            blocks.value,
+            blocks.state,
+        ],
+        out_specs=[
+            [blocks.key_part] * len(keys),
+            blocks.value,
+            [blocks.channel_part] * len(channels),
+            scalar_blocks[:1],
+            blocks.state,
+        ],
         out_shape=[
-            varying_result(parts, q.dtype, *like),
-            varying_result(parts, k.dtype, *like),
+            [varying_result(parts, x.dtype, *like) for x in keys],
             varying_result(v.shape, v.dtype, *like),
+            [varying_result(x.shape, jnp.float32, *like) for x in channels],
             [varying_result(x.shape, jnp.float32, *like) for x in scalars[:1]],
             varying_result(dend.shape, jnp.float32, *like),
         ],
-        scratch_shapes=[state, *_prepared_scratch(step, config, q, True)],
+        scratch_shapes=[state, *_prepared_scratch(step, config, keys[0], True)],
         compiler_params=_compiler_params(),
         name=f"memformer_{step.name}_backward",
-    )(q, k, v, scalars, states, do, dend)
-    dq, dk = _sum_parts(config, dq), _sum_parts(config, dk)
-    return dq, dk, dv, dstart, *(unpack_scalars(config, x) for x in dscalars)
+    )(list(keys), v, list(channels), scalars, states, do, dend)
+    dkeys = [_sum_parts(config, x) for x in dkeys]
+    return *dkeys, dv, *dchannels, dstart, *(unpack_scalars(config, x) for x in dscalars)
 
 
 def _scalar_inputs(step: ChunkStep, config: ScanConfig, blocks: "_ScanBlocks", scalars):
@@ -319,6 +362,8 @@ class _ScanBlocks:
     key: pl.BlockSpec
     key_part: pl.BlockSpec
     value: pl.BlockSpec
+    channels: pl.BlockSpec
+    channel_part: pl.BlockSpec
     scalars: pl.BlockSpec
     next_scalars: pl.BlockSpec
     state: pl.BlockSpec
@@ -326,7 +371,7 @@ class _ScanBlocks:
 
 
 def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _ScanBlocks:
-    """Blocks for a scan over the chunks, from the last one if `reverse`; q and k are loaded `prefetch` steps early."""
+    """Blocks for a scan over the chunks, from the last one if `reverse`; keys are loaded `prefetch` steps early."""
     C, K, V, P = config.chunk, config.key, config.value, config.program_heads
     programs_per_key = max(1, config.repeat // P)
 
@@ -348,6 +393,8 @@ def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _S
         key=pl.BlockSpec((1, config.program_keys, C, K), lambda b, h, n: (b, h // programs_per_key, ahead(n), 0)),
         key_part=pl.BlockSpec((1, config.program_keys, C, K), value_index),
         value=pl.BlockSpec((1, P, C, V), value_index),
+        channels=pl.BlockSpec((1, P, C, K), lambda b, h, n: (b, h, ahead(n), 0)),
+        channel_part=pl.BlockSpec((1, P, C, K), value_index),
         scalars=pl.BlockSpec(scalars, lambda b, h, n: (b, h, now(n), 0, 0)),
         next_scalars=pl.BlockSpec(scalars, lambda b, h, n: (b, h, ahead(n), 0, 0)),
         state=pl.BlockSpec((1, P, K, V), lambda b, h, n: (b, h, 0, 0)),

@@ -28,11 +28,15 @@ class ScanConfig(BaseScanConfig):
       max_heads: value heads per program, at most.
       remat: what is saved for the backward pass, see `Tuning`.
       passes: MXU passes per product.
+      erase: whether there is an erase vector other than k.
+      channels: whether each key channel has a log decay of its own; `decay` is then False.
     """
 
     max_heads: int
     remat: str
     passes: int
+    erase: bool = False
+    channels: bool = False
 
     def local(self, q: Array, v: Array) -> "ScanConfig":
         """The configuration of one device's shard: q [B, G, T, K], v [B, H, T, V]."""
@@ -61,9 +65,15 @@ class ScanConfig(BaseScanConfig):
         return [tuple(range(h, min(h + 2, count))) for h in range(0, count, 2)]
 
     @property
+    def keys(self) -> int:
+        """Number of arrays [B, G, T, K]: q, k and, with an erase vector, w."""
+        return 3 if self.erase else 2
+
+    @property
     def scalars(self) -> tuple[str, ...]:
         """Names of the token scalars of this call, in the order of their array; see token_scalars.py."""
-        kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("write", self.beta or self.carries))
+        kinds: tuple[tuple[str, bool], ...] = (("beta", self.beta), ("alpha", self.beta and self.channels))
+        kinds += (("write", (self.beta and not self.channels) or self.carries),)
         kinds += (("decay_in", self.carries), ("whole", self.decay), ("fraction", self.decay))
         kinds += (("segment", self.segments),)
         return tuple(name for name, present in kinds if present)
@@ -98,4 +108,7 @@ def plan_call(call: MatrixCall, sizes: tuning.Tuning | None = None) -> ScanConfi
         max_heads=sizes.heads,
         remat=sizes.remat,
         passes=PASSES[call.precision],
+        decay=call.decay is not None and not call.decay_per_channel,
+        erase=call.w is not None,
+        channels=call.decay_per_channel,
     )

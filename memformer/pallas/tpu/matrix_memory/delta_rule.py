@@ -31,19 +31,14 @@ from memformer.pallas.tpu.inverse import unit_lower_inverses
 from memformer.pallas.tpu.matrix_memory.chunk_scan import ChunkStep, run_scan
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
 from memformer.pallas.tpu.matrix_memory.token_scalars import ScalarGradients, TokenScalars
-from memformer.pallas.tpu.products import iotas, product, split_bf16
+from memformer.pallas.tpu.products import exact_passes, iotas, product, split_bf16
 from memformer.pallas.tpu.tuning import Tuning
 
 __all__ = ["run"]
 
 
-def _exact_passes(config: ScanConfig) -> int:
-    """Passes of products that cancel when keys repeat; one leaves an error of percents in state and gradients."""
-    return max(config.passes, 3)
-
-
 def _exact(config: ScanConfig, a, b, contract: str) -> Array:
-    return product(a, b, contract, _exact_passes(config))
+    return product(a, b, contract, exact_passes(config.passes))
 
 
 def _strictly_lower(x: Array) -> Array:
@@ -55,15 +50,15 @@ def _prepared(config: ScanConfig, backward: bool) -> list[tuple[tuple[int, ...],
     """X in summands; forward P beta in summands, backward M, P and D."""
     square = (config.chunk, config.chunk)
     whole = [(square, jnp.float32)]
-    summands = [(square, jnp.bfloat16)] * 2 if _exact_passes(config) == 3 else whole
+    summands = [(square, jnp.bfloat16)] * 2 if exact_passes(config.passes) == 3 else whole
     return summands + (whole * 3 if backward else summands)
 
 
-def _prepare(config: ScanConfig, scalars: TokenScalars, heads, q, k, refs) -> Steps:
-    passes = _exact_passes(config)
+def _prepare(config: ScanConfig, scalars: TokenScalars, heads, keys, refs) -> Steps:
+    passes = exact_passes(config.passes)
     summands = 2 if passes == 3 else 1
     a = []
-    for h, head_q, head_k, head_refs in zip(heads, q, k, refs, strict=True):
+    for h, (head_q, head_k), head_refs in zip(heads, keys, refs, strict=True):
         decay, beta = scalars.decay_mask(h), scalars.row("beta", h)
         kk = _strictly_lower(decay * product(head_k, head_k, "nt", config.passes))
         a.append(beta * kk)
@@ -80,7 +75,8 @@ def _prepare(config: ScanConfig, scalars: TokenScalars, heads, q, k, refs) -> St
             ref[...] = summand
 
 
-def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, q, k, v, state):
+def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, keys, v, state):
+    q, k = keys
     mm = functools.partial(product, passes=config.passes)
     half = len(prepared) // 2
     inverse, qk = (tuple(ref[...] for ref in refs) for refs in (prepared[:half], prepared[half:]))
@@ -96,8 +92,9 @@ def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, q, k, 
 
 
 def _backward(
-    config: ScanConfig, scalars: TokenScalars, gradients: ScalarGradients, h: int, prepared, q, k, v, state, do, ds
+    config: ScanConfig, scalars: TokenScalars, gradients: ScalarGradients, h: int, prepared, keys, v, state, do, ds
 ):
+    q, k = keys
     mm = functools.partial(product, passes=config.passes)
     *inverse, kk, qk, decay = prepared
     inverse = tuple(ref[...] for ref in inverse)
@@ -140,7 +137,7 @@ def _backward(
         carried = config.scale * mm(q, state[...], "nn")
         gradients.add_decay(h, do.astype(jnp.float32) * carried - dv * stored, state[...] * ds[...])
     yield
-    return dq, dk, dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn") - _exact(config, k, e, "tn")
+    return (dq, dk), dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn") - _exact(config, k, e, "tn")
 
 
 STEP = ChunkStep("delta_rule", _forward, _backward, _prepare, _prepared, interleaved=2, delay=8)

@@ -29,7 +29,8 @@ from memformer.pallas.tpu.tuning import Tuning
 __all__ = ["run"]
 
 
-def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, q, k, v, state):
+def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, keys, v, state):
+    q, k = keys
     mm = functools.partial(product, passes=config.passes)
     qk = config.scale * scalars.decay_mask(h) * mm(q, k, "nt")
     yield
@@ -41,8 +42,9 @@ def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, q, k, 
 
 
 def _backward(
-    config: ScanConfig, scalars: TokenScalars, gradients: ScalarGradients, h: int, prepared, q, k, v, state, do, ds
+    config: ScanConfig, scalars: TokenScalars, gradients: ScalarGradients, h: int, prepared, keys, v, state, do, ds
 ):
+    q, k = keys
     mm = functools.partial(product, passes=config.passes)
     decay = scalars.decay_mask(h)
     qk = config.scale * decay * mm(q, k, "nt")
@@ -68,7 +70,7 @@ def _backward(
         change = dqk * qk
         gradients.add_column("fraction", h, jnp.sum(change, axis=1, keepdims=True))
         gradients.add_row("fraction", h, -jnp.sum(change, axis=0, keepdims=True))
-    return dq, dk, dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn")
+    return (dq, dk), dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn")
 
 
 STEP = ChunkStep("linear_attention", _forward, _backward)

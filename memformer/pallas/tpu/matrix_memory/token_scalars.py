@@ -3,6 +3,8 @@
 One float32 array [B, H, names, N, C], names in the order of `ScanConfig.scalars`: those of pallas/token_scalars.py, and
 
     write    beta decay_out: how a token's write reaches the state that leaves the chunk
+    alpha    strength of the write, where it is not beta's: kernels with a decay per key channel, in which `write` is
+             decay_out alone
 
 A program reads a block [names * P, C] of it; a transpose in the kernel turns rows into columns.
 """
@@ -10,6 +12,7 @@ A program reads a block [names * P, C] of it; a transpose in the kernel turns ro
 import jax.numpy as jnp
 
 from memformer.core.calls import MatrixCall
+from memformer.core.segments import pad_time
 from memformer.core.types import Array
 from memformer.pallas import token_scalars
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig
@@ -24,7 +27,10 @@ def stack_scalars(config: ScanConfig, call: MatrixCall) -> tuple[Array, ...]:
         return ()
     scalars = token_scalars.token_scalars(config, call)
     decay_out = scalars["decay_out"]
-    scalars["write"] = decay_out * scalars["beta"] if config.beta else decay_out
+    scalars["write"] = decay_out * scalars["beta"] if config.beta and not config.channels else decay_out
+    if "alpha" in config.scalars:
+        alpha = call.beta if call.alpha is None else call.alpha
+        scalars["alpha"] = pad_time(alpha.astype(jnp.float32), config.chunk).reshape(decay_out.shape)
     # [B, N, C, H, names] to [B, H, names, N, C].
     return (jnp.stack([scalars[name] for name in config.scalars], axis=4).transpose(0, 3, 4, 1, 2),)
 

@@ -1,0 +1,102 @@
+"""Matrix memories with a decay per key channel on TPU in Pallas' interpreter, against the recurrence in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+import memformer as mf
+from memformer.pallas.tpu.interpreter import interpreted
+from tests.numeric import assert_close, relative_rms
+from tests.ops.test_ops import cast
+
+LENGTH, HEADS, WIDTH, VALUE = 37, 2, 8, 4
+
+
+@pytest.fixture
+def interpreter(capfd):
+    """Runs kernels in the interpreter; fails on a race, and clears the interpreter's state."""
+    with interpreted():
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE" not in capfd.readouterr().out
+
+
+def arguments(rng, groups, *, erase):
+    """Arrays with decays down to -inf, alone, for some channels and for most of a chunk."""
+
+    def unit(*shape):
+        x = rng.standard_normal(shape)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    decay = -np.exp(1.5 * rng.standard_normal((1, LENGTH, HEADS, WIDTH)) - 1)
+    decay[:, 3] = -np.inf
+    decay[:, 9, 0, :3] = -1e7
+    decay[:, 18:29, 1] = -30.0
+    arrays = {
+        "q": rng.standard_normal((1, LENGTH, groups, WIDTH)),
+        "k": unit(1, LENGTH, groups, WIDTH),
+        "v": rng.standard_normal((1, LENGTH, HEADS, VALUE)),
+        "decay": decay,
+    }
+    if erase:
+        arrays |= {
+            "beta": rng.uniform(0.0, 2.0, (1, LENGTH, HEADS)),
+            "alpha": rng.uniform(0.0, 1.0, (1, LENGTH, HEADS)),
+            "w": unit(1, LENGTH, groups, WIDTH),
+        }
+    return arrays
+
+
+def results(op, arrays, state, implementation, ids):
+    """Output, state and the gradients of every array and of the initial state."""
+
+    def loss(arrays, state):
+        output, end = op(**arrays, initial_state=state, segment_ids=ids, implementation=implementation, chunk_size=16)
+        wide = output.astype(end.dtype)
+        return jnp.sum(jnp.sin(wide)) + jnp.sum(end * end), (wide, end)
+
+    (_, seen), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(arrays, state)
+    return jax.tree.map(np.asarray, (seen, gradients))
+
+
+@pytest.mark.parametrize(
+    ("op", "groups", "packed"), [(mf.delta_rule, 1, True), (mf.linear_attention, 2, False)], ids=["delta", "linear"]
+)
+def test_against_recurrence(op, groups, packed, interpreter):
+    """Odd lengths, three chunks, shared key heads, segments, an erase vector, and tokens that forget everything."""
+    rng = np.random.default_rng(3)
+    arrays = arguments(rng, groups, erase=op is mf.delta_rule)
+    state = rng.standard_normal((1, HEADS, WIDTH, VALUE))
+    ids = np.repeat([1, 2, 0, 5], [11, 9, 2, 15])[None] if packed else None
+    got = results(op, cast(arrays, "float32"), cast(state, "float32"), "pallas", ids)
+    with jax.enable_x64(True):
+        exact = cast(cast(arrays, "float32"), "float64"), cast(cast(state, "float32"), "float64")
+        want = results(op, *exact, "recurrent", ids)
+    assert_close(got, want, 2e-6)
+
+
+def test_hard_keys(interpreter):
+    """Equal keys and strength 2 over a whole chunk in bfloat16, with an erase vector of its own and decays per head."""
+    rng = np.random.default_rng(4)
+    length = 64
+    k = np.repeat(rng.standard_normal((1, 1, 1, WIDTH)), length, axis=1)
+    k /= np.linalg.norm(k, axis=-1, keepdims=True)
+    arrays = {
+        "q": rng.standard_normal((1, length, 1, WIDTH)),
+        "k": k,
+        "v": rng.standard_normal((1, length, 1, VALUE)),
+    }
+    arrays = cast(arrays, "bfloat16") | cast({"beta": np.full((1, length, 1), 2.0)}, "float32")
+    arrays |= {"w": arrays["k"], "decay": jnp.asarray(-0.01 * rng.uniform(0, 1, (1, length, 1)), "float32")}
+
+    def run(arrays, implementation):
+        output, state = mf.delta_rule(**arrays, implementation=implementation, chunk_size=64)
+        return output, state
+
+    got = jax.jit(run, static_argnums=1)(arrays, "pallas")
+    with jax.enable_x64(True):
+        want = jax.tree.map(np.asarray, jax.jit(run, static_argnums=1)(cast(arrays, "float64"), "recurrent"))
+    assert relative_rms(got[0].astype("float32"), want[0]) < 5e-3
+    assert relative_rms(got[1], want[1]) < 5e-3
