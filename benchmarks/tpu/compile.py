@@ -47,6 +47,8 @@ OPS: dict[str, dict[str, Any]] = {
     "linear_attention decay": {"op": "linear_attention", "decay": "head"},
     "delta_rule": {"op": "delta_rule"},
     "delta_rule decay": {"op": "delta_rule", "decay": "head"},
+    "linear_attention channel": {"op": "linear_attention", "decay": "channel"},
+    "delta_rule channel": {"op": "delta_rule", "decay": "channel"},
     "delta_product decay": {"op": "delta_product", "decay": "head", "steps": 2},
     "deltaformer softmax": {"op": "deltaformer", "write": "softmax"},
     "softmax_attention": {"op": "softmax_attention"},
@@ -78,9 +80,11 @@ def _rows() -> dict[str, Case]:
 ROWS = _rows()
 
 
-def kernels(op: str) -> list[str]:
-    """Names of an op's kernels, forward and backward."""
-    return [f"memformer_{part}_{way}" for part in PARTS.get(op, (op,)) for way in ("forward", "backward")]
+def kernels(case: Case) -> list[str]:
+    """Names of the kernels of a case, forward and backward."""
+    own = "channel_" if case.decay == "channel" else ""
+    parts = PARTS.get(case.op, (case.op,))
+    return [f"memformer_{own}{part}_{way}" for part in parts for way in ("forward", "backward")]
 
 
 def measure(case: Case, topology: str) -> dict[str, Any]:
@@ -91,7 +95,7 @@ def measure(case: Case, topology: str) -> dict[str, Any]:
     row: dict[str, Any] = {"ok": False, "limit": limit // 2**20}
     try:
         text = compile_case(case, topology).as_text()
-        memory = {kernel: scoped_memory(text, kernel) for kernel in kernels(case.op)}
+        memory = {kernel: scoped_memory(text, kernel) for kernel in kernels(case)}
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         row["error"] = str(error)[:500]
     else:

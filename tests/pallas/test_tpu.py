@@ -275,7 +275,7 @@ def test_forgetting(interpreter):
 
 REFUSED = {
     "no TPU": ({}, "needs a TPU"),
-    "per channel": ({"decay": np.zeros((1, 8, 2, 4))}, "per key channel"),
+    "states per document": ({"initial_state": np.zeros((1, 2, 2, 4, 4))}, "one initial_state per row"),
     "chunk": ({"chunk_size": 48}, "chunk_size among"),
 }
 
@@ -284,7 +284,7 @@ REFUSED = {
 def test_refusals_say_why(why):
     options, message = REFUSED[why]
     x = jnp.zeros((1, 8, 2, 4))
-    options = {name: jnp.asarray(v, "float32") if name == "decay" else v for name, v in options.items()}
+    options = {name: jnp.asarray(v, "float32") if name == "initial_state" else v for name, v in options.items()}
     for op in (
         lambda **kind: mf.delta_rule(x, x, x, x[..., 0], **kind),
         lambda **kind: mf.linear_attention(x, x, x, **kind),
@@ -293,7 +293,7 @@ def test_refusals_say_why(why):
             with pytest.raises(NotImplementedError, match=message):
                 op(implementation="pallas", **options)
             # The library's own choice goes to what serves; a refusal is raised while tracing.
-            jax.eval_shape(op, **{name: v for name, v in options.items() if name == "decay"})
+            jax.eval_shape(op, **{name: v for name, v in options.items() if name == "initial_state"})
 
 
 def exported(function, *shapes):

@@ -19,6 +19,8 @@ SMALL = {
     "delta float32": ("v5p:2x2x1", Case("delta_rule", 1, 100, 1, 1, 64, 96, "float32", decay="head")),
     "delta shared heads": ("v6e:2x2", Case("delta_rule", 1, 256, 2, 1, 128, 128, segments=2)),
     "delta product": ("v5p:2x2x1", Case("delta_product", 1, 100, 1, 1, 64, 64, decay="head", steps=2)),
+    "delta channel": ("v6e:2x2", Case("delta_rule", 1, 100, 2, 1, 64, 96, decay="channel", segments=2)),
+    "linear channel": ("v5e:2x2", Case("linear_attention", 1, 256, 1, 1, 128, 128, "float32", decay="channel")),
     "linear odd": ("tpu7x:2x2x1", static.CASES["linear odd"]),
     "linear float32": ("v5e:2x2", Case("linear_attention", 1, 256, 2, 1, 128, 128, "float32")),
     "deltaformer odd": ("v5e:2x2", Case("deltaformer", 1, 200, 3, 3, 64, 96, write="softmax")),
@@ -42,7 +44,7 @@ def test_compiles(name):
     topology, case = SMALL[name]
     static.prepare_compiler()
     text = static.compile_case(case, topology).as_text()
-    assert all(name in text for name in kernels(case.op))
+    assert all(name in text for name in kernels(case))
 
 
 @pytest.mark.parametrize("op", ["delta_rule", "deltaformer"])
@@ -51,7 +53,7 @@ def test_split_over_chips(op):
     static.prepare_compiler()
     case = Case(op, 2, 256, 4, 2, 128, 128)
     text = static.compile_case(case, "v5e:2x2", split=(2, 2)).as_text()
-    assert all(name in text for name in kernels(op)) and "bf16[1,2,256,128]" in text
+    assert all(name in text for name in kernels(case)) and "bf16[1,2,256,128]" in text
     # Only the loss is reduced over chips.
     for transfer in ("all-gather", "all-to-all", "collective-permute"):
         assert transfer not in text
