@@ -20,12 +20,13 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "XLA_FLAGS" not in os
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.executables import KEPT, kept_executables  # noqa: E402
+from tests.executables import KEPT, kept_executables, lift_arrays  # noqa: E402
 from tests.tiers import LONGEST, is_fast  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+lift_arrays()
 
 
 TESTS = pathlib.Path(__file__).parent
