@@ -190,27 +190,27 @@ def test_the_balance_loss_does_not_count_padding():
     assert_close(call(layer, x[:, :4]), np.float32(1.0), 1e-6)
 
 
-# Module and shape of its log decay.
+# Class, its rank, and the shape of its log decay.
 DECAYS = {
-    "head": (StepDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2)),
-    "channel": (StepDecay(8, 2, 3, 4, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2, 3)),
-    "log_sigmoid": (LogSigmoidDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2, 3)),
-    "forget": (ForgetDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2)),
-    "bounded": (BoundedDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2, 3)),
-    "fixed": (FixedDecay(8, 2, 3, None, dtypes=BF16, rngs=nnx.Rngs(0)), (1, 5, 2)),
+    "head": (StepDecay, None, (1, 5, 2)),
+    "channel": (StepDecay, 4, (1, 5, 2, 3)),
+    "log_sigmoid": (LogSigmoidDecay, None, (1, 5, 2, 3)),
+    "forget": (ForgetDecay, None, (1, 5, 2)),
+    "bounded": (BoundedDecay, None, (1, 5, 2, 3)),
+    "fixed": (FixedDecay, None, (1, 5, 2)),
 }
 
 
 @pytest.mark.parametrize("name", DECAYS)
 def test_decays_are_negative_logs_in_float32(name):
-    layer, shape = DECAYS[name]
-    decay, _ = layer(jnp.asarray(normal(1, 5, 8), jnp.bfloat16))
+    kind, rank, shape = DECAYS[name]
+    decay, _ = kind(8, 2, 3, rank, dtypes=BF16, rngs=rngs())(jnp.asarray(normal(1, 5, 8), jnp.bfloat16))
     assert decay.shape == shape and decay.dtype == jnp.float32
     assert np.all(decay < 0) and np.all(np.isfinite(decay))
 
 
 def test_fixed_decay_is_retnets():
-    decay, _ = DECAYS["fixed"][0](jnp.ones((1, 1, 8)))
+    decay, _ = FixedDecay(8, 2, 3, None, dtypes=BF16, rngs=rngs())(jnp.ones((1, 1, 8)))
     assert_close(jnp.exp(decay[0, 0]), jnp.array([1 - 2.0**-5, 1 - 2.0**-6]), 1e-6)
 
 

@@ -24,9 +24,12 @@ from memformer.layers import (
 from tests.numeric import FORWARD, assert_close
 
 B, T, D = 4, 6, 8
-SAME = {"dtypes": Dtypes(), "rngs": nnx.Rngs(0)}
-IDS = jnp.array([[1, 1, 1, 2, 2, 0]] * B)
+IDS = np.array([[1, 1, 1, 2, 2, 0]] * B, np.int32)
 RULES = (("embed", None), ("mlp", "tensor"), ("heads", "tensor"), ("vocab", "tensor"), ("experts", None))
+
+
+def same():
+    return {"dtypes": Dtypes(), "rngs": nnx.Rngs(0)}
 
 
 def attend(layer, x):
@@ -39,46 +42,54 @@ def decode(block, x):
     return block(x[:, 3:], state)
 
 
-# Module, its use, and the sharding of the first result.
+# A function that makes the module (collecting tests must not compile), its use, and the sharding of the first result.
 LAYERS = {
     "packed delta rule": (
-        build_memory("gated_delta_rule", D, heads=2, rngs=nnx.Rngs(0)),
+        lambda: build_memory("gated_delta_rule", D, heads=2, rngs=nnx.Rngs(0)),
         lambda layer, x: layer(x, segment_ids=IDS),
         ("data",),
     ),
     "grouped attention": (
-        build_memory("softmax_attention", D, heads=4, options={"groups": 2}, rngs=nnx.Rngs(0)),
+        lambda: build_memory("softmax_attention", D, heads=4, options={"groups": 2}, rngs=nnx.Rngs(0)),
         lambda layer, x: layer(x[:, 3:], state=layer(x[:, :3])[1]),
         ("data",),
     ),
     "convolution": (
-        ShortConvolution(D, 3, **SAME),
+        lambda: ShortConvolution(D, 3, **same()),
         lambda layer, x: layer(x, segments=find_segments(IDS, {})),
         ("data", None, "tensor"),
     ),
-    "experts": (MixtureOfExperts(D, experts=3, active=2, hidden=4, **SAME), lambda layer, x: layer(x), ("data",)),
+    "experts": (
+        lambda: MixtureOfExperts(D, experts=3, active=2, hidden=4, **same()),
+        lambda layer, x: layer(x),
+        ("data",),
+    ),
     "recurrent": (
-        RecurrentStack("lstm", D, 4, bidirectional=True, rngs=nnx.Rngs(0)),
+        lambda: RecurrentStack("lstm", D, 4, bidirectional=True, rngs=nnx.Rngs(0)),
         lambda layer, x: layer(x, segment_ids=IDS),
         ("data",),
     ),
-    "additive attention": (AdditiveAttention(D, D, 4, **SAME), attend, ("data",)),
-    "decoder block": (DecoderBlock(TransformerShape(width=D, heads=2), rngs=nnx.Rngs(0)), decode, ("data",)),
+    "additive attention": (lambda: AdditiveAttention(D, D, 4, **same()), attend, ("data",)),
+    "decoder block": (lambda: DecoderBlock(TransformerShape(width=D, heads=2), rngs=nnx.Rngs(0)), decode, ("data",)),
     "embedding": (
-        Embedding(D, D, **SAME),
+        lambda: Embedding(D, D, **same()),
         lambda layer, x: layer.attend(layer(IDS) + x),
         ("data", None, "tensor"),
     ),
-    "positions": (LearnedPositions(D, 9, **SAME), lambda layer, x: layer(x, IDS), ("data",)),
-    "norms": (nnx.List([RMSNorm(D, **SAME), LayerNorm(D, **SAME)]), lambda norms, x: norms[0](norms[1](x)), ("data",)),
+    "positions": (lambda: LearnedPositions(D, 9, **same()), lambda layer, x: layer(x, IDS), ("data",)),
+    "norms": (
+        lambda: nnx.List([RMSNorm(D, **same()), LayerNorm(D, **same())]),
+        lambda norms, x: norms[0](norms[1](x)),
+        ("data",),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_on_an_explicit_mesh(name):
-    layer, use, spec = LAYERS[name]
-    graph, parameters = nnx.split(layer)
-    x = jax.random.normal(jax.random.key(1), (B, T, D))
+    make, use, spec = LAYERS[name]
+    graph, parameters = nnx.split(make())
+    x = np.random.default_rng(1).standard_normal((B, T, D)).astype("float32")
 
     def run(parameters, x):
         results = jax.tree.leaves(use(nnx.merge(graph, parameters), x))
@@ -100,8 +111,7 @@ def test_a_layer_on_an_explicit_mesh(name):
 
 def test_experts_gather_nothing():
     """The compiler gathers the operand of lax.top_k from all devices."""
-    layer = LAYERS["experts"][0]
-    graph, parameters = nnx.split(layer)
+    graph, parameters = nnx.split(LAYERS["experts"][0]())
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     rules = (*RULES, ("activation_batch", "data"), ("activation_mlp", "tensor"))
     with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):

@@ -278,11 +278,11 @@ def test_patches_are_local():
 CASES = {
     "both": ({"state": {}}, "give either picture, to start captions, or state, .* got both"),
     "neither": ({"picture": None}, "give either picture, .* got neither"),
-    "channels": ({"picture": jnp.ones((B, 16, 16, 4))}, "picture must be .B, Y, X, channels."),
-    "ints": ({"picture": jnp.ones((B, 16, 16, 3), jnp.int32)}, "picture must have a floating dtype"),
-    "rows": ({"picture": jnp.ones((3, 16, 16, 3))}, "picture must have as many rows as inputs, 2, got 3"),
-    "patches": ({"picture": jnp.ones((B, 16, 18, 3))}, "sides that patch = 4 divides"),
-    "words": ({"inputs": jnp.ones((B, T))}, "inputs must have a integer dtype"),
+    "channels": ({"picture": np.ones((B, 16, 16, 4), np.float32)}, "picture must be .B, Y, X, channels."),
+    "ints": ({"picture": np.ones((B, 16, 16, 3), np.int32)}, "picture must have a floating dtype"),
+    "rows": ({"picture": np.ones((3, 16, 16, 3), np.float32)}, "picture must have as many rows as inputs, 2, got 3"),
+    "patches": ({"picture": np.ones((B, 16, 18, 3), np.float32)}, "sides that patch = 4 divides"),
+    "words": ({"inputs": np.ones((B, T), np.float32)}, "inputs must have a integer dtype"),
 }
 
 

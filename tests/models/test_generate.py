@@ -105,7 +105,7 @@ def test_sampling_depends_on_the_key(model):
     assert any(np.any(draw != draws[0]) for draw in draws[2:])
 
 
-LOGITS = jnp.log(jnp.array([0.1, 0.5, 0.25, 0.15]))
+LOGITS = np.log(np.array([0.1, 0.5, 0.25, 0.15], np.float32))
 # Settings, and the expected probability of each token.
 DRAWS = {
     "greedy": (Sampling(), [0, 1, 0, 0]),

@@ -219,7 +219,7 @@ def test_the_end_of_the_text_ends_a_row(model):
     assert result.new_tokens == 3 + 6
 
 
-LOGITS = jnp.log(jnp.array([0.1, 0.5, 0.25, 0.15]))
+LOGITS = np.log(np.array([0.1, 0.5, 0.25, 0.15], np.float32))
 # Settings, tokens seen, and the expected probability of each token.
 DRAWS = {
     "min_p": (Sampling(1.0, min_p=0.4), (), [0, 2 / 3, 1 / 3, 0]),

@@ -145,11 +145,11 @@ def test_under_vmap_and_shard_map_as_alone(name):
 
 # Position of the argument, its replacement, and the expected error.
 MISTAKES = {
-    "x": (0, jnp.zeros((B, F)), r"x must be \[B, T, F\], got \(4, 3\)"),
-    "w_in": (1, jnp.zeros((F, D)), r"w_in must be \[F, E\] = \(3, 20\), got \(3, 5\)"),
-    "w_state": (2, jnp.zeros((D, D)), r"w_state must be \[D, 4 \* D\], got \(5, 5\)"),
-    "bias": (3, jnp.zeros(D), r"bias must be \[E\] = \(20,\), got \(5,\)"),
-    "ids": (0, jnp.zeros((B, T, F), jnp.int32), "x must have a floating dtype, got int32"),
+    "x": (0, np.zeros((B, F), np.float32), r"x must be \[B, T, F\], got \(4, 3\)"),
+    "w_in": (1, np.zeros((F, D), np.float32), r"w_in must be \[F, E\] = \(3, 20\), got \(3, 5\)"),
+    "w_state": (2, np.zeros((D, D), np.float32), r"w_state must be \[D, 4 \* D\], got \(5, 5\)"),
+    "bias": (3, np.zeros(D, np.float32), r"bias must be \[E\] = \(20,\), got \(5,\)"),
+    "ids": (0, np.zeros((B, T, F), np.int32), "x must have a floating dtype, got int32"),
 }
 
 
