@@ -15,7 +15,7 @@ IDS = jnp.array([[1, 2, 3, 4, 5]])
 
 
 def model(**options):
-    config = LanguageModelConfig(memory="softmax_attention", width=16, depth=2, heads=2, **options)
+    config = LanguageModelConfig(**{"memory": "softmax_attention", "width": 16, "depth": 2, "heads": 2, **options})
     return MemoryLM(config, vocab_size=7, rngs=nnx.Rngs(0))
 
 
@@ -29,11 +29,11 @@ def logits(module):
 
 @pytest.mark.parametrize("scan", [False, True], ids=["layers", "scanned"])
 def test_a_merged_model_computes_the_same(scan):
-    module = model(scan_layers=scan)
+    module = model(scan_layers=scan, depth=2 if scan else 1)
     before = {name: np.asarray(x.get_value()) for name, x in parameters(module).items()}
     first = logits(module)
     changed = add_lora(module, rank=3, alpha=6.0, targets="query, feedforward, head", rngs=nnx.Rngs(1))
-    assert len(changed) == (5 if scan else 9) and "head" in changed
+    assert len(changed) == 5 and "head" in changed
     np.testing.assert_array_equal(logits(module), first)
     for i, (name, x) in enumerate(parameters(module).items()):
         if name.endswith("lora_b"):
@@ -64,7 +64,7 @@ def test_dtypes_and_axes():
     }
     assert specs == {"lora_a": (None, "fsdp", None), "lora_b": (None, None, "tensor")}
     assert {x.get_value().dtype.name for x in found.values()} == {"float32"}
-    assert logits(module).dtype == jnp.float32
+    assert nnx.eval_shape(lambda: module(IDS).logits).dtype == jnp.float32
     merged = parameters(merge_lora(module))
     assert {x.get_value().dtype.name for x in merged.values()} == {"bfloat16"}
 

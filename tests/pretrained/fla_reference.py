@@ -3,24 +3,21 @@
 import numpy as np
 
 VOCAB = 61
-SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 24}
+SIZES = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 24}
 GROUPED = {**SIZES, "head_dim": 6, "num_v_heads": 4}
 
-# By name of the model, and what its variants change: fields of config.json.
+# Fields of config.json by name of the model.
 MODELS = {
-    "DeltaNet": {**SIZES, "expand_k": 0.75, "expand_v": 1.0},
-    "DeltaNet, gated": {**SIZES, "use_gate": True, "allow_neg_eigval": True, "tie_word_embeddings": True},
-    "GatedDeltaNet": {**GROUPED, "expand_v": 1.5},
-    "GatedDeltaNet, sigmoid": {**SIZES, "head_dim": 6, "output_gate_activation": "sigmoid", "conv_size": 3},
-    "GLA": {**SIZES, "expand_k": 0.5},
-    "GLA, convolved": {**SIZES, "use_short_conv": True, "norm_eps": 1e-3},
-    "RetNet": {**SIZES, "expand_v": 2.0},
+    "DeltaNet": {**SIZES, "expand_k": 0.75, "allow_neg_eigval": True, "tie_word_embeddings": True},
+    "GatedDeltaNet": {**GROUPED, "expand_v": 1.5, "output_gate_activation": "sigmoid", "conv_size": 3},
+    "GLA": {**SIZES, "norm_eps": 1e-3},
+    "RetNet": SIZES,
     "KDA": {**GROUPED, "expand_v": 1.5, "norm_eps": 1e-5},
 }
 
 
 def architecture(name: str) -> str:
-    return f"{name.partition(',')[0]}ForCausalLM"
+    return f"{name}ForCausalLM"
 
 
 def sizes(name: str, config: dict) -> tuple[int, int, int, int]:
@@ -29,7 +26,7 @@ def sizes(name: str, config: dict) -> tuple[int, int, int, int]:
     if "head_dim" in config:
         width, expand = config["head_dim"], config.get("expand_v", 1.0 if name == "KDA" else 2.0)
         return heads, config.get("num_v_heads") or heads, width, int(width * expand)
-    defaults = {"GLA": (0.5, 1.0), "RetNet": (1.0, 2.0)}.get(name.partition(",")[0], (1.0, 1.0))
+    defaults = {"GLA": (0.5, 1.0), "RetNet": (1.0, 2.0)}.get(name, (1.0, 1.0))
     key, value = (
         round(config["hidden_size"] * config.get(field, default)) // heads
         for field, default in zip(("expand_k", "expand_v"), defaults, strict=True)
@@ -39,7 +36,7 @@ def sizes(name: str, config: dict) -> tuple[int, int, int, int]:
 
 def shapes(name: str, config: dict) -> dict[str, tuple[int, ...]]:
     """The tensors of a checkpoint, as the modules of the package make them."""
-    kind, width, hidden = name.partition(",")[0], config["hidden_size"], config["intermediate_size"]
+    width, hidden = config["hidden_size"], config["intermediate_size"]
     groups, heads, key, value = sizes(name, config)
     found = {"model.embeddings.weight": (VOCAB, width), "model.norm.weight": (width,)}
     if not config.get("tie_word_embeddings"):
@@ -48,22 +45,21 @@ def shapes(name: str, config: dict) -> dict[str, tuple[int, ...]]:
         "q_proj.weight": (groups * key, width), "k_proj.weight": (groups * key, width),
         "v_proj.weight": (heads * value, width), "o_proj.weight": (width, heads * value),
     }  # fmt: skip
-    if kind in ("DeltaNet", "GatedDeltaNet", "KDA") or config.get("use_short_conv"):
+    if name in ("DeltaNet", "GatedDeltaNet", "KDA"):
         taps = config.get("conv_size", 4)
         channels = {"q": groups * key, "k": groups * key, "v": heads * value}
         memory |= {f"{part}_conv1d.weight": (size, 1, taps) for part, size in channels.items()}
-    if kind in ("DeltaNet", "GatedDeltaNet", "KDA"):
+    if name in ("DeltaNet", "GatedDeltaNet", "KDA"):
         memory |= {"b_proj.weight": (heads, width), "o_norm.weight": (value,)}
-    if kind in ("GLA", "RetNet"):
+    if name in ("GLA", "RetNet"):
         memory |= {"g_proj.weight": (heads * value, width), "g_norm_swish_gate.weight": (value,)}
-    if kind == "GatedDeltaNet" or config.get("use_gate"):
-        memory["g_proj.weight"] = (heads * value, width)
-    if kind == "GatedDeltaNet":
-        memory |= {"a_proj.weight": (heads, width), "A_log": (heads,), "dt_bias": (heads,)}
-    if kind == "GLA":
+    if name == "GatedDeltaNet":
+        memory |= {"g_proj.weight": (heads * value, width), "a_proj.weight": (heads, width)}
+        memory |= {"A_log": (heads,), "dt_bias": (heads,)}
+    if name == "GLA":
         memory |= {"gk_proj.0.weight": (16, width), "gk_proj.1.weight": (heads * key, 16)}
         memory["gk_proj.1.bias"] = (heads * key,)
-    if kind == "KDA":
+    if name == "KDA":
         memory |= {"f_proj.0.weight": (value, width), "f_proj.1.weight": (heads * key, value)}
         memory |= {"g_proj.0.weight": (value, width), "g_proj.1.weight": (heads * value, value)}
         memory |= {"g_proj.1.bias": (heads * value,), "A_log": (heads,), "dt_bias": (heads * key,)}
@@ -133,7 +129,7 @@ def rotate(x):
 
 def memory(name: str, config: dict, part, x):
     """The layer of a model; `part` gives its tensors by key."""
-    kind, epsilon = name.partition(",")[0], config.get("norm_eps", 1e-6)
+    epsilon = config.get("norm_eps", 1e-6)
     groups, heads, key, value = sizes(name, config)
     parts = {}
     for letter, count, width in (("q", groups, key), ("k", groups, key), ("v", heads, value)):
@@ -146,22 +142,22 @@ def memory(name: str, config: dict, part, x):
         parts[letter] = y.reshape(*y.shape[:2], count, width)
     q, k, v = parts.values()
     beta = decay = None
-    if kind in ("DeltaNet", "GatedDeltaNet", "KDA"):
+    if name in ("DeltaNet", "GatedDeltaNet", "KDA"):
         q, k = (y / np.sqrt(np.sum(y * y, axis=-1, keepdims=True) + 1e-6) for y in (q, k))
         beta = sigmoid(x @ part("b_proj.weight").T) * (2 if config.get("allow_neg_eigval") else 1)
-    if kind == "GatedDeltaNet":
+    if name == "GatedDeltaNet":
         decay = -np.exp(part("A_log")) * softplus(x @ part("a_proj.weight").T + part("dt_bias"))
-    if kind == "KDA":
+    if name == "KDA":
         step = softplus(x @ part("f_proj.0.weight").T @ part("f_proj.1.weight").T + part("dt_bias"))
         decay = -np.exp(part("A_log"))[:, None] * step.reshape(*x.shape[:2], heads, key)
-    if kind == "GLA":
+    if name == "GLA":
         logits = x @ part("gk_proj.0.weight").T @ part("gk_proj.1.weight").T + part("gk_proj.1.bias")
         decay = -softplus(-logits).reshape(*x.shape[:2], heads, key) / 16
-    if kind == "RetNet":
+    if name == "RetNet":
         q, k, decay = rotate(q), rotate(k), retention_decay(heads, x)
     read = recurrence(q, k, v, beta, decay)
     read = rms(read, part("o_norm.weight" if beta is not None else "g_norm_swish_gate.weight"), epsilon)
-    if kind == "KDA":
+    if name == "KDA":
         gate = sigmoid(x @ part("g_proj.0.weight").T @ part("g_proj.1.weight").T + part("g_proj.1.bias"))
     elif part("g_proj.weight") is not None:
         gate = (sigmoid if config.get("output_gate_activation") == "sigmoid" else silu)(x @ part("g_proj.weight").T)

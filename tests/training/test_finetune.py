@@ -101,18 +101,14 @@ def test_full_fine_tuning(commands, tmp_path):
     assert found[-1] < found[0] - 1
 
 
-def test_frozen_parameters_have_no_optimizer_state(commands, tmp_path):
-    config = config_of(commands, "top", "train.steps=4", "train.log_every=4")
-    train(config, str(tmp_path))
-    run, before = load_run(str(tmp_path)), dict(read_parameters(commands[0] / "llama"))
-    frozen = run.model.frozen
-    assert {name.split(".")[0] for name in frozen} == {"embedding", "blocks"} and 0 < len(frozen) < len(before)
-    with mesh_scope(run.run.mesh):
-        state = abstract_state(run.model, run.run.tx, run.run.mesh, config.optimizer.ema)
+def test_frozen_parameters_have_no_optimizer_state(commands):
+    run = build_run(config_of(commands, "top"))
+    names, frozen = run.model.params.keys(), run.model.frozen
+    assert {name.split(".")[0] for name in frozen} == {"embedding", "blocks"} and 0 < len(frozen) < len(names)
+    with mesh_scope(run.mesh):
+        state = abstract_state(run.model, run.tx, run.mesh, run.config["optimizer"]["ema"])
     held = {getattr(path[-1], "key", None) for path, _ in jax.tree_util.tree_leaves_with_path(state["opt_state"])}
-    assert before.keys() & held == state["ema"].keys() == before.keys() - frozen
-    for name, x in run.weights[0].items():
-        assert np.array_equal(x, before[name]) == (name in frozen), name
+    assert names & held == state["ema"].keys() == names - frozen
 
 
 def test_low_rank_changes(commands, tmp_path):
