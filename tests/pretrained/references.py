@@ -91,12 +91,17 @@ REFERENCES: dict[str, Reference] = {
 }  # fmt: skip
 
 
-def build(name: str, torch: Any, transformers: Any) -> Any:
-    """A reference with random weights: biases and norms start as zeros and ones, which could hide an error."""
+def build(name: str, torch: Any, transformers: Any, *, initial: bool = False) -> Any:
+    """A reference with random weights: biases and norms start as zeros and ones, which could hide an error.
+
+    With `initial` the weights are those that transformers draws.
+    """
     row = REFERENCES[name]
     torch.manual_seed(0)
     config = getattr(transformers, row.config)(**row.fields)
     model = getattr(transformers, row.model)._from_config(config, dtype=torch.float32).eval()
+    if initial:
+        return model
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape)

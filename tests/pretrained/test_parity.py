@@ -14,6 +14,7 @@ from memformer.models import generate
 from memformer.models.generate import pad_prompts
 from memformer.pretrained import ARCHITECTURES, load_pretrained, read_parameters, save_pretrained
 from tests.numeric import assert_close, relative_rms
+from tests.pretrained.fla_reference import MODELS, architecture
 from tests.pretrained.references import REFERENCES, build, prompts
 
 # Other packages emit warnings while they are imported and run.
@@ -48,24 +49,25 @@ def reference(peers, tmp_path_factory):
     return get
 
 
-@functools.cache
-def loaded(folder, dtype=None):
-    return load_pretrained(folder, dtype=dtype)
+loaded = functools.cache(load_pretrained)
 
 
-def ours(model, ids, **options):
-    call = nnx.jit(lambda model, ids, segments: model(ids, segment_ids=segments).logits)
-    return np.asarray(call(model, jnp.asarray(ids), options.get("segment_ids")), np.float64)
+# One function for all calls, so that models of one structure share a program.
+run = nnx.jit(lambda model, ids: model(ids).logits)
 
 
-def theirs(torch, model, ids, **options):
+def ours(model, ids):
+    return np.asarray(run(model, jnp.asarray(ids)), np.float64)
+
+
+def theirs(torch, model, ids):
     with torch.no_grad():
-        return model(torch.tensor(np.asarray(ids)), **options).logits.float().numpy()
+        return model(torch.tensor(np.asarray(ids))).logits.float().numpy()
 
 
 def test_every_architecture_has_a_reference():
     whole = {name for name, row in ARCHITECTURES.items() if row.config is not None}
-    assert {row.model for row in REFERENCES.values()} == whole
+    assert {row.model for row in REFERENCES.values()} | {architecture(name) for name in MODELS} == whole
 
 
 @pytest.mark.parametrize("name", REFERENCES)
@@ -78,16 +80,23 @@ def test_logits(peers, reference, name):
 
 
 @pytest.mark.parametrize("name", REFERENCES)
-def test_logits_in_bfloat16(peers, reference, name):
+def test_logits_in_bfloat16(peers, reference, name, tmp_path):
     torch, _ = peers
-    model, folder = reference(name)
-    half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
-    got = loaded(folder, "bfloat16")[0]
-    assert {x.dtype for x in jax.tree.leaves(nnx.state(got, nnx.Param))} == {jnp.dtype("bfloat16")}
+
+    def logits(model, folder):
+        """Theirs in float32 and in bfloat16, and ours in bfloat16."""
+        half = type(model).from_pretrained(folder, dtype=torch.bfloat16).eval()
+        got = load_pretrained(folder, dtype="bfloat16")[0]
+        assert {x.dtype for x in jax.tree.leaves(nnx.state(got, nnx.Param))} == {jnp.dtype("bfloat16")}
+        return theirs(torch, model, IDS), theirs(torch, half, IDS), ours(got, IDS)
+
+    initial = build(name, *peers, initial=True)
+    initial.save_pretrained(tmp_path)
+    for want in (parts := logits(initial, tmp_path))[:2]:
+        assert relative_rms(parts[2], want) < LOGITS["bfloat16"]
     # Random maps of gain 2 amplify each rounding: theirs is off by up to 3e-2 itself. Ours must be as near to float32.
-    want = theirs(torch, model, IDS)
-    rounding = relative_rms(theirs(torch, half, IDS), want)
-    assert relative_rms(ours(got, IDS), want) < max(LOGITS["bfloat16"], 1.3 * rounding)
+    exact, half, got = logits(*reference(name))
+    assert relative_rms(got, exact) < max(LOGITS["bfloat16"], 1.3 * relative_rms(half, exact))
 
 
 @pytest.mark.parametrize("name", REFERENCES)
