@@ -1,12 +1,14 @@
 """Fewer programs: those of equal text are compiled once, and NumPy arrays become JAX arrays without one."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import jax
 import numpy as np
+from jax import lax
 from jax._src import compiler, core
 
 KEPT: dict[tuple, Any] = {}
@@ -33,15 +35,17 @@ def kept_executables() -> Iterator[None]:
 
 
 def lift_arrays() -> None:
-    """jnp.asarray of a NumPy array copies it: JAX 0.10 compiles a program per shape and dtype for that, 14 ms each."""
-    stage = getattr(core, "stage_p", None)
-    if stage is None:
-        return
-    compiled = stage.impl
+    """Makes JAX arrays of NumPy arrays without compiling: JAX 0.10 has a program per shape and dtype, 14 ms each.
 
-    def lift(x):
-        if isinstance(x, np.ndarray) and jax.sharding.get_abstract_mesh().empty:
-            return jax.device_put(x, may_alias=False)
-        return compiled(x)
+    jnp.asarray(x) stages a copy, jnp.asarray(x, dtype) converts what NumPy has converted before.
+    """
+    for primitive in (getattr(core, "stage_p", None), lax.convert_element_type_p):
+        if primitive is not None:
+            primitive.def_impl(functools.partial(_lift, primitive.impl))
 
-    stage.def_impl(lift)
+
+def _lift(compiled: Callable[..., Any], x: Any, **options: Any) -> Any:
+    same = isinstance(x, np.ndarray) and options.get("new_dtype", x.dtype) == x.dtype
+    if same and not options.get("weak_type") and jax.sharding.get_abstract_mesh().empty:
+        return jax.device_put(x.copy())
+    return compiled(x, **options)
