@@ -84,16 +84,39 @@ class Block(nnx.Module):
         positions: Int[Array, "B T"] | None,
     ) -> tuple[Array, State, dict[str, Array]]:
         """Returns (x, state, aux)."""
+        _, y, state = self.read(x, state, segment_ids=segment_ids, positions=positions)
+        x, aux = self.add(x, y, key, segment_ids=segment_ids)
+        return x, state, aux
+
+    def read(
+        self,
+        x: Float[Array, "B T D"],
+        state: State | None,
+        *,
+        segment_ids: Int[Array, "B T"] | None,
+        positions: Int[Array, "B T"] | None,
+    ) -> tuple[Array, Array, State]:
+        """Returns the memory's input, its output and its state."""
+        h = self.norm(x) if self.norm_place == "pre" else x
+        return h, *self.memory(h, segment_ids=segment_ids, positions=positions, state=state)
+
+    def add(
+        self,
+        x: Float[Array, "B T D"],
+        y: Float[Array, "B T D"],
+        key: Array | None,
+        *,
+        segment_ids: Int[Array, "B T"] | None,
+    ) -> tuple[Array, dict[str, Array]]:
+        """Adds the memory's output y to x, then the feedforward layer's; returns (x, aux)."""
         keys = (None, None) if key is None else jax.random.split(key, 2)
         pre = self.norm_place == "pre"
-        where: dict[str, Any] = {"segment_ids": segment_ids, "positions": positions, "state": state}
-        y, state = self.memory(self.norm(x) if pre else x, **where)
         x, aux = x + dropout(y if pre else self.norm(y), self.dropout, keys[0]), {}
         if self.feedforward is not None:
             valid = None if segment_ids is None else segment_ids != 0
             y, aux = self.feedforward(self.feedforward_norm(x) if pre else x, valid)
             x = x + dropout(y if pre else self.feedforward_norm(y), self.dropout, keys[1])
-        return constrain(x, "activation_batch", "activation_time", "activation_embed"), state, aux
+        return constrain(x, "activation_batch", "activation_time", "activation_embed"), aux
 
 
 class MemoryLM(nnx.Module):
@@ -195,16 +218,28 @@ class MemoryLM(nnx.Module):
         if self.config.positions == "learned" and dims["T"] > self.config.max_length:
             raise ValueError(f"inputs must have at most max_length = {self.config.max_length} tokens, got {dims['T']}")
         keys = self._keys()
-        x = self.embedding(inputs.astype(self.config.dtypes.compute) if self.features else inputs)
-        if self.positions is not None:
-            x = self.positions(x, positions)
-        x = dropout(x, self.config.dropout, None if keys is None else keys[-1])
-        x = constrain(x, "activation_batch", "activation_time", "activation_embed")
+        x = self.embed(inputs, positions, None if keys is None else keys[-1])
         layers = None if state is None else state["layers"]
         run = self._scan if self.config.scan_layers else self._unroll
         x, layers, aux = run(x, layers, None if keys is None else keys[:-1], segment_ids, positions)
         state = {"layers": layers, "position": next_position(positions, segments)}
-        return ModelOutput(self._read_out(take_places(x, read_at)), state, aux)
+        return ModelOutput(self.read_out(take_places(x, read_at)), state, aux)
+
+    def embed(
+        self, inputs: Int[Array, "B T"] | Float[Array, "B T F"], positions: Int[Array, "B T"], key: Array | None
+    ) -> Float[Array, "B T D"]:
+        """The input of the first block; `key` is the random key of dropout."""
+        x = self.embedding(inputs.astype(self.config.dtypes.compute) if self.features else inputs)
+        if self.positions is not None:
+            x = self.positions(x, positions)
+        x = dropout(x, self.config.dropout, key)
+        return constrain(x, "activation_batch", "activation_time", "activation_embed")
+
+    def read_out(self, x: Float[Array, "B T D"]) -> Float[Array, "B T classes"]:
+        """The logits from the output of the last block."""
+        x = self.norm(x)
+        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        return constrain(logits, "activation_batch", "activation_time", "activation_vocab")
 
     def state_letters(self, state: State) -> Any:
         """The letters of the arrays of a state; L is the axis of scanned groups of layers."""
@@ -254,11 +289,6 @@ class MemoryLM(nnx.Module):
         # First layers that are dense have no such losses.
         sparse = aux[self.config.dense_layers :]
         return x, tuple(after), jax.tree.map(lambda *a: sum(a[1:], start=a[0]) / len(a), *sparse) if sparse else {}
-
-    def _read_out(self, x: Array) -> Array:
-        x = self.norm(x)
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
-        return constrain(logits, "activation_batch", "activation_time", "activation_vocab")
 
 
 def take_places(x: Float[Array, "B T D"], places: Int[Array, "B"] | None) -> Float[Array, "B N D"]:

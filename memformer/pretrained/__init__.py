@@ -6,6 +6,14 @@
 `ARCHITECTURES` lists the models that are known, `plan_loading` says what a load reads and holds.
 """
 
+from memformer.pretrained.convert import convert_config, convert_memory, convert_parameters, converted_layers
+from memformer.pretrained.distill import (
+    Distillation,
+    Student,
+    TeacherWeight,
+    logit_divergence,
+    output_error,
+)
 from memformer.pretrained.folder import open_tensors, read_config, read_index
 from memformer.pretrained.load import (
     LoadingPlan,
@@ -20,12 +28,21 @@ from memformer.pretrained.table import ARCHITECTURES, Architecture, find_archite
 __all__ = [
     "ARCHITECTURES",
     "Architecture",
+    "Distillation",
     "LoadingPlan",
+    "Student",
+    "TeacherWeight",
+    "convert_config",
+    "convert_memory",
+    "convert_parameters",
+    "converted_layers",
     "export_tensors",
     "find_architecture",
     "load_pretrained",
+    "logit_divergence",
     "match_architecture",
     "open_tensors",
+    "output_error",
     "plan_loading",
     "read_config",
     "read_index",

@@ -17,6 +17,7 @@ from memformer.training.config import (
     unknown_key,
 )
 from memformer.training.curriculum import Curriculum
+from memformer.training.distill import DISTILL, apply_start, apply_teacher, build_student, start_student
 from memformer.training.distributed import agree, first_text, join_processes
 from memformer.training.dryrun import DryRun, Feeding, describe_feeding, dry_run, lower_step, step_flops
 from memformer.training.evaluation import LoadedRun, Scorer, evaluate_checkpoint, fits_model, load_run, parameters_of
@@ -123,6 +124,7 @@ __all__ = [
     "CHECKSUMS",
     "CHIPS",
     "COLOURS",
+    "DISTILL",
     "EMPTY",
     "FREE_KEYS",
     "GIB",
@@ -172,10 +174,13 @@ __all__ = [
     "agree",
     "apply_preset",
     "apply_pretrained",
+    "apply_start",
+    "apply_teacher",
     "batch_arrays",
     "batch_layout",
     "batch_shapes",
     "build_run",
+    "build_student",
     "changed_keys",
     "check_batch",
     "check_folder",
@@ -265,6 +270,7 @@ __all__ = [
     "show_text",
     "smoothing_loss",
     "start_from",
+    "start_student",
     "state_shardings",
     "step_flops",
     "step_folders",

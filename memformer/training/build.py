@@ -15,6 +15,7 @@ from memformer.layers.recurrent import RecurrentMemory
 from memformer.models import build_model
 from memformer.tasks import Task
 from memformer.training.config import RunError, complete_config, run_errors, task_of
+from memformer.training.distill import build_student
 from memformer.training.metrics import memory_pattern
 from memformer.training.optimizer import check_rate_factors, frozen_names, make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
@@ -77,7 +78,10 @@ def build_run(
     settings, lora = model_settings(plain["model"]), plain["lora"]
 
     def build(rngs: nnx.Rngs) -> nnx.Module:
-        module = build_model(settings, **sizes, rngs=rngs)
+        if plain["distill"]["teacher"]:
+            module: nnx.Module = build_student(plain["distill"], settings, sizes, rngs)
+        else:
+            module = build_model(settings, **sizes, rngs=rngs)
         if lora["rank"]:
             with run_errors("config.lora"):
                 add_lora(module, **lora, rngs=rngs)

@@ -1,8 +1,8 @@
 """The run config: every key with its default, checks, and overrides whose typos are errors.
 
 The sections are `task` and `model` (fields of the dataclass that the section's `name` or `type` selects), `data`
-(those fields of the task that say where stored data are), `lora`, `optimizer`, `train`, `mesh` and `checkpoint`. A
-file of configs/ starts from `default_config()` and overrides.
+(those fields of the task that say where stored data are), `lora`, `distill`, `optimizer`, `train`, `mesh` and
+`checkpoint`. A file of configs/ starts from `default_config()` and overrides.
 """
 
 import ast
@@ -22,7 +22,7 @@ from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
 from memformer.layers.memory import MEMORIES, known_options
 from memformer.models import MODELS, preset_fields
 from memformer.tasks import TASKS, Task, import_tasks, make_task
-from memformer.training.initial import apply_pretrained
+from memformer.training.distill import DISTILL, apply_start
 
 __all__ = [
     "RunError",
@@ -70,6 +70,7 @@ def default_config(
     config.vocab_size = 0
     # low-rank changes of the linear maps whose paths have one of `targets`, all else frozen; rank 0 = none
     config.lora = ml_collections.ConfigDict({"rank": 0, "alpha": 16.0, "targets": "query, value"})
+    config.distill = ml_collections.ConfigDict(DISTILL)
     config.task, config.data = _task_sections(task)
     config.model = _model_section(model)
     config.optimizer = ml_collections.ConfigDict(
@@ -233,10 +234,7 @@ def complete_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> ml
     if preset is not None:
         given = [f"model.{key}" for key, value in whole.model.to_dict().items() if value != default[key]]
         apply_preset(whole, preset, given)
-    # a run that has started keeps the model in its own config
-    if whole.init_from and not whole.vocab_size:
-        with run_errors("config.init_from"), whole.unlocked():
-            apply_pretrained(whole, whole.init_from)
+    apply_start(whole)
     return whole
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from memformer.data.source import SPLITS
+from memformer.pretrained import Student
 from memformer.tasks import Task
 from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
@@ -188,6 +189,8 @@ class LoadedRun:
         """The model with its parameters, ready to call; dropout is off."""
         module = self.model.module(*self.weights, jax.random.key(0))
         module.eval()
+        if isinstance(module, Student):
+            module.release()
         return module
 
 

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 
 from memformer.core.checks import check
+from memformer.models import LanguageModelConfig
 from memformer.pretrained import read_model_config, read_parameters
 
 __all__ = ["apply_pretrained", "start_from"]
@@ -29,14 +30,21 @@ def apply_pretrained(config: ml_collections.ConfigDict, folder: str) -> None:
     check(kind == "memory_lm", "model.type", "'memory_lm' where init_from is given", kind)
     check(not config.model.scan_layers, "model.scan_layers", "False where init_from is given", True)
     model, vocab = read_model_config(folder)
+    write_model(config, model)
+    config.vocab_size = vocab
+
+
+def write_model(config: ml_collections.ConfigDict, model: LanguageModelConfig) -> None:
+    """Writes the fields of a model into section `model` of a run's config, but for those of `KEPT`."""
     for field in dataclasses.fields(model):
         value = getattr(model, field.name)
         if field.name == "memory_options":
             # by name of the memory, as in every run
-            value = {name: _plain(model.options_of(name)) for name in model.pattern}
+            value = {name: plain(model.options_of(name)) for name in model.pattern}
+        if field.name == "memory":
+            value = ",".join(model.pattern)
         if field.name not in KEPT:
-            config.model[field.name] = _plain(value)
-    config.vocab_size = vocab
+            config.model[field.name] = plain(value)
 
 
 def start_from(folder: str, state: dict[str, Any]) -> dict[str, Any]:
@@ -58,7 +66,7 @@ def start_from(folder: str, state: dict[str, Any]) -> dict[str, Any]:
         check(
             shape == array.shape, f"parameter {name} of {folder}", f"of shape {shape} by the run's config", array.shape
         )
-        (rest if name in rest else params)[name] = _place(array, old)
+        (rest if name in rest else params)[name] = place(array, old)
     state = {**state, "params": params, **({"rest": rest} if rest else {})}
     if "ema" in state:
         # a copy: the step donates both
@@ -66,13 +74,15 @@ def start_from(folder: str, state: dict[str, Any]) -> dict[str, Any]:
     return state
 
 
-def _place(array: np.ndarray, old: jax.Array) -> jax.Array:
+def place(array: Any, old: jax.Array) -> jax.Array:
+    """The array with the dtype and the sharding of `old`, of which each device reads its own part."""
+
     def shard(index: Any) -> np.ndarray:
         return np.array(array[index], dtype=old.dtype, order="C")
 
     return jax.make_array_from_callback(old.shape, old.sharding, shard)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Mappings as dicts, at every level."""
-    return {key: _plain(item) for key, item in value.items()} if hasattr(value, "items") else value
+    return {key: plain(item) for key, item in value.items()} if hasattr(value, "items") else value

@@ -13,6 +13,7 @@ from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import complete_config, run_errors
 from memformer.training.curriculum import Curriculum
+from memformer.training.distill import start_student
 from memformer.training.evaluation import Scorer, format_score, parameters_of
 from memformer.training.files import check_folder, disk_errors, is_url
 from memformer.training.folder import (
@@ -191,6 +192,8 @@ class Trainer:
         self._state = init_state(run.model, run.tx, run.mesh, seed=run.config["seed"], ema=self._ema)
         with run_errors("config.init_from"):
             self._state = start_from(run.config["init_from"], self._state)
+        with run_errors("config.distill"):
+            self._state = start_student(run.config, self._state)
         return []
 
     def _layout(self) -> dict[str, Any]:
