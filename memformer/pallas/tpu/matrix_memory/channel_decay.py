@@ -66,6 +66,21 @@ def _pairs(size: int, level: int) -> Array:
     return ((row ^ column) >> level == 1) & (row > column)
 
 
+def _rows(x: Array, level: int) -> Array:
+    """The rows of x whose number has bit `level`, where they are whole registers of 8 rows; else all of x."""
+    half = 1 << level
+    return x if half < 8 else jnp.concatenate([x[top : top + half] for top in range(half, x.shape[0], 2 * half)])
+
+
+def _spread(x: Array, level: int) -> Array:
+    """The inverse of `_rows`, 0 in the other rows."""
+    half = 1 << level
+    if half < 8:
+        return x
+    zeros = jnp.zeros((half, x.shape[1]), x.dtype)
+    return jnp.concatenate([part for top in range(0, x.shape[0], half) for part in (zeros, x[top : top + half])])
+
+
 def _of_sibling(x: Array, level: int) -> Array:
     """Row r ^ 2^level of x [C, K], for each row r."""
     size, half = x.shape[0], 1 << level
@@ -152,12 +167,10 @@ def _scores(config: ScanConfig, keys, to: _Prepared) -> Generator[None, None, tu
             to.factors[level] = factor
         pairs = _pairs(size, level)
         columns = split_bf16(factor * k, passes)
-        reads = product(factor * q, columns, "nt", passes)
-        p = jnp.where(pairs, reads, p)
+        p = jnp.where(pairs, _spread(product(_rows(factor * q, level), columns, "nt", passes), level), p)
         yield
         if m is not None:
-            rows = split_bf16(factor * w, passes) if config.erase else columns
-            m = jnp.where(pairs, product(rows, columns, "nt", passes), m)
+            m = jnp.where(pairs, _spread(product(_rows(factor * w, level), columns, "nt", passes), level), m)
             yield
         sibling = _of_sibling(total, level)
         before, after = jnp.where(bit, before + sibling, before), jnp.where(bit, after, after + sibling)
@@ -260,7 +273,7 @@ def _descend(config: ScanConfig, keys, dscores, dgrown, refs: _Prepared, carried
     """
     (q, k, w), (dp, dm), (dgrown_q, dgrown_w, dkeep) = keys, dscores, dgrown
     mm, size = functools.partial(product, passes=config.passes), config.chunk
-    row, column = iotas((size, size))
+    passes, (row, column) = exact_passes(config.passes), iotas((size, size))
     diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1, keepdims=True)
     growth = refs.growth[...]
     dq, dk = growth * dgrown_q, refs.rest[...] * dkeep
@@ -275,16 +288,16 @@ def _descend(config: ScanConfig, keys, dscores, dgrown, refs: _Prepared, carried
         dtotal += _of_sibling(dtotal + jnp.where(bit, dbefore, dafter), level)
         yield
         factor, pairs = refs.factors[level], _pairs(size, level)
-        dpairs, columns = jnp.where(pairs, dp, 0.0), factor * k
+        dpairs, columns = _rows(jnp.where(pairs, dp, 0.0), level), split_bf16(factor * k, passes)
         # What is not at a row of the level, or not at a column, is 0.
-        dq_level = factor * _exact(config, dpairs, columns, "nn")
-        dk_level = mm(dpairs, factor * q, "tn")
+        dq_level = factor * _spread(product(dpairs, columns, "nn", passes), level)
+        dk_level = mm(dpairs, _rows(factor * q, level), "tn")
         dbefore += q * dq_level
         yield
         if dm is not None:
-            dpairs = jnp.where(pairs, dm, 0.0)
-            dw_level = factor * _exact(config, dpairs, columns, "nn")
-            dk_level += mm(dpairs, factor * w, "tn")
+            dpairs = _rows(jnp.where(pairs, dm, 0.0), level)
+            dw_level = factor * _spread(product(dpairs, columns, "nn", passes), level)
+            dk_level += mm(dpairs, _rows(factor * w, level), "tn")
             dw += dw_level
             dbefore += w * dw_level
             yield
