@@ -18,6 +18,7 @@ from memformer.training.generation import show_text
 from memformer.training.loop import train
 from memformer.training.metrics import read_records
 
+pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
 ROOT = pathlib.Path(__file__).parents[1]
 ROAD = "python -m memformer.data train_tokenizer"
 SMALL = [

@@ -15,6 +15,7 @@ from memformer.training.flags import define_config, parse_flags
 from memformer.training.folder import read_run_config
 from memformer.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
 PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8")
 MODULE, CONFIG = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 COMMAND = next(line for line in PAGE.splitlines() if line.startswith("python train.py")).split()[1:]
