@@ -15,7 +15,7 @@ decays in between, of blocks of 2^l tokens:
 
     p_r = sum of g from the start of the block of r to r       f_i = sum of g after i to the end of the block of i
 
-From a level to the next one a token adds the total of its sibling block to p (with the bit) or to f (without). No
+From each level to the next, a token adds the total of its sibling block to p (with the bit) or to f (without). No
 exponent is positive and nothing is subtracted, so that any decay down to -inf is exact; after the last level p = G and
 f = G_C - G. The backward pass adds the gradients of p and f in the reverse order.
 
@@ -221,14 +221,14 @@ def _backward(
     inverse = tuple(ref[...] for ref in refs.inverse)
     growth, rest = refs.growth[...], refs.rest[...]
     do, value = do.astype(jnp.float32), v.astype(jnp.float32)
-    u, keep = value, rest * k
+    u, scaled_k = value, rest * k
     if config.beta:
         alpha, beta = scalars.column("alpha", h), scalars.column("beta", h)
         stored = scalars.decay_in(h, mm(growth * w, state[...], "nn"))
         yield
         u = exact(inverse, alpha * value - beta * stored, "nn")
         yield
-    du = exact(refs.scores[-1][...], do, "tn") + scalars.write(h, exact(keep, ds[...], "nn"))
+    du = exact(refs.scores[-1][...], do, "tn") + scalars.write(h, exact(scaled_k, ds[...], "nn"))
     yield
     dcarried = scalars.decay_in(h, config.scale * do)
     dgrown_q, dgrown_w = mm(dcarried, state[...], "nt"), None
@@ -253,10 +253,10 @@ def _backward(
         same = scalars.column("segment", h) == scalars.row("segment", h)
         dp, dm = (x if x is None else jnp.where(same, x, 0.0) for x in (dp, dm))
     yield
-    dkeep = mm(scalars.write(h, u), ds[...], "nt")
+    dscaled_k = mm(scalars.write(h, u), ds[...], "nt")
     yield
     carried = _decay_state(config, scalars, h, growth, ds[...] * state[...])
-    by_key = yield from _descend(config, (q, k, w), (dp, dm), (dgrown_q, dgrown_w, dkeep), refs, carried)
+    by_key = yield from _descend(config, (q, k, w), (dp, dm), (dgrown_q, dgrown_w, dscaled_k), refs, carried)
     return by_key, dv, _decay_state(config, scalars, h, growth, ds[...]) + dstate
 
 
@@ -271,12 +271,12 @@ def _descend(config: ScanConfig, keys, dscores, dgrown, refs: _Prepared, carried
       refs: what was prepared.
       carried: [K, V], whose sums over columns are the gradient of the decay over the whole chunk.
     """
-    (q, k, w), (dp, dm), (dgrown_q, dgrown_w, dkeep) = keys, dscores, dgrown
+    (q, k, w), (dp, dm), (dgrown_q, dgrown_w, dscaled_k) = keys, dscores, dgrown
     mm, size = functools.partial(product, passes=config.passes), config.chunk
     passes, (row, column) = exact_passes(config.passes), iotas((size, size))
     diagonal = jnp.sum(jnp.where(row == column, dp, 0.0), axis=1, keepdims=True)
     growth = refs.growth[...]
-    dq, dk = growth * dgrown_q, refs.rest[...] * dkeep
+    dq, dk = growth * dgrown_q, refs.rest[...] * dscaled_k
     last = iotas(q.shape)[0] == size - 1
     dbefore = q * dq + jnp.where(last, jnp.sum(carried.T, axis=0, keepdims=True), 0.0)
     dafter, dtotal = k * dk, jnp.zeros_like(dq)

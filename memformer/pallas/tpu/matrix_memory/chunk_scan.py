@@ -170,7 +170,7 @@ class _Chunk:
             self._prepared = [ref.at[1 - slot] for ref in prepared]
 
     def head(self, h: int):
-        """What was prepared, and the keys, of one head."""
+        """The prepared arrays and the keys of one head."""
         g, count = h // self.config.heads_per_key, self.config.keys
         if self.step.prepare is None:
             return (), tuple(ref[g] for ref in self._keys)
