@@ -10,6 +10,7 @@ import memformer as mf
 from memformer.pallas.tpu.interpreter import interpreted
 from tests.numeric import assert_close, relative_rms
 from tests.ops.test_ops import cast
+from tests.pallas.test_tpu import TPU
 
 LENGTH, HEADS, WIDTH, VALUE = 37, 2, 8, 4
 
@@ -100,3 +101,17 @@ def test_hard_keys(interpreter):
         want = jax.tree.map(np.asarray, jax.jit(run, static_argnums=1)(cast(arrays, "float64"), "recurrent"))
     assert relative_rms(got[0].astype("float32"), want[0]) < 5e-3
     assert relative_rms(got[1], want[1]) < 5e-3
+
+
+def test_a_tpu_takes_the_kernels():
+    """By default, for a decay per channel, an erase vector and a write strength, each alone."""
+    x, scalar = jnp.ones((1, 32, 2, 8)), jnp.ones((1, 32, 2))
+    calls = {
+        "channel_linear_attention": lambda: mf.linear_attention(x, x, x, decay=-x),
+        "channel_delta_rule": lambda: mf.delta_rule(x, x, x, scalar, decay=-x),
+        "channel_delta_rule_forward": lambda: mf.delta_rule(x, x, x, scalar, w=x),
+        "memformer_channel_delta_rule": lambda: mf.delta_rule(x, x, x, scalar, alpha=scalar, decay=-scalar),
+    }
+    with jax.sharding.use_abstract_mesh(TPU):
+        for name, call in calls.items():
+            assert name in str(jax.make_jaxpr(call)())
