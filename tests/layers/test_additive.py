@@ -19,7 +19,7 @@ def layer():
 
 def draw():
     rng = np.random.default_rng(0)
-    return (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((B, D), (B, S, F)))
+    return (rng.normal(size=shape).astype("float32") for shape in ((B, D), (B, S, F)))
 
 
 def reference(attention, state, memory, visible):
@@ -40,7 +40,8 @@ def test_formula(masked):
     attention = layer()
     state, memory = draw()
     visible = np.array([[True, False, True, True, False], [False] * S]) if masked else np.ones((B, S), bool)
-    read, weights = attention(state, memory, attention.prepare(memory), jnp.asarray(visible) if masked else None)
+    call = nnx.jit(lambda layer, state, memory, visible: layer(state, memory, layer.prepare(memory), visible))
+    read, weights = call(attention, state, memory, visible if masked else None)
     want = reference(attention, np.asarray(state), np.asarray(memory), visible)
     assert_close((read, weights), want, FORWARD["float32"])
 
@@ -53,7 +54,7 @@ def test_gradient_is_finite_where_nothing_is_visible():
         read, _ = attention(state, memory, attention.prepare(memory), jnp.zeros((B, S), bool))
         return jnp.sum(read)
 
-    np.testing.assert_array_equal(jax.grad(total)(memory), 0)
+    np.testing.assert_array_equal(jax.jit(jax.grad(total))(memory), 0)
 
 
 def test_bad_size():

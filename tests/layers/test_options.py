@@ -39,7 +39,7 @@ def build(name, **options):
 
 
 def run(layer, x=X):
-    return layer(jnp.asarray(x, jnp.float32))[0]
+    return layer(jnp.asarray(x.astype("float32")))[0]
 
 
 def affine(layer, x):
@@ -234,7 +234,7 @@ def test_zero_centered_norms():
     assert not np.any(norm.scale[...])
     scale = np.linspace(-0.5, 0.5, WIDTH)
     norm.scale[...] = jnp.asarray(scale, jnp.float32)
-    assert_close(norm(jnp.asarray(X, jnp.float32)), rms(X, 1 + scale, 1e-6), FORWARD["float32"])
+    assert_close(norm(jnp.asarray(X.astype("float32"))), rms(X, 1 + scale, 1e-6), FORWARD["float32"])
     config = LanguageModelConfig(width=WIDTH, heads=HEADS, zero_centered_norm=True)
     assert Block(config, "deltaformer", rngs=nnx.Rngs(0)).norm.zero_centered
     assert build("softmax_attention", qk_norm="head", zero_centered_norm=True).qk_norms["key"].zero_centered
@@ -258,7 +258,7 @@ def test_norms_of_the_output_of_sublayers():
         memory="softmax_attention", width=WIDTH, heads=HEADS, norm_place="output", feedforward="mlp", norm_epsilon=1e-3
     )
     block = randomised(Block(config, "softmax_attention", norm_place="output", rngs=nnx.Rngs(0)))
-    x = jnp.asarray(X, jnp.float32)
+    x = jnp.asarray(X.astype("float32"))
     h = x + block.norm(block.memory(x)[0])
     want = h + block.feedforward_norm(block.feedforward(h)[0])
     assert_close(block(x, None, None, segment_ids=None, positions=None)[0], want, 1e-6)
@@ -279,7 +279,7 @@ def test_chosen_experts_only(name):
     options = EXPERTS[name]
     build = functools.partial(MixtureOfExperts, WIDTH, experts=5, active=2, hidden=3, dtypes=F32, **options)
     dense, ragged = (build(dispatch=kind, rngs=nnx.Rngs(0)) for kind in ("dense", "ragged"))
-    x, correction = jnp.asarray(X, jnp.float32), np.zeros(5)
+    x, correction = jnp.asarray(X.astype("float32")), np.zeros(5)
     scores = X @ wide(dense.router.kernel)
     if "router" in options:
         # Large enough to change the choice.
