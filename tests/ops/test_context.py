@@ -36,7 +36,8 @@ IDS = np.array(
 
 def in_float32(tree):
     """float64 leaves in float32, all others unchanged."""
-    return jax.tree.map(lambda x: jnp.asarray(x, "float32" if np.asarray(x).dtype == np.float64 else None), tree)
+    leaf = lambda x: np.asarray(x, np.float32) if np.asarray(x).dtype == np.float64 else x  # noqa: E731
+    return jax.device_put(jax.tree.map(leaf, tree))
 
 
 def mesh_over_time(kind, *sizes):
