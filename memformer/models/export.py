@@ -76,7 +76,8 @@ def export_model(
         program = jax.jit(function(build, state, structure))
         exported = export.export(program, platforms=tuple(platforms))(*arguments)
         (folder / f"{name}.bin").write_bytes(exported.serialize())
-    np.savez(folder / "weights.npz", **{name: np.asarray(x) for name, x in weights.items()})
+    arrays: dict[str, Any] = {name: np.asarray(x) for name, x in weights.items()}
+    np.savez(folder / "weights.npz", **arrays)
     manifest = {
         "format": 1,
         "jax": jax.__version__,

@@ -44,7 +44,9 @@ class ServedModel:
         with np.load(folder / "weights.npz") as arrays:
             # NumPy reads bfloat16 as raw bytes
             self.weights = {name: jnp.asarray(arrays[name].view(kind)) for name, kind in kinds.items()}
-        prefill, step = (jax.export.deserialize((folder / f"{n}.bin").read_bytes()) for n in ("prefill", "step"))
+        prefill, step = (
+            jax.export.deserialize(bytearray((folder / f"{n}.bin").read_bytes())) for n in ("prefill", "step")
+        )
         self.prefill = jax.jit(prefill.call, donate_argnums=3)
         self.step = jax.jit(step.call, donate_argnums=2)
 

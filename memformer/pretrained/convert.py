@@ -37,7 +37,7 @@ CARRIED = (
 FIXED = {"conv_width": 0, "output_gate": None, "key_heads": None}
 
 # DeltaFormer with the teacher's keys and softmax writes: with a small beta it is softmax attention.
-FAMILIES = {DeltaFormer: {"unit_keys": False, "write_kernel": "softmax", "beta_limit": 1.0}}
+FAMILIES: dict[Any, dict[str, Any]] = {DeltaFormer: {"unit_keys": False, "write_kernel": "softmax", "beta_limit": 1.0}}
 
 PROJECTIONS = ("projections.query", "projections.key", "projections.value", "out")
 

@@ -123,7 +123,7 @@ class Student(MemoryLM):
     ) -> dict[str, Array]:
         segments = find_segments(segment_ids, {})
         if positions is None:
-            positions = count_positions(segments, inputs.shape[:2])
+            positions = count_positions(segments, (inputs.shape[0], inputs.shape[1]))
         valid = jnp.ones(inputs.shape, bool) if segments is None else segments.valid
         held = [lax.stop_gradient(self.teacher[".".join(map(str, path))].get_value()) for path in self.paths]
         teacher = nnx.merge(self.structure, nnx.from_flat_state(list(zip(self.paths, held, strict=True))))

@@ -140,9 +140,10 @@ def _weights(distill: Mapping[str, Any]) -> Distillation:
 
 
 def _teacher_config(distill: Mapping[str, Any]) -> LanguageModelConfig:
-    fields = json.loads(distill["teacher_config"])
     # JSON has no tuples
-    return LanguageModelConfig(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+    read = json.loads(distill["teacher_config"])
+    fields: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in read.items()}
+    return LanguageModelConfig(**fields)
 
 
 def _is_run(folder: str) -> bool:
