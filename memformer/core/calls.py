@@ -92,7 +92,7 @@ class AttentionCall:
       beta: erase strength [B, T, G]; None is 1.
       decay: cumulative log decay, from `running_decay`, of the tokens; those of the slots are in the cache. [B, T, H],
         or [B, T, G] in DeltaFormer; None is 0.
-      sinks: logit per head of a slot with value 0 that every query sees, [H]; None is no such slot.
+      sinks: logit per head of a slot with value 0 that every query sees, [H] or [B, H]; None is no such slot.
       write_kernel: kappa1; None for softmax attention.
       read_kernel: kappa2.
       mask: segments and ranks of cached slots and of tokens.

@@ -86,6 +86,25 @@ def test_equals_one_device(name, implementation, kind):
     assert got[0][0].sharding.is_equivalent_to(NamedSharding(mesh, P("data", time)), 4)
 
 
+def test_sinks():
+    """Logits per head: each device takes those of its rows. The key head is repeated to share rows out."""
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.standard_normal((B, T, heads, 8)), "float32") for heads in (4, 1, 1))
+
+    def loss(q, k, v, sinks):
+        output = mf.softmax_attention(q, k, v, sinks=sinks, segment_ids=jnp.asarray(IDS), implementation="chunked")[0]
+        return jnp.sum(jnp.sin(output)), output
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
+    sinks = jnp.asarray([-1.0, 0.0, 1.0, 2.0])
+    want = run(q, k, v, sinks)
+    with jax.set_mesh(mesh_over_time("Auto", 2, 4)[0]):
+        program = run.lower(*(jax.device_put(x, P("data", "context")) for x in (q, k, v)), sinks).compile()
+        got = program(*(jax.device_put(x, P("data", "context")) for x in (q, k, v)), sinks)
+    assert_close(jax.device_get(got), want, 1e-5)
+    assert "all-to-all" in program.as_text() and not collectives_in_loops(program.as_text())
+
+
 def test_heads_and_time():
     """Heads over devices too; one value head per device, and one key head for both."""
     rng = np.random.default_rng(1)

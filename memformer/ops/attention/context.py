@@ -39,8 +39,7 @@ def run(implementation: Callable[[AttentionCall], Any], call: AttentionCall) -> 
       call: of all tokens.
     """
     shards = time_shards(call.q.shape[1])
-    if shards is None or call.sinks is not None:
-        # Sinks have no exchange: the compiler divides the call.
+    if shards is None:
         return implementation(call)
     groups = call.k.shape[2]
     call = _repeat_groups(call, key_head_repeats(groups, call.q.shape[2]))
@@ -50,14 +49,15 @@ def run(implementation: Callable[[AttentionCall], Any], call: AttentionCall) -> 
         dict.fromkeys(tokens, shards.spec(batch, heads)),
         jax.tree.map(lambda x: PartitionSpec(batch if x.shape[0] > 1 else None), call.mask),
         jax.tree.map(lambda x: PartitionSpec(*(batch, None, heads)[: x.ndim]), call.cache),
+        None if call.sinks is None else PartitionSpec(heads),
     )
 
-    def local(tokens, mask, cache):
-        local_call = dataclasses.replace(call, **tokens, mask=mask, cache=cache)
+    def local(tokens, mask, cache, sinks):
+        local_call = dataclasses.replace(call, **tokens, mask=mask, cache=cache, sinks=sinks)
         return _exchange(implementation, shards, local_call)
 
-    out_specs = shards.spec(batch, heads)
-    results = shards.run(local, (*(batch or ()), *(heads or ())), specs, out_specs)(tokens, call.mask, call.cache)
+    divided = shards.run(local, (*(batch or ()), *(heads or ())), specs, shards.spec(batch, heads))
+    results = divided(tokens, call.mask, call.cache, call.sinks)
     if isinstance(results, tuple):
         output, u = results
         return output, u[:, :, :: u.shape[2] // groups]
@@ -66,7 +66,8 @@ def run(implementation: Callable[[AttentionCall], Any], call: AttentionCall) -> 
 
 def _tokens(call: AttentionCall) -> dict[str, Any]:
     """The fields of a call that hold something of each token."""
-    return {name: x for name, x in vars(call).items() if isinstance(x, jax.Array | CumulativeDecay)}
+    fields = vars(call).items()
+    return {name: x for name, x in fields if name != "sinks" and isinstance(x, jax.Array | CumulativeDecay)}
 
 
 def _repeat_groups(call: AttentionCall, repeats: int) -> AttentionCall:
@@ -133,7 +134,10 @@ def _exchange(implementation, shards: TimeShards, call: AttentionCall) -> Any:
     rows = _HeadRows(batch, groups * repeats, -(-batch * groups * repeats // shards.devices), shards)
     arrays: dict[str, Any] = {name: jax.tree.map(rows.gather_time, x) for name, x in _tokens(call).items()}
     mask, cache = jax.tree.map(rows.take, (call.mask, call.cache))
-    results = implementation(dataclasses.replace(call, **arrays, mask=mask, cache=cache))
+    sinks = call.sinks
+    if sinks is not None:
+        sinks = rows.take(jnp.broadcast_to(sinks[None, None], (batch, 1, *sinks.shape)))[:, 0]
+    results = implementation(dataclasses.replace(call, **arrays, mask=mask, cache=cache, sinks=sinks))
     output, u = results if isinstance(results, tuple) else (results, None)
     # The op rounds the output to this dtype anyway.
     output = rows.gather_heads(output.astype(call.v.dtype))

@@ -123,7 +123,7 @@ def _read_row(
     q: Float[Array, "B H K"],
     k: Float[Array, "B S G K"],
     values: Float[Array, "B S G V"],
-    sinks: Float[Array, "H"] | None = None,
+    sinks: Float[Array, "#B H"] | Float[Array, "H"] | None = None,
 ) -> Float[Array, "B H V"]:
     """One token's read, in the accumulation dtype."""
     dtype = accumulation_dtype(q, k, values)
@@ -151,7 +151,7 @@ def _softmax(scores: Array, mask: Array, sinks: Array | None) -> Float[Array, "B
     """Softmax over the slots that are seen and, per head, a sink without a slot."""
     if sinks is None:
         return masked_softmax(scores, mask)
-    sinks = sinks.astype(scores.dtype).reshape(1, *scores.shape[1:3], 1)
+    sinks = sinks.astype(scores.dtype).reshape(-1, *scores.shape[1:3], 1)
     sinks = jnp.broadcast_to(sinks, (*scores.shape[:3], 1))
     scores = jnp.concatenate([scores, sinks], axis=-1)
     return masked_softmax(scores, jnp.concatenate([mask, jnp.ones(sinks.shape, bool)], axis=-1))[..., :-1]

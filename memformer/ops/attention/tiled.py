@@ -71,7 +71,7 @@ def _read(
     output, lse = read(tiling, mask, decay, q, k, x)
     if sinks is None:
         return output
-    sinks = sinks.astype(output.dtype).reshape(1, 1, *q.shape[2:4], 1)
+    sinks = sinks.astype(output.dtype).reshape(1, -1, *q.shape[2:4], 1)
     return output * jax.nn.sigmoid(lse - sinks)[..., None]
 
 
