@@ -106,8 +106,9 @@ def read_program(text: str, mesh: Mesh) -> Program:
                 traffic += count * _traffic(step, body, computations)
             kind = step.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                # an asynchronous collective is written once for each fusion that it overlaps
-                channel = re.search(r"channel_id=(\d+)", step.attributes)
+                # an asynchronous collective is written once for each fusion that it overlaps; outside fusions those
+                # of shard_map have one channel in common
+                channel = re.search(r"channel_id=(\d+)", step.attributes) if caller != name else None
                 key = (caller, channel[1] if channel else step.name)
                 if key not in seen:
                     seen.add(key)
