@@ -12,6 +12,7 @@ from memformer.layers.basic import (
     RMSNorm,
     check_rate,
     constrain,
+    constrain_residual,
     dropout,
     linear,
     named,
@@ -21,6 +22,7 @@ from memformer.layers.cached import DeltaFormer, Latent, SoftmaxAttention
 from memformer.layers.config import BaseConfig
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase
+from memformer.layers.experts import apply_experts
 from memformer.layers.feedforward import FEEDFORWARDS, MLP, MixtureOfExperts, RouterCorrection, SwiGLU, feedforward_keys
 from memformer.layers.gates import (
     DECAYS,
@@ -111,6 +113,7 @@ __all__ = [
     "SwiGLU",
     "TransformerShape",
     "add_lora",
+    "apply_experts",
     "auto_axes",
     "build_memory",
     "build_stack",
@@ -118,6 +121,7 @@ __all__ = [
     "check_rate",
     "check_rotary",
     "constrain",
+    "constrain_residual",
     "count_positions",
     "dropout",
     "feedforward_keys",

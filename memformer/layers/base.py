@@ -11,7 +11,7 @@ from memformer.core.checks import check_array, check_choice, check_number, check
 from memformer.core.numerics import l2norm
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
-from memformer.layers.basic import Dtypes, GroupRMSNorm, RMSNorm, constrain, linear
+from memformer.layers.basic import Dtypes, GroupRMSNorm, RMSNorm, constrain, constrain_residual, linear
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.positions import check_rotary, count_positions, next_position, rotate
 from memformer.layers.sharding import auto_axes, state_letters
@@ -235,6 +235,8 @@ class MemoryLayer(nnx.Module):
             after["convolution"] = convolved
         parts = self._shape(parts, positions)
         o, after["memory"] = self._apply_op(x, parts, segment_ids, before.get("memory"))
+        # Also of the gradient, which would otherwise enter the op as the tokens lie between layers.
+        o = constrain(o, "activation_batch", "activation_time", "activation_heads", None)
         return self._output(x, o), after
 
     def state_letters(self, state: State) -> Any:
@@ -303,5 +305,4 @@ class MemoryLayer(nnx.Module):
             o = self.norm(o)
         if gate is not None and self.norm_before_gate:
             o = o * gate
-        y = self.out(o)
-        return constrain(y, "activation_batch", "activation_time", "activation_embed")
+        return constrain_residual(self.out(o))

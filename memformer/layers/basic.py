@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from memformer.core.checks import check, check_key, check_number
 from memformer.core.types import Array, Float, Int
-from memformer.layers.sharding import auto_axes
+from memformer.layers.sharding import auto_axes, dividing_prefix
 
 __all__ = [
     "NORMS",
@@ -24,6 +24,7 @@ __all__ = [
     "RMSNorm",
     "check_rate",
     "constrain",
+    "constrain_residual",
     "dropout",
     "linear",
     "named",
@@ -77,27 +78,36 @@ def named(init: nnx.Initializer, *names: str | None) -> nnx.Initializer:
 def constrain(x: Array, *names: str | None) -> Array:
     """Shards an activation by the logical names of its axes; the identity outside a mesh.
 
-    Rules come from `nnx.logical_axis_rules`, the mesh from `jax.set_mesh`. Mesh axes that do not divide an array axis
-    (a single token under a context axis) are skipped. Inside shard_map nothing is constrained.
+    Rules come from `nnx.logical_axis_rules`, the mesh from `jax.set_mesh`. Of several mesh axes the first ones that
+    divide the array axis are taken, and none where the first does not (a single token under a context axis). Names
+    without a rule are left to the compiler, mesh axes that do not exist left out. Inside shard_map nothing is
+    constrained.
 
     Args:
       x: activation.
-      *names: per axis, "activation_batch", "activation_time", "activation_embed", "activation_heads",
-        "activation_mlp", "activation_vocab" or None.
+      *names: per axis, "activation_batch", "activation_time", "activation_norm_time" (time between layers),
+        "activation_embed", "activation_heads", "activation_mlp", "activation_vocab" or None.
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), spmd.get_logical_axis_rules()
     if mesh.empty or not rules or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return x
-    table = dict(reversed(tuple(rules)))
-    spec = []
+    table: dict[str | None, Any] = {**dict(reversed(tuple(rules))), None: None}
+    spec: list[Any] = []
     for size, name in zip(x.shape, names, strict=True):
-        axes = () if name is None else table.get(name) or ()
-        axes = (axes,) if isinstance(axes, str) else tuple(axes)
-        parts = 1
-        for axis in axes:
-            parts *= mesh.shape[axis]
-        spec.append(axes if axes and size % parts == 0 else None)
+        rule = table.get(name, PartitionSpec.UNCONSTRAINED)
+        if rule is not PartitionSpec.UNCONSTRAINED:
+            rule = dividing_prefix(rule, size, mesh.shape) or None
+        spec.append(rule)
     return lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def constrain_residual(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Shards what lies between layers: with a tensor axis each of its devices keeps a part of the tokens.
+
+    Norms, residual sums and what is saved for the backward pass are divided so; the sum after a layer becomes a
+    reduce-scatter, and an all-gather precedes the next layer (Megatron's sequence parallelism, arXiv 2205.05198).
+    """
+    return constrain(x, "activation_batch", "activation_norm_time", "activation_embed")
 
 
 def linear(
@@ -122,14 +132,19 @@ def linear(
         dtype=dtypes.wide if wide else dtypes.compute,
         param_dtype=dtypes.param,
         rngs=rngs,
+        channels=names[1],
     )
 
 
 class Linear(nnx.Linear):
-    """x W + b, and with the parameters of `add_lora` x (W + lora_scale A B) + b."""
+    """x W + b, and with the parameters of `add_lora` x (W + lora_scale A B) + b.
 
-    def __init__(self, *args: Any, **options: Any):
+    Over a tensor axis each device has its part of the channels of all tokens, as the ops want them.
+    """
+
+    def __init__(self, *args: Any, channels: str | None = None, **options: Any):
         super().__init__(*args, **options)
+        self.channels = channels
         self.lora_a: Any = nnx.data(None)
         self.lora_b: Any = nnx.data(None)
         self.lora_scale = 1.0
@@ -137,11 +152,12 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: Float[Array, "... D"], out_sharding: Any = None) -> Float[Array, "... F"]:
         """The map of the last axis."""
         y = super().__call__(inputs, out_sharding)
-        if self.lora_a is None:
+        if self.lora_a is not None:
+            x, a, b = (each.astype(self.dtype) for each in (inputs, self.lora_a[...], self.lora_b[...]))
+            y = y + self.lora_scale * jnp.matmul(jnp.matmul(x, a), b, preferred_element_type=y.dtype)
+        if y.ndim != 3 or self.channels not in ("heads", "mlp", "vocab"):
             return y
-        x, a, b = (each.astype(self.dtype) for each in (inputs, self.lora_a[...], self.lora_b[...]))
-        change = jnp.matmul(jnp.matmul(x, a), b, preferred_element_type=y.dtype)
-        return y + self.lora_scale * change
+        return constrain(y, "activation_batch", "activation_time", f"activation_{self.channels}")
 
 
 # Norms square their input times this, a power of two: the same bits, and no overflow of float32 below 1e28.

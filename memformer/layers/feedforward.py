@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from memformer.core.autodiff import in_forward_mode
 from memformer.core.checks import check, check_choice, check_number, check_positive, check_size
 from memformer.core.types import Array, Bool, Float
 from memformer.layers.basic import Dtypes, constrain, linear, named
+from memformer.layers.experts import apply_experts
 from memformer.layers.sharding import auto_axes
 
 __all__ = ["FEEDFORWARDS", "MLP", "MixtureOfExperts", "RouterCorrection", "SwiGLU", "feedforward_keys"]
@@ -131,8 +133,10 @@ class MixtureOfExperts(nnx.Module):
     With dispatch "dense" every expert is computed for every token, and the weights of unselected experts are zero. This
     costs E / k times the arithmetic and E hidden activations per token; in exchange sharding over experts is trivial.
     Meant for up to about 8 experts. "ragged" sorts the tokens by expert and multiplies each by the weights of its own
-    experts only (`jax.lax.ragged_dot`). With both no token is dropped, and decoding token by token gives the same
-    result as a whole sequence.
+    experts only (`memformer.layers.experts`), in a loop that has no second derivative. With both no token is dropped,
+    and decoding token by token gives the same result as a whole sequence.
+
+    A mesh axis "expert" divides the experts over its devices, with dispatch "ragged" their work too.
 
     The auxiliary loss "moe_balance" is balance_weight * E sum_e f_e P_e, where f_e is the fraction of selections (of
     valid tokens) that fell on expert e and P_e its mean probability. It equals balance_weight when balanced. Add it
@@ -241,16 +245,10 @@ class MixtureOfExperts(nnx.Module):
         return jnp.einsum("btef,efd->btd", h * weight.astype(x.dtype)[..., None], down)
 
     def _ragged(self, x: Array, weight: Array, chosen: Array) -> Array:
-        """Tokens sorted by expert, one copy for each of their experts, and multiplied in groups of unequal sizes."""
-        expert, k = chosen.reshape(-1), self.active
-        order = jnp.argsort(expert, stable=True)
-        gate, up, down = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
-        sizes = jnp.bincount(expert, length=gate.shape[0]).astype(jnp.int32)
-        rows = jnp.take(x.reshape(-1, x.shape[-1]), order // k, axis=0)
-        h = nnx.silu(lax.ragged_dot(rows, gate, sizes)) * lax.ragged_dot(rows, up, sizes)
-        y = jnp.take(lax.ragged_dot(h, down, sizes), jnp.argsort(order), axis=0)
-        weight = jnp.take_along_axis(weight, chosen, axis=-1).astype(x.dtype)
-        return jnp.einsum("btkd,btk->btd", y.reshape(*chosen.shape, -1), weight)
+        if in_forward_mode(x, weight, self.gate[...], self.up[...], self.down[...]):
+            return self._dense(x, weight)
+        parameters = (p[...].astype(x.dtype) for p in (self.gate, self.up, self.down))
+        return apply_experts(x, chosen, jnp.take_along_axis(weight, chosen, axis=-1), *parameters)
 
     def _balance(self, probability: Array, choice: Array, valid: Array | None) -> Array:
         ones = jnp.ones(probability.shape[:2], probability.dtype)

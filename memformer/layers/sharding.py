@@ -22,22 +22,24 @@ __all__ = ["RULES", "auto_axes", "on_auto_mesh", "partition_spec", "state_letter
 F = TypeVar("F", bound=Callable[..., Any])
 
 # Logical axis of a parameter -> the dimensions of results that are sharded like it: channels of projections and
-# heads, and logits.
-PARAMETER_LETTERS = {"heads": ("C", "G", "H"), "vocab": ("classes",)}
+# heads, and logits. Those of experts tell the op where its weights lie.
+PARAMETER_LETTERS = {"heads": ("C", "G", "H"), "vocab": ("classes",), "experts": ("experts",), "mlp": ("mlp",)}
 
 UNIONS = (typing.Union, types.UnionType)
 
 # Logical axis -> mesh axes. Parameters are sharded over fsdp and tensor; activations over data and fsdp (batch),
-# context (time) and tensor (heads, hidden units, vocabulary).
+# context (time) and tensor (heads, hidden units, vocabulary; between layers time). The axis of experts divides what is
+# no expert as fsdp does.
 RULES = (
-    ("embed", "fsdp"),
+    ("embed", ("fsdp", "expert")),
     ("vocab", "tensor"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
-    ("experts", "tensor"),
+    ("experts", "expert"),
     ("layers", None),
-    ("activation_batch", ("data", "fsdp")),
+    ("activation_batch", ("data", "fsdp", "expert")),
     ("activation_time", "context"),
+    ("activation_norm_time", ("context", "tensor")),
     ("activation_embed", None),
     ("activation_heads", "tensor"),
     ("activation_mlp", "tensor"),
@@ -190,13 +192,31 @@ def _spec(letters: list[str], shape: tuple[int, ...], axes: dict[str, Any], mesh
     return PartitionSpec(*parts)
 
 
+def dividing_prefix(rule: str | Sequence[str] | None, size: int, axes: Mapping[str, int]) -> tuple[str, ...]:
+    """The first mesh axes of a rule that divide a dimension.
+
+    Args:
+      rule: names of mesh axes.
+      size: of the dimension.
+      axes: sizes of the mesh axes that can be used; others are left out.
+
+    Example:
+      >>> dividing_prefix(("fsdp", "expert"), 6, {"fsdp": 2, "expert": 2})
+      ('fsdp',)
+    """
+    names = tuple(name for name in ((rule,) if isinstance(rule, str) else rule or ()) if name in axes)
+    while size % math.prod(axes[name] for name in names):
+        names = names[:-1]
+    return names
+
+
 def partition_spec(
     names: Sequence[str | None] | None, shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
     """Partition spec of an array whose axes have these logical names.
 
-    Rules are those of `RULES`. An axis that the mesh axes do not divide stays unsharded, a mesh axis shards one array
-    axis only (the first that names it), and axes that the mesh lacks are left out.
+    Rules are those of `RULES`. Of several mesh axes the first ones that divide the array axis are taken, a mesh axis
+    shards one array axis only (the first that names it), and axes that the mesh lacks are left out.
 
     Raises:
       ValueError: a logical name without a rule, or another number of names than axes.
@@ -216,9 +236,7 @@ def partition_spec(
         if name is not None and name not in rules:
             raise ValueError(f"logical axis {name!r} has no rule; RULES has {', '.join(rules)}")
         rule = rules.get(name) if name is not None else None
-        axes = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule or ()) if axis in mesh.shape)
-        fits = size % math.prod(mesh.shape[a] for a in axes) == 0 and not used.intersection(axes)
-        axes = axes if fits else ()
+        axes = dividing_prefix(rule, size, {axis: n for axis, n in mesh.shape.items() if axis not in used})
         used.update(axes)
         entries.append(axes[0] if len(axes) == 1 else axes or None)
     return PartitionSpec(*entries)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from memformer.core.numerics import accumulation_dtype, masked_softmax, matmul_precision
 from memformer.core.types import Array, Bool, Float, Int
-from memformer.layers.basic import LayerNorm, constrain, dropout, linear
+from memformer.layers.basic import LayerNorm, constrain, constrain_residual, dropout, linear
 from memformer.layers.feedforward import MLP
 from memformer.layers.positions import rotate
 from memformer.layers.sharding import auto_axes
@@ -52,8 +52,8 @@ class _Attention(nnx.Module):
         return masked_softmax(scores, visible[:, None])
 
     def _output(self, o: Array) -> Array:
-        y = self.out(o.reshape(*o.shape[:2], -1))
-        return constrain(y, "activation_batch", "activation_time", "activation_embed")
+        o = constrain(o, "activation_batch", "activation_time", "activation_heads", None)
+        return constrain_residual(self.out(o.reshape(*o.shape[:2], -1)))
 
 
 class SelfAttention(_Attention):
@@ -187,7 +187,7 @@ def _residual(
     """x + dropout(sublayer(norm(x))) or norm(x + dropout(sublayer(x))), with the second result of the sublayer."""
     pre = shape.norm_place == "pre"
     y, rest = sublayer(norm(x) if pre else x)
-    x = x + dropout(y, shape.dropout, key)
+    x = constrain_residual(x + dropout(constrain_residual(y), shape.dropout, key))
     return (x if pre else norm(x)), rest
 
 
@@ -235,7 +235,7 @@ class EncoderBlock(nnx.Module):
 
         x, _ = _residual(self.shape, self.attention_norm, attend, x, keys[0])
         x, _ = _residual(self.shape, self.feedforward_norm, self.feedforward, x, keys[1])
-        return constrain(x, "activation_batch", "activation_time", "activation_embed")
+        return constrain_residual(x)
 
     @auto_axes
     def weights(
@@ -319,5 +319,5 @@ class DecoderBlock(nnx.Module):
         x, cache = _residual(self.shape, self.attention_norm, attend, x, keys[0])
         x, weights = _residual(self.shape, self.cross_norm, attend_to_memory, x, keys[1])
         x, _ = _residual(self.shape, self.feedforward_norm, self.feedforward, x, keys[2])
-        x = constrain(x, "activation_batch", "activation_time", "activation_embed")
+        x = constrain_residual(x)
         return x, {"memory": state["memory"], "cache": cache}, weights

@@ -13,7 +13,7 @@ from memformer.core.checks import check_array, check_options, check_size
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
 from memformer.layers.base import State
-from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
+from memformer.layers.basic import Embedding, constrain, constrain_residual, dropout, linear, stochastic_keys
 from memformer.layers.feedforward import FEEDFORWARDS, SwiGLU, feedforward_keys
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import count_positions, next_position
@@ -111,12 +111,13 @@ class Block(nnx.Module):
         """Adds the memory's output y to x, then the feedforward layer's; returns (x, aux)."""
         keys = (None, None) if key is None else jax.random.split(key, 2)
         pre = self.norm_place == "pre"
-        x, aux = x + dropout(y if pre else self.norm(y), self.dropout, keys[0]), {}
+        x, aux = constrain_residual(x + dropout(y if pre else self.norm(y), self.dropout, keys[0])), {}
         if self.feedforward is not None:
             valid = None if segment_ids is None else segment_ids != 0
             y, aux = self.feedforward(self.feedforward_norm(x) if pre else x, valid)
-            x = x + dropout(y if pre else self.feedforward_norm(y), self.dropout, keys[1])
-        return constrain(x, "activation_batch", "activation_time", "activation_embed"), aux
+            y = constrain_residual(y)
+            x = constrain_residual(x + dropout(y if pre else self.feedforward_norm(y), self.dropout, keys[1]))
+        return x, aux
 
 
 class MemoryLM(nnx.Module):
@@ -233,7 +234,7 @@ class MemoryLM(nnx.Module):
         if self.positions is not None:
             x = self.positions(x, positions)
         x = dropout(x, self.config.dropout, key)
-        return constrain(x, "activation_batch", "activation_time", "activation_embed")
+        return constrain_residual(x)
 
     def read_out(self, x: Float[Array, "B T D"]) -> Float[Array, "B T classes"]:
         """The logits from the output of the last block."""

@@ -10,7 +10,7 @@ from memformer.core.checks import check_array, check_size
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.layers.base import State
-from memformer.layers.basic import Embedding, constrain, dropout, linear, stochastic_keys
+from memformer.layers.basic import Embedding, constrain, constrain_residual, dropout, linear, stochastic_keys
 from memformer.layers.positions import count_positions, next_position
 from memformer.layers.sharding import auto_axes
 from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack
@@ -48,7 +48,7 @@ class _Stack(nnx.Module):
 
     def _drop(self, x: Array, keys: Array | None) -> Array:
         x = dropout(x, self.shape.dropout, None if keys is None else keys[-1])
-        return constrain(x, "activation_batch", "activation_time", "activation_embed")
+        return constrain_residual(x)
 
     def _finish(self, x: Array) -> Array:
         return x if self.norm is None else self.norm(x)

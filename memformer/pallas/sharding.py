@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.sharding import AbstractMesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from memformer.core.sharding import mesh_axes
 from memformer.core.types import Array
 
 __all__ = [
     "KernelAxes",
+    "axis_names",
+    "dividing",
     "dividing_axes",
     "kernel_axes",
     "key_head_repeats",
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 # Mesh axes over which the library's own meshes shard batch and heads.
-BATCH, HEADS = ("data", "fsdp"), ("tensor",)
+BATCH, HEADS = ("data", "fsdp", "expert"), ("tensor",)
 
 
 class KernelAxes(NamedTuple):
@@ -42,7 +44,7 @@ def kernel_axes() -> KernelAxes:
 
     The backward pass is traced later, when the arguments are gone: it takes the axes from the call's configuration.
     """
-    batch, heads = _names(mesh_axes("B")), _names(mesh_axes("G") or mesh_axes("H"))
+    batch, heads = axis_names(mesh_axes("B")), axis_names(mesh_axes("G") or mesh_axes("H"))
     if not batch and not heads:
         return KernelAxes(BATCH, HEADS)
     return KernelAxes(batch, tuple(name for name in heads if name not in batch))
@@ -70,14 +72,12 @@ def dividing_axes(batch: int, heads: int) -> tuple[tuple[str, ...] | None, tuple
       batch: B.
       heads: G, or H where those divide.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    free = [name for name in mesh.axis_names if name not in mesh.manual_axes]
-    axes = zip(kernel_axes(), (batch, heads), strict=True)
-    on_batch, on_heads = (_dividing(mesh, free, names, size) for names, size in axes)
-    return on_batch, on_heads
+    axes = kernel_axes()
+    return dividing(axes.batch, batch), dividing(axes.heads, heads)
 
 
-def _names(part: Any) -> tuple[str, ...]:
+def axis_names(part: Any) -> tuple[str, ...]:
+    """The mesh axes of a part of a PartitionSpec."""
     if part is None:
         return ()
     return (part,) if isinstance(part, str) else tuple(part)
@@ -114,7 +114,7 @@ def split_batch_and_heads(
             return local(*arrays)
         heads = operands or (1,) * len(arrays)
         sizes = arrays[0].shape[0], arrays[0].shape[heads[0]]
-        parts = [_dividing(mesh, free, names, size) for names, size in zip(axes, sizes, strict=True)]
+        parts = [dividing(names, size) for names, size in zip(axes, sizes, strict=True)]
         in_specs, out_specs = (tuple(_spec(*parts, axis) for axis in group) for group in (heads, results))
         return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(free))(*arrays)
 
@@ -143,9 +143,10 @@ def _spec(batch, heads, axis: int) -> PartitionSpec:
     return PartitionSpec(batch, *(None,) * (axis - 1), heads)
 
 
-def _dividing(mesh: AbstractMesh, free: Sequence[str], names: tuple[str, ...], size: int) -> tuple[str, ...] | None:
-    """Those of the mesh axes `names` that are still free; None where they do not divide the dimension."""
-    names = tuple(name for name in names if name in free)
+def dividing(names: Sequence[str], size: int) -> tuple[str, ...] | None:
+    """Those of the mesh axes `names` that are free in the mesh of the context; None where they do not divide `size`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    names = tuple(name for name in names if name in mesh.axis_names and name not in mesh.manual_axes)
     return names if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 
 

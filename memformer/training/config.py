@@ -107,8 +107,10 @@ def default_config(
         }
     )
     config.train = _train_section()
-    # one of the four axes may be -1: the devices that the others leave; slices are outer data, 0 = as TPUs report
-    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "context": 1, "tensor": 1, "slices": 0})
+    # one axis may be -1: the devices that the others leave; slices are outer data, 0 = as TPUs report
+    config.mesh = ml_collections.ConfigDict(
+        {"data": -1, "fsdp": 1, "expert": 1, "context": 1, "tensor": 1, "slices": 0}
+    )
     config.checkpoint = ml_collections.ConfigDict({"keep_last": 2, "keep_best": 1})
     if preset is not None:
         apply_preset(config, preset)

@@ -246,7 +246,7 @@ def _load(
     saved = checkpoints.config(step)
     config = complete_config(saved)
     # evaluation may run on other devices than training
-    config.mesh = {"data": count_slices(), "fsdp": -1, "context": 1, "tensor": 1, "slices": 0}
+    config.mesh = {"data": count_slices(), "fsdp": -1, "expert": 1, "context": 1, "tensor": 1, "slices": 0}
     set_values(config, settings)
     config.train.batch_size = batch_size or config.train.batch_size
     config = config.to_dict()

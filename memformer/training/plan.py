@@ -71,10 +71,10 @@ def make_fit(config: Mapping[str, Any], where: str, found: DryRun) -> Iterator[s
 def _savings(config: Mapping[str, Any], devices: int) -> Iterator[Changes]:
     """Changes that save memory without changing the result of a step beyond rounding, in order of their price."""
     model, train, mesh = config["model"], config["train"], dict(config["mesh"])
-    slices = max(mesh.get("slices", 0), 1)
+    slices, expert = max(mesh.get("slices", 0), 1), mesh.get("expert", 1)
     shards = devices // (mesh["context"] * mesh["tensor"])
-    if mesh["fsdp"] != shards // slices and train["batch_size"] % shards == 0:
-        yield {"mesh.data": slices, "mesh.fsdp": shards // slices}
+    if mesh["fsdp"] != shards // slices // expert and train["batch_size"] % shards == 0:
+        yield {"mesh.data": slices, "mesh.fsdp": shards // slices // expert}
     if model.get("remat", "full") is None:
         yield {"model.remat": "projections"}
     if model.get("remat", "full") in (None, "projections"):
@@ -86,11 +86,12 @@ def _savings(config: Mapping[str, Any], devices: int) -> Iterator[Changes]:
         yield {"train.accumulate": parts}
         parts *= 2
     tensor = 2 * mesh["tensor"]
-    while tensor <= 8 and model.get("heads", 1) % tensor == 0 and devices % (mesh["context"] * tensor * slices) == 0:
+    kept = mesh["context"] * expert * slices
+    while tensor <= 8 and model.get("heads", 1) % tensor == 0 and devices % (kept * tensor) == 0:
         rest = devices // (mesh["context"] * tensor)
         if train["batch_size"] % rest == 0:
-            micro = max(train["batch_size"] // rest, 1)
-            yield {"mesh.data": slices, "mesh.fsdp": rest // slices, "mesh.tensor": tensor, "train.accumulate": micro}
+            fsdp, micro = devices // (kept * tensor), max(train["batch_size"] // rest, 1)
+            yield {"mesh.data": slices, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "train.accumulate": micro}
         tensor *= 2
 
 
@@ -133,7 +134,8 @@ def search_runs(config: Mapping[str, Any], where: str, tries: int = 12) -> list[
     plain, found = _plain(config), []
     devices = _count_devices(plain, where)
     for mesh in _meshes(plain, devices):
-        rows, remats, fitted = mesh["mesh.data"] * mesh["mesh.fsdp"], [None, "projections", "full"], False
+        rows = mesh["mesh.data"] * mesh["mesh.fsdp"] * plain["mesh"].get("expert", 1)
+        remats, fitted = [None, "projections", "full"], False
         while remats and tries > 0:
             changes = {**mesh, "train.batch_size": rows, "train.accumulate": 1}
             if "remat" in plain["model"]:
@@ -163,7 +165,7 @@ def _count_devices(config: Mapping[str, Any], where: str) -> int:
 def _meshes(config: Mapping[str, Any], devices: int) -> Iterator[Changes]:
     mesh, heads = config["mesh"], config["model"].get("heads", 1)
     slices = max(mesh.get("slices", 0), 1)
-    inner = devices // slices // mesh["context"]
+    inner = devices // slices // mesh["context"] // mesh.get("expert", 1)
     yield {"mesh.data": slices, "mesh.fsdp": inner, "mesh.tensor": 1}
     if inner > 16 and inner % 16 == 0:
         yield {"mesh.data": slices * inner // 16, "mesh.fsdp": 16, "mesh.tensor": 1}

@@ -30,16 +30,19 @@ __all__ = [
 ]
 
 AXES = ("data", "fsdp", "context", "tensor")
+# With mesh.expert above 1.
+EXPERT_AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of axes data, fsdp, context, tensor over `devices` (by default all).
+    """Returns the mesh of axes data, fsdp, context, tensor over `devices` (by default all), and expert if it is given.
 
     Over several slices of TPUs, which a data-center network joins, the slices are the outer part of the data axis: one
     sum of gradients per step crosses that network, and no other axis does.
 
     Args:
-      sizes: axis name to size; one may be -1, the devices that the others leave. `slices`, if given and not 0, is the
+      sizes: axis name to size; one may be -1, the devices that the others leave. `expert` may be left out; a mesh has
+        this axis, between fsdp and context, if its size is not 1. `slices`, if given and not 0, is the
         number of slices; by default it is read from TPU devices, and 1 elsewhere. Devices that report no slices are cut
         into as many equal blocks.
       devices: the devices of the mesh; all of them must be used.
@@ -52,11 +55,12 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
       ('data', 'fsdp', 'context', 'tensor')
     """
     devices = jax.devices() if devices is None else list(devices)
-    if set(sizes) - {"slices"} != set(AXES):
+    if set(sizes) - {"slices", "expert"} != set(AXES):
         raise RunError(f"config.mesh must have the axes {', '.join(AXES)}, got {', '.join(sizes)}.")
-    shape = _axis_sizes(sizes, devices)
+    axes = AXES if sizes.get("expert", 1) == 1 else EXPERT_AXES
+    shape = _axis_sizes({name: sizes[name] for name in axes}, devices)
     slices = _slices(sizes.get("slices", 0), devices)
-    asked = ", ".join(f"{name}={size}" for name, size in zip(AXES, shape, strict=True))
+    asked = ", ".join(f"{name}={size}" for name, size in zip(axes, shape, strict=True))
     if shape[0] % len(slices):
         raise RunError(
             f"config.mesh.data must be a multiple of the {len(slices)} slices, which the data axis spans, got {asked}. "
@@ -71,16 +75,16 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             f"config.mesh ({asked}) cannot be laid out; {_found(devices)}: {str(error).splitlines()[0]} Choose "
             "axes that are products of factors of the sides of the slice."
         ) from error
-    return Mesh(np.concatenate(grids), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(np.concatenate(grids), axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def _axis_sizes(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> list[int]:
     """The size of each axis, with -1 replaced."""
-    asked = ", ".join(f"{name}={sizes[name]}" for name in AXES)
-    free = [name for name in AXES if sizes[name] == -1]
-    if len(free) > 1 or any(sizes[name] < 1 and sizes[name] != -1 for name in AXES):
+    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise RunError(f"config.mesh sizes must be at least 1, with at most one -1 (the rest), got {asked}.")
-    fixed = math.prod(sizes[name] for name in AXES if name not in free)
+    fixed = math.prod(size for name, size in sizes.items() if name not in free)
     if len(devices) % fixed if free else fixed != len(devices):
         need = f"a multiple of {fixed}" if free else str(fixed)
         raise RunError(
@@ -88,7 +92,7 @@ def _axis_sizes(sizes: Mapping[str, int], devices: Sequence[jax.Device]) -> list
             f"--config.mesh.{free[0] if free else 'data'}=..., or run where there are as many devices "
             "(on CPU, JAX_NUM_CPU_DEVICES=8 makes eight)."
         )
-    return [len(devices) // fixed if name in free else sizes[name] for name in AXES]
+    return [len(devices) // fixed if name in free else size for name, size in sizes.items()]
 
 
 def count_slices(devices: Sequence[jax.Device] | None = None) -> int:
@@ -213,7 +217,7 @@ def batch_layout(
       devices: the devices of the process; by default those of this one.
 
     Raises:
-      RunError: a batch size not divisible by the data and fsdp axes.
+      RunError: a batch size not divisible by the axes that divide the batch.
 
     Example:
       >>> mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
@@ -221,11 +225,13 @@ def batch_layout(
       [0, 1, 2, 3]
     """
     sizes = {name: tuple(shape) for name, shape in shapes.items()}
-    count, shards = next(iter(sizes.values()))[0], mesh.shape["data"] * mesh.shape["fsdp"]
-    if count % shards:
+    count = next(iter(sizes.values()))[0]
+    shards = {name: mesh.shape[name] for name in dict(RULES)["activation_batch"] or () if name in mesh.shape}
+    if count % math.prod(shards.values()):
+        product = f"{' x '.join(shards)} = {' x '.join(map(str, shards.values()))}"
         raise RunError(
-            f"train.batch_size must be a multiple of mesh data x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']}, "
-            f"got {count}. Set --config.train.batch_size (eval.py: --batch_size) to such a multiple."
+            f"train.batch_size must be a multiple of mesh {product}, got {count}. "
+            "Set --config.train.batch_size (eval.py: --batch_size) to such a multiple."
         )
     here = set(mesh.local_devices if devices is None else devices)
     shardings = {name: batch_sharding(name, shape, mesh) for name, shape in sizes.items()}
@@ -251,7 +257,7 @@ def global_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
     """Puts a batch on the devices of a mesh, as global arrays; every process has the whole batch.
 
     Raises:
-      RunError: a batch size not divisible by the data and fsdp axes.
+      RunError: a batch size not divisible by the axes that divide the batch.
     """
     layout = batch_layout({name: array.shape for name, array in batch.items()}, mesh)
     return layout.place({name: array[layout.rows] for name, array in batch.items()})

@@ -8,6 +8,7 @@ import re
 import jax
 import pytest
 
+from memformer.pallas import platform
 from memformer.training import dryrun, plan
 from memformer.training.build import build_run
 from memformer.training.chips import GIB, find_chip
@@ -164,6 +165,20 @@ def test_tpu_topology(config):
     assert found.roofline.chip.name == "TPU v5 lite" and not found.estimate
     with pytest.raises(RunError, match="--dryrun must be here, a TPU type or topology such as"):
         dry_run(config, "v99:2x2")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_gradients_are_reduce_scattered(monkeypatch):
+    """With fsdp every device receives its part of the sum of each gradient, and no more."""
+    # kernels take long to compile and exchange nothing
+    monkeypatch.setattr(platform, "_backend", lambda: "cpu")
+    sizes = {"model__width": 128, "model__scan_layers": True, "mesh__fsdp": 8}
+    config = small_config(**sizes)
+    found, run = dry_run(config, "v5e:2x4"), build_run(config.to_dict())
+    moved = {c.kind: c.bytes for c in found.collectives if c.axes == ("fsdp",)}
+    matrices = sum(4 * math.prod(x.shape) for x in run.model.params.values() if math.prod(x.shape[-2:]) >= 128 * 128)
+    assert moved["reduce-scatter"] == pytest.approx(matrices, rel=0.2)
+    assert moved["all-reduce"] < 0.1 * matrices
 
 
 # shares of the devices by axis: the usual meshes of a pod

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from memformer.training import build
+from memformer.training import build, sharding
 from memformer.training.build import build_run
 from memformer.training.config import RunError, default_config
+from memformer.training.dryrun import CPU_OPTIONS, lower_step
 from memformer.training.input import make_loader
 from memformer.training.program import read_program
 from memformer.training.sharding import (
@@ -92,9 +93,9 @@ def test_reported_slices():
 
 def test_two_axes_of_one_parameter_that_ask_for_one_mesh_axis():
     config = small_config(model__feedforward="moe")
-    config.mesh.update({"data": 4, "tensor": 2})
+    config.mesh.update({"data": 4, "expert": 2})
     run = build_run(config.to_dict())
-    assert run.model.shardings(run.mesh)["blocks.0.feedforward.gate"].spec == PartitionSpec("tensor", "fsdp", None)
+    assert run.model.shardings(run.mesh)["blocks.0.feedforward.gate"].spec == PartitionSpec("expert", "fsdp", "tensor")
 
 
 def test_specs():
@@ -105,12 +106,19 @@ def test_specs():
         # not divisible: whole
         (("vocab", "embed"), (15, 8), PartitionSpec(None, "fsdp")),
         # a mesh axis serves once
-        (("experts", "embed", "mlp"), (2, 8, 8), PartitionSpec("tensor", "fsdp", None)),
+        (("mlp", "heads"), (8, 8), PartitionSpec("tensor", None)),
+        (("experts", "embed", "mlp"), (2, 8, 8), PartitionSpec(None, "fsdp", "tensor")),
         (("activation_batch", "activation_time"), (8, 5), PartitionSpec(("data", "fsdp"), "context")),
         (None, (3,), PartitionSpec()),
     ]
     for names, shape, want in cases:
         assert partition_spec(names, shape, mesh) == want, names
+    mesh = make_mesh({**CUBE, "data": 1, "expert": 2})
+    assert mesh.axis_names == ("data", "fsdp", "expert", "context", "tensor")
+    assert partition_spec(("experts", "embed", "mlp"), (2, 8, 8), mesh) == PartitionSpec("expert", "fsdp", "tensor")
+    # what is no expert lies over the axis of experts too, as far as it divides
+    assert partition_spec(("embed",), (8,), mesh) == PartitionSpec(("fsdp", "expert"))
+    assert partition_spec(("embed",), (6,), mesh) == PartitionSpec("fsdp")
     with pytest.raises(ValueError, match="has no rule"):
         partition_spec(("width",), (8,), mesh)
     with pytest.raises(ValueError, match="as many as"):
@@ -180,6 +188,8 @@ def test_eight_devices_do_what_one_does(memory):
     largest = max(math.prod(x.shape) for x in run.model.params.values())
     gathered = gathered_sizes(step.as_text())
     assert gathered, "parameters split over fsdp must be gathered somewhere"
+    # tensor gathers the tokens of its devices before each layer, and nobody else does
+    largest = max(largest, ROWS // 4 * run.task.steps * 32)
     assert max(gathered) <= largest, f"gathered {max(gathered)} elements; the largest weight has {largest}"
     np.testing.assert_allclose(losses(*many), on_one_device(memory)[0], rtol=1e-5)
 
@@ -194,6 +204,29 @@ def test_time_over_devices_does_what_one_does():
     batch = many[3][0]
     assert batch["inputs"].sharding.spec == PartitionSpec(("data", "fsdp"), "context")
     np.testing.assert_allclose(losses(*many), want, rtol=1e-5)
+
+
+def test_tokens_between_layers_lie_over_tensor(monkeypatch):
+    """With a tensor axis a device keeps its part of the tokens between layers; sent is what the layers need."""
+    sizes = {"model__width": 32, "model__heads": 4, "model__depth": 3, "model__scan_layers": True}
+    config = small_config(**sizes, task__start="none", train__batch_size=ROWS)
+    config.mesh.update({"data": 2, "tensor": 4})
+    run, found = build_run(config.to_dict()), {}
+    for name, rule in {"whole": "context", "parts": ("context", "tensor")}.items():
+        rules = {**dict(RULES), "activation_norm_time": rule}
+        monkeypatch.setattr(sharding, "RULES", tuple(rules.items()))
+        with mesh_scope(run.mesh):
+            found[name] = lower_step(run)[0].compile(compiler_options=CPU_OPTIONS)
+    whole, parts = (found[name].as_text() for name in ("whole", "parts"))
+    rows, steps = ROWS // 2, run.task.steps
+    # what the scan over layers saves
+    assert f"f32[3,{rows},{steps},32]" in whole
+    assert f"f32[3,{rows},{steps // 4},32]" in parts and f"f32[3,{rows},{steps},32]" not in parts
+    needs = [found[name].memory_analysis().temp_size_in_bytes for name in ("whole", "parts")]
+    assert needs[1] < 0.8 * needs[0]
+    sent = [c.bytes for c in read_program(parts, run.mesh).collectives if c.kind == "all-gather" and "tensor" in c.axes]
+    # the input of each half of a layer twice, the gradient of its output once, and the input of the logits
+    assert sum(sent) <= 1.1 * (3 * 2 * 3 + 2) * rows * steps * 32 * 4
 
 
 def test_explicit_axes_do_what_auto_axes_do(monkeypatch):
@@ -218,4 +251,4 @@ def gathered_sizes(text):
 
 def test_every_rule_names_axes_of_the_mesh():
     for _, axes in RULES:
-        assert set([axes] if isinstance(axes, str) else axes or ()) <= set(ONE)
+        assert set([axes] if isinstance(axes, str) else axes or ()) <= {*ONE, "expert"}
