@@ -11,8 +11,9 @@ N k D (n - 1) / n, less only where k < n, in buffers for the worst case of all p
 ragged-all-to-all, which needs no such buffers, does not exist on CPUs.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -58,7 +59,8 @@ def apply_experts(
       (1, 1, 2)
     """
     axes = _expert_axes(x, gate)
-    local = functools.partial(_apply_local, axes, _block_rows(chosen.size, gate.shape[0]))
+    rows = _block_rows(chosen.size, gate.shape[0])
+    local: Callable[..., Array] = functools.partial(_apply_local, axes, rows)
     if not axes.all:
         return local(x, chosen, weight, gate, up, down)
     if axes.exchanged:
@@ -101,8 +103,8 @@ def _expert_axes(x: Array, gate: Array) -> _ExpertAxes:
     shards = time_shards(x.shape[1])
     explicit = letter_axes() is not None
     experts = dividing(axis_names(mesh_axes("experts")) if explicit else ("expert",), gate.shape[0])
-    hidden = axis_names(mesh_axes("mlp")) if explicit else ("tensor",)
-    hidden = dividing(tuple(name for name in hidden if name not in (experts or ())), gate.shape[2])
+    names = axis_names(mesh_axes("mlp")) if explicit else ("tensor",)
+    hidden = dividing([name for name in names if name not in (experts or ())], gate.shape[2])
     return _ExpertAxes(batch, None if shards is None else shards.names, experts, hidden)
 
 
@@ -129,7 +131,8 @@ def _apply_local(axes: _ExpertAxes, rows: int, x, chosen, weight, gate, up, down
     return (lax.psum(y, axes.summed) if axes.summed else y).reshape(x.shape)
 
 
-class _ExpertBlocks(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _ExpertBlocks:
     """Pairs of tokens and experts, in blocks of one expert.
 
     Attributes:

@@ -96,7 +96,7 @@ def read_program(text: str, mesh: Mesh) -> Program:
     flops = traffic = 0.0
     kernels = 0
     found: dict[tuple[str, tuple[str, ...]], list[float]] = collections.defaultdict(lambda: [0.0, 0])
-    seen = set()
+    moved: dict[str, tuple[int, str, tuple[str, ...], float]] = {}
     for name, (count, caller) in runs.items():
         body = computations[name]
         for step in body.values():
@@ -106,18 +106,18 @@ def read_program(text: str, mesh: Mesh) -> Program:
                 traffic += count * _traffic(step, body, computations)
             kind = step.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
-                # an asynchronous collective is written once for each fusion that it overlaps; outside fusions those
-                # of shard_map have one channel in common
+                # how TPUs write the sum of which each device keeps a part
+                kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
+                axes, size = _axes(step.attributes, mesh)
+                item = (count, kind, axes, count * _payload(step, body, size))
+                # an asynchronous collective is written once for each fusion that it overlaps, those of inner loops
+                # included; outside fusions the collectives of shard_map have one channel in common
                 channel = re.search(r"channel_id=(\d+)", step.attributes) if caller != name else None
-                key = (caller, channel[1] if channel else step.name)
-                if key not in seen:
-                    seen.add(key)
-                    # how TPUs write the sum of which each device keeps a part
-                    kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
-                    axes, size = _axes(step.attributes, mesh)
-                    whole = _payload(step, body, size)
-                    found[kind, axes][0] += count * whole
-                    found[kind, axes][1] += count
+                key = channel[1] if channel else f"{name} {step.name}"
+                moved[key] = min(moved.get(key, item), item)
+    for count, kind, axes, total in moved.values():
+        found[kind, axes][0] += total
+        found[kind, axes][1] += count
     listed = [Collective(kind, axes, total, int(calls)) for (kind, axes), (total, calls) in found.items() if axes]
     return Program(flops, traffic, kernels, tuple(sorted(listed, key=lambda c: -c.bytes)))
 
