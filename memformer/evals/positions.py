@@ -1,7 +1,6 @@
 """Loss by position: whether a memory uses the context that it has."""
 
 import functools
-import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ import numpy as np
 
 from memformer.data.source import SPLITS
 from memformer.training.config import RunError
-from memformer.training.evaluation import LoadedRun, load_run
+from memformer.training.evaluation import LoadedRun, load_run, score_batches
 from memformer.training.files import replace_file
 from memformer.training.input import batch_shapes, make_loader
 from memformer.training.metrics import format_table, log, model_name
@@ -72,9 +71,9 @@ def loss_by_position(loaded: LoadedRun, *, split: str = "test", batches: int = 1
     )
     step = jax.jit(functools.partial(_sum_positions, loaded.model))
     with mesh_scope(mesh):
-        sums = [step(*loaded.weights, batch) for batch in itertools.islice(loader, batches or None)]
+        sums = score_batches(functools.partial(step, *loaded.weights), loader, batches)
     loader.close()
-    total = np.stack(jax.device_get(sums)).astype(np.float64).sum(axis=0)
+    total = np.stack(sums).astype(np.float64).sum(axis=0)
     return _bin_positions(total[0], total[1])
 
 

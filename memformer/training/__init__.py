@@ -20,7 +20,15 @@ from memformer.training.curriculum import Curriculum
 from memformer.training.distill import DISTILL, apply_start, apply_teacher, build_student, start_student
 from memformer.training.distributed import agree, first_text, join_processes
 from memformer.training.dryrun import DryRun, Feeding, describe_feeding, dry_run, lower_step, step_flops
-from memformer.training.evaluation import LoadedRun, Scorer, evaluate_checkpoint, fits_model, load_run, parameters_of
+from memformer.training.evaluation import (
+    LoadedRun,
+    Scorer,
+    evaluate_checkpoint,
+    fits_model,
+    load_run,
+    parameters_of,
+    score_batches,
+)
 from memformer.training.files import (
     check_folder,
     disk_errors,
@@ -263,6 +271,7 @@ __all__ = [
     "run_lock",
     "save_errors",
     "schedule_steps",
+    "score_batches",
     "search_runs",
     "set_values",
     "show_dry_run",

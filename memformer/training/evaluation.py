@@ -1,11 +1,12 @@
 """Scores a model on any split, length or variant of a task, from a run or from its checkpoint alone."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from memformer.training.plots import plot_lengths
 from memformer.training.sharding import batch_layout, count_slices, mesh_scope
 from memformer.training.step import Arrays, Functional, abstract_state, make_eval_step
 
-__all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of"]
+__all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of", "score_batches"]
 
 
 # A trainer that is running may delete the step that is being read; so often another one is tried.
@@ -65,14 +66,28 @@ class Scorer:
             place=layout.place,
             repeat=batches > 0,
         )
-        sums: list[Arrays] = []
         with mesh_scope(self.mesh):
-            for batch in itertools.islice(loader, batches or None):
-                sums.append(self.step(*parameters, batch))
+            fetched = score_batches(functools.partial(self.step, *parameters), loader, batches)
         loader.close()
-        fetched = jax.device_get(sums)
         total = {name: math.fsum(float(part[name]) for part in fetched) for name in fetched[0]}
         return means(total, task.scores, task.bytes_per_step(split))
+
+
+def score_batches(step: Callable[[Any], Any], loader: Iterable[Any], batches: int) -> list[Any]:
+    """The results of a compiled step on each of `batches` batches, fetched; 0 takes all that the loader has.
+
+    Two steps at most are under way. They do not depend on each other, and on CPU many of them in several processes wait
+    for each other's collectives forever.
+
+    Example:
+      >>> score_batches(lambda batch: 2 * batch, iter([1, 2, 3]), 2)
+      [2, 4]
+    """
+    results: list[Any] = []
+    for batch in itertools.islice(loader, batches or None):
+        jax.block_until_ready(results[-2:-1])
+        results.append(step(batch))
+    return jax.device_get(results)
 
 
 def parameters_of(state: Mapping[str, Any]) -> tuple[Arrays, Arrays]:
