@@ -83,7 +83,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     speeds = time_steps(runs, settings["timed_steps"])
     models, contexts, samples = [], [], []
     for label, run in runs.items():
-        module, positions = run.module(), _positions(run)
+        module, positions = run.module(), _positions(run, settings["scored_batches"])
         sizes = {f"state bytes at {n} tokens": f"{_state_bytes(module, n):,}" for n in CAPACITIES}
         loss = sum(part.tokens * part.loss for part in positions) / sum(part.tokens for part in positions)
         models.append(
@@ -102,7 +102,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     values = {
         "curves": {label: _curve(run) for label, run in runs.items()},
         "training tokens": one.step * one.config["train"]["batch_size"] * one.task.length,
-        **{name: settings[name] for name in ("corpus", "timed_steps", "prompt", "sampled")},
+        **{name: settings[name] for name in ("corpus", "scored_batches", "timed_steps", "prompt", "sampled")},
     }
     written = f"{settings['sampled']} tokens at temperature 0.8, seed 0; a slash ends a verse"
     return Result(
@@ -115,11 +115,11 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     )
 
 
-def _positions(run: LoadedRun) -> list[PositionLoss]:
-    """Loss by position over the whole test split, which the run's folder keeps as eval.py --by_position does."""
+def _positions(run: LoadedRun, batches: int) -> list[PositionLoss]:
+    """Loss by position on the test split, which the run's folder keeps as eval.py --by_position does."""
     path = os.path.join(run.folder, "positions_test.json")
     if not os.path.exists(path):
-        evaluate_positions(run.folder, batches=0)
+        evaluate_positions(run.folder, batches=batches)
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
     if found["step"] != run.step:
@@ -177,12 +177,12 @@ def time_steps(runs: Runs, count: int) -> dict[str, float]:
 
 def _judge(result: Result) -> Verdict:
     found = {row["model"]: row["bits per byte"] for row in result.rows()}
-    softmax, gated, hybrid = (found[name] for name in ("softmax attention", "gated delta rule", "hybrid 3 to 1"))
+    softmax, gated = found["softmax attention"], found["gated delta rule"]
+    checks = [gated < softmax]
+    if "hybrid 3 to 1" in found:
+        checks.append(found["hybrid 3 to 1"] < min(gated, softmax))
     scores = ", ".join(f"{name} {value:.3f}" for name, value in sorted(found.items(), key=lambda item: item[1]))
-    return Verdict(
-        grade(gated < softmax, hybrid < min(gated, softmax)),
-        f"Bits per byte of the test split: {scores} (one seed).",
-    )
+    return Verdict(grade(*checks), f"Bits per byte of the test split: {scores} (one seed).")
 
 
 def _draw(result: Result) -> Any:
@@ -229,7 +229,7 @@ LANGUAGE = Study(
             "b2": 0.95,
             "weight_decay": 0.1,
         },
-        # the whole test split is scored below, by position
+        # the test split is scored below, by position
         "train": {"steps": 120, "batch_size": 4, "log_every": 5, "checkpoint_every": 30, "final_batches": 1},
     },
     prepare=_prepare,
@@ -237,7 +237,9 @@ LANGUAGE = Study(
     settings={
         "corpus": "World English Bible",
         "vocab_size": 4096,
-        "timed_steps": 4,
+        # 24,576 tokens of the 64,509 of the test split
+        "scored_batches": 24,
+        "timed_steps": 3,
         "prompt": "In the beginning",
         "sampled": 60,
     },
@@ -254,6 +256,6 @@ LANGUAGE = Study(
             "train.log_every": 1,
             "train.final_batches": 2,
         },
-        {"corpus": "Genesis 1 to 20", "vocab_size": 0, "timed_steps": 1, "sampled": 3},
+        {"corpus": "Genesis 1 to 20", "vocab_size": 0, "scored_batches": 2, "timed_steps": 1, "sampled": 3},
     ),
 )
