@@ -172,7 +172,7 @@ def vanished_data(lab: Lab, times: int) -> Iterator[str]:
             values = {**settings, "train.steps": steps}  # noqa: B023
             command = ["train.py", "--config=configs/text.py", f"--workdir={folder}"]  # noqa: B023
             command += [f"--config.{key}={value}" for key, value in values.items()]
-            return runs.launch(command, f"{folder}.log", {"JAX_NUM_CPU_DEVICES": "1"}).wait(180)  # noqa: B023
+            return runs.launch_python(command, f"{folder}.log", {"JAX_NUM_CPU_DEVICES": "1"}).wait(180)  # noqa: B023
 
         first = run(8)
         (corpus / "input.txt").rename(corpus / "gone")

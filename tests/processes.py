@@ -60,7 +60,7 @@ class Script:
     """
 
     def __init__(self, command: Sequence[str], out: str, err: str = "", environment: Mapping[str, str] = EMPTY):
-        output, environment = (str(out), str(err or out)), {"JAX_NUM_CPU_DEVICES": "1", **environment}
+        output, environment = (str(out), str(err or out)), {"JAX_NUM_CPU_DEVICES": "1", **dict(environment)}
         words = [str(word) for word in command]
         self._process = _FORKED.Process(target=_run, args=(words, output, environment), daemon=True)
         self._process.start()

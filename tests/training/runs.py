@@ -35,15 +35,18 @@ SMALL = {
 }
 
 
-def start(folder: pathlib.Path, settings=(), *, environment=(), log="", flags=()) -> subprocess.Popen:
-    """Starts a small swap run in `folder`; its output goes to `log`, by default <folder>.log."""
+def start(folder: pathlib.Path, settings=(), *, environment=(), log="", flags=(), launch=None):
+    """Starts a small swap run in `folder`; its output goes to `log`, by default <folder>.log.
+
+    `launch` starts the process: the function of this name, or that of tests/processes.py, which forks one.
+    """
     values = {**SMALL, **dict(settings)}
     command = ["train.py", *flags, "--config=configs/swap.py", f"--workdir={folder}"]
     command += [f"--config.{key}={value}" for key, value in values.items()]
-    return launch(command, log or f"{folder}.log", environment)
+    return (launch or launch_python)(command, log or f"{folder}.log", environment)
 
 
-def launch(command, log, environment=()) -> subprocess.Popen:
+def launch_python(command, log, environment=()) -> subprocess.Popen:
     """Starts a script of the repository with its arguments; appends its output to `log`."""
     with open(log, "ab") as file:
         return subprocess.Popen(
@@ -55,7 +58,7 @@ def launch(command, log, environment=()) -> subprocess.Popen:
         )
 
 
-def finish(process: subprocess.Popen, log: str, seconds: float = 180) -> str:
+def finish(process, log: str, seconds: float = 180) -> str:
     """Waits for a clean exit; returns the content of `log`."""
     code = process.wait(seconds)
     said = pathlib.Path(log).read_text()
@@ -63,13 +66,13 @@ def finish(process: subprocess.Popen, log: str, seconds: float = 180) -> str:
     return said
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 180) -> None:
-    """Polls until the condition holds; fails if the process exits first."""
+def wait_until(condition, process, *, every: float = 0.02, seconds: float = 180) -> None:
+    """Asks again and again, `every` so many seconds, until the condition holds; fails if the process exits first."""
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, "the run ended too early"
         assert time.monotonic() < end, "the run does not get on"
-        time.sleep(0.001)
+        time.sleep(every)
 
 
 def records_of(folder: pathlib.Path) -> list[dict]:

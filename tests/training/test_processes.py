@@ -1,13 +1,10 @@
 """Two processes on CPU, two devices each: a signal to one stops both, and a restart has the same bits."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -18,6 +15,7 @@ from memformer.training.config import RunError
 from memformer.training.distributed import join_processes
 from memformer.training.evaluation import evaluate_checkpoint
 from memformer.training.lock import run_lock
+from tests.processes import launch
 from tests.training import process_steps, runs
 
 SETTINGS = {"train.log_every": 1, "train.eval_every": 0, "mesh.data": 2, "mesh.fsdp": 2}
@@ -43,7 +41,9 @@ def start_both(folder, steps):
     # no cache of compiled programs: one process would wait for the other's compiler, longer than Gloo allows
     settings = {**SETTINGS, "train.steps": steps}
     return in_both(
-        lambda flags, environment, log: runs.start(folder, settings, environment=environment, log=log, flags=flags),
+        lambda flags, environment, log: runs.start(
+            folder, settings, environment=environment, log=log, flags=flags, launch=launch
+        ),
         folder,
     )
 
@@ -81,7 +81,7 @@ def test_two_processes(tmp_path):
     command = ["eval.py", f"--workdir={whole}", "--lengths=8", "--batches=1", f"--out={tmp_path}/both.json"]
     scores = tmp_path / "scores"
     said = finish_both(
-        in_both(lambda flags, environment, log: runs.launch(command + flags, log, environment), scores), scores
+        in_both(lambda flags, environment, log: launch(command + flags, log, environment), scores), scores
     )
     assert said.count("linear_attention on swap") == 1
     got = json.loads((tmp_path / "both.json").read_text())["lengths"]["8"]
@@ -108,18 +108,15 @@ def test_a_killed_process_ends_the_other(tmp_path):
 
 def test_axes_across_processes(tmp_path):
     """Tensor and context axes span two processes: each reads what its devices hold; losses match one process."""
-    address, environment = free_address(), {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
-    logs = [tmp_path / f"{index}.log" for index in range(2)]
-    processes = []
-    for index, log in enumerate(logs):
-        command = [sys.executable, "-m", "tests.training.process_steps", f"{address},2,{index}"]
-        with open(log, "wb") as file:
-            processes.append(subprocess.Popen(command, cwd=runs.ROOT, stdout=file, stderr=file, env=environment))
+    address, logs = free_address(), [str(tmp_path / f"{index}.log") for index in range(2)]
+    processes = [
+        launch(["tests.training.process_steps", f"{address},2,{index}"], log, {"JAX_NUM_CPU_DEVICES": "2"})
+        for index, log in enumerate(logs)
+    ]
     want = process_steps.losses({"data": 1}, jax.devices()[:1])
-    said = [runs.finish(process, str(log)) for process, log in zip(processes, logs, strict=True)]
+    said = [runs.finish(process, log) for process, log in zip(processes, logs, strict=True)]
     found = json.loads(said[0].splitlines()[-1])
-    assert len(found) == len(process_steps.MESHES) == 3
-    np.testing.assert_allclose(found, [want] * 3, rtol=1e-5)
+    np.testing.assert_allclose(found, [want] * len(process_steps.MESHES), rtol=1e-5)
 
 
 @pytest.mark.parametrize("where", ["automatic", "host,2,0", "host:1,2", "host:1,two,0", "127.0.0.1:1,2,5"])
