@@ -129,9 +129,9 @@ def test_generate_on_a_mesh(kind, scope, listed):
     model, want = generated()
     graph, parameters = nnx.split(model)
     mesh, placed, rows = place(kind, parameters)
+    prompts, key = IDS.tolist() if listed else rows, jax.random.key(0)
     with jax.set_mesh(mesh) if scope else contextlib.nullcontext():
-        prompts = IDS.tolist() if listed else rows
-        got = generate(nnx.merge(graph, placed), prompts, key=jax.random.key(0), **GENERATE)
+        got = generate(nnx.merge(graph, placed), prompts, key=key, **GENERATE)
     np.testing.assert_array_equal(got, want)
 
 
