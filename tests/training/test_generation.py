@@ -22,6 +22,7 @@ from memformer.training.input import make_loader
 from memformer.training.loop import train
 from tests.processes import run_script
 
+pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
 SIZES = {"memory": "linear_attention", "width": 8, "heads": 2, "depth": 1, "feedforward": None}
 SHORT = {"steps": 1, "batch_size": 8, "eval_every": 0, "eval_batches": 1, "final_batches": 1, "tensorboard": False}
 
