@@ -16,6 +16,11 @@ DRYRUN = flags.DEFINE_string(
 SEARCH = flags.DEFINE_bool(
     "dryrun_search", False, "With --dryrun: search the mesh, batch and remat that fit, and print the three best."
 )
+FULL = flags.DEFINE_bool(
+    "dryrun_full",
+    False,
+    "With --dryrun for TPUs: compile to the end, the kernels included. Takes minutes; the figures do without.",
+)
 TASK_MODULE = flags.DEFINE_string(
     "task_module", "", "A Python module that registers tasks of your own, such as my_package.tasks."
 )
@@ -30,7 +35,10 @@ def main(_: list[str]) -> None:
         if DRYRUN.value:
             from memformer.training.plan import show_dry_run, show_search
 
-            (show_search if SEARCH.value else show_dry_run)(CONFIG.value, DRYRUN.value)
+            if SEARCH.value:
+                show_search(CONFIG.value, DRYRUN.value)
+            else:
+                show_dry_run(CONFIG.value, DRYRUN.value, full=FULL.value)
             return
         with join_processes(**PROCESSES()):
             train(CONFIG.value, WORKDIR.value)

@@ -1,7 +1,8 @@
 """Tries faults on small runs and tables the outcomes: python -m benchmarks.reliability [--only FAULT] [--times N]
 
-Outcomes are added to benchmarks/results/reliability.json, and the table of docs/reliability.md is written from it; an
-attempt that is not among the good outcomes makes the exit code 1. A full disk needs the right to mount one.
+The outcomes of a fault are written to benchmarks/results/reliability.json, with --add on top of those that stand there,
+and the table of docs/reliability.md is written from it. An attempt that is not among the good outcomes makes the exit
+code 1. A full disk needs the right to mount one.
 """
 
 import argparse
@@ -65,8 +66,12 @@ class Lab:
         process.wait()
 
     def resumes(self, folder: pathlib.Path, warns: str = "", good: str = SAME) -> str:
-        """Resumes a run; `good` if it ends as the uninterrupted one and, where asked, warned."""
-        said = runs.finish(self.start(folder), f"{folder}.log")
+        """Resumes a run; see `ended`."""
+        return self.ended(self.start(folder), folder, warns, good)
+
+    def ended(self, process: subprocess.Popen, folder: pathlib.Path, warns: str = "", good: str = SAME) -> str:
+        """`good` if a run ends as the uninterrupted one and, where asked, warned."""
+        said = runs.finish(process, f"{folder}.log")
         runs.assert_same_run(folder, self.whole)
         return good if re.search(warns, said) else f"no warning: {last_line(folder)}"
 
@@ -110,10 +115,10 @@ def kill_while_saving(lab: Lab, times: int) -> Iterator[str]:
 
 def full_disk(lab: Lab, times: int) -> Iterator[str]:
     """A disk that fills up, of 8 to 300 KiB; then it has space again"""
-    for attempt in range(times):
+    for _ in range(times):
         disk = lab.folder()
         disk.mkdir()
-        size = 8 + 292 * attempt // max(1, times - 1)
+        size = lab.rng.randrange(8, 301, 4)
         subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
         try:
             folder = disk / "run"
@@ -176,7 +181,7 @@ def vanished_data(lab: Lab, times: int) -> Iterator[str]:
 
         first = run(8)
         (corpus / "input.txt").rename(corpus / "gone")
-        refused = run(12) and says(folder, "corpus|text|folder|file")
+        refused = run(12) and says(folder, r"task\.folder .* has no file")
         said = last_line(folder)
         (corpus / "gone").rename(corpus / "input.txt")
         resumed = run(12) == 0 and runs.last_step(folder) == 12
@@ -237,17 +242,18 @@ def lost_process(victim: int) -> Callable[[Lab, int], Iterator[str]]:
 
 def full_disk_of_two(lab: Lab, times: int) -> Iterator[str]:
     """The disk that two processes share fills up"""
-    for attempt in range(times):
+    for _ in range(times):
         disk = lab.folder()
         disk.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={200 + 50 * attempt}k", "tmpfs", disk], check=True)
+        size = lab.rng.randrange(200, 401, 4)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", disk], check=True)
         try:
             logs = [lab.root / f"{disk.name}-{index}" for index in range(2)]
             for log, name in zip(logs, ("run.log", "run-second.log"), strict=True):
                 os.symlink(f"{log}.log", disk / name)
             codes = [process.wait(180) for process in pair(disk / "run", 1000)]
             good = codes == [1, 1] and all(says(log, "cannot write .*No space left") for log in logs)
-            yield BOTH if good else f"{codes} {' '.join(map(last_line, logs))}"
+            yield BOTH if good else f"{size} KiB: {codes} {' '.join(map(last_line, logs))}"
         finally:
             subprocess.run(["umount", "-l", disk], check=True)
 
@@ -271,8 +277,8 @@ def fewer_hosts(lab: Lab, times: int) -> Iterator[str]:
 
 def clock_skew(lab: Lab, times: int) -> Iterator[str]:
     """The clock of a killed run's host was a day ahead, or behind"""
-    for attempt in range(times):
-        folder = lab.folder()
+    folders = [lab.folder() for _ in range(times)]
+    for attempt, folder in enumerate(folders):
         lab.stopped(folder)
         when = time.time() + (86_400 if attempt % 2 else -86_400)
         for path in [*folder.rglob("*"), folder]:
@@ -281,7 +287,10 @@ def clock_skew(lab: Lab, times: int) -> Iterator[str]:
         owner = json.loads((folder / LOCK).read_text())
         (folder / LOCK).write_text(json.dumps({**owner, "boot": "elsewhere"}))
         os.utime(folder / LOCK, (when, when))
-        yield lab.resumes(folder, "waiting up to")
+    # a minute without a heartbeat makes a lock stale: all wait at once
+    waiting = [lab.start(folder) for folder in folders]
+    for folder, process in zip(folders, waiting, strict=True):
+        yield lab.ended(process, folder, "waiting up to")
 
 
 FAULTS: dict[str, tuple[Callable[[Lab, int], Iterator[str]], str, int]] = {
@@ -320,6 +329,8 @@ def main() -> int:
     parser.add_argument("--only", choices=FAULTS, action="append", help="a fault; may be repeated (default: all)")
     parser.add_argument("--times", type=int, help="attempts per fault (default: those of the table)")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments, files and bits")
+    parser.add_argument("--add", action="store_true", help="add to the counts of the file; use another --seed")
+    parser.add_argument("--keep", action="store_true", help="keep the folders and outputs of the runs, and print where")
     options = parser.parse_args()
     bad = 0
     root = pathlib.Path(tempfile.mkdtemp(prefix="reliability-"))
@@ -333,12 +344,17 @@ def main() -> int:
             except AssertionError as error:
                 outcomes[f"failed: {str(error)[:200]}"] += 1
             print(f"{title}: {dict(outcomes)}", flush=True)
+            bad += len(outcomes.keys() - GOOD)
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            if options.add:
+                outcomes.update(results.get(name, {}))
             RESULTS.write_text(json.dumps({**results, name: dict(outcomes)}, indent=2) + "\n")
             write_page()
-            bad += len(outcomes.keys() - GOOD)
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        if options.keep:
+            print(f"the runs are in {root}")
+        else:
+            shutil.rmtree(root, ignore_errors=True)
     return int(bad > 0)
 
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from memformer.tasks import Task
+from memformer.training.buffers import compile_to_buffers, compile_whole, run_apart
 from memformer.training.build import Run, build_run
 from memformer.training.chips import GIB, Chip, find_chip
 from memformer.training.input import batch_arrays, batch_shapes, make_loader
@@ -21,9 +22,9 @@ from memformer.training.sharding import batch_layout, batch_sharding, mesh_scope
 from memformer.training.step import abstract_state, make_train_step
 from memformer.training.topology import GPUS, find_devices
 
-__all__ = ["DryRun", "Feeding", "describe_feeding", "dry_run", "lower_step", "step_flops"]
+__all__ = ["DryRun", "Feeding", "compile_step", "describe_feeding", "dry_run", "lower_step", "step_flops"]
 
-# error messages of the TPU compiler: the whole program does not fit, or its temporaries alone
+# error messages of the TPU compiler; both sizes are those of all buffers, arguments included
 OVERFLOW = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
 OVERFLOW_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)")
 
@@ -64,6 +65,7 @@ class DryRun:
       collectives: of one step; empty where the program does not fit.
       feeding: of the input; None without a roofline.
       estimate: the program was compiled for CPUs, which keep more in float32 and fuse less.
+      partial: the compiler was ended once it had assigned the buffers; the temporaries lack the code.
 
     Example:
       >>> sizes = {"weights": GIB, "optimizer": GIB, "batch": 0, "temporaries": 20 * GIB}
@@ -83,6 +85,7 @@ class DryRun:
     collectives: tuple[Collective, ...] = ()
     feeding: Feeding | None = None
     estimate: bool = False
+    partial: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -113,6 +116,8 @@ class DryRun:
         ]
         if self.estimate:
             lines.append("compiled for CPUs: memory and collectives are estimates from above, of arrays in float32")
+        if self.partial:
+            lines.append("compiled until buffers were assigned, without the code: --dryrun_full compiles to the end")
         if self.collectives:
             rows = [(f"{c.kind} over {'+'.join(c.axes)}", _gib(int(c.bytes)), c.calls) for c in self.collectives[:8]]
             lines.append(format_table(("collectives per step", "size", "calls"), rows))
@@ -155,7 +160,7 @@ def describe_feeding(feeding: Feeding, seconds: float) -> str:
     return text + f"too few; set --config.train.input_workers={workers}"
 
 
-def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
+def dry_run(config: Mapping[str, Any], where: str = "here", *, full: bool = True) -> DryRun:
     """Compiles the sharded train step of a run and reads its costs from the compiled program.
 
     Nothing is trained or allocated, so a laptop can compile for a pod. For TPUs the compiler's memory is exact; on CPU
@@ -165,11 +170,20 @@ def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
       config: the config of a run; `config.mesh` must fit the devices.
       where: "here" for the devices of this machine (JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8 makes eight virtual ones),
         or the devices of `find_devices`: "v5p-128", "v6e:8x8", "tpu7x:2x2x1", "h200:8". `config.mesh.slices` of them.
+      full: compile to the end. False ends the compiler for TPUs once buffers are assigned, in a process of its own:
+        the same figures but for the size of the code, in a fraction of the time; whether each kernel compiles, and fits
+        in the memory on the chip, is not seen.
 
     Raises:
       RunError: a config that cannot be built, an unknown topology, or no libtpu to compile for it.
     """
     config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    elsewhere = where != "here" and where.partition(":")[0] not in GPUS
+    return run_apart(config, where) if elsewhere and not full else compile_step(config, where, full=True)
+
+
+def compile_step(config: dict[str, Any], where: str, *, full: bool) -> DryRun:
+    """`dry_run` in this process, whose compiler goes on in a thread if not `full`."""
     devices = find_devices(where, max(config.get("mesh", {}).get("slices", 0), 1))
     run = build_run(config, devices=devices)
     kind = GPUS.get(where.partition(":")[0], devices[0].device_kind)
@@ -177,7 +191,7 @@ def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
     started = time.monotonic()
     with mesh_scope(run.mesh):
         lowered, held = lower_step(run)
-        needed, program, limit = _compile(lowered, run, held)
+        needed, program, limit = _compile(lowered, run, held, full)
     seconds = time.monotonic() - started
     flops = step_flops(run)
     bound = None
@@ -194,6 +208,7 @@ def dry_run(config: Mapping[str, Any], where: str = "here") -> DryRun:
         collectives=program.collectives if program else (),
         feeding=_feeding(run) if bound else None,
         estimate=cpu and chip is not None,
+        partial=not full and program is not None,
     )
 
 
@@ -254,24 +269,20 @@ def _abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def _compile(
-    lowered: jax.stages.Lowered, run: Run, held: Mapping[str, int]
+    lowered: jax.stages.Lowered, run: Run, held: Mapping[str, int], full: bool = True
 ) -> tuple[dict[str, int], Program | None, int | None]:
     """Bytes per device by kind, the program, and the compiler's limit; no program where the memory overflows."""
     known = sum(held.values())
     cpu = run.mesh.devices.flat[0].platform == "cpu"
     try:
-        compiled = lowered.compile(compiler_options=CPU_OPTIONS if cpu else None)
+        total, text = compile_whole(lowered, CPU_OPTIONS if cpu else None) if full else compile_to_buffers(lowered)
     except jax.errors.JaxRuntimeError as error:
         found = OVERFLOW.search(str(error)) or OVERFLOW_TEMPORARIES.search(str(error))
         if found is None:
             raise
         used, available = _bytes(*found.group(1, 2)), _bytes(*found.group(3, 4))
-        temporaries = used if found.re is OVERFLOW_TEMPORARIES else max(used - known, 0)
-        return {**held, "temporaries": temporaries}, None, available
-    need: Any = compiled.memory_analysis()
-    total = need.argument_size_in_bytes + need.output_size_in_bytes - need.alias_size_in_bytes
-    total += need.temp_size_in_bytes + need.generated_code_size_in_bytes
-    return {**held, "temporaries": max(total - known, 0)}, read_program(compiled.as_text() or "", run.mesh), None
+        return {**held, "temporaries": max(used - known, 0)}, None, available
+    return {**held, "temporaries": max(total - known, 0)}, read_program(text, run.mesh), None
 
 
 def _feeding(run: Run) -> Feeding:

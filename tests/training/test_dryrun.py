@@ -126,7 +126,7 @@ def test_verdict(found):
     ("message", "used"),
     [
         ("RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Used 120.00G of 16.00G hbm. Exceeded by", 120 * GIB),
-        ("RESOURCE_EXHAUSTED: total memory for HLO temporaries (96.00G) exceeds available HBM (16.00G).", 100 * GIB),
+        ("RESOURCE_EXHAUSTED: total memory for HLO temporaries (96.00G) exceeds available HBM (16.00G).", 96 * GIB),
     ],
 )
 def test_overflow_is_a_verdict(run, message, used):
@@ -163,6 +163,12 @@ def test_tpu_topology(config):
     found = dry_run(config, "v5e-8")
     assert found.fits and found.limit_bytes == 16 * GIB and found.devices == "8 x TPU v5 lite"
     assert found.roofline.chip.name == "TPU v5 lite" and not found.estimate
+    # without scheduling the instructions: the same figures but for the code
+    quick = dry_run(config, "v5e-8", full=False)
+    assert quick.partial and "--dryrun_full" in str(quick)
+    assert quick.collectives == found.collectives and quick.roofline.terms == pytest.approx(found.roofline.terms)
+    code = found.bytes["temporaries"] - quick.bytes["temporaries"]
+    assert 0 < code < 64 * 2**20 and {**quick.bytes, "temporaries": 0} == {**found.bytes, "temporaries": 0}
     with pytest.raises(RunError, match="--dryrun must be here, a TPU type or topology such as"):
         dry_run(config, "v99:2x2")
 
@@ -263,7 +269,8 @@ def needs(config):
 def counted(monkeypatch):
     tried = []
 
-    def count(config, where):
+    def count(config, where, full):
+        assert not full
         tried.append(config)
         return needs(config)
 
