@@ -1,5 +1,6 @@
 """Training: configs, sharding, input, train step, loop, checkpoints, evaluation, dry run."""
 
+from memformer.training.buffers import compile_to_buffers, compile_whole, read_buffers, run_apart
 from memformer.training.build import Run, build_run, model_settings
 from memformer.training.checkpoint import Checkpoints, Restored
 from memformer.training.checksums import CHECKSUMS, EMPTY, JSON_ITEMS, StateHandler, damage
@@ -19,7 +20,15 @@ from memformer.training.config import (
 from memformer.training.curriculum import Curriculum
 from memformer.training.distill import DISTILL, apply_start, apply_teacher, build_student, start_student
 from memformer.training.distributed import agree, first_text, join_processes
-from memformer.training.dryrun import DryRun, Feeding, describe_feeding, dry_run, lower_step, step_flops
+from memformer.training.dryrun import (
+    DryRun,
+    Feeding,
+    compile_step,
+    describe_feeding,
+    dry_run,
+    lower_step,
+    step_flops,
+)
 from memformer.training.evaluation import (
     LoadedRun,
     Scorer,
@@ -195,6 +204,9 @@ __all__ = [
     "check_rate_factors",
     "check_split",
     "collective_seconds",
+    "compile_step",
+    "compile_to_buffers",
+    "compile_whole",
     "complete_config",
     "copy_folder",
     "count_batch",
@@ -258,6 +270,7 @@ __all__ = [
     "plot_learning_curve",
     "plot_lengths",
     "plot_positions",
+    "read_buffers",
     "read_config",
     "read_program",
     "read_records",
@@ -266,6 +279,7 @@ __all__ = [
     "report_errors",
     "result_table",
     "roofline",
+    "run_apart",
     "run_command",
     "run_errors",
     "run_lock",

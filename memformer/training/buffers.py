@@ -20,7 +20,7 @@ import jax
 
 from memformer.training.config import RunError
 
-__all__ = ["answer", "compile_to_buffers", "compile_whole", "read_buffers", "run_apart"]
+__all__ = ["compile_to_buffers", "compile_whole", "read_buffers", "run_apart"]
 
 # what libtpu writes to the folder of `xla_dump_to` before it schedules instructions, in this order
 SIZES = "*.after_optimizations-buffer-assignment.txt"
@@ -44,7 +44,7 @@ def compile_whole(lowered: jax.stages.Lowered, options: dict[str, Any] | None = 
 def compile_to_buffers(lowered: jax.stages.Lowered) -> tuple[int, str]:
     """Compiles for TPUs until the buffers are assigned: bytes of device memory without code, and the program's text.
 
-    The compiler cannot be stopped: it goes on in a thread until the process ends.
+    The compiler cannot be stopped: it runs in a thread until the process ends.
 
     Raises:
       jax.errors.JaxRuntimeError: what the compiler raises before, such as an overflow of the memory.
@@ -95,7 +95,7 @@ def run_apart(config: Mapping[str, Any], where: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         found = pathlib.Path(folder, "found")
         question = pickle.dumps((dict(config), where, str(found)))
-        command = [sys.executable, "-c", f"from {__name__} import answer; answer()"]
+        command = [sys.executable, "-c", f"from {__name__} import _answer; _answer()"]
         process = subprocess.run(command, input=question, env=environment, stderr=subprocess.PIPE, check=False)
         if not found.exists():
             said = process.stderr.decode(errors="replace")
@@ -106,7 +106,7 @@ def run_apart(config: Mapping[str, Any], where: str) -> Any:
     return result
 
 
-def answer() -> None:
+def _answer() -> None:
     """The other process of `run_apart`."""
     from memformer.training.dryrun import compile_step
 

@@ -183,7 +183,7 @@ def dry_run(config: Mapping[str, Any], where: str = "here", *, full: bool = True
 
 
 def compile_step(config: dict[str, Any], where: str, *, full: bool) -> DryRun:
-    """`dry_run` in this process, whose compiler goes on in a thread if not `full`."""
+    """`dry_run` in this process, whose compiler keeps running in a thread if not `full`."""
     devices = find_devices(where, max(config.get("mesh", {}).get("slices", 0), 1))
     run = build_run(config, devices=devices)
     kind = GPUS.get(where.partition(":")[0], devices[0].device_kind)
