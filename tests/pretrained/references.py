@@ -77,9 +77,9 @@ REFERENCES: dict[str, Reference] = {
         "OlmoHybridForCausalLM",
         {**HYBRID, **OLMO, "rope_parameters": {"rope_type": "default", "rope_theta": 1e3}},
     ),
-    "mamba2": Reference("Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, "n_groups": 1}),
+    "mamba2": Reference("Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, **SHALLOW, "n_groups": 1}),
     "mamba2, groups": Reference(
-        "Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, **SHALLOW, "n_groups": 2, "tie_word_embeddings": True}
+        "Mamba2Config", "Mamba2ForCausalLM", {**MAMBA2, "n_groups": 2, "tie_word_embeddings": True}
     ),
     "kimi_linear": Reference(
         "KimiLinearConfig",

@@ -52,17 +52,18 @@ def reference(peers, tmp_path_factory):
 loaded = functools.cache(load_pretrained)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.grad, argnums=1, has_aux=True)
+def slopes_and_logits(graph, parameters, rest):
+    logits = nnx.merge(graph, parameters, rest, copy=True)(jnp.asarray(IDS)).logits
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(IDS)[:, 1:, None], axis=-1)
+    return -jnp.mean(chosen), logits
+
+
 @functools.cache
 def computed(folder):
-    """Logits, and the gradient of the loss by path: one program."""
-    graph, parameters, rest = nnx.split(loaded(folder)[0], nnx.Param, ...)
-
-    def loss(parameters):
-        logits = nnx.merge(graph, parameters, rest, copy=True)(jnp.asarray(IDS)).logits
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(IDS)[:, 1:, None], axis=-1)
-        return -jnp.mean(chosen), logits
-
-    slopes, logits = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+    """Logits, and the gradient of the loss by path; models of one structure share the program."""
+    slopes, logits = slopes_and_logits(*nnx.split(loaded(folder)[0], nnx.Param, ...))
     return np.asarray(logits), {".".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(slopes)}
 
 
