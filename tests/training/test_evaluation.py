@@ -19,7 +19,7 @@ from memformer.training.step import make_eval_step
 from tests.processes import run_script
 from tests.training.small import build_counting, small_config
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
+pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -48,7 +48,7 @@ def options(words):
     return dict(word.removeprefix("--").split("=", 1) for word in words if word.startswith("--"))
 
 
-pytestmark = pytest.mark.usefixtures("programs_kept")
+pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
 
 
 @pytest.fixture(scope="module")
