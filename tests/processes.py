@@ -18,7 +18,11 @@ from collections.abc import Mapping, Sequence
 EMPTY: Mapping[str, str] = {}
 ROOT = pathlib.Path(__file__).parents[1]
 # What the scripts import, also on first use.
-IMPORTED = ("memformer.training.loop", "memformer.training.evaluation", "memformer.training.generation")
+IMPORTED: tuple[str, ...] = (
+    "memformer.training.loop",
+    "memformer.training.evaluation",
+    "memformer.training.generation",
+)
 IMPORTED += ("memformer.training.flags", "memformer.training.distributed", "memformer.training.plots", "memformer.lab")
 IMPORTED += ("grain", "matplotlib.figure", "matplotlib.backends.backend_agg")
 _FORKED = multiprocessing.get_context("forkserver")
@@ -77,6 +81,7 @@ class Script:
         return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
         os.kill(self._process.pid, number)
 
     def kill(self) -> None:
@@ -91,7 +96,6 @@ def launch(command: Sequence[str], log: str, environment: Mapping[str, str] = EM
 def run_script(*command: str) -> subprocess.CompletedProcess:
     """Runs a script to its end; returns its exit status, stdout and stderr."""
     with tempfile.TemporaryDirectory() as folder:
-        files = [os.path.join(folder, name) for name in ("out", "err")]
-        code = Script(command, *files).wait(180)
-        out, err = (pathlib.Path(file).read_text() for file in files)
-    return subprocess.CompletedProcess(command, code, out, err)
+        out, err = os.path.join(folder, "out"), os.path.join(folder, "err")
+        code = Script(command, out, err).wait(180)
+        return subprocess.CompletedProcess(command, code, pathlib.Path(out).read_text(), pathlib.Path(err).read_text())

@@ -117,7 +117,7 @@ def read_heads(layer: Any, x: Any) -> list[Head]:
 
 
 @nnx.jit
-def _queries_keys_contents(layer: Any, x: Array) -> tuple[Array, Array, Array]:
+def _queries_keys_contents(layer: Any, x: Any) -> tuple[Array, Array, Array]:
     """Of all heads, [B, T, H, K] and [B, T, H, V]."""
     # the layer's own steps before its op
     projected, _ = layer._project(x, None, None)
