@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from memformer.training.lock import LOCK
+from tests.processes import Script, launch
 from tests.training import runs
 
 RESULTS = runs.ROOT / "benchmarks" / "results" / "reliability.json"
@@ -54,9 +55,9 @@ class Lab:
         self._count += 1
         return self.root / f"run{self._count}"
 
-    def start(self, folder: pathlib.Path, settings=(), flags=()) -> subprocess.Popen:
+    def start(self, folder: pathlib.Path, settings=(), flags=()) -> Script:
         """Starts or resumes the run of `folder`."""
-        return runs.start(folder, {**self.settings, **dict(settings)}, flags=flags)
+        return runs.start(folder, {**self.settings, **dict(settings)}, flags=flags, launch=launch)
 
     def stopped(self, folder: pathlib.Path, step: int = 20) -> None:
         """Trains until some step, and kills the run."""
@@ -69,7 +70,7 @@ class Lab:
         """Resumes a run; see `ended`."""
         return self.ended(self.start(folder), folder, warns, good)
 
-    def ended(self, process: subprocess.Popen, folder: pathlib.Path, warns: str = "", good: str = SAME) -> str:
+    def ended(self, process: Script, folder: pathlib.Path, warns: str = "", good: str = SAME) -> str:
         """`good` if a run ends as the uninterrupted one and, where asked, warned."""
         said = runs.finish(process, f"{folder}.log")
         runs.assert_same_run(folder, self.whole)
@@ -177,7 +178,7 @@ def vanished_data(lab: Lab, times: int) -> Iterator[str]:
             values = {**settings, "train.steps": steps}  # noqa: B023
             command = ["train.py", "--config=configs/text.py", f"--workdir={folder}"]  # noqa: B023
             command += [f"--config.{key}={value}" for key, value in values.items()]
-            return runs.launch_python(command, f"{folder}.log", {"JAX_NUM_CPU_DEVICES": "1"}).wait(180)  # noqa: B023
+            return launch(command, f"{folder}.log").wait(180)  # noqa: B023
 
         first = run(8)
         (corpus / "input.txt").rename(corpus / "gone")
@@ -215,7 +216,7 @@ def two_trainers(lab: Lab, times: int) -> Iterator[str]:
         yield ONE if refused else f"{codes} {last_line(loser)}"
 
 
-def pair(folder: pathlib.Path, steps: int) -> list[subprocess.Popen]:
+def pair(folder: pathlib.Path, steps: int) -> list[Script]:
     from tests.training.test_processes import start_both
 
     return start_both(folder, steps)
@@ -269,7 +270,7 @@ def fewer_hosts(lab: Lab, times: int) -> Iterator[str]:
             process.wait(60)
         last = runs.last_step(folder)
         settings = {"train.log_every": 1, "train.eval_every": 0, "train.steps": last + 4, "mesh.data": 1}
-        code = runs.start(folder, {**settings, "optimizer.schedule_steps": 1000}).wait(180)
+        code = runs.start(folder, {**settings, "optimizer.schedule_steps": 1000}, launch=launch).wait(180)
         said = pathlib.Path(f"{folder}.log").read_text()
         good = code == 0 and f"resuming from step {last}" in said and "results agree to rounding" in said
         yield LAYOUT if good else last_line(folder)
