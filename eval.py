@@ -1,5 +1,7 @@
 """Evaluates a run from its folder alone: python eval.py --workdir=runs/x --lengths=16,64,256 --set=task.queries=True"""
 
+from typing import Any
+
 from absl import flags
 
 from memformer.training.flags import define_processes, report_errors, run_command
@@ -25,7 +27,7 @@ def main(_: list[str]) -> None:
 
         if BY_POSITION.value and LENGTHS.value is not None:
             raise RunError("--by_position scores examples of the run's own length; leave --lengths out.")
-        options = {
+        options: dict[str, Any] = {
             "step": STEP.value,
             "split": SPLIT.value,
             "batches": BATCHES.value,

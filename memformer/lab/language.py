@@ -129,7 +129,8 @@ def _positions(run: LoadedRun, batches: int) -> list[PositionLoss]:
 
 def _sample(module: Any, run: LoadedRun, settings: Settings) -> str:
     prompt, count = settings["prompt"], settings["sampled"]
-    written = generate_text(module, run.task.tokenizer(), prompt, max_new_tokens=count, temperature=0.8)
+    task: Any = run.task
+    written = generate_text(module, task.tokenizer(), prompt, max_new_tokens=count, temperature=0.8)
     return (prompt + written.texts[0]).replace("\n", " / ")
 
 
