@@ -19,6 +19,7 @@ from memformer.lab import (
     ffn,
     hierarchy,
     kernels,
+    language,
     lookup,
     mqar,
     ntm,
@@ -63,4 +64,5 @@ STUDIES: Mapping[str, Study] = {
     "coreference": coreference.COREFERENCE,
     "lookup": lookup.LOOKUP,
     "segment_recall": segment_recall.SEGMENT_RECALL,
+    "language": language.LANGUAGE,
 }

@@ -179,11 +179,13 @@ def time_steps(runs: Runs, count: int) -> dict[str, float]:
 def _judge(result: Result) -> Verdict:
     found = {row["model"]: row["bits per byte"] for row in result.rows()}
     softmax, gated = found["softmax attention"], found["gated delta rule"]
-    checks = [gated < softmax]
-    if "hybrid 3 to 1" in found:
-        checks.append(found["hybrid 3 to 1"] < min(gated, softmax))
+    hybrid = found.get("hybrid 3 to 1", math.inf)
     scores = ", ".join(f"{name} {value:.3f}" for name, value in sorted(found.items(), key=lambda item: item[1]))
-    return Verdict(grade(*checks), f"Bits per byte of the test split: {scores} (one seed).")
+    missing = "; the hybrid has not been trained" if math.isinf(hybrid) else ""
+    return Verdict(
+        grade(gated < softmax, hybrid < min(gated, softmax)),
+        f"Bits per byte of the test split: {scores} (one seed){missing}.",
+    )
 
 
 def _draw(result: Result) -> Any:
@@ -238,8 +240,8 @@ LANGUAGE = Study(
     settings={
         "corpus": "World English Bible",
         "vocab_size": 4096,
-        # 24,576 tokens of the 64,509 of the test split
-        "scored_batches": 24,
+        # 8,192 tokens of the 64,509 of the test split
+        "scored_batches": 8,
         "timed_steps": 3,
         "prompt": "In the beginning",
         "sampled": 60,

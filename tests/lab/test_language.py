@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 
 import pytest
 
@@ -55,6 +56,16 @@ def test_the_models_have_about_the_same_size():
 
 def _build(settings, rngs):
     return build_model(settings, vocab_size=4096, num_classes=4096, features=0, rngs=rngs)
+
+
+def test_the_page_has_the_measured_numbers():
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    page = (docs / "language.md").read_text(encoding="utf-8")
+    models, contexts, samples, _ = json.loads((docs / "results" / "language.json").read_text())["tables"]
+    for row in [*models["rows"], *contexts["rows"]]:
+        cells = (f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values())
+        assert f"| {' | '.join(cells)} |" in page
+    assert all(f"- **{row['model']}**: {row['text']}" in page for row in samples["rows"])
 
 
 def test_the_verdict():
