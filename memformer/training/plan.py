@@ -52,6 +52,8 @@ def make_fit(config: Mapping[str, Any], where: str, found: DryRun) -> Iterator[s
     """
     plain = _plain(config)
     devices, changes = int(found.devices.split()[0]), Changes()
+    # as the compiler said: somewhat less than the chip has
+    limit = (found.limit_bytes or 0) / 2**30
     for more in _savings(plain, devices):
         trial = {**changes, **more}
         try:
@@ -60,8 +62,7 @@ def make_fit(config: Mapping[str, Any], where: str, found: DryRun) -> Iterator[s
             yield f"tried {_flags(more)}: {str(error).splitlines()[0]}"
             continue
         changes = trial
-        size, limit = found.peak_bytes / 2**30, (found.limit_bytes or 0) / 2**30
-        yield f"tried {_flags(more)}: {size:.2f} GiB of {limit:.2f} GiB"
+        yield f"tried {_flags(more)}: {found.peak_bytes / 2**30:.2f} GiB of {limit:.2f} GiB"
         if found.fits:
             yield f"fits with {_flags(changes)}"
             return
