@@ -35,6 +35,9 @@ def _run(command: Sequence[str], output: tuple[str, str], environment: Mapping[s
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
+    # a background shell has its children ignore them, and a trainer respects that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     import jax
 
     os.environ.update(environment)

@@ -262,13 +262,6 @@ def test_default_erase_vector_and_write_strength():
     assert_close(got, gradients(implementation="chunked")(given)[1], 1e-6)
 
 
-def test_kernels_refuse_an_erase_vector():
-    given = arrays()
-    for changes in ({"w": given["k"]}, {"alpha": given["beta"]}):
-        with pytest.raises(NotImplementedError, match="no erase vector w and no alpha; .*'chunked'"):
-            mf.delta_rule(**given, **changes, implementation="pallas")
-
-
 OPS_OF_DOCUMENTS = {
     "delta_rule": recurrent_arrays("head", erase=True),
     "delta_product": recurrent_arrays("channel", steps=2),

@@ -182,6 +182,16 @@ def test_refusals_say_why(why):
             assert "memformer_" not in str(jax.make_jaxpr(lambda op=op: op(**options))())
 
 
+@pytest.mark.parametrize("name", ["w", "alpha"])
+def test_an_erase_vector_is_refused(name):
+    x = jnp.zeros((1, 8, 2, 4), "bfloat16")
+    given = {"w": x} if name == "w" else {"alpha": x[..., 0]}
+    with jax.sharding.use_abstract_mesh(H200):
+        with pytest.raises(NotImplementedError, match="no erase vector w and no alpha on GPUs; .*'chunked'"):
+            jax.eval_shape(lambda: mf.delta_rule(x, x, x, x[..., 0], **given, implementation="pallas"))
+        assert "memformer_" not in str(jax.make_jaxpr(lambda: mf.delta_rule(x, x, x, x[..., 0], **given))())
+
+
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200"])
 def test_other_gpus_take_the_chunked_form(kind):
     x = jnp.zeros((1, 8, 2, 4), jnp.bfloat16)

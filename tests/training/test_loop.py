@@ -107,7 +107,12 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(finished, tmp_path, 
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(loop.Trainer, "_advance", advance_and_ask_to_stop)
-    result = train(config, folder)
+    # under nohup SIGHUP is ignored, and a trainer respects that
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        result = train(config, folder)
+    finally:
+        signal.signal(number, before)
     assert result["steps"] == at and not result["finished"]
     monkeypatch.setattr(loop.Trainer, "_advance", advance)
     # what a kill leaves: records beyond the checkpoint, and a torn line
