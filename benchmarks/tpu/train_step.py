@@ -3,7 +3,8 @@
     python -m benchmarks.tpu.train_step [MEMORY ...] [--topology v5e:4x4] [--again] [--out FILE.json]
 
 For every memory and mesh: parameters, the memory that a device needs and has, the kernels that the compiled program
-calls, and the activations that it gathers (none are expected: every chip runs the kernels on its own rows and heads).
+calls, and the activations that it gathers beside the tokens of its own rows, which the tensor axis divides between
+layers (none are expected: every chip runs the kernels on its own rows and heads).
 Each row is written when it is done; rerun the command to resume. Needs libtpu, as benchmarks/tpu/static.py does; a
 program takes minutes to compile on two cores.
 """
@@ -52,7 +53,7 @@ class Step:
       parameters: number of parameters of the model.
       gib: memory per device, in GiB.
       kernels: names of the library's kernels that it calls.
-      gathers: shapes of the gathered arrays that have a time axis.
+      gathers: shapes of the gathered arrays that have a time axis, without the layer inputs [rows, T, D] of a device.
       seconds: compilation time.
     """
 
@@ -79,6 +80,8 @@ def compile_step(config: dict[str, Any], topology: str) -> Step:
     run = build_run(config, devices=find_devices(topology))
     with mesh_scope(run.mesh):
         compiled = lower_step(run)[0].compile()
+    # one row per device, see step_config
+    own = [run.task.steps, config["model"]["width"]]
     need: Any = compiled.memory_analysis()
     size = need.argument_size_in_bytes + need.output_size_in_bytes - need.alias_size_in_bytes + need.temp_size_in_bytes
     text = compiled.as_text() or ""
@@ -87,9 +90,14 @@ def compile_step(config: dict[str, Any], topology: str) -> Step:
         parameters=run.model.size(),
         gib=round(size / 2**30, 2),
         kernels=tuple(sorted(set(re.findall(r"memformer_\w+?_(?:forward|backward)", text)))),
-        gathers=tuple(shape for shape in gathered if str(run.task.steps) in re.findall(r"\d+", shape)),
+        gathers=tuple(shape for shape in gathered if run.task.steps in _sizes(shape) and _sizes(shape) != own),
         seconds=round(time.monotonic() - started, 1),
     )
+
+
+def _sizes(shape: str) -> list[int]:
+    """Sizes above 1 of a shape such as "bf16[1,448,256]"."""
+    return [int(size) for size in re.findall(r"\d+", shape[shape.index("[") :]) if int(size) > 1]
 
 
 def measure(memory: str, topology: str) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_split_over_chips(op):
 
 
 def test_train_step():
-    """On a (data, fsdp, tensor) mesh the step calls the kernels and gathers no activation.
+    """On a (data, fsdp, tensor) mesh the step calls the kernels and gathers nothing but its rows' tokens.
 
     The memory whose kernels compile fastest; `python -m benchmarks.tpu.train_step` has all.
     """
