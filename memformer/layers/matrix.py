@@ -94,7 +94,10 @@ class LinearAttention(MemoryLayer):
         q, k = (FEATURE_MAPS[self.feature_map](parts[name]) for name in "qk")
         v = parts["v"]
         decay, step = (None, None) if self.decay is None else self.decay(x)
-        written = v if step is None or not self.discretize else v * step[..., None].astype(v.dtype)
+        written, wide = v, self.dtypes.wide
+        if step is not None and self.discretize:
+            # rounded once: a rounded step would add as much error as the product
+            written = (v.astype(wide) * step.astype(wide)[..., None]).astype(v.dtype)
         o, memory = linear_attention(
             q,
             k,
@@ -106,7 +109,7 @@ class LinearAttention(MemoryLayer):
             initial_state=memory,
         )
         if self.skip is not None:
-            o = o + v * self.skip[...].astype(v.dtype)[None, None, :, None]
+            o = (o.astype(wide) + v.astype(wide) * self.skip[...].astype(wide)[None, None, :, None]).astype(v.dtype)
         return o, memory
 
     def _init_memory(self, batch, capacity, dtype):
