@@ -1,6 +1,7 @@
 """Scalars per token and head that enter the kernels of matrix memories: decay, write strength, segment.
 
 beta       strength of the write
+alpha      strength of the write where it is not beta's, which then erases
 decay_in   factor on the state that enters the chunk, as this token reads it; the last token's is the decay of the
            state over the whole chunk
 decay_out  factor on this token's write in the state that leaves the chunk
@@ -30,6 +31,8 @@ def token_scalars(config: BaseScanConfig, call: MatrixCall) -> dict[str, Float[A
 
     decay_in = decay_out = jnp.ones(shape, jnp.float32)
     scalars = {} if call.beta is None else {"beta": by_chunk(call.beta)}
+    if call.alpha is not None:
+        scalars["alpha"] = by_chunk(call.alpha)
     if config.decay:
         decay = cumulative_decay(by_chunk(call.decay), axis=2)
         scalars |= {"whole": decay.whole, "fraction": decay.fraction}

@@ -4,6 +4,9 @@ import threading
 
 import jax
 import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from memformer.pallas.tpu.interpreter import interpreted
 
 try:
     from jax._src.pallas.mosaic.interpret import thread_map
@@ -25,3 +28,12 @@ def one_program_per_kernel(monkeypatch):
 
     if hasattr(thread_map, "_run_jaxpr"):
         monkeypatch.setattr(thread_map, "_run_jaxpr", run)
+
+
+@pytest.fixture
+def interpreter(capfd):
+    """Runs kernels in the interpreter; fails on a race, and clears the interpreter's state."""
+    with interpreted():
+        yield
+    pltpu.reset_tpu_interpret_mode_state()
+    assert "RACE" not in capfd.readouterr().out

@@ -40,15 +40,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def interpreter(capfd):
-    """Runs kernels in the interpreter; fails on a race, and clears the interpreter's state."""
-    with interpreted():
-        yield
-    pltpu.reset_tpu_interpret_mode_state()
-    assert "RACE" not in capfd.readouterr().out
-
-
 def spoil_padding(arrays, ids, value):
     """The arrays with `value` at padding."""
     return {

@@ -17,9 +17,7 @@ from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.interpreter import interpreted
 from tests.numeric import FORWARD, GRADIENT, assert_close, relative_rms
 from tests.ops import test_ops as suite
-from tests.pallas.test_tpu import exported, interpreter, keys, spoil_padding
-
-__all__ = ["interpreter"]
+from tests.pallas.test_tpu import exported, keys, spoil_padding
 
 # Row of the shared suite, dtype of the inputs, rows of a block.
 CASES = [("deltaformer_linear_softmax", "bfloat16", 32), ("softmax_attention", "float32", 48)]

@@ -4,24 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 import memformer as mf
-from memformer.pallas.tpu.interpreter import interpreted
 from tests.numeric import assert_close, relative_rms
 from tests.ops.test_ops import cast
 from tests.pallas.test_tpu import TPU
 
 LENGTH, HEADS, WIDTH, VALUE = 37, 2, 8, 4
-
-
-@pytest.fixture
-def interpreter(capfd):
-    """Runs kernels in the interpreter; fails on a race, and clears the interpreter's state."""
-    with interpreted():
-        yield
-    pltpu.reset_tpu_interpret_mode_state()
-    assert "RACE" not in capfd.readouterr().out
 
 
 def arguments(rng, groups, *, erase):

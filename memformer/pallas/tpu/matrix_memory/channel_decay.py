@@ -135,7 +135,7 @@ def _prepare(config: ScanConfig, scalars: TokenScalars, heads, keys, refs) -> St
     for h, own, to in zip(heads, keys, refs, strict=True):
         m, p = yield from _scores(config, own, to)
         if config.segments:
-            same = scalars.column("segment", h) == scalars.row("segment", h)
+            same = scalars.same_segment(h)
             m, p = (x if x is None else jnp.where(same, x, 0.0) for x in (m, p))
         p = config.scale * p
         scores = split_bf16(p, passes) if to.factors is None else [x for x in (m, p) if x is not None]
@@ -250,7 +250,7 @@ def _backward(
         yield
     dp = config.scale * exact(do, u, "nt")
     if config.segments:
-        same = scalars.column("segment", h) == scalars.row("segment", h)
+        same = scalars.same_segment(h)
         dp, dm = (x if x is None else jnp.where(same, x, 0.0) for x in (dp, dm))
     yield
     dscaled_k = mm(scalars.write(h, u), ds[...], "nt")

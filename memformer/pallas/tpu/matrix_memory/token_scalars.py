@@ -3,8 +3,7 @@
 One float32 array [B, H, names, N, C], names in the order of `ScanConfig.scalars`: those of pallas/token_scalars.py, and
 
     write    beta decay_out: how a token's write reaches the state that leaves the chunk
-    alpha    strength of the write, where it is not beta's: kernels with a decay per key channel, in which `write` is
-             decay_out alone
+    alpha    beta where the call has no alpha: kernels with a decay per key channel, in which `write` is decay_out alone
 
 A program reads a block [names * P, C] of it; a transpose in the kernel turns rows into columns.
 """
@@ -12,7 +11,6 @@ A program reads a block [names * P, C] of it; a transpose in the kernel turns ro
 import jax.numpy as jnp
 
 from memformer.core.calls import MatrixCall
-from memformer.core.segments import pad_time
 from memformer.core.types import Array
 from memformer.pallas import token_scalars
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig
@@ -29,8 +27,7 @@ def stack_scalars(config: ScanConfig, call: MatrixCall) -> tuple[Array, ...]:
     decay_out = scalars["decay_out"]
     scalars["write"] = decay_out * scalars["beta"] if config.beta and not config.channels else decay_out
     if "alpha" in config.scalars:
-        alpha = call.beta if call.alpha is None else call.alpha
-        scalars["alpha"] = pad_time(alpha.astype(jnp.float32), config.chunk).reshape(decay_out.shape)
+        scalars.setdefault("alpha", scalars["beta"])
     # [B, N, C, H, names] to [B, H, names, N, C].
     return (jnp.stack([scalars[name] for name in config.scalars], axis=4).transpose(0, 3, 4, 1, 2),)
 
@@ -85,12 +82,16 @@ class TokenScalars:
         """A state [K, V], decayed over the whole chunk."""
         return self.row("decay_in", head)[:, self.config.chunk - 1 :] * state if self.config.carries else state
 
+    def same_segment(self, head: int) -> Array:
+        """[C, C]: whether two tokens are of one segment; only where sequences are packed."""
+        return self.column("segment", head) == self.row("segment", head)
+
     def decay_mask(self, head: int) -> Array:
         """D [C, C]: the decay from the token of a column to that of a row, 0 where masked."""
         row, column = iotas((self.config.chunk, self.config.chunk))
         mask = row >= column
         if self.config.segments:
-            mask = mask & (self.column("segment", head) == self.row("segment", head))
+            mask = mask & self.same_segment(head)
         if not self.config.decay:
             return jnp.where(mask, 1.0, 0.0)
         whole, fraction = (self.column(name, head) - self.row(name, head) for name in ("whole", "fraction"))
