@@ -93,7 +93,8 @@ class Case:
         if self.op.startswith("delta"):
             shapes["beta"] = (*written, values)
         if self.decay:
-            shapes["decay"] = (*time, values, *([self.key] if self.decay == "channel" else []))
+            heads = self.heads if self.op == "softmax_attention" else values
+            shapes["decay"] = (*time, heads, *([self.key] if self.decay == "channel" else []))
         return shapes
 
 

@@ -82,7 +82,8 @@ def tile_traffic(case: Case, kernel: str, rows: int) -> tuple[float, float]:
     # u and every gradient leave a kernel in float32; per-token scalars take eight numbers of 4 bytes.
     values = 4 * V if "write" in kernel else itemsize * V
     least = itemsize * (2 * K + V) + values
-    scalars = 4 + 32 * ("write" in kernel or bool(case.segments)) + 32 * bool(case.segments)
+    per_key = bool(case.segments or case.decay)
+    scalars = 4 + 32 * ("write" in kernel or per_key) + 32 * per_key
     if "backward" in kernel:
         least += itemsize * (2 * K + V)
         scalars += (4 - itemsize) * (2 * K + V) + 32

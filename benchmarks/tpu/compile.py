@@ -51,7 +51,9 @@ OPS: dict[str, dict[str, Any]] = {
     "delta_rule channel": {"op": "delta_rule", "decay": "channel"},
     "delta_product decay": {"op": "delta_product", "decay": "head", "steps": 2},
     "deltaformer softmax": {"op": "deltaformer", "write": "softmax"},
+    "deltaformer softmax decay": {"op": "deltaformer", "write": "softmax", "decay": "head"},
     "softmax_attention": {"op": "softmax_attention"},
+    "softmax_attention decay": {"op": "softmax_attention", "decay": "head"},
 }
 
 # Batch, length, heads, groups, key, value; the first is the typical training shape.

@@ -87,6 +87,8 @@ CASES = {
     "deltaformer linear": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="linear"),
     "deltaformer wide": Case("deltaformer", 1, 4096, 4, 4, 256, 256, write="softmax"),
     "softmax": Case("softmax_attention", 1, 8192, 16, 16, 128, 128),
+    "deltaformer decay": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="softmax", decay="head"),
+    "softmax decay": Case("softmax_attention", 1, 8192, 16, 16, 128, 128, decay="head"),
     "softmax segments": Case("softmax_attention", 1, 8192, 16, 4, 128, 128, segments=2),
 }
 

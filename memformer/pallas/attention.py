@@ -21,12 +21,12 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
       The output in float32, or bfloat16 where v is.
 
     Raises:
-      NotImplementedError: a window, decay or sinks; attention that is not causal; no kernel serves the call, or the
-        chip.
+      NotImplementedError: a window; decay or sinks on a GPU; attention that is not causal; no kernel serves the call,
+        or the chip.
     """
-    _check_attention_call(call)
     if not call.causal:
         raise unsupported(call.op, "is causal")
+    _check_attention_call(call)
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
     if chip() == "gpu":
         from memformer.pallas.gpu.attention.softmax_attention import run
@@ -36,8 +36,10 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
 
 
 def _check_attention_call(call: AttentionCall) -> None:
-    if call.window is not None or call.decay is not None or call.sinks is not None:
-        raise unsupported(call.op, "has no window, no decay and no sinks", "implementation='chunked' serves them")
+    if call.window is not None:
+        raise unsupported(call.op, "has no window", "implementation='chunked' serves it")
+    if chip() == "gpu" and (call.decay is not None or call.sinks is not None):
+        raise unsupported(call.op, "has no decay and no sinks on GPUs", "implementation='chunked' serves them")
 
 
 def _share_key_heads(call: AttentionCall) -> AttentionCall:
@@ -58,7 +60,7 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
       The output in float32, or bfloat16 where v is, and the writes u.
 
     Raises:
-      NotImplementedError: a window, decay or sinks; no kernel serves the call, or the chip.
+      NotImplementedError: a window; decay or sinks on a GPU; no kernel serves the call, or the chip.
     """
     _check_attention_call(call)
     if chip() == "gpu":

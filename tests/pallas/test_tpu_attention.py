@@ -37,8 +37,8 @@ def test_packed_against_oracle(name, dtype, chunk_size, interpreter):
     suite.check(got, suite.oracle(name, dtype), dtype, name)
 
 
-def given(length, heads=(1, 1), width=8, value=4, dtype="float32", seed=2):
-    """Arguments of DeltaFormer; keys and w have length 1."""
+def given(length, heads=(1, 1), width=8, value=4, dtype="float32", seed=2, decay=False):
+    """Arguments of DeltaFormer; keys and w have length 1. With a decay, some tokens hide all before them."""
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal
     arrays = {
@@ -51,6 +51,9 @@ def given(length, heads=(1, 1), width=8, value=4, dtype="float32", seed=2):
     }
     for name in ("k", "w"):
         arrays[name] /= np.linalg.norm(arrays[name], axis=-1, keepdims=True)
+    if decay:
+        arrays["decay"] = -np.exp(normal((1, length, heads[1])) - 1)
+        arrays["decay"][:, 4, 0], arrays["decay"][:, length - 3] = -np.inf, -5000
     return {name: jnp.asarray(x, dtype) for name, x in arrays.items()}
 
 
@@ -83,8 +86,12 @@ def oracle(arrays, **options):
     ids=lambda value: str(getattr(value, "name", value)),
 )
 def test_kernels(write, read, heads, interpreter):
-    """Every similarity, two heads per program in one of them, one row more than a block, a boundary of segments."""
-    arrays, options = given(17, heads=(heads, heads)), {"write_kernel": write, "read_kernel": read}
+    """Every similarity, two heads per program in one of them, one row more than a block, a boundary of segments.
+
+    Two of them with a decay.
+    """
+    arrays = given(17, heads=(heads, heads), decay=read != "linear")
+    options = {"write_kernel": write, "read_kernel": read}
     options["segment_ids"] = jnp.asarray(np.repeat([3, 1], [6, 11])[None], jnp.int32)
     got, gradients = evaluate(arrays, "pallas", chunk_size=16, **options)
     want, want_gradients = oracle(arrays, **options)
@@ -93,13 +100,45 @@ def test_kernels(write, read, heads, interpreter):
 
 
 def test_a_call_too_long_for_vmem(interpreter, monkeypatch):
-    """Two spans of one block each: the slots before a span are read by softmax attention's kernel."""
+    """Two spans of one block each: the slots before one are read by softmax attention's kernel. With decay, sinks."""
     monkeypatch.setattr(tuning, "RESIDENT", 1)
-    arrays = given(25, heads=(2, 1))
+    arrays = given(25, heads=(2, 1), decay=True) | {"sinks": jnp.array([-0.5, 0.5])}
     got, gradients = evaluate(arrays, "pallas", chunk_size=16)
     want, want_gradients = oracle(arrays)
     assert_close(got, want, FORWARD["float32"], "output and u")
     assert_close(gradients, want_gradients, GRADIENT["float32"], "gradient")
+
+
+def test_forgetting_attention(interpreter):
+    """Decay and sinks over a cache, packed sequences whose padding sees nothing, and heads that share keys."""
+    state = suite.inputs("softmax_attention_decay")[1]
+    ids = jnp.asarray(np.repeat([3, 0, 1], [9, 4, 12])[None], jnp.int32)
+
+    def run(arrays, state, implementation, **options):
+        def loss(arrays, fraction):
+            start = dataclasses.replace(state, decay_fraction=fraction)
+            names = ("q", "k", "v", "decay", "sinks")
+            call = functools.partial(mf.softmax_attention, *(arrays[name] for name in names[:3]), **options)
+            output, _ = call(
+                **{name: arrays[name] for name in names[3:]},
+                segment_ids=ids,
+                initial_state=start,
+                implementation=implementation,
+            )
+            return jnp.sum(jnp.sin(output)), output
+
+        (_, output), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(arrays, state.decay_fraction)
+        return jax.tree.map(np.asarray, (output, gradients))
+
+    arrays = {name: x for name, x in given(25, heads=(2, 1)).items() if name in "qkv"}
+    arrays["decay"] = given(25, heads=(2, 2), decay=True)["decay"]
+    arrays["sinks"] = jnp.array([-0.5, 0.5])
+    state = jax.tree.map(lambda x: x[:1] if x.ndim else x, state)
+    got = run(arrays, suite.cast(state, "float32"), "pallas", chunk_size=16)
+    with jax.enable_x64(True):
+        want = run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), suite.cast(state, "float64"), "recurrent")
+    assert_close(got[0], want[0], FORWARD["float32"], "output")
+    assert_close(got[1], want[1], GRADIENT["float32"], "gradient")
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])

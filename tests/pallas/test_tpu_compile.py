@@ -30,10 +30,10 @@ SMALL = {
     ),
     "deltaformer shared heads": (
         "tpu7x:2x2x1",
-        Case("deltaformer", 1, 256, 2, 1, 128, 128, segments=2, write="relu"),
+        Case("deltaformer", 1, 256, 2, 1, 128, 128, segments=2, write="relu", decay="head"),
     ),
     "deltaformer round": ("v6e:2x2", Case("deltaformer", 1, 128, 1, 1, 128, 128, write="round")),
-    "softmax odd": ("v6e:2x2", Case("softmax_attention", 1, 200, 4, 2, 64, 96, segments=2)),
+    "softmax odd": ("v6e:2x2", Case("softmax_attention", 1, 200, 4, 2, 64, 96, segments=2, decay="head")),
     "softmax float32": ("v5e:2x2", Case("softmax_attention", 1, 256, 1, 1, 128, 128, "float32")),
 }
 

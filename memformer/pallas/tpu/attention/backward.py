@@ -5,6 +5,9 @@ With p the weights of a tile and g what is weighted (dO for the read, dP for the
     G = g x^T      e = p, or -beta p for the write      dx = e^T g
     ds = e G - p delta (softmax), else slope e / p G     dk = scale ds^T q      dq = scale ds k
 
+The gradient of a pair's decay is ds (softmax), else e G. Its sums over columns are the gradients of the rows'
+cumulative decay, its negated sums over rows those of the columns'. A token and itself have no decay, and are left out.
+
 Tiles are transposed, columns in sublanes: scalars of rows then broadcast over sublanes at no cost, and only dq needs a
 transposed operand. All rows of one head stay in VMEM, dq among them.
 
@@ -22,23 +25,25 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from memformer.core.decay import CumulativeDecay
 from memformer.core.mask import Mask, last_tiles
 from memformer.core.similarity import similarity_slope
 from memformer.core.types import Array
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
 from memformer.pallas.tpu.attention.config import AttentionConfig
-from memformer.pallas.tpu.attention.tiles import SCALARS
+from memformer.pallas.tpu.attention.tiles import SCALARS, BlockDecay, QueryKeyDecay
 from memformer.pallas.tpu.interleave import Steps, interleave
-from memformer.pallas.tpu.products import product
+from memformer.pallas.tpu.products import iotas, product
 
-__all__ = ["BackwardRefs", "attention_backward"]
+__all__ = ["BackwardRefs", "Gradients", "attention_backward", "fraction_gradient"]
 
 
 class BackwardRefs(NamedTuple):
     """References of a program; fields that a call does not have are None.
 
-    k, x, v, du, dk, dx and key_scalars are of its block of columns; q, scalars, g, dq, dbeta and delta of all rows.
+    k, x, v, du, dk, dx, key_scalars, key_decay and decay_sums (what it is the negative of) are of its block of columns;
+    q, scalars, g, dq, dbeta, query_decay and delta of all rows.
     """
 
     k: Any
@@ -54,10 +59,31 @@ class BackwardRefs(NamedTuple):
     dx: Any
     dbeta: Any
     delta: Any
+    query_decay: Any
+    key_decay: Any
+    decay_sums: Any
+
+
+class Gradients(NamedTuple):
+    """Results of `attention_backward`, in float32.
+
+    Attributes:
+      dk: [B, G, S, K].
+      dq: [B, H, T, K].
+      dx: [B, G, S, V]; dP where the kernel solves.
+      dbeta: [B, H, T] for the write, or None.
+      decay: of the fractions, or None.
+    """
+
+    dk: Array
+    dq: Array
+    dx: Array
+    dbeta: Array | None
+    decay: QueryKeyDecay | None
 
 
 class _Rows(NamedTuple):
-    """A block of rows, loaded for a tile: q [R, K], g [R, V], and scalars [1, R]."""
+    """A block of rows, loaded for a tile: q [R, K], g [R, V], scalars [1, R], and all of them [8, R]."""
 
     q: Array
     g: Array
@@ -65,6 +91,7 @@ class _Rows(NamedTuple):
     delta: Array
     beta: Array
     segment: Array
+    scalars: Array
 
 
 def _load_rows(config: AttentionConfig, refs: BackwardRefs, i) -> _Rows:
@@ -76,51 +103,82 @@ def _load_rows(config: AttentionConfig, refs: BackwardRefs, i) -> _Rows:
     if refs.delta is not None:
         delta = refs.delta[i][:1]
     g = refs.g[at] if refs.delta is not None else refs.g[0, 0, at]
-    return _Rows(refs.q[0, 0, at], g, lse, delta, beta, segment)
+    return _Rows(refs.q[0, 0, at], g, lse, delta, beta, segment, scalars)
 
 
 def _tile(
-    config: AttentionConfig, refs: BackwardRefs, rows: _Rows, columns: slice, mask, write: bool, with_dx: bool
+    config: AttentionConfig,
+    refs: BackwardRefs,
+    rows: _Rows,
+    columns: slice,
+    mask,
+    decay: BlockDecay | None,
+    write: bool,
+    with_dx: bool,
 ) -> Steps:
-    """Adds one tile to dk and dx; returns ds [columns, R] and the contribution to dbeta of the rows, [1, R] or None."""
+    """Adds one tile to dk, dx and the sums of the columns' decay.
+
+    Returns:
+      ds [columns, R], and what the tile adds to dbeta and to the decay of the rows, [1, R] or None.
+    """
     scores = product(refs.k[0, 0, columns], rows.q, "nt", config.passes) * config.factor
     yield
     dweights = product(refs.x[0, 0, columns], rows.g, "nt", config.value_passes)
     yield
-    weights = tiles.attention_weights(config, scores, mask, rows.lse)
+    gap = None if decay is None else decay.gap(slice(0, config.block), columns)
+    normalized = config.similarity.normalized
+    plain = tiles.attention_weights(config, scores, mask, rows.lse, gap if normalized else None)
+    factor = None if gap is None or normalized else tiles.decay_factor(gap)
+    weights = plain if factor is None else plain * factor
     signed = weights * -rows.beta if write else weights
     yield
     if with_dx:
         refs.dx[columns] += product(signed, rows.g, "nn", config.value_passes)
     yield
     dbeta = -jnp.sum(weights * dweights, axis=0, keepdims=True) if write else None
-    if config.similarity.normalized:
-        ds = signed * dweights - weights * rows.delta if write else weights * (dweights - rows.delta)
+    if normalized:
+        dgap = ds = signed * dweights - weights * rows.delta if write else weights * (dweights - rows.delta)
     else:
-        ds = similarity_slope(config.similarity, scores, weights) * dweights
+        ds = similarity_slope(config.similarity, scores, plain) * dweights
+        ds = ds if factor is None else ds * factor
         ds = ds if mask is None else jnp.where(mask, ds, 0.0)
         ds = ds * -rows.beta if write else ds
+        dgap = signed * dweights
+    query_decay = None
+    if decay is not None:
+        if decay.row_fraction is not None:
+            row, column = iotas(dgap.shape)[::-1]
+            dgap = jnp.where(row == column + columns.start, 0.0, dgap)
+        query_decay = jnp.sum(dgap, axis=0, keepdims=True)
+        refs.decay_sums[columns] += jnp.broadcast_to(jnp.sum(dgap, axis=1, keepdims=True), (dgap.shape[0], 128))
     if config.value_passes == 1:
         ds = ds.astype(jnp.bfloat16)
     yield
     refs.dk[columns] += product(ds, rows.q, "nn", config.value_passes)
-    return ds, dbeta
+    return ds, dbeta, query_decay
 
 
 def _block(config: AttentionConfig, refs: BackwardRefs, i, diagonal: bool, write: bool, with_dx: bool) -> None:
     """Adds the tiles of the program's columns and of row block i to all gradients."""
     rows = _load_rows(config, refs, i)
-    key = tiles.to_columns(refs.key_scalars[0, 0, 0])[:, :1] if config.segments else None
+    key = decay = None
+    if config.segments or config.decay:
+        keys = refs.key_scalars[0, 0, 0]
+        columns = tiles.to_columns(keys)
+        key = columns[:, :1] if config.segments else None
+        decay = tiles.block_decay(rows.scalars, keys, columns, own=diagonal) if config.decay else None
     chains = []
     for columns in config.sub_blocks:
         mask = tiles.diagonal_mask(config, slice(0, config.block), columns, transposed=True) if diagonal else None
         mask = tiles.mask_segments(mask, *((None, None) if key is None else (rows.segment, key[columns])))
-        chains.append(_tile(config, refs, rows, columns, mask, write, with_dx))
+        chains.append(_tile(config, refs, rows, columns, mask, decay, write, with_dx))
     parts = interleave(chains)
     ds = jnp.concatenate([part[0] for part in parts], axis=0)
     refs.dq[0, 0, tiles.block_slice(config, i)] += product(ds, refs.k[0, 0], "tn", config.value_passes)
     if write:
         refs.dbeta[0, 0, i] += functools.reduce(jnp.add, (part[1] for part in parts))
+    if config.decay:
+        refs.query_decay[0, 0, i] += functools.reduce(jnp.add, (part[2] for part in parts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +215,15 @@ def _kernel(last_ref, *flat, config: AttentionConfig, options: _Options, row_blo
         refs.dq[...] = jnp.zeros(refs.dq.shape, jnp.float32)
         if options.write:
             refs.dbeta[...] = jnp.zeros(refs.dbeta.shape, jnp.float32)
+        if config.decay:
+            refs.query_decay[...] = jnp.zeros(refs.query_decay.shape, jnp.float32)
 
     outer = refs
     refs = refs._replace(dk=outer.dk.at[0, 0], dx=outer.dx.at[0, 0])
     refs.dk[...] = jnp.zeros(refs.dk.shape, jnp.float32)
     refs.dx[...] = jnp.zeros(refs.dx.shape, jnp.float32)
+    if config.decay:
+        refs.decay_sums[...] = jnp.zeros(refs.decay_sums.shape, jnp.float32)
 
     def row(i, carry):
         _block(config, refs, i, False, options.write, True)
@@ -179,6 +241,8 @@ def _kernel(last_ref, *flat, config: AttentionConfig, options: _Options, row_blo
             _block(config, refs, j - config.before, True, options.write, options.solve is None)
 
     refs.dk[...] = refs.dk[...] * config.similarity.scale
+    if config.decay:
+        refs.key_decay[0, 0, 0] = -tiles.to_row(refs.decay_sums[...])[:1]
 
 
 def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, last, *rest):
@@ -202,8 +266,9 @@ def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, l
         "x": (x, column((size, value), repeat)),
         "scalars": (scalars, whole(row_blocks, 8, size)),
     }
-    if config.segments:
-        inputs["key_scalars"] = (rest.pop(0), column((1, 8, size), repeat))
+    if config.segments or config.decay:
+        # Decays are of query heads.
+        inputs["key_scalars"] = (rest.pop(0), column((1, 8, size), 1 if config.decay else repeat))
     if options.solve is None:
         inputs["g"] = (g, whole(length, value))
     else:
@@ -221,6 +286,10 @@ def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, l
     if options.write:
         outputs["dbeta"] = (result(row_blocks, 1, size), whole(row_blocks, 1, size))
     scratch = {}
+    if config.decay:
+        outputs["query_decay"] = (result(row_blocks, 1, size), whole(row_blocks, 1, size))
+        outputs["key_decay"] = (result(column_blocks, 1, size), column((1, 1, size)))
+        scratch["decay_sums"] = pltpu.VMEM((size, 128), jnp.float32)
     if options.solve is not None:
         dtype = jnp.bfloat16 if config.value_passes == 1 else jnp.float32
         scratch["g"] = pltpu.VMEM((length, value), dtype)
@@ -255,11 +324,12 @@ def attention_backward(
     x: Array,
     g: Array,
     mask: Mask,
+    decay: QueryKeyDecay | None,
     scalars: dict[str, Array | None],
     *,
     solve: Callable | None = None,
     du: Array | None = None,
-) -> tuple[Array, ...]:
+) -> Gradients:
     """Gradients through every tile of a call whose rows fit in VMEM.
 
     Args:
@@ -269,28 +339,38 @@ def attention_backward(
       x: [B, G, S, V].
       g: dO or dP [B, H, T, V]; v where the kernel solves.
       mask: over whole blocks.
+      decay: of query heads, or None.
       scalars: lse and delta of the rows, [B, H, T]; beta (and alpha) for the write.
       solve: computes dP from dU within the kernel.
       du: [B, G, T, V] where it solves.
-
-    Returns:
-      In float32 dk [B, G, S, K], dq [B, H, T, K], dx [B, G, S, V] (where it solves dP instead), and for the write
-      dbeta [B, H, T].
     """
     config = config.backward
     heads, groups = q.shape[1], k.shape[1]
     column_blocks, row_blocks = k.shape[2] // config.block, q.shape[2] // config.block
     last = jnp.full((k.shape[0], column_blocks), row_blocks, jnp.int32)
     rest: tuple[Array, ...] = ()
-    rows = tiles.pack_scalars(config, heads, segment=mask.query_segment if config.segments else None, **scalars)
+    query, key = (None, None) if decay is None else decay
+    rows = tiles.pack_rows(config, heads, query, segment=mask.query_segment if config.segments else None, **scalars)
     if config.segments:
         last = last_tiles(mask, config.block, config.block)
-        rest = (tiles.pack_scalars(config, groups, segment=mask.key_segment),)
+    if config.segments or config.decay:
+        key_segment = mask.key_segment if config.segments else None
+        rest = (tiles.pack_keys(config, heads if config.decay else groups, key_segment, key),)
     if du is not None:
         rest += (du,)
     last = jnp.broadcast_to(last[:, None], (last.shape[0], groups, column_blocks))
     write = scalars.get("beta") is not None
-    call = split_batch_and_heads(_backward, (config, _Options(write, solve)), config.axes, results=3 + write)
-    dk, dq, dx, *dbeta = call(k, q, x, g, rows, last, *rest)
+    results = 3 + write + 2 * config.decay
+    call = split_batch_and_heads(_backward, (config, _Options(write, solve)), config.axes, results=results)
+    dk, dq, dx, *more = call(k, q, x, g, rows, last, *rest)
     dk, dx = (y.reshape(*k.shape[:2], -1, *y.shape[2:]).sum(2) if heads != groups else y for y in (dk, dx))
-    return dk, dq * config.similarity.scale, dx, *(y.reshape(q.shape[:3]) for y in dbeta)
+    more = [y.reshape(*y.shape[:2], -1) for y in more]
+    dbeta = more.pop(0) if write else None
+    return Gradients(dk, dq * config.similarity.scale, dx, dbeta, fraction_gradient(*more) if config.decay else None)
+
+
+def fraction_gradient(query: Array, key: Array) -> QueryKeyDecay:
+    """The gradient of the decays' fractions; whole parts have none."""
+    # None is what JAX takes as the gradient of integers.
+    none: Any = None
+    return QueryKeyDecay(CumulativeDecay(none, query), CumulativeDecay(none, key))

@@ -25,6 +25,8 @@ class AttentionConfig(BaseAttentionConfig):
       backward_block: R of the backward pass; divides R.
       resident: blocks of one head that fit in VMEM.
       passes: MXU passes per product.
+      decay: whether logits or similarities decay with the time between the tokens of a pair.
+      sinks: whether the log-sum-exp has a gradient.
     """
 
     block: int
@@ -33,6 +35,8 @@ class AttentionConfig(BaseAttentionConfig):
     backward_block: int
     resident: int
     passes: int
+    decay: bool = False
+    sinks: bool = False
 
     @property
     def backward(self) -> "AttentionConfig":
@@ -79,5 +83,6 @@ def plan_call(call: AttentionCall, similarity: Kernel) -> AttentionConfig:
         strict=False,
         segments=call.mask.key_segment is not None,
         passes=passes,
+        decay=call.decay is not None,
         **sizes._asdict(),
     )

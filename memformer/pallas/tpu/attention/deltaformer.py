@@ -36,10 +36,16 @@ from memformer.pallas.layout import heads_first, join_slots
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.attention import tiles
-from memformer.pallas.tpu.attention.backward import BackwardRefs, attention_backward
+from memformer.pallas.tpu.attention.backward import BackwardRefs, attention_backward, fraction_gradient
 from memformer.pallas.tpu.attention.config import AttentionConfig, plan_call
-from memformer.pallas.tpu.attention.softmax_attention import attend, output_dtype, read, score_operand, value_operand
-from memformer.pallas.tpu.attention.tiles import SCALARS, SumRefs
+from memformer.pallas.tpu.attention.softmax_attention import (
+    attend_with_sinks,
+    join_decay,
+    read,
+    score_operand,
+    value_operand,
+)
+from memformer.pallas.tpu.attention.tiles import SCALARS, QueryKeyDecay, SumRefs
 from memformer.pallas.tpu.interleave import Steps, interleave
 from memformer.pallas.tpu.inverse import unit_lower_inverses
 from memformer.pallas.tpu.products import iotas, product, split_bf16
@@ -88,6 +94,11 @@ class _Head(NamedTuple):
         """[columns, 1] segments of some columns of block i."""
         return tiles.to_columns(self.key_scalars[i])[columns, :1]
 
+    def decay(self, i, *, own: bool) -> tiles.BlockDecay:
+        """Of block i."""
+        keys = self.key_scalars[i]
+        return tiles.block_decay(self.scalars[...], keys, tiles.to_columns(keys), own=own)
+
 
 def _start_sums(config: AttentionConfig, head: _Head) -> None:
     """Sets the sums to those over the slots before the span."""
@@ -97,7 +108,7 @@ def _start_sums(config: AttentionConfig, head: _Head) -> None:
         return
     sums.value[...] = head.start[...].T
     if config.similarity.normalized:
-        sums.top[...] = jnp.broadcast_to(head.scalar("start_lse", slice(0, config.block)), sums.top.shape)
+        sums.top[...] = jnp.broadcast_to(head.scalar("lse", slice(0, config.block)), sums.top.shape)
         sums.total[...] = jnp.where(iotas(sums.total.shape)[0] == 0, 1.0, 0.0)
 
 
@@ -111,6 +122,7 @@ def _own_weights(config: AttentionConfig, head: _Head, i, place: int) -> Steps:
     rows, sums, factors = config.sub_blocks[place], head.sums, []
     beta = head.scalar("beta", rows)
     start = top = sums.top[:, rows] if config.similarity.normalized else None
+    decay = head.decay(i, own=True) if config.decay else None
     for columns in config.sub_blocks[: place + 1]:
         k = head.k[tiles.block_slice(config, i, columns.start, config.sub_block)]
         scores = product(k, head.w[rows], "nt", config.passes) * config.factor
@@ -118,12 +130,14 @@ def _own_weights(config: AttentionConfig, head: _Head, i, place: int) -> Steps:
         mask = tiles.diagonal_mask(config, rows, columns, transposed=True) if columns == rows else None
         if config.segments:
             mask = tiles.mask_segments(mask, head.scalar("segment", rows), head.key_segment(i, columns))
+        gap = None if decay is None else decay.gap(rows, columns)
         if config.similarity.normalized:
+            scores, mask = tiles.decay_scores(scores, mask, gap)
             scores = scores if mask is None else jnp.where(mask, scores, tiles.LOW)
             top, _, weights = yield from tiles.rescale(sums, rows, top, scores)
             factors.append(top[:1])
         else:
-            weights = tiles.attention_weights(config, scores, mask, None)
+            weights = tiles.attention_weights(config, scores, mask, None, gap)
             factors.append(jnp.zeros_like(beta))
         if columns != rows:
             head.weights[columns, rows] = weights.astype(head.weights.dtype)
@@ -197,7 +211,8 @@ def _kernel(first_ref, *flat, config: AttentionConfig, names: tuple[str, ...], c
         row_segment, key_segment, everything = None, None, slice(0, config.block)
         if config.segments:
             row_segment, key_segment = heads[0].scalar("segment", everything), heads[0].key_segment(j, everything)
-        operands = [(head.sums, head.w, head.k, head.past_u) for head in heads]
+        decays = [head.decay(j, own=False) if config.decay else None for head in heads]
+        operands = [(head.sums, head.w, head.k, head.past_u, decay) for head, decay in zip(heads, decays, strict=True)]
         tiles.add_block(config, operands, j, row_segment, key_segment)
         return carry
 
@@ -229,7 +244,7 @@ def _write_shard(config: AttentionConfig, k, w, v, scalars, first, *rest):
         "v": (v, block(size, value)),
         "scalars": (scalars, block(1, 8, size)),
     }
-    if config.segments:
+    if config.segments or config.decay:
         inputs["key_scalars"] = (rest.pop(0), whole(blocks, 8, size))
     if rest:
         inputs["start"] = (rest.pop(0), block(size, value))
@@ -266,6 +281,7 @@ def _write_span(
     alpha: Array,
     beta: Array,
     mask: Mask,
+    decay: QueryKeyDecay | None,
     start: tuple[Array, Array] | None,
 ) -> tuple[Array, Array]:
     """Computes u of a span of tokens whose keys and u fit in VMEM.
@@ -277,6 +293,7 @@ def _write_span(
       v: [B, G, T, V].
       alpha, beta: [B, G, T].
       mask: of the span.
+      decay: of the span, or None.
       start: what the rows read of the slots before the span, and their log-sum-exp there; None without such slots.
 
     Returns:
@@ -285,11 +302,13 @@ def _write_span(
     groups = k.shape[1]
     value, start_lse = (None, None) if start is None else start
     segment = mask.query_segment if config.segments else None
-    scalars = tiles.pack_scalars(config, groups, segment=segment, alpha=alpha, beta=beta, start_lse=start_lse)
+    query, key = (None, None) if decay is None else decay
+    scalars = tiles.pack_rows(config, groups, query, segment=segment, alpha=alpha, beta=beta, lse=start_lse)
     first, rest = jnp.zeros((k.shape[0], scalars.shape[2]), jnp.int32), ()
     if config.segments:
         first = first_tiles(mask, config.block, config.block)
-        rest = (tiles.pack_scalars(config, groups, segment=mask.key_segment),)
+    if config.segments or config.decay:
+        rest = (tiles.pack_keys(config, groups, mask.key_segment if config.segments else None, key),)
     if value is not None:
         rest = (*rest, value)
     first = jnp.broadcast_to(first[:, None], (first.shape[0], groups, first.shape[1]))
@@ -307,7 +326,9 @@ def _solve_transposed(config: AttentionConfig, refs: BackwardRefs, i) -> None:
         return scalars[:, place : place + 1]
 
     beta, lse = scalar("beta"), scalar("lse")
-    key = refs.key_scalars[0, 0, 0][:1] if config.segments else None
+    keys = refs.key_scalars[0, 0, 0] if config.segments or config.decay else None
+    key = keys[:1] if config.segments else None
+    gap_of = _own_gap(scalar, keys) if config.decay else lambda rows: None
 
     def mask_of(rows):
         columns = slice(0, rows.stop)
@@ -317,7 +338,7 @@ def _solve_transposed(config: AttentionConfig, refs: BackwardRefs, i) -> None:
     def weigh_and_invert(rows):
         scores = product(refs.q[0, 0, at][rows], refs.k[0, 0, : rows.stop], "nt", config.passes) * config.factor
         yield
-        a = beta[rows] * tiles.attention_weights(config, scores, mask_of(rows), lse[rows])
+        a = beta[rows] * tiles.attention_weights(config, scores, mask_of(rows), lse[rows], gap_of(rows))
         return a, (yield from _inverse_minus_identity([a[:, rows]], config.solve_passes))[0]
 
     parts = interleave([weigh_and_invert(rows) for rows in config.sub_blocks])
@@ -335,9 +356,31 @@ def _solve_transposed(config: AttentionConfig, refs: BackwardRefs, i) -> None:
     refs.delta[i] = tiles.to_row(-jnp.sum(dp * erased, axis=1, keepdims=True))
 
 
+def _own_gap(scalar, keys: Array):
+    """A function of some rows: their decay from the block's columns up to them, [rows, columns]."""
+
+    def key(name):
+        place = tiles.KEY_SCALARS.index(name)
+        return keys[place : place + 1]
+
+    whole, fraction = tiles.row_decay(scalar, key("anchor_high")[:, :1], key("anchor_low")[:, :1])
+    key_whole, key_fraction = key("decay_whole"), key("decay_fraction")
+    return lambda rows: tiles.own_gap(
+        whole[rows], fraction[rows], key_whole[:, : rows.stop], key_fraction[:, : rows.stop]
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def write(
-    config: AttentionConfig, k: Array, w: Array, v: Array, alpha: Array, beta: Array, cache_u: Array, mask: Mask
+    config: AttentionConfig,
+    k: Array,
+    w: Array,
+    v: Array,
+    alpha: Array,
+    beta: Array,
+    cache_u: Array,
+    mask: Mask,
+    decay: QueryKeyDecay | None,
 ) -> Array:
     """The writes u [B, G, T, V] of a call in float32; memory is linear in time, backward too.
 
@@ -352,8 +395,9 @@ def write(
       beta: [B, G, T].
       cache_u: u of the cache, [B, G, S - T, V].
       mask: over whole blocks.
+      decay: of key heads, or None.
     """
-    return _write(config, k, w, v, alpha, beta, cache_u, mask)[0]
+    return _write(config, k, w, v, alpha, beta, cache_u, mask, decay)[0]
 
 
 class _Span(NamedTuple):
@@ -389,48 +433,59 @@ def _span_masks(config: AttentionConfig, span: _Span, mask: Mask) -> tuple[Mask,
     return own, Mask(query_segment=query, key_segment=key[:, : span.slots])
 
 
-def _write(config, k, w, v, alpha, beta, cache_u, mask):
+def _span_decays(span: _Span, decay: QueryKeyDecay | None) -> tuple[QueryKeyDecay | None, QueryKeyDecay | None]:
+    """Of the same two."""
+    if decay is None:
+        return None, None
+    return decay.part(span.rows, span.own), decay.part(span.rows, slice(span.slots))
+
+
+def _write(config, k, w, v, alpha, beta, cache_u, mask, decay):
     """u, and the log-sum-exp of the rows."""
     slots, lse = cache_u, []
     for span in _spans(config, w.shape[2]):
         own, before = _span_configs(config, span)
         own_mask, before_mask = _span_masks(config, span, mask)
+        own_decay, before_decay = _span_decays(span, decay)
         rows, start = span.rows, None
         if span.slots:
             values = value_operand(config, slots)
-            start = read(before, jnp.float32, k[:, :, : span.slots], w[:, :, rows], values, before_mask)
+            start = read(before, jnp.float32, k[:, :, : span.slots], w[:, :, rows], values, before_mask, before_decay)
         operands = (k[:, :, span.own], *(x[:, :, rows] for x in (w, v, alpha, beta)))
-        u, span_lse = _write_span(own, *operands, own_mask, start)
+        u, span_lse = _write_span(own, *operands, own_mask, own_decay, start)
         slots = jnp.concatenate([slots, u], axis=2) if slots.shape[2] else u
         lse.append(span_lse)
     return slots[:, :, cache_u.shape[2] :], jnp.concatenate(lse, axis=2)
 
 
-def _write_forward(config, k, w, v, alpha, beta, cache_u, mask):
-    u, lse = _write(config, k, w, v, alpha, beta, cache_u, mask)
-    return u, (k, w, v, alpha, beta, cache_u, mask, u, lse)
+def _write_forward(config, k, w, v, alpha, beta, cache_u, mask, decay):
+    u, lse = _write(config, k, w, v, alpha, beta, cache_u, mask, decay)
+    return u, (k, w, v, alpha, beta, cache_u, mask, decay, u, lse)
 
 
 def _write_backward(config, saved, du):
-    k, w, v, alpha, beta, cache_u, mask, u, lse = saved
+    k, w, v, alpha, beta, cache_u, mask, decay, u, lse = saved
     cached = cache_u.shape[2]
     dk = jnp.zeros(k.shape, jnp.float32)
     du = jnp.concatenate([jnp.zeros(cache_u.shape, jnp.float32), du], axis=2) if cached else du
     slots = jnp.concatenate([cache_u, u], axis=2) if cached else u
+    key_decay = None if decay is None else jnp.zeros(decay.key.fraction.shape, jnp.float32)
     row_gradients = []
     for span in reversed(_spans(config, w.shape[2])):
         own, before = _span_configs(config, span)
         own_mask, before_mask = _span_masks(config, span, mask)
+        own_decay, before_decay = _span_decays(span, decay)
         rows = span.rows
         scalars = {"lse": lse[:, :, rows], "alpha": alpha[:, :, rows], "beta": beta[:, :, rows]}
         keys, queries, values = k[:, :, span.own], w[:, :, rows], v[:, :, rows]
-        dk_own, dw, dp, dbeta = attention_backward(
+        dk_own, dw, dp, dbeta, ddecay = attention_backward(
             own,
             keys,
             queries,
             u[:, :, rows],
             values,
             own_mask,
+            own_decay,
             scalars,
             solve=_solve_transposed,
             du=du[:, :, span.own],
@@ -440,18 +495,26 @@ def _write_backward(config, saved, du):
             erased = alpha[:, :, rows, None] * values.astype(jnp.float32) - u[:, :, rows]
             scalars["delta"] = -jnp.sum(dp * erased, axis=-1)
             values, g = value_operand(config, slots[:, :, earlier]), value_operand(config, dp)
-            dk_before, dw_before, du_before, dbeta_before = attention_backward(
-                before, k[:, :, earlier], queries, values, g, before_mask, scalars
+            dk_before, dw_before, du_before, dbeta_before, ddecay_before = attention_backward(
+                before, k[:, :, earlier], queries, values, g, before_mask, before_decay, scalars
             )
             dw, dbeta = dw + dw_before, dbeta + dbeta_before
             dk, du = dk.at[:, :, earlier].add(dk_before), du.at[:, :, earlier].add(du_before)
+            if decay is not None:
+                key_decay = key_decay.at[:, :, earlier].add(ddecay_before.key.fraction)
+                query = ddecay.query.fraction + ddecay_before.query.fraction
+                ddecay = fraction_gradient(query, ddecay.key.fraction)
         dk = dk.at[:, :, span.own].add(dk_own)
-        row_gradients.append((dw, dp, dbeta))
-    dw, dp, dbeta = (jnp.concatenate(x[::-1], axis=2) for x in zip(*row_gradients, strict=True))
+        query_decay = None
+        if decay is not None:
+            query_decay, key_decay = ddecay.query.fraction, key_decay.at[:, :, span.own].add(ddecay.key.fraction)
+        row_gradients.append((dw, dp, dbeta, query_decay))
+    dw, dp, dbeta, query_decay = jax.tree.map(lambda *x: jnp.concatenate(x, axis=2), *row_gradients[::-1])
     dv, dalpha = alpha[..., None] * dp, jnp.sum(v.astype(jnp.float32) * dp, axis=-1)
     inputs = (k, w, v, alpha, beta)
     gradients = (x.astype(y.dtype) for x, y in zip((dk, dw, dv, dalpha, dbeta), inputs, strict=True))
-    return *gradients, du[:, :, :cached], None
+    ddecay = None if decay is None else fraction_gradient(query_decay, key_decay)
+    return *gradients, du[:, :, :cached], None, ddecay
 
 
 write.defvjp(_write_forward, _write_backward)
@@ -476,10 +539,14 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
         cache_u = heads_first(call.cache.values, size).astype(jnp.float32)
     q, w = (heads_first(score_operand(config, x), size) for x in (call.q, call.w))
     v, alpha, beta = (heads_first(x, size) for x in (call.v, call.alpha.astype("float32"), call.beta.astype("float32")))
-    arrays = (k, w, v, alpha, beta, cache_u, q)
-    k, w, v, alpha, beta, cache_u, q = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
-    u = write(config, k, w, v, alpha, beta, cache_u, mask)
+    arrays = (k, w, v, alpha, beta, cache_u, q, join_decay(call, size))
+    arrays = jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves((arrays, mask))), arrays)
+    k, w, v, alpha, beta, cache_u, q, decay = arrays
+    u = write(config, k, w, v, alpha, beta, cache_u, mask, decay)
     slots = u if call.cache is None else jnp.concatenate([cache_u, u], axis=2)
     reading = dataclasses.replace(config, similarity=call.read_kernel)
-    o = attend(reading, output_dtype(config, call), k, q, slots, mask)
+    # Each query head of a group has the group's decay.
+    repeats = q.shape[1] // k.shape[1]
+    decay = decay if repeats == 1 else jax.tree.map(lambda x: jnp.repeat(x, repeats, axis=1), decay)
+    o = attend_with_sinks(reading, call, k, q, slots, mask, decay)
     return tuple(jnp.swapaxes(x, 1, 2)[:, :length] for x in (o, u))

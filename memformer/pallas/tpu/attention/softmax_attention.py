@@ -19,23 +19,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.calls import AttentionCall
+from memformer.core.decay import CumulativeDecay
 from memformer.core.mask import Mask, first_tiles, join_cache
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas.layout import heads_first, join_slots
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
-from memformer.pallas.tpu.attention.backward import attention_backward
+from memformer.pallas.tpu.attention.backward import attention_backward, fraction_gradient
 from memformer.pallas.tpu.attention.config import AttentionConfig, plan_call
-from memformer.pallas.tpu.attention.tiles import SumRefs
+from memformer.pallas.tpu.attention.tiles import QueryKeyDecay, SumRefs
 from memformer.pallas.tpu.interleave import interleave
 
-__all__ = ["attend", "output_dtype", "read", "run", "score_operand", "value_operand"]
+__all__ = ["attend_with_sinks", "join_decay", "output_dtype", "read", "run", "score_operand", "value_operand"]
 
 
 def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, parts: int):
-    rows, keys = (refs[0][0, 0, 0], refs[1]) if config.segments else (None, None)
-    o_ref, lse_ref, *sums = refs[2 * config.segments :]
+    scalars = config.segments or config.decay
+    rows, keys = (refs[0][0, 0, 0], refs[1]) if scalars else (None, None)
+    o_ref, lse_ref, *sums = refs[2 * scalars :]
     sums = SumRefs(*sums)
     i, part = pl.program_id(2), pl.program_id(3)
     segment = rows[:1] if config.segments else None
@@ -46,11 +48,17 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, part
 
     q, k, x = q_ref.at[0, 0], k_ref.at[0, 0], x_ref.at[0, 0]
 
-    def key_segment(j):
-        return tiles.to_columns(keys[0, 0, j])[:, :1] if config.segments else None
+    def of_keys(j, own):
+        """Segments of a block of slots, [R, 1], and its decay."""
+        if not scalars:
+            return None, None
+        columns = tiles.to_columns(keys[0, 0, j])
+        decay = tiles.block_decay(rows, keys[0, 0, j], columns, own=own) if config.decay else None
+        return columns[:, :1] if config.segments else None, decay
 
     def block(j, carry):
-        tiles.add_block(config, [(sums, q, k, x)], j, segment, key_segment(j))
+        key, decay = of_keys(j, False)
+        tiles.add_block(config, [(sums, q, k, x, decay)], j, segment, key)
         return carry
 
     start = part * config.resident
@@ -63,13 +71,14 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, part
         @pl.when(part == before // config.resident)
         def _():
             j = before - start
-            key, chains = key_segment(j), []
-            for rows in config.sub_blocks:
-                prefix = slice(0, rows.stop)
-                mask = tiles.diagonal_mask(config, rows, prefix, transposed=True)
-                mask = tiles.mask_segments(mask, *((None,) * 2 if key is None else (segment[:, rows], key[prefix])))
-                columns = tiles.block_slice(config, j, 0, rows.stop)
-                chains.append(tiles.add_tile(config, sums, rows, q, k, x, columns, mask))
+            (key, decay), chains = of_keys(j, True), []
+            for own in config.sub_blocks:
+                prefix = slice(0, own.stop)
+                mask = tiles.diagonal_mask(config, own, prefix, transposed=True)
+                mask = tiles.mask_segments(mask, *((None,) * 2 if key is None else (segment[:, own], key[prefix])))
+                columns = tiles.block_slice(config, j, 0, own.stop)
+                gap = None if decay is None else functools.partial(decay.gap, own, prefix)
+                chains.append(tiles.add_tile(config, sums, own, q, k, x, columns, mask, gap))
             interleave(chains, stagger=1)
 
     @pl.when(part == parts - 1)
@@ -84,7 +93,7 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, part
 
 
 def _read(config: AttentionConfig, dtype: Any, k, q, x, first, *scalars):
-    """One device's shard of `read`; scalars: of queries and of keys, where there are segments."""
+    """One device's shard of `read`; scalars: of queries and of keys, where there are any."""
     batch, groups, slots, key = k.shape
     heads, length = q.shape[1:3]
     value, size, repeat = x.shape[3], config.block, heads // groups
@@ -102,9 +111,11 @@ def _read(config: AttentionConfig, dtype: Any, k, q, x, first, *scalars):
     def rows_of(width):
         return pl.BlockSpec((1, 1, size, width), lambda b, h, i, p, *_: (b, h, i, 0))
 
+    # Decays are of query heads.
+    share = 1 if config.decay else repeat
     scalar_blocks = [
-        pl.BlockSpec((1, 1, 1, 8, size), lambda b, h, i, p, *_: (b, h // repeat, i, 0, 0)),
-        pl.BlockSpec((1, 1, resident, 8, size), lambda b, h, i, p, *_: (b, h // repeat, part_of(i, p), 0, 0)),
+        pl.BlockSpec((1, 1, 1, 8, size), lambda b, h, i, p, *_: (b, h // share, i, 0, 0)),
+        pl.BlockSpec((1, 1, resident, 8, size), lambda b, h, i, p, *_: (b, h // share, part_of(i, p), 0, 0)),
     ]
     lse = pl.BlockSpec((1, 1, 1, 1, size), lambda b, h, i, p, *_: (b, h, i, 0, 0))
     like = (k, q, x, *scalars)
@@ -113,7 +124,7 @@ def _read(config: AttentionConfig, dtype: Any, k, q, x, first, *scalars):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, heads, length // size, parts),
-            in_specs=[slots_of(key), rows_of(key), slots_of(value), *(scalar_blocks if config.segments else [])],
+            in_specs=[slots_of(key), rows_of(key), slots_of(value), *(scalar_blocks if scalars else [])],
             out_specs=[rows_of(value), lse],
             scratch_shapes=list(tiles.sums_scratch(config, value).values()),
         ),
@@ -126,7 +137,9 @@ def _read(config: AttentionConfig, dtype: Any, k, q, x, first, *scalars):
     )(first[:, 0], k, q, x, *scalars)
 
 
-def read(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask) -> tuple[Array, Array]:
+def read(
+    config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask, decay: QueryKeyDecay | None
+) -> tuple[Array, Array]:
     """Reads x [B, G, S, V] at the queries q [B, H, T, K]; T and S are multiples of R.
 
     Args:
@@ -136,6 +149,7 @@ def read(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask
       q: queries.
       x: values.
       mask: over whole blocks.
+      decay: of query heads, or None.
 
     Returns:
       The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T].
@@ -145,20 +159,27 @@ def read(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask
     scalars: tuple[Array, ...] = ()
     if config.segments:
         first = first_tiles(mask, config.block, config.block)
-        segments = (mask.query_segment, mask.key_segment)
-        scalars = tuple(tiles.pack_scalars(config, groups, segment=x) for x in segments)
+    if config.segments or config.decay:
+        heads = q.shape[1] if config.decay else groups
+        query, key = (None, None) if decay is None else decay
+        scalars = (
+            tiles.pack_rows(config, heads, query, segment=mask.query_segment if config.segments else None),
+            tiles.pack_keys(config, heads, mask.key_segment if config.segments else None, key),
+        )
     first = jnp.broadcast_to(first[:, None], (first.shape[0], groups, first.shape[1]))
     o, lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=2)(k, q, x, first, *scalars)
     return o, lse.reshape(q.shape[:3])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask) -> Array:
-    """`read`, differentiable in k, q and x; memory is linear in time, backward too.
+def attend(
+    config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask, decay: QueryKeyDecay | None
+) -> tuple[Array, Array]:
+    """`read`, differentiable in k, q, x and the fractions of the decay; memory is linear in time, backward too.
 
-    Saved: the inputs, the output and the log-sum-exp.
+    The log-sum-exp has a gradient where `config.sinks` is set. Saved: the inputs, the output and the log-sum-exp.
     """
-    return read(config, dtype, k, q, value_operand(config, x), mask)[0]
+    return read(config, dtype, k, q, value_operand(config, x), mask, decay)
 
 
 def value_operand(config: AttentionConfig, x: Array) -> Array:
@@ -166,37 +187,51 @@ def value_operand(config: AttentionConfig, x: Array) -> Array:
     return x.astype(jnp.bfloat16 if config.value_passes == 1 else jnp.float32)
 
 
-def _attend_forward(config, dtype, k, q, x, mask):
-    o, lse = read(config, dtype, k, q, value_operand(config, x), mask)
-    return o, (k, q, x, mask, o if config.similarity.normalized else None, lse)
+def _attend_forward(config, dtype, k, q, x, mask, decay):
+    o, lse = read(config, dtype, k, q, value_operand(config, x), mask, decay)
+    return (o, lse), (k, q, x, mask, decay, o if config.similarity.normalized else None, lse)
 
 
-def _attend_backward(config, dtype, saved, do):
-    k, q, x, mask, o, lse = saved
+def _attend_backward(config, dtype, saved, cotangents):
+    k, q, x, mask, decay, o, lse = saved
+    do, dlse = cotangents
     delta = None if o is None else jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
-    operands = (value_operand(config, x), mask, lse, delta, value_operand(config, do))
-    dk, dq, dx = _gradients(config, k, q, *operands)
-    return dk.astype(k.dtype), dq.astype(q.dtype), dx.astype(x.dtype), None
+    if config.sinks:
+        # The log-sum-exp is to base 2.
+        delta = delta - dlse * tiles.LOG2E
+    operands = (value_operand(config, x), mask, decay, lse, delta, value_operand(config, do))
+    dk, dq, dx, ddecay = _gradients(config, k, q, *operands)
+    return dk.astype(k.dtype), dq.astype(q.dtype), dx.astype(x.dtype), None, ddecay
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _gradients(
-    config: AttentionConfig, k: Array, q: Array, x: Array, mask: Mask, lse: Array, delta: Array | None, do: Array
-) -> tuple[Array, Array, Array]:
-    """Gradients of k, q and x, in spans of queries that fit in VMEM.
+    config: AttentionConfig,
+    k: Array,
+    q: Array,
+    x: Array,
+    mask: Mask,
+    decay: QueryKeyDecay | None,
+    lse: Array,
+    delta: Array | None,
+    do: Array,
+) -> tuple[Array, Array, Array, QueryKeyDecay | None]:
+    """Gradients of k, q, x and the decay, in spans of queries that fit in VMEM.
 
     Args:
-      config, k, q, x, mask: as in `read`.
+      config, k, q, x, mask, decay: as in `read`.
       lse: log-sum-exp of the rows, from `read`.
       delta: sum of output times do per row, [B, H, T]; None without a normaliser.
       do: gradient of the output, [B, H, T, V].
     """
     length, span = q.shape[2], config.resident * config.block
     if length <= span:
-        return attention_backward(config, k, q, x, do, mask, {"lse": lse, "delta": delta})
-    dq, dk, dx = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(x.shape, jnp.float32)
+        found = attention_backward(config, k, q, x, do, mask, decay, {"lse": lse, "delta": delta})
+        return found.dk, found.dq, found.dx, found.decay
+    rows_of, dk, dx = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(x.shape, jnp.float32)
+    key_decay = None if decay is None else jnp.zeros(decay.key.fraction.shape, jnp.float32)
     for start in range(0, length, span):
         rows = slice(start, min(start + span, length))
         slots = config.before * config.block + (rows.stop if config.own else 0)
@@ -205,18 +240,22 @@ def _gradients(
         if config.segments:
             part_mask = Mask(query_segment=mask.query_segment[:, rows], key_segment=mask.key_segment[:, :slots])
         scalars = {"lse": lse[:, :, rows], "delta": None if delta is None else delta[:, :, rows]}
-        part_dk, part_dq, part_dx = attention_backward(
+        part = attention_backward(
             dataclasses.replace(config, before=before),
             k[:, :, :slots],
             q[:, :, rows],
             x[:, :, :slots],
             do[:, :, rows],
             part_mask,
+            None if decay is None else decay.part(rows, slice(slots)),
             scalars,
         )
-        dq.append(part_dq)
-        dk, dx = dk.at[:, :, :slots].add(part_dk), dx.at[:, :, :slots].add(part_dx)
-    return dk, jnp.concatenate(dq, axis=2), dx
+        rows_of.append((part.dq, None if part.decay is None else part.decay.query.fraction))
+        dk, dx = dk.at[:, :, :slots].add(part.dk), dx.at[:, :, :slots].add(part.dx)
+        if part.decay is not None:
+            key_decay = key_decay.at[:, :, :slots].add(part.decay.key.fraction)
+    dq, query_decay = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *rows_of)
+    return dk, dq, dx, None if decay is None else fraction_gradient(query_decay, key_decay)
 
 
 def run(call: AttentionCall) -> Float[Array, "B T H V"]:
@@ -235,10 +274,40 @@ def run(call: AttentionCall) -> Float[Array, "B T H V"]:
         join_slots(cache_k, score_operand(config, call.k), config.block),
         heads_first(score_operand(config, call.q), config.block),
         join_slots(cache_v, call.v, config.block),
+        join_decay(call, config.block),
     )
-    k, q, v = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
-    o = attend(config, output_dtype(config, call), k, q, v, mask)
+    k, q, v, decay = jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves((arrays, mask))), arrays)
+    o = attend_with_sinks(config, call, k, q, v, mask, decay)
     return jnp.swapaxes(o, 1, 2)[:, : call.q.shape[1]]
+
+
+def join_decay(call: AttentionCall, size: int) -> QueryKeyDecay | None:
+    """The decays of a call in whole blocks; padding repeats the last token, so that no pair grows."""
+    if call.decay is None:
+        return None
+
+    def pad(x):
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0)), mode="edge")
+        return jnp.swapaxes(x, 1, 2)
+
+    query = key = CumulativeDecay(*map(pad, call.decay))
+    if call.cache is not None:
+        held = (call.cache.decay_whole, call.cache.decay_fraction)
+        pairs = ((pad(x), new) for x, new in zip(held, query, strict=True))
+        key = CumulativeDecay(*(jnp.concatenate([x, new.astype(x.dtype)], axis=2) for x, new in pairs))
+    return QueryKeyDecay(query, key)
+
+
+def attend_with_sinks(
+    config: AttentionConfig, call: AttentionCall, k: Array, q: Array, x: Array, mask: Mask, decay: QueryKeyDecay | None
+) -> Array:
+    """`attend` with the sinks of the call: one more term in the sum that divides."""
+    dtype = output_dtype(config, call)
+    if call.sinks is None:
+        return attend(config, dtype, k, q, x, mask, decay)[0]
+    o, lse = attend(dataclasses.replace(config, sinks=True), jnp.float32, k, q, x, mask, decay)
+    sinks = call.sinks.astype(jnp.float32).reshape(-1, q.shape[1], 1)
+    return (o * jax.nn.sigmoid(lse / tiles.LOG2E - sinks)[..., None]).astype(dtype)
 
 
 def score_operand(config: AttentionConfig, x: Array) -> Array:

@@ -4,9 +4,16 @@ The slots of the cache come first, in blocks of their own, then the blocks of th
 values of one head (or a part of them) in VMEM and loops over blocks of columns. Within a block, sub-blocks of rows are
 computed interleaved.
 
-Scalars per row lie in arrays [B, heads, N, 8, R], one sublane per name in `SCALARS`: a register has eight sublanes.
+Scalars per row lie in arrays [B, heads, N, 8, R], one sublane per name in `SCALARS`, those per slot likewise by
+`KEY_SCALARS`: a register has eight sublanes.
+
+A cumulative decay is a whole number and a fraction. Each block of slots has an anchor, the least whole number in it:
+for earlier blocks the decay of a pair is the row's from the anchor plus the anchor's from the slot, two numbers of the
+same sign, so that only adding them is done per pair. Within the block of the rows both parts are subtracted per pair.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from memformer.core.decay import FORGOTTEN_PAIR, CumulativeDecay
 from memformer.core.similarity import similarity
 from memformer.core.types import Array
 from memformer.pallas.tpu import tuning
@@ -22,32 +30,131 @@ from memformer.pallas.tpu.interleave import Steps, interleave, interleave_groups
 from memformer.pallas.tpu.products import iotas, product
 
 __all__ = [
+    "KEY_SCALARS",
     "LOW",
     "SCALARS",
+    "BlockDecay",
+    "QueryKeyDecay",
     "SumRefs",
     "add_block",
     "add_tile",
     "attention_weights",
+    "block_decay",
     "block_slice",
     "clear_sums",
     "compiler_params",
+    "decay_factor",
+    "decay_scores",
     "diagonal_mask",
     "logsumexp",
     "mask_segments",
-    "pack_scalars",
+    "own_gap",
+    "pack_keys",
+    "pack_rows",
     "rescale",
+    "row_decay",
     "sums_scratch",
     "to_columns",
     "to_row",
 ]
 
-# segment    number of the row's segment
-# start_lse  log-sum-exp over the slots before the span (write only)
-# the others are what their names say; lse and delta are of the row's scores.
-SCALARS = ("segment", "alpha", "beta", "lse", "delta", "start_lse")
+# segment         number of the row's segment
+# lse, delta      of the row's scores; in the forward write lse is over the slots before the span
+# decay_high/low  digits of the whole part of the cumulative decay, to the base RADIX: float32 holds both exactly
+# anchor_*        of the block of slots, likewise
+# decay_whole     whole part of the slot's decay less the anchor
+# decay_total     the slot's decay less the anchor, to base 2
+# the others are what their names say.
+SCALARS = ("segment", "alpha", "beta", "lse", "delta", "decay_high", "decay_low", "decay_fraction")
+KEY_SCALARS = ("segment", "anchor_high", "anchor_low", "decay_whole", "decay_fraction", "decay_total")
+RADIX = 4096
+
+LOG2E = math.log2(math.e)
+
+# Pairs with no more than this between them, to base 2, are masked. -inf counts as FORGOTTEN_PAIR; 1 is for rounding.
+HIDDEN = (FORGOTTEN_PAIR + 1) * LOG2E
 
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
+
+
+class QueryKeyDecay(NamedTuple):
+    """Cumulative log decays of queries [B, H, T] and of slots [B, H, S] in whole blocks, or their gradients."""
+
+    query: CumulativeDecay
+    key: CumulativeDecay
+
+    def part(self, rows: slice, slots: slice) -> "QueryKeyDecay":
+        """Of some queries and slots."""
+        return QueryKeyDecay(*(x[:, :, at] for x, at in zip(self, (rows, slots), strict=True)))
+
+
+class BlockDecay(NamedTuple):
+    """Cumulative log decays of a block of rows [1, R] and of a block of columns [R, 1], less the columns' anchor.
+
+    Blocks of earlier slots have sums to base 2 and no fractions.
+    """
+
+    row: Array
+    column: Array
+    row_fraction: Array | None = None
+    column_fraction: Array | None = None
+
+    def gap(self, rows: slice, columns: slice) -> Array:
+        """The log decay of each pair to base 2, [columns, rows]; positive for pairs against time."""
+        if self.row_fraction is None or self.column_fraction is None:
+            return self.row[:, rows] - self.column[columns]
+        row, row_fraction = self.row[:, rows], self.row_fraction[:, rows]
+        return own_gap(row, row_fraction, self.column[columns], self.column_fraction[columns])
+
+
+def own_gap(row: Array, row_fraction: Array, column: Array, column_fraction: Array) -> Array:
+    """The log decay to base 2 between tokens of one block, from whole parts less the anchor and fractions."""
+    return ((row - column) + (row_fraction - column_fraction)) * LOG2E
+
+
+def row_decay(scalar, anchor_high: Array, anchor_low: Array) -> tuple[Array, Array]:
+    """The whole part of the rows' decay less an anchor, and its fraction; `scalar` is the rows' scalar by its name."""
+    whole = (scalar("decay_high") - anchor_high) * RADIX + (scalar("decay_low") - anchor_low)
+    return whole, scalar("decay_fraction")
+
+
+def block_decay(rows: Array, keys: Array, columns: Array, *, own: bool) -> BlockDecay:
+    """The decay of a block.
+
+    Args:
+      rows: scalars of the rows, [8, R].
+      keys: scalars of the slots, [8, R].
+      columns: the same as columns, [R, 8].
+      own: whether it is the block of the rows.
+    """
+
+    def row(name):
+        place = SCALARS.index(name)
+        return rows[place : place + 1]
+
+    def column(name):
+        place = KEY_SCALARS.index(name)
+        return columns[:, place : place + 1]
+
+    anchor = (keys[place : place + 1] for place in map(KEY_SCALARS.index, ("anchor_high", "anchor_low")))
+    whole, fraction = row_decay(row, *anchor)
+    if own:
+        return BlockDecay(whole, column("decay_whole"), fraction, column("decay_fraction"))
+    return BlockDecay((whole + fraction) * LOG2E, column("decay_total"))
+
+
+def decay_scores(scores: Array, mask, gap: Array | None):
+    """Scores of a softmax and their mask, with the decay of each pair added; pairs that it hides are masked."""
+    if gap is None:
+        return scores, mask
+    seen = gap > HIDDEN
+    return scores + gap, seen if mask is None else mask & seen
+
+
+def decay_factor(gap: Array) -> Array:
+    """The factor on a similarity that is no softmax; 1 for pairs against time, which are masked."""
+    return jnp.exp2(jnp.minimum(gap, 0.0))
 
 
 class SumRefs(NamedTuple):
@@ -77,7 +184,7 @@ def clear_sums(sums: SumRefs) -> None:
     sums.value[...] = jnp.zeros(sums.value.shape, jnp.float32)
 
 
-def add_tile(config: AttentionConfig, sums: SumRefs, rows: slice, q, k, x, columns, mask) -> Steps:
+def add_tile(config: AttentionConfig, sums: SumRefs, rows: slice, q, k, x, columns, mask, gap=None) -> Steps:
     """Adds one tile of columns to the sums of some rows.
 
     Args:
@@ -89,15 +196,18 @@ def add_tile(config: AttentionConfig, sums: SumRefs, rows: slice, q, k, x, colum
       x: reference to [S, V].
       columns: which of k and x.
       mask: [columns, rows], or None where nothing is masked.
+      gap: a function without arguments that returns the decay of each pair, [columns, rows], or None.
     """
     # Loaded where needed: whole blocks would not stay in registers.
     scores = product(k[columns], q[rows], "nt", config.passes) * config.factor
     yield
+    decay = None if gap is None else gap()
     if not config.similarity.normalized:
-        weights = attention_weights(config, scores, mask, None)
+        weights = attention_weights(config, scores, mask, None, decay)
         yield
         sums.value[:, rows] += product(x[columns], weights, "tn", config.value_passes)
         return
+    scores, mask = decay_scores(scores, mask, decay)
     if mask is not None:
         scores = jnp.where(mask, scores, LOW)
     before = sums.top[:, rows]
@@ -129,7 +239,7 @@ def _sum_to_sublanes(x: Array) -> Array:
 
 def add_block(
     config: AttentionConfig,
-    heads: Sequence[tuple[SumRefs, Any, Any, Any]],
+    heads: Sequence[tuple[SumRefs, Any, Any, Any, BlockDecay | None]],
     j,
     row_segment: Array | None,
     column_segment: Array | None,
@@ -138,7 +248,7 @@ def add_block(
 
     Args:
       config: sizes.
-      heads: for each head the sums of its block of rows, and references q, k and x as in `add_tile`.
+      heads: for each head the sums of its block of rows, references q, k and x as in `add_tile`, and the decay.
       j: which block of k and x.
       row_segment: segments of the rows, [1, R], or None.
       column_segment: segments of the columns, [R, 1].
@@ -151,8 +261,12 @@ def add_block(
             mask = None
             if row_segment is not None:
                 mask = row_segment[:, rows] == column_segment[left : left + width]
-            columns = block_slice(config, j, left, width)
-            tile = [add_tile(config, sums, rows, q, k, x, columns, mask) for sums, q, k, x in heads]
+            at = block_slice(config, j, left, width)
+            tile = []
+            for sums, q, k, x, decay in heads:
+                columns = slice(left, left + width)
+                gap = None if decay is None else functools.partial(decay.gap, rows, columns)
+                tile.append(add_tile(config, sums, rows, q, k, x, at, mask, gap))
             tiles.append(interleave_groups(tile, len(tile)))
     # One turn apart, so that a tile finds the sums that the one before it has left.
     interleave(tiles, stagger=1)
@@ -164,14 +278,19 @@ def logsumexp(top: Array, total: Array) -> Array:
     return top[:1] + jnp.log2(jnp.where(total > 0, total, 1.0))
 
 
-def attention_weights(config: AttentionConfig, scores: Array, mask, lse: Array | None) -> Array:
-    """Similarities in one tile, normalised by `lse` where it is a softmax; 0 where masked."""
+def attention_weights(
+    config: AttentionConfig, scores: Array, mask, lse: Array | None, gap: Array | None = None
+) -> Array:
+    """Decayed similarities in one tile, normalised by `lse` where it is a softmax; 0 where masked."""
     if config.similarity.normalized:
+        scores, mask = decay_scores(scores, mask, gap)
         return jnp.exp2((scores if mask is None else jnp.where(mask, scores, LOW)) - lse)
     if mask is None:
-        return similarity(config.similarity, scores)
-    # Masked scores are cleared first: their exponential may be infinite.
-    return jnp.where(mask, similarity(config.similarity, jnp.where(mask, scores, 0.0)), 0.0)
+        weights = similarity(config.similarity, scores)
+    else:
+        # Masked scores are cleared first: their exponential may be infinite.
+        weights = jnp.where(mask, similarity(config.similarity, jnp.where(mask, scores, 0.0)), 0.0)
+    return weights if gap is None else weights * decay_factor(gap)
 
 
 def diagonal_mask(config: AttentionConfig, rows: slice, columns: slice, *, transposed: bool = False) -> Array:
@@ -207,8 +326,42 @@ def block_slice(config: AttentionConfig, i, offset: int = 0, count: int | None =
     return pl.ds(start + offset, config.block if count is None else count)
 
 
-def pack_scalars(config: AttentionConfig, heads: int, **scalars: Array | None) -> Array:
-    """[B, heads, N, 8, R] float32 from [B, T] or [B, heads, T] arrays by their names; T is a multiple of R."""
+def pack_rows(
+    config: AttentionConfig, heads: int, decay: CumulativeDecay | None = None, **scalars: Array | None
+) -> Array:
+    """[B, heads, N, 8, R] float32 from [B, T] or [B, heads, T] arrays by their names; T is a multiple of R.
+
+    Args:
+      config: sizes.
+      heads: H or G.
+      decay: of the rows, [B, heads, T].
+      **scalars: names of `SCALARS`.
+    """
+    if decay is not None:
+        high, low = _digits(decay.whole)
+        scalars |= {"decay_high": high, "decay_low": low, "decay_fraction": decay.fraction}
+    return _pack(config, SCALARS, heads, scalars)
+
+
+def pack_keys(config: AttentionConfig, heads: int, segment: Array | None, decay: CumulativeDecay | None) -> Array:
+    """The same for slots, by `KEY_SCALARS`."""
+    scalars = {"segment": segment}
+    if decay is not None:
+        blocks = decay.whole.reshape(*decay.whole.shape[:2], -1, config.block)
+        anchor = jnp.broadcast_to(jnp.min(blocks, axis=-1, keepdims=True), blocks.shape).reshape(decay.whole.shape)
+        whole = (decay.whole - anchor).astype(jnp.float32)
+        high, low = _digits(anchor)
+        scalars |= {"anchor_high": high, "anchor_low": low, "decay_whole": whole, "decay_fraction": decay.fraction}
+        scalars["decay_total"] = (whole + decay.fraction) * LOG2E
+    return _pack(config, KEY_SCALARS, heads, scalars)
+
+
+def _digits(whole: Array) -> tuple[Array, Array]:
+    high = jnp.floor_divide(whole, RADIX)
+    return high, whole - high * RADIX
+
+
+def _pack(config: AttentionConfig, names: Sequence[str], heads: int, scalars: dict[str, Array | None]) -> Array:
     scalars = {name: x for name, x in scalars.items() if x is not None}
     first = next(iter(scalars.values()))
     batch, length = first.shape[0], first.shape[-1]
@@ -222,7 +375,7 @@ def pack_scalars(config: AttentionConfig, heads: int, **scalars: Array | None) -
         x = jnp.broadcast_to(x[:, None] if x.ndim == 2 else x, (batch, heads, length))
         return x.reshape(shape)
 
-    names = (*SCALARS, *[""] * (8 - len(SCALARS)))
+    names = (*names, *[""] * (8 - len(names)))
     return jnp.stack([by_block(name) for name in names], axis=3)
 
 
