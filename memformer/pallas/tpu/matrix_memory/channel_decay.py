@@ -189,10 +189,6 @@ def _decay_state(config: ScanConfig, scalars: TokenScalars, h: int, growth: Arra
     return scalars.decay_state(h, _last_row(growth) * state)
 
 
-def _exact(config: ScanConfig, a, b, contract: str) -> Array:
-    return product(a, b, contract, exact_passes(config.passes))
-
-
 def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, keys, v, state):
     mm = functools.partial(product, passes=config.passes)
     q, k, w = _take(config, keys)
@@ -202,20 +198,20 @@ def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, keys, 
         stored = scalars.decay_in(h, mm(growth * w, state[...], "nn"))
         yield
         missing = scalars.column("alpha", h) * u - scalars.column("beta", h) * stored
-        u = _exact(config, tuple(ref[...] for ref in refs.inverse), missing, "nn")
+        u = config.exact(tuple(ref[...] for ref in refs.inverse), missing, "nn")
         yield
     o = config.scale * scalars.decay_in(h, mm(growth * q, state[...], "nn"))
     yield
-    o += _exact(config, tuple(ref[...] for ref in refs.scores), u, "nn")
+    o += config.exact(tuple(ref[...] for ref in refs.scores), u, "nn")
     yield
-    written = _exact(config, refs.rest[...] * k, scalars.write(h, u), "tn")
+    written = config.exact(refs.rest[...] * k, scalars.write(h, u), "tn")
     return o, _decay_state(config, scalars, h, growth, state[...]) + written
 
 
 def _backward(
     config: ScanConfig, scalars: TokenScalars, gradients: ScalarGradients, h: int, prepared, keys, v, state, do, ds
 ):
-    mm, exact = functools.partial(product, passes=config.passes), functools.partial(_exact, config)
+    mm, exact = functools.partial(product, passes=config.passes), config.exact
     q, k, w = _take(config, keys)
     refs = _Prepared.of(config, prepared)
     inverse = tuple(ref[...] for ref in refs.inverse)

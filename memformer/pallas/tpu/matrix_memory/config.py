@@ -12,7 +12,7 @@ from memformer.pallas.checks import check_chunk_size
 from memformer.pallas.config import BaseScanConfig
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.checks import check_tpu
-from memformer.pallas.tpu.products import PASSES
+from memformer.pallas.tpu.products import PASSES, exact_passes, product
 
 __all__ = ["CHUNKS", "ScanConfig", "plan_call"]
 
@@ -41,6 +41,10 @@ class ScanConfig(BaseScanConfig):
     def local(self, q: Array, v: Array) -> "ScanConfig":
         """The configuration of one device's shard: q [B, G, T, K], v [B, H, T, V]."""
         return dataclasses.replace(self, batch=v.shape[0], heads=v.shape[1], groups=q.shape[1])
+
+    def exact(self, a, b, contract: str) -> Array:
+        """The `product` of operands that cancel when keys repeat."""
+        return product(a, b, contract, exact_passes(self.passes))
 
     @property
     def program_heads(self) -> int:

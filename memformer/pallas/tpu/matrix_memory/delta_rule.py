@@ -37,10 +37,6 @@ from memformer.pallas.tpu.tuning import Tuning
 __all__ = ["run"]
 
 
-def _exact(config: ScanConfig, a, b, contract: str) -> Array:
-    return product(a, b, contract, exact_passes(config.passes))
-
-
 def _strictly_lower(x: Array) -> Array:
     row, column = iotas(x.shape)
     return jnp.where(row > column, x, 0.0)
@@ -82,13 +78,13 @@ def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, keys, 
     inverse, qk = (tuple(ref[...] for ref in refs) for refs in (prepared[:half], prepared[half:]))
     missing = v.astype(jnp.float32) - scalars.decay_in(h, mm(k, state[...], "nn"))
     yield
-    w = _exact(config, inverse, missing, "nn")
+    w = config.exact(inverse, missing, "nn")
     yield
     o = config.scale * scalars.decay_in(h, mm(q, state[...], "nn"))
     yield
-    o += _exact(config, qk, w, "nn")
+    o += config.exact(qk, w, "nn")
     yield
-    return o, scalars.decay_state(h, state[...]) + _exact(config, k, scalars.write(h, w), "tn")
+    return o, scalars.decay_state(h, state[...]) + config.exact(k, scalars.write(h, w), "tn")
 
 
 def _backward(
@@ -102,25 +98,25 @@ def _backward(
     stored = mm(k, state[...], "nn")
     missing = v.astype(jnp.float32) - scalars.decay_in(h, stored)
     yield
-    w = _exact(config, inverse, missing, "nn")
+    w = config.exact(inverse, missing, "nn")
     yield
     dwrites = mm(k, ds[...], "nn")
     gradients.add_column("write", h, jnp.sum(w * dwrites, axis=1, keepdims=True))
     yield
-    dw = _exact(config, beta * qk[...], do, "tn") + scalars.write(h, dwrites)
+    dw = config.exact(beta * qk[...], do, "tn") + scalars.write(h, dwrites)
     yield
-    dv = _exact(config, inverse, dw, "tn")
+    dv = config.exact(inverse, dw, "tn")
     yield
     # One summand of W is enough here: dV keeps what cancels in the sum over the columns of M dM.
-    dkk = -_exact(config, dv, w if config.passes > 1 else w.astype(jnp.bfloat16), "nt")
+    dkk = -config.exact(dv, w if config.passes > 1 else w.astype(jnp.bfloat16), "nt")
     yield
-    dqk = _exact(config, do, w, "nt")
+    dqk = config.exact(do, w, "nt")
     f = config.scale * beta * decay[...] * dqk
     m = _strictly_lower(beta * decay[...] * dkk)
     e = scalars.decay_in(h, dv)
     dcarried = scalars.decay_in(h, config.scale * do.astype(jnp.float32))
     yield
-    dq = _exact(config, f, k, "nn") + mm(dcarried, state[...], "nt")
+    dq = config.exact(f, k, "nn") + mm(dcarried, state[...], "nt")
     yield
     dk = mm(f, q, "tn") + mm(m, k, "nn") + mm(m, k, "tn") - mm(e, state[...], "nt")
     yield
@@ -137,7 +133,7 @@ def _backward(
         carried = config.scale * mm(q, state[...], "nn")
         gradients.add_decay(h, do.astype(jnp.float32) * carried - dv * stored, state[...] * ds[...])
     yield
-    return (dq, dk), dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn") - _exact(config, k, e, "tn")
+    return (dq, dk), dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn") - config.exact(k, e, "tn")
 
 
 STEP = ChunkStep("delta_rule", _forward, _backward, _prepare, _prepared, interleaved=2, delay=8)
