@@ -201,9 +201,11 @@ class MixtureOfExperts(nnx.Module):
         self.active, self.balance_weight, self.dtypes = active, balance_weight, dtypes
         self.router = linear(width, experts, ("embed", None), dtypes=dtypes, rngs=rngs, wide=True)
         wide, back = named(init, "experts", "embed", "mlp"), named(init, "experts", "mlp", "embed")
-        self.gate = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
-        self.up = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param))
-        self.down = nnx.Param(back(rngs.params(), (experts, hidden, width), dtypes.param))
+        # of each parameter, what a token is multiplied by: the trainer counts FLOPs with it
+        share = active / experts
+        self.gate = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param), multiplied=share)
+        self.up = nnx.Param(wide(rngs.params(), (experts, width, hidden), dtypes.param), multiplied=share)
+        self.down = nnx.Param(back(rngs.params(), (experts, hidden, width), dtypes.param), multiplied=share)
         self.correction: Any = nnx.data(None)
         if router == "sigmoid":
             self.correction = RouterCorrection(jnp.zeros(experts, dtypes.wide))

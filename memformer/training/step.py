@@ -56,6 +56,7 @@ class Functional:
       graphdef: static structure for `nnx.merge`.
       params: abstract value of each parameter, by dotted path.
       axes: logical axis names of each parameter, or None.
+      multiplied: the share of a parameter by which a token is multiplied, where it is not 1 (experts).
       streams: abstract keys and counts of the random streams (dropout).
       paths: dotted path -> path of keys in the module, for all variables.
       frozen: names of the parameters that are not trained.
@@ -65,6 +66,7 @@ class Functional:
     graphdef: Any
     params: dict[str, jax.ShapeDtypeStruct]
     axes: dict[str, tuple[str | None, ...] | None]
+    multiplied: dict[str, float]
     streams: dict[str, jax.ShapeDtypeStruct]
     paths: dict[str, tuple]
     frozen: frozenset[str] = frozenset()
@@ -108,9 +110,13 @@ class Functional:
         return f"{self.size():,} parameters" + (f" ({trained:,} trained)" if self.frozen else "")
 
     def matrix_size(self, without: tuple[str, ...] = ()) -> int:
-        """As `size`, with two thirds of a frozen parameter: of its three products per token the gradient falls away."""
-        frozen = {name: x for name, x in self.params.items() if name in self.frozen}
-        return self.size(without) - dataclasses.replace(self, params=frozen).size(without) // 3
+        """The parameters that multiply a token: of experts the chosen ones, of a frozen parameter two thirds.
+
+        Of the three products per token of a frozen parameter its gradient falls away.
+        """
+        sizes = {name: x.size * self.multiplied.get(name, 1.0) for name, x in self.params.items()}
+        used = {name: n * (2 / 3 if name in self.frozen else 1) for name, n in sizes.items()}
+        return round(sum(n for name, n in used.items() if not any(word in name for word in without)))
 
 
 def make_functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
@@ -120,10 +126,10 @@ def make_functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
         module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
     graphdef, params, streams, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)  # type: ignore[misc]
     paths = {_dotted(path): path for part in (params, streams, rest) for path, _ in nnx.to_flat_state(part)}
-    axes = {}
-    for path, variable in nnx.to_flat_state(params):
-        axes[_dotted(path)] = variable.get_metadata().get("out_sharding")
-    return Functional(build, graphdef, _values(params), axes, _values(streams), paths)
+    metadata = {_dotted(path): variable.get_metadata() for path, variable in nnx.to_flat_state(params)}
+    axes = {name: found.get("out_sharding") for name, found in metadata.items()}
+    multiplied = {name: found["multiplied"] for name, found in metadata.items() if "multiplied" in found}
+    return Functional(build, graphdef, _values(params), axes, multiplied, _values(streams), paths)
 
 
 def _values(state: nnx.State) -> dict[str, Any]:

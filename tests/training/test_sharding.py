@@ -96,6 +96,9 @@ def test_two_axes_of_one_parameter_that_ask_for_one_mesh_axis():
     config.mesh.update({"data": 4, "expert": 2})
     run = build_run(config.to_dict())
     assert run.model.shardings(run.mesh)["blocks.0.feedforward.gate"].spec == PartitionSpec("expert", "fsdp", "tensor")
+    # two of eight experts multiply a token; the router multiplies each
+    experts = sum(x.size for name, x in run.model.params.items() if name.endswith(("gate", "up", "down")))
+    assert run.model.matrix_size() == run.model.size() - experts * 6 // 8
 
 
 def test_specs():
