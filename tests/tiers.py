@@ -66,28 +66,44 @@ FAST = {
 FAST_ROWS = {"delta_rule_head_decay", "gated_delta_rule", "softmax_attention"}
 SUITES = ("ops/test_ops.py", "layers/test_memory.py", "pallas/test_tpu.py", "pallas/test_gpu.py")
 
-# The files that take longest, longest first: one that starts late would leave the other workers idle.
+# The files that take about ten seconds or more on a quiet machine, longest first: one that starts late would leave the other
+# workers idle.
 LONGEST = (
     "ops/test_ops.py",
-    "test_docstrings.py",
-    "lab/test_trained.py",
     "pallas/test_tpu_attention.py",
+    "lab/test_trained.py",
     "pallas/test_tpu.py",
-    "training/test_loop.py",
-    "pallas/test_tpu_compile.py",
+    "models/test_segment_memory.py",
     "training/test_sharding.py",
-    "models/test_sharding.py",
+    "lab/test_captions.py",
+    "test_docstrings.py",
+    "test_style.py",
     "training/test_crash.py",
     "training/test_processes.py",
-    "test_style.py",
-    "models/test_segment_memory.py",
-    "lab/test_captions.py",
+    "training/test_loop.py",
     "test_tour.py",
-    "test_gpu_benchmark.py",
+    "pallas/test_tpu_compile.py",
+    "models/test_sharding.py",
+    "models/test_generate_text.py",
+    "ops/test_derivatives.py",
     "test_readme.py",
+    "ops/test_context.py",
+    "models/test_transformer.py",
+    "lab/test_translation.py",
+    "lab/test_path.py",
+    "models/test_ntm.py",
+    "models/test_export.py",
+    "lab/test_language.py",
+    "models/test_language_model.py",
+    "lab/test_capacity.py",
+    "test_gpu_benchmark.py",
     "test_benchmarks.py",
     "test_road.py",
+    "lab/test_runs.py",
+    "training/test_url.py",
     "test_scaling.py",
+    "training/test_task_module.py",
+    "lab/test_context.py",
 )
 
 
