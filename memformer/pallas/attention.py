@@ -21,7 +21,7 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
       The output in float32, or bfloat16 where v is.
 
     Raises:
-      NotImplementedError: a window; decay or sinks on a GPU; attention that is not causal; no kernel serves the call,
+      NotImplementedError: a window; a decay on a GPU; attention that is not causal; no kernel serves the call,
         or the chip.
     """
     if not call.causal:
@@ -38,8 +38,8 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
 def _check_attention_call(call: AttentionCall) -> None:
     if call.window is not None:
         raise unsupported(call.op, "has no window", "implementation='chunked' serves it")
-    if chip() == "gpu" and (call.decay is not None or call.sinks is not None):
-        raise unsupported(call.op, "has no decay and no sinks on GPUs", "implementation='chunked' serves them")
+    if chip() == "gpu" and call.decay is not None:
+        raise unsupported(call.op, "has no decay on GPUs")
 
 
 def _share_key_heads(call: AttentionCall) -> AttentionCall:
@@ -60,7 +60,7 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
       The output in float32, or bfloat16 where v is, and the writes u.
 
     Raises:
-      NotImplementedError: a window; decay or sinks on a GPU; no kernel serves the call, or the chip.
+      NotImplementedError: a window; a decay on a GPU; no kernel serves the call, or the chip.
     """
     _check_attention_call(call)
     if chip() == "gpu":

@@ -28,11 +28,12 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
-# Kernels of write and read, and tokens: two spans of two tiles of rows with padding, or one tile of rows.
+# Kernels of write and read, and tokens: two spans of two tiles of rows with padding, or one tile of rows. A softmax
+# read has a sink.
 KERNELS = [
     ("softmax", "relu", 130),
     ("relu", mf.Kernel("exp", scale=0.5), 40),
-    (mf.Kernel("round", decimals=2), "linear", 40),
+    (mf.Kernel("round", decimals=2), "softmax", 40),
 ]
 
 
@@ -42,6 +43,8 @@ def test_kernels(write, read, length, interpreter, monkeypatch):
     """Every similarity kernel, as write kernel and as read kernel."""
     monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
     arrays, options = given(length, dtype="bfloat16"), {"write_kernel": write, "read_kernel": read}
+    if read == "softmax":
+        arrays["sinks"] = jnp.array([0.5])
     got, gradients = evaluate(arrays, "pallas", **options)
     want, want_gradients = oracle(arrays, **options)
     assert_close(got, want, 2e-2, "output and u")
@@ -128,6 +131,7 @@ LIBRARY = {
     "encoder": ({"causal": False}, CUDNN),
     "window": ({"window": 7}, CUDNN),
     "segments": ({"segment_ids": np.ones((1, 192), np.int32)}, OURS),
+    "sinks": ({"sinks": np.zeros(4, np.float32)}, OURS),
     "chunk_size": ({"chunk_size": 64}, OURS),
     "precision": ({"precision": "highest"}, ()),
     "window of an encoder": ({"window": 7, "causal": False}, ()),

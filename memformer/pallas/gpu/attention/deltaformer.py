@@ -39,7 +39,14 @@ from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention import tiles
 from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_call
-from memformer.pallas.gpu.attention.softmax_attention import RunningSums, add_tile, attend, read, rescale, start_sums
+from memformer.pallas.gpu.attention.softmax_attention import (
+    RunningSums,
+    add_tile,
+    attend_with_sinks,
+    read,
+    rescale,
+    start_sums,
+)
 from memformer.pallas.gpu.attention.tiles import LOW, Refs, Ring
 from memformer.pallas.gpu.wgmma import (
     broadcast_rows,
@@ -588,5 +595,5 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
     arrays = (k, w, v, alpha, beta, cache_u, q)
     k, w, v, alpha, beta, cache_u, q = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
     u = write(config, k, w, v, alpha, beta, cache_u, mask)
-    o = attend(reading, jnp.bfloat16, k, q, jnp.concatenate([cache_u, u], axis=2), mask)
+    o = attend_with_sinks(reading, call.sinks, k, q, jnp.concatenate([cache_u, u], axis=2), mask)
     return tuple(jnp.swapaxes(x, 1, 2)[:, :length, :, :width] for x in (o, u))

@@ -8,6 +8,7 @@ Source: arXiv 2205.14135 (tiles with a running maximum), 2407.08608 (warpgroups 
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +30,10 @@ from memformer.pallas.gpu.wgmma import broadcast_rows, partial_products, product
 from memformer.pallas.layout import heads_first, join_slots
 from memformer.pallas.sharding import split_batch_and_heads
 
-__all__ = ["RunningSums", "add_tile", "attend", "read", "rescale", "run", "start_sums"]
+__all__ = ["RunningSums", "add_tile", "attend_with_sinks", "read", "rescale", "run", "start_sums"]
+
+
+LOG2E = math.log2(math.e)
 
 
 class RunningSums(NamedTuple):
@@ -180,22 +184,26 @@ def read(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask) -> Array:
-    """`read`, differentiable in k, q and x; memory is linear in time, backward too.
+def attend(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask) -> tuple[Array, Array | None]:
+    """`read`, differentiable in k, q and x, its log-sum-exp too; memory is linear in time, backward too.
 
     Saved: the inputs, the output and the log-sum-exp.
     """
-    return read(config, dtype, k, q, split_values(config, x), mask)[0]
+    return read(config, dtype, k, q, split_values(config, x), mask)
 
 
 def _attend_forward(config, dtype, k, q, x, mask):
     o, lse = read(config, dtype, k, q, split_values(config, x), mask)
-    return o, (k, q, x, mask, o if config.similarity.normalized else None, lse)
+    return (o, lse), (k, q, x, mask, o if config.similarity.normalized else None, lse)
 
 
-def _attend_backward(config, dtype, saved, do):
+def _attend_backward(config, dtype, saved, cotangents):
     k, q, x, mask, o, lse = saved
-    delta = None if o is None else jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
+    do, dlse = cotangents
+    delta = None
+    if o is not None:
+        # The log-sum-exp is to base 2. Where nothing reads it, the compiler drops the zeros.
+        delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - LOG2E * dlse
     scalars = {"lse": lse, "delta": delta}
     operands = (k, q, split_values(config, x), split_values(config, do), mask, scalars)
     (dq,) = query_gradients(config, *operands)
@@ -204,6 +212,18 @@ def _attend_backward(config, dtype, saved, do):
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend_with_sinks(
+    config: AttentionConfig, sinks: Array | None, k: Array, q: Array, x: Array, mask: Mask
+) -> Float[Array, "B H T V"]:
+    """`attend` in bfloat16, with a slot of value 0 in the normaliser whose logit per head is the sink, if any."""
+    if sinks is None:
+        return attend(config, jnp.bfloat16, k, q, x, mask)[0]
+    # In float32, so that the output is rounded once.
+    o, lse = attend(config, jnp.float32, k, q, x, mask)
+    share = jax.nn.sigmoid(lse / LOG2E - sinks.astype(jnp.float32).reshape(-1, q.shape[1], 1))
+    return (o * share[..., None]).astype(jnp.bfloat16)
 
 
 def run(call: AttentionCall) -> Float[Array, "B T H V"]:
@@ -225,7 +245,7 @@ def run(call: AttentionCall) -> Float[Array, "B T H V"]:
         join_slots(_pad(cache_v, config.value), _pad(call.v, config.value), config.rows),
     )
     k, q, v = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
-    o = attend(config, jnp.bfloat16, k, q, v, mask)
+    o = attend_with_sinks(config, call.sinks, k, q, v, mask)
     return jnp.swapaxes(o, 1, 2)[:, :length, :, :width]
 
 
