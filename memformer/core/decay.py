@@ -9,7 +9,7 @@ from jax import lax
 from memformer.core.symbolic import is_symbolic
 from memformer.core.types import Array, Float
 
-__all__ = ["CumulativeDecay", "FORGOTTEN_PAIR", "cumulative_decay", "decay_to_end", "running_decay"]
+__all__ = ["CumulativeDecay", "FORGOTTEN_PAIR", "add_decay", "cumulative_decay", "decay_to_end", "running_decay"]
 
 # exp of this is 0 even in float64, and a chunk may hold 2^14 tokens of it before whole numbers stop adding exactly.
 FORGOTTEN = -1024.0
@@ -65,6 +65,11 @@ def running_decay(decay: Float[Array, "B T H"], start: CumulativeDecay | None = 
     if start is None:
         return CumulativeDecay(whole, fraction)
     return CumulativeDecay(*_add((whole, fraction), tuple(start)))
+
+
+def add_decay(a: CumulativeDecay, b: CumulativeDecay) -> CumulativeDecay:
+    """The sum of two running decays, its fraction rounded off."""
+    return CumulativeDecay(*_add(tuple(a), tuple(b)))
 
 
 def _running_sums(parts: tuple[Array, Array]) -> tuple[Array, Array]:

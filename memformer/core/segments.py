@@ -5,16 +5,19 @@ resets where the id changes (padding between two equal ids is no change); the in
 segment of the call, and the returned state is that of the last segment.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from memformer.core.checks import check_array
 from memformer.core.symbolic import is_symbolic, padding_to
 from memformer.core.types import Array, Bool, Dims, Int
 
-__all__ = ["Segments", "chunk_time", "clear", "find_segments", "pad_time", "unchunk_time"]
+__all__ = ["Segments", "check_documents", "chunk_time", "clear", "find_segments", "pad_time", "unchunk_time"]
 
 
 class Segments(NamedTuple):
@@ -56,6 +59,25 @@ def find_segments(segment_ids: Int[Array, "B T"] | None, dims: Dims) -> Segments
     change = (filled[:, 1:] != filled[:, :-1]) & started[:, :-1]
     change = jnp.pad(change, ((0, 0), (1, 0)))
     return Segments(jnp.cumsum(change, axis=1, dtype=jnp.int32), valid)
+
+
+def check_documents(segments: Segments, room: int) -> None:
+    """Raises ValueError where a row has more segments than states; the running program does if they are not known."""
+    found = jnp.max(segments.index) + 1
+    if not isinstance(found, jax.core.Tracer):
+        _raise_documents(room, found > room, found)
+        return
+
+    def report():
+        jax.debug.callback(functools.partial(_raise_documents, room), found > room, found)
+
+    lax.cond(found > room, report, lambda: None)
+
+
+def _raise_documents(room: int, more: Any, found: Any) -> None:
+    # Under vmap both branches of the condition run: only `more` tells.
+    if np.any(more):
+        raise ValueError(f"initial_state has states of {room} documents per row, got {np.max(found)} segments in a row")
 
 
 def clear(valid: Bool[Array, "B T"] | None, x: Array | None) -> Array | None:

@@ -8,7 +8,8 @@ from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.types import Array, Float, Int
 from memformer.ops.attention import context, recurrent, tiled
 from memformer.ops.attention.arguments import make_call
-from memformer.ops.attention.cache import DeltaCache, append
+from memformer.ops.attention.cache import DeltaCache
+from memformer.ops.attention.documents import append
 from memformer.pallas import attention as pallas
 from memformer.pallas.platform import preferred
 
@@ -65,6 +66,7 @@ def deltaformer(
       segment_ids: for packed sequences, 0 = padding: a token sees its own segment only; padding is not seen and its
         output is zero.
       initial_state: cache of an earlier call, or from `memformer.init_cache`; it belongs to the first segment.
+        With an axis of documents, [B, P, S, ...], segment p of a row has cache p (`memformer.ops`).
       chunk_size, precision: see `memformer.ops`.
       implementation: None, "recurrent", "chunked" or "pallas"; see `memformer.ops`.
 

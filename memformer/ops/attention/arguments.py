@@ -1,6 +1,7 @@
 """Checked arguments of the attention ops, as one `AttentionCall`."""
 
 import dataclasses
+from functools import partial
 
 import jax.numpy as jnp
 
@@ -8,10 +9,11 @@ from memformer.core.calls import AttentionCall
 from memformer.core.checks import check_array, check_multiple, check_positive
 from memformer.core.mask import make_mask
 from memformer.core.numerics import accumulation_dtype, matmul_precision
-from memformer.core.segments import Segments, clear, find_segments
+from memformer.core.segments import Segments, check_documents, clear, find_segments
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Dims
-from memformer.ops.attention.cache import Cache, check_cache, clear_slots, sum_decay
+from memformer.ops.attention.cache import Cache, check_cache, check_room, clear_slots, sum_decay
+from memformer.ops.attention.documents import Documents, find_documents, flatten, place_mask, sum_decays
 
 __all__ = ["make_call", "write_operands"]
 
@@ -38,7 +40,7 @@ def make_call(
     initial_state,
     chunk_size,
     precision,
-) -> tuple[AttentionCall, Segments | None]:
+) -> tuple[AttentionCall, Segments | Documents | None]:
     """Checks the arguments of a public function and brings them to the layout of `AttentionCall`.
 
     Args:
@@ -49,7 +51,7 @@ def make_call(
       causal: as in `AttentionCall`.
 
     Returns:
-      The call, and the segments that the cache is appended with.
+      The call, and the segments (with a cache per document: the documents) that the cache is appended with.
 
     Raises:
       ValueError: names the argument.
@@ -71,6 +73,12 @@ def make_call(
     valid = None if segments is None else segments.valid
     q, k, v, w, alpha, beta, decay = (clear(valid, x) for x in (q, k, v, w, alpha, beta, decay))
     cache_valid = None if state is None else state.valid
+    documents = None if state is None or cache_valid.ndim == 2 else _find_documents(state, segments, dims)
+    slots = state if documents is None or state is None else flatten(state)
+    mask = make_mask(None if slots is None else slots.valid, segments, dims, ranks=window is not None)
+    sums = None
+    if documents is not None:
+        mask, sums = place_mask(mask, cache_valid, documents), partial(sum_decays, documents=documents)
     call = AttentionCall(
         op=op,
         q=q,
@@ -79,18 +87,28 @@ def make_call(
         w=w,
         alpha=alpha,
         beta=beta,
-        decay=sum_decay(state, decay, accumulation_dtype(q, k, v)),
+        decay=sum_decay(state, decay, accumulation_dtype(q, k, v), sums),
         sinks=sinks,
         write_kernel=None if write_kernel is None else _with_scale(write_kernel, dims["K"]),
         read_kernel=_with_scale(read_kernel, dims["K"]),
-        mask=make_mask(cache_valid, segments, dims, ranks=window is not None),
+        mask=mask,
         causal=causal,
         window=window,
-        cache=None if state is None else clear_slots(state),
+        cache=None if slots is None else clear_slots(slots),
         precision=matmul_precision(precision, q, k, v, w),
         chunk_size=chunk_size,
     )
-    return call, segments
+    return call, segments if documents is None else documents
+
+
+def _find_documents(state: Cache, segments: Segments | None, dims: Dims) -> Documents:
+    """The documents of a call whose rows have several caches."""
+    if segments is not None:
+        check_documents(segments, dims["P"])
+    documents = find_documents(segments, (dims["B"], dims["T"]), dims["P"])
+    if state.fixed:
+        check_room(state, jnp.max(documents.counts))
+    return documents
 
 
 def _with_scale(kernel: Kernel, width: int) -> Kernel:

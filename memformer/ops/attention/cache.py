@@ -3,12 +3,16 @@
 A cache lists slots in order of time; every token of a call takes one, padding included. `valid` marks the slots that
 the next call can see: those of tokens of the last segment; the others hold zeros.
 
+Where each document of a packed row has a cache of its own, arrays have an axis of P documents after the batch, and a
+document's tokens take its next slots without padding (`memformer.ops.attention.documents`).
+
 A growing cache (`fixed` False) has exactly the slots in use, and each call returns a longer one. A fixed cache
 (`init_cache`) has a capacity; a call writes in place from `length` on, so that decoding compiles once. A call that
 does not fit is an error and leaves the cache unchanged.
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
@@ -30,10 +34,13 @@ __all__ = [
     "KVCache",
     "append",
     "check_cache",
+    "check_room",
     "clear_slots",
     "init_cache",
+    "last_decay",
     "offset",
     "place",
+    "start_slot",
     "sum_decay",
 ]
 
@@ -60,16 +67,16 @@ class KVCache:
       ((1, 3, 2, 8), Array(3, dtype=int32))
     """
 
-    k: Float[Array, "B S G K"]
-    v: Float[Array, "B S G V"]
-    valid: Bool[Array, "B S"]
+    k: Float[Array, "B S G K"] | Float[Array, "B P S G K"]
+    v: Float[Array, "B S G V"] | Float[Array, "B P S G V"]
+    valid: Bool[Array, "B S"] | Bool[Array, "B P S"]
     length: Int[Array, ""]
     fixed: bool = False
-    decay_whole: Int[Array, "B S H"] | None = None
-    decay_fraction: Float[Array, "B S H"] | None = None
+    decay_whole: Int[Array, "B S H"] | Int[Array, "B P S H"] | None = None
+    decay_fraction: Float[Array, "B S H"] | Float[Array, "B P S H"] | None = None
 
     @property
-    def values(self) -> Float[Array, "B S G V"]:
+    def values(self) -> Float[Array, "B S G V"] | Float[Array, "B P S G V"]:
         """The values stored at the keys, under one name for all caches."""
         return self.v
 
@@ -94,16 +101,16 @@ class DeltaCache:
       ((1, 3, 2, 8), Array(3, dtype=int32))
     """
 
-    k: Float[Array, "B S G K"]
-    u: Float[Array, "B S G V"]
-    valid: Bool[Array, "B S"]
+    k: Float[Array, "B S G K"] | Float[Array, "B P S G K"]
+    u: Float[Array, "B S G V"] | Float[Array, "B P S G V"]
+    valid: Bool[Array, "B S"] | Bool[Array, "B P S"]
     length: Int[Array, ""]
     fixed: bool = False
-    decay_whole: Int[Array, "B S G"] | None = None
-    decay_fraction: Float[Array, "B S G"] | None = None
+    decay_whole: Int[Array, "B S G"] | Int[Array, "B P S G"] | None = None
+    decay_fraction: Float[Array, "B S G"] | Float[Array, "B P S G"] | None = None
 
     @property
-    def values(self) -> Float[Array, "B S G V"]:
+    def values(self) -> Float[Array, "B S G V"] | Float[Array, "B P S G V"]:
         """The values stored at the keys, under one name for all caches."""
         return self.u
 
@@ -126,43 +133,48 @@ def check_cache(cache: Any, kind: type[C], dims: Dims, op: str) -> C | None:
             f" memformer.init_cache({op!r}, ...) makes it, got {type(cache).__name__}"
         )
     values = "v" if kind is KVCache else "u"
-    check_array("initial_state.k", cache.k, "B S G K", dims)
-    check_array(f"initial_state.{values}", getattr(cache, values), "B S G V", dims)
+    slots = "B P S" if getattr(cache.k, "ndim", 4) == 5 else "B S"
+    check_array("initial_state.k", cache.k, f"{slots} G K", dims)
+    check_array(f"initial_state.{values}", getattr(cache, values), f"{slots} G V", dims)
     if cache.decay_whole is not None:
-        letters = "B S H" if kind is KVCache else "B S G"
+        letters = f"{slots} H" if kind is KVCache else f"{slots} G"
         check_array("initial_state.decay_whole", cache.decay_whole, letters, dims, kind=np.integer)
         check_array("initial_state.decay_fraction", cache.decay_fraction, letters, dims)
-    check_array("initial_state.valid", cache.valid, "B S", dims, kind=np.bool_)
+    check_array("initial_state.valid", cache.valid, slots, dims, kind=np.bool_)
     if jnp.shape(cache.length) != () or not jnp.issubdtype(cache.length.dtype, jnp.integer):
         raise ValueError(f"initial_state.length must be one integer, got shape {jnp.shape(cache.length)}")
-    if cache.fixed:
-        _check_room(cache, dims)
+    if cache.fixed and slots == "B S":
+        check_room(cache, dims["T"])
     return cache
 
 
-def _check_room(cache: Cache, dims: Dims) -> None:
-    """Raises at once where the length is known, or else has the running program raise; an exported one cannot."""
-    tokens, capacity = dims["T"], dims["S"]
-    if is_symbolic(tokens, capacity):
+def check_room(cache: Cache, tokens: int | Array) -> None:
+    """Raises at once where the lengths are known, or else has the running program raise; an exported one cannot.
+
+    Args:
+      cache: a fixed one.
+      tokens: T, or the tokens of the longest document.
+    """
+    capacity = cache.k.shape[-3]
+    if is_symbolic(capacity) or isinstance(tokens, int) and is_symbolic(tokens):
         return
-    if tokens > capacity:
+    if isinstance(tokens, int) and tokens > capacity:
         raise ValueError(_overflow(tokens, capacity, 0))
-    if not isinstance(cache.length, jax.core.Tracer):
-        if int(cache.length) + tokens > capacity:
-            raise ValueError(_overflow(tokens, capacity, int(cache.length)))
-        return
     full = cache.length + tokens > capacity
+    if not isinstance(full, jax.core.Tracer):
+        _raise_overflow(capacity, full, tokens, cache.length)
+        return
 
     def report():
-        jax.debug.callback(partial(_raise_overflow, tokens, capacity), full, cache.length)
+        jax.debug.callback(partial(_raise_overflow, capacity), full, tokens, cache.length)
 
     lax.cond(full, report, lambda: None)
 
 
-def _raise_overflow(tokens: int, capacity: int, full: Any, length: Any) -> None:
+def _raise_overflow(capacity: int, full: Any, tokens: Any, length: Any) -> None:
     # Under vmap both branches of the condition run: only `full` tells.
     if np.any(full):
-        raise ValueError(_overflow(tokens, capacity, int(np.max(length))))
+        raise ValueError(_overflow(int(np.max(tokens)), capacity, int(np.max(length))))
 
 
 def _overflow(tokens: int, capacity: int, length: int) -> str:
@@ -188,8 +200,19 @@ def _clear(cache: C, valid: Bool[Array, "B S"]) -> C:
     return type(cache)(clear(valid, cache.k), clear(valid, cache.values), valid, cache.length, cache.fixed, *decays)
 
 
-def sum_decay(cache: Cache | None, decay: Array | None, dtype: jax.typing.DTypeLike) -> CumulativeDecay | None:
+def sum_decay(
+    cache: Cache | None,
+    decay: Array | None,
+    dtype: jax.typing.DTypeLike,
+    documents: Callable[[Any, Array], CumulativeDecay] | None = None,
+) -> CumulativeDecay | None:
     """The cumulative log decay of a call's tokens, continued from that of the cache.
+
+    Args:
+      cache: the state before the call.
+      decay: log decays of the call, or None.
+      dtype: to sum in.
+      documents: sums them where each document has a cache.
 
     Raises:
       ValueError: the call has a decay and the cache has none, or the other way round.
@@ -202,13 +225,25 @@ def sum_decay(cache: Cache | None, decay: Array | None, dtype: jax.typing.DTypeL
         )
     if decay is None:
         return None
-    start = None
-    if cache is not None:
-        last = jnp.maximum(jnp.asarray(cache.length, jnp.int32) - 1, 0) if cache.fixed else cache.k.shape[1] - 1
-        held = (cache.decay_whole, cache.decay_fraction)
-        whole, fraction = (lax.dynamic_slice_in_dim(x, last, 1, axis=1) for x in held)
-        start = CumulativeDecay(whole, fraction.astype(dtype))
-    return running_decay(decay.astype(dtype), start)
+    decay = decay.astype(dtype)
+    if cache is None:
+        return running_decay(decay)
+    if documents is not None:
+        return documents(cache, decay)
+    return running_decay(decay, CumulativeDecay(*(x[:, None] for x in last_decay(cache, dtype))))
+
+
+def start_slot(cache: Cache) -> Array:
+    """The first slot that is not in use."""
+    return jnp.asarray(cache.length, jnp.int32) if cache.fixed else jnp.int32(cache.valid.shape[-1])
+
+
+def last_decay(cache: Cache, dtype: jax.typing.DTypeLike | None = None) -> CumulativeDecay:
+    """The cumulative decay in the last slot in use, [B, H] or of each document [B, P, H]; 0 where none is."""
+    last, axis = jnp.maximum(start_slot(cache) - 1, 0), cache.valid.ndim - 1
+    held = (cache.decay_whole, cache.decay_fraction)
+    whole, fraction = (lax.dynamic_index_in_dim(x, last, axis, keepdims=False) for x in held)
+    return CumulativeDecay(whole, fraction if dtype is None else fraction.astype(dtype))
 
 
 def place(cache: Cache | None, cached: Array | None, new: Array) -> Array:
@@ -290,6 +325,7 @@ def init_cache(
     key_width: int,
     value_width: int,
     decay_heads: int | None = None,
+    documents: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Cache:
     """Makes an empty cache of fixed capacity: calls that take it as initial_state write in place.
@@ -303,6 +339,8 @@ def init_cache(
       value_width: V.
       decay_heads: number of heads of the calls' decay (H in softmax_attention, G in deltaformer); None where they
         have none.
+      documents: P, caches per row, one of each segment of a packed call; capacity is then that of a document. None is
+        one cache per row.
       dtype: of keys and values; DeltaFormer's u is kept in float32 (float64 where this is float64).
 
     Returns:
@@ -320,10 +358,11 @@ def init_cache(
     batch, capacity, groups, key_width, value_width = (check_size(name, size) for name, size in sizes.items())
     kind: type[Cache] = DeltaCache if op == "deltaformer" else KVCache
     value_dtype = accumulation_dtype(jnp.zeros((), dtype)) if op == "deltaformer" else dtype
-    k = jnp.zeros((batch, capacity, groups, key_width), dtype)
-    values = jnp.zeros((batch, capacity, groups, value_width), value_dtype)
+    slots = (batch, capacity) if documents is None else (batch, check_size("documents", documents), capacity)
+    k = jnp.zeros((*slots, groups, key_width), dtype)
+    values = jnp.zeros((*slots, groups, value_width), value_dtype)
     decays: Any = ()
     if decay_heads is not None:
-        shape = (batch, capacity, check_size("decay_heads", decay_heads))
+        shape = (*slots, check_size("decay_heads", decay_heads))
         decays = (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, accumulation_dtype(k)))
-    return kind(k, values, jnp.zeros((batch, capacity), bool), jnp.int32(0), True, *decays)
+    return kind(k, values, jnp.zeros(slots, bool), jnp.int32(0), True, *decays)

@@ -1,20 +1,15 @@
 """Checked arguments of the matrix memories, as one `MatrixCall`."""
 
-import functools
 import math
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
 from memformer.core.calls import MatrixCall
 from memformer.core.checks import check_array, check_multiple, check_positive
 from memformer.core.numerics import accumulation_dtype, matmul_precision
-from memformer.core.segments import clear, find_segments
+from memformer.core.segments import check_documents, clear, find_segments
 from memformer.core.sharding import vary_like
-from memformer.core.types import Array, Dims
+from memformer.core.types import Dims
 
 __all__ = ["make_call"]
 
@@ -69,7 +64,7 @@ def make_call(
         initial_state = check_array("initial_state", initial_state, letters, state_dims).astype(dtype)
     segments = find_segments(segment_ids, dims)
     if segments is not None and initial_state is not None and initial_state.ndim == 5:
-        _check_documents(jnp.max(segments.index) + 1, initial_state.shape[1])
+        check_documents(segments, initial_state.shape[1])
     chunk_size = check_positive("chunk_size", chunk_size)
     precision = matmul_precision(precision, q, k, v, w)
     valid = None if segments is None else segments.valid
@@ -98,21 +93,3 @@ def make_call(
         precision=precision,
         chunk_size=chunk_size,
     )
-
-
-def _check_documents(found: Array, room: int) -> None:
-    """Raises at once where the segments are known, or else has the running program raise."""
-    if not isinstance(found, jax.core.Tracer):
-        _raise_documents(room, found > room, found)
-        return
-
-    def report():
-        jax.debug.callback(functools.partial(_raise_documents, room), found > room, found)
-
-    lax.cond(found > room, report, lambda: None)
-
-
-def _raise_documents(room: int, more: Any, found: Any) -> None:
-    # Under vmap both branches of the condition run: only `more` tells.
-    if np.any(more):
-        raise ValueError(f"initial_state has states of {room} documents per row, got {np.max(found)} segments in a row")
