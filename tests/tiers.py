@@ -44,7 +44,7 @@ FAST = {
     "training/test_losses.py": "",
     "training/test_program.py": "",
     "training/test_optimizer.py": "test_(schedule|unknown|clipping|moving|rate_factors)",
-    "training/test_sharding.py": "(?!test_(eight_devices|time_over|explicit))",
+    "training/test_sharding.py": "(?!test_(eight_devices|time_over|explicit|tokens_between))",
     "training/test_step.py": "test_(a_step|micro|defaults)",
     "training/test_loop.py": "test_(early_stop|folder_that|flops)",
     "lab/test_study.py": "(?!test_the_command)",
@@ -66,8 +66,8 @@ FAST = {
 FAST_ROWS = {"delta_rule_head_decay", "gated_delta_rule", "softmax_attention"}
 SUITES = ("ops/test_ops.py", "layers/test_memory.py", "pallas/test_tpu.py", "pallas/test_gpu.py")
 
-# The files that take about ten seconds or more on a quiet machine, longest first: one that starts late would leave the other
-# workers idle.
+# The files that take about ten seconds or more on a quiet machine, longest first: one that starts late would leave
+# the other workers idle.
 LONGEST = (
     "ops/test_ops.py",
     "pallas/test_tpu_attention.py",
