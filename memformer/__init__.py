@@ -14,6 +14,7 @@ from memformer.ops.delta_product import delta_product
 from memformer.ops.delta_rule import delta_rule
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.linear_attention import linear_attention
+from memformer.ops.log_linear_attention import LogLinearState, log_linear_attention
 from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn
 from memformer.ops.softmax_attention import softmax_attention
 
@@ -22,6 +23,7 @@ __all__ = [
     "KVCache",
     "Kernel",
     "LSTMState",
+    "LogLinearState",
     "delta_product",
     "delta_rule",
     "deltaformer",
@@ -30,6 +32,7 @@ __all__ = [
     "init_cache",
     "l2norm",
     "linear_attention",
+    "log_linear_attention",
     "lstm",
     "rnn",
     "softmax_attention",

@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_choice, check_groups, check_number, check_positive, check_size
+from memformer.core.checks import check, check_choice, check_groups, check_number, check_positive, check_size
 from memformer.core.types import Array
 from memformer.layers.base import MemoryLayer
-from memformer.layers.basic import named
+from memformer.layers.basic import linear, named
 from memformer.layers.gates import DECAYS, SigmoidGate
 from memformer.ops.delta_product import delta_product
 from memformer.ops.delta_rule import delta_rule
 from memformer.ops.linear_attention import linear_attention
+from memformer.ops.log_linear_attention import LogLinearState, log_linear_attention
 
-__all__ = ["DeltaProduct", "DeltaRule", "LinearAttention"]
+__all__ = ["DeltaProduct", "DeltaRule", "LinearAttention", "LogLinearAttention"]
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
@@ -98,24 +99,74 @@ class LinearAttention(MemoryLayer):
         if step is not None and self.discretize:
             # rounded once: a rounded step would add as much error as the product
             written = (v.astype(wide) * step.astype(wide)[..., None]).astype(v.dtype)
-        o, memory = linear_attention(
-            q,
-            k,
-            written,
-            decay=decay,
-            normalize=self.normalize,
-            scale=self.scale,
-            segment_ids=segment_ids,
-            initial_state=memory,
-        )
+        options: dict[str, Any] = {"decay": decay, "scale": self.scale, "segment_ids": segment_ids}
+        o, memory = self._read_write(x, q, k, written, initial_state=memory, **options)
         if self.skip is not None:
             o = (o.astype(wide) + v.astype(wide) * self.skip[...].astype(wide)[None, None, :, None]).astype(v.dtype)
         return o, memory
+
+    def _read_write(self, x, q, k, v, **options):
+        return linear_attention(q, k, v, normalize=self.normalize, **options)
 
     def _init_memory(self, batch, capacity, dtype):
         columns = self.value_width + int(self.normalize)
         rows = jax.eval_shape(FEATURE_MAPS[self.feature_map], jnp.zeros((1, self.key_width))).shape[-1]
         return jnp.zeros((batch, self.heads, rows, columns), self.dtypes.wide)
+
+
+class LogLinearAttention(LinearAttention):
+    """Log-linear attention: linear attention whose past lies on levels of doubling length, with a weight of each.
+
+    The weights are softplus(a W x), with a and W of each head and level.
+
+    Args:
+      width: D.
+      heads: H.
+      levels: L; weights of their own reach back 2^(L - 1) tokens; older tokens share the last level.
+      normalize: must be False.
+      decay: None, or a name in `DECAYS` with one decay per head.
+      decay_rank: must be None.
+      rngs: random streams.
+      **options: of `LinearAttention` and `MemoryLayer`.
+
+    Source: arXiv 2506.04761.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        levels: int = 15,
+        normalize: bool = False,
+        decay: str | None = None,
+        decay_rank: None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        check(normalize is False, "normalize", "False for log-linear attention", normalize)
+        check_choice("decay", decay, (None, "step", "fixed", "forget"))
+        check(decay_rank is None, "decay_rank", "None for log-linear attention", decay_rank)
+        super().__init__(width, heads=heads, decay=decay, rngs=rngs, **options)
+        self.levels = check_size("levels", levels)
+        size = heads * self.levels
+        self.level = linear(width, size, ("embed", "heads"), dtypes=self.dtypes, rngs=rngs, wide=True)
+        self.level_scale = nnx.Param(named(nnx.initializers.ones, "heads")(rngs.params(), (size,), self.dtypes.param))
+
+    def _read_write(self, x, q, k, v, **options):
+        weights = nnx.softplus(self.level(x) * self.level_scale[...].astype(self.dtypes.wide)[None, None])
+        return log_linear_attention(q, k, v, weights.reshape(*v.shape[:3], self.levels), **options)
+
+    def _init_memory(self, batch, capacity, dtype):
+        state = super()._init_memory(batch, capacity, dtype)
+        levels = jnp.zeros((*state.shape[:2], self.levels, *state.shape[2:]), state.dtype)
+        return LogLinearState(levels, jnp.zeros(batch, jnp.int32))
+
+    def state_letters(self, state):
+        """The letters of the arrays of a state."""
+        letters = super().state_letters(state)
+        letters["memory"] = letters["memory"]._replace(levels="B H L K V")
+        return letters
 
 
 class DeltaRule(MemoryLayer):

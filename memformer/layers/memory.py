@@ -15,7 +15,7 @@ from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import Dtypes
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase
-from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention
+from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention
 from memformer.layers.recurrent import GRUMemory, LSTMMemory, RecurrentMemory, RNNMemory
 
 __all__ = ["MEMORIES", "MemorySpec", "build_memory", "check_memory", "known_options"]
@@ -157,6 +157,26 @@ MEMORIES: dict[str, MemorySpec] = {
         "S_t = exp(-a d_t) S_{t-1} + k_t (d_t v_t)^T; o_t = S_t^T q_t + D v_t",
         "linear_attention(q, k, d * v, decay=-a * d)",
         "arXiv 2405.21060",
+    ),
+    "log_linear_attention": MemorySpec(
+        LogLinearAttention,
+        {
+            "decay": "step",
+            "discretize": True,
+            "skip": True,
+            "key_heads": 1,
+            "conv_width": 4,
+            "output_norm": True,
+            "output_gate": "silu",
+        },
+        "linear, weighted by level",
+        "alpha = d_t (in v)",
+        "none",
+        "per head",
+        "L matrices K x V per head",
+        "o_t = sum_{i<=t} lambda_t[bits of t xor i] exp(G_t - G_i) (q_t . k_i) d_i v_i + D v_t",
+        "log_linear_attention(q, k, d * v, level_weights, decay=-a * d)",
+        "arXiv 2506.04761",
     ),
     "delta_rule": MemorySpec(
         DeltaRule,

@@ -163,6 +163,21 @@ def _product(name, **kind):
     return Spec(name, mf.delta_product, recurrent_arrays(steps=2, **kind), matrix_state(), "delta_product")
 
 
+def _log_linear(name, levels, groups):
+    """Fewer levels than the length needs, or more; the state may hold anything on any level."""
+
+    def arrays(rng, batch, length):
+        arrays = recurrent_arrays(decay="head", beta=False, groups=groups)(rng, batch, length)
+        return arrays | {"level_weights": rng.uniform(0.0, 2.0, (batch, length, HEADS, levels))}
+
+    def state(rng, batch):
+        held = rng.standard_normal((batch, HEADS, levels, WIDTH, VALUE))
+        return mf.LogLinearState(held, np.arange(5, 5 + batch, dtype=np.int32))
+
+    observe = lambda state: state.levels  # noqa: E731
+    return Spec(name, mf.log_linear_attention, arrays, state, "log_linear_attention", observe=observe)
+
+
 SPECS = (
     _delta_rule("delta_rule"),
     _delta_rule("delta_rule_head_decay", decay="head"),
@@ -183,6 +198,7 @@ SPECS = (
     _product("delta_product", decay=None),
     _product("delta_product_head_decay", decay="head"),
     _product("delta_product_channel_decay_erase", decay="channel", erase=True),
+    _log_linear("log_linear_attention", levels=5, groups=1),
     _attention("softmax_attention"),
     _attention("softmax_attention_decay", decay=True, window=25),
     _deltaformer("deltaformer_linear_softmax", write_kernel="linear"),

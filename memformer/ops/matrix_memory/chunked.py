@@ -39,7 +39,7 @@ from memformer.ops.matrix_memory import documents, groups
 from memformer.ops.matrix_memory.groups import ChunkScan, Inputs, Masks
 from memformer.ops.matrix_memory.scores import decayed_scores, repeat_tokens
 
-__all__ = ["run"]
+__all__ = ["default_chunk", "run"]
 
 
 class Features(NamedTuple):
@@ -86,7 +86,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Array]:
         None if call.beta is None else call.beta[..., None],
         call.decay if call.decay is None or call.decay_per_channel else call.decay[..., None],
     )
-    size = call.chunk_size or _default_chunk(call)
+    size = call.chunk_size or default_chunk(call)
     plan = ChunkScan(size, _group_size(inputs, size, call.writes), call.writes, call.scale, call.precision)
     # All or none must vary over an axis of a surrounding shard_map, cotangents too.
     arrays = (*inputs, call.state)
@@ -102,7 +102,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Array]:
     return documents.take_tokens(output, places), state
 
 
-def _default_chunk(call: MatrixCall) -> int:
+def default_chunk(call: MatrixCall) -> int:
     """Tokens per chunk where the caller leaves the choice.
 
     On a CPU 16 writes were fastest while a head's state fits beside its chunk in the inner cache, 32 beyond; 64 fill

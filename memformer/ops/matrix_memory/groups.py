@@ -10,7 +10,18 @@ from memformer.core.segments import pad_time
 from memformer.core.symbolic import padding_to
 from memformer.core.types import Array
 
-__all__ = ["ChunkScan", "Inputs", "Masks", "flatten", "load", "load_group", "store", "to_chunks", "to_time"]
+__all__ = [
+    "ChunkScan",
+    "Inputs",
+    "Masks",
+    "flatten",
+    "load",
+    "load_group",
+    "make_masks",
+    "store",
+    "to_chunks",
+    "to_time",
+]
 
 
 class ChunkScan(NamedTuple):
@@ -135,7 +146,11 @@ def load_group(plan: ChunkScan, flat: Inputs, inputs: Inputs, i: Array, segments
     group = Inputs(*map(load_rows, flat, inputs, plan.rows))
     if segments is None:
         return group, None
-    index, before = segments
+    return group, make_masks(*segments, dtype)
+
+
+def make_masks(index: Array, before: Array, dtype) -> Masks:
+    """Masks of chunks, from the segment of each token [M, B, C] and the one that each chunk starts in [M, B]."""
     same = index[..., :, None] == index[..., None, :]
     factors = index == before[..., None], index == index[..., -1:], index[..., -1:] == before[..., None]
-    return group, Masks(same[:, :, None], *(x[:, :, None, :, None].astype(dtype) for x in factors))
+    return Masks(same[:, :, None], *(x[:, :, None, :, None].astype(dtype) for x in factors))
