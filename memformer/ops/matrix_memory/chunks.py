@@ -51,7 +51,7 @@ def load_chunks(call: MatrixCall, size: int) -> Chunks:
     flat, segments = flatten(plan, inputs, None if call.segments is None else call.segments.index)
     dtype = call.state.dtype
     group = Inputs(*(None if x is None else _cut(f, x, size).astype(dtype) for f, x in zip(flat, inputs, strict=True)))
-    masks = None if segments is None else make_masks(*(x[:, 0] for x in segments), dtype)
+    masks = None if segments is None else make_masks(tuple(x[:, 0] for x in segments), dtype)
     sums = cumulative_decay(group.decay)
     ones = jnp.ones_like(group.decay)
     pairs, _ = decayed_scores(ones, ones, None, sums, None if masks is None else masks.same, call.precision)

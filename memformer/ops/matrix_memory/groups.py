@@ -146,11 +146,12 @@ def load_group(plan: ChunkScan, flat: Inputs, inputs: Inputs, i: Array, segments
     group = Inputs(*map(load_rows, flat, inputs, plan.rows))
     if segments is None:
         return group, None
-    return group, make_masks(*segments, dtype)
+    return group, make_masks(segments, dtype)
 
 
-def make_masks(index: Array, before: Array, dtype) -> Masks:
+def make_masks(segments: tuple[Array, ...], dtype) -> Masks:
     """Masks of chunks, from the segment of each token [M, B, C] and the one that each chunk starts in [M, B]."""
+    index, before = segments
     same = index[..., :, None] == index[..., None, :]
     factors = index == before[..., None], index == index[..., -1:], index[..., -1:] == before[..., None]
     return Masks(same[:, :, None], *(x[:, :, None, :, None].astype(dtype) for x in factors))
