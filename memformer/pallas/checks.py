@@ -57,12 +57,3 @@ def check_matrix_call(call: MatrixCall, chip: str) -> None:
     """Raises where a call of a matrix memory asks for what the kernels of this chip lack."""
     if call.document_states:
         raise unsupported(call.op, "takes one initial_state per row, not one per document")
-    if chip != "gpu":
-        return
-    if call.w is not None or call.alpha is not None:
-        raise unsupported(call.op, "erases at k with strength beta: it takes no erase vector w and no alpha on GPUs")
-    if call.decay_per_channel:
-        raise unsupported(
-            call.op,
-            "takes no decay per key channel on GPUs (its scores do not factor into one product per chunk)",
-        )

@@ -25,9 +25,12 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     """
     check_matrix_call(call, chip())
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
-    if chip() == "gpu":
+    channels = call.decay_per_channel or call.w is not None or call.alpha is not None
+    if chip() == "gpu" and channels:
+        from memformer.pallas.gpu.matrix_memory.channel_decay import run as kernels
+    elif chip() == "gpu":
         from memformer.pallas.gpu.matrix_memory.chunk_scan import run as kernels
-    elif call.decay_per_channel or call.w is not None or call.alpha is not None:
+    elif channels:
         from memformer.pallas.tpu.matrix_memory.channel_decay import run as kernels
     elif call.beta is None:
         from memformer.pallas.tpu.matrix_memory.linear_attention import run as kernels

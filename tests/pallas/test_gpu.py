@@ -160,7 +160,6 @@ def test_interpreter_detects_races(interpreter):
 
 REFUSED = {
     "float32": ("float32", {}, "takes bfloat16 q, k and v"),
-    "per channel": ("bfloat16", {"decay": np.zeros((1, 8, 2, 4))}, "per key channel"),
     "chunk": ("bfloat16", {"chunk_size": 32}, "takes chunk_size 64"),
     "precision": ("bfloat16", {"precision": "highest"}, "default precision only"),
 }
@@ -170,7 +169,6 @@ REFUSED = {
 def test_refusals_say_why(why):
     dtype, options, message = REFUSED[why]
     x = jnp.zeros((1, 8, 2, 4), dtype)
-    options = {name: jnp.asarray(v, "float32") if name == "decay" else v for name, v in options.items()}
     for op in (
         lambda **kind: mf.delta_rule(x, x, x, x[..., 0], **kind),
         lambda **kind: mf.linear_attention(x, x, x, **kind),
@@ -182,14 +180,19 @@ def test_refusals_say_why(why):
             assert "memformer_" not in str(jax.make_jaxpr(lambda op=op: op(**options))())
 
 
-@pytest.mark.parametrize("name", ["w", "alpha"])
-def test_an_erase_vector_is_refused(name):
+@pytest.mark.parametrize("name", ["w", "alpha", "decay"])
+def test_default_runs_the_channel_kernels(name):
+    """Forward; the gradient is that of the chunked form."""
     x = jnp.zeros((1, 8, 2, 4), "bfloat16")
-    given = {"w": x} if name == "w" else {"alpha": x[..., 0]}
+    given = x[..., 0] if name == "alpha" else x
+
+    def loss(given):
+        return jnp.sum(mf.delta_rule(x, x, x, x[..., 0], **{name: given})[0].astype(jnp.float32))
+
     with jax.sharding.use_abstract_mesh(H200):
-        with pytest.raises(NotImplementedError, match="no erase vector w and no alpha on GPUs; .*'chunked'"):
-            jax.eval_shape(lambda: mf.delta_rule(x, x, x, x[..., 0], **given, implementation="pallas"))
-        assert "memformer_" not in str(jax.make_jaxpr(lambda: mf.delta_rule(x, x, x, x[..., 0], **given))())
+        text = str(jax.make_jaxpr(jax.grad(loss))(given))
+    assert "memformer_delta_rule_channel_intra_chunk" in text
+    assert "memformer_delta_rule_channel_chunk_scan" in text
 
 
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200"])

@@ -13,37 +13,38 @@ from tests.pallas.test_tpu import TPU
 LENGTH, HEADS, WIDTH, VALUE = 37, 2, 8, 4
 
 
-def arguments(rng, groups, *, erase):
+def arguments(rng, groups, *, erase, length=LENGTH):
     """Arrays with decays down to -inf, alone, for some channels and for most of a chunk."""
 
     def unit(*shape):
         x = rng.standard_normal(shape)
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
-    decay = -np.exp(1.5 * rng.standard_normal((1, LENGTH, HEADS, WIDTH)) - 1)
+    decay = -np.exp(1.5 * rng.standard_normal((1, length, HEADS, WIDTH)) - 1)
     decay[:, 3] = -np.inf
     decay[:, 9, 0, :3] = -1e7
     decay[:, 18:29, 1] = -30.0
     arrays = {
-        "q": rng.standard_normal((1, LENGTH, groups, WIDTH)),
-        "k": unit(1, LENGTH, groups, WIDTH),
-        "v": rng.standard_normal((1, LENGTH, HEADS, VALUE)),
+        "q": rng.standard_normal((1, length, groups, WIDTH)),
+        "k": unit(1, length, groups, WIDTH),
+        "v": rng.standard_normal((1, length, HEADS, VALUE)),
         "decay": decay,
     }
     if erase:
         arrays |= {
-            "beta": rng.uniform(0.0, 2.0, (1, LENGTH, HEADS)),
-            "alpha": rng.uniform(0.0, 1.0, (1, LENGTH, HEADS)),
-            "w": unit(1, LENGTH, groups, WIDTH),
+            "beta": rng.uniform(0.0, 2.0, (1, length, HEADS)),
+            "alpha": rng.uniform(0.0, 1.0, (1, length, HEADS)),
+            "w": unit(1, length, groups, WIDTH),
         }
     return arrays
 
 
-def results(op, arrays, state, implementation, ids):
+def results(op, arrays, state, implementation, ids, chunk_size=16):
     """Output, state and the gradients of every array and of the initial state."""
 
     def loss(arrays, state):
-        output, end = op(**arrays, initial_state=state, segment_ids=ids, implementation=implementation, chunk_size=16)
+        options = {"segment_ids": ids, "implementation": implementation, "chunk_size": chunk_size}
+        output, end = op(**arrays, initial_state=state, **options)
         wide = output.astype(end.dtype)
         return jnp.sum(jnp.sin(wide)) + jnp.sum(end * end), (wide, end)
 
