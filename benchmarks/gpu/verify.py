@@ -37,10 +37,6 @@ MOVED = 1e-4
 # the recurrence.
 RECURRENT = 1100
 
-# No kernel has a decay per key channel: requests by name raise NotImplementedError.
-REFUSED = tuple(name for name in suite.ROWS if "channel" in name)
-
-
 # Ops with GPU kernels.
 KERNEL_OPS = ("delta_rule", "linear_attention", "deltaformer", "softmax_attention")
 
@@ -125,9 +121,8 @@ def names(toy: bool) -> list[str]:
     """Names of all cases, those of the suite first."""
     if toy:
         return ["delta_rule_grouped: packed", *(wide.name for wide in TOYS)]
-    rows = [name for name in suite.ROWS if name not in REFUSED]
-    found = [f"{name}: {check}" for check in checks() for name in rows]
-    return found + [wide.name for wide in _wide()] + [f"{name}: refused" for name in REFUSED]
+    found = [f"{name}: {check}" for check in checks() for name in suite.ROWS]
+    return found + [wide.name for wide in _wide()]
 
 
 def verify(name: str, toy: bool) -> dict[str, Any]:
@@ -140,8 +135,6 @@ def verify(name: str, toy: bool) -> dict[str, Any]:
     implementation = None if toy else "pallas"
     row: dict[str, Any] = {"case": name, "met": False}
     row_name, _, check = name.partition(": ")
-    if check == "refused":
-        return row | refuses(row_name)
     if row_name in suite.ROWS:
         result = checks()[check](row_name, implementation)
     else:
@@ -149,21 +142,11 @@ def verify(name: str, toy: bool) -> dict[str, Any]:
         result = wide_call(wide, implementation)
     outputs, gradients = errors(result.got, result.want)
     moved = max(errors(result.again, result.got))
-    kernels = sorted(set(re.findall(r"memformer_[a-z_]+(?:forward|backward)", result.text)))
+    kernels = sorted(set(re.findall(r"memformer_[a-z_]+(?:forward|backward|scores|inverse|chunk_scan)", result.text)))
     row |= {"error": outputs, "gradient error": gradients, "moved": moved, "kernels": kernels}
     # A comparison with NaN is False.
     met = outputs <= result.output and gradients <= result.gradients and moved <= MOVED
     return row | {"met": bool(met) and (toy or "mosaic_gpu" in result.text)}
-
-
-def refuses(name: str) -> dict[str, Any]:
-    """Checks that the op says why it has no kernel for a row."""
-    arrays, state = suite.inputs(name)
-    try:
-        suite.evaluate(name, "pallas", suite.cast(arrays, "bfloat16"), suite.cast(state, "float32"))
-    except NotImplementedError as error:
-        return {"met": "per key channel" in str(error), "message": str(error)}
-    return {"message": "no error was raised"}
 
 
 def errors(got: Any, want: Any) -> tuple[float, float]:

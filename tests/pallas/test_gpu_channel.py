@@ -47,4 +47,4 @@ def test_hard_keys(interpreter):  # noqa: F811
     with jax.enable_x64(True):
         wide = cast(jax.tree.map(lambda x: np.asarray(x, np.float64), arrays), "float64")
         want = jax.tree.map(np.asarray, mf.delta_rule(**wide, implementation="recurrent"))
-    assert_close(jax.tree.map(lambda x: np.asarray(x, np.float64), got), want, 3e-2)
+    assert_close(jax.tree.map(lambda x: np.asarray(x, np.float64), got), want, 5e-3)

@@ -18,11 +18,15 @@ CASES = [
     Case("linear_attention", 1, 256, 2, 1, 64, 64, decay="head", segments=2),
     Case("softmax_attention", 1, 256, 2, 1, segments=2),
     Case("deltaformer", 1, 2048, 2, 1, segments=2),
+    Case("delta_rule", 1, 256, 2, 1, decay="channel", segments=2),
+    Case("linear_attention", 1, 256, 2, 1, decay="channel", segments=2),
 ]
 
 # Beginnings of the names of an op's own kernels.
-KERNELS = {"deltaformer": "write", "softmax_attention": "attention"}
-KERNELS |= {op: f"{op}_chunk_scan" for op in ("delta_rule", "linear_attention")}
+KERNELS = {"deltaformer": ("write_forward", "write_backward")}
+KERNELS |= {"softmax_attention": ("attention_forward", "attention_backward")}
+KERNELS |= {op: (f"{op}_chunk_scan_forward", f"{op}_chunk_scan_backward") for op in ("delta_rule", "linear_attention")}
+CHANNEL = {"delta_rule": ("scores", "inverse", "chunk_scan"), "linear_attention": ("scores", "chunk_scan")}
 
 
 @pytest.fixture(scope="module")
@@ -31,10 +35,12 @@ def rows():
     return list(static.report(CASES))
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.op for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.op}-{case.decay or 'none'}" for case in CASES])
 def test_no_spill_no_serialized_product(case, rows):
     of = [row for row in rows if row["case"] == case.name]
     assert all(row["fault"] is None and row["registers"] <= 255 for row in of), of
-    for way in ("forward", "backward"):
-        name = f"memformer_{KERNELS[case.op]}_{way}"
-        assert any(row["kernel"].startswith(name) for row in of), name
+    names = KERNELS[case.op]
+    if case.decay == "channel":
+        names = tuple(f"{case.op}_channel_{name}" for name in CHANNEL[case.op])
+    for name in names:
+        assert any(row["kernel"].startswith(f"memformer_{name}") for row in of), name

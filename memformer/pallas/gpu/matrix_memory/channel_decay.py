@@ -9,13 +9,13 @@ state that enters the chunk, G the cumulative decay [C, K], a = alpha, b = beta,
 
 Without beta, in linear attention, U = V. Across the start of a segment reads of S, M, P and writes are masked.
 
-XLA scales the operands of the state's products, elementwise. The first kernel computes P and X of all chunks in
-parallel by the ladder of scores (pallas/tpu/matrix_memory/channel_decay.py): at each level the exponents are sums of
-log decays over blocks, products with a matrix of zeros and ones that the tensor cores sum exactly in float32. None is
-positive. The second kernel scans the chunks of one head and one block of value columns.
+XLA scales the operands of the state's products, elementwise. One kernel computes P of all chunks in parallel, one X
+(both in one spill), by the ladder of scores (pallas/tpu/matrix_memory/channel_decay.py): at each level exponents are
+sums of log decays over blocks, products with a matrix of zeros and ones that the tensor cores sum exactly in float32.
+None is positive. The last kernel scans the chunks of one head and one block of value columns.
 
-What cancels when keys repeat has operands in two bfloat16 parts. The backward pass is not here: see
-ops/matrix_memory/kernels.py.
+What cancels when keys repeat has operands in two bfloat16 parts. With P in one, equal keys at beta 2 were off by
+2.2e-2, now by 2e-3. The backward pass is not here: see ops/matrix_memory/kernels.py.
 
 Source: arXiv 2312.06635 (linear attention), 2510.26692 (delta rule); the ladder: ops/matrix_memory/scores.py.
 """
@@ -99,29 +99,29 @@ def _load_float32(ref) -> Array:
     return compat.load(ref, plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
 
 
-def _intra_chunk_kernel(*refs, config: ChannelConfig):
-    keys, named = 3 if config.beta else 2, bool(config.scalars)
-    (*keys_g, decay_g), refs = refs[: keys + 1], refs[keys + 1 :]
+def _intra_chunk_kernel(*refs, config: ChannelConfig, erase: bool):
+    named = bool(config.scalars)
+    (rows_g, k_g, decay_g), refs = refs[:3], refs[3:]
     scalars_g, refs = refs[:named], refs[named:]
-    (qk_g, *inverse_g), refs = refs[: 1 + 2 * config.beta], refs[1 + 2 * config.beta :]
-    keys_s, scalars_s, refs = refs[:keys], refs[keys : keys + named], refs[keys + named :]
-    decay_s, scaled_q, scaled_k, refs = refs[:3], refs[3:4], refs[4:6], refs[6:]
-    scaled_w, refs = refs[: 2 * config.beta], refs[2 * config.beta :]
-    between_s, qk_s, *scratch, barrier = refs
+    out_g, refs = refs[:2], refs[2:]
+    (rows_s, k_s), scalars_s, refs = refs[:2], refs[2 : 2 + named], refs[2 + named :]
+    decay_s, scaled_k, scaled_rows, refs = refs[:3], refs[3:5], refs[5:7], refs[7:]
+    between_s, *scratch, barrier = refs
     b, h, n = (lax.axis_index(name) for name in AXES)
     tokens, group = pl.ds(n * config.chunk, config.chunk), lax.div(h, jnp.int32(config.repeat))
     blocks = [pl.ds(i, KEY_BLOCK) for i in range(0, config.key, KEY_BLOCK)]
-    for source, target in zip(keys_g, keys_s, strict=True):
+    for source, target in ((rows_g, rows_s), (k_g, k_s)):
         for i, block in enumerate(blocks):
             plgpu.copy_gmem_to_smem(source.at[b, tokens, group, block], target.at[i], barrier)
     if named:
         plgpu.copy_gmem_to_smem(scalars_g[0].at[b, h, n], scalars_s[0], barrier)
     plgpu.barrier_wait(barrier)
     scalars, places = TokenScalars(config, scalars_s[0] if named else None), iotas(config.chunk)
-    q_s, k_s, *w_s = keys_s
-    (qk,) = products([(q_s.at[i], transposed(k_s.at[i])) for i in range(len(blocks))])
-    qk = jnp.where(places[0] == places[1], qk, 0.0)
-    wk = [qk * 0.0] * config.beta
+    if erase:
+        scores = jnp.where(places[0] < 0, 1.0, 0.0)
+    else:
+        (scores,) = products([(rows_s.at[i], transposed(k_s.at[i])) for i in range(len(blocks))])
+        scores = jnp.where(places[0] == places[1], scores, 0.0)
     for i, block in enumerate(blocks):
         store_split(decay_s, compat.load(decay_g.at[b, tokens, h, block], plgpu.Layout.WGMMA, optimized=False))
 
@@ -132,64 +132,57 @@ def _intra_chunk_kernel(*refs, config: ChannelConfig):
             plgpu.commit_smem()
             (exponent,) = products([(between_s, part) for part in decay_s])
             factor = jnp.exp(exponent)
-            store_split(scaled_q, factor * _load_float32(q_s.at[i]))
+            store_split(scaled_rows, factor * _load_float32(rows_s.at[i]))
             store_split(scaled_k, factor * _load_float32(k_s.at[i]))
-            if config.beta:
-                store_split(scaled_w, factor * _load_float32(w_s[0].at[i]))
             plgpu.commit_smem()
             turned = [transposed(part) for part in scaled_k]
-            # One after the other: both accumulators at once spill.
-            sums = [partial_products(scaled_q, turned[:1])] + [partial_products(scaled_w, turned)] * config.beta
-            added = []
-            for x, pairs in zip(scores, sums, strict=True):
-                (y,) = products(pairs)
-                added.append(x + jnp.where(_pairs(iotas(config.chunk), half), y, 0.0))
-            return added
+            (added,) = products(partial_products(scaled_rows, turned))
+            return scores + jnp.where(_pairs(iotas(config.chunk), half), added, 0.0)
 
-        levels = config.chunk.bit_length() - 1
-        qk, *wk = lax.fori_loop(0, levels, add_level, [qk, *wk])
-    places = iotas(config.chunk)
-    qk, *wk = scalars.mask_and_decay(places, qk, *wk)
-    store(qk_s, qk * config.scale)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(qk_s, qk_g.at[b, h, n])
-    if config.beta:
-        sides = unit_lower_inverse(scalars.scale_rows(("beta",), wk[0]), scratch)
+        # A loop: unrolled levels spill.
+        scores = lax.fori_loop(0, config.chunk.bit_length() - 1, add_level, scores)
+    (scores,) = scalars.mask_and_decay(iotas(config.chunk), scores)
+    if erase:
+        sides = unit_lower_inverse(scalars.scale_rows(("beta",), scores), scratch)
         for i, x in enumerate(sides):
             # The first blocks of the scratch are free again.
             store_split(scratch[i], x)
         plgpu.commit_smem()
         for i, x in enumerate(sides):
-            for source, target in zip(scratch[i], inverse_g, strict=True):
+            for source, target in zip(scratch[i], out_g, strict=True):
                 plgpu.copy_smem_to_gmem(source, target.at[b, h, n, :, pl.ds(i * x.shape[1], x.shape[1])])
+    else:
+        store_split(scratch, scores * config.scale)
+        plgpu.commit_smem()
+        for source, target in zip(scratch, out_g, strict=True):
+            plgpu.copy_smem_to_gmem(source, target.at[b, h, n])
     plgpu.wait_smem_to_gmem(0)
 
 
-def _intra_chunk(config: ChannelConfig, keys, decay, scalars) -> tuple[Array, ...]:
-    """P [B, H, N, C, C] in bfloat16 and, with beta, X in two parts."""
+def _intra_chunk(config: ChannelConfig, rows, k, decay, scalars, erase: bool) -> tuple[Array, ...]:
+    """P of rows q or, with erase, X of rows w: [B, H, N, C, C] in two bfloat16 parts."""
     C, blocks = config.chunk, config.key // KEY_BLOCK
     squares = jax.ShapeDtypeStruct((config.batch, config.heads, config.chunks, C, C), jnp.bfloat16)
-    scratch = [shared_block(blocks, C, KEY_BLOCK)] * len(keys)
+    scratch = [shared_block(blocks, C, KEY_BLOCK)] * 2
     scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * len(scalars)
-    # The log decay in three parts, q scaled, k and w in two parts, the matrix of zeros and ones, P.
-    scratch += [shared_block(C, KEY_BLOCK)] * (3 + 1 + 2 + 2 * config.beta) + [shared_block(C, C)] * 2
-    scratch += inverse_scratch() if config.beta else []
-    scratch.append(plgpu.Barrier(num_arrivals=len(keys) * blocks + len(scalars)))
-    body = functools.partial(_intra_chunk_kernel, config=config)
-    grid = (config.batch, config.heads, config.chunks)
-    out = [squares] * (1 + 2 * config.beta)
-    return call_kernel(config, "channel_intra_chunk", body, grid, out, scratch, (*keys, decay, *scalars))
+    # The log decay in three parts, k and the rows in two; the matrix of zeros and ones.
+    scratch += [shared_block(C, KEY_BLOCK)] * (3 + 2 + 2) + [shared_block(C, C)]
+    scratch += inverse_scratch() if erase else [shared_block(C, C)] * 2
+    scratch.append(plgpu.Barrier(num_arrivals=2 * blocks + len(scalars)))
+    body = functools.partial(_intra_chunk_kernel, config=config, erase=erase)
+    grid, name = (config.batch, config.heads, config.chunks), "channel_inverse" if erase else "channel_scores"
+    return call_kernel(config, name, body, grid, [squares] * 2, scratch, (rows, k, decay, *scalars))
 
 
 def _scan_kernel(*refs, config: ChannelConfig):
-    count = 6 + 5 * config.beta
+    count = 7 + 5 * config.beta
     inputs, start, (o_g, end_g), refs = refs[:count], refs[count], refs[count + 1 : count + 3], refs[count + 3 :]
     slots, refs = refs[:count], refs[count:]
     *blocks, ready = refs
     state_s, o_s, u_s, difference_s = blocks[:2], blocks[2], blocks[3:5], blocks[5:]
     b, h, block = (lax.axis_index(name) for name in AXES)
     columns = pl.ds(block * config.value_block, config.value_block)
-    # q, k in two parts, w in two parts | v | chunk decay, P, X in two parts, scalars.
+    # q, k and w in two parts | v | chunk decay, P and X in two parts, scalars.
     wide = 3 + 2 * config.beta
 
     def step(n, state):
@@ -201,7 +194,7 @@ def _scan_kernel(*refs, config: ChannelConfig):
         plgpu.commit_smem()
         plgpu.barrier_wait(ready)
         q, *k = slots[:3]
-        v, decay, p, *rest = slots[wide:]
+        (v, decay, *p), rest = slots[wide : wide + 4], slots[wide + 4 :]
         decayed = state * load_column(decay, config.value_block)
         writes = [v]
         if config.beta:
@@ -215,13 +208,12 @@ def _scan_kernel(*refs, config: ChannelConfig):
             store_split(u_s, u)
             plgpu.commit_smem()
             writes = u_s
-        o, written = products(
-            [*[(q, part) for part in state_s], *[(p, part) for part in writes]],
-            partial_products([transposed(part) for part in k], writes),
-        )
+        (o,) = products([*partial_products([q], state_s), *partial_products(p, writes)])
         store(o_s, o)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_s, o_g.at[b, tokens, h, columns])
+        # After o: both accumulators at once spill.
+        (written,) = products(partial_products([transposed(part) for part in k], writes))
         plgpu.wait_smem_to_gmem(0)
         return decayed + written
 
@@ -231,11 +223,11 @@ def _scan_kernel(*refs, config: ChannelConfig):
 
 
 def _scan(config: ChannelConfig, operands, start) -> tuple[Array, ...]:
-    """O and the last state; operands: q, k (2), w (2), v, chunk decay, P, X (2), scalars, as far as there are any."""
+    """O and the last state of q, k and w (2 parts each), v, chunk decay, P, X (2 each), scalars; w and X with beta."""
     C, K, V = config.chunk, config.key, config.value_block
     block = functools.partial(shared_block, columns=V)
-    scratch = [block(C, K)] * (3 + 2 * config.beta) + [block(C, V), plgpu.SMEM((K,), jnp.float32), block(C, C)]
-    scratch += [block(C, C)] * (2 * config.beta)
+    scratch = [block(C, K)] * (3 + 2 * config.beta) + [block(C, V), plgpu.SMEM((K,), jnp.float32)]
+    scratch += [block(C, C)] * (2 + 2 * config.beta)
     scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * config.beta
     scratch += [block(K, V)] * 2 + [block(C, V)] * 5
     scratch.append(plgpu.Barrier(num_arrivals=len(operands)))
@@ -252,7 +244,9 @@ def _kernels(config: ChannelConfig, q, k, v, *rest) -> tuple[Array, ...]:
     keys, rest = (q, k, *rest[: config.beta]), rest[config.beta :]
     wide = 3 + 2 * config.beta
     decay, scaled, (chunk_decay, *scalars, start) = rest[0], rest[1 : 1 + wide], rest[1 + wide :]
-    squares = _intra_chunk(config, keys, decay, scalars)
+    squares = _intra_chunk(config, keys[0], keys[1], decay, scalars, erase=False)
+    if config.beta:
+        squares += _intra_chunk(config, keys[2], keys[1], decay, scalars, erase=True)
     return _scan(config, (*scaled, v, chunk_decay, *squares, *scalars[: config.beta]), start)
 
 
