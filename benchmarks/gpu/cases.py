@@ -56,7 +56,7 @@ SHIPPED = (
         Case(op, 1, 256, 2, 1, width, width, decay=decay, segments=segments)
         for op in ("delta_rule", "linear_attention")
         for width in (64, 128)
-        for decay in ("", "head")
+        for decay in ("", "head", "channel")
         for segments in (0, 2)
     ),
     *(

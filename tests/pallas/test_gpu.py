@@ -191,7 +191,7 @@ def test_default_runs_the_channel_kernels(name):
 
     with jax.sharding.use_abstract_mesh(H200):
         text = str(jax.make_jaxpr(jax.grad(loss))(given))
-    assert "memformer_delta_rule_channel_intra_chunk" in text
+    assert "memformer_delta_rule_channel_inverse" in text
     assert "memformer_delta_rule_channel_chunk_scan" in text
 
 

@@ -135,8 +135,8 @@ def _intra_chunk_kernel(*refs, config: ChannelConfig, erase: bool):
             store_split(scaled_rows, factor * _load_float32(rows_s.at[i]))
             store_split(scaled_k, factor * _load_float32(k_s.at[i]))
             plgpu.commit_smem()
-            turned = [transposed(part) for part in scaled_k]
-            (added,) = products(partial_products(scaled_rows, turned))
+            k_t = [transposed(part) for part in scaled_k]
+            (added,) = products(partial_products(scaled_rows, k_t))
             return scores + jnp.where(_pairs(iotas(config.chunk), half), added, 0.0)
 
         # A loop: unrolled levels spill.
