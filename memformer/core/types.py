@@ -9,6 +9,7 @@ Every array is named by letters, in code, documentation and tests:
                              P  documents (segments) per row
     G  key/value heads       C  chunk length
        where fewer (H % G == 0)    L  levels of log-linear attention
+                             M  slots of gated slot attention
 
 Arrays are [B, T, H, K]; a matrix state is [B, H, K, V] in float32 (float64 under x64).
 No other module defines letters.

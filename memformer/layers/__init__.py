@@ -21,7 +21,7 @@ from memformer.layers.basic import (
 from memformer.layers.cached import DeltaFormer, Latent, SoftmaxAttention
 from memformer.layers.config import BaseConfig
 from memformer.layers.convolution import ShortConvolution
-from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase
+from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase, GatedSlots, GatedSlotState
 from memformer.layers.experts import apply_experts
 from memformer.layers.feedforward import FEEDFORWARDS, MLP, MixtureOfExperts, RouterCorrection, SwiGLU, feedforward_keys
 from memformer.layers.gates import (
@@ -146,6 +146,8 @@ __all__ = [
     "ForgetDecay",
     "Comba",
     "GatedErase",
+    "GatedSlots",
+    "GatedSlotState",
     "HGRN2",
     "RWKV7",
 ]

@@ -1,21 +1,22 @@
-"""Matrix memories that erase elsewhere than at the key, or whose keys are gates: Comba, GDN-2, RWKV-7, HGRN2."""
+"""Matrix memories that erase elsewhere than at the key, or whose keys are gates: Comba, GDN-2, RWKV-7, HGRN2, GSA."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
+from memformer.core.checks import check_size
 from memformer.core.numerics import l2norm
 from memformer.core.types import Array
 from memformer.layers.base import MemoryLayer
-from memformer.layers.basic import named
+from memformer.layers.basic import linear, named
 from memformer.layers.gates import BoundedDecay, SigmoidGate, StepDecay
 from memformer.layers.matrix import DeltaRule
 from memformer.ops.delta_product import delta_product
 from memformer.ops.delta_rule import delta_rule
 from memformer.ops.linear_attention import linear_attention
 
-__all__ = ["Comba", "GatedErase", "HGRN2", "RWKV7"]
+__all__ = ["Comba", "GatedErase", "GatedSlots", "GatedSlotState", "HGRN2", "RWKV7"]
 
 
 class Comba(DeltaRule):
@@ -159,3 +160,79 @@ class HGRN2(MemoryLayer):
         decay = nnx.log_sigmoid(logits)
         q = nnx.silu(parts["q"])
         return linear_attention(q, k, parts["v"], decay=decay, segment_ids=segment_ids, initial_state=memory)
+
+
+class GatedSlotState(NamedTuple):
+    """The memory of `GatedSlots`.
+
+    Attributes:
+      keys: [B, H, M, K], float32.
+      values: [B, H, M, V], float32.
+    """
+
+    keys: Array
+    values: Array
+
+
+class GatedSlots(MemoryLayer):
+    """Gated slot attention: softmax attention over M slots, each an average of keys and of values with its own decay.
+
+        f_t = sigmoid(W x_t)^(1 / 8)
+        A_t = diag(f_t) A_{t-1} + (1 - f_t) k_t^T,    B_t = diag(f_t) B_{t-1} + (1 - f_t) v_t^T
+        o_t = B_t^T softmax(A_t q_t / sqrt(K))
+
+    Two linear attentions: A has a decay per channel of its values, so that each slot is a head of one value.
+
+    Args:
+      width: D.
+      heads: H.
+      slots: M.
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+
+    Raises:
+      ValueError: slots that are no positive integer.
+
+    Source: arXiv 2409.07146.
+    """
+
+    def __init__(self, width: int, *, heads: int, slots: int = 64, rngs: nnx.Rngs, **options: Any):
+        super().__init__(width, heads=heads, rngs=rngs, **options)
+        self.slots = check_size("slots", slots)
+        self.forget = linear(width, heads * slots, ("embed", "heads"), dtypes=self.dtypes, rngs=rngs, wide=True)
+
+    def _apply_op(self, x, parts, segment_ids, memory):
+        q, k, v = (nnx.silu(parts[name]) for name in "qkv")
+        decay = nnx.log_sigmoid(self.forget(x)).reshape(*v.shape[:3], self.slots) / 8
+        written = -jnp.expm1(decay).astype(v.dtype)
+
+        def slots_as_heads(a):
+            return a.reshape(*a.shape[:2], -1)
+
+        state = memory or self._init_memory(v.shape[0], 0, v.dtype)
+        keys = state.keys.reshape(v.shape[0], -1, self.key_width, 1)
+        scores, keys = linear_attention(
+            q,
+            k,
+            slots_as_heads(written)[..., None],
+            decay=slots_as_heads(decay),
+            segment_ids=segment_ids,
+            initial_state=keys,
+        )
+        weights = nnx.softmax(scores.reshape(decay.shape).astype(self.dtypes.wide), axis=-1).astype(v.dtype)
+        o, values = linear_attention(
+            weights, written, v, decay=decay, scale=1.0, segment_ids=segment_ids, initial_state=state.values
+        )
+        return o, GatedSlotState(keys.reshape(state.keys.shape), values)
+
+    def _init_memory(self, batch, capacity, dtype):
+        def zeros(width):
+            return jnp.zeros((batch, self.heads, self.slots, width), self.dtypes.wide)
+
+        return GatedSlotState(zeros(self.key_width), zeros(self.value_width))
+
+    def state_letters(self, state):
+        """The letters of the arrays of a state."""
+        letters = super().state_letters(state)
+        letters["memory"] = GatedSlotState("B H M K", "B H M V")
+        return letters

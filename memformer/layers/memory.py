@@ -14,7 +14,7 @@ from memformer.core.checks import check_choice, check_options
 from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import Dtypes
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
-from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase
+from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase, GatedSlots
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention
 from memformer.layers.recurrent import GRUMemory, LSTMMemory, RecurrentMemory, RNNMemory
 
@@ -137,6 +137,19 @@ MEMORIES: dict[str, MemorySpec] = {
         "S_t = diag(exp(g_t)) S_{t-1} + (1 - exp(g_t)) v_t^T; o_t = S_t^T q_t",
         "linear_attention(q, 1 - exp(g), v, decay=g)",
         "arXiv 2404.07904",
+    ),
+    "gsa": MemorySpec(
+        GatedSlots,
+        {"output_norm": True},
+        "linear, then softmax over slots",
+        "1 - f per slot",
+        "none",
+        "per slot",
+        "two matrices M x K and M x V per head",
+        "A_t = diag(f_t) A_{t-1} + (1 - f_t) k_t^T; B_t = diag(f_t) B_{t-1} + (1 - f_t) v_t^T; "
+        "o_t = B_t^T softmax(A_t q_t)",
+        "linear_attention(softmax(linear_attention(q, k, 1 - f, decay=log(f))), 1 - f, v, decay=log(f))",
+        "arXiv 2409.07146",
     ),
     "ssd": MemorySpec(
         LinearAttention,

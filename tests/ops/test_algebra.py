@@ -79,6 +79,17 @@ def based(x):
     return weights @ x["v"] / weights.sum(axis=1, keepdims=True)
 
 
+def gsa(x):
+    """Gated slot attention with a slot for each of the channels of `channel` and `gate`."""
+    keys, values, reads = np.zeros((KEY, KEY)), np.zeros((KEY, VALUE)), []
+    for t in range(LENGTH):
+        f = np.exp(x["channel"][t])[:, None]
+        keys, values = f * keys + (1 - f) * x["k"][t], f * values + (1 - f) * x["v"][t]
+        weights = np.exp(keys @ x["q"][t])
+        reads.append(weights / weights.sum() @ values)
+    return np.stack(reads)
+
+
 def call_comba(x, **options):
     return mf.delta_rule(x["q"], x["k"], x["v"], x["beta"], w=0.7 * x["k"], decay=x["head"], scale=1.0, **options)
 
@@ -104,12 +115,21 @@ def call_based(x, **options):
     return mf.linear_attention(q, k, x["v"], normalize=True, **options)
 
 
+def call_gsa(x, **options):
+    """As the layer calls it: a slot is a value head of width 1."""
+    decay, same = x["channel"], {"scale": 1.0, **options}
+    written = 1 - jnp.exp(decay)
+    scores, _ = mf.linear_attention(x["q"], x["k"], written[:, :, 0, :, None], decay=decay[:, :, 0], **same)
+    return mf.linear_attention(jax.nn.softmax(scores[..., 0])[:, :, None], written, x["v"], decay=decay, **same)
+
+
 MEMORIES = {
     "comba": (comba, call_comba),
     "gdn2": (gdn2, call_gdn2),
     "rwkv7": (rwkv7, call_rwkv7),
     "hgrn2": (hgrn2, call_hgrn2),
     "based": (based, call_based),
+    "gsa": (gsa, call_gsa),
 }
 
 
