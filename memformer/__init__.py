@@ -15,6 +15,7 @@ from memformer.ops.delta_rule import delta_rule
 from memformer.ops.deltaformer import deltaformer
 from memformer.ops.linear_attention import linear_attention
 from memformer.ops.log_linear_attention import LogLinearState, log_linear_attention
+from memformer.ops.mesa import MesaState, mesa
 from memformer.ops.recurrent_cells import LSTMState, gru, lstm, rnn
 from memformer.ops.softmax_attention import softmax_attention
 
@@ -24,6 +25,7 @@ __all__ = [
     "Kernel",
     "LSTMState",
     "LogLinearState",
+    "MesaState",
     "delta_product",
     "delta_rule",
     "deltaformer",
@@ -34,6 +36,7 @@ __all__ = [
     "linear_attention",
     "log_linear_attention",
     "lstm",
+    "mesa",
     "rnn",
     "softmax_attention",
 ]

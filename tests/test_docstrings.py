@@ -70,7 +70,7 @@ def test_examples_run(module):
 
 # Public names of the package, and the parts that their docstrings must have.
 NAMES = sorted(name for name in mf.__all__ if callable(getattr(mf, name)))
-MATRIX = ["delta_product", "delta_rule", "linear_attention", "log_linear_attention"]
+MATRIX = ["delta_product", "delta_rule", "linear_attention", "log_linear_attention", "mesa"]
 OPS = [*MATRIX, "deltaformer", "gru", "lstm", "rnn", "softmax_attention"]
 PARTS = ["Args:", "Returns:", "Raises:", "Example:", "Source"]
 

@@ -34,7 +34,7 @@ from memformer.layers.gates import (
     StepDecay,
 )
 from memformer.layers.lora import add_lora, is_lora, merge_lora
-from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention
+from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention, Mesa
 from memformer.layers.memory import MEMORIES, MemorySpec, build_memory, check_memory, known_options
 from memformer.layers.positions import (
     LearnedPositions,
@@ -89,6 +89,7 @@ __all__ = [
     "Linear",
     "LinearAttention",
     "LogLinearAttention",
+    "Mesa",
     "LogSigmoidDecay",
     "MEMORIES",
     "MLP",

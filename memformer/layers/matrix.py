@@ -1,5 +1,6 @@
-"""Matrix memory layers: linear attention, the delta rule and DeltaProduct."""
+"""Matrix memory layers: linear attention, the delta rule, DeltaProduct and mesa."""
 
+import math
 from typing import Any
 
 import jax
@@ -15,8 +16,9 @@ from memformer.ops.delta_product import delta_product
 from memformer.ops.delta_rule import delta_rule
 from memformer.ops.linear_attention import linear_attention
 from memformer.ops.log_linear_attention import LogLinearState, log_linear_attention
+from memformer.ops.mesa import MesaState, mesa
 
-__all__ = ["DeltaProduct", "DeltaRule", "LinearAttention", "LogLinearAttention"]
+__all__ = ["DeltaProduct", "DeltaRule", "LinearAttention", "LogLinearAttention", "Mesa"]
 
 FEATURE_MAPS = {
     "identity": lambda x: x,
@@ -243,3 +245,62 @@ class DeltaProduct(MemoryLayer):
         beta = self.beta(x).reshape(*x.shape[:2], self.heads, self.writes)
         beta = jnp.moveaxis(beta, 3, 2)
         return delta_product(**parts, beta=beta, decay=decay, segment_ids=segment_ids, initial_state=memory)
+
+
+# The least regularisation of a trained mesa layer, so that no system is singular.
+RIDGE = 0.25
+
+
+class Mesa(MemoryLayer):
+    """Mesa: reads with the linear map that fits all writes so far, in the least squares sense.
+
+    The regularisation is 1/4 + softplus(a) with a of each head and key channel, 1 at the start.
+
+    Args:
+      width: D.
+      heads: H.
+      decay: None, or a name in `DECAYS` with one decay per head.
+      iterations: of conjugate gradients.
+      key_heads: number of heads of q and k, shared by the H heads of v; None is H.
+      rngs: random streams.
+      **options: of `MemoryLayer`.
+
+    Source: arXiv 2506.05233.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        heads: int,
+        decay: str | None = None,
+        iterations: int = 30,
+        key_heads: int | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ):
+        check_choice("decay", decay, (None, "step", "fixed", "forget"))
+        keys = check_groups(heads, key_heads)
+        super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
+        self.iterations = check_size("iterations", iterations)
+        self.beta = SigmoidGate(width, heads, 1.0, dtypes=self.dtypes, rngs=rngs)
+        self.decay = _build_decay(decay, self, None, rngs)
+        init = named(nnx.initializers.constant(math.log(math.expm1(1 - RIDGE))), "heads")
+        self.ridge = nnx.Param(init(rngs.params(), (heads * self.key_width,), self.dtypes.param))
+
+    def _apply_op(self, x, parts, segment_ids, memory):
+        ridge = RIDGE + nnx.softplus(self.ridge[...].astype(self.dtypes.wide))
+        ridge = jnp.broadcast_to(ridge.reshape(1, 1, self.heads, -1), (*x.shape[:2], self.heads, self.key_width))
+        decay = None if self.decay is None else self.decay(x)[0]
+        options: dict[str, Any] = {"segment_ids": segment_ids, "initial_state": memory}
+        return mesa(**parts, beta=self.beta(x), ridge=ridge, decay=decay, iterations=self.iterations, **options)
+
+    def _init_memory(self, batch, capacity, dtype):
+        values = super()._init_memory(batch, capacity, dtype)
+        return MesaState(jnp.zeros((*values.shape[:3], self.key_width), values.dtype), values)
+
+    def state_letters(self, state):
+        """The letters of the arrays of a state."""
+        letters = super().state_letters(state)
+        letters["memory"] = MesaState("B H K K", "B H K V")
+        return letters

@@ -15,7 +15,7 @@ from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import Dtypes
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase, GatedSlots
-from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention
+from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention, Mesa
 from memformer.layers.recurrent import GRUMemory, LSTMMemory, RecurrentMemory, RNNMemory
 
 __all__ = ["MEMORIES", "MemorySpec", "build_memory", "check_memory", "known_options"]
@@ -190,6 +190,19 @@ MEMORIES: dict[str, MemorySpec] = {
         "o_t = sum_{i<=t} lambda_t[bits of t xor i] exp(G_t - G_i) (q_t . k_i) d_i v_i + D v_t",
         "log_linear_attention(q, k, d * v, level_weights, decay=-a * d)",
         "arXiv 2506.04761",
+    ),
+    "mesa": MemorySpec(
+        Mesa,
+        {"decay": "step", "unit_keys": True, "unit_queries": True, "conv_width": 4, "output_norm": True},
+        "the inverse of all keys' sum",
+        "alpha = beta",
+        "none",
+        "per head",
+        "two matrices K x K and K x V per head",
+        "G_t = exp(g_t) G_{t-1} + beta_t k_t k_t^T; S_t = exp(g_t) S_{t-1} + beta_t k_t v_t^T; "
+        "o_t = S_t^T (G_t + diag(r))^-1 q_t",
+        "mesa(q, k, v, beta, r, decay=g)",
+        "arXiv 2506.05233",
     ),
     "delta_rule": MemorySpec(
         DeltaRule,

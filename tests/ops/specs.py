@@ -178,6 +178,18 @@ def _log_linear(name, levels, groups):
     return Spec(name, mf.log_linear_attention, arrays, state, "log_linear_attention", observe=observe)
 
 
+def _mesa(name, groups):
+    def arrays(rng, batch, length):
+        arrays = recurrent_arrays(decay="head", groups=groups)(rng, batch, length)
+        return arrays | {"ridge": rng.uniform(0.5, 1.5, (batch, length, HEADS, WIDTH))}
+
+    def state(rng, batch):
+        rows = rng.standard_normal((batch, HEADS, WIDTH, WIDTH))
+        return mf.MesaState(rows @ rows.swapaxes(-1, -2) / WIDTH, matrix_state()(rng, batch))
+
+    return Spec(name, mf.mesa, arrays, state, "mesa", observe=lambda state: state._asdict())
+
+
 SPECS = (
     _delta_rule("delta_rule"),
     _delta_rule("delta_rule_head_decay", decay="head"),
@@ -199,6 +211,7 @@ SPECS = (
     _product("delta_product_head_decay", decay="head"),
     _product("delta_product_channel_decay_erase", decay="channel", erase=True),
     _log_linear("log_linear_attention", levels=5, groups=1),
+    _mesa("mesa", groups=1),
     _attention("softmax_attention"),
     _attention("softmax_attention_decay", decay=True, window=25),
     _deltaformer("deltaformer_linear_softmax", write_kernel="linear"),

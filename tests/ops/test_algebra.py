@@ -90,6 +90,18 @@ def gsa(x):
     return np.stack(reads)
 
 
+def mesa(x):
+    """The least squares map of all writes so far, by NumPy's solver on the stacked rows."""
+    reads = []
+    for t in range(LENGTH):
+        weight = x["beta"][: t + 1] * np.exp([np.sum(x["head"][i + 1 : t + 1]) for i in range(t + 1)])
+        ridge = np.diag(np.sqrt(1 + x["gate"][t]))
+        keys = np.concatenate([np.sqrt(weight)[:, None] * x["k"][: t + 1], ridge])
+        values = np.concatenate([np.sqrt(weight)[:, None] * x["v"][: t + 1], np.zeros((KEY, VALUE))])
+        reads.append(x["q"][t] @ np.linalg.lstsq(keys, values)[0])
+    return np.stack(reads)
+
+
 def call_comba(x, **options):
     return mf.delta_rule(x["q"], x["k"], x["v"], x["beta"], w=0.7 * x["k"], decay=x["head"], scale=1.0, **options)
 
@@ -123,6 +135,10 @@ def call_gsa(x, **options):
     return mf.linear_attention(jax.nn.softmax(scores[..., 0])[:, :, None], written, x["v"], decay=decay, **same)
 
 
+def call_mesa(x, **options):
+    return mf.mesa(x["q"], x["k"], x["v"], x["beta"], 1 + x["gate"], decay=x["head"], **options)
+
+
 MEMORIES = {
     "comba": (comba, call_comba),
     "gdn2": (gdn2, call_gdn2),
@@ -130,6 +146,7 @@ MEMORIES = {
     "hgrn2": (hgrn2, call_hgrn2),
     "based": (based, call_based),
     "gsa": (gsa, call_gsa),
+    "mesa": (mesa, call_mesa),
 }
 
 

@@ -216,7 +216,7 @@ def test_padding_never_reaches_a_valid_token(name, implementation, value):
 
 def lay_on_mesh(mesh, name, arrays, state):
     """Arrays and state with batch over "data" and heads over "tensor", ids with batch over "data"."""
-    heads = {"q": -2, "k": -2, "v": -2, "w": -2, "beta": -1, "alpha": -1, "level_weights": -2}
+    heads = {"q": -2, "k": -2, "v": -2, "w": -2, "beta": -1, "alpha": -1, "level_weights": -2, "ridge": -2}
 
     def put(key, x, axis):
         spec = ["data", *[None] * (x.ndim - 1)]
@@ -225,7 +225,7 @@ def lay_on_mesh(mesh, name, arrays, state):
         return jax.device_put(x, NamedSharding(mesh, P(*spec)))
 
     arrays = {key: put(key, x, 2 if key == "decay" else x.ndim + heads[key]) for key, x in arrays.items()}
-    of_state = {5: 1, 4: 1 if isinstance(state, jax.Array) else 2, 3: 2}
+    of_state = {5: 1, 4: 2 if holds_tokens(state) else 1, 3: 2}
     scalar = NamedSharding(mesh, P())
     place = lambda x: put("state", x, of_state.get(x.ndim)) if x.ndim else jax.device_put(x, scalar)  # noqa: E731
     return arrays, jax.tree.map(place, state)
