@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 def table() -> str:
     """The table of memories, shortened to what a first look needs."""
-    from memformer.layers.memory import MEMORIES
+    from memformer.layers.table import MEMORIES
 
     rows = ["| memory | similarity | erase | forget | state |", "| --- | --- | --- | --- | --- |"]
     rows += [

@@ -27,7 +27,7 @@ from memformer.training.metrics import log
 __all__ = ["CONVERGENCE_DEEP", "MEMORIES", "halfway", "probe"]
 
 WIDTH, DEPTH = 64, 4
-# Name in `memformer.layers.memory.MEMORIES` and options; no memory has positions, for a stream has no beginning.
+# Name in `memformer.layers.table.MEMORIES` and options; no memory has positions, for a stream has no beginning.
 MEMORIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "softmax": ("softmax_attention", {"rotary": False}),
     "linear": ("linear_attention", {}),

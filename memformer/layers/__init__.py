@@ -35,7 +35,7 @@ from memformer.layers.gates import (
 )
 from memformer.layers.lora import add_lora, is_lora, merge_lora
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention, Mesa
-from memformer.layers.memory import MEMORIES, MemorySpec, build_memory, check_memory, known_options
+from memformer.layers.memory import build_memory, check_memory, known_options
 from memformer.layers.positions import (
     LearnedPositions,
     SinusoidalPositions,
@@ -59,7 +59,7 @@ from memformer.layers.recurrent import (
 )
 from memformer.layers.sharding import RULES, auto_axes, on_auto_mesh, partition_spec, state_letters
 from memformer.layers.stack import TransformerShape, build_stack, layer_of, run_stack
-from memformer.layers.table import memories_table
+from memformer.layers.table import MEMORIES, MemorySpec, memories_table
 from memformer.layers.transformer import CrossAttention, DecoderBlock, EncoderBlock, SelfAttention, visible_memory
 
 __all__ = [

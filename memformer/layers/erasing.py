@@ -234,5 +234,5 @@ class GatedSlots(MemoryLayer):
     def state_letters(self, state):
         """The letters of the arrays of a state."""
         letters = super().state_letters(state)
-        letters["memory"] = GatedSlotState("B H M K", "B H M V")
+        letters["memory"] = letters["memory"]._replace(keys="B H M K", values="B H M V")
         return letters

@@ -302,5 +302,5 @@ class Mesa(MemoryLayer):
     def state_letters(self, state):
         """The letters of the arrays of a state."""
         letters = super().state_letters(state)
-        letters["memory"] = MesaState("B H K K", "B H K V")
+        letters["memory"] = letters["memory"]._replace(keys="B H K K", values="B H K V")
         return letters

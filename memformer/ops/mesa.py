@@ -1,7 +1,7 @@
 """Mesa: a matrix memory whose read solves, for every query, the least squares problem of all writes so far."""
 
 import dataclasses
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -187,8 +187,8 @@ def _run_recurrent(call: MesaCall) -> tuple[Array, Array]:
     dtype, width = call.state.dtype, call.state.shape[2]
     repeats = call.v.shape[2] // call.q.shape[2]
     decay = None if call.decay is None else by_time(call.decay)
-    arrays = (by_time(call.q, repeats), by_time(call.k, repeats), by_time(call.v), by_time(call.beta))
-    arrays = (*arrays, by_time(call.ridge), decay)
+    keys = (by_time(call.q, repeats), by_time(call.k, repeats))
+    arrays = (*keys, by_time(call.v), by_time(call.beta), by_time(call.ridge), decay)
 
     def step(state, token):
         *arrays, reset = token
@@ -218,7 +218,7 @@ def _run_chunked(call: MesaCall) -> tuple[Array, Array]:
     tokens, width = call.q.shape[1], call.state.shape[2]
     size = call.chunk_size or default_chunk(call)
     chunks = load_chunks(call, size)
-    beta = cast(Array, chunks.beta)
+    beta = chunks.beta
     ridge = jnp.pad(call.ridge, ((0, 0), (0, padding_to(tokens, size)), (0, 0), (0, 0)), constant_values=1)
     ridge = split_chunks(ridge, size, call.state)
 

@@ -20,7 +20,8 @@ from memformer.core.checks import check, check_choice
 from memformer.core.types import Array, Float
 from memformer.layers.base import MemoryLayer
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
-from memformer.layers.memory import MEMORIES, known_options
+from memformer.layers.memory import known_options
+from memformer.layers.table import MEMORIES
 from memformer.models.config import LanguageModelConfig
 from memformer.models.language_model import MemoryLM
 

@@ -19,7 +19,8 @@ from ml_collections import config_dict
 
 from memformer.core.checks import check_choice
 from memformer.layers.feedforward import FEEDFORWARDS, feedforward_keys
-from memformer.layers.memory import MEMORIES, known_options
+from memformer.layers.memory import known_options
+from memformer.layers.table import MEMORIES
 from memformer.models import MODELS, preset_fields
 from memformer.tasks import TASKS, Task, import_tasks, make_task
 from memformer.training.distill import DISTILL, apply_start

@@ -69,7 +69,7 @@ class _NoOrbax(std_logging.Filter):
         text = record.getMessage()
         if record.exc_info and record.exc_info[1]:
             text += "".join(traceback.format_exception(record.exc_info[1]))
-        return "/orbax/" not in text and "tensorstore" not in text
+        return not any(word in text for word in ("/orbax/", ".orbax-checkpoint-tmp", "tensorstore"))
 
 
 def hide_orbax() -> None:

@@ -10,7 +10,8 @@ from flax import nnx
 
 from memformer.core.similarity import Kernel
 from memformer.layers.basic import Dtypes
-from memformer.layers.memory import MEMORIES, build_memory, known_options
+from memformer.layers.memory import build_memory, known_options
+from memformer.layers.table import MEMORIES
 from tests.numeric import FORWARD, assert_close, relative_rms
 
 BATCH, TIME, WIDTH, HEADS = 4, 6, 8, 2

@@ -5,8 +5,7 @@
 
 import pathlib
 
-from memformer.layers.memory import MEMORIES
-from memformer.layers.table import memories_table
+from memformer.layers.table import MEMORIES, memories_table
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "memories.md"
 

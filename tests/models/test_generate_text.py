@@ -8,7 +8,7 @@ from flax import nnx
 
 import memformer as mf
 from memformer.data import ByteTokenizer, load_tokenizer
-from memformer.layers.memory import MEMORIES
+from memformer.layers.table import MEMORIES
 from memformer.models import MemoryLM, TextStream, TokenStream, bucket_length, generate, generate_text
 from memformer.models.config import LanguageModelConfig
 from memformer.models.generate import _start, _step

@@ -38,7 +38,7 @@ def losses(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> li
 
 
 if __name__ == "__main__":
-    join_processes(sys.argv[1])
-    found = [losses(sizes) for sizes in MESHES]
-    if jax.process_index() == 0:
-        sys.stdout.write(json.dumps(found) + "\n")
+    with join_processes(sys.argv[1]):
+        found = [losses(sizes) for sizes in MESHES]
+        if jax.process_index() == 0:
+            sys.stdout.write(json.dumps(found) + "\n")

@@ -194,7 +194,7 @@ def test_command_line_that_cannot_be_used(monkeypatch, tmp_path, capsys):
         ([f"--config={path}", "--config.trian.steps=3"], "did you mean train"),
         ([f"--config={path}", "--config.task.lenght=3"], "config.task has no key lenght .*did you mean length"),
         ([f"--config={path}", "--config.model.memory_options.gla.decy=3"], "memory_options.gla has no key decy"),
-        ([f"--config={path}", "--config.model.memory_options.gal.decay=3"], "did you mean gla"),
+        ([f"--config={path}", "--config.model.memory_options.gal.decay=3"], "did you mean gsa or gla"),
         (["--config", path, "--config.optimizer.learningrate", "3"], "did you mean learning_rate"),
         ([f"--config={path}", "--config.train.steps=1.5"], "train.steps=1.5: must be a whole number"),
         ([f"--config={path}", "--config.train.steps=nan"], "must be a whole number, got 'nan'"),

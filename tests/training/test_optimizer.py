@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from memformer.layers.memory import MEMORIES
+from memformer.layers.table import MEMORIES
 from memformer.models import build_model
 from memformer.training.build import build_run
 from memformer.training.checkpoint import Checkpoints

@@ -8,8 +8,9 @@ from typing import Any
 from memformer.core.checks import check_choice
 from memformer.layers.base import MemoryLayer
 from memformer.layers.feedforward import FEEDFORWARDS
-from memformer.layers.memory import MEMORIES, known_options
+from memformer.layers.memory import known_options
 from memformer.layers.positions import SCALINGS
+from memformer.layers.table import MEMORIES
 from memformer.models.config import LanguageModelConfig
 
 __all__ = ["explicit", "memory_options", "read_rope", "require", "write_rope"]
