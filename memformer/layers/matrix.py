@@ -286,10 +286,10 @@ class Mesa(MemoryLayer):
         self.beta = SigmoidGate(width, heads, 1.0, dtypes=self.dtypes, rngs=rngs)
         self.decay = _build_decay(decay, self, None, rngs)
         init = named(nnx.initializers.constant(math.log(math.expm1(1 - RIDGE))), "heads")
-        self.ridge = nnx.Param(init(rngs.params(), (heads * self.key_width,), self.dtypes.param))
+        self.ridge_bias = nnx.Param(init(rngs.params(), (heads * self.key_width,), self.dtypes.param))
 
     def _apply_op(self, x, parts, segment_ids, memory):
-        ridge = RIDGE + nnx.softplus(self.ridge[...].astype(self.dtypes.wide))
+        ridge = RIDGE + nnx.softplus(self.ridge_bias[...].astype(self.dtypes.wide))
         ridge = jnp.broadcast_to(ridge.reshape(1, 1, self.heads, -1), (*x.shape[:2], self.heads, self.key_width))
         decay = None if self.decay is None else self.decay(x)[0]
         options: dict[str, Any] = {"segment_ids": segment_ids, "initial_state": memory}

@@ -103,8 +103,8 @@ def mesa(
     Example:
       >>> x = jnp.ones((1, 3, 1, 1))
       >>> output, state = mesa(x, x, x, x[..., 0], x)
-      >>> jnp.round(output[0, :, 0, 0], 3), state.keys[0, 0, 0, 0]
-      (Array([0.5  , 0.667, 0.75 ], dtype=float32), Array(3., dtype=float32))
+      >>> jnp.round(12 * output[0, :, 0, 0]), state.keys[0, 0, 0, 0]
+      (Array([6., 8., 9.], dtype=float32), Array(3., dtype=float32))
     """
     dims: Dims = {}
     for name, x, letters in (("q", q, "B T G K"), ("k", k, "B T G K"), ("v", v, "B T H V"), ("beta", beta, "B T H")):
