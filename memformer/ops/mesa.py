@@ -16,7 +16,7 @@ from memformer.core.symbolic import padding_to
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.ops.matrix_memory.arguments import make_call
 from memformer.ops.matrix_memory.chunked import default_chunk
-from memformer.ops.matrix_memory.chunks import by_time, load_chunks, resets, split_chunks, unsplit_chunks
+from memformer.ops.matrix_memory.chunks import by_time, load_chunks, refuse_kernel, resets, split_chunks, unsplit_chunks
 from memformer.pallas.platform import preferred
 
 __all__ = ["MesaState", "mesa"]
@@ -252,8 +252,4 @@ def _run_chunked(call: MesaCall) -> tuple[Array, Array]:
     return unsplit_chunks(output, tokens), end
 
 
-def _refuse_kernel(call: MatrixCall):
-    raise NotImplementedError(f"{call.op} has no kernel; implementation='chunked' or 'recurrent' serves")
-
-
-IMPLEMENTATIONS = {"recurrent": _run_recurrent, "chunked": _run_chunked, "pallas": _refuse_kernel}
+IMPLEMENTATIONS = {"recurrent": _run_recurrent, "chunked": _run_chunked, "pallas": refuse_kernel}

@@ -13,7 +13,7 @@ from memformer.core.types import Array
 from memformer.ops.matrix_memory.groups import ChunkScan, Inputs, flatten, make_masks, to_chunks, to_time
 from memformer.ops.matrix_memory.scores import decayed_scores
 
-__all__ = ["Chunks", "by_time", "load_chunks", "resets", "split_chunks", "unsplit_chunks"]
+__all__ = ["Chunks", "by_time", "load_chunks", "refuse_kernel", "resets", "split_chunks", "unsplit_chunks"]
 
 
 class Chunks(NamedTuple):
@@ -88,3 +88,8 @@ def resets(call: MatrixCall) -> Array | None:
         return None
     index = call.segments.index
     return jnp.moveaxis(jnp.diff(index, axis=1, prepend=jnp.zeros_like(index[:, :1])) != 0, 1, 0)
+
+
+def refuse_kernel(call: MatrixCall) -> tuple[Array, Array]:
+    """Raises NotImplementedError: no chip has a kernel of the op."""
+    raise NotImplementedError(f"{call.op} has no kernel; implementation='chunked' or 'recurrent' serves")

@@ -17,7 +17,7 @@ from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.wgmma import iotas, partial_products, products, split_block, store_split
 
-__all__ = ["ROWS", "inverse_scratch", "unit_lower_inverse"]
+__all__ = ["ROWS", "inverse_scratch", "unit_lower_inverse", "write_inverse"]
 
 ROWS, BLOCK = 64, 16
 PAIR = 2 * BLOCK
@@ -32,9 +32,28 @@ EVERY_LANE = plgpu.Layout.TILED(
 
 
 def inverse_scratch() -> list:
-    """Shared memory of `unit_lower_inverse`, 56 KiB. The caller may store the result in the first two pairs."""
+    """Shared memory of an inverse, 56 KiB; its first two pairs are free again once that is known."""
     shapes = ((ROWS, BLOCK + PAIR), (ROWS // BLOCK, BLOCK, BLOCK + PAIR))
     return [split_block(ROWS, PAIR, columns=PAIR)] * 4 + [plgpu.SMEM(shape, jnp.float32) for shape in shapes]
+
+
+def write_inverse(a: Array, scratch, targets, place: tuple) -> None:
+    """Starts the copies of (I + a)^-1 to global memory, as the sum of bfloat16 arrays.
+
+    Args:
+      a: [64, 64] float32, zero on and above the diagonal.
+      scratch: see `inverse_scratch`.
+      targets: one array per summand.
+      place: indices of the matrix in each of them.
+    """
+    sides = unit_lower_inverse(a, scratch)
+    for pair, x in zip(scratch, sides, strict=False):
+        # The first pairs of the scratch are free again.
+        store_split(pair, x)
+    plgpu.commit_smem()
+    for i, x in enumerate(sides):
+        for source, target in zip(scratch[i], targets, strict=True):
+            plgpu.copy_smem_to_gmem(source, target.at[(*place, slice(None), pl.ds(i * x.shape[1], x.shape[1]))])
 
 
 def unit_lower_inverse(a: Array, scratch) -> tuple[Array, Array]:

@@ -36,7 +36,7 @@ from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas import token_scalars
 from memformer.pallas.gpu import compat
-from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
+from memformer.pallas.gpu.inverse import inverse_scratch, write_inverse
 from memformer.pallas.gpu.matrix_memory.config import AXES, ScanConfig, call_kernel, plan_call
 from memformer.pallas.gpu.matrix_memory.token_scalars import TokenScalars
 from memformer.pallas.gpu.wgmma import (
@@ -143,14 +143,7 @@ def _intra_chunk_kernel(*refs, config: ChannelConfig, erase: bool):
         scores = lax.fori_loop(0, config.chunk.bit_length() - 1, add_level, scores)
     (scores,) = scalars.mask_and_decay(iotas(config.chunk), scores)
     if erase:
-        sides = unit_lower_inverse(scalars.scale_rows(("beta",), scores), scratch)
-        for i, x in enumerate(sides):
-            # The first blocks of the scratch are free again.
-            store_split(scratch[i], x)
-        plgpu.commit_smem()
-        for i, x in enumerate(sides):
-            for source, target in zip(scratch[i], out_g, strict=True):
-                plgpu.copy_smem_to_gmem(source, target.at[b, h, n, :, pl.ds(i * x.shape[1], x.shape[1])])
+        write_inverse(scalars.scale_rows(("beta",), scores), scratch, out_g, (b, h, n))
     else:
         store_split(scratch, scores * config.scale)
         plgpu.commit_smem()

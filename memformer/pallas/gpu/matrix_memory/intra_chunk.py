@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.types import Array
-from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
+from memformer.pallas.gpu.inverse import inverse_scratch, write_inverse
 from memformer.pallas.gpu.matrix_memory.config import AXES, ScanConfig, call_kernel
 from memformer.pallas.gpu.matrix_memory.token_scalars import TokenScalars
-from memformer.pallas.gpu.wgmma import iotas, products, shared_block, store, store_split, transposed
+from memformer.pallas.gpu.wgmma import iotas, products, shared_block, store, transposed
 
 __all__ = ["intra_chunk"]
 
@@ -43,14 +43,7 @@ def _kernel(*refs, config: ScanConfig):
     plgpu.copy_smem_to_gmem(qk_s, qk_g.at[b, h, n])
     if config.beta:
         kk = jnp.where(places[0] > places[1], kk[0], 0.0)
-        sides = unit_lower_inverse(scalars.scale_columns(kk), scratch)
-        for i, x in enumerate(sides):
-            # The first blocks of the scratch are free again.
-            store_split(scratch[i], x)
-        plgpu.commit_smem()
-        for i, x in enumerate(sides):
-            for source, target in zip(scratch[i], inverse_g, strict=True):
-                plgpu.copy_smem_to_gmem(source, target.at[b, h, n, :, pl.ds(i * x.shape[1], x.shape[1])])
+        write_inverse(scalars.scale_columns(kk), scratch, inverse_g, (b, h, n))
     plgpu.wait_smem_to_gmem(0)
 
 
