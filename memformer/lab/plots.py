@@ -80,11 +80,10 @@ def draw_lines(
     """
     for index, (label, points) in enumerate(series.items()):
         style = {**line_style(index), **(styles or {}).get(label, {})}
-        banded = all(isinstance(y, Sequence) for y in points.values())
-        middle = [y[0] for y in points.values()] if banded else list(points.values())
-        axis.plot(list(points), middle, label=label, **style)
-        if banded and points:
-            low, high = ([y[place] for y in points.values()] for place in (1, 2))
+        bands = [y if isinstance(y, Sequence) else (y, y, y) for y in points.values()]
+        axis.plot(list(points), [y[0] for y in bands], label=label, **style)
+        if any(isinstance(y, Sequence) for y in points.values()):
+            low, high = ([y[place] for y in bands] for place in (1, 2))
             axis.fill_between(list(points), low, high, color=style["color"], alpha=0.15, linewidth=0)
     _grid(axis, "both")
     if x_base is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from memformer.lab.plots import add_legend
-from memformer.lab.runs import train_runs, trained_table, training_seconds
+from memformer.lab.runs import repeat_rows, train_runs, trained_table, training_seconds
 from memformer.lab.study import Result, Row, Study, Table, Verdict
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun, load_run
@@ -55,7 +55,7 @@ def run_study(
     runs = {os.path.basename(os.path.normpath(folder)): load_run(folder) for folder in folders}
     given = list(runs.values())
     if study.rows:
-        rows, changes = (small.rows, small.changes) if small else (study.rows, {})
+        rows, changes = (small.rows, small.changes) if small else (repeat_rows(study.rows, study.seeds), {})
         folder = os.path.join(runs_folder, f"{study.name}-quick" if quick else study.name)
         if quick:
             shutil.rmtree(f"{folder}-data", ignore_errors=True)

@@ -4,12 +4,12 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import ml_collections
 
-from memformer.lab.study import Row, Table, percent
+from memformer.lab.study import Row, Table, percent, spread
 from memformer.training.build import build_run
 from memformer.training.config import RunError, complete_config
 from memformer.training.evaluation import LoadedRun, load_run
@@ -19,20 +19,28 @@ from memformer.training.metrics import log, read_records
 
 __all__ = [
     "accuracies",
+    "accuracies_by_seed",
     "accuracy_by_length",
     "columns_by_length",
     "longest_trained",
     "make_config",
+    "repeat_rows",
+    "runs_by_row",
     "scores_by_length",
     "seconds_in",
+    "spread_by_length",
     "train_runs",
     "trained_table",
     "training_records",
     "training_seconds",
 ]
 
+Run = TypeVar("Run")
+
 # Defaults of every run of a study: no files but those that are read.
 COMMON: Row = {"train.tensorboard": False, "train.eval_every": 0, "checkpoint.keep_last": 1}
+# Between the label of a row and the number of its seed, in the label of a run.
+SEED = " seed "
 
 
 def make_config(*changes: Row) -> ml_collections.ConfigDict:
@@ -60,6 +68,35 @@ def make_config(*changes: Row) -> ml_collections.ConfigDict:
         # copied, for later keys change it
         section[last] = {**section.get(last, {}), **value} if merged else copy.deepcopy(value)
     return complete_config(nested)
+
+
+def repeat_rows(rows: Mapping[str, Row], seeds: int) -> Mapping[str, Row]:
+    """The rows once per seed 0, 1, ..., one seed after the other, labelled "<label> seed <number>".
+
+    Args:
+      rows: label to changes of the config.
+      seeds: 1 leaves the rows as they are.
+
+    Example:
+      >>> repeat_rows({"a": {"train.steps": 5}}, 2)
+      {'a seed 0': {'train.steps': 5, 'seed': 0}, 'a seed 1': {'train.steps': 5, 'seed': 1}}
+    """
+    if seeds == 1:
+        return rows
+    return {f"{label}{SEED}{n}": {**row, "seed": n} for n in range(seeds) for label, row in rows.items()}
+
+
+def runs_by_row(runs: Mapping[str, Run]) -> dict[str, list[Run]]:
+    """The label of each row to its runs, one per seed: what `repeat_rows` took apart.
+
+    Example:
+      >>> runs_by_row({"a seed 0": "x", "b seed 0": "y", "a seed 1": "z"})
+      {'a': ['x', 'z'], 'b': ['y']}
+    """
+    found: dict[str, list[Run]] = {}
+    for label, run in runs.items():
+        found.setdefault(label.partition(SEED)[0], []).append(run)
+    return found
 
 
 def train_runs(
@@ -166,6 +203,24 @@ def accuracies(runs: Mapping[str, LoadedRun]) -> dict[str, dict[str, float]]:
     return {
         label: {str(n): round(value, 4) for n, value in accuracy_by_length(run).items()} for label, run in runs.items()
     }
+
+
+def accuracies_by_seed(runs: Mapping[str, LoadedRun], score: str = "accuracy") -> dict[str, dict[str, list[float]]]:
+    """One score of each row by length, a number per seed, rounded for the JSON."""
+    return {
+        label: {str(n): [round(value, 4) for value in values] for n, values in _by_length(row, score).items()}
+        for label, row in runs_by_row(runs).items()
+    }
+
+
+def spread_by_length(runs: Sequence[LoadedRun], heading: str, score: str = "accuracy") -> dict[str, str]:
+    """One score of the runs of one row as columns: `spread` over the seeds; `heading` as in `columns_by_length`."""
+    return {heading.format(n): spread(values) for n, values in _by_length(runs, score).items()}
+
+
+def _by_length(runs: Sequence[LoadedRun], score: str) -> dict[int, list[float]]:
+    found = [accuracy_by_length(run, score) for run in runs]
+    return {n: [values[n] for values in found] for n in found[0]}
 
 
 def columns_by_length(run: LoadedRun, heading: str) -> dict[str, str]:

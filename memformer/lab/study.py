@@ -5,10 +5,11 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from memformer.core.checks import check_size
 from memformer.training.evaluation import LoadedRun
 
 __all__ = ["Quick", "Result", "Row", "Runs", "Settings", "Study", "Table", "Verdict"]
-__all__ += ["numbers_in", "percent", "pivot", "grade"]
+__all__ += ["numbers_in", "percent", "pivot", "grade", "spread"]
 
 Row = dict[str, Any]
 Runs = Mapping[str, LoadedRun]
@@ -107,13 +108,14 @@ class Study:
       prepare: (folder, settings) -> changes of the config of all runs, after it wrote the data that they read there;
         called again, it leaves what it finds.
       rows: label of a run to the changes of its config, by dotted key.
+      seeds: runs of each row; above 1 they are labelled as `memformer.lab.runs.repeat_rows` says. Quick runs have one.
       settings: sizes of a simulation, by name.
       quick: the small version; None where the runs are given.
       summary: result -> the rows shown in full on the page; None shows the main table if it has at most ten rows.
       examples: runs -> figures of single examples by label, which need the models: saved beside the first run.
 
     Raises:
-      ValueError: a study without a claim, a source or a caption.
+      ValueError: a study without a claim, a source or a caption, or with no seed.
     """
 
     name: str
@@ -128,6 +130,7 @@ class Study:
     base: Row = dataclasses.field(default_factory=dict)
     prepare: Callable[[str, Settings], Row] | None = None
     rows: Mapping[str, Row] = dataclasses.field(default_factory=dict)
+    seeds: int = 1
     settings: Settings = dataclasses.field(default_factory=dict)
     quick: Quick | None = None
     summary: Callable[[Result], list[Row]] | None = None
@@ -137,6 +140,7 @@ class Study:
         for name in ("claim", "source", "caption"):
             if not getattr(self, name):
                 raise ValueError(f"study {self.name!r} must state its {name}, got none")
+        check_size("seeds", self.seeds)
 
 
 def grade(*checks: bool) -> str:
@@ -171,6 +175,17 @@ def percent(value: float, digits: int = 1) -> str:
       ('87.5%', '88%')
     """
     return f"{100 * value:.{digits}f}%"
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Shares of several seeds as text: the mean, then the least and the greatest where they differ.
+
+    Example:
+      >>> spread([0.875, 0.5, 1.0]), spread([1.0, 0.9999])
+      ('79.2% (50.0% to 100.0%)', '100.0%')
+    """
+    middle, least, most = (percent(value, digits) for value in (sum(values) / len(values), min(values), max(values)))
+    return middle if least == most else f"{middle} ({least} to {most})"
 
 
 def numbers_in(cell: Any) -> list[float]:

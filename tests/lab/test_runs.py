@@ -4,7 +4,18 @@ import os
 
 import pytest
 
-from memformer.lab.runs import accuracy_by_length, make_config, train_runs, trained_table
+from memformer.lab import Quick, Result, Study, Table, Verdict
+from memformer.lab.plots import Lines
+from memformer.lab.runner import run_study
+from memformer.lab.runs import (
+    accuracies_by_seed,
+    accuracy_by_length,
+    make_config,
+    runs_by_row,
+    spread_by_length,
+    train_runs,
+    trained_table,
+)
 from memformer.training.config import RunError
 from memformer.training.metrics import read_records
 
@@ -64,3 +75,35 @@ def test_a_mistake_in_the_last_row_is_reported_before_the_first_is_trained(tmp_p
     with pytest.raises(RunError, match="lenght"):
         train_runs(str(tmp_path / "runs"), {"one": {}, "two": {"task.lenght": 4}}, base=BASE)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_study_trains_each_row_with_every_seed(tmp_path, one_device):
+    def measure(runs, settings):
+        rows = [{"run": label, **spread_by_length(row, "at {}")} for label, row in runs_by_row(runs).items()]
+        return Result([Table("Accuracy", rows)], accuracies_by_seed(runs))
+
+    study = Study(
+        name="seeds",
+        title="Seeds",
+        claim="None.",
+        source="none",
+        measure=measure,
+        judge=lambda result: Verdict("confirmed", "None."),
+        draw=Lines(line="run", points="at {}", x="length", y="accuracy"),
+        caption="Lines.",
+        base=BASE,
+        rows={"one": {}, "two": {"train.steps": 1}},
+        seeds=2,
+        quick=Quick({"one": {}}),
+    )
+    with one_device():
+        result = run_study(study, out=str(tmp_path / "out"), runs_folder=str(tmp_path / "runs"))
+    trained = result.rows(-1)
+    assert [row["run"] for row in trained] == ["one seed 0", "two seed 0", "one seed 1", "two seed 1"]
+    assert [row["seed"] for row in trained] == [0, 0, 1, 1]
+    assert [len(values) for values in result.values["two"].values()] == [2, 2]
+    assert [row["run"] for row in result.rows()] == ["one", "two"]
+    least, most = sorted(result.values["one"]["4"])
+    assert least < most and f"({100 * least:.1f}% to {100 * most:.1f}%)" in result.rows()[0]["at 4"]
+    # a band where seeds differ
+    assert study.draw(result).axes[0].collections

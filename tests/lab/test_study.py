@@ -99,6 +99,11 @@ def test_an_incomplete_declaration_is_refused(missing):
         dataclasses.replace(TOY, **{missing: ""})
 
 
+def test_a_study_has_a_seed():
+    with pytest.raises(ValueError, match="seeds"):
+        dataclasses.replace(TOY, seeds=0)
+
+
 def test_tables_without_rows_or_of_several_shapes_are_refused():
     for rows in ([], [{"x": 1}, {"y": 1}]):
         with pytest.raises(ValueError, match="same columns"):
