@@ -10,7 +10,7 @@ from mkdocs.structure.files import File
 from pymdownx.slugs import slugify
 
 LIMIT = 500 * 1024
-CARDS = "<!-- cards -->"
+CARDS, FIGURE = "<!-- cards -->", "<!-- memory figure -->"
 log = logging.getLogger("mkdocs.hooks")
 
 
@@ -22,10 +22,14 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Fills the gallery, and lets tables stand in what unfolds."""
+    """Fills the gallery and the figure, and lets tables stand in what unfolds."""
     if CARDS in markdown:
         results = pathlib.Path(config.docs_dir, "results.md").read_text(encoding="utf-8")
         markdown = markdown.replace(CARDS, gallery(results))
+    if FIGURE in markdown:
+        data = pathlib.Path(config.docs_dir, "assets/memory.json").read_text(encoding="utf-8")
+        script = f'<script type="application/json">{data.strip()}</script>'
+        markdown = markdown.replace(FIGURE, f'<div id="memory-figure">{script}</div>')
     # a folder is a page on the code host only
     markdown = markdown.replace("[results/](results)", "`docs/results`")
     return markdown.replace("<details>", '<details markdown="1">')
