@@ -3,6 +3,7 @@
 `generate` runs all steps in one compiled loop; `TokenStream` runs them one by one and gives each token as it comes.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -135,7 +136,7 @@ def generate(
     # Rows lie on the devices that the prompts lie on.
     placed = _mesh_sharding(prompts)
     rows = PartitionSpec(*placed.spec[:1]) if placed else PartitionSpec()
-    with on_auto_mesh((parameters, prompts)) as (parameters, prompts):
+    with on_auto_mesh((parameters, prompts, key)) as (parameters, prompts, key):
         if placed := _mesh_sharding(prompts):
             ids, segments = jax.device_put((ids, segments), NamedSharding(placed.mesh, rows))
         key = jax.random.key(0) if key is None else key
@@ -204,8 +205,9 @@ class TokenStream:
         _check_ids(self._ids, self._segments, model.vocab_size)
         graph, parameters = nnx.split(model)
         self._graph = _intern(graph)
-        with on_auto_mesh(parameters) as placed:
-            self._parameters = placed
+        with on_auto_mesh((parameters, self._key)) as placed:
+            self._parameters, self._key = placed
+            self._mesh = jax.sharding.get_mesh()
         self.state_bytes = _state_bytes(model, self.capacity)
         half = -(-self.capacity // 2)
         growth = self.state_bytes - _state_bytes(model, half)
@@ -215,12 +217,21 @@ class TokenStream:
         """Yields [B] int32 per step."""
         fixed = (self._graph, self._parameters)
         settings = {"sampling": self._sampling, "classes": self._classes}
-        token, state, seen = _start(*fixed, self._ids, self._segments, self._key, capacity=self.capacity, **settings)
+        with self._on_mesh():
+            token, state, seen = _start(
+                *fixed, self._ids, self._segments, self._key, capacity=self.capacity, **settings
+            )
         for i in range(1, self._count):
+            last = token
             # The next step is dispatched before this token is read, so that the device does not wait for the host.
-            last, (token, state, seen) = token, _step(*fixed, token, state, seen, self._key, np.int32(i), **settings)
+            with self._on_mesh():
+                token, state, seen = _step(*fixed, token, state, seen, self._key, np.int32(i), **settings)
             yield np.asarray(last)
         yield np.asarray(token)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """The scope of the mesh that parameters and key lie on; the caller's own returns between two tokens."""
+        return contextlib.nullcontext() if self._mesh.empty else jax.set_mesh(self._mesh)
 
 
 class _Graph:

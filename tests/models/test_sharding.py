@@ -125,12 +125,16 @@ def generated():
     [("auto", True, False), ("auto", False, True), ("explicit", True, True), ("explicit", False, False)],
 )
 def test_generate_on_a_mesh(kind, scope, listed):
-    """The mesh set or that of the arrays, prompts on it or lists: each pair of the three choices at least once."""
+    """The mesh set or that of the arrays, prompts on it or lists with a key on it: each pair of the three choices at least once."""
     model, want = generated()
     graph, parameters = nnx.split(model)
     mesh, placed, rows = place(kind, parameters)
-    prompts, key = IDS.tolist() if listed else rows, jax.random.key(0)
+    prompts = IDS.tolist() if listed else rows
+    with jax.set_mesh(mesh):
+        on_mesh = jax.random.key(0)
     with jax.set_mesh(mesh) if scope else contextlib.nullcontext():
+        # A key made where an Explicit mesh is set lies on that mesh.
+        key = on_mesh if listed else jax.random.key(0)
         got = generate(nnx.merge(graph, placed), prompts, key=key, **GENERATE)
     np.testing.assert_array_equal(got, want)
 
