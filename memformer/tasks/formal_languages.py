@@ -38,8 +38,8 @@ def scaled_accuracy(accuracy: float, chance: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class _OneAnswer(Task):
-    """Base of tasks with one answer: lengths are uniform in [min_length, length], and shorter examples are padded."""
+class _UpTo(Task):
+    """Base of all: lengths are uniform in [min_length, length], and shorter examples are padded."""
 
     length: int = 40
     min_length: int = 3
@@ -61,6 +61,14 @@ class _OneAnswer(Task):
         """
         return self if length == self.length else dataclasses.replace(self, length=length, min_length=length)
 
+    def up_to(self, length: int) -> Task:
+        """The same task at lengths from min_length to `length`.
+
+        Raises:
+          ValueError: a length below min_length.
+        """
+        return dataclasses.replace(self, length=length)
+
     def source(self, split: str, seed: int) -> SyntheticSource:
         """Examples of one split, by number."""
         return SyntheticSource(self._draw, split, seed)
@@ -68,11 +76,38 @@ class _OneAnswer(Task):
     def _draw(self, rng: np.random.Generator, index: int) -> Example:
         raise NotImplementedError(f"{type(self).__name__} has no _draw")
 
-    def _example(self, tokens: np.ndarray, answer: int) -> Example:
+
+@dataclasses.dataclass(frozen=True)
+class _OneAnswer(_UpTo):
+    """Base of tasks with one answer, at the last token; with `prefixes`, training also has those of shorter strings."""
+
+    prefixes: bool = False
+
+    def source(self, split: str, seed: int) -> SyntheticSource:
+        """Examples of one split, by number."""
+        draw = self._draw_prefixes if self.prefixes and split == "train" else self._draw
+        return SyntheticSource(draw, split, seed)
+
+    def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """A string, and the answer after each of its tokens; -1 where a string cannot end."""
+        raise NotImplementedError(f"{type(self).__name__} has no _string")
+
+    def _draw(self, rng: np.random.Generator, index: int) -> Example:
+        tokens, answers = self._string(rng)
+        return self._example(tokens, answers, np.arange(len(tokens)) == len(tokens) - 1)
+
+    def _draw_prefixes(self, rng: np.random.Generator, index: int) -> Example:
+        tokens, answers = self._string(rng)
+        return self._example(tokens, answers, answers >= 0)
+
+    def _example(self, tokens: np.ndarray, answers: np.ndarray, scored: np.ndarray) -> Example:
         used = len(tokens)
-        targets, weights = np.zeros(self.steps), np.zeros(self.steps)
-        targets[used - 1], weights[used - 1] = answer, 1
-        return make_example(np.pad(tokens, (0, self.steps - used)), targets, weights, used)
+        rest = (0, self.steps - used)
+        targets = np.where(scored, answers, 0)
+        return make_example(np.pad(tokens, rest), np.pad(targets, rest), np.pad(scored, rest), used)
+
+    def _size(self, rng: np.random.Generator) -> int:
+        return int(rng.integers(self.min_length, self.length + 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +117,7 @@ class Parity(_OneAnswer):
     Attributes:
       length: maximum number of bits.
       min_length: minimum number of bits.
+      prefixes: train on the answer after every bit; the other splits score the last.
 
     Raises:
       ValueError: an option out of range.
@@ -104,9 +140,9 @@ class Parity(_OneAnswer):
         """Number of classes of a target."""
         return 2
 
-    def _draw(self, rng: np.random.Generator, index: int) -> Example:
-        bits = rng.integers(2, size=rng.integers(self.min_length, self.length + 1))
-        return self._example(bits, bits.sum() % 2)
+    def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        bits = rng.integers(2, size=self._size(rng))
+        return bits, np.cumsum(bits) % 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +152,7 @@ class EvenPairs(_OneAnswer):
     Attributes:
       length: maximum number of bits.
       min_length: minimum number of bits.
+      prefixes: train on the answer after every bit; the other splits score the last.
 
     Raises:
       ValueError: an option out of range.
@@ -138,9 +175,9 @@ class EvenPairs(_OneAnswer):
         """Odd, even."""
         return 2
 
-    def _draw(self, rng: np.random.Generator, index: int) -> Example:
-        bits = rng.integers(2, size=rng.integers(self.min_length, self.length + 1))
-        return self._example(bits, int(bits[0] == bits[-1]))
+    def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        bits = rng.integers(2, size=self._size(rng))
+        return bits, (bits == bits[0]).astype(int)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +187,7 @@ class CycleNavigation(_OneAnswer):
     Attributes:
       length: maximum number of moves.
       min_length: minimum number of moves.
+      prefixes: train on the answer after every move; the other splits score the last.
       places: number of positions of the cycle.
 
     Raises:
@@ -180,9 +218,9 @@ class CycleNavigation(_OneAnswer):
         """Positions."""
         return self.places
 
-    def _draw(self, rng: np.random.Generator, index: int) -> Example:
-        moves = rng.integers(3, size=rng.integers(self.min_length, self.length + 1))
-        return self._example(moves, ((moves == 1).sum() - (moves == 2).sum()) % self.places)
+    def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        moves = rng.integers(3, size=self._size(rng))
+        return moves, np.cumsum(np.array([0, 1, -1])[moves]) % self.places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +234,7 @@ class ModularArithmetic(_OneAnswer):
     Attributes:
       length: maximum number of tokens before "=".
       min_length: minimum number of tokens before "=".
+      prefixes: train on the value after every digit too; the other splits score the answer at "=".
       modulus: digits are 0...modulus - 1.
 
     Raises:
@@ -230,17 +269,20 @@ class ModularArithmetic(_OneAnswer):
         """T: the longest expression and "="."""
         return self.length + 1
 
-    def _draw(self, rng: np.random.Generator, index: int) -> Example:
+    def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         most = (self.length - 1) // 2
         operators = rng.integers(3, size=rng.integers(min(self.min_length // 2, most), most + 1))
         digits = rng.integers(self.modulus, size=len(operators) + 1)
         tokens = np.full(2 * len(digits), self.modulus + 3)
         tokens[0::2] = digits
         tokens[1:-1:2] = self.modulus + operators
-        return self._example(tokens, _value(digits.tolist(), operators.tolist()) % self.modulus)
+        answers = np.full(len(tokens), -1)
+        answers[:-1:2] = _values(digits.tolist(), operators.tolist(), self.modulus)
+        answers[-1] = answers[-2]
+        return tokens, answers
 
 
-class _OneString(_OneAnswer):
+class _OneString(_UpTo):
     """Base of tasks whose answer is a string, given at `room` blanks after the question."""
 
     scores = ("accuracy", "sequence_accuracy")
@@ -347,12 +389,14 @@ class StackManipulation(_OneString):
         return self._answered(np.concatenate([held, actions]), int(size) + 1, np.array([*stack[::-1], 2]))
 
 
-def _value(digits: list[int], operators: list[int]) -> int:
-    """Value of an expression; operators 0, 1, 2 are +, -, *."""
+def _values(digits: list[int], operators: list[int], modulus: int) -> list[int]:
+    """Values of an expression after each of its digits; operators 0, 1, 2 are +, -, *."""
     total, product = 0, digits[0]
+    values = [product]
     for operator, digit in zip(operators, digits[1:], strict=True):
         if operator == 2:
-            product *= digit
+            product = product * digit % modulus
         else:
-            total, product = total + product, digit if operator == 0 else -digit
-    return total + product
+            total, product = (total + product) % modulus, digit if operator == 0 else -digit
+        values.append((total + product) % modulus)
+    return values

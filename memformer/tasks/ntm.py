@@ -68,6 +68,14 @@ class _UpTo(_Bits):
         """
         return self if length == self.length else dataclasses.replace(self, length=length, min_length=length)
 
+    def up_to(self, length: int) -> Task:
+        """The same task at lengths from min_length to `length`.
+
+        Raises:
+          ValueError: a length below min_length.
+        """
+        return dataclasses.replace(self, length=length)
+
     def _size(self, rng: np.random.Generator) -> int:
         return int(rng.integers(self.min_length, self.length + 1))
 

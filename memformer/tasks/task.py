@@ -102,3 +102,12 @@ class Task:
           ValueError: the task does not support that length.
         """
         return dataclasses.replace(self, length=length)
+
+    def up_to(self, length: int) -> "Task":
+        """The same task at the lengths up to `length`, as a stage of a curriculum; exactly `length` where all examples
+        of the task are equally long.
+
+        Raises:
+          ValueError: the task does not support that length.
+        """
+        return self.with_length(length)

@@ -11,6 +11,8 @@ __all__ = ["Curriculum"]
 class Curriculum:
     """Starts at length `start`; multiplies it by `factor` when the accuracy since the last log reaches `accuracy`.
 
+    A task whose lengths vary is trained on all lengths up to that (`Task.up_to`).
+
     Source: DeltaFormer (NeurIPS 2025): swaps from length 32 to 256, doubled at 0.99.
 
     Args:
@@ -35,13 +37,13 @@ class Curriculum:
         self._task, self._options = task, options
         self.length = options["start"] if options["enabled"] else task.length
         if options["enabled"]:
-            task.with_length(options["start"])
-            task.with_length(options["stop"])
+            task.up_to(options["start"])
+            task.up_to(options["stop"])
 
     @property
     def task(self) -> Task:
         """The task at the current length."""
-        return self._task.with_length(self.length) if self._options["enabled"] else self._task
+        return self._task.up_to(self.length) if self._options["enabled"] else self._task
 
     @property
     def lengths(self) -> tuple[int, ...]:

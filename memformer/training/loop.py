@@ -172,9 +172,10 @@ class Trainer:
         lengths = {"train": self._curriculum.lengths, "validation": self._curriculum.lengths}
         lengths["test"] = (task.length, *options["final_lengths"])
         for split, visited in lengths.items():
+            size = task.with_length if split == "test" else task.up_to
             for length in dict.fromkeys(visited):
                 with run_errors(f"the {split} split of task {task.name!r} at length {length} cannot be used"):
-                    check_split(task.with_length(length), split, seed, once=not options[BATCHES.get(split, "steps")])
+                    check_split(size(length), split, seed, once=not options[BATCHES.get(split, "steps")])
 
     def _start(self) -> list[str]:
         """Restores the newest checkpoint, or initializes the state; returns sentences on a change of layout."""

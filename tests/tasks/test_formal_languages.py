@@ -61,6 +61,31 @@ def test_cycle_navigation():
         assert place == here
 
 
+# answer of a whole string, by task
+ANSWERS = {
+    Parity: lambda bits: sum(bits) % 2,
+    EvenPairs: lambda bits: int(bits[0] == bits[-1]),
+    CycleNavigation: lambda moves: (moves.count(1) - moves.count(2)) % 5,
+    ModularArithmetic: lambda tokens: eval(" ".join("01234+-*"[token] for token in tokens if token < 8)) % 5,
+}
+
+
+@pytest.mark.parametrize("task", ANSWERS, ids=lambda task: task.name)
+def test_prefixes_are_answered_in_training_only(task):
+    options = {"length": 12, "min_length": 5}
+    plain = task(**options).source("train", 0)
+    train, test = (task(**options, prefixes=True).source(split, 0) for split in ("train", "test"))
+    for i in range(50):
+        e = train[i]
+        assert (e["inputs"] == plain[i]["inputs"]).all()
+        inputs, used = e["inputs"].tolist(), e["segment_ids"].sum()
+        # operators end no string
+        ends = [t for t in range(used) if task is not ModularArithmetic or inputs[t] < 5 or inputs[t] == 8]
+        assert np.flatnonzero(e["loss_weights"]).tolist() == ends
+        assert [int(e["targets"][t]) for t in ends] == [ANSWERS[task](inputs[: t + 1]) for t in ends]
+        assert test[i]["loss_weights"].sum() == 1
+
+
 def strings(e, blank: int) -> tuple[list[int], int, list[int]]:
     """(question, number of blanks, answer); scoring starts at the first blank."""
     inputs, scored = e["inputs"][: e["segment_ids"].sum()].tolist(), np.flatnonzero(e["loss_weights"])
@@ -100,6 +125,7 @@ LENGTHS = [
     (Parity().with_length(64), [64]),
     (Parity(length=50, min_length=40).with_length(50), range(40, 51)),
     (Parity(length=5, min_length=1), range(1, 6)),
+    (Parity().up_to(5), range(3, 6)),
     (EvenPairs(), range(3, 41)),
     (CycleNavigation().with_length(64), [64]),
     (ModularArithmetic(), range(3, 41, 2)),

@@ -145,4 +145,5 @@ def test_bad_options_are_named(settings, message):
 
 def test_lengths_stay_within_their_bounds():
     assert Copy().with_length(20) == Copy() and Copy().with_length(120) == Copy(length=120, min_length=120)
+    assert Copy().up_to(5) == Copy(length=5) and PrioritySort().up_to(30) == PrioritySort().with_length(30)
     assert dataclasses.replace(PrioritySort(), length=30) == PrioritySort().with_length(30)

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from memformer.data.source import Extra, FiniteSource, make_example
-from memformer.tasks import Swap, Task
+from memformer.tasks import Parity, Swap, Task
+from memformer.training.curriculum import Curriculum
 from memformer.training.input import batch_shapes, check_batch, make_loader
 from memformer.training.sharding import batch_layout, batch_sharding, global_batch, make_mesh
 
@@ -346,3 +347,10 @@ def test_only_arrays_of_time_are_split_over_context():
     arrays = global_batch({**Answers().batch(4), "positions": np.zeros((4, 8), np.int32)}, mesh)
     assert arrays["positions"].sharding.spec == PartitionSpec(("data", "fsdp"), "context")
     assert all("context" not in arrays[name].sharding.spec for name in ("source", "picture"))
+
+
+def test_a_curriculum_of_a_task_with_varied_lengths_trains_on_all_up_to_the_stages():
+    options = {"enabled": True, "start": 5, "stop": 20, "factor": 2, "accuracy": 0.9}
+    curriculum = Curriculum(Parity(length=40, min_length=2), options)
+    assert curriculum.advance(0.95) and curriculum.task == Parity(length=10, min_length=2)
+    assert Curriculum(SWAP, options).task == SWAP.with_length(5)
