@@ -32,7 +32,7 @@ def spread_keys() -> np.ndarray:
 
 
 def compute_figure(keys: np.ndarray, values: np.ndarray) -> list[dict]:
-    """What each memory stores and returns after each write, by the ops."""
+    """Contents and reads of each memory after each write, by the ops."""
     import jax.numpy as jnp
 
     import memformer as mf
@@ -114,6 +114,96 @@ def test_every_study_has_a_card():
     assert len(re.findall(r"^python -m memformer\.lab ", page, re.MULTILINE)) == len(shown)
     with pytest.raises(ValueError, match="'No verdict'"):
         hooks.gallery("## No verdict\n\nClaim: none.\n")
+
+
+def code_blocks(page: str) -> list[str]:
+    """The Python blocks of a page, in order."""
+    return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+def run_blocks(blocks: list[str], page: str) -> dict:
+    """Runs blocks in one namespace, with the defaults of jax that a notebook has."""
+    import jax
+
+    names: dict = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in blocks:
+            exec(compile(block, page, "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize("page", ["index.md", "notebook.md"])
+def test_the_code_of_a_guide_runs(page, capsys):
+    blocks = [block for block in code_blocks(page) if "load_run" not in block]
+    names = run_blocks(blocks, page)
+    shown = capsys.readouterr().out
+    if page == "index.md":
+        # as the comments beside the prints say
+        assert shown.split("\n")[:2] == ["[4. 2. 0. 0.]", "[3. 2. 0. 0.]"]
+        assert all(f"# {line}" in blocks[0] for line in shown.split("\n")[:2])
+    else:
+        assert shown.startswith("(2, 16, 4, 32) (2, 4, 32, 32)\n") and names["logits"].shape == (1, 16, 100)
+
+
+def test_a_memory_of_ones_own(tmp_path, monkeypatch):
+    from memformer.layers import MEMORIES
+    from memformer.training.config import complete_config
+
+    module, use = code_blocks("add_memory.md")
+    (tmp_path / "my_memories.py").write_text(module)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    try:
+        run_blocks([use], "add_memory.md")
+        # a new process that reads the config of a run
+        del sys.modules["my_memories"], MEMORIES["moving_average"]
+        complete_config(
+            {"task_module": "my_memories", "model": {"memory": "moving_average,softmax_attention", "depth": 2}}
+        )
+        assert "moving_average" in MEMORIES
+    finally:
+        sys.modules.pop("my_memories", None)
+        MEMORIES.pop("moving_average", None)
+
+
+def rows(page: str) -> list[tuple[str, str]]:
+    """Their names and ours, of all tables of a page."""
+    lines = re.findall(r"^\| (.+?) \| (.+?) \|$", (DOCS / page).read_text(), re.MULTILINE)
+    return [line for line in lines if not line[0].startswith("---")]
+
+
+def test_names_of_coming_from_fla():
+    import inspect
+
+    import memformer as mf
+    from memformer.layers import MEMORIES, known_options
+
+    table = rows("from_fla.md")
+    assert len(table) > 40
+    for _, ours in table:
+        for name, arguments in re.findall(r"mf\.(\w+)(?:\((.*?)\)`)?", ours):
+            keywords = re.findall(r"(\w+)=", arguments)
+            assert set(keywords) <= set(inspect.signature(getattr(mf, name)).parameters), (name, keywords)
+    memories = [re.match(r"`(\w+)`", ours)[1] for theirs, ours in table if re.fullmatch(r"`[A-Z]\w+`", theirs)]
+    assert len(memories) == 19 and set(memories) <= set(MEMORIES)
+    options = {"unit_keys", "unit_queries", "beta_limit", "decay", "conv_width"}
+    assert options <= set(known_options("delta_rule")) and "write_kernel" in known_options("deltaformer")
+
+
+def test_names_of_coming_from_maxtext():
+    from memformer.layers import known_options
+    from memformer.training.config import default_config
+
+    config = default_config(task="lm")
+    ours = [name for _, cell in rows("from_maxtext.md") for name in re.findall(r"`([^`]+)`", cell)]
+    keys = [name for name in ours if re.fullmatch(r"(task|data|model|optimizer|train|mesh|checkpoint)\.\w+", name)]
+    assert len(keys) > 40
+    for key in keys:
+        section, name = key.split(".")
+        assert name in config[section], key
+    assert {"seed", "init_from"} <= set(config)
+    assert {"groups", "window", "sinks"} <= set(known_options("softmax_attention"))
+    assert "groups" in known_options("deltaformer")
 
 
 def load_module(path: pathlib.Path):

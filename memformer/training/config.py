@@ -226,7 +226,8 @@ def complete_config(config: Mapping[str, Any] | ml_collections.ConfigDict) -> ml
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
     model, task = plain.get("model", {}), plain.get("task", {})
     name, module = task.get("name", "swap"), plain.get("task_module")
-    if module and name not in TASKS:
+    unknown = {*(names.split(",") if isinstance(names := model.get("memory") or (), str) else names)} - {*MEMORIES}
+    if module and (unknown or name not in TASKS):
         with run_errors("config"):
             import_tasks(module)
     whole = default_config(model.get("type", "memory_lm"), name)
