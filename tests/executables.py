@@ -1,4 +1,4 @@
-"""Fewer programs: those of equal text are compiled once, and NumPy arrays become JAX arrays without one."""
+"""Fewer programs: those of equal text are compiled once, runs share those of their first states, NumPy needs none."""
 
 import contextlib
 import functools
@@ -31,6 +31,30 @@ def kept_executables() -> Iterator[None]:
         return KEPT[key]
 
     with mock.patch.object(compiler, "backend_compile_and_load", look_up):
+        yield
+
+
+def state_by_operation(model, tx, mesh, *, seed, ema=0.0):
+    """The state that `init_state` returns, made operation by operation from the same random numbers.
+
+    `init_state` is one program per run, as costly to compile as the step. Operations compile once per shape, for all
+    runs of a process. What `init_state` promises is tested in test_step and test_sharding.
+    """
+    # imported on use: the tests of the core need no more than the core
+    from memformer.training import step
+    from memformer.training.sharding import state_shardings
+
+    state = step._new_state(model, tx, ema, jax.random.key(seed))
+    # copies: the step donates each array
+    return jax.device_put(state, state_shardings(state, model.shardings(mesh), mesh), may_alias=False)
+
+
+@contextlib.contextmanager
+def states_by_operation() -> Iterator[None]:
+    """Inside, the trainer makes the first state of a run by `state_by_operation`."""
+    from memformer.training import loop
+
+    with mock.patch.object(loop, "init_state", state_by_operation):
         yield
 
 

@@ -175,8 +175,14 @@ def init_state(
 
     The values do not depend on the mesh. Call it inside `mesh_scope`.
     """
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, ema))
-    return jax.jit(lambda key: _new_state(model, tx, ema, key), out_shardings=shardings)(jax.random.key(seed))
+
+    def make(key: jax.Array) -> State:
+        return _new_state(model, tx, ema, key)
+
+    key = jax.random.key(seed)
+    # traced once: jit finds the trace of this function
+    shapes = jax.eval_shape(make, key)
+    return jax.jit(make, out_shardings=state_shardings(shapes, model.shardings(mesh), mesh))(key)
 
 
 def make_train_step(
