@@ -139,27 +139,34 @@ _COUNTED = (
     "bits|bytes|numbers|tokens|steps|pairs|heads|channels|writes|weights|rows|columns|texts|hypotheses|FLOPs|seconds|"
     "milliseconds|microseconds|ms|cost|perplexity|factor|decay|matrix|once|one"
 )
+DISTRIBUTIVE = re.compile(rf" an? (?:{_UNITS})\b")
+COUNTED = re.compile(rf"\b(?:{_COUNTED.lower()})$")
 # Phrases that no text has, and how to write them.
 PHRASES = {
-    rf"\b(?:{_COUNTED}) an? (?:{_UNITS})\b": "'per head', not 'a head'",
-    r"\bas ever\b": "a reference",
-    r"\bgoes on\b|\bgoing on\b": "continues, resumes",
-    r"\bone who runs\b": "user",
-    r"\bwhat comes out\b": "result, output",
-    r"\bis to be\b|\bare to be\b": "must be, is",
-    r"\bis told\b|\bare told\b|\btold by\b|\btold rightly\b": "is reported, is defined by",
-    r"\bline that led here\b": "baselines",
-    r"\bwho sees whom\b": "mask",
+    ("as ever",): "a reference",
+    ("goes on", "going on"): "continues, resumes",
+    ("one who runs",): "user",
+    ("what comes out",): "result, output",
+    ("is to be", "are to be"): "must be, is",
+    ("is told", "are told", "told by", "told rightly"): "is reported, is defined by",
+    ("line that led here",): "baselines",
+    ("who sees whom",): "mask",
 }
 
 
 def prose_faults(text: str) -> list[str]:
     """Phrases of the list, one line each."""
-    return [
-        f"{text.count(chr(10), 0, match.start()) + 1}: {match.group()!r}; write {instead}"
-        for pattern, instead in PHRASES.items()
-        for match in re.finditer(pattern, text, re.IGNORECASE)
+    text = text.lower()
+    found = [
+        (place.start(), place.group(), "'per head', not 'a head'")
+        for place in DISTRIBUTIVE.finditer(text)
+        if COUNTED.search(text[max(0, place.start() - 20) : place.start()])
     ]
+    for phrases, instead in PHRASES.items():
+        # a plain search first: a pattern takes twenty times as long
+        for phrase in (phrase for phrase in phrases if phrase in text):
+            found += [(place.start(), phrase, instead) for place in re.finditer(rf"\b{phrase}\b", text)]
+    return [f"{text.count(chr(10), 0, start) + 1}: {phrase!r}; write {instead}" for start, phrase, instead in found]
 
 
 def docstring_faults(source: str) -> list[str]:

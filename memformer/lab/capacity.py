@@ -183,10 +183,10 @@ RECALLERS: dict[str, Recaller] = {
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(name: str, keys: jax.Array, order: jax.Array, values: jax.Array, valid: jax.Array, rate: jax.Array):
-    """The values read at every key."""
+def _run(read: Read, keys: jax.Array, order: jax.Array, values: jax.Array, valid: jax.Array, rate: jax.Array):
+    """The values read at every key; the memories with one `read` share a program."""
     written = jnp.where(valid[:, None], jnp.take(keys, order, axis=0), 0)
-    return RECALLERS[name].read(keys, written, jnp.where(valid[:, None], values, 0), valid, rate)
+    return read(keys, written, jnp.where(valid[:, None], values, 0), valid, rate)
 
 
 @functools.lru_cache(maxsize=16)
@@ -216,7 +216,7 @@ def recalled(name: str, writes: Writes, key_width: int, seed: int) -> float:
     rates = [-math.log(2) / (part * count) for part in HALF_LIVES] if memory.decays else [0.0]
     shares = []
     for rate in rates:
-        read = _run(name, keys, writes.order, writes.values, writes.valid, jnp.float32(rate))
+        read = _run(memory.read, keys, writes.order, writes.values, writes.valid, jnp.float32(rate))
         correct = np.all(np.asarray(read)[: writes.pairs] * writes.answers[: writes.pairs] > 0, axis=1)
         shares.append(float(np.mean(correct)))
     return max(shares)

@@ -158,7 +158,7 @@ def width_for(name: str) -> int:
     """The largest width, in steps of 2 per head, at which a model of this memory has no more than 20,000 parameters.
 
     Example:
-      >>> width_for("rnn") > width_for("softmax_attention") > width_for("lstm")
+      >>> width_for("rnn") > width_for("lstm")
       True
     """
 
