@@ -65,7 +65,7 @@ def _wide() -> list[Wide]:
         Wide(Case(op, 1, 1000, 2, 1, width, width, decay=decay, segments=segments), start=bool(segments))
         for op in ("delta_rule", "linear_attention")
         for width in (64, 128)
-        for decay in ("", "head")
+        for decay in ("", "head", "channel")
         for segments in (0, 3)
     ]
     writes = [("softmax", 64, 0), ("softmax", 64, 3), ("softmax", 128, 0), ("softmax", 128, 3)]
@@ -142,7 +142,9 @@ def verify(name: str, toy: bool) -> dict[str, Any]:
         result = wide_call(wide, implementation)
     outputs, gradients = errors(result.got, result.want)
     moved = max(errors(result.again, result.got))
-    kernels = sorted(set(re.findall(r"memformer_[a-z_]+(?:forward|backward|scores|inverse|chunk_scan)", result.text)))
+    kernels = sorted(
+        set(re.findall(r"memformer_[a-z_]+(?:forward|backward|gradients|scores|inverse|chunk_scan)", result.text))
+    )
     row |= {"error": outputs, "gradient error": gradients, "moved": moved, "kernels": kernels}
     # A comparison with NaN is False.
     met = outputs <= result.output and gradients <= result.gradients and moved <= MOVED

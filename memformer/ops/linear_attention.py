@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
-from memformer.ops.matrix_memory import chunked, context, kernels, recurrent
+from memformer.ops.matrix_memory import chunked, context, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
+from memformer.pallas import matrix_memory as pallas
 from memformer.pallas.platform import preferred
 
 __all__ = ["linear_attention"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": kernels.run}
+IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": pallas.run}
 
 
 @keep_shardings

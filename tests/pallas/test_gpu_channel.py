@@ -9,22 +9,28 @@ import memformer as mf
 from tests.numeric import assert_close
 from tests.ops.test_ops import cast
 from tests.pallas.test_gpu import interpreter, interprets  # noqa: F401
-from tests.pallas.test_tpu_channel import HEADS, VALUE, WIDTH, arguments, results
+from tests.pallas.test_tpu_channel import HEADS, WIDTH, arguments, results
 
 LENGTH = 70
 
 
+# Key heads, key and value channels (padded to 128: two blocks of them), whether packed.
+SIZES = {"delta": (mf.delta_rule, 1, 72, 4, True), "linear": (mf.linear_attention, 2, 8, 100, False)}
+
+
 @interprets
-@pytest.mark.parametrize(
-    ("op", "groups", "packed"), [(mf.delta_rule, 1, True), (mf.linear_attention, 2, False)], ids=["delta", "linear"]
-)
-def test_against_recurrence(op, groups, packed, interpreter):  # noqa: F811
-    """An odd length, two chunks, shared key heads, segments, an erase vector, and tokens that forget everything."""
+@pytest.mark.parametrize("name", SIZES)
+def test_against_recurrence(name, interpreter):  # noqa: F811
+    """Outputs, states and all gradients: an odd length, two chunks, shared key heads, segments, an erase vector, and
+    tokens that forget everything.
+    """
+    op, groups, width, value, packed = SIZES[name]
     rng = np.random.default_rng(3)
-    arrays = arguments(rng, groups, erase=op is mf.delta_rule, length=LENGTH)
+    sizes = {"length": LENGTH, "width": width, "value": value}
+    arrays = arguments(rng, groups, erase=op is mf.delta_rule, **sizes)
     scalars = ("decay", "beta", "alpha")
     arrays = {name: cast(x, "float32" if name in scalars else "bfloat16") for name, x in arrays.items()}
-    state = cast(rng.standard_normal((1, HEADS, WIDTH, VALUE)), "float32")
+    state = cast(rng.standard_normal((1, HEADS, width, value)), "float32")
     ids = np.repeat([1, 2, 0, 5], [11, 9, 2, LENGTH - 22])[None] if packed else None
     got = results(op, arrays, state, "pallas", ids, 64)
     with jax.enable_x64(True):
@@ -35,16 +41,28 @@ def test_against_recurrence(op, groups, packed, interpreter):  # noqa: F811
 
 @interprets
 def test_hard_keys(interpreter):  # noqa: F811
-    """Equal keys at strength 2 for two chunks, with weak decays per channel."""
+    """Equal keys at strength 2 for two chunks, with weak decays per channel, and the gradients."""
     rng = np.random.default_rng(4)
-    length = 128
+    length, value = 128, 4
     k = np.repeat(rng.standard_normal((1, 1, 1, WIDTH)), length, axis=1)
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    arrays = {"q": rng.standard_normal((1, length, 1, WIDTH)), "k": k, "v": rng.standard_normal((1, length, 1, VALUE))}
+    arrays = {"q": rng.standard_normal((1, length, 1, WIDTH)), "k": k, "v": rng.standard_normal((1, length, 1, value))}
     arrays = cast(arrays, "bfloat16") | {"beta": jnp.full((1, length, 1), 2.0, "float32")}
     arrays |= {"decay": cast(-0.01 * rng.uniform(0, 1, (1, length, 1, WIDTH)), "float32")}
-    got = mf.delta_rule(**arrays, implementation="pallas")
+    # One cotangent for both: that of a rounded output would differ by as much as the tolerance allows.
+    cotangent = cast(rng.standard_normal((1, length, 1, value)), "bfloat16")
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            output, state = mf.delta_rule(**arrays, implementation=implementation)
+            weighted = output * cotangent.astype(output.dtype)
+            return jnp.sum(weighted.astype(state.dtype)) + jnp.sum(state), (output, state)
+
+        (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), (outputs, gradients))
+
+    got = run(arrays, "pallas")
     with jax.enable_x64(True):
-        wide = cast(jax.tree.map(lambda x: np.asarray(x, np.float64), arrays), "float64")
-        want = jax.tree.map(np.asarray, mf.delta_rule(**wide, implementation="recurrent"))
-    assert_close(jax.tree.map(lambda x: np.asarray(x, np.float64), got), want, 5e-3)
+        want = run(cast(jax.tree.map(lambda x: np.asarray(x, np.float64), arrays), "float64"), "recurrent")
+    assert_close(got[0], want[0], 5e-3)
+    assert_close(got[1], want[1], 2e-2)

@@ -26,7 +26,8 @@ CASES = [
 KERNELS = {"deltaformer": ("write_forward", "write_backward")}
 KERNELS |= {"softmax_attention": ("attention_forward", "attention_backward")}
 KERNELS |= {op: (f"{op}_chunk_scan_forward", f"{op}_chunk_scan_backward") for op in ("delta_rule", "linear_attention")}
-CHANNEL = {"delta_rule": ("scores", "inverse", "chunk_scan"), "linear_attention": ("scores", "chunk_scan")}
+CHANNEL = {"linear_attention": ("scores", "chunk_scan", "chunk_scan_backward", "operand_gradients", "score_gradients")}
+CHANNEL |= {"delta_rule": (*CHANNEL["linear_attention"], "inverse", "inverse_gradients")}
 
 
 @pytest.fixture(scope="module")

@@ -13,28 +13,28 @@ from tests.pallas.test_tpu import TPU
 LENGTH, HEADS, WIDTH, VALUE = 37, 2, 8, 4
 
 
-def arguments(rng, groups, *, erase, length=LENGTH):
+def arguments(rng, groups, *, erase, length=LENGTH, width=WIDTH, value=VALUE):
     """Arrays with decays down to -inf, alone, for some channels and for most of a chunk."""
 
     def unit(*shape):
         x = rng.standard_normal(shape)
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
-    decay = -np.exp(1.5 * rng.standard_normal((1, length, HEADS, WIDTH)) - 1)
+    decay = -np.exp(1.5 * rng.standard_normal((1, length, HEADS, width)) - 1)
     decay[:, 3] = -np.inf
     decay[:, 9, 0, :3] = -1e7
     decay[:, 18:29, 1] = -30.0
     arrays = {
-        "q": rng.standard_normal((1, length, groups, WIDTH)),
-        "k": unit(1, length, groups, WIDTH),
-        "v": rng.standard_normal((1, length, HEADS, VALUE)),
+        "q": rng.standard_normal((1, length, groups, width)),
+        "k": unit(1, length, groups, width),
+        "v": rng.standard_normal((1, length, HEADS, value)),
         "decay": decay,
     }
     if erase:
         arrays |= {
             "beta": rng.uniform(0.0, 2.0, (1, length, HEADS)),
             "alpha": rng.uniform(0.0, 1.0, (1, length, HEADS)),
-            "w": unit(1, length, groups, WIDTH),
+            "w": unit(1, length, groups, width),
         }
     return arrays
 

@@ -1,5 +1,6 @@
 """Building blocks of the kernels: shared memory as wgmma reads it, products on the tensor cores, per-token vectors."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,8 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 
-__all__ = ["broadcast_rows", "iotas", "load_column", "load_row", "partial_products", "products", "shared_block"]
-__all__ += ["split_bf16", "split_block", "split_outside", "store", "store_split", "transposed"]
+__all__ = ["anew", "broadcast_rows", "iotas", "load_column", "load_float32", "load_row", "partial_products"]
+__all__ += ["products", "shared_block", "split_bf16", "split_block", "split_outside", "start_anew", "store"]
+__all__ += ["store_split", "sum_product", "transposed"]
 
 
 def shared_block(*shape: int, columns: int = 64) -> plgpu.SMEM:
@@ -24,6 +26,26 @@ def shared_block(*shape: int, columns: int = 64) -> plgpu.SMEM:
     """
     transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def start_anew(zero) -> None:
+    """Prepares `zero`, shared memory of one int32, for `anew`."""
+    zero[0] = jnp.int32(0)
+    plgpu.commit_smem()
+
+
+def anew(zero, refs: Sequence[Any]) -> list[Any]:
+    """The only block of each of the refs [1, ...], by an index that is read from shared memory.
+
+    Used in every step of a loop, it makes the compiler compute addresses where they are needed. Otherwise it keeps
+    those of all products over the loop: they take a third of the registers, and spill.
+
+    Args:
+      zero: see `start_anew`.
+      refs: blocks of shared memory.
+    """
+    at = zero[0]
+    return [ref.at[at] for ref in refs]
 
 
 def split_block(*shape: int, columns: int = 64) -> list[plgpu.SMEM]:
@@ -94,6 +116,18 @@ def products(*sums: Sequence[tuple[Any, Any]]) -> tuple[Array, ...]:
 def broadcast_rows(x: Array, width: int) -> Array:
     """[C] to [C, width], one value per row."""
     return plgpu.layout_cast(lax.broadcast_in_dim(x, (x.shape[0], width), (0,)), plgpu.Layout.WGMMA)
+
+
+def load_float32(ref) -> Array:
+    """Loads a block of shared memory as a float32 matrix."""
+    return compat.load(ref, plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+
+
+def sum_product(a, b, width: int = 64) -> Array:
+    """Row sums of a * b, in parts of `width` columns: whole blocks take half of the registers."""
+    parts = [pl.ds(i, width) for i in range(0, a.shape[1], width)]
+    sums = (jnp.sum(load_float32(a.at[:, part]) * load_float32(b.at[:, part]), axis=1) for part in parts)
+    return functools.reduce(jnp.add, sums)
 
 
 def load_column(ref, width: int) -> Array:

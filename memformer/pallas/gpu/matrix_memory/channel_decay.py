@@ -1,4 +1,4 @@
-"""Linear attention and the delta rule with a log decay per key channel on Hopper: forward kernels.
+"""Linear attention and the delta rule with a log decay per key channel on Hopper: the order of all kernels.
 
 They also serve an erase vector w and a write strength alpha; a decay per head is repeated for every channel. With S the
 state that enters the chunk, G the cumulative decay [C, K], a = alpha, b = beta, s the scale:
@@ -7,27 +7,26 @@ state that enters the chunk, G the cumulative decay [C, K], a = alpha, b = beta,
     P_ri = s sum_c Q_rc K_ic exp(G_rc - G_ic), i <= r   O = (s e^G Q) S + P U
     S' = e^G_C S + (e^(G_C - G) K)^T U
 
-Without beta, in linear attention, U = V. Across the start of a segment reads of S, M, P and writes are masked.
+Without beta, in linear attention, U = V. Across the start of a segment reads of S, M, P and writes are masked. The
+gradients, with dS and dS' those of S and S':
 
-XLA scales the operands of the state's products, elementwise. One kernel computes P of all chunks in parallel, one X
-(both in one spill), by the ladder of scores (pallas/tpu/matrix_memory/channel_decay.py): at each level exponents are
-sums of log decays over blocks, products with a matrix of zeros and ones that the tensor cores sum exactly in float32.
-None is positive. The last kernel scans the chunks of one head and one block of value columns.
+    dU = P^T dO + (e^(G_C - G) K) dS'   dR = X^T dU    dS = e^G_C dS' + (s e^G Q)^T dO - (b e^G W)^T dR
+    dV = a dR    da = sum of V dR       d(scaled operands) and d(scores): channel_decay_backward.py
 
-What cancels when keys repeat has operands in two bfloat16 parts. With P in one, equal keys at beta 2 were off by
-2.2e-2, now by 2e-3. The backward pass is not here: see ops/matrix_memory/kernels.py.
+XLA scales the operands of the state's products, elementwise, and takes the gradients of the scaled ones back. Kernels
+compute P and X of all chunks in parallel (channel_decay_scores.py), scan the chunks forward and backward
+(channel_decay_scan.py), then take the gradients within chunks. Saved: the inputs, P, X, U and the state that enters
+each chunk.
 
 Source: arXiv 2312.06635 (linear attention), 2510.26692 (delta rule); the ladder: ops/matrix_memory/scores.py.
 """
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.calls import MatrixCall
 from memformer.core.decay import cumulative_decay, decay_to_end
@@ -35,216 +34,184 @@ from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas import token_scalars
-from memformer.pallas.gpu import compat
-from memformer.pallas.gpu.inverse import inverse_scratch, write_inverse
-from memformer.pallas.gpu.matrix_memory.config import AXES, ScanConfig, call_kernel, plan_call
-from memformer.pallas.gpu.matrix_memory.token_scalars import TokenScalars
-from memformer.pallas.gpu.wgmma import (
-    iotas,
-    load_column,
-    partial_products,
-    products,
-    shared_block,
-    split_outside,
-    store,
-    store_split,
-    transposed,
-)
+from memformer.pallas.gpu.matrix_memory.channel_decay_backward import operand_gradients, score_gradients
+from memformer.pallas.gpu.matrix_memory.channel_decay_scan import scan_backward, scan_forward
+from memformer.pallas.gpu.matrix_memory.channel_decay_scores import ChannelConfig, intra_chunk
+from memformer.pallas.gpu.matrix_memory.config import plan_call, take
+from memformer.pallas.gpu.wgmma import split_outside
 from memformer.pallas.sharding import split_batch_and_heads
 
 __all__ = ["run"]
 
-# Key channels whose factors are in shared memory at a time.
-KEY_BLOCK = 64
-
 # exp of this is 0: stands for all stronger decays.
 FORGOTTEN = -1024.0
 
-
-@dataclasses.dataclass(frozen=True)
-class ChannelConfig(ScanConfig):
-    """Sizes of a call whose decay is in the scaled operands, not in the token scalars."""
-
-    @property
-    def carries(self) -> bool:
-        """Never: the scaled operands have the decay of the state."""
-        return False
-
-    @property
-    def scalars(self) -> tuple[str, ...]:
-        """Names of the token scalars."""
-        return ("beta", "alpha") * self.beta + ("segment", "-segment") * self.segments
+# Where the heads are: in arrays over time, and in all others.
+TIME, OTHER = 2, 1
 
 
-def _pairs(places, half) -> Array:
-    """The pairs (row, column) of the level with blocks of `half` tokens [C, C]."""
-    row, column = places
-    block = lax.div(row, 2 * half) == lax.div(column, 2 * half)
-    return block & (lax.div(row, half) > lax.div(column, half))
+class _Arrays(NamedTuple):
+    """Arguments of a call, padded.
 
-
-def _between(places, half) -> Array:
-    """1 where the column's log decay is part of the exponent of the row [C, C].
-
-    In odd blocks of `half` tokens from the start of the block up to the row; in even ones after the row to
-    the end of the block.
+    Attributes:
+      q, k, w: [B, T, G, K] bfloat16; w is None without beta.
+      v: [B, T, H, V] bfloat16.
+      decay: [B, T, H, K] float32.
+      scalars: see pallas/token_scalars.py; alpha wherever there is beta.
     """
-    row, column = places
-    block, odd = lax.div(row, half), lax.rem(lax.div(row, half), 2) == 1
-    chosen = (block == lax.div(column, half)) & ((odd & (column <= row)) | (~odd & (column > row)))
-    return jnp.where(chosen, 1.0, 0.0)
+
+    q: Array
+    k: Array
+    v: Array
+    w: Array | None
+    decay: Array
+    scalars: dict[str, Array]
+
+    def keys(self) -> list[Array]:
+        """q, k and, with beta, w."""
+        return [x for x in (self.q, self.k, self.w) if x is not None]
 
 
-def _load_float32(ref) -> Array:
-    return compat.load(ref, plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+def _scale(config: ChannelConfig, keys: list[Array], decay: Array, scalars: dict[str, Array]) -> list[Array]:
+    """Scaled q and k, the chunk decay, and with beta scaled w, its sign turned; keys in float32."""
+    shape = (config.batch, config.chunks, config.chunk, config.heads, config.key)
+    by_chunk = decay.reshape(shape)
+    sums = cumulative_decay(by_chunk, axis=2).total()
+    growth = jnp.exp(sums) * scalars["decay_in"][..., None]
+    rest = jnp.exp(jnp.moveaxis(decay_to_end(jnp.moveaxis(by_chunk, 2, 3)), 3, 2)) * scalars["decay_out"][..., None]
+
+    def scale(x, factor):
+        x = x.reshape(*shape[:3], config.groups, 1, config.key)
+        return (x * factor.reshape(*shape[:3], config.groups, config.repeat, config.key)).reshape(decay.shape)
+
+    scaled = [config.scale * scale(keys[0], growth), scale(keys[1], rest), growth[:, :, -1].swapaxes(1, 2)]
+    return scaled + [scale(w, -growth * scalars["beta"][..., None]) for w in keys[2:]]
 
 
-def _intra_chunk_kernel(*refs, config: ChannelConfig, erase: bool):
-    named = bool(config.scalars)
-    (rows_g, k_g, decay_g), refs = refs[:3], refs[3:]
-    scalars_g, refs = refs[:named], refs[named:]
-    out_g, refs = refs[:2], refs[2:]
-    (rows_s, k_s), scalars_s, refs = refs[:2], refs[2 : 2 + named], refs[2 + named :]
-    decay_s, scaled_k, scaled_rows, refs = refs[:3], refs[3:5], refs[5:7], refs[7:]
-    between_s, *scratch, barrier = refs
-    b, h, n = (lax.axis_index(name) for name in AXES)
-    tokens, group = pl.ds(n * config.chunk, config.chunk), lax.div(h, jnp.int32(config.repeat))
-    blocks = [pl.ds(i, KEY_BLOCK) for i in range(0, config.key, KEY_BLOCK)]
-    for source, target in ((rows_g, rows_s), (k_g, k_s)):
-        for i, block in enumerate(blocks):
-            plgpu.copy_gmem_to_smem(source.at[b, tokens, group, block], target.at[i], barrier)
-    if named:
-        plgpu.copy_gmem_to_smem(scalars_g[0].at[b, h, n], scalars_s[0], barrier)
-    plgpu.barrier_wait(barrier)
-    scalars, places = TokenScalars(config, scalars_s[0] if named else None), iotas(config.chunk)
-    if erase:
-        scores = jnp.where(places[0] < 0, 1.0, 0.0)
-    else:
-        (scores,) = products([(rows_s.at[i], transposed(k_s.at[i])) for i in range(len(blocks))])
-        scores = jnp.where(places[0] == places[1], scores, 0.0)
-    for i, block in enumerate(blocks):
-        store_split(decay_s, compat.load(decay_g.at[b, tokens, h, block], plgpu.Layout.WGMMA, optimized=False))
-
-        def add_level(level, scores, i=i):
-            # Computed anew: kept over the loop they take the registers of the products.
-            places, half = iotas(config.chunk), lax.shift_left(jnp.int32(1), level)
-            store(between_s, _between(places, half))
-            plgpu.commit_smem()
-            (exponent,) = products([(between_s, part) for part in decay_s])
-            factor = jnp.exp(exponent)
-            store_split(scaled_rows, factor * _load_float32(rows_s.at[i]))
-            store_split(scaled_k, factor * _load_float32(k_s.at[i]))
-            plgpu.commit_smem()
-            k_t = [transposed(part) for part in scaled_k]
-            (added,) = products(partial_products(scaled_rows, k_t))
-            return scores + jnp.where(_pairs(iotas(config.chunk), half), added, 0.0)
-
-        # A loop: unrolled levels spill.
-        scores = lax.fori_loop(0, config.chunk.bit_length() - 1, add_level, scores)
-    (scores,) = scalars.mask_and_decay(iotas(config.chunk), scores)
-    if erase:
-        write_inverse(scalars.scale_rows(("beta",), scores), scratch, out_g, (b, h, n))
-    else:
-        store_split(scratch, scores * config.scale)
-        plgpu.commit_smem()
-        for source, target in zip(scratch, out_g, strict=True):
-            plgpu.copy_smem_to_gmem(source, target.at[b, h, n])
-    plgpu.wait_smem_to_gmem(0)
+def _split_scaled(q: Array, k: Array, chunk_decay: Array, *w: Array) -> tuple[list[Array], Array]:
+    """The scaled operands of the scans: q in bfloat16, k and w in two parts; and the chunk decay."""
+    return [q.astype(jnp.bfloat16), *(part for x in (k, *w) for part in split_outside(x))], chunk_decay
 
 
-def _intra_chunk(config: ChannelConfig, rows, k, decay, scalars, erase: bool) -> tuple[Array, ...]:
-    """P of rows q or, with erase, X of rows w: [B, H, N, C, C] in two bfloat16 parts."""
-    C, blocks = config.chunk, config.key // KEY_BLOCK
-    squares = jax.ShapeDtypeStruct((config.batch, config.heads, config.chunks, C, C), jnp.bfloat16)
-    scratch = [shared_block(blocks, C, KEY_BLOCK)] * 2
-    scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * len(scalars)
-    # The log decay in three parts, k and the rows in two; the matrix of zeros and ones.
-    scratch += [shared_block(C, KEY_BLOCK)] * (3 + 2 + 2) + [shared_block(C, C)]
-    scratch += inverse_scratch() if erase else [shared_block(C, C)] * 2
-    scratch.append(plgpu.Barrier(num_arrivals=2 * blocks + len(scalars)))
-    body = functools.partial(_intra_chunk_kernel, config=config, erase=erase)
-    grid, name = (config.batch, config.heads, config.chunks), "channel_inverse" if erase else "channel_scores"
-    return call_kernel(config, name, body, grid, [squares] * 2, scratch, (rows, k, decay, *scalars))
+def _scaled(config: ChannelConfig, arrays: _Arrays):
+    """The scaled operands, and their pullback to q, k, w, the decay and the scalars."""
+    keys = [x.astype(jnp.float32) for x in arrays.keys()]
+    return jax.vjp(functools.partial(_scale, config), keys, arrays.decay, arrays.scalars)
 
 
-def _scan_kernel(*refs, config: ChannelConfig):
-    count = 7 + 5 * config.beta
-    inputs, start, (o_g, end_g), refs = refs[:count], refs[count], refs[count + 1 : count + 3], refs[count + 3 :]
-    slots, refs = refs[:count], refs[count:]
-    *blocks, ready = refs
-    state_s, o_s, u_s, difference_s = blocks[:2], blocks[2], blocks[3:5], blocks[5:]
-    b, h, block = (lax.axis_index(name) for name in AXES)
-    columns = pl.ds(block * config.value_block, config.value_block)
-    # q, k and w in two parts | v | chunk decay, P and X in two parts, scalars.
-    wide = 3 + 2 * config.beta
-
-    def step(n, state):
-        tokens = pl.ds(n * config.chunk, config.chunk)
-        places = [(b, tokens, h)] * wide + [(b, tokens, h, columns)] + [(b, h, n)] * (count - wide - 1)
-        for source, place, target in zip(inputs, places, slots, strict=True):
-            plgpu.copy_gmem_to_smem(source.at[place], target, ready)
-        store_split(state_s, state)
-        plgpu.commit_smem()
-        plgpu.barrier_wait(ready)
-        q, *k = slots[:3]
-        (v, decay, *p), rest = slots[wide : wide + 4], slots[wide + 4 :]
-        decayed = state * load_column(decay, config.value_block)
-        writes = [v]
-        if config.beta:
-            u = TokenScalars(config, rest[2]).scale_rows(
-                ("alpha",), compat.load(v, plgpu.Layout.WGMMA).astype(jnp.float32)
-            )
-            (stored,) = products(partial_products(slots[3:5], state_s))
-            store_split(difference_s, u - stored)
-            plgpu.commit_smem()
-            (u,) = products(partial_products(rest[:2], difference_s))
-            store_split(u_s, u)
-            plgpu.commit_smem()
-            writes = u_s
-        (o,) = products([*partial_products([q], state_s), *partial_products(p, writes)])
-        store(o_s, o)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_s, o_g.at[b, tokens, h, columns])
-        # After o: both accumulators at once spill.
-        (written,) = products(partial_products([transposed(part) for part in k], writes))
-        plgpu.wait_smem_to_gmem(0)
-        return decayed + written
-
-    state = compat.load(start.at[b, h, :, columns], plgpu.Layout.WGMMA, optimized=False)
-    # Under shard_map loaded values vary over mesh axes by their type, values computed in the kernel do not.
-    end_g[b, h, :, columns] = lax.fori_loop(0, config.chunks, step, state * 1.0)
+def _stack(config: ChannelConfig, scalars: dict[str, Array]) -> tuple[Array, ...]:
+    """The token scalars as the kernels have them, [B, H, N, names, C]; () where there are none."""
+    if not config.scalars:
+        return ()
+    scalars = scalars | {f"-{name}": -scalars[name] for name in ("segment",) if name in scalars}
+    return (jnp.stack([scalars[name] for name in config.scalars], axis=-1).transpose(0, 3, 1, 4, 2),)
 
 
-def _scan(config: ChannelConfig, operands, start) -> tuple[Array, ...]:
-    """O and the last state of q, k and w (2 parts each), v, chunk decay, P, X (2 each), scalars; w and X with beta."""
-    C, K, V = config.chunk, config.key, config.value_block
-    block = functools.partial(shared_block, columns=V)
-    scratch = [block(C, K)] * (3 + 2 * config.beta) + [block(C, V), plgpu.SMEM((K,), jnp.float32)]
-    scratch += [block(C, C)] * (2 + 2 * config.beta)
-    scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * config.beta
-    scratch += [block(K, V)] * 2 + [block(C, V)] * 5
-    scratch.append(plgpu.Barrier(num_arrivals=len(operands)))
-    v = operands[3 + 2 * config.beta]
-    out = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(start.shape, jnp.float32)]
-    grid = (config.batch, config.heads, config.value // V)
-    body = functools.partial(_scan_kernel, config=config)
-    return call_kernel(config, "channel_chunk_scan", body, grid, out, scratch, (*operands, start))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunkwise(config: ChannelConfig, arrays: _Arrays, start: Array) -> tuple[Array, Array]:
+    return _forward(config, False, arrays, start)[:2]
 
 
-def _kernels(config: ChannelConfig, q, k, v, *rest) -> tuple[Array, ...]:
-    """One device's shard of the call; rest: w with beta, the log decay, the scaled operands, scalars, state."""
-    config = config.local(q, v)
-    keys, rest = (q, k, *rest[: config.beta]), rest[config.beta :]
-    wide = 3 + 2 * config.beta
-    decay, scaled, (chunk_decay, *scalars, start) = rest[0], rest[1 : 1 + wide], rest[1 + wide :]
-    squares = _intra_chunk(config, keys[0], keys[1], decay, scalars, erase=False)
-    if config.beta:
-        squares += _intra_chunk(config, keys[2], keys[1], decay, scalars, erase=True)
-    return _scan(config, (*scaled, v, chunk_decay, *squares, *scalars[: config.beta]), start)
+def _forward(config: ChannelConfig, save: bool, arrays: _Arrays, start: Array) -> tuple[Array, ...]:
+    """O, the last state and, to be saved, P, X, the states that enter chunks, and U."""
+    operands, chunk_decay = _split_scaled(*_scaled(config, arrays)[0])
+    named = _stack(config, arrays.scalars)
+    inputs = (*arrays.keys(), arrays.decay, *operands, arrays.v, chunk_decay, *named)
+    beta = config.beta
+    kernels = split_batch_and_heads(
+        _forward_kernels,
+        (config, save),
+        config.axes,
+        operands=(TIME,) * (len(inputs) - 1 - len(named)) + (OTHER,) * (2 + len(named)),
+        results=(TIME, OTHER) + ((OTHER,) * (3 + 2 * beta) + (TIME,) * (2 * beta)) * save,
+    )
+    return tuple(kernels(*inputs, start))
+
+
+def _forward_kernels(config: ChannelConfig, save: bool, *inputs: Array) -> tuple[Array, ...]:
+    """One device's shard of `_forward`; inputs: q, k, w, decay, scaled operands, v, chunk decay, scalars, state."""
+    beta = config.beta
+    keys, (decay,), operands, (v, chunk_decay), (*scalars, start) = take(inputs, 2 + beta, 1, 3 + 2 * beta, 2)
+    config = config.local(keys[0], v)
+    squares = intra_chunk(config, keys[0], keys[1], decay, scalars, erase=False)
+    if beta:
+        squares += intra_chunk(config, keys[2], keys[1], decay, scalars, erase=True)
+    o, end, *saved = scan_forward(config, save, (*operands, v, chunk_decay, *squares, *scalars[:beta]), start)
+    return (o, end, *squares, *saved) if save else (o, end)
+
+
+def _chunkwise_forward(config, arrays, start):
+    o, end, *saved = _forward(config, True, arrays, start)
+    return (o, end), (arrays, saved)
+
+
+def _chunkwise_backward(config: ChannelConfig, inputs: tuple[_Arrays, list[Array]], cotangents):
+    (arrays, saved), (do, dend), beta = inputs, cotangents, config.beta
+    scaled, pull = _scaled(config, arrays)
+    operands, chunk_decay = _split_scaled(*scaled)
+    named = _stack(config, arrays.scalars)
+    inputs = (*arrays.keys(), arrays.v, arrays.decay, *operands, do, *saved[3 + 2 * beta :], chunk_decay, dend)
+    inputs = (*inputs, *saved[: 3 + 2 * beta], *named)
+    many = 2 + beta
+    kernels = split_batch_and_heads(
+        _backward_kernels,
+        (config,),
+        config.axes,
+        operands=(TIME,) * (8 + 5 * beta) + (OTHER,) * (5 + 2 * beta + len(named)),
+        results=(TIME,) * (1 + beta + many) + (OTHER,) * 2 + (TIME,) * (3 * (1 + beta)),
+    )
+    dr, dscaled, (dchunk, dstart), by_scores = take(kernels(*inputs), 1 + beta, many, 2)
+    dr = sum(x.astype(jnp.float32) for x in dr)
+    # Of the operands as `_scale` orders them: the chunk decay is its third result.
+    dkeys, ddecay, dscalars = pull([*dscaled[:2], dchunk, *dscaled[2:]])
+    rows = by_scores[::3]
+    gradients = [rows[0], sum(by_scores[1::3])]
+    ddecay, dv = ddecay + sum(by_scores[2::3]), dr
+    if beta:
+        beta_by_row = arrays.scalars["beta"].reshape(*dr.shape[:3], 1)
+        gradients.append(beta_by_row * rows[1])
+        w = jnp.repeat(arrays.w, config.repeat, axis=2)
+        scalar = arrays.scalars["beta"].shape
+        dscalars["beta"] += jnp.sum(w.astype(jnp.float32) * rows[1], axis=3).reshape(scalar)
+        dscalars["alpha"] += jnp.sum(arrays.v.astype(jnp.float32) * dr, axis=3).reshape(scalar)
+        dv = dr * arrays.scalars["alpha"].reshape(*dr.shape[:3], 1)
+    shared = (x.reshape(*x.shape[:2], config.groups, config.repeat, config.key).sum(3) for x in gradients)
+    dq, dk, *dw = ((x + y).astype(like.dtype) for x, y, like in zip(dkeys, shared, arrays.keys(), strict=True))
+    return _Arrays(dq, dk, dv.astype(arrays.v.dtype), dw[0] if beta else None, ddecay, dscalars), dstart
+
+
+def _backward_kernels(config: ChannelConfig, *inputs: Array) -> tuple[Array, ...]:
+    """One device's shard of the gradients.
+
+    Args:
+      config: sizes.
+      *inputs: q, k, w, v, decay, scaled operands, dO, U, chunk decay, gradient of the last state, P, X, the states that
+        enter chunks, scalars; w, U and X with beta.
+
+    Returns:
+      dR, gradients of scaled q, k, w and of the chunk decay, of the first state, then of q, k and decay by P, and of w,
+      k and decay by X.
+    """
+    beta, count = config.beta, 2 + 2 * config.beta
+    keys, (v, decay), operands, (do,), u, inputs = take(inputs, 2 + beta, 2, 3 + 2 * beta, 1, 2 * beta)
+    (chunk_decay, dend), squares, (states,), scalars = take(inputs, 2, count, 1)
+    config = config.local(keys[0], v)
+    *dr, dstates, dstart = scan_backward(config, (*operands, do, chunk_decay, *squares), dend)
+    masks = scalars if config.segments else ()
+    values = (u, dr) if beta else ((v,), ())
+    dq, dk, dchunk, *rest = operand_gradients(config, do, *values, states, dstates, masks)
+    dw, dscores = rest[:beta], rest[beta:]
+    by_scores = score_gradients(config, keys[0], keys[1], decay, dscores[:2], ())
+    if beta:
+        by_scores += score_gradients(config, keys[2], keys[1], decay, dscores[2:], scalars)
+    return (*dr, dq, dk, *dw, dchunk, dstart, *by_scores)
+
+
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
 
 
 def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
-    """Runs a matrix memory with a decay per channel, an erase vector or a write strength; forward only.
+    """Runs a matrix memory with a decay per channel, an erase vector or a write strength.
 
     Returns:
       The output in bfloat16, and the state in float32.
@@ -253,7 +220,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
       NotImplementedError: no kernel serves this machine or call; the message says why.
     """
     plan, width = plan_call(call), call.q.shape[3]
-    fields = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
+    fields: dict[str, Any] = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     config = ChannelConfig(**fields | {"decay": False})
     length, value = call.q.shape[1], call.v.shape[-1]
 
@@ -263,36 +230,12 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     decay = jnp.zeros(call.v.shape[:3], jnp.float32) if call.decay is None else call.decay.astype(jnp.float32)
     decay = decay if decay.ndim == 4 else jnp.broadcast_to(decay[..., None], (*decay.shape, width))
     decay = jnp.maximum(pad(decay, config.key), FORGOTTEN)
-    q, k, v = pad(call.q, config.key), pad(call.k, config.key), pad(call.v, config.value)
-    w = k if call.w is None else pad(call.w, config.key)
+    w = pad(call.k if call.w is None else call.w, config.key) if config.beta else None
     scalars = token_scalars.token_scalars(config, call)
     scalars = {"alpha": scalars["beta"]} | scalars if config.beta else scalars
-    chunks = (config.batch, config.chunks, config.chunk, config.heads, config.key)
-    by_chunk = decay.reshape(chunks)
-    sums = cumulative_decay(by_chunk, axis=2).total()
-    growth = jnp.exp(sums) * scalars["decay_in"][..., None]
-    rest = jnp.exp(jnp.moveaxis(decay_to_end(jnp.moveaxis(by_chunk, 2, 3)), 3, 2)) * scalars["decay_out"][..., None]
-    chunk_decay = growth[:, :, -1].swapaxes(1, 2)
-
-    def scale(x, factor):
-        x = x.astype(jnp.float32).reshape(*chunks[:3], config.groups, 1, config.key)
-        x = x * factor.reshape(*chunks[:3], config.groups, config.repeat, config.key)
-        return x.reshape(decay.shape)
-
-    scaled = [(config.scale * scale(q, growth)).astype(q.dtype), *split_outside(scale(k, rest))]
-    if config.beta:
-        scaled += split_outside(scale(w, growth * scalars["beta"][..., None]))
-        keys = (q, k, v, w)
-    else:
-        keys = (q, k, v)
-    named = ()
-    if config.scalars:
-        scalars |= {f"-{name}": -scalars[name] for name in ("segment",) if name in scalars}
-        named = (jnp.stack([scalars[name] for name in config.scalars], axis=-1).transpose(0, 3, 1, 4, 2),)
+    arrays = _Arrays(pad(call.q, config.key), pad(call.k, config.key), pad(call.v, config.value), w, decay, scalars)
     state = pad_time(pad_time(call.state.astype(jnp.float32), config.key, axis=2), config.value, axis=3)
-    operands = (*keys, decay, *scaled, chunk_decay, *named)
-    operands = (*operands, vary_like(state, *operands))
-    heads = (2,) * (len(operands) - 2 - len(named)) + (1,) * (2 + len(named))
-    kernels = split_batch_and_heads(_kernels, (config,), config.axes, operands=heads, results=(2, 1))
-    o, end = kernels(*operands)
+    # All or none must vary over an axis of a surrounding shard_map, gradients too.
+    arrays, state = jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves((arrays, state))), (arrays, state))
+    o, end = _chunkwise(config, arrays, state)
     return o[:, :length, :, :value], end[:, :, :width, :value]

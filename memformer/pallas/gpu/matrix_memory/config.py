@@ -1,6 +1,9 @@
 """Static configuration of a call of a matrix memory, and how its kernels are launched."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -11,7 +14,7 @@ from memformer.pallas.config import BaseScanConfig
 from memformer.pallas.gpu import tuning
 from memformer.pallas.gpu.checks import check_call, check_grid
 
-__all__ = ["AXES", "ScanConfig", "call_kernel", "plan_call"]
+__all__ = ["AXES", "ScanConfig", "call_kernel", "plan_call", "take"]
 
 # Grid axes: batch row, value head, and chunk or block of value columns.
 AXES = ("batch_row", "head", "block")
@@ -29,6 +32,11 @@ class ScanConfig(BaseScanConfig):
     def value_block(self) -> int:
         """Value columns per warpgroup of the chunk scan."""
         return tuning.VALUE_BLOCKS[self.key]
+
+    @property
+    def value_part(self) -> int:
+        """Value columns per program of the gradients within chunks: what fits in shared memory beside 128 keys."""
+        return 128 if self.value % 128 == 0 else 64
 
     @property
     def warpgroups(self) -> int:
@@ -61,6 +69,12 @@ def plan_call(call: MatrixCall) -> ScanConfig:
     check_call(call, {"q": call.q, "k": call.k, "v": call.v}, {"key": call.q.shape[-1]})
     key, value = call.q.shape[-1], call.v.shape[-1]
     return ScanConfig.of(call, tuning.CHUNK, key=tuning.padded_width(key), value=-(-value // 64) * 64)
+
+
+def take(values: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
+    """The first values in groups of these sizes, and what is left."""
+    ends = [0, *itertools.accumulate(counts)]
+    return [*(values[i:j] for i, j in itertools.pairwise(ends)), values[ends[-1] :]]
 
 
 def call_kernel(config: ScanConfig, name: str, body, grid, out, scratch, operands, **threads) -> tuple[Array, ...]:

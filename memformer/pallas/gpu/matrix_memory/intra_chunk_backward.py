@@ -28,10 +28,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.types import Array
-from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.matrix_memory.config import AXES, ScanConfig, call_kernel
 from memformer.pallas.gpu.matrix_memory.token_scalars import TokenScalars
-from memformer.pallas.gpu.wgmma import iotas, products, shared_block, store, store_split, transposed
+from memformer.pallas.gpu.wgmma import (
+    iotas,
+    load_float32,
+    products,
+    shared_block,
+    store,
+    store_split,
+    sum_product,
+    transposed,
+)
 
 __all__ = ["intra_chunk_backward"]
 
@@ -114,9 +122,9 @@ def _compute(
     @pl.when(b < config.batch)
     def _():
         if config.decay:
-            states_s[...] = _sum_product(blocks.state, blocks.dstate)
+            states_s[...] = sum_product(blocks.state, blocks.dstate)
         if config.beta and warpgroup == 0:
-            dbeta_s[0][...] = scalars.divide_by_beta(_sum_product(blocks.w[0], blocks.dv[0]))
+            dbeta_s[0][...] = scalars.divide_by_beta(sum_product(blocks.w[0], blocks.dv[0]))
         _store_weights(config, scalars, warpgroup, blocks)
 
     synchronize()
@@ -127,7 +135,7 @@ def _compute(
         synchronize()
         store(blocks.stage, dq)
 
-    @pl.when(hp < config.heads * (config.value // _width(config)))
+    @pl.when(hp < config.heads * (config.value // config.value_part))
     def _():
         store(blocks.q, _key_gradients(config, scalars, sums_s, blocks))
 
@@ -172,24 +180,13 @@ def _key_gradients(config: ScanConfig, scalars: TokenScalars, sums_s, blocks: _B
 def _store_sum(sums_s, name: str, ref, x: Array) -> None:
     """Stores the sum over key channels of a block times x, where the gradient of the decay needs it."""
     if sums_s is not None:
-        sums_s.at[SUMS.index(name)][...] = jnp.sum(_load_float32(ref) * x, axis=1)
-
-
-def _sum_product(a, b) -> Array:
-    """Row sums of a * b; in parts of the columns, because whole blocks take half of the registers."""
-    parts = [pl.ds(i, KEY_BLOCK) for i in range(0, a.shape[1], KEY_BLOCK)]
-    sums = (jnp.sum(_load_float32(a.at[:, part]) * _load_float32(b.at[:, part]), axis=1) for part in parts)
-    return functools.reduce(jnp.add, sums)
-
-
-def _load_float32(ref) -> Array:
-    return compat.load(ref, plgpu.Layout.WGMMA, optimized=False).astype(jnp.float32)
+        sums_s.at[SUMS.index(name)][...] = jnp.sum(load_float32(ref) * x, axis=1)
 
 
 def _load(config: ScanConfig, sources, blocks, barrier) -> None:
     """Starts the copies of this program's blocks: one chunk of a head, and one block of value columns."""
     b, hp, n = (lax.axis_index(name) for name in AXES)
-    width = _width(config)
+    width = config.value_part
     parts = config.value // width
     h, tokens = lax.div(hp, jnp.int32(parts)), pl.ds(n * config.chunk, config.chunk)
     columns = pl.ds(lax.rem(hp, jnp.int32(parts)) * width, width)
@@ -229,11 +226,6 @@ def _squares(config: ScanConfig) -> int:
     return 5 if config.beta else 1 + config.key // KEY_BLOCK
 
 
-def _width(config: ScanConfig) -> int:
-    """Value columns per program: what fits in shared memory beside 128 keys."""
-    return 128 if config.value % 128 == 0 else 64
-
-
 def intra_chunk_backward(config: ScanConfig, q, k, do, w, dv, states, dstates, scalars) -> tuple:
     """Gradients of q, k and the token scalars.
 
@@ -247,7 +239,7 @@ def intra_chunk_backward(config: ScanConfig, q, k, do, w, dv, states, dstates, s
         leaves it.
       scalars: the token scalars, if there are any.
     """
-    C, V, warpgroups = config.chunk, _width(config), config.key // KEY_BLOCK
+    C, V, warpgroups = config.chunk, config.value_part, config.key // KEY_BLOCK
     many = config.heads * (config.value // V)
     programs = (config.batch, many, config.chunks)
     out = [jax.ShapeDtypeStruct((config.batch, q.shape[1], many, config.key), q.dtype)] * 2
