@@ -125,7 +125,7 @@ def generated():
     [("auto", True, False), ("auto", False, True), ("explicit", True, True), ("explicit", False, False)],
 )
 def test_generate_on_a_mesh(kind, scope, listed):
-    """The mesh set or that of the arrays, prompts on it or lists with a key on it: each pair of the three choices at least once."""
+    """The mesh set or that of the arrays, prompts on it or lists with a key on it: each pair of choices once."""
     model, want = generated()
     graph, parameters = nnx.split(model)
     mesh, placed, rows = place(kind, parameters)

@@ -15,15 +15,21 @@ from memformer.models.stacks import TransformerDecoder, TransformerEncoder
 from memformer.training.config import default_config
 from memformer.training.optimizer import make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
-from memformer.training.step import init_state, make_eval_step, make_functional, make_train_step
+from memformer.training.step import make_eval_step, make_functional, make_train_step
+from tests.executables import state_by_operation
 from tests.numeric import FORWARD, assert_close, relative_rms, slopes
 
 VOCAB, SOURCE, TIME = 9, 6, 5
 SMALL = {"type": "transformer", "width": 8, "heads": 2, "hidden": 12}
 FORMS = {
     "pre, sinusoidal, tied": {},
-    "post, learned, three tables": {"norm_place": "post", "positions": "learned", "tie_embeddings": False},
-    "pre, rotary, gelu": {"positions": "rotary", "activation": "gelu_exact", "encoder_depth": 1},
+    "post, learned, three tables": {
+        "norm_place": "post",
+        "positions": "learned",
+        "tie_embeddings": False,
+        "decoder_depth": 1,
+    },
+    "pre, rotary, gelu": {"positions": "rotary", "activation": "gelu_exact", "encoder_depth": 1, "decoder_depth": 1},
 }
 RANDOM = np.random.default_rng(3)
 IDS = RANDOM.integers(1, VOCAB, (2, TIME), np.int32)
@@ -275,7 +281,7 @@ def test_training_learns_to_reverse_the_source():
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     with mesh_scope(mesh):
         model = make_functional(make)
-        state = init_state(model, tx, mesh, seed=0)
+        state = state_by_operation(model, tx, mesh, seed=0)
         step, evaluate = make_train_step(model, tx, schedule, mesh, config.train), make_eval_step(model, mesh)
         first = [float(evaluate(state["params"], {}, reversals(64, 1))["loss"]) for _ in range(2)]
         for number in range(1, steps + 1):

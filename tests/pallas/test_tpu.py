@@ -174,6 +174,18 @@ def keys(kind, rng, length, width):
     return k / np.linalg.norm(k, axis=-1, keepdims=True)
 
 
+@functools.cache
+def graded_delta_rule(implementation, chunk_size):
+    """A compiled call: output and state with the gradients of a weighted sum; the oracle serves inputs of any dtype."""
+
+    def loss(arrays, cotangent):
+        output, state = mf.delta_rule(**arrays, implementation=implementation, chunk_size=chunk_size)
+        seen = output * cotangent.astype(output.dtype)
+        return jnp.sum(seen.astype(state.dtype)) + jnp.sum(state), (output, state)
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
 def test_hard_keys(dtype, tolerance, interpreter):
     """Chunks of full length, where a power series of A would reach 1e30; rows with beta 1, then with beta 2."""
@@ -192,13 +204,8 @@ def test_hard_keys(dtype, tolerance, interpreter):
     cotangent = suite.cast(rng.standard_normal((4, length, 1, 16)), "bfloat16")
 
     def run(arrays, implementation):
-        def loss(arrays):
-            output, state = mf.delta_rule(**arrays, implementation=implementation, chunk_size=chunk_size)
-            seen = output * cotangent.astype(output.dtype)
-            return jnp.sum(seen.astype(state.dtype)) + jnp.sum(state), (output, state)
-
-        chunk_size = chunk if implementation == "pallas" else None
-        (_, seen), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+        call = graded_delta_rule(implementation, chunk if implementation == "pallas" else None)
+        (_, seen), gradients = call(arrays, cotangent)
         return *seen, gradients
 
     got = run(arrays, "pallas")

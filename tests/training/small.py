@@ -31,7 +31,7 @@ def small_config(memory="linear_attention", **changed):
     """Config of a fast run: swap with 3 objects at length 8, width 16, 8 steps; `changed` by dotted key, dots as __."""
     config = default_config()
     config.task = {"name": "swap", "objects": 3, "length": 8}
-    config.model.update({"memory": memory, "width": 16, "heads": 2, "depth": 2})
+    config.model.update({"memory": memory, "width": 16, "heads": 2, "depth": 1})
     config.model.memory_options = {"linear_attention": {"conv_width": 0}, "delta_rule": {"conv_width": 0}}
     config.optimizer.learning_rate = 1e-2
     config.mesh.data = 1

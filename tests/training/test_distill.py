@@ -56,7 +56,7 @@ def test_a_run_distils_and_resumes_exactly_without_the_folder(tmp_path):
 
 def test_a_run_as_the_teacher(tmp_path):
     """Its config is read from the folder; layers may be chosen."""
-    teacher = build_run(small_config("softmax_attention", model__key_width=4)).config
+    teacher = build_run(small_config("softmax_attention", model__key_width=4, model__depth=2)).config
     (tmp_path / "config.json").write_text(json.dumps(teacher))
     run = build_run(small_config(distill__teacher=str(tmp_path), distill__layers=(1,), distill__logits=0.5))
     model = run.config["model"]

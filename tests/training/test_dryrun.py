@@ -178,7 +178,7 @@ def test_gradients_are_reduce_scattered(monkeypatch):
     """With fsdp every device receives its part of the sum of each gradient, and no more."""
     # kernels take long to compile and exchange nothing
     monkeypatch.setattr(platform, "_backend", lambda: "cpu")
-    sizes = {"model__width": 128, "model__scan_layers": True, "mesh__fsdp": 8}
+    sizes = {"model__width": 128, "model__depth": 2, "model__scan_layers": True, "mesh__fsdp": 8}
     config = small_config(**sizes)
     found, run = dry_run(config, "v5e:2x4"), build_run(config.to_dict())
     moved = {c.kind: c.bytes for c in found.collectives if c.axes == ("fsdp",)}
@@ -279,7 +279,7 @@ def counted(monkeypatch):
 
 
 def test_changes_are_tried_in_order(counted):
-    config = small_config(mesh__data=8, train__batch_size=64).to_dict()
+    config = small_config(model__depth=2, mesh__data=8, train__batch_size=64).to_dict()
     lines = list(plan.make_fit(config, "v5e-8", needs(config)))
     assert lines[0] == "tried --config.mesh.data=1 --config.mesh.fsdp=8: 65.50 GiB of 16.00 GiB"
     assert "remat=projections: 33.50 GiB" in lines[1] and "remat=full: 17.50 GiB" in lines[2]
@@ -290,7 +290,7 @@ def test_changes_are_tried_in_order(counted):
 
 
 def test_nothing_makes_it_fit(counted):
-    config = small_config(mesh__fsdp=8, model__remat="full", model__dtype="bfloat16").to_dict()
+    config = small_config(model__depth=2, mesh__fsdp=8, model__remat="full", model__dtype="bfloat16").to_dict()
     config["train"]["batch_size"] = 8
     big = {**needs(config).bytes, "weights": 64 * GIB}
     found = dataclasses.replace(needs(config), bytes=big)
@@ -300,7 +300,7 @@ def test_nothing_makes_it_fit(counted):
 
 
 def test_search(counted, capsys):
-    config = small_config().to_dict()
+    config = small_config(model__depth=2).to_dict()
     found = plan.search_runs(config, "h200:8", tries=20)
     assert all(choice.found.fits for choice in found) and len(counted) <= 20
     assert [choice.tokens for choice in found] == sorted((choice.tokens for choice in found), reverse=True)
