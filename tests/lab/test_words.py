@@ -1,4 +1,4 @@
-"""What the study of words rests on: which letters one layer can track, with weights written by hand."""
+"""The argument behind the study of words: which letters one layer can track, with weights written by hand."""
 
 import jax
 import jax.numpy as jnp
