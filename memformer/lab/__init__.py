@@ -23,6 +23,7 @@ from memformer.lab import (
     lookup,
     mqar,
     ntm,
+    overwriting,
     path,
     reachability,
     recurrent,
@@ -64,5 +65,6 @@ STUDIES: Mapping[str, Study] = {
     "coreference": coreference.COREFERENCE,
     "lookup": lookup.LOOKUP,
     "segment_recall": segment_recall.SEGMENT_RECALL,
+    "overwriting": overwriting.OVERWRITING,
     "language": language.LANGUAGE,
 }
