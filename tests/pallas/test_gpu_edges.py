@@ -122,8 +122,11 @@ def shard_maps(jaxpr):
 OPS = ["delta_rule", "linear_attention", "softmax_attention", "deltaformer"]
 
 
-@pytest.mark.parametrize(("op", "groups"), [*((op, 2) for op in OPS), ("delta_rule", 1), ("softmax_attention", 1)])
-def test_explicit_mesh(op, groups):
+CASES = [*((op, 2, False) for op in OPS), ("delta_rule", 1, False), ("softmax_attention", 1, False)]
+
+
+@pytest.mark.parametrize(("op", "groups", "channel"), [*CASES, ("delta_rule", 2, True)])
+def test_explicit_mesh(op, groups, channel):
     """On Explicit axes of any name each device runs the kernels on its own batch rows and heads, both ways.
 
     One key head that all devices share is repeated.
@@ -138,6 +141,8 @@ def test_explicit_mesh(op, groups):
         arrays[name] = jax.ShapeDtypeStruct((4, 70, heads, 16), "bfloat16", sharding=NamedSharding(mesh, spec))
     if op == "delta_rule":
         arrays["beta"] = jax.ShapeDtypeStruct((4, 70, 4), "float32", sharding=place)
+    if channel:
+        arrays |= {"w": arrays["k"], "alpha": arrays["beta"], "decay": arrays["v"]}
 
     def loss(arrays):
         return jnp.sum(getattr(mf, op)(**arrays, implementation="pallas")[0].astype("float32"))
