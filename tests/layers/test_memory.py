@@ -111,13 +111,19 @@ def test_gradients_are_causal_and_reach_every_parameter(spec):
         assert np.all(np.isfinite(leaf)) and np.any(leaf), jax.tree_util.keystr(path)
 
 
+# One memory of each layer class, the last of the table, and each row with options.
+IN_BFLOAT16 = {*{row.layer: name for name, row in MEMORIES.items()}.values(), *(set(SPECS) - set(MEMORIES))}
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_bfloat16_policy(spec):
+    """Dtypes of every memory; values of one per layer class."""
     _, half_parameters, half_call = built(spec, "bfloat16")
-    got, _ = half_call(half_parameters, jnp.asarray(inputs(), jnp.bfloat16))
-    assert got.dtype == jnp.bfloat16
+    x = jnp.asarray(inputs(), jnp.bfloat16)
+    assert jax.eval_shape(half_call, half_parameters, x)[0].dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(half_parameters)} == {jnp.dtype("float32")}
-    assert relative_rms(got, whole(spec)[0]) < 3e-2
+    if spec in IN_BFLOAT16:
+        assert relative_rms(half_call(half_parameters, x)[0], whole(spec)[0]) < 3e-2
 
 
 def test_every_memory_has_a_row():

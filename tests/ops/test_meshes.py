@@ -93,9 +93,15 @@ def on_one_device(name):
     return jax.device_get(jax.jit(functools.partial(run, name))(random(B, T, D), jnp.asarray(IDS)))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, AxisType.Explicit) for name in FUNCTIONS),
+        *((name, AxisType.Auto) for name in ("lstm", "addressing", "fixed cache")),
+    ],
+)
 def test_batch_stays_sharded(name, kind):
+    """Every function on an Explicit mesh, a cell, an addressing step and a cache on an Auto mesh too."""
     x, ids = random(B, T, D), jnp.asarray(IDS)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):

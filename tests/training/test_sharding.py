@@ -25,6 +25,7 @@ from memformer.training.sharding import (
     partition_spec,
 )
 from memformer.training.step import init_state, make_train_step
+from tests.executables import state_by_operation
 from tests.programs import collectives_in_loops
 from tests.training import process_steps
 from tests.training.small import small_config
@@ -156,8 +157,10 @@ def prepared(memory, mesh):
     # so large a batch that any activation of it is larger than every weight
     loader = make_loader(run.task, "train", batch_size=ROWS, seed=0)
     with mesh_scope(run.mesh):
-        batches = [global_batch(next(loader), run.mesh) for _ in range(5)]
-        state = init_state(run.model, run.tx, run.mesh, seed=0)
+        batches = [global_batch(next(loader), run.mesh) for _ in range(3)]
+        # on the cube the program of `init_state` lays out its values; alone they are made by operation
+        make_state = state_by_operation if run.mesh.size == 1 else init_state
+        state = make_state(run.model, run.tx, run.mesh, seed=0)
         step = make_train_step(run.model, run.tx, run.schedule, run.mesh, config["train"])
         compiled = step.lower(state, batches[0]).compile()
     return run, compiled, state, batches
@@ -241,6 +244,8 @@ def test_explicit_axes_do_what_auto_axes_do(monkeypatch):
     found = []
     for make in (make_mesh, explicit):
         monkeypatch.setattr(build, "make_mesh", make)
+        # with Auto axes the two-process test runs the program of `init_state`
+        monkeypatch.setattr(process_steps, "init_state", state_by_operation if make is make_mesh else init_state)
         found.append(process_steps.losses({"data": 2, "tensor": 2}, jax.devices()[:4]))
     np.testing.assert_allclose(*found, rtol=1e-6)
 
