@@ -20,7 +20,7 @@ from memformer.layers.basic import (
 )
 from memformer.layers.cached import DeltaFormer, Latent, SoftmaxAttention
 from memformer.layers.config import BaseConfig
-from memformer.layers.convolution import ShortConvolution
+from memformer.layers.convolution import ShortConvolution, shift_token
 from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase, GatedSlots, GatedSlotState
 from memformer.layers.experts import apply_experts
 from memformer.layers.feedforward import FEEDFORWARDS, MLP, MixtureOfExperts, RouterCorrection, SwiGLU, feedforward_keys
@@ -34,6 +34,7 @@ from memformer.layers.gates import (
     StepDecay,
 )
 from memformer.layers.lora import add_lora, is_lora, merge_lora
+from memformer.layers.mamba3 import Mamba3, Mamba3State
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention, Mesa
 from memformer.layers.memory import build_memory, check_memory, known_options
 from memformer.layers.positions import (
@@ -93,6 +94,8 @@ __all__ = [
     "LogSigmoidDecay",
     "MEMORIES",
     "MLP",
+    "Mamba3",
+    "Mamba3State",
     "MemoryLayer",
     "MemorySpec",
     "MixtureOfExperts",
@@ -139,6 +142,7 @@ __all__ = [
     "partition_spec",
     "rotate",
     "run_stack",
+    "shift_token",
     "sinusoid",
     "state_letters",
     "stochastic_keys",

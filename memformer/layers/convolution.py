@@ -1,4 +1,4 @@
-"""Short causal convolution on queries, keys and values."""
+"""Short causal convolution on queries, keys and values, and the token before each."""
 
 import functools
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from memformer.layers.basic import Dtypes, named
 from memformer.layers.sharding import auto_axes
 from memformer.pallas.sharding import dividing_axes
 
-__all__ = ["ShortConvolution"]
+__all__ = ["ShortConvolution", "shift_token"]
 
 
 @jax.custom_vjp
@@ -79,23 +79,47 @@ class ShortConvolution(nnx.Module):
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:
         """Returns (y, state)."""
         state = self.init_state(x.shape[0]) if state is None else state
-        y, state = self._convolve(x, segments, state)
+        y, state = _sum_taps(self.weights[...].astype(x.dtype), x, segments, state)
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)[None, None]
         return nnx.silu(y), state
 
-    def _convolve(self, x: Array, segments: Segments | None, state: Array) -> tuple[Array, Array]:
-        """The sums over the last inputs, and the state, on shards of time where time is sharded."""
-        weights = self.weights[...].astype(x.dtype)
-        shards = time_shards(x.shape[1])
-        if shards is None or self.width == 1:
-            return _convolve(weights, x, segments, state)
-        batch, channels = dividing_axes(x.shape[0], x.shape[2])
-        time, whole = shards.spec(batch, channels), PartitionSpec(batch, None, channels)
-        local = functools.partial(_convolve_shard, shards)
-        specs = PartitionSpec(None, channels), time, shards.spec(batch), whole
-        others = (*(batch or ()), *(channels or ()))
-        return shards.run(local, others, specs, (time, whole))(weights, x, segments, state)
+
+def shift_token(
+    x: Float[Array, "B T C"], segments: Segments | None, state: Float[Array, "B 1 C"]
+) -> tuple[Float[Array, "B T C"], Float[Array, "B 1 C"]]:
+    """The input of the token before, in the same segment, without padding; zero before the first token of a segment.
+
+    A convolution of width 2 that reads the earlier input alone.
+
+    Args:
+      x: inputs.
+      segments: of packed sequences.
+      state: the input before the call, of the first segment.
+
+    Returns:
+      (the inputs before, the last input of the last segment).
+
+    Example:
+      >>> y, state = shift_token(jnp.arange(3.0).reshape(1, 3, 1), None, jnp.full((1, 1, 1), 7.0))
+      >>> y[0, :, 0], state[0, :, 0]
+      (Array([7., 0., 1.], dtype=float32), Array([2.], dtype=float32))
+    """
+    taps = jnp.asarray([[0], [1]], x.dtype)
+    return _sum_taps(jnp.broadcast_to(taps, (2, x.shape[2])), x, segments, state)
+
+
+def _sum_taps(weights: Array, x: Array, segments: Segments | None, state: Array) -> tuple[Array, Array]:
+    """The sums over the last inputs by weights [W, C], and the state, on shards of time where time is sharded."""
+    shards = time_shards(x.shape[1])
+    if shards is None or weights.shape[0] == 1:
+        return _convolve(weights, x, segments, state)
+    batch, channels = dividing_axes(x.shape[0], x.shape[2])
+    time, whole = shards.spec(batch, channels), PartitionSpec(batch, None, channels)
+    local = functools.partial(_convolve_shard, shards)
+    specs = PartitionSpec(None, channels), time, shards.spec(batch), whole
+    others = (*(batch or ()), *(channels or ()))
+    return shards.run(local, others, specs, (time, whole))(weights, x, segments, state)
 
 
 def _convolve(weights: Array, x: Array, segments: Segments | None, state: Array) -> tuple[Array, Array]:

@@ -47,7 +47,7 @@ def _rate_init(key: Array, shape: tuple[int, ...], dtype) -> Array:
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
 
 
-def _step_init(key: Array, shape: tuple[int, ...], dtype) -> Array:
+def step_bias(key: Array, shape: tuple[int, ...], dtype) -> Array:
     """Initial biases whose softplus is log-uniform in [0.001, 0.1]."""
     step = jnp.exp(jax.random.uniform(key, shape, dtype, jnp.log(0.001), jnp.log(0.1)))
     return jnp.log(jnp.expm1(step))
@@ -76,7 +76,7 @@ class StepDecay(nnx.Module):
         self.down = nnx.data(None) if rank is None else linear(width, rank, ("embed", None), **same)
         self.up = linear(inner, size, ("embed" if rank is None else None, "heads"), **same)
         self.rate = nnx.Param(named(_rate_init, "heads")(rngs.params(), (heads,), dtypes.param))
-        self.bias = nnx.Param(named(_step_init, "heads")(rngs.params(), (size,), dtypes.param))
+        self.bias = nnx.Param(named(step_bias, "heads")(rngs.params(), (size,), dtypes.param))
         self.heads, self.dtypes = heads, dtypes
 
     @auto_axes

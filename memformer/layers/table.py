@@ -10,6 +10,7 @@ from typing import Any
 from memformer.layers.base import MemoryLayer
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
 from memformer.layers.erasing import HGRN2, RWKV7, Comba, GatedErase, GatedSlots
+from memformer.layers.mamba3 import Mamba3
 from memformer.layers.matrix import DeltaProduct, DeltaRule, LinearAttention, LogLinearAttention, Mesa
 from memformer.layers.recurrent import GRUMemory, LSTMMemory, RecurrentMemory, RNNMemory
 
@@ -165,6 +166,19 @@ MEMORIES: dict[str, MemorySpec] = {
         "S_t = exp(-a d_t) S_{t-1} + k_t (d_t v_t)^T; o_t = S_t^T q_t + D v_t",
         "linear_attention(q, k, d * v, decay=-a * d)",
         "arXiv 2405.21060",
+    ),
+    "mamba3": MemorySpec(
+        Mamba3,
+        {"key_heads": 1, "qk_norm": "head", "norm_epsilon": 1e-5, "output_gate": "silu"},
+        "linear on keys that turn",
+        "alpha = c_t, and b_t for the token before",
+        "none",
+        "per head",
+        "K x V matrix per head, last (k, v), angles",
+        "S_t = exp(g_t) (S_{t-1} + b_t k_{t-1} v_{t-1}^T) + c_t k_t v_t^T; o_t = S_t^T q_t + D v_t; "
+        "b_t = (1 - l_t) d_t; c_t = l_t d_t; q and k turn by angles that add up",
+        "exp(g) * linear_attention(q, k', (b + c') * v', decay=g') + c * (q . k) * v, ' of the token before",
+        "arXiv 2603.15569",
     ),
     "log_linear_attention": MemorySpec(
         LogLinearAttention,

@@ -191,6 +191,7 @@ MISTAKES = {
     "feature map": ("gla", {"feature_map": "tanh"}, "feature_map must be one of 'identity', .* got 'tanh'"),
     "kernel": ("deltaformer", {"write_kernel": "cosine"}, "write_kernel must be a Kernel or one of .* got 'cosine'"),
     "kernel field": ("deltaformer", {"read_kernel": {"nme": "exp"}}, "read_kernel has no key 'nme'; known keys: name"),
+    "pairs": ("mamba3", {"partial_rotary_factor": 0.1}, "even key_width, got 4, of which .* leaves 0 channels"),
     "gate": ("gla", {"output_gate": "relu"}, "output_gate must be one of None, 'silu', 'sigmoid', got 'relu'"),
     "alpha": ("deltaformer", {"alpha": "exp"}, "alpha must be one of None, 'sigmoid', got 'exp'"),
 }

@@ -49,6 +49,11 @@ LAYERS = {
         lambda layer, x: layer(x, segment_ids=IDS),
         ("data",),
     ),
+    "packed Mamba-3": (
+        lambda: build_memory("mamba3", D, heads=2, rngs=nnx.Rngs(0)),
+        lambda layer, x: layer(x, segment_ids=IDS),
+        ("data",),
+    ),
     "grouped attention": (
         lambda: build_memory("softmax_attention", D, heads=4, options={"groups": 2}, rngs=nnx.Rngs(0)),
         lambda layer, x: layer(x[:, 3:], state=layer(x[:, :3])[1]),

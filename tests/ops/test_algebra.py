@@ -102,6 +102,19 @@ def mesa(x):
     return np.stack(reads)
 
 
+def mamba3(x):
+    """Two taps per write: of the token before and of this one."""
+    mix, size = x["beta"], x["gate"][:, 0]
+
+    def step(S, t):
+        S = np.exp(x["head"][t]) * S
+        if t:
+            S = S + (1 - mix[t]) * size[t] * np.exp(x["head"][t]) * np.outer(x["k"][t - 1], x["v"][t - 1])
+        return S + mix[t] * size[t] * np.outer(x["k"][t], x["v"][t])
+
+    return loop(x, step)
+
+
 def call_comba(x, **options):
     return mf.delta_rule(x["q"], x["k"], x["v"], x["beta"], w=0.7 * x["k"], decay=x["head"], scale=1.0, **options)
 
@@ -135,6 +148,18 @@ def call_gsa(x, **options):
     return mf.linear_attention(jax.nn.softmax(scores[..., 0])[:, :, None], written, x["v"], decay=decay, **same)
 
 
+def call_mamba3(x, **options):
+    def before(a):
+        return jnp.pad(a[:, :-1], ((0, 0), (1, 0), *((0, 0),) * (a.ndim - 2)))
+
+    size, decay = x["gate"][..., 0], x["head"]
+    now, earlier = x["beta"] * size, (1 - x["beta"]) * size
+    written = (earlier + before(now))[..., None] * before(x["v"])
+    o, state = mf.linear_attention(x["q"], before(x["k"]), written, decay=before(decay), scale=1.0, **options)
+    match = now * jnp.sum(x["q"] * x["k"], axis=-1)
+    return jnp.exp(decay)[..., None] * o + match[..., None] * x["v"], state
+
+
 def call_mesa(x, **options):
     return mf.mesa(x["q"], x["k"], x["v"], x["beta"], 1 + x["gate"], decay=x["head"], **options)
 
@@ -147,6 +172,7 @@ MEMORIES = {
     "based": (based, call_based),
     "gsa": (gsa, call_gsa),
     "mesa": (mesa, call_mesa),
+    "mamba3": (mamba3, call_mamba3),
 }
 
 
