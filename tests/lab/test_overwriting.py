@@ -17,7 +17,7 @@ def test_the_latest_value_is_read_with_gamma_alone():
     assert 0.9 < min(shares.values()) < 1 and 1 < total < 2
     # all writes stay in the normaliser: after 50 each replaces a small part of what is stored
     shares, total = latest_recalled("disjoint", 16, 0.0, False, **SMALL)
-    assert shares[50] < shares[20] < 0.95 and abs(total - 50 / 16) < 1e-3
+    assert shares[50] < 0.8 and abs(total - 50 / 16) < 1e-3
 
 
 def test_the_quick_study_has_a_row_for_each_kind(tmp_path):
