@@ -145,6 +145,11 @@ def test_the_code_of_a_guide_runs(page, capsys):
         assert shown.startswith("(2, 16, 4, 32) (2, 4, 32, 32)\n") and names["logits"].shape == (1, 16, 100)
 
 
+def test_the_start_page_shows_the_table_of_the_readme():
+    (table,) = re.findall(r"^```text\n.*?^```$", (DOCS / "index.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert table in (ROOT / "README.md").read_text()
+
+
 def test_a_memory_of_ones_own(tmp_path, monkeypatch):
     from memformer.layers import MEMORIES
     from memformer.training.config import complete_config
