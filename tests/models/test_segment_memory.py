@@ -14,8 +14,7 @@ from memformer.training.config import default_config
 from memformer.training.input import make_loader
 from memformer.training.optimizer import make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
-from memformer.training.step import make_functional, make_train_step
-from tests.executables import state_by_operation
+from memformer.training.step import init_state, make_functional, make_train_step
 from tests.numeric import FORWARD, assert_close, slopes
 
 LENGTH, VOCAB = 3, 11
@@ -211,7 +210,7 @@ def test_training_carries_values_between_segments():
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     with mesh_scope(mesh):
         model = make_functional(make)
-        state = state_by_operation(model, tx, mesh, seed=0)
+        state = init_state(model, tx, mesh, seed=0)
         step = make_train_step(model, tx, schedule, mesh, {**config.train.to_dict(), "log_every": 25})
         loader = make_loader(task, "train", batch_size=16, seed=0)
         for _ in range(steps):
