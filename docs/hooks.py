@@ -51,7 +51,8 @@ def on_post_build(config):
 def notebook_page(notebook):
     """A notebook as Markdown: text and code, without outputs."""
     cells = [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]]
-    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells) + "\n"
+    parts = [text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells]
+    return "\n\n".join([*parts, "[This page as a notebook](tour.ipynb)"]) + "\n"
 
 
 def gallery(results):

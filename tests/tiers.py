@@ -58,6 +58,7 @@ FAST = {
     "test_imports.py": "",
     "test_launch.py": "(?!test_models)",
     "test_readme.py": "(?!test_(training_command|notebook))",
+    "test_site.py": "test_(names|the_start)",
     "test_style.py": "(?!test_types)",
     "test_tiers.py": "",
 }
