@@ -21,8 +21,7 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
       The output in float32, or bfloat16 where v is.
 
     Raises:
-      NotImplementedError: a window; a decay on a GPU; attention that is not causal; no kernel serves the call,
-        or the chip.
+      NotImplementedError: a window; attention that is not causal; no kernel serves the call, or the chip.
     """
     if not call.causal:
         raise unsupported(call.op, "is causal")
@@ -38,7 +37,7 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
 def _check_attention_call(call: AttentionCall) -> None:
     if call.window is not None:
         raise unsupported(call.op, "has no window", "implementation='chunked' serves it")
-    if chip() == "gpu" and call.decay is not None:
+    if chip() == "gpu" and call.decay is not None and call.op == "deltaformer":
         raise unsupported(call.op, "has no decay on GPUs")
 
 

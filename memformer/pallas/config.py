@@ -88,6 +88,7 @@ class BaseAttentionConfig:
       own: whether queries see slots of the call, those up to their own.
       strict: whether their own slot is left out.
       segments: whether a mask of segments is needed.
+      decay: whether logits or similarities decay with the time between the tokens of a pair.
       axes: mesh axes of batch and heads.
     """
 
@@ -96,6 +97,7 @@ class BaseAttentionConfig:
     own: bool
     strict: bool
     segments: bool
+    decay: bool
     axes: KernelAxes = dataclasses.field(default_factory=kernel_axes, kw_only=True)
 
     @property

@@ -12,7 +12,7 @@ from tests.numeric import assert_close
 from tests.ops import test_ops as suite
 from tests.pallas.test_gpu import H200, interpreter, interprets
 from tests.pallas.test_tpu import keys
-from tests.pallas.test_tpu_attention import evaluate, given, oracle
+from tests.pallas.test_tpu_attention import evaluate, forgetting_attention, given, oracle
 
 __all__ = ["interpreter"]
 
@@ -49,6 +49,17 @@ def test_kernels(write, read, length, interpreter, monkeypatch):
     want, want_gradients = oracle(arrays, **options)
     assert_close(got, want, 2e-2, "output and u")
     assert_close(gradients, want_gradients, 2e-2, "gradient")
+
+
+@interprets
+def test_forgetting_attention(interpreter):
+    """Decay and sinks over a cache: two blocks of two tiles of rows."""
+    arrays, state, run = forgetting_attention(150, "bfloat16")
+    got = run(arrays, suite.cast(state, "float32"), "pallas")
+    with jax.enable_x64(True):
+        want = run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), suite.cast(state, "float64"), "recurrent")
+    assert_close(got[0], want[0], 1e-2, "output")
+    assert_close(got[1], want[1], 2e-2, "gradient")
 
 
 @interprets
@@ -132,6 +143,8 @@ LIBRARY = {
     "window": ({"window": 7}, CUDNN),
     "segments": ({"segment_ids": np.ones((1, 192), np.int32)}, OURS),
     "sinks": ({"sinks": np.zeros(4, np.float32)}, OURS),
+    "decay": ({"decay": np.zeros((1, 192, 4), np.float32)}, OURS),
+    "window with a decay": ({"window": 7, "decay": np.zeros((1, 192, 4), np.float32)}, ()),
     "chunk_size": ({"chunk_size": 64}, OURS),
     "precision": ({"precision": "highest"}, ()),
     "window of an encoder": ({"window": 7, "causal": False}, ()),

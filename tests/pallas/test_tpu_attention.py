@@ -120,10 +120,17 @@ def test_a_call_too_long_for_vmem(interpreter, monkeypatch):
     assert_close(gradients, want_gradients, GRADIENT["float32"], "gradient")
 
 
-def test_forgetting_attention(interpreter):
-    """Decay and sinks over a cache, packed sequences whose padding sees nothing, and heads that share keys."""
-    state = suite.inputs("softmax_attention_decay")[1]
-    ids = jnp.asarray(np.repeat([3, 0, 1], [9, 4, 12])[None], jnp.int32)
+def forgetting_attention(length, dtype):
+    """Softmax attention with decay and sinks, packed sequences whose padding sees nothing, and heads that share keys.
+
+    Returns:
+      Arguments, the cache, and a function of both and of an implementation to the output and all gradients.
+    """
+    state = jax.tree.map(lambda x: x[:1] if x.ndim else x, suite.inputs("softmax_attention_decay")[1])
+    ids = jnp.asarray(np.repeat([3, 0, 1], [9, 4, length - 13])[None], jnp.int32)
+    arrays = {name: x for name, x in given(length, heads=(2, 1), dtype=dtype).items() if name in "qkv"}
+    arrays["decay"] = given(length, heads=(2, 2), decay=True)["decay"]
+    arrays["sinks"] = jnp.array([-0.5, 0.5])
 
     def run(arrays, state, implementation, **options):
         def loss(arrays, fraction):
@@ -136,15 +143,17 @@ def test_forgetting_attention(interpreter):
                 initial_state=start,
                 implementation=implementation,
             )
-            return jnp.sum(jnp.sin(output)), output
+            return jnp.sum(jnp.sin(output.astype(fraction.dtype))), output
 
         (_, output), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(arrays, state.decay_fraction)
         return jax.tree.map(np.asarray, (output, gradients))
 
-    arrays = {name: x for name, x in given(25, heads=(2, 1)).items() if name in "qkv"}
-    arrays["decay"] = given(25, heads=(2, 2), decay=True)["decay"]
-    arrays["sinks"] = jnp.array([-0.5, 0.5])
-    state = jax.tree.map(lambda x: x[:1] if x.ndim else x, state)
+    return arrays, state, run
+
+
+def test_forgetting_attention(interpreter):
+    """Decay and sinks over a cache."""
+    arrays, state, run = forgetting_attention(25, "float32")
     got = run(arrays, suite.cast(state, "float32"), "pallas", chunk_size=16)
     with jax.enable_x64(True):
         want = run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), suite.cast(state, "float64"), "recurrent")

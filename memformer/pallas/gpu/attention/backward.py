@@ -6,6 +6,11 @@ deltaformer.py):
     G = g x^T      e = p, or -beta p for the write      dx = e^T g
     ds = e G - p delta (softmax), else slope e / p G      dk = scale ds^T q      dq = scale ds k
 
+The gradient of a pair's decay is ds (softmax), else e G. Its sums over keys are the gradients of the queries'
+cumulative decay, its negated sums over queries those of the keys'. A token and itself have no decay, and are left out.
+The gradient of one token's decay is the sum of both over all later tokens, in which most pairs cancel: both kernels
+compute a pair from operands that are rounded alike.
+
 Both kernels recompute the scores of a tile, and its weights from the log-sum-exp. In the second one tiles are
 transposed, keys in rows, and a program takes all query heads of its key head.
 """
@@ -22,6 +27,14 @@ from memformer.core.mask import Mask
 from memformer.core.types import Array
 from memformer.pallas.gpu.attention import tiles
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
+from memformer.pallas.gpu.attention.scalars import (
+    column_names,
+    column_values,
+    pack_scalars,
+    pair_gap,
+    row_names,
+    row_values,
+)
 from memformer.pallas.gpu.attention.tiles import Refs, Ring
 from memformer.pallas.gpu.wgmma import (
     load_column,
@@ -32,15 +45,15 @@ from memformer.pallas.gpu.wgmma import (
     split_bf16,
     transposed,
 )
+from memformer.pallas.pair_decay import QueryKeyDecay
 from memformer.pallas.sharding import split_batch_and_heads
 
 __all__ = ["key_gradients", "query_gradients"]
 
 
-def _names(config: AttentionConfig, write: bool) -> tuple[str, ...]:
-    """Names of the scalars per query."""
-    names = ("lse", "delta") * config.similarity.normalized + ("beta",) * write
-    return names + ("segment",) * config.segments
+def _op_names(config: AttentionConfig, write: bool) -> tuple[str, ...]:
+    """Names of the scalars per query beside segment and decay."""
+    return ("lse", "delta") * config.similarity.normalized + ("beta",) * write
 
 
 def _signed(weights: Array, scalar: Callable[[str], Array], write: bool) -> Array:
@@ -63,7 +76,9 @@ def _mask_weight_gradient(config: AttentionConfig, weights: Array, dweights: Arr
     return dweights if nonzero is None else jnp.where(nonzero, dweights, 0.0)
 
 
-def _score_gradient(config: AttentionConfig, weights: Array, dweights: Array, scalar, write: bool) -> Array:
+def _score_gradient(
+    config: AttentionConfig, weights: Array, dweights: Array, scalar, gap: Callable[[], Array | None], write: bool
+) -> Array:
     """ds of a tile.
 
     Args:
@@ -71,11 +86,27 @@ def _score_gradient(config: AttentionConfig, weights: Array, dweights: Array, sc
       weights: of the tile.
       dweights: G, masked.
       scalar: see `_signed`.
+      gap: function to the decay of each pair, or to None; computed again as the mask is.
       write: whether this is the write.
     """
     if config.similarity.normalized:
         return _signed(weights, scalar, write) * dweights - weights * scalar("delta")
-    return _signed(weights * dweights if config.similarity.name == "exp" else dweights, scalar, write)
+    if config.similarity.name == "exp":
+        return _signed(weights * dweights, scalar, write)
+    if config.decay:
+        dweights = dweights * tiles.decay_factor(gap())
+    return _signed(dweights, scalar, write)
+
+
+def _decay_gradient(
+    config: AttentionConfig, weights: Array, dweights: Array, ds: Array, scalar, own, write: bool
+) -> Array:
+    """The gradients of the decays of a tile's pairs; `own` are the indices in a tile on the diagonal, else None."""
+    gradient = ds
+    if not (config.similarity.normalized or config.similarity.name == "exp"):
+        gradient = _signed(weights * dweights, scalar, write)
+    # A strict mask leaves no token and itself.
+    return gradient if own is None or config.strict else jnp.where(own[0] == own[1], 0.0, gradient)
 
 
 def _left(refs: Refs, g, x: Array, count: int, first: int):
@@ -96,7 +127,7 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
     b, h, g = (lax.axis_index(name) for name in ("batch_row", "head", "warpgroup"))
     i, first, own, stop = tiles.row_extent(config, refs)
     ring = tiles.column_ring(config, refs, config.parts)
-    rows, names = pl.ds(i * config.rows + g * TILE, TILE), _names(config, write)
+    rows, names = pl.ds(i * config.rows + g * TILE, TILE), _op_names(config, write) + row_names(config)
     parts = range(_gradient_parts(config, write))
     copies = [(refs.q.at[b, h, rows], refs.q_tile)]
     copies += [(refs[f"g{n}"].at[b, h, rows], refs[f"g_tile{n}"]) for n in parts]
@@ -104,43 +135,61 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         copies.append((refs.q_scalars.at[b, h, i * config.warpgroups + g], refs.own_scalars))
     _copy_own(refs, g, copies)
 
+    def row(name):
+        return refs.own_scalars.at[g, names.index(name)]
+
     def scalar(name):
-        return load_column(refs.own_scalars.at[g, names.index(name)], TILE)
+        return load_column(row(name), TILE)
 
     def tile(t, carry, diagonal=None):
-        dq, dbeta = carry
+        dq, dbeta, ddecay = carry
         slot = ring.wait_key(t - first)
         ring.wait_value(t - first)
         k, xs = refs.key_slots.at[slot], [transposed(refs[f"value_slots{n}"].at[slot]) for n in range(config.parts)]
         gs = [refs[f"g_tile{n}"].at[g] for n in parts]
         scores, dweights = products(((refs.q_tile.at[g], transposed(k)),), partial_products(gs, xs))
-        segments = (None, None)
-        if config.segments:
-            segments = (refs.own_scalars.at[g, names.index("segment")], refs.scalar_slots.at[slot, 0])
-        mask = tiles.tile_mask(diagonal, *segments, tiles.load_indices(refs, g) if diagonal else None)
+        column = tiles.column_scalar(config, refs, slot)
+        segments = (row("segment"), column("segment")) if config.segments else (None, None)
+        indices = tiles.load_indices(refs, g) if diagonal else None
+        mask = tiles.tile_mask(diagonal, *segments, indices)
+
+        def gap():
+            return pair_gap(row, column, diagonal=diagonal is not None) if config.decay else None
+
         lse = scalar("lse") if config.similarity.normalized else None
-        weights = tiles.attention_weights(config, scores * config.factor, mask, lse)
+        weights = tiles.attention_weights(config, scores * config.factor, mask, lse, gap())
+        if config.decay and not write:
+            # As the kernel of the keys has them.
+            weights = weights.astype(jnp.bfloat16).astype(jnp.float32)
         dweights = _mask_weight_gradient(config, weights, dweights, lambda: mask)
         if write:
             dbeta = dbeta - jnp.sum(weights * dweights, axis=1)
-        ds = _score_gradient(config, weights, dweights, scalar, write)
+        ds = _score_gradient(config, weights, dweights, scalar, gap, write)
+        if config.decay:
+            dgap = _decay_gradient(config, weights, dweights, ds, scalar, indices, write)
+            ddecay = ddecay + jnp.sum(dgap, axis=1)
         dq = tiles.accumulate(dq, partial_products(_left(refs, g, ds, config.parts, 0), (k,)))
         ring.release(t - first)
-        return dq, dbeta
+        return dq, dbeta, ddecay
 
     last = own + g if config.own else stop
-    zero = plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-    carry = lax.fori_loop(first, last, tile, (tiles.zeros(config.key), zero))
+    carry = lax.fori_loop(first, last, tile, (tiles.zeros(config.key), _zero(), _zero() if config.decay else ()))
     if config.own:
         carry = tile(last, carry, "<" if config.strict else "<=")
         ring.skip(last + 1 - first, stop - first)
-    dq, dbeta = carry
+    dq, dbeta, ddecay = carry
     tiles.store_tile(refs.get("q_tile"), g, dq * config.similarity.scale, refs.dq.at[b, h, rows])
-    if write:
-        refs.dbeta_tile.at[g][...] = dbeta
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(refs.dbeta_tile.at[g], refs.dbeta.at[b, h, rows])
+    for name, sums in (("dbeta", dbeta), ("ddecay", ddecay)):
+        if name in refs:
+            refs[f"{name}_tile"].at[g][...] = sums
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(refs[f"{name}_tile"].at[g], refs[name].at[b, h, rows])
     plgpu.wait_smem_to_gmem(0)
+
+
+def _zero() -> Array:
+    """Sums [64] over nothing."""
+    return plgpu.layout_cast(jnp.zeros((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
 
 def _gradient_parts(config: AttentionConfig, write: bool) -> int:
@@ -149,27 +198,29 @@ def _gradient_parts(config: AttentionConfig, write: bool) -> int:
 
 
 def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple[Array, ...]:
-    """One device's shard; rest: parts of x and g, scalars of queries, segments of keys, `first`."""
+    """One device's shard; rest: parts of x and g, scalars of queries and of keys, `first`."""
     batch, heads, length = q.shape[:3]
-    names, rest = _names(config, write), list(rest)
+    names, columns, rest = _op_names(config, write) + row_names(config), column_names(config), list(rest)
     parts = _gradient_parts(config, write)
     inputs = {"indices": tiles.index_vectors(), "k": k, "q": q}
     for name in (*(f"x{n}" for n in range(config.parts)), *(f"g{n}" for n in range(parts))):
         inputs[name] = rest.pop(0)
     if names:
         inputs["q_scalars"] = rest.pop(0)
+    if columns:
+        inputs["k_scalars"] = rest.pop(0)
     if config.segments:
-        inputs |= {"k_scalars": rest[0], "first": rest[1]}
+        inputs["first"] = rest.pop(0)
     outputs = {"dq": ((batch, heads, length, config.key), jnp.bfloat16)}
-    scratch = tiles.ring_scratch(config, config.value, config.parts, config.segments)
+    scratch = tiles.ring_scratch(config, config.value, config.parts, len(columns))
     widths = {"q_tile": config.key, **{f"g_tile{n}": config.value for n in range(parts)}}
     scratch |= {name: shared_block(config.warpgroups, TILE, width) for name, width in widths.items()}
     scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + parts + bool(names), num_barriers=config.warpgroups)
     if names:
         scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(names), TILE), jnp.float32)
-    if write:
-        outputs["dbeta"] = ((batch, heads, length), jnp.float32)
-        scratch["dbeta_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
+    for name in ("dbeta",) * write + ("ddecay",) * config.decay:
+        outputs[name] = ((batch, heads, length), jnp.float32)
+        scratch[f"{name}_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
     scratch |= tiles.index_scratch(config) | tiles.interpreter_scratch(config, config.parts)
     return tiles.call(
         config,
@@ -229,7 +280,7 @@ def _query_tiles(config: AttentionConfig, refs: Refs):
 
 def _copy_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
     count, repeat, tile_of = _query_tiles(config, refs)
-    ring = _query_ring(config, refs, _names(config, write), tile_of)
+    ring = _query_ring(config, refs, _op_names(config, write) + column_names(config), tile_of)
 
     @pl.loop(0, count * repeat)
     def _(c):
@@ -243,33 +294,45 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
     b, h, g = (lax.axis_index(name) for name in ("batch_row", "head", "warpgroup"))
     j, first, stop = _key_extent(config, refs)
     count, repeat, tile_of = _query_tiles(config, refs)
-    names = _names(config, write)
+    names, own_names = _op_names(config, write) + column_names(config), row_names(config)
     ring = _query_ring(config, refs, names, tile_of)
     keys = pl.ds(j * config.rows + g * TILE, TILE)
-    copies = [(refs.k.at[b, h, keys], refs.k_tile), (refs.x0.at[b, h, keys], refs.x_tile)]
-    if config.segments:
+    parts = range(_value_parts(config))
+    copies = [(refs.k.at[b, h, keys], refs.k_tile)]
+    copies += [(refs[f"x{n}"].at[b, h, keys], refs[f"x_tile{n}"]) for n in parts]
+    if own_names and not config.decay:
         copies.append((refs.k_scalars.at[b, h, j * config.warpgroups + g], refs.own_scalars))
     _copy_own(refs, g, copies)
 
+    def row(name):
+        return refs.own_scalars.at[g, own_names.index(name)]
+
     def tile(c, carry, diagonal=None):
-        dk, dx = carry
+        dk, dx, ddecay = carry
         slot = ring.wait_key(c)
         ring.wait_value(c)
         q, gs = refs.key_slots.at[slot], tuple(refs[f"value_slots{n}"].at[slot] for n in range(config.parts))
         scores = tiles.compute_scores(config, refs.k_tile.at[g], q)
 
-        def scalar(name):
-            return load_row(refs.scalar_slots.at[slot, names.index(name)], TILE)
+        def column(name):
+            return refs.scalar_slots.at[slot, names.index(name)]
 
-        segments = (None, None)
-        if config.segments:
-            segments = (refs.own_scalars.at[g, 0], refs.scalar_slots.at[slot, names.index("segment")])
+        def scalar(name):
+            return load_row(column(name), TILE)
+
+        def gap():
+            return pair_gap(row, column, diagonal=diagonal is not None, transposed=True) if config.decay else None
+
+        segments = (row("segment"), column("segment")) if config.segments else (None, None)
+
+        def indices():
+            return tiles.load_indices(refs, g) if diagonal else None
 
         def mask():
-            return tiles.tile_mask(diagonal, *segments, tiles.load_indices(refs, g) if diagonal else None)
+            return tiles.tile_mask(diagonal, *segments, indices())
 
         lse = scalar("lse") if config.similarity.normalized else None
-        weights = tiles.attention_weights(config, scores, mask(), lse)
+        weights = tiles.attention_weights(config, scores, mask(), lse, gap())
         if "dx" in refs:
             # Before G, with the weights kept in bfloat16 meanwhile: the registers hold no more.
             signed = _left(refs, g, _signed(weights, scalar, write), config.parts, 1)
@@ -277,12 +340,16 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
             dx = tiles.accumulate(dx, partial_products(signed, gs))
             weights = kept.astype(jnp.float32)
         if "dk" in refs:
-            (dweights,) = products(((refs.x_tile.at[g], transposed(gs[0])),))
+            xs = [refs[f"x_tile{n}"].at[g] for n in parts]
+            (dweights,) = products(partial_products(xs, [transposed(x) for x in gs[: len(xs)]]))
             dweights = _mask_weight_gradient(config, weights, dweights, mask)
-            ds = _score_gradient(config, weights, dweights, scalar, write)
+            ds = _score_gradient(config, weights, dweights, scalar, gap, write)
+            if config.decay:
+                dgap = _decay_gradient(config, weights, dweights, ds, scalar, indices(), write)
+                ddecay = ddecay - jnp.sum(dgap, axis=1)
             dk = tiles.accumulate(dk, partial_products(_left(refs, g, ds, 1, 0), (q,)))
         ring.release(c)
-        return dk, dx
+        return dk, dx, ddecay
 
     widths = (("dk", config.key), ("dx", config.value))
     carry = tuple(tiles.zeros(width) if name in refs else () for name, width in widths)
@@ -291,11 +358,22 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
     here, after = jnp.maximum(own, 0), jnp.maximum(own + 1, 0)
 
     def head(n, carry):
-        start = n * count
+        start, query_head = n * count, h * repeat + n
+        if config.decay:
+            source = refs.k_scalars.at[b, query_head, j * config.warpgroups + g]
+            plgpu.copy_gmem_to_smem(source, refs.own_scalars.at[g], refs.scalars_ready.at[g])
+            plgpu.barrier_wait(refs.scalars_ready.at[g])
+        carry = (*carry, _zero() if "ddecay" in refs else ())
         ring.skip(start, start + here)
         diagonal = functools.partial(tile, diagonal=">" if config.strict else ">=")
         carry = lax.fori_loop(start + here, start + after, diagonal, carry)
-        return lax.fori_loop(start + after, start + count, tile, carry)
+        *carry, ddecay = lax.fori_loop(start + after, start + count, tile, carry)
+        if "ddecay" in refs:
+            refs.ddecay_tile.at[g][...] = ddecay
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(refs.ddecay_tile.at[g], refs.ddecay.at[b, query_head, keys])
+            plgpu.wait_smem_to_gmem(0)
+        return tuple(carry)
 
     dk, dx = head(0, carry) if repeat == 1 else lax.fori_loop(0, repeat, head, carry)
     if "dk" in refs:
@@ -304,26 +382,40 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         refs.dx[b, h, keys] = dx
 
 
-def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...], k, q, x, *rest) -> tuple[Array, ...]:
-    """One device's shard; rest: parts of g, scalars of queries, bound, segments of keys, `last`."""
+def _value_parts(config: AttentionConfig) -> int:
+    """Parts of x in G of the keys' kernel; the sums of the decays' gradients need what the queries' kernel has."""
+    return config.parts if config.decay else 1
+
+
+def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...], k, q, *rest) -> tuple[Array, ...]:
+    """One device's shard; rest: parts of x and g, scalars of queries, bound, scalars of keys, `last`."""
     batch, heads, slots = k.shape[:3]
-    names, rest = _names(config, write), list(rest)
-    inputs = {"indices": tiles.index_vectors(), "k": k, "q": q, "x0": x}
+    names, own_names, rest = _op_names(config, write) + column_names(config), row_names(config), list(rest)
+    parts = _value_parts(config)
+    inputs = {"indices": tiles.index_vectors(), "k": k, "q": q}
+    inputs |= {f"x{n}": rest.pop(0) for n in range(parts)}
     inputs |= {f"g{n}": rest.pop(0) for n in range(config.parts)}
     if names:
         inputs["q_scalars"] = rest.pop(0)
     if not config.own:
         inputs["bound"] = rest.pop(0)
+    if own_names:
+        inputs["k_scalars"] = rest.pop(0)
     if config.segments:
-        inputs |= {"k_scalars": rest[0], "last": rest[1]}
-    widths = {"dk": config.key, "dx": config.value}
-    outputs = {name: ((batch, heads, slots, widths[name]), jnp.float32) for name in wanted}
+        inputs["last"] = rest.pop(0)
+    shapes = {"dk": (*k.shape[:3], config.key), "dx": (*k.shape[:3], config.value), "ddecay": (*q.shape[:2], slots)}
+    outputs = {name: (shapes[name], jnp.float32) for name in wanted}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(names))
-    own = {"k_tile": config.key, "x_tile": config.value}
+    own = {"k_tile": config.key, **{f"x_tile{n}": config.value for n in range(parts)}}
     scratch |= {name: shared_block(config.warpgroups, TILE, width) for name, width in own.items()}
-    scratch["own_ready"] = plgpu.Barrier(num_arrivals=2 + config.segments, num_barriers=config.warpgroups)
-    if config.segments:
-        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, 1, TILE), jnp.float32)
+    arrivals = 1 + parts + (bool(own_names) and not config.decay)
+    scratch["own_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.warpgroups)
+    if own_names:
+        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(own_names), TILE), jnp.float32)
+    if config.decay:
+        scratch["scalars_ready"] = plgpu.Barrier(num_barriers=config.warpgroups)
+    if "ddecay" in wanted:
+        scratch["ddecay_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
     scratch |= tiles.index_scratch(config) | tiles.interpreter_scratch(config, 1 + config.parts)
     return tiles.call(
         config,
@@ -337,13 +429,6 @@ def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...]
     )
 
 
-def _query_scalars(config: AttentionConfig, heads: int, mask: Mask, scalars: dict[str, Array | None]):
-    """The packed scalars of the queries, where there are any."""
-    names = _names(config, scalars.get("beta") is not None)
-    given = scalars | {"segment": mask.query_segment}
-    return (tiles.pack_scalars(heads, *(given[name] for name in names)),) if names else ()
-
-
 def query_gradients(
     config: AttentionConfig,
     k: Array,
@@ -351,9 +436,10 @@ def query_gradients(
     x: tuple[Array, ...],
     g: tuple[Array, ...],
     mask: Mask,
+    decay: QueryKeyDecay | None,
     scalars: dict[str, Array | None],
 ) -> tuple[Array, ...]:
-    """dq [B, H, T, K] in bfloat16 and, for the write, dbeta [B, H, T].
+    """dq [B, H, T, K] in bfloat16; for the write dbeta, and with a decay that of the queries' sums, [B, H, T].
 
     Args:
       config: sizes; queries see slots of the call.
@@ -362,14 +448,23 @@ def query_gradients(
       x: parts of the values, [B, G, S, V].
       g: parts of dO or dP, [B, H, T, V].
       mask: over whole tiles.
+      decay: of query heads, or None.
       scalars: lse and delta of the queries [B, H, T], None without a normaliser; beta for the write.
     """
-    write, group = scalars.get("beta") is not None, k.shape[1]
-    rest = _query_scalars(config, q.shape[1], mask, scalars)
+    write, group, heads = scalars.get("beta") is not None, k.shape[1], q.shape[1]
+    query, key = (None, None) if decay is None else decay
+    names, columns = _op_names(config, write) + row_names(config), column_names(config)
+    rest: tuple[Array, ...] = ()
+    if names:
+        rest += (pack_scalars(names, heads, scalars | row_values(mask.query_segment, query)),)
+    if columns:
+        values = column_values(mask.key_segment, key)
+        rest += (pack_scalars(columns, heads if config.decay else group, values),)
     if config.segments:
-        rest += (tiles.pack_scalars(group, mask.key_segment), tiles.first_tiles(config, group, mask))
+        rest += (tiles.first_tiles(config, group, mask),)
     operands = (k, q, *x[: config.parts], *g[: _gradient_parts(config, write)], *rest)
-    return split_batch_and_heads(_query_gradients, (config, write), config.axes, results=1 + write)(*operands)
+    results = 1 + write + config.decay
+    return split_batch_and_heads(_query_gradients, (config, write), config.axes, results=results)(*operands)
 
 
 def key_gradients(
@@ -379,20 +474,29 @@ def key_gradients(
     x: tuple[Array, ...],
     g: tuple[Array, ...],
     mask: Mask,
+    decay: QueryKeyDecay | None,
     scalars: dict[str, Array | None],
     wanted: tuple[str, ...],
     bound=0,
 ) -> tuple[Array, ...]:
-    """Those `wanted` of dk [B, G, S, K] and dx [B, G, S, V], in float32.
+    """Those `wanted` of dk [B, G, S, K], dx [B, G, S, V] and ddecay, of the keys' sums, [B, H, S], in float32.
 
     Args:
-      config, k, q, x, g, mask, scalars: see `query_gradients`.
-      wanted: "dk", "dx" or both.
+      config, k, q, x, g, mask, decay, scalars: see `query_gradients`.
+      wanted: "dk", "dx", "ddecay" with dk.
       bound: without `config.own`, the first query that counts.
     """
-    write, group = scalars.get("beta") is not None, k.shape[1]
-    rest = _query_scalars(config, q.shape[1], mask, scalars) + (() if config.own else (tiles.bounds(k, bound),))
+    write, group, heads = scalars.get("beta") is not None, k.shape[1], q.shape[1]
+    query, key = (None, None) if decay is None else decay
+    names, own_names = _op_names(config, write) + column_names(config), row_names(config)
+    rest: tuple[Array, ...] = ()
+    if names:
+        values = scalars | column_values(mask.query_segment, query, transposed=True)
+        rest += (pack_scalars(names, heads, values),)
+    rest += () if config.own else (tiles.bounds(k, bound),)
+    if own_names:
+        rest += (pack_scalars(own_names, heads if config.decay else group, row_values(mask.key_segment, key)),)
     if config.segments:
-        rest += (tiles.pack_scalars(group, mask.key_segment), tiles.last_tiles(config, group, mask))
+        rest += (tiles.last_tiles(config, group, mask),)
     kernel = split_batch_and_heads(_key_gradients, (config, write, wanted), config.axes, results=len(wanted))
-    return kernel(k, q, x[0], *g[: config.parts], *rest)
+    return kernel(k, q, *x[: _value_parts(config)], *g[: config.parts], *rest)

@@ -69,6 +69,7 @@ def plan_call(call: AttentionCall, similarity: Kernel, operands: Mapping[str, Ar
         own=True,
         strict=False,
         segments=call.mask.query_segment is not None,
+        decay=call.decay is not None,
         warpgroups=warpgroups,
         slots=tuning.SLOTS[1 if similarity.normalized else 2],
         key=tuning.padded_width(key),

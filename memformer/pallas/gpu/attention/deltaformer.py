@@ -39,6 +39,7 @@ from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention import tiles
 from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_call
+from memformer.pallas.gpu.attention.scalars import pack_scalars
 from memformer.pallas.gpu.attention.softmax_attention import (
     RunningSums,
     add_tile,
@@ -237,7 +238,7 @@ def _forward_side(program: _Program, g, rows, count, own, earlier: bool) -> Arra
             total = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
             sums = RunningSums(top, total, sums.value)
     add = functools.partial(add_tile, config, program.ring, refs)
-    sums = lax.fori_loop(count, own, lambda c, sums: add(sums, c, g, q, mask_slot), sums)
+    sums = lax.fori_loop(count, own, lambda c, sums: add(sums, c, g, q, lambda slot: (mask_slot(slot), None)), sums)
     slot = program.ring.wait_key(own)
     scores, mask = tiles.compute_scores(config, q, refs.key_slots.at[slot]), mask_slot(slot, "<")
     if config.similarity.normalized:
@@ -404,9 +405,12 @@ def _scan_forward(
     heads = k.shape[1]
     scalars = {"beta": beta, "earlier": earlier and earlier[1], "segment": mask.query_segment}
     rest: tuple[Array, ...] = (earlier[0],) if earlier else ()
-    rest += (tiles.pack_scalars(heads, *(scalars[name] for name in _query_names(config, bool(earlier)))),)
+    rest += (pack_scalars(_query_names(config, bool(earlier)), heads, scalars),)
     if config.segments:
-        rest += (tiles.pack_scalars(heads, mask.key_segment), tiles.first_tiles(config, heads, mask))
+        rest += (
+            pack_scalars(("segment",), heads, {"segment": mask.key_segment}),
+            tiles.first_tiles(config, heads, mask),
+        )
     else:
         # Static zeros would do, but the compiler hoists what it derives from them, and has no registers for that.
         rest += (jnp.zeros((*w.shape[:2], w.shape[2] // config.rows), jnp.int32),)
@@ -426,9 +430,9 @@ def _scan_reverse(config: AttentionConfig, k: Array, w: Array, du: Array, scalar
     """
     heads = k.shape[1]
     given = scalars | {"segment": mask.query_segment}
-    rest = (tiles.pack_scalars(heads, *(given[name] for name in _key_names(config, True))),)
+    rest = (pack_scalars(_key_names(config, True), heads, given),)
     if config.segments:
-        keys = tiles.pack_scalars(heads, mask.key_segment)
+        keys = pack_scalars(("segment",), heads, {"segment": mask.key_segment})
         rest = (keys, *rest, tiles.last_tiles(config, heads, mask))
     return split_batch_and_heads(_write_shard, (config, True, False), config.axes, results=2)(w, k, du, *rest)
 
@@ -468,13 +472,13 @@ def _write_backward(config, saved, du):
     if lse is not None:
         scalars["delta"] = -jnp.sum(exact * (target - _join_parts(u, before)), axis=-1)
     everything = dataclasses.replace(config, own=True, strict=True)
-    dw, dbeta = query_gradients(everything, k, w, u, dp, mask, scalars)
-    (dk,) = key_gradients(everything, k, w, u, dp, mask, scalars, ("dk",))
+    dw, dbeta = query_gradients(everything, k, w, u, dp, mask, None, scalars)
+    (dk,) = key_gradients(everything, k, w, u, dp, mask, None, scalars, ("dk",))
     dcache = jnp.zeros(cache_u.shape, cache_u.dtype)
     if before:
         _, far = _span_configs(config)
         cached = (k[:, :, :before], w, tuple(x[:, :, :before] for x in u), dp)
-        (dcache,) = key_gradients(far, *cached, _slice_mask(mask, keys=(0, before)), scalars, ("dx",))
+        (dcache,) = key_gradients(far, *cached, _slice_mask(mask, keys=(0, before)), None, scalars, ("dx",))
     dv, dalpha = alpha[..., None] * exact, jnp.sum(v.astype(jnp.float32) * exact, axis=-1)
     inputs = (k, w, v, alpha, beta, cache_u)
     gradients = (dk, dw, dv, dalpha, dbeta, dcache)
@@ -522,7 +526,9 @@ def _write(config, k, w, v, alpha, beta, cache_u, mask):
     def step(everything, start):
         queries = (start, span)
         rows = _slice(w, *queries)
-        value, lse = read(far, jnp.float32, k, rows, everything, _slice_mask(mask, queries=queries), before + start)
+        value, lse = read(
+            far, jnp.float32, k, rows, everything, _slice_mask(mask, queries=queries), None, before + start
+        )
         keys = (before + start, span)
         u, lse = _scan_forward(
             own,
@@ -557,7 +563,9 @@ def _solve_transposed(config, k, w, beta, lse, du, u, mask):
         queries, keys = (start, span), (before + start, span)
         rows = {name: None if x is None else _slice(x, *queries) for name, x in scalars.items()}
         own_k, own_u = _slice(k, *queries), (_slice(u, *queries),)
-        (later,) = key_gradients(far, own_k, w, own_u, dp, _slice_mask(mask, keys=keys), scalars, ("dx",), start + span)
+        (later,) = key_gradients(
+            far, own_k, w, own_u, dp, _slice_mask(mask, keys=keys), None, scalars, ("dx",), start + span
+        )
         here = _slice_mask(mask, queries=queries, keys=keys)
         new = _scan_reverse(own, own_k, _slice(w, *queries), _slice(du, *queries) + later, rows, here)
         return tuple(lax.dynamic_update_slice_in_dim(x, y, start, 2) for x, y in zip(dp, new, strict=True)), None
@@ -595,5 +603,5 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
     arrays = (k, w, v, alpha, beta, cache_u, q)
     k, w, v, alpha, beta, cache_u, q = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
     u = write(config, k, w, v, alpha, beta, cache_u, mask)
-    o = attend_with_sinks(reading, call.sinks, k, q, jnp.concatenate([cache_u, u], axis=2), mask)
+    o = attend_with_sinks(reading, call.sinks, k, q, jnp.concatenate([cache_u, u], axis=2), mask, None)
     return tuple(jnp.swapaxes(x, 1, 2)[:, :length, :, :width] for x in (o, u))

@@ -8,7 +8,6 @@ Source: arXiv 2205.14135 (tiles with a running maximum), 2407.08608 (warpgroups 
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -25,15 +24,21 @@ from memformer.core.types import Array, Float
 from memformer.pallas.gpu.attention import tiles
 from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_call
+from memformer.pallas.gpu.attention.scalars import (
+    column_names,
+    column_values,
+    pack_scalars,
+    pair_gap,
+    row_names,
+    row_values,
+)
 from memformer.pallas.gpu.attention.tiles import LOW, Refs, Ring, split_values
 from memformer.pallas.gpu.wgmma import broadcast_rows, partial_products, products, shared_block, split_bf16
 from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.pair_decay import LOG2E, QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads
 
 __all__ = ["RunningSums", "add_tile", "attend_with_sinks", "read", "rescale", "run", "start_sums"]
-
-
-LOG2E = math.log2(math.e)
 
 
 class RunningSums(NamedTuple):
@@ -60,7 +65,7 @@ def rescale(sums: RunningSums, scores: Array) -> tuple[RunningSums, Array]:
     return RunningSums(top, total, sums.value * broadcast_rows(factor, sums.value.shape[1])), weights
 
 
-def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums, count, g, q, mask_slot) -> RunningSums:
+def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums, count, g, q, of_slot) -> RunningSums:
     """Adds one tile of columns to the sums.
 
     Args:
@@ -69,15 +74,15 @@ def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums,
       count: of the tile in the ring.
       g: the warpgroup.
       q: the rows' queries in shared memory.
-      mask_slot: function from the slot to the mask of the tile.
+      of_slot: function from the slot to the mask of the tile and the decay of its pairs.
     """
     slot = ring.wait_key(count)
     scores = tiles.compute_scores(config, q, refs.key_slots.at[slot])
-    mask = mask_slot(slot)
+    mask, gap = of_slot(slot)
     if config.similarity.normalized:
-        sums, weights = rescale(sums, scores if mask is None else jnp.where(mask, scores, LOW))
+        sums, weights = rescale(sums, tiles.mask_scores(scores, mask, gap))
     else:
-        weights = tiles.attention_weights(config, scores, mask, None)
+        weights = tiles.attention_weights(config, scores, mask, None, gap)
     scratch = [refs[f"left{n}"].at[g] for n in range(config.parts) if f"left{n}" in refs]
     parts = tiles.left_operand(split_bf16(weights, config.parts), scratch)
     ring.wait_value(count)
@@ -94,17 +99,23 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
     rows = pl.ds(i * config.rows + g * TILE, TILE)
     q = refs.q_tile.at[g]
     plgpu.copy_gmem_to_smem(refs.q.at[b, h, rows], q, refs.own_ready.at[g])
-    if config.segments:
-        source = refs.q_scalars.at[b, tiles.key_head(refs), i * config.warpgroups + g]
+    names = row_names(config)
+    if names:
+        source = refs.q_scalars.at[b, tiles.scalar_head(config, refs), i * config.warpgroups + g]
         plgpu.copy_gmem_to_smem(source, refs.own_scalars.at[g], refs.own_ready.at[g])
     plgpu.barrier_wait(refs.own_ready.at[g])
 
-    def tile(t, sums, diagonal=None):
-        def mask_slot(slot):
-            segments = (refs.own_scalars.at[g, 0], refs.scalar_slots.at[slot, 0]) if config.segments else (None, None)
-            return tiles.tile_mask(diagonal, *segments)
+    def row(name):
+        return refs.own_scalars.at[g, names.index(name)]
 
-        return add_tile(config, ring, refs, sums, t - first, g, q, mask_slot)
+    def tile(t, sums, diagonal=None):
+        def of_slot(slot):
+            column = tiles.column_scalar(config, refs, slot)
+            segments = (row("segment"), column("segment")) if config.segments else (None, None)
+            mask = tiles.tile_mask(diagonal, *segments)
+            return mask, pair_gap(row, column, diagonal=diagonal is not None) if config.decay else None
+
+        return add_tile(config, ring, refs, sums, t - first, g, q, of_slot)
 
     last = own + g if config.own else stop
     sums = lax.fori_loop(first, last, tile, start_sums(config.value))
@@ -126,12 +137,13 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
 
 
 def _read(config: AttentionConfig, dtype: Any, k, q, *rest) -> tuple[Array, ...]:
-    """One device's shard of `read`; rest: parts of the values, bound, segments of queries and keys, `first`."""
+    """One device's shard of `read`; rest: parts of the values, bound, scalars of queries and keys, `first`."""
     batch, heads, length = q.shape[:3]
+    scalars = row_names(config)
     names = tuple(f"x{n}" for n in range(config.parts)) + ("bound",) * (not config.own)
-    names += ("q_scalars", "k_scalars", "first") * config.segments
+    names += ("q_scalars", "k_scalars") * bool(scalars) + ("first",) * config.segments
     inputs = {"k": k, "q": q, **dict(zip(names, rest, strict=True))}
-    scratch = tiles.ring_scratch(config, config.value, config.parts, config.segments)
+    scratch = tiles.ring_scratch(config, config.value, config.parts, len(column_names(config)))
     scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key)
     if dtype == jnp.bfloat16:
         scratch["o_tile"] = shared_block(config.warpgroups, TILE, config.value)
@@ -139,9 +151,9 @@ def _read(config: AttentionConfig, dtype: Any, k, q, *rest) -> tuple[Array, ...]
     if config.similarity.normalized:
         outputs["lse"] = ((batch, heads, length), jnp.float32)
         scratch["lse_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
-    scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + config.segments, num_barriers=config.warpgroups)
-    if config.segments:
-        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, 1, TILE), jnp.float32)
+    scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + bool(scalars), num_barriers=config.warpgroups)
+    if scalars:
+        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(scalars), TILE), jnp.float32)
     scratch |= tiles.interpreter_scratch(config, config.parts)
     return tiles.call(
         config,
@@ -156,7 +168,14 @@ def _read(config: AttentionConfig, dtype: Any, k, q, *rest) -> tuple[Array, ...]
 
 
 def read(
-    config: AttentionConfig, dtype: Any, k: Array, q: Array, x: tuple[Array, ...], mask: Mask, bound=None
+    config: AttentionConfig,
+    dtype: Any,
+    k: Array,
+    q: Array,
+    x: tuple[Array, ...],
+    mask: Mask,
+    decay: QueryKeyDecay | None,
+    bound=None,
 ) -> tuple[Array, Array | None]:
     """Reads x [B, G, S, V] at the queries q [B, H, T, K]; T and S are multiples of `config.rows`.
 
@@ -167,16 +186,21 @@ def read(
       q: queries.
       x: parts of the values, see `tiles.split_values`.
       mask: over whole tiles.
+      decay: of query heads, or None.
       bound: without `config.own`, how many slots the queries see.
 
     Returns:
       The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T], None without a normaliser.
     """
     operands = (k, q, *x[: config.parts], *(() if config.own else (tiles.bounds(k, bound),)))
+    group, names = k.shape[1], row_names(config)
+    if names:
+        heads = q.shape[1] if config.decay else group
+        query, key = (None, None) if decay is None else decay
+        rows = pack_scalars(names, heads, row_values(mask.query_segment, query))
+        operands += (rows, pack_scalars(column_names(config), heads, column_values(mask.key_segment, key)))
     if config.segments:
-        group = k.shape[1]
-        segments = (tiles.pack_scalars(group, x) for x in (mask.query_segment, mask.key_segment))
-        operands += (*segments, tiles.first_tiles(config, group, mask))
+        operands += (tiles.first_tiles(config, group, mask),)
     o, *lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=1 + config.similarity.normalized)(
         *operands
     )
@@ -184,44 +208,53 @@ def read(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def attend(config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask) -> tuple[Array, Array | None]:
-    """`read`, differentiable in k, q and x, its log-sum-exp too; memory is linear in time, backward too.
+def attend(
+    config: AttentionConfig, dtype: Any, k: Array, q: Array, x: Array, mask: Mask, decay: QueryKeyDecay | None
+) -> tuple[Array, Array | None]:
+    """`read`, differentiable in k, q, x and the fractions of the decay, its log-sum-exp too.
 
-    Saved: the inputs, the output and the log-sum-exp.
+    Memory is linear in time, backward too. Saved: the inputs, the output and the log-sum-exp.
     """
-    return read(config, dtype, k, q, split_values(config, x), mask)
+    return read(config, dtype, k, q, split_values(config, x), mask, decay)
 
 
-def _attend_forward(config, dtype, k, q, x, mask):
-    o, lse = read(config, dtype, k, q, split_values(config, x), mask)
-    return (o, lse), (k, q, x, mask, o if config.similarity.normalized else None, lse)
+def _attend_forward(config, dtype, k, q, x, mask, decay):
+    o, lse = read(config, dtype, k, q, split_values(config, x), mask, decay)
+    return (o, lse), (k, q, x, mask, decay, o if config.similarity.normalized else None, lse)
 
 
 def _attend_backward(config, dtype, saved, cotangents):
-    k, q, x, mask, o, lse = saved
+    k, q, x, mask, decay, o, lse = saved
     do, dlse = cotangents
     delta = None
     if o is not None:
         # The log-sum-exp is to base 2. Where nothing reads it, the compiler drops the zeros.
         delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - LOG2E * dlse
     scalars = {"lse": lse, "delta": delta}
-    operands = (k, q, split_values(config, x), split_values(config, do), mask, scalars)
-    (dq,) = query_gradients(config, *operands)
-    dk, dx = key_gradients(config, *operands, ("dk", "dx"))
-    return dk.astype(k.dtype), dq.astype(q.dtype), dx.astype(x.dtype), None
+    operands = (k, q, split_values(config, x), split_values(config, do), mask, decay, scalars)
+    dq, *query_decay = query_gradients(config, *operands)
+    dk, dx, *key_decay = key_gradients(config, *operands, ("dk", "dx") + ("ddecay",) * config.decay)
+    ddecay = fraction_gradient(*query_decay, *key_decay) if config.decay else None
+    return dk.astype(k.dtype), dq.astype(q.dtype), dx.astype(x.dtype), None, ddecay
 
 
 attend.defvjp(_attend_forward, _attend_backward)
 
 
 def attend_with_sinks(
-    config: AttentionConfig, sinks: Array | None, k: Array, q: Array, x: Array, mask: Mask
+    config: AttentionConfig,
+    sinks: Array | None,
+    k: Array,
+    q: Array,
+    x: Array,
+    mask: Mask,
+    decay: QueryKeyDecay | None,
 ) -> Float[Array, "B H T V"]:
     """`attend` in bfloat16, with a slot of value 0 in the normaliser whose logit per head is the sink, if any."""
     if sinks is None:
-        return attend(config, jnp.bfloat16, k, q, x, mask)[0]
+        return attend(config, jnp.bfloat16, k, q, x, mask, decay)[0]
     # In float32, so that the output is rounded once.
-    o, lse = attend(config, jnp.float32, k, q, x, mask)
+    o, lse = attend(config, jnp.float32, k, q, x, mask, decay)
     share = jax.nn.sigmoid(lse / LOG2E - sinks.astype(jnp.float32).reshape(-1, q.shape[1], 1))
     return (o * share[..., None]).astype(jnp.bfloat16)
 
@@ -243,9 +276,10 @@ def run(call: AttentionCall) -> Float[Array, "B T H V"]:
         join_slots(_pad(cache_k, config.key), _pad(call.k, config.key), config.rows),
         heads_first(_pad(call.q, config.key), config.rows),
         join_slots(_pad(cache_v, config.value), _pad(call.v, config.value), config.rows),
+        join_decay(call, config.rows),
     )
-    k, q, v = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
-    o = attend_with_sinks(config, call.sinks, k, q, v, mask)
+    k, q, v, decay = jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves((arrays, mask))), arrays)
+    o = attend_with_sinks(config, call.sinks, k, q, v, mask, decay)
     return jnp.swapaxes(o, 1, 2)[:, :length, :, :width]
 
 

@@ -24,14 +24,25 @@ from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
+from memformer.pallas.gpu.attention.scalars import column_names
 from memformer.pallas.gpu.checks import check_grid
 from memformer.pallas.gpu.wgmma import iotas, load_column, load_row, products, shared_block, split_outside, transposed
+from memformer.pallas.pair_decay import HIDDEN
 from memformer.pallas.platform import interpreting_for
 
-__all__ = ["LOW", "Refs", "Ring", "accumulate", "attention_weights", "bounds", "call", "column_ring", "compute_scores"]
-__all__ += ["copy_columns", "copy_indices", "first_tiles", "index_scratch", "index_vectors", "interpreter_scratch"]
-__all__ += ["key_head", "last_tiles", "left_operand", "load_indices", "load_tile", "pack_scalars", "ring_scratch"]
-__all__ += ["row_extent", "split_values", "store_tile", "tile_mask", "zeros"]
+__all__ = ["LOW", "Refs", "Ring", "accumulate", "attention_weights", "bounds", "call", "column_ring"]
+__all__ += ["column_scalar", "compute_scores"]
+__all__ += [
+    "copy_columns",
+    "copy_indices",
+    "decay_factor",
+    "first_tiles",
+    "index_scratch",
+    "index_vectors",
+    "interpreter_scratch",
+]
+__all__ += ["key_head", "last_tiles", "left_operand", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
+__all__ += ["row_extent", "scalar_head", "split_values", "store_tile", "tile_mask", "zeros"]
 
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
@@ -134,14 +145,30 @@ def load_indices(refs: Refs, g) -> tuple[Array, Array]:
     return load_column(refs.index_tile.at[g, 0], TILE), load_row(refs.index_tile.at[g, 1], TILE)
 
 
-def attention_weights(config: AttentionConfig, scores: Array, mask, lse: Array | None) -> Array:
-    """Weights of one tile, normalised by the log-sum-exp of its rows for softmax; 0 where masked."""
+def mask_scores(scores: Array, mask, gap: Array | None = None) -> Array:
+    """Scores of a softmax with the decay of each pair added, if any; `LOW` where masked or forgotten."""
+    if gap is not None:
+        scores = jnp.where(gap > HIDDEN, scores + gap, LOW)
+    return scores if mask is None else jnp.where(mask, scores, LOW)
+
+
+def attention_weights(
+    config: AttentionConfig, scores: Array, mask, lse: Array | None, gap: Array | None = None
+) -> Array:
+    """Decayed weights of one tile, normalised by the log-sum-exp of its rows for softmax; 0 where masked."""
     if config.similarity.normalized:
-        return jnp.exp2((scores if mask is None else jnp.where(mask, scores, LOW)) - lse)
+        return jnp.exp2(mask_scores(scores, mask, gap) - lse)
     if mask is None:
-        return _similarity(config.similarity, scores)
-    # Masked scores are cleared before the kernel too: their exponential may be infinite.
-    return jnp.where(mask, _similarity(config.similarity, jnp.where(mask, scores, 0.0)), 0.0)
+        weights = _similarity(config.similarity, scores)
+    else:
+        # Masked scores are cleared before the kernel too: their exponential may be infinite.
+        weights = jnp.where(mask, _similarity(config.similarity, jnp.where(mask, scores, 0.0)), 0.0)
+    return weights if gap is None else weights * decay_factor(gap)
+
+
+def decay_factor(gap: Array) -> Array:
+    """The factor on a similarity that is no softmax; 1 for pairs against time, which are masked."""
+    return jnp.exp2(jnp.minimum(gap, 0.0))
 
 
 def _similarity(kernel: Kernel, scores: Array) -> Array:
@@ -245,6 +272,11 @@ def key_head(refs: Refs):
     return lax.div(lax.axis_index("head"), jnp.int32(refs.q.shape[1] // refs.k.shape[1]))
 
 
+def scalar_head(config: AttentionConfig, refs: Refs):
+    """The head of the scalars of keys: decays are of query heads."""
+    return lax.axis_index("head") if config.decay else key_head(refs)
+
+
 def row_extent(config: AttentionConfig, refs: Refs) -> tuple[Any, Any, Any, Any]:
     """A program's block of rows; its first tile of columns, the tile of its first row, and the end of its columns."""
     # Blocks that see most columns start first.
@@ -259,13 +291,20 @@ def row_extent(config: AttentionConfig, refs: Refs) -> tuple[Any, Any, Any, Any]
     return i, first, own, stop
 
 
+def column_scalar(config: AttentionConfig, refs: Refs, slot):
+    """A function from a name to the scalar of a slot's keys."""
+    return lambda name: refs.scalar_slots.at[slot, column_names(config).index(name)]
+
+
 def column_ring(config: AttentionConfig, refs: Refs, values: int) -> Ring:
-    """Tiles of the keys k, with their segments, and of the arrays x0, x1."""
+    """Tiles of the keys k, with their scalars, and of the arrays x0, x1."""
     b, group = lax.axis_index("batch_row"), key_head(refs)
 
     def keys(t):
         copies = [(refs.k.at[b, group, pl.ds(t * TILE, TILE)], refs.key_slots)]
-        return copies + ([(refs.k_scalars.at[b, group, t], refs.scalar_slots)] if config.segments else [])
+        if column_names(config):
+            copies.append((refs.k_scalars.at[b, scalar_head(config, refs), t], refs.scalar_slots))
+        return copies
 
     def of_values(t):
         place = (b, group, pl.ds(t * TILE, TILE))
@@ -370,18 +409,6 @@ def bounds(k: Array, bound) -> Array:
     """A bound in tokens as tiles, [B, G, 1], for every batch row and head of k."""
     tiles = lax.div(jnp.asarray(bound, jnp.int32), jnp.int32(TILE))
     return jnp.broadcast_to(tiles.reshape(1, 1, 1), (*k.shape[:2], 1))
-
-
-def pack_scalars(heads: int, *scalars: Array) -> Array:
-    """[B, heads, T / 64, names, 64] float32 from [B, T] or [B, heads, T] arrays."""
-    batch, length = scalars[0].shape[0], scalars[0].shape[-1]
-
-    def by_tile(x):
-        x = x.astype(jnp.float32)
-        x = jnp.broadcast_to(x[:, None] if x.ndim == 2 else x, (batch, heads, length))
-        return x.reshape(batch, heads, length // TILE, TILE)
-
-    return jnp.stack([by_tile(x) for x in scalars], axis=3)
 
 
 def first_tiles(config: AttentionConfig, heads: int, mask: Mask) -> Array:

@@ -25,18 +25,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from memformer.core.decay import CumulativeDecay
 from memformer.core.mask import Mask, last_tiles
 from memformer.core.similarity import similarity_slope
 from memformer.core.types import Array
+from memformer.pallas.pair_decay import QueryKeyDecay, fraction_gradient
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
 from memformer.pallas.tpu.attention.config import AttentionConfig
-from memformer.pallas.tpu.attention.tiles import SCALARS, BlockDecay, QueryKeyDecay
+from memformer.pallas.tpu.attention.tiles import SCALARS, BlockDecay
 from memformer.pallas.tpu.interleave import Steps, interleave
 from memformer.pallas.tpu.products import iotas, product
 
-__all__ = ["BackwardRefs", "Gradients", "attention_backward", "fraction_gradient"]
+__all__ = ["BackwardRefs", "Gradients", "attention_backward"]
 
 
 class BackwardRefs(NamedTuple):
@@ -367,10 +367,3 @@ def attention_backward(
     more = [y.reshape(*y.shape[:2], -1) for y in more]
     dbeta = more.pop(0) if write else None
     return Gradients(dk, dq * config.similarity.scale, dx, dbeta, fraction_gradient(*more) if config.decay else None)
-
-
-def fraction_gradient(query: Array, key: Array) -> QueryKeyDecay:
-    """The gradient of the decays' fractions; whole parts have none."""
-    # None is what JAX takes as the gradient of integers.
-    none: Any = None
-    return QueryKeyDecay(CumulativeDecay(none, query), CumulativeDecay(none, key))

@@ -25,7 +25,6 @@ class AttentionConfig(BaseAttentionConfig):
       backward_block: R of the backward pass; divides R.
       resident: blocks of one head that fit in VMEM.
       passes: MXU passes per product.
-      decay: whether logits or similarities decay with the time between the tokens of a pair.
       sinks: whether the log-sum-exp has a gradient.
     """
 
@@ -35,7 +34,6 @@ class AttentionConfig(BaseAttentionConfig):
     backward_block: int
     resident: int
     passes: int
-    decay: bool = False
     sinks: bool = False
 
     @property

@@ -33,19 +33,19 @@ from memformer.core.mask import Mask, first_tiles, join_cache
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.pair_decay import QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.attention import tiles
-from memformer.pallas.tpu.attention.backward import BackwardRefs, attention_backward, fraction_gradient
+from memformer.pallas.tpu.attention.backward import BackwardRefs, attention_backward
 from memformer.pallas.tpu.attention.config import AttentionConfig, plan_call
 from memformer.pallas.tpu.attention.softmax_attention import (
     attend_with_sinks,
-    join_decay,
     read,
     score_operand,
     value_operand,
 )
-from memformer.pallas.tpu.attention.tiles import SCALARS, QueryKeyDecay, SumRefs
+from memformer.pallas.tpu.attention.tiles import SCALARS, SumRefs
 from memformer.pallas.tpu.interleave import Steps, interleave
 from memformer.pallas.tpu.inverse import unit_lower_inverses
 from memformer.pallas.tpu.products import iotas, product, split_bf16

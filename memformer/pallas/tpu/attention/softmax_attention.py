@@ -19,19 +19,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.calls import AttentionCall
-from memformer.core.decay import CumulativeDecay
 from memformer.core.mask import Mask, first_tiles, join_cache
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.pair_decay import LOG2E, QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
-from memformer.pallas.tpu.attention.backward import attention_backward, fraction_gradient
+from memformer.pallas.tpu.attention.backward import attention_backward
 from memformer.pallas.tpu.attention.config import AttentionConfig, plan_call
-from memformer.pallas.tpu.attention.tiles import QueryKeyDecay, SumRefs
+from memformer.pallas.tpu.attention.tiles import SumRefs
 from memformer.pallas.tpu.interleave import interleave
 
-__all__ = ["attend_with_sinks", "join_decay", "output_dtype", "read", "run", "score_operand", "value_operand"]
+__all__ = ["attend_with_sinks", "output_dtype", "read", "run", "score_operand", "value_operand"]
 
 
 def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, parts: int):
@@ -198,7 +198,7 @@ def _attend_backward(config, dtype, saved, cotangents):
     delta = None if o is None else jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1)
     if config.sinks:
         # The log-sum-exp is to base 2.
-        delta = delta - dlse * tiles.LOG2E
+        delta = delta - dlse * LOG2E
     operands = (value_operand(config, x), mask, decay, lse, delta, value_operand(config, do))
     dk, dq, dx, ddecay = _gradients(config, k, q, *operands)
     return dk.astype(k.dtype), dq.astype(q.dtype), dx.astype(x.dtype), None, ddecay
@@ -281,23 +281,6 @@ def run(call: AttentionCall) -> Float[Array, "B T H V"]:
     return jnp.swapaxes(o, 1, 2)[:, : call.q.shape[1]]
 
 
-def join_decay(call: AttentionCall, size: int) -> QueryKeyDecay | None:
-    """The decays of a call in whole blocks; padding repeats the last token, so that no pair grows."""
-    if call.decay is None:
-        return None
-
-    def pad(x):
-        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0)), mode="edge")
-        return jnp.swapaxes(x, 1, 2)
-
-    query = key = CumulativeDecay(*map(pad, call.decay))
-    if call.cache is not None:
-        held = (call.cache.decay_whole, call.cache.decay_fraction)
-        pairs = ((pad(x), new) for x, new in zip(held, query, strict=True))
-        key = CumulativeDecay(*(jnp.concatenate([x, new.astype(x.dtype)], axis=2) for x, new in pairs))
-    return QueryKeyDecay(query, key)
-
-
 def attend_with_sinks(
     config: AttentionConfig, call: AttentionCall, k: Array, q: Array, x: Array, mask: Mask, decay: QueryKeyDecay | None
 ) -> Array:
@@ -307,7 +290,7 @@ def attend_with_sinks(
         return attend(config, dtype, k, q, x, mask, decay)[0]
     o, lse = attend(dataclasses.replace(config, sinks=True), jnp.float32, k, q, x, mask, decay)
     sinks = call.sinks.astype(jnp.float32).reshape(-1, q.shape[1], 1)
-    return (o * jax.nn.sigmoid(lse / tiles.LOG2E - sinks)[..., None]).astype(dtype)
+    return (o * jax.nn.sigmoid(lse / LOG2E - sinks)[..., None]).astype(dtype)
 
 
 def score_operand(config: AttentionConfig, x: Array) -> Array:

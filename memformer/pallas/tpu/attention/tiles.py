@@ -7,13 +7,10 @@ computed interleaved.
 Scalars per row lie in arrays [B, heads, N, 8, R], one sublane per name in `SCALARS`, those per slot likewise by
 `KEY_SCALARS`: a register has eight sublanes.
 
-A cumulative decay is a whole number and a fraction. Each block of slots has an anchor, the least whole number in it:
-for earlier blocks the decay of a pair is the row's from the anchor plus the anchor's from the slot, two numbers of the
-same sign, so that only adding them is done per pair. Within the block of the rows both parts are subtracted per pair.
+Decays are those of pallas/pair_decay.py; a block of slots has its least whole number as its anchor.
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,9 +18,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from memformer.core.decay import FORGOTTEN_PAIR, CumulativeDecay
+from memformer.core.decay import CumulativeDecay
 from memformer.core.similarity import similarity
 from memformer.core.types import Array
+from memformer.pallas.pair_decay import HIDDEN, LOG2E, RADIX, block_scalars, row_scalars
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.attention.config import AttentionConfig
 from memformer.pallas.tpu.interleave import Steps, interleave, interleave_groups
@@ -34,7 +32,6 @@ __all__ = [
     "LOW",
     "SCALARS",
     "BlockDecay",
-    "QueryKeyDecay",
     "SumRefs",
     "add_block",
     "add_tile",
@@ -60,33 +57,12 @@ __all__ = [
 
 # segment         number of the row's segment
 # lse, delta      of the row's scores; in the forward write lse is over the slots before the span
-# decay_high/low  digits of the whole part of the cumulative decay, to the base RADIX: float32 holds both exactly
-# anchor_*        of the block of slots, likewise
-# decay_whole     whole part of the slot's decay less the anchor
-# decay_total     the slot's decay less the anchor, to base 2
+# anchor_*, decay_*  see pallas/pair_decay.py
 # the others are what their names say.
 SCALARS = ("segment", "alpha", "beta", "lse", "delta", "decay_high", "decay_low", "decay_fraction")
 KEY_SCALARS = ("segment", "anchor_high", "anchor_low", "decay_whole", "decay_fraction", "decay_total")
-RADIX = 4096
-
-LOG2E = math.log2(math.e)
-
-# Pairs with no more than this between them, to base 2, are masked. -inf counts as FORGOTTEN_PAIR; 1 is for rounding.
-HIDDEN = (FORGOTTEN_PAIR + 1) * LOG2E
-
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
-
-
-class QueryKeyDecay(NamedTuple):
-    """Cumulative log decays of queries [B, H, T] and of slots [B, H, S] in whole blocks, or their gradients."""
-
-    query: CumulativeDecay
-    key: CumulativeDecay
-
-    def part(self, rows: slice, slots: slice) -> "QueryKeyDecay":
-        """Of some queries and slots."""
-        return QueryKeyDecay(*(x[:, :, at] for x, at in zip(self, (rows, slots), strict=True)))
 
 
 class BlockDecay(NamedTuple):
@@ -338,8 +314,7 @@ def pack_rows(
       **scalars: names of `SCALARS`.
     """
     if decay is not None:
-        high, low = _digits(decay.whole)
-        scalars |= {"decay_high": high, "decay_low": low, "decay_fraction": decay.fraction}
+        scalars |= row_scalars(decay)
     return _pack(config, SCALARS, heads, scalars)
 
 
@@ -347,18 +322,8 @@ def pack_keys(config: AttentionConfig, heads: int, segment: Array | None, decay:
     """The same for slots, by `KEY_SCALARS`."""
     scalars = {"segment": segment}
     if decay is not None:
-        blocks = decay.whole.reshape(*decay.whole.shape[:2], -1, config.block)
-        anchor = jnp.broadcast_to(jnp.min(blocks, axis=-1, keepdims=True), blocks.shape).reshape(decay.whole.shape)
-        whole = (decay.whole - anchor).astype(jnp.float32)
-        high, low = _digits(anchor)
-        scalars |= {"anchor_high": high, "anchor_low": low, "decay_whole": whole, "decay_fraction": decay.fraction}
-        scalars["decay_total"] = (whole + decay.fraction) * LOG2E
+        scalars |= block_scalars(decay, config.block)
     return _pack(config, KEY_SCALARS, heads, scalars)
-
-
-def _digits(whole: Array) -> tuple[Array, Array]:
-    high = jnp.floor_divide(whole, RADIX)
-    return high, whole - high * RADIX
 
 
 def _pack(config: AttentionConfig, names: Sequence[str], heads: int, scalars: dict[str, Array | None]) -> Array:
