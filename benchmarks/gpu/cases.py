@@ -73,6 +73,19 @@ SHIPPED = (
         for segments in (2, 0)
     ),
     *(Case(op, 1, 64, 2, 1) for op in ("softmax_attention", "deltaformer")),
+    # Forgetting in attention.
+    *(
+        Case("softmax_attention", 1, 256, 2, 1, width, width, decay="head", segments=segments)
+        for width in (64, 128)
+        for segments in (2, 0)
+    ),
+    *(
+        Case("deltaformer", 1, length, 2, 1, width, width, decay="head", write=write, segments=2)
+        for length in (2048, 256)
+        for write in ("softmax", "linear")
+        for width in (64, 128)
+    ),
+    *(Case(op, 1, 64, 2, 1, decay="head") for op in ("softmax_attention", "deltaformer")),
 )
 
 

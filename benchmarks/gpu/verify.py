@@ -80,6 +80,11 @@ def _wide() -> list[Wide]:
         for width in (64, 128)
         for segments in (0, 3)
     ]
+    calls += [
+        Wide(Case("deltaformer", 1, 1090, 2, 1, decay="head", write=write, segments=segments))
+        for write, segments in (("softmax", 3), ("linear", 0))
+    ]
+    calls += [Wide(Case("softmax_attention", 1, 1000, 4, 2, decay="head", segments=segments)) for segments in (0, 3)]
     # Odd sizes.
     calls += [Wide(Case(op, 2, 77, 3, 3, 40, 24, segments=2)) for op in KERNEL_OPS]
     calls += [

@@ -37,8 +37,6 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
 def _check_attention_call(call: AttentionCall) -> None:
     if call.window is not None:
         raise unsupported(call.op, "has no window", "implementation='chunked' serves it")
-    if chip() == "gpu" and call.decay is not None and call.op == "deltaformer":
-        raise unsupported(call.op, "has no decay on GPUs")
 
 
 def _share_key_heads(call: AttentionCall) -> AttentionCall:
@@ -59,7 +57,8 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
       The output in float32, or bfloat16 where v is, and the writes u.
 
     Raises:
-      NotImplementedError: a window; a decay on a GPU; no kernel serves the call, or the chip.
+      NotImplementedError: a window; a decay on a GPU where the read is no softmax; no kernel serves the call, or the
+        chip.
     """
     _check_attention_call(call)
     if chip() == "gpu":

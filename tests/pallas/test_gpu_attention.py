@@ -29,9 +29,9 @@ def test_packed_against_oracle(name, interpreter):
 
 
 # Kernels of write and read, and tokens: two spans of two tiles of rows with padding, or one tile of rows. A softmax
-# read has a sink.
+# read has a sink and a decay.
 KERNELS = [
-    ("softmax", "relu", 130),
+    ("softmax", "softmax", 130),
     ("relu", mf.Kernel("exp", scale=0.5), 40),
     (mf.Kernel("round", decimals=2), "softmax", 40),
 ]
@@ -40,9 +40,10 @@ KERNELS = [
 @interprets
 @pytest.mark.parametrize(("write", "read", "length"), KERNELS, ids=["softmax", "relu", "round"])
 def test_kernels(write, read, length, interpreter, monkeypatch):
-    """Every similarity kernel, as write kernel and as read kernel."""
+    """Similarity kernels of every kind, as write kernel and as read kernel."""
     monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
-    arrays, options = given(length, dtype="bfloat16"), {"write_kernel": write, "read_kernel": read}
+    arrays = given(length, dtype="bfloat16", decay=read == "softmax")
+    options = {"write_kernel": write, "read_kernel": read}
     if read == "softmax":
         arrays["sinks"] = jnp.array([0.5])
     got, gradients = evaluate(arrays, "pallas", **options)
@@ -69,7 +70,7 @@ def test_spans_by_heads(interpreter, monkeypatch):
     results = []
     for tokens in (128, 256):
         monkeypatch.setattr(tuning, "SPANS", ((None, tokens),))
-        output, cache = mf.deltaformer(**given(130, dtype="bfloat16"), implementation="pallas")
+        output, cache = mf.deltaformer(**given(130, dtype="bfloat16"), read_kernel="relu", implementation="pallas")
         results.append((output.astype("float32"), cache.u))
     assert_close(*results, 5e-3)
 
@@ -107,6 +108,17 @@ def test_refusals_say_why(why, op):
             jax.eval_shape(lambda: op(x, x, x, implementation="pallas", **options))
         # None falls back to an implementation that serves.
         assert "memformer_" not in str(jax.make_jaxpr(lambda: op(x, x, x, **options))())
+
+
+def test_decay_needs_a_softmax_read():
+    x, decay = jnp.zeros((1, 8, 1, 4), jnp.bfloat16), jnp.zeros((1, 8, 1))
+    with jax.sharding.use_abstract_mesh(H200):
+        with pytest.raises(NotImplementedError, match="with a decay by read_kernel='softmax' only"):
+            jax.eval_shape(lambda: mf.deltaformer(x, x, x, decay=decay, read_kernel="relu", implementation="pallas"))
+        assert "memformer_" in str(jax.make_jaxpr(lambda: mf.deltaformer(x, x, x, decay=decay))())
+        assert "memformer_" not in str(
+            jax.make_jaxpr(lambda: mf.deltaformer(x, x, x, decay=decay, read_kernel="relu"))()
+        )
 
 
 @pytest.mark.parametrize("options", [{"window": 3}, {"causal": False}], ids=["window", "encoder"])

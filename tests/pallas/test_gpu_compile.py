@@ -16,8 +16,8 @@ pytestmark = pytest.mark.skipif(
 CASES = [
     Case("delta_rule", 1, 256, 2, 1, decay="head", segments=2),
     Case("linear_attention", 1, 256, 2, 1, 64, 64, decay="head", segments=2),
-    Case("softmax_attention", 1, 256, 2, 1, segments=2),
-    Case("deltaformer", 1, 2048, 2, 1, segments=2),
+    Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2),
+    Case("deltaformer", 1, 2048, 2, 1, decay="head", segments=2),
     Case("delta_rule", 1, 256, 2, 1, decay="channel", segments=2),
     Case("linear_attention", 1, 256, 2, 1, decay="channel", segments=2),
 ]

@@ -7,9 +7,10 @@ deltaformer.py):
     ds = e G - p delta (softmax), else slope e / p G      dk = scale ds^T q      dq = scale ds k
 
 The gradient of a pair's decay is ds (softmax), else e G. Its sums over keys are the gradients of the queries'
-cumulative decay, its negated sums over queries those of the keys'. A token and itself have no decay, and are left out.
-The gradient of one token's decay is the sum of both over all later tokens, in which most pairs cancel: both kernels
-compute a pair from operands that are rounded alike.
+cumulative decay, its negated sums over queries those of the keys'. The gradient of one token's decay is the sum of both
+over all later tokens, in which most pairs cancel. So with a softmax both kernels compute a pair from operands that are
+rounded alike, and leave out a token and itself, which have no decay. The write without a softmax keeps 16 bits: its
+sums are beta dbeta and u dx. The read without one has no decay here: its kernels would spill registers.
 
 Both kernels recompute the scores of a tile, and its weights from the log-sum-exp. In the second one tiles are
 transposed, keys in rows, and a program takes all query heads of its key head.
@@ -48,7 +49,7 @@ from memformer.pallas.gpu.wgmma import (
 from memformer.pallas.pair_decay import QueryKeyDecay
 from memformer.pallas.sharding import split_batch_and_heads
 
-__all__ = ["key_gradients", "query_gradients"]
+__all__ = ["key_gradients", "query_gradients", "sums_scores"]
 
 
 def _op_names(config: AttentionConfig, write: bool) -> tuple[str, ...]:
@@ -76,37 +77,31 @@ def _mask_weight_gradient(config: AttentionConfig, weights: Array, dweights: Arr
     return dweights if nonzero is None else jnp.where(nonzero, dweights, 0.0)
 
 
-def _score_gradient(
-    config: AttentionConfig, weights: Array, dweights: Array, scalar, gap: Callable[[], Array | None], write: bool
-) -> Array:
+def _score_gradient(config: AttentionConfig, weights: Array, dweights: Array, scalar, write: bool) -> Array:
     """ds of a tile.
 
     Args:
       config: sizes.
       weights: of the tile.
-      dweights: G, masked.
+      dweights: G, masked; decayed where the weights are not.
       scalar: see `_signed`.
-      gap: function to the decay of each pair, or to None; computed again as the mask is.
       write: whether this is the write.
     """
     if config.similarity.normalized:
         return _signed(weights, scalar, write) * dweights - weights * scalar("delta")
-    if config.similarity.name == "exp":
-        return _signed(weights * dweights, scalar, write)
-    if config.decay:
-        dweights = dweights * tiles.decay_factor(gap())
-    return _signed(dweights, scalar, write)
+    return _signed(weights * dweights if config.similarity.name == "exp" else dweights, scalar, write)
 
 
-def _decay_gradient(
-    config: AttentionConfig, weights: Array, dweights: Array, ds: Array, scalar, own, write: bool
-) -> Array:
-    """The gradients of the decays of a tile's pairs; `own` are the indices in a tile on the diagonal, else None."""
-    gradient = ds
-    if not (config.similarity.normalized or config.similarity.name == "exp"):
-        gradient = _signed(weights * dweights, scalar, write)
-    # A strict mask leaves no token and itself.
-    return gradient if own is None or config.strict else jnp.where(own[0] == own[1], 0.0, gradient)
+def sums_scores(config: AttentionConfig) -> bool:
+    """Whether the gradients of decays are sums of ds, which the kernels of queries and of keys compute."""
+    return config.decay and config.similarity.normalized
+
+
+def _sum_pairs(config: AttentionConfig, ds: Array, indices) -> Array:
+    """Sums of ds over columns without the pairs of a token and itself; `indices` of a tile on the diagonal, or None."""
+    # A strict mask leaves no such pairs.
+    others = ds if indices is None or config.strict else jnp.where(indices[0] == indices[1], 0.0, ds)
+    return jnp.sum(others, axis=1)
 
 
 def _left(refs: Refs, g, x: Array, count: int, first: int):
@@ -156,24 +151,30 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         def gap():
             return pair_gap(row, column, diagonal=diagonal is not None) if config.decay else None
 
-        lse = scalar("lse") if config.similarity.normalized else None
-        weights = tiles.attention_weights(config, scores * config.factor, mask, lse, gap())
-        if config.decay and not write:
+        normalized = config.similarity.normalized
+        if config.decay and not normalized:
+            # On G instead of weights and slope, and before them: otherwise registers spill.
+            dweights = dweights * tiles.decay_factor(gap())
+            dweights = dweights if mask is None else jnp.where(mask, dweights, 0.0)
+        lse = scalar("lse") if normalized else None
+        weights = tiles.attention_weights(config, scores * config.factor, mask, lse, gap() if normalized else None)
+        if "ddecay" in refs and not write:
             # As the kernel of the keys has them.
             weights = weights.astype(jnp.bfloat16).astype(jnp.float32)
-        dweights = _mask_weight_gradient(config, weights, dweights, lambda: mask)
+        if not config.decay or config.similarity.name == "relu":
+            dweights = _mask_weight_gradient(config, weights, dweights, lambda: mask)
         if write:
             dbeta = dbeta - jnp.sum(weights * dweights, axis=1)
-        ds = _score_gradient(config, weights, dweights, scalar, gap, write)
-        if config.decay:
-            dgap = _decay_gradient(config, weights, dweights, ds, scalar, indices, write)
-            ddecay = ddecay + jnp.sum(dgap, axis=1)
+        ds = _score_gradient(config, weights, dweights, scalar, write)
+        if "ddecay" in refs:
+            ddecay = ddecay + _sum_pairs(config, ds, indices)
         dq = tiles.accumulate(dq, partial_products(_left(refs, g, ds, config.parts, 0), (k,)))
         ring.release(t - first)
         return dq, dbeta, ddecay
 
     last = own + g if config.own else stop
-    carry = lax.fori_loop(first, last, tile, (tiles.zeros(config.key), _zero(), _zero() if config.decay else ()))
+    zero = _zero()
+    carry = lax.fori_loop(first, last, tile, (tiles.zeros(config.key), zero, zero if "ddecay" in refs else ()))
     if config.own:
         carry = tile(last, carry, "<" if config.strict else "<=")
         ring.skip(last + 1 - first, stop - first)
@@ -218,7 +219,7 @@ def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple
     scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + parts + bool(names), num_barriers=config.warpgroups)
     if names:
         scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(names), TILE), jnp.float32)
-    for name in ("dbeta",) * write + ("ddecay",) * config.decay:
+    for name in ("dbeta",) * write + ("ddecay",) * sums_scores(config):
         outputs[name] = ((batch, heads, length), jnp.float32)
         scratch[f"{name}_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
     scratch |= tiles.index_scratch(config) | tiles.interpreter_scratch(config, config.parts)
@@ -297,9 +298,7 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
     names, own_names = _op_names(config, write) + column_names(config), row_names(config)
     ring = _query_ring(config, refs, names, tile_of)
     keys = pl.ds(j * config.rows + g * TILE, TILE)
-    parts = range(_value_parts(config))
-    copies = [(refs.k.at[b, h, keys], refs.k_tile)]
-    copies += [(refs[f"x{n}"].at[b, h, keys], refs[f"x_tile{n}"]) for n in parts]
+    copies = [(refs.k.at[b, h, keys], refs.k_tile), (refs.x0.at[b, h, keys], refs.x_tile)]
     if own_names and not config.decay:
         copies.append((refs.k_scalars.at[b, h, j * config.warpgroups + g], refs.own_scalars))
     _copy_own(refs, g, copies)
@@ -331,8 +330,13 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         def mask():
             return tiles.tile_mask(diagonal, *segments, indices())
 
-        lse = scalar("lse") if config.similarity.normalized else None
-        weights = tiles.attention_weights(config, scores, mask(), lse, gap())
+        normalized = config.similarity.normalized
+        decay = gap() if normalized or "dx" in refs else None
+        if normalized and decay is not None:
+            # Before the other operands of the weights are loaded: otherwise registers spill.
+            scores, decay = tiles.mask_scores(scores, None, decay), None
+        lse = scalar("lse") if normalized else None
+        weights = tiles.attention_weights(config, scores, mask(), lse, decay)
         if "dx" in refs:
             # Before G, with the weights kept in bfloat16 meanwhile: the registers hold no more.
             signed = _left(refs, g, _signed(weights, scalar, write), config.parts, 1)
@@ -340,13 +344,13 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
             dx = tiles.accumulate(dx, partial_products(signed, gs))
             weights = kept.astype(jnp.float32)
         if "dk" in refs:
-            xs = [refs[f"x_tile{n}"].at[g] for n in parts]
-            (dweights,) = products(partial_products(xs, [transposed(x) for x in gs[: len(xs)]]))
+            (dweights,) = products(((refs.x_tile.at[g], transposed(gs[0])),))
             dweights = _mask_weight_gradient(config, weights, dweights, mask)
-            ds = _score_gradient(config, weights, dweights, scalar, gap, write)
-            if config.decay:
-                dgap = _decay_gradient(config, weights, dweights, ds, scalar, indices(), write)
-                ddecay = ddecay - jnp.sum(dgap, axis=1)
+            if config.decay and not normalized:
+                dweights = dweights * tiles.decay_factor(gap())
+            ds = _score_gradient(config, weights, dweights, scalar, write)
+            if "ddecay" in refs:
+                ddecay = ddecay - _sum_pairs(config, ds, indices())
             dk = tiles.accumulate(dk, partial_products(_left(refs, g, ds, 1, 0), (q,)))
         ring.release(c)
         return dk, dx, ddecay
@@ -358,9 +362,9 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
     here, after = jnp.maximum(own, 0), jnp.maximum(own + 1, 0)
 
     def head(n, carry):
-        start, query_head = n * count, h * repeat + n
+        start = n * count
         if config.decay:
-            source = refs.k_scalars.at[b, query_head, j * config.warpgroups + g]
+            source = refs.k_scalars.at[b, h * repeat + n, j * config.warpgroups + g]
             plgpu.copy_gmem_to_smem(source, refs.own_scalars.at[g], refs.scalars_ready.at[g])
             plgpu.barrier_wait(refs.scalars_ready.at[g])
         carry = (*carry, _zero() if "ddecay" in refs else ())
@@ -371,7 +375,7 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         if "ddecay" in refs:
             refs.ddecay_tile.at[g][...] = ddecay
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(refs.ddecay_tile.at[g], refs.ddecay.at[b, query_head, keys])
+            plgpu.copy_smem_to_gmem(refs.ddecay_tile.at[g], refs.ddecay.at[b, h * repeat + n, keys])
             plgpu.wait_smem_to_gmem(0)
         return tuple(carry)
 
@@ -382,18 +386,11 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         refs.dx[b, h, keys] = dx
 
 
-def _value_parts(config: AttentionConfig) -> int:
-    """Parts of x in G of the keys' kernel; the sums of the decays' gradients need what the queries' kernel has."""
-    return config.parts if config.decay else 1
-
-
-def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...], k, q, *rest) -> tuple[Array, ...]:
-    """One device's shard; rest: parts of x and g, scalars of queries, bound, scalars of keys, `last`."""
+def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...], k, q, x, *rest) -> tuple[Array, ...]:
+    """One device's shard; rest: parts of g, scalars of queries, bound, scalars of keys, `last`."""
     batch, heads, slots = k.shape[:3]
     names, own_names, rest = _op_names(config, write) + column_names(config), row_names(config), list(rest)
-    parts = _value_parts(config)
-    inputs = {"indices": tiles.index_vectors(), "k": k, "q": q}
-    inputs |= {f"x{n}": rest.pop(0) for n in range(parts)}
+    inputs = {"indices": tiles.index_vectors(), "k": k, "q": q, "x0": x}
     inputs |= {f"g{n}": rest.pop(0) for n in range(config.parts)}
     if names:
         inputs["q_scalars"] = rest.pop(0)
@@ -406,9 +403,9 @@ def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...]
     shapes = {"dk": (*k.shape[:3], config.key), "dx": (*k.shape[:3], config.value), "ddecay": (*q.shape[:2], slots)}
     outputs = {name: (shapes[name], jnp.float32) for name in wanted}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(names))
-    own = {"k_tile": config.key, **{f"x_tile{n}": config.value for n in range(parts)}}
+    own = {"k_tile": config.key, "x_tile": config.value}
     scratch |= {name: shared_block(config.warpgroups, TILE, width) for name, width in own.items()}
-    arrivals = 1 + parts + (bool(own_names) and not config.decay)
+    arrivals = 2 + (bool(own_names) and not config.decay)
     scratch["own_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.warpgroups)
     if own_names:
         scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(own_names), TILE), jnp.float32)
@@ -439,7 +436,7 @@ def query_gradients(
     decay: QueryKeyDecay | None,
     scalars: dict[str, Array | None],
 ) -> tuple[Array, ...]:
-    """dq [B, H, T, K] in bfloat16; for the write dbeta, and with a decay that of the queries' sums, [B, H, T].
+    """dq [B, H, T, K] in bfloat16; dbeta for the write, and ddecay where `sums_scores`, of the queries' sums [B, H, T].
 
     Args:
       config: sizes; queries see slots of the call.
@@ -463,7 +460,7 @@ def query_gradients(
     if config.segments:
         rest += (tiles.first_tiles(config, group, mask),)
     operands = (k, q, *x[: config.parts], *g[: _gradient_parts(config, write)], *rest)
-    results = 1 + write + config.decay
+    results = 1 + write + sums_scores(config)
     return split_batch_and_heads(_query_gradients, (config, write), config.axes, results=results)(*operands)
 
 
@@ -479,11 +476,11 @@ def key_gradients(
     wanted: tuple[str, ...],
     bound=0,
 ) -> tuple[Array, ...]:
-    """Those `wanted` of dk [B, G, S, K], dx [B, G, S, V] and ddecay, of the keys' sums, [B, H, S], in float32.
+    """Those `wanted` of dk [B, G, S, K], dx [B, G, S, V] and ddecay, of the keys' sums [B, H, S], in float32.
 
     Args:
       config, k, q, x, g, mask, decay, scalars: see `query_gradients`.
-      wanted: "dk", "dx", "ddecay" with dk.
+      wanted: "dk", "dx", and with dk "ddecay", see `sums_scores`.
       bound: without `config.own`, the first query that counts.
     """
     write, group, heads = scalars.get("beta") is not None, k.shape[1], q.shape[1]
@@ -499,4 +496,4 @@ def key_gradients(
     if config.segments:
         rest += (tiles.last_tiles(config, group, mask),)
     kernel = split_batch_and_heads(_key_gradients, (config, write, wanted), config.axes, results=len(wanted))
-    return kernel(k, q, *x[: _value_parts(config)], *g[: config.parts], *rest)
+    return kernel(k, q, x[0], *g[: config.parts], *rest)

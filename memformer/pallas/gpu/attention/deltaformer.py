@@ -5,6 +5,8 @@ Rows R of one block, earlier slots E, A the matrix of the write kernel, B = diag
     u_R  = (I + B A[R, R])^-1 (alpha V_R - B A[R, E] u_E)
     dP_R = (I + B A[R, R])^-T (dU_R - sum over later R' of A[R', R]^T B dP_R')
 
+A holds the decay of each pair, if any: the inverse and the scans do not change.
+
 A call is cut into spans of tokens. What the rows of a span see of earlier slots is a read of keys and u that exist
 already (softmax_attention.py), with programs for all row blocks of all heads: few heads fill the chip too. One kernel
 scans the blocks of each head within a span, forward for u, in reverse for dP. Backward, spans come in reverse: what
@@ -22,6 +24,7 @@ Source: "DeltaFormer: Unlock the State Space of Transformer" (NeurIPS 2025), sec
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,15 +34,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.calls import AttentionCall
+from memformer.core.decay import CumulativeDecay
 from memformer.core.mask import Mask, join_cache
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
+from memformer.pallas.checks import unsupported
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention import tiles
-from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients
+from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients, sums_scores
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_call
-from memformer.pallas.gpu.attention.scalars import pack_scalars
+from memformer.pallas.gpu.attention.scalars import (
+    column_names,
+    column_values,
+    pack_scalars,
+    pair_gap,
+    row_names,
+    row_values,
+)
 from memformer.pallas.gpu.attention.softmax_attention import (
     RunningSums,
     add_tile,
@@ -48,7 +60,7 @@ from memformer.pallas.gpu.attention.softmax_attention import (
     rescale,
     start_sums,
 )
-from memformer.pallas.gpu.attention.tiles import LOW, Refs, Ring
+from memformer.pallas.gpu.attention.tiles import Refs, Ring
 from memformer.pallas.gpu.wgmma import (
     broadcast_rows,
     load_column,
@@ -60,6 +72,7 @@ from memformer.pallas.gpu.wgmma import (
     store_split,
 )
 from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.pair_decay import QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads
 
 __all__ = ["run"]
@@ -76,7 +89,7 @@ class _Program:
         self.b, self.h, self.block = (lax.axis_index(name) for name in ("batch_row", "head", "block"))
         self.blocks = refs.out0.shape[2] // config.rows
         self.columns = pl.ds(self.block * config.value_block, config.value_block)
-        self.names = _key_names(config, reverse)
+        self.names = _column_names(config, reverse)
         self.ring = Ring(config, refs, self._keys, self._values)
 
     def index(self, step):
@@ -105,9 +118,18 @@ class _Program:
             return (i + 1) * self.config.warpgroups + finished - 1 - c
         return i * self.config.warpgroups - finished + c
 
-    def key_scalar(self, slot, name: str):
+    def column(self, slot, name: str):
         """Ref to a scalar of the tokens of a slot."""
         return self.refs.scalar_slots.at[slot, self.names.index(name)]
+
+    def pairs(self, g, row: Callable[[str], Any], slot, diagonal: str | None) -> tuple[Any, Array | None]:
+        """The mask of warpgroup g's rows against a slot, and the decay of each pair."""
+        config, column = self.config, functools.partial(self.column, slot)
+        segments = (row("segment"), column("segment")) if config.segments else (None, None)
+        mask = tiles.tile_mask(diagonal, *segments, tiles.load_indices(self.refs, g) if diagonal else None)
+        if not config.decay:
+            return mask, None
+        return mask, pair_gap(row, column, diagonal=diagonal is not None, transposed=self.reverse)
 
     def _keys(self, t):
         copies = [(self.refs.k.at[self.b, self.h, pl.ds(t * TILE, TILE)], self.refs.key_slots)]
@@ -118,15 +140,16 @@ class _Program:
         return [(self.refs[f"out{n}"].at[place], self.refs[f"value_slots{n}"]) for n in range(self.config.parts)]
 
 
-def _query_names(config: AttentionConfig, earlier: bool) -> tuple[str, ...]:
-    """Names of the scalars per query, forward; `earlier` is the log-sum-exp over earlier slots."""
-    return ("beta", *("earlier",) * (earlier and config.similarity.normalized), *("segment",) * config.segments)
+def _row_names(config: AttentionConfig, reverse: bool, earlier: bool) -> tuple[str, ...]:
+    """Names of the scalars per row; `earlier` is the log-sum-exp over earlier slots."""
+    names = ("beta",) * (not reverse) + ("earlier",) * (earlier and config.similarity.normalized)
+    return names + row_names(config)
 
 
-def _key_names(config: AttentionConfig, reverse: bool) -> tuple[str, ...]:
+def _column_names(config: AttentionConfig, reverse: bool) -> tuple[str, ...]:
     """Names of the scalars per token of a tile of columns."""
     names = ("lse",) * (reverse and config.similarity.normalized) + ("beta",) * reverse
-    return names + ("segment",) * config.segments
+    return names + column_names(config)
 
 
 def _copy(refs: Refs, config: AttentionConfig, reverse: bool) -> None:
@@ -220,15 +243,14 @@ def _release_block(ring: Ring, config: AttentionConfig, own, first) -> None:
 def _forward_side(program: _Program, g, rows, count, own, earlier: bool) -> Array:
     """alpha V less the read of earlier slots, for one warpgroup's rows; stages B A of its own tile."""
     config, refs = program.config, program.refs
-    names = _query_names(config, earlier)
+    names = _row_names(config, False, earlier)
     q = refs.q_tile.at[g]
 
     def scalar(name):
         return refs.own_scalars.at[g, names.index(name)]
 
-    def mask_slot(slot, diagonal=None):
-        segments = (scalar("segment"), program.key_scalar(slot, "segment")) if config.segments else (None, None)
-        return tiles.tile_mask(diagonal, *segments, tiles.load_indices(refs, g) if diagonal else None)
+    def of_slot(slot, diagonal=None):
+        return program.pairs(g, scalar, slot, diagonal)
 
     sums = start_sums(config.value_block)
     if earlier:
@@ -238,17 +260,18 @@ def _forward_side(program: _Program, g, rows, count, own, earlier: bool) -> Arra
             total = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
             sums = RunningSums(top, total, sums.value)
     add = functools.partial(add_tile, config, program.ring, refs)
-    sums = lax.fori_loop(count, own, lambda c, sums: add(sums, c, g, q, lambda slot: (mask_slot(slot), None)), sums)
+    sums = lax.fori_loop(count, own, lambda c, sums: add(sums, c, g, q, of_slot), sums)
     slot = program.ring.wait_key(own)
-    scores, mask = tiles.compute_scores(config, q, refs.key_slots.at[slot]), mask_slot(slot, "<")
+    scores = tiles.compute_scores(config, q, refs.key_slots.at[slot])
+    mask, gap = of_slot(slot, "<")
     if config.similarity.normalized:
-        sums, weights = rescale(sums, jnp.where(mask, scores, LOW))
+        sums, weights = rescale(sums, tiles.mask_scores(scores, mask, gap))
         total = jnp.where(sums.total > 0, sums.total, 1.0)
         weights = weights / broadcast_rows(total, TILE)
         sums = sums._replace(value=sums.value / broadcast_rows(total, config.value_block))
         _store_lse(program, g, rows, sums.top + jnp.log2(total))
     else:
-        weights = tiles.attention_weights(config, scores, mask, None)
+        weights = tiles.attention_weights(config, scores, mask, None, gap)
     _stage(refs, g, "own", load_column(scalar("beta"), TILE) * weights)
     target = tiles.load_tile(refs.target.at[(*rows, program.columns)])
     return target - load_column(scalar("beta"), config.value_block) * sums.value
@@ -267,14 +290,17 @@ def _store_lse(program: _Program, g, rows, lse: Array) -> None:
 def _reverse_side(program: _Program, g, rows, count, own) -> Array:
     """dU less what reaches it from later rows, for one warpgroup's slots; stages (B A)^T of its own tile."""
     config, refs = program.config, program.refs
+    names = _row_names(config, True, False)
+
+    def scalar(name):
+        return refs.own_scalars.at[g, names.index(name)]
 
     def signed(slot, diagonal):
         scores = tiles.compute_scores(config, refs.q_tile.at[g], refs.key_slots.at[slot])
-        segments = (refs.own_scalars.at[g, 0], program.key_scalar(slot, "segment")) if config.segments else (None, None)
-        lse = load_row(program.key_scalar(slot, "lse"), TILE) if config.similarity.normalized else None
-        indices = tiles.load_indices(refs, g) if diagonal else None
-        weights = tiles.attention_weights(config, scores, tiles.tile_mask(diagonal, *segments, indices), lse)
-        return weights * load_row(program.key_scalar(slot, "beta"), TILE)
+        lse = load_row(program.column(slot, "lse"), TILE) if config.similarity.normalized else None
+        mask, gap = program.pairs(g, scalar, slot, diagonal)
+        weights = tiles.attention_weights(config, scores, mask, lse, gap)
+        return weights * load_row(program.column(slot, "beta"), TILE)
 
     def tile(c, right):
         slot = program.ring.wait_key(c)
@@ -354,23 +380,23 @@ def _write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, ta
     inputs = {"k": k, "q": q, "target": target, "indices": tiles.index_vectors()}
     if earlier:
         inputs["earlier"] = rest.pop(0)
-    if not reverse or config.segments:
+    rows, columns = _row_names(config, reverse, earlier), _column_names(config, reverse)
+    if rows:
         inputs["q_scalars"] = rest.pop(0)
-    if reverse or config.segments:
+    if columns:
         inputs["k_scalars"] = rest.pop(0)
     if config.segments or not reverse:
         inputs["limit"] = rest.pop(0)
     outputs: dict[str, Any] = {f"out{n}": (target.shape, jnp.bfloat16) for n in range(2)}
-    scratch = tiles.ring_scratch(config, config.value_block, config.parts, len(_key_names(config, reverse)))
+    scratch = tiles.ring_scratch(config, config.value_block, config.parts, len(columns))
     scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key)
-    scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + ("q_scalars" in inputs), num_barriers=config.warpgroups)
+    scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + bool(rows), num_barriers=config.warpgroups)
     scratch["written"] = plgpu.Barrier(num_barriers=config.warpgroups)
     widths = [("right", config.value_block), ("own", TILE), ("square", TILE)] + [("other", TILE)] * (config.key == TILE)
     blocks = {f"{name}{n}": width for name, width in widths for n in range(2)}
     scratch |= {name: shared_block(config.warpgroups, TILE, width) for name, width in blocks.items()}
-    if "q_scalars" in inputs:
-        count = inputs["q_scalars"].shape[3]
-        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, count, TILE), jnp.float32)
+    if rows:
+        scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(rows), TILE), jnp.float32)
     if config.similarity.normalized and not reverse:
         outputs["lse"] = ((batch, heads, length), jnp.float32)
         scratch["lse_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
@@ -389,7 +415,14 @@ def _write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, ta
 
 
 def _scan_forward(
-    config: AttentionConfig, k: Array, w: Array, target: Array, beta: Array, mask: Mask, earlier
+    config: AttentionConfig,
+    k: Array,
+    w: Array,
+    target: Array,
+    beta: Array,
+    mask: Mask,
+    decay: QueryKeyDecay | None,
+    earlier: tuple[Array, Array | None] | None,
 ) -> tuple[tuple[Array, Array], Array | None]:
     """u [B, G, T, V] in two parts, and the log-sum-exp of the rows to base 2 (None without a normaliser).
 
@@ -400,17 +433,19 @@ def _scan_forward(
       target: alpha v, [B, G, T, V] float32.
       beta: [B, G, T].
       mask: of these tokens, over whole tiles.
+      decay: of these tokens, or None.
       earlier: the read of earlier slots, [B, G, T, V], and its log-sum-exp; or None.
     """
     heads = k.shape[1]
-    scalars = {"beta": beta, "earlier": earlier and earlier[1], "segment": mask.query_segment}
+    query, key = (None, None) if decay is None else decay
+    scalars = {"beta": beta, "earlier": earlier and earlier[1]} | row_values(mask.query_segment, query)
     rest: tuple[Array, ...] = (earlier[0],) if earlier else ()
-    rest += (pack_scalars(_query_names(config, bool(earlier)), heads, scalars),)
+    rest += (pack_scalars(_row_names(config, False, bool(earlier)), heads, scalars),)
+    columns = _column_names(config, False)
+    if columns:
+        rest += (pack_scalars(columns, heads, column_values(mask.key_segment, key)),)
     if config.segments:
-        rest += (
-            pack_scalars(("segment",), heads, {"segment": mask.key_segment}),
-            tiles.first_tiles(config, heads, mask),
-        )
+        rest += (tiles.first_tiles(config, heads, mask),)
     else:
         # Static zeros would do, but the compiler hoists what it derives from them, and has no registers for that.
         rest += (jnp.zeros((*w.shape[:2], w.shape[2] // config.rows), jnp.int32),)
@@ -420,26 +455,45 @@ def _scan_forward(
     return (high, low), lse[0] if lse else None
 
 
-def _scan_reverse(config: AttentionConfig, k: Array, w: Array, du: Array, scalars: dict[str, Array], mask: Mask):
+def _scan_reverse(
+    config: AttentionConfig,
+    k: Array,
+    w: Array,
+    du: Array,
+    scalars: dict[str, Array | None],
+    mask: Mask,
+    decay: QueryKeyDecay | None,
+) -> tuple[Array, ...]:
     """dP [B, G, T, V] in two parts.
 
     Args:
-      config, k, w, mask: see `_scan_forward`.
+      config, k, w, mask, decay: see `_scan_forward`.
       du: gradient of u, [B, G, T, V] float32.
       scalars: lse (with a normaliser) and beta of the rows [B, G, T].
     """
-    heads = k.shape[1]
-    given = scalars | {"segment": mask.query_segment}
-    rest = (pack_scalars(_key_names(config, True), heads, given),)
+    heads, rows = k.shape[1], _row_names(config, True, False)
+    query, key = (None, None) if decay is None else decay
+    rest: tuple[Array, ...] = ()
+    if rows:
+        rest += (pack_scalars(rows, heads, row_values(mask.key_segment, key)),)
+    columns = scalars | column_values(mask.query_segment, query, transposed=True)
+    rest += (pack_scalars(_column_names(config, True), heads, columns),)
     if config.segments:
-        keys = pack_scalars(("segment",), heads, {"segment": mask.key_segment})
-        rest = (keys, *rest, tiles.last_tiles(config, heads, mask))
+        rest += (tiles.last_tiles(config, heads, mask),)
     return split_batch_and_heads(_write_shard, (config, True, False), config.axes, results=2)(w, k, du, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def write(
-    config: AttentionConfig, k: Array, w: Array, v: Array, alpha: Array, beta: Array, cache_u: Array, mask: Mask
+    config: AttentionConfig,
+    k: Array,
+    w: Array,
+    v: Array,
+    alpha: Array,
+    beta: Array,
+    cache_u: Array,
+    mask: Mask,
+    decay: QueryKeyDecay | None,
 ) -> Array:
     """The writes u [B, G, T, V] of a call, float32, exact to 16 bits.
 
@@ -452,37 +506,43 @@ def write(
       beta: [B, G, T].
       cache_u: u of the cache, [B, G, S - T, V].
       mask: over whole tiles.
+      decay: of key heads, or None.
     """
-    parts, _ = _write(config, k, w, v, alpha, beta, cache_u, mask)
+    parts, _ = _write(config, k, w, v, alpha, beta, cache_u, mask, decay)
     return _join_parts(parts, cache_u.shape[2])
 
 
-def _write_forward(config, k, w, v, alpha, beta, cache_u, mask):
-    parts, lse = _write(config, k, w, v, alpha, beta, cache_u, mask)
-    return _join_parts(parts, cache_u.shape[2]), (k, w, v, alpha, beta, cache_u, mask, parts, lse)
+def _write_forward(config, k, w, v, alpha, beta, cache_u, mask, decay):
+    parts, lse = _write(config, k, w, v, alpha, beta, cache_u, mask, decay)
+    return _join_parts(parts, cache_u.shape[2]), (k, w, v, alpha, beta, cache_u, mask, decay, parts, lse)
 
 
 def _write_backward(config, saved, du):
-    k, w, v, alpha, beta, cache_u, mask, u, lse = saved
+    k, w, v, alpha, beta, cache_u, mask, decay, u, lse = saved
     before = cache_u.shape[2]
-    dp = _solve_transposed(config, k[:, :, before:], w, beta, lse, du, u[0][:, :, before:], mask)
+    dp = _solve_transposed(config, k[:, :, before:], w, beta, lse, du, u[0][:, :, before:], mask, decay)
     exact = _join_parts(dp)
     target = alpha[..., None] * v.astype(jnp.float32)
     scalars = {"lse": lse, "beta": beta, "delta": None}
     if lse is not None:
         scalars["delta"] = -jnp.sum(exact * (target - _join_parts(u, before)), axis=-1)
     everything = dataclasses.replace(config, own=True, strict=True)
-    dw, dbeta = query_gradients(everything, k, w, u, dp, mask, None, scalars)
-    (dk,) = key_gradients(everything, k, w, u, dp, mask, None, scalars, ("dk",))
+    operands = (k, w, u, dp, mask, decay, scalars)
+    dw, dbeta, *query_decay = query_gradients(everything, *operands)
+    dk, *key_decay = key_gradients(everything, *operands, ("dk",) + ("ddecay",) * sums_scores(config))
     dcache = jnp.zeros(cache_u.shape, cache_u.dtype)
     if before:
         _, far = _span_configs(config)
         cached = (k[:, :, :before], w, tuple(x[:, :, :before] for x in u), dp)
-        (dcache,) = key_gradients(far, *cached, _slice_mask(mask, keys=(0, before)), None, scalars, ("dx",))
+        (dcache,) = key_gradients(far, *cached, *_slice_pairs(mask, decay, keys=(0, before)), scalars, ("dx",))
     dv, dalpha = alpha[..., None] * exact, jnp.sum(v.astype(jnp.float32) * exact, axis=-1)
     inputs = (k, w, v, alpha, beta, cache_u)
     gradients = (dk, dw, dv, dalpha, dbeta, dcache)
-    return *(x.astype(y.dtype) for x, y in zip(gradients, inputs, strict=True)), None
+    if config.decay and not key_decay:
+        query_decay = [beta * dbeta]
+        key_decay = [-jnp.sum(_join_parts(u) * jnp.concatenate([dcache, exact - du], axis=2), axis=-1)]
+    ddecay = fraction_gradient(*query_decay, *key_decay) if config.decay else None
+    return *(x.astype(y.dtype) for x, y in zip(gradients, inputs, strict=True)), None, ddecay
 
 
 write.defvjp(_write_forward, _write_backward)
@@ -502,33 +562,37 @@ def _slice(x: Array, start, size: int, axis: int = 2) -> Array:
     return lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _slice_mask(mask: Mask, *, queries=None, keys=None) -> Mask:
-    """The mask of the (start, size) ranges of queries and of keys that are given."""
-    if mask.query_segment is None:
-        return mask
-    query, key = (
-        x if place is None else _slice(x, *place, axis=1)
-        for x, place in ((mask.query_segment, queries), (mask.key_segment, keys))
-    )
-    return Mask(query_segment=query, key_segment=key)
+def _slice_pairs(
+    mask: Mask, decay: QueryKeyDecay | None, *, queries=None, keys=None
+) -> tuple[Mask, QueryKeyDecay | None]:
+    """Mask and decay of the (start, size) ranges of queries and of keys that are given."""
+
+    def part(x, place, axis):
+        return x if x is None or place is None else _slice(x, *place, axis=axis)
+
+    segments = (part(mask.query_segment, queries, 1), part(mask.key_segment, keys, 1))
+    mask = Mask(query_segment=segments[0], key_segment=segments[1])
+    if decay is None:
+        return mask, None
+    sides = zip(decay, (queries, keys), strict=True)
+    return mask, QueryKeyDecay(*(CumulativeDecay(*(part(x, place, 2) for x in side)) for side, place in sides))
 
 
-def _write(config, k, w, v, alpha, beta, cache_u, mask):
+def _write(config, k, w, v, alpha, beta, cache_u, mask, decay):
     """u of all slots in two parts [B, G, S, V]; the log-sum-exp of the rows [B, G, T], None without a normaliser."""
     before, length, span = cache_u.shape[2], w.shape[2], config.span
     own, far = _span_configs(config)
     target = alpha[..., None] * v.astype(jnp.float32)
     if before == 0 and length == span:
-        return _scan_forward(own, k, w, target, beta, mask, None)
+        return _scan_forward(own, k, w, target, beta, mask, decay, None)
     zeros = jnp.zeros(target.shape, jnp.bfloat16)
     everything = tuple(jnp.concatenate([x, zeros], axis=2) for x in split_outside(cache_u))
 
     def step(everything, start):
         queries = (start, span)
         rows = _slice(w, *queries)
-        value, lse = read(
-            far, jnp.float32, k, rows, everything, _slice_mask(mask, queries=queries), None, before + start
-        )
+        seen = _slice_pairs(mask, decay, queries=queries)
+        value, lse = read(far, jnp.float32, k, rows, everything, *seen, before + start)
         keys = (before + start, span)
         u, lse = _scan_forward(
             own,
@@ -536,7 +600,7 @@ def _write(config, k, w, v, alpha, beta, cache_u, mask):
             rows,
             _slice(target, *queries),
             _slice(beta, *queries),
-            _slice_mask(mask, queries=queries, keys=keys),
+            *_slice_pairs(mask, decay, queries=queries, keys=keys),
             (value, lse),
         )
         everything = tuple(
@@ -549,25 +613,24 @@ def _write(config, k, w, v, alpha, beta, cache_u, mask):
     return everything, None if lse is None else jnp.moveaxis(lse, 0, 2).reshape(beta.shape)
 
 
-def _solve_transposed(config, k, w, beta, lse, du, u, mask):
+def _solve_transposed(config, k, w, beta, lse, du, u, mask, decay):
     """dP in two parts [B, G, T, V], from the last span to the first; arrays of the call's own slots."""
     length, span, before = w.shape[2], config.span, config.before * config.rows
     own, far = _span_configs(config)
     # delta has no part in dx.
     scalars = {"lse": lse, "beta": beta, "delta": lse}
     if length == span:
-        return _scan_reverse(own, k, w, du, scalars, _slice_mask(mask, keys=(before, length)))
+        return _scan_reverse(own, k, w, du, scalars, *_slice_pairs(mask, decay, keys=(before, length)))
     dp = (jnp.zeros(du.shape, jnp.bfloat16),) * 2
 
     def step(dp, start):
         queries, keys = (start, span), (before + start, span)
         rows = {name: None if x is None else _slice(x, *queries) for name, x in scalars.items()}
         own_k, own_u = _slice(k, *queries), (_slice(u, *queries),)
-        (later,) = key_gradients(
-            far, own_k, w, own_u, dp, _slice_mask(mask, keys=keys), None, scalars, ("dx",), start + span
-        )
-        here = _slice_mask(mask, queries=queries, keys=keys)
-        new = _scan_reverse(own, own_k, _slice(w, *queries), _slice(du, *queries) + later, rows, here)
+        seen = _slice_pairs(mask, decay, keys=keys)
+        (later,) = key_gradients(far, own_k, w, own_u, dp, *seen, scalars, ("dx",), start + span)
+        here = _slice_pairs(mask, decay, queries=queries, keys=keys)
+        new = _scan_reverse(own, own_k, _slice(w, *queries), _slice(du, *queries) + later, rows, *here)
         return tuple(lax.dynamic_update_slice_in_dim(x, y, start, 2) for x, y in zip(dp, new, strict=True)), None
 
     starts = jnp.arange(0, length, span, dtype=jnp.int32)
@@ -585,6 +648,8 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
     """
     operands = {"q": call.q, "k": call.k, "w": call.w, "v": call.v}
     config, reading = (plan_call(call, kernel, operands) for kernel in (call.write_kernel, call.read_kernel))
+    if call.decay is not None and not call.read_kernel.normalized:
+        raise unsupported(call.op, "reads with a decay by read_kernel='softmax' only")
     length, width = call.v.shape[1], call.v.shape[3]
     mask = join_cache(call.mask, config.rows, config.span)
 
@@ -600,8 +665,11 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
         cache_u = jnp.zeros((*k.shape[:2], 0, config.value), jnp.float32)
     else:
         cache_u = heads_first(pad(call.cache.values, config.value), config.rows).astype(jnp.float32)
-    arrays = (k, w, v, alpha, beta, cache_u, q)
-    k, w, v, alpha, beta, cache_u, q = (vary_like(x, *arrays, *jax.tree.leaves(mask)) for x in arrays)
-    u = write(config, k, w, v, alpha, beta, cache_u, mask)
-    o = attend_with_sinks(reading, call.sinks, k, q, jnp.concatenate([cache_u, u], axis=2), mask, None)
+    arrays = (k, w, v, alpha, beta, cache_u, q, join_decay(call, config.rows, config.span))
+    arrays = jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves((arrays, mask))), arrays)
+    k, w, v, alpha, beta, cache_u, q, decay = arrays
+    u = write(config, k, w, v, alpha, beta, cache_u, mask, decay)
+    # Each query head of a group has the group's decay.
+    shared = jax.tree.map(lambda x: jnp.repeat(x, q.shape[1] // k.shape[1], axis=1), decay)
+    o = attend_with_sinks(reading, call.sinks, k, q, jnp.concatenate([cache_u, u], axis=2), mask, shared)
     return tuple(jnp.swapaxes(x, 1, 2)[:, :length, :, :width] for x in (o, u))

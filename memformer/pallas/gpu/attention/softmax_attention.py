@@ -22,7 +22,7 @@ from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas.gpu.attention import tiles
-from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients
+from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients, sums_scores
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_call
 from memformer.pallas.gpu.attention.scalars import (
     column_names,
@@ -101,7 +101,9 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
     plgpu.copy_gmem_to_smem(refs.q.at[b, h, rows], q, refs.own_ready.at[g])
     names = row_names(config)
     if names:
-        source = refs.q_scalars.at[b, tiles.scalar_head(config, refs), i * config.warpgroups + g]
+        # Decays are of query heads.
+        head = h if config.decay else tiles.key_head(refs)
+        source = refs.q_scalars.at[b, head, i * config.warpgroups + g]
         plgpu.copy_gmem_to_smem(source, refs.own_scalars.at[g], refs.own_ready.at[g])
     plgpu.barrier_wait(refs.own_ready.at[g])
 
@@ -233,7 +235,7 @@ def _attend_backward(config, dtype, saved, cotangents):
     scalars = {"lse": lse, "delta": delta}
     operands = (k, q, split_values(config, x), split_values(config, do), mask, decay, scalars)
     dq, *query_decay = query_gradients(config, *operands)
-    dk, dx, *key_decay = key_gradients(config, *operands, ("dk", "dx") + ("ddecay",) * config.decay)
+    dk, dx, *key_decay = key_gradients(config, *operands, ("dk", "dx") + ("ddecay",) * sums_scores(config))
     ddecay = fraction_gradient(*query_decay, *key_decay) if config.decay else None
     return dk.astype(k.dtype), dq.astype(q.dtype), dx.astype(x.dtype), None, ddecay
 

@@ -42,7 +42,7 @@ __all__ += [
     "interpreter_scratch",
 ]
 __all__ += ["key_head", "last_tiles", "left_operand", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
-__all__ += ["row_extent", "scalar_head", "split_values", "store_tile", "tile_mask", "zeros"]
+__all__ += ["row_extent", "split_values", "store_tile", "tile_mask", "zeros"]
 
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
@@ -272,11 +272,6 @@ def key_head(refs: Refs):
     return lax.div(lax.axis_index("head"), jnp.int32(refs.q.shape[1] // refs.k.shape[1]))
 
 
-def scalar_head(config: AttentionConfig, refs: Refs):
-    """The head of the scalars of keys: decays are of query heads."""
-    return lax.axis_index("head") if config.decay else key_head(refs)
-
-
 def row_extent(config: AttentionConfig, refs: Refs) -> tuple[Any, Any, Any, Any]:
     """A program's block of rows; its first tile of columns, the tile of its first row, and the end of its columns."""
     # Blocks that see most columns start first.
@@ -299,12 +294,12 @@ def column_scalar(config: AttentionConfig, refs: Refs, slot):
 def column_ring(config: AttentionConfig, refs: Refs, values: int) -> Ring:
     """Tiles of the keys k, with their scalars, and of the arrays x0, x1."""
     b, group = lax.axis_index("batch_row"), key_head(refs)
+    # Decays are of query heads.
+    head = lax.axis_index("head") if config.decay else group
 
     def keys(t):
         copies = [(refs.k.at[b, group, pl.ds(t * TILE, TILE)], refs.key_slots)]
-        if column_names(config):
-            copies.append((refs.k_scalars.at[b, scalar_head(config, refs), t], refs.scalar_slots))
-        return copies
+        return copies + ([(refs.k_scalars.at[b, head, t], refs.scalar_slots)] if column_names(config) else [])
 
     def of_values(t):
         place = (b, group, pl.ds(t * TILE, TILE))
