@@ -128,8 +128,8 @@ WORDS = Study(
     name="words",
     title="Words over a group",
     claim="One layer tracks S3, S4 and A5 with two reflections per letter (DeltaProduct, n_h = 2) and S5 with four. "
-    "One write per letter cannot, also with an erase vector of its own, since the eigenvalues of its transition are real; "
-    "DeltaNet with beta in (0, 1) and softmax attention track none of them, an LSTM tracks all.",
+    "One write per letter cannot, also with an erase vector of its own, since the eigenvalues of its transition are "
+    "real; DeltaNet with beta in (0, 1) and softmax attention track none of them, an LSTM tracks all.",
     source="arXiv 2502.10297, 2404.08819, 2411.12537",
     measure=_measure,
     judge=_judge,
