@@ -17,11 +17,11 @@ class HouseStyle(Extension):
 
 
 def for_pages(text: str) -> str:
-    r"""Docstring with examples as a section, one argument per line, and links.
+    r"""Docstring with examples as a section, one argument per line, and links from dotted names.
 
     Example:
-      >>> for_pages("Args:\n  a, b: see `memformer.ops`.")
-      'Args:\n  a: see [`memformer.ops`][].\n  b: see [`memformer.ops`][].'
+      >>> for_pages("Args:\n  a, b: see T.")
+      'Args:\n  a: see T.\n  b: see T.'
     """
     text = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
     text = re.sub(r"^( +)((?:\w+, )+\w+): (.*(?:\n\1 .*)*)", _one_per_line, text, flags=re.MULTILINE)

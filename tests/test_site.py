@@ -116,6 +116,17 @@ def test_every_study_has_a_card():
         hooks.gallery("## No verdict\n\nClaim: none.\n")
 
 
+def test_docstrings_of_the_api_pages():
+    pytest.importorskip("griffe")
+    for_pages = load_module(DOCS / "docstrings.py").for_pages
+    assert (
+        for_pages("Args:\n  a, b: of\n    both.\n  c: x.") == "Args:\n  a: of\n    both.\n  b: of\n    both.\n  c: x."
+    )
+    assert for_pages("Example:\n  >>> f()") == "Examples:\n  >>> f()"
+    assert 'identifier="memformer.ops"' in for_pages("See `memformer.ops`.")
+    assert for_pages("Sums a, b: both of `x`.") == "Sums a, b: both of `x`."
+
+
 def code_blocks(page: str) -> list[str]:
     """The Python blocks of a page, in order."""
     return re.findall(r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.MULTILINE | re.DOTALL)
