@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 import memformer as mf
+from memformer.core.mask import Mask
+from memformer.ops.attention import parts
+from memformer.ops.attention.tiles import TileMask
 from tests.numeric import FORWARD, GRADIENT, assert_close
 
 LENGTH = 39
@@ -180,3 +183,29 @@ def test_errors():
             jax.eval_shape(lambda options=options: mf.softmax_attention(q, k, v, **options))
     with pytest.raises(ValueError, match="capacity"):
         mf.init_cache("softmax_attention", batch=1, capacity=-1, groups=1, key_width=8, value_width=8)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_heads_in_parts(packed, monkeypatch):
+    """On one CPU device heads are read one after another; outputs and gradients are those of all at once."""
+    rng = np.random.default_rng(12)
+    q = jnp.asarray(rng.standard_normal((2, 20, 6, 4)), "float32")
+    k, v = (jnp.asarray(rng.standard_normal((2, 20, 3, 4)), "float32") for _ in "kv")
+    ids = jnp.asarray(np.arange(20) // 9, jnp.int32)[None].repeat(2, 0) if packed else None
+
+    def run(parts_of_one):
+        monkeypatch.setattr(parts, "_one_cpu", lambda: parts_of_one)
+        monkeypatch.setattr(parts, "_cores", lambda: 2)
+
+        def loss(q, k, v):
+            output, _ = mf.softmax_attention(q, k, v, segment_ids=ids, chunk_size=8, implementation="chunked")
+            return jnp.sum(jnp.sin(output)), output
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    assert_close(run(True), run(False), 1e-6)
+    mask = TileMask(Mask(), jnp.int32(0), None, None)
+    monkeypatch.setattr(parts, "_one_cpu", lambda: True)
+    # Two cores: pairs of the six heads of both examples, or of one head where each example has a mask of its own.
+    assert parts.head_parts(mask, 2, 3) == (3, 1)
+    assert parts.head_parts(mask._replace(mask=Mask(query_segment=ids)), 2, 3) == ((3, 2) if packed else (3, 1))

@@ -31,17 +31,18 @@ def tile_gradient(
     Args:
       tiling: static settings.
       mask, gap: of the tile.
-      q, k, x: queries, keys and values of the tile.
-      lse: log-sum-exp of the rows, or None.
+      q, k, x: queries, keys and values of the tile; the queries are [B, G, R, C, K], and so is their gradient.
+      lse: log-sum-exp of the queries, or None.
       do: gradient of the output.
       delta: sum of output times `do`, or None without a normaliser.
     """
-    scores = tiles.tile_scores(tiling, q, k, gap)
+    columns, do_columns = tiles.in_columns(q), tiles.in_columns(do)
+    scores = tiles.tile_scores(tiling, columns, k, gap)
     weights = tiles.attention_weights(tiling, mask, scores, lse, gap)
-    dx = tiles.tile_product(tiling, "bgrts,bgrtv->bgsv", weights, do)
-    dweights = tiles.tile_product(tiling, "bgrtv,bgsv->bgrts", do, x)
+    dx = tiles.tile_product(tiling, "bgsrt,bgrtv->bgsv", weights, do)
+    dweights = tiles.tile_product(tiling, "bgsv,bgvrt->bgsrt", x, do_columns)
     if tiling.kernel.normalized:
-        dgap = dscores = weights * (dweights - delta[..., None])
+        dgap = dscores = weights * (dweights - delta[:, :, None])
     else:
         slope, dgap = similarity_slope(tiling.kernel, scores, weights), None
         if gap is not None:
@@ -50,12 +51,12 @@ def tile_gradient(
             dgap = dweights * weights
         dscores = jnp.where(mask, dweights * slope, jnp.zeros((), scores.dtype))
     dscores = dscores * tiling.kernel.scale
-    dq = tiles.tile_product(tiling, "bgrts,bgsk->bgrtk", dscores, k)
-    dk = tiles.tile_product(tiling, "bgrts,bgrtk->bgsk", dscores, q)
+    dq = tiles.in_rows(tiles.tile_product(tiling, "bgks,bgsrt->bgkrt", jnp.swapaxes(k, 2, 3), dscores))
+    dk = tiles.tile_product(tiling, "bgsrt,bgrtk->bgsk", dscores, q)
     if gap is None:
         return (dq, None), (dk, dx, None)
     dgap = jnp.where(gap.apart, dgap, jnp.zeros((), scores.dtype))
-    return (dq, jnp.sum(dgap, axis=-1)), (dk, dx, -jnp.sum(dgap, axis=-2))
+    return (dq, jnp.sum(dgap, axis=2)), (dk, dx, -jnp.swapaxes(jnp.sum(dgap, axis=-1), 2, 3))
 
 
 def key_gradient(
@@ -69,6 +70,7 @@ def key_gradient(
     q: Array,
     rest: tuple,
     queries: tuple[Array, Array | None],
+    part: Array | int = 0,
 ) -> tuple[tuple[Array, Array | None], tuple[Array, Array, Array | None]]:
     """Gradients through the tiles of column j in rows[0] <= i < rows[1].
 
@@ -81,11 +83,13 @@ def key_gradient(
       q: all queries.
       rest: lse, do and delta of `tile_gradient`, of all rows.
       queries: gradients of all queries and of their decay so far.
+      part: of the heads.
 
     Returns:
       `queries` with these tiles added, and the gradients of k[j], x[j] and their decay.
     """
-    k, x = tiles.take(k, j), tiles.take(x, j)
+    of_column, of_row = (part * (a.shape[0] // tiling.parts) for a in (k, q))
+    k, x = tiles.take(k, of_column + j), tiles.take(x, of_column + j)
     key_decay = None if decay is None else tiles.take(decay.key, j)
 
     def row(i, carry):
@@ -93,9 +97,9 @@ def key_gradient(
         seen = tiles.tile_mask(tiling, mask, i, j)
         gap = tiles.tile_gap(tiling, mask, decay, i, j, seen)
         of_queries, of_keys = tile_gradient(
-            tiling, seen, gap, tiles.take(q, i), k, x, *(tiles.take(r, i) for r in rest)
+            tiling, seen, gap, tiles.take(q, of_row + i), k, x, *(tiles.take(r, of_row + i) for r in rest)
         )
-        return add_row(queries, of_queries, i), jax.tree.map(jnp.add, keys, of_keys)
+        return add_row(queries, of_queries, of_row + i), jax.tree.map(jnp.add, keys, of_keys)
 
     def zeros(a):
         others = (q, k, x, *rest, *mask.arrays, *(decay or ()))

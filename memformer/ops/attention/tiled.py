@@ -11,6 +11,7 @@ from memformer.core.types import Array, Float
 from memformer.ops.attention import tiles
 from memformer.ops.attention.arguments import write_operands
 from memformer.ops.attention.backward import key_gradient
+from memformer.ops.attention.parts import head_parts, stack_parts, unstack_parts
 from memformer.ops.attention.tiles import Decay, TileMask, Tiling
 from memformer.ops.attention.write import write
 
@@ -67,8 +68,11 @@ def _read(
     tiling: Tiling, mask: TileMask, decay: Decay | None, sinks: Array | None, q: Array, k: Array, x: Array
 ) -> Float[Array, "N B G R C V"]:
     """Reads the values x at the queries, in the accumulation dtype."""
-    read = _read_plain if in_forward_mode(decay, q, k, x) else _read_reverse
-    output, lse = read(tiling, mask, decay, q, k, x)
+    read, (batch, groups) = _read_plain if in_forward_mode(decay, q, k, x) else _read_reverse, q.shape[1:3]
+    parts, examples = head_parts(mask, batch, groups)
+    arrays = (stack_parts(a, parts, examples) for a in (q, k, x))
+    output, lse = read(tiling._replace(parts=parts), mask, decay, *arrays)
+    output, lse = (a if a is None else unstack_parts(a, parts, batch) for a in (output, lse))
     if sinks is None:
         return output
     sinks = sinks.astype(output.dtype).reshape(1, -1, *q.shape[2:4], 1)
@@ -85,14 +89,17 @@ _read_reverse = jax.custom_vjp(_read_plain, nondiff_argnums=(0,))
 def _read_rows(tiling, mask, decay, q, k, x):
     """The output, and the log-sum-exp of its rows."""
 
+    rows, columns = q.shape[0] // tiling.parts, k.shape[0] // tiling.parts
+
     def row(_, inputs):
-        i, q = inputs
-        steps = mask.used + (i + 1 if tiling.causal else k.shape[0] - tiling.cached)
-        sums = tiles.sum_row(tiling, mask, decay, i, q, k, x, steps)
+        place, q = inputs
+        part, i = place // rows, place % rows
+        steps = mask.used + (i + 1 if tiling.causal else columns - tiling.cached)
+        sums = tiles.sum_row(tiling, mask, decay, i, q, k, x, steps, own=tiling.causal, part=part)
         if sums.total is None:
-            return None, (sums.value, None)
+            return None, (tiles.in_rows(sums.value), None)
         total = jnp.where(sums.total > 0, sums.total, jnp.ones_like(sums.total))
-        return None, (sums.value / total[..., None], tiles.row_lse(sums))
+        return None, (tiles.in_rows(sums.value / total[:, :, None]), tiles.row_lse(sums))
 
     index = jnp.arange(q.shape[0], dtype=jnp.int32)
     return lax.scan(row, None, (index, q))[1]
@@ -107,13 +114,14 @@ def _read_backward(tiling, saved, cotangents):
     mask, decay, q, k, x, output, lse = saved
     do, dlse = cotangents
     delta = None if output is None else jnp.sum(output * do, axis=-1) - dlse
-    last = q.shape[0]
+    last, columns = q.shape[0] // tiling.parts, k.shape[0] // tiling.parts
 
-    def column(queries, j):
+    def column(queries, place):
+        part, j = place // columns, place % columns
         first = jnp.maximum(j - tiling.cached, 0) if tiling.causal else 0
         first = jnp.where((j >= mask.used) & (j < tiling.cached), last, first)
         queries, (dk, dx, key_decay) = key_gradient(
-            tiling, mask, decay, j, (first, last), k, x, q, (lse, do, delta), queries
+            tiling, mask, decay, j, (first, last), k, x, q, (lse, do, delta), queries, part
         )
         return queries, (dk.astype(k.dtype), dx.astype(x.dtype), key_decay)
 

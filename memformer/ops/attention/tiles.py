@@ -10,8 +10,13 @@ head:
     keys     [M, B, G, C, K]           M = cached + N: chunks of the cache come first, unused ones at their end
     values   [M, B, G, C, V]
     decays   [N, B, G, R, C] of queries and [M, B, G, R, C] of keys
+    tiles    [B, G, C, R, C]          keys, then the R heads and queries that read them
+
+So keys lie in rows and queries in columns: on a CPU sums over keys are then sums of vectors, and every product takes
+its operands as they lie, with no tile transposed.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -39,6 +44,8 @@ __all__ = [
     "chunk_decay",
     "chunk_keys",
     "chunk_queries",
+    "in_columns",
+    "in_rows",
     "join_keys",
     "make_tiling",
     "mask_scores",
@@ -73,6 +80,7 @@ class Tiling(NamedTuple):
       causal: whether a query sees only keys up to its own.
       window: how many tokens back a query sees, itself included, or None.
       precision: of products.
+      parts: how many parts of the heads are read one after another; arrays have the chunks of each, part after part.
     """
 
     kernel: Kernel
@@ -81,6 +89,7 @@ class Tiling(NamedTuple):
     causal: bool
     window: int | None
     precision: lax.Precision
+    parts: int = 1
 
 
 class TileMask(NamedTuple):
@@ -122,8 +131,8 @@ class Gap(NamedTuple):
       apart: False for a token and itself, whose gap of 0 has no gradient: in sums it would cancel inexactly.
     """
 
-    log: Float[Array, "B G R C C"]
-    apart: Bool[Array, "1 1 1 C C"]
+    log: Float[Array, "B G C R C"]
+    apart: Bool[Array, "1 1 C 1 C"]
 
 
 class RowSums(NamedTuple):
@@ -131,7 +140,7 @@ class RowSums(NamedTuple):
 
     top: Float[Array, "B G R C"] | None
     total: Float[Array, "B G R C"] | None
-    value: Float[Array, "B G R C V"]
+    value: Float[Array, "B G V R C"]
 
 
 def make_tiling(call: AttentionCall, kernel: Kernel, default_size: int) -> tuple[Tiling, TileMask]:
@@ -231,73 +240,97 @@ def tile_product(tiling: Tiling, equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, precision=tiling.precision, preferred_element_type=dtype)
 
 
-def tile_mask(tiling: Tiling, mask: TileMask, i: Array, j: Array, *, strict: bool = False) -> Bool[Array, "b g r C C"]:
+def tile_mask(tiling: Tiling, mask: TileMask, i: Array, j: Array, *, strict: bool = False) -> Bool[Array, "b g C r C"]:
     """True where a query of chunk i sees a key of chunk j; `strict` leaves out a query's own key."""
 
     def chunk(x, i):
         return lax.dynamic_slice_in_dim(x, i * jnp.int32(tiling.size), tiling.size, axis=1)
 
     whole = mask.mask
-    row = jnp.arange(tiling.size, dtype=jnp.int32)[None, :, None]
-    column = jnp.arange(tiling.size, dtype=jnp.int32)[None, None, :]
+    key = jnp.arange(tiling.size, dtype=jnp.int32)[None, :, None]
+    query = jnp.arange(tiling.size, dtype=jnp.int32)[None, None, :]
     seen = jnp.ones((1, 1, 1), bool)
     if tiling.causal:
-        seen = column - row <= (i + tiling.cached - j) * tiling.size - int(strict)
+        seen = key - query <= (i + tiling.cached - j) * tiling.size - int(strict)
     if whole.query_segment is not None:
-        seen &= chunk(whole.query_segment, i)[:, :, None] == chunk(whole.key_segment, j)[:, None, :]
+        seen &= chunk(whole.query_segment, i)[:, None, :] == chunk(whole.key_segment, j)[:, :, None]
     if tiling.window is not None:
-        distance = chunk(whole.query_rank, i)[:, :, None] - chunk(whole.key_rank, j)[:, None, :]
+        distance = chunk(whole.query_rank, i)[:, None, :] - chunk(whole.key_rank, j)[:, :, None]
         seen &= (distance if tiling.causal else jnp.abs(distance)) < tiling.window
-    seen = seen[:, None, None]
+    seen = seen[:, None, :, None]
     return seen if mask.query_decay is None else seen & (_whole_gap(mask, i, j) > FORGOTTEN_PAIR)
 
 
-def _whole_gap(mask: TileMask, i: Array, j: Array) -> Int[Array, "B G R C C"]:
-    return take(mask.query_decay, i)[..., :, None] - take(mask.key_decay, j)[..., None, :]
+def _differences(query: Float[Array, "B G R C"], key: Float[Array, "B G R C"]) -> Float[Array, "B G C R C"]:
+    """The scalar of each query less that of each key."""
+    return query[:, :, None] - jnp.moveaxis(key, -1, 2)[..., None]
+
+
+def _whole_gap(mask: TileMask, i: Array, j: Array) -> Int[Array, "B G C R C"]:
+    return _differences(take(mask.query_decay, i), take(mask.key_decay, j))
 
 
 def tile_gap(
-    tiling: Tiling, mask: TileMask, decay: Decay | None, i: Array, j: Array, seen: Bool[Array, "b g r C C"]
+    tiling: Tiling, mask: TileMask, decay: Decay | None, i: Array, j: Array, seen: Bool[Array, "b g C r C"]
 ) -> Gap | None:
     """The decay from the keys of chunk j to the queries of chunk i."""
     if decay is None:
         return None
-    gap = take(decay.query, i)[..., :, None] - take(decay.key, j)[..., None, :]
+    gap = _differences(take(decay.query, i), take(decay.key, j))
     gap = gap + _whole_gap(mask, i, j).astype(gap.dtype)
     # Queries in the padding of the last chunk have no decay, and gaps that would overflow.
     seen = seen & (gap < 1)
     place = jnp.arange(tiling.size, dtype=jnp.int32)
-    apart = place[None, :] - place[:, None] != (i + tiling.cached - j) * tiling.size
-    return Gap(jnp.where(seen, gap, jnp.zeros((), gap.dtype)), apart[None, None, None])
+    apart = place[:, None] - place[None, :] != (i + tiling.cached - j) * tiling.size
+    return Gap(jnp.where(seen, gap, jnp.zeros((), gap.dtype)), apart[None, None, :, None])
 
 
-def tile_scores(tiling: Tiling, q: Array, k: Array, gap: Gap | None) -> Float[Array, "B G R C C"]:
+def in_columns(x: Float[Array, "B G R C K"]) -> Float[Array, "B G K R C"]:
+    """Queries, or their gradients, as columns."""
+    return jnp.moveaxis(x, -1, -3)
+
+
+def in_rows(x: Float[Array, "B G K R C"]) -> Float[Array, "B G R C K"]:
+    """The inverse of `in_columns`."""
+    return jnp.moveaxis(x, -3, -1)
+
+
+def tile_scores(
+    tiling: Tiling, q: Float[Array, "B G K R C"], k: Float[Array, "B G C K"], gap: Gap | None
+) -> Float[Array, "B G C R C"]:
     """Scaled inner products of one tile; a normalised kernel has the decay added to them."""
-    scores = tile_product(tiling, "bgrtk,bgsk->bgrts", q, k) * tiling.kernel.scale
+    scale = tiling.kernel.scale
+    if q.dtype == accumulation_dtype(q, k):
+        # One pass less over the scores; narrower queries would be rounded twice.
+        scores = tile_product(tiling, "bgsk,bgkrt->bgsrt", k, q * scale)
+    else:
+        scores = tile_product(tiling, "bgsk,bgkrt->bgsrt", k, q) * scale
     return scores + gap.log if tiling.kernel.normalized and gap is not None else scores
 
 
-def mask_scores(scores: Array, mask: Array) -> Array:
+def mask_scores(scores: Array, mask: Array | None) -> Array:
     """The lowest number where masked; running maxima start at half of it, so that its exponential is 0."""
-    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    return scores if mask is None else jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
 
 
 def attention_weights(
-    tiling: Tiling, mask: Array, scores: Array, lse: Array | None, gap: Gap | None
-) -> Float[Array, "B G R C C"]:
-    """Decayed similarities of one tile, normalised by the rows' log-sum-exp for softmax."""
+    tiling: Tiling, mask: Array | None, scores: Array, lse: Array | None, gap: Gap | None
+) -> Float[Array, "B G C R C"]:
+    """Decayed similarities of one tile, normalised by the rows' log-sum-exp for softmax; nothing is masked by None."""
     if tiling.kernel.normalized:
-        return jnp.exp(mask_scores(scores, mask) - lse[..., None])
+        return jnp.exp(mask_scores(scores, mask) - lse[:, :, None])
+    if mask is None:
+        return similarity(tiling.kernel, scores)
     zero = jnp.zeros((), scores.dtype)
     weights = jnp.where(mask, similarity(tiling.kernel, jnp.where(mask, scores, zero)), zero)
     return weights if gap is None else weights * jnp.exp(gap.log)
 
 
-def _weighted_values(tiling: Tiling, weights: Array, x: Array) -> Float[Array, "B G R C V"]:
+def _weighted_values(tiling: Tiling, weights: Array, x: Array) -> Float[Array, "B G V R C"]:
     """Sum of values by weights. Normalised weights are at most 1: they may be as narrow as the values."""
     if tiling.kernel.normalized:
         weights = weights.astype(x.dtype)
-    return tile_product(tiling, "bgrts,bgsv->bgrtv", weights, x)
+    return tile_product(tiling, "bgvs,bgsrt->bgvrt", jnp.swapaxes(x, 2, 3), weights)
 
 
 def rescale(sums: RowSums, scores: Array) -> tuple[Array, Array, Array]:
@@ -310,44 +343,73 @@ def rescale(sums: RowSums, scores: Array) -> tuple[Array, Array, Array]:
     Returns:
       The new maximum, the factor on the old sums, and the tile's exponentials.
     """
-    top = jnp.maximum(sums.top, jnp.max(scores, axis=-1))
-    return top, jnp.exp(sums.top - top), jnp.exp(scores - top[..., None])
+    top = jnp.maximum(sums.top, jnp.max(scores, axis=2))
+    return top, jnp.exp(sums.top - top), jnp.exp(scores - top[:, :, None])
 
 
 def _empty_sums(tiling: Tiling, q: Array, x: Array, *others: Array | None) -> RowSums:
-    """Sums over no tile for one chunk of queries."""
+    """Sums over no tile for one chunk of queries, in columns."""
     dtype = accumulation_dtype(q, x)
-    shape = q.shape[:-1]
-    value = vary_like(jnp.zeros((*shape, x.shape[-1]), dtype), q, x, *others)
+    batch, groups, _, repeats, size = q.shape
+    shape = batch, groups, repeats, size
+    value = vary_like(jnp.zeros((batch, groups, x.shape[-1], repeats, size), dtype), q, x, *others)
     if not tiling.kernel.normalized:
         return RowSums(None, None, value)
     top = vary_like(jnp.full(shape, jnp.finfo(dtype).min / 2, dtype), q, x, *others)
-    return RowSums(top, jnp.zeros_like(value[..., 0]), value)
+    return RowSums(top, jnp.zeros_like(value[:, :, 0]), value)
 
 
 def sum_row(
-    tiling: Tiling, mask: TileMask, decay: Decay | None, i: Array, q: Array, k: Array, x: Array, steps: Array
+    tiling: Tiling,
+    mask: TileMask,
+    decay: Decay | None,
+    i: Array,
+    q: Array,
+    k: Array,
+    x: Array,
+    steps: Array,
+    own: bool,
+    part: Array | int = 0,
 ) -> RowSums:
-    """Sums over the first `steps` tiles of row i, unused chunks of the cache left out."""
+    """Sums over the first `steps` tiles of row i, unused chunks of the cache left out.
 
-    def tile(step, sums):
+    Args:
+      tiling: static settings.
+      mask, decay: of the call.
+      i: row.
+      q: its queries, [B, G, R, C, K].
+      k, x: all keys and values.
+      steps: number of tiles.
+      own: whether the last of them is the row's own tile, which lies on the diagonal.
+      part: of the heads.
+    """
+    q, start_of_part = in_columns(q), part * (k.shape[0] // tiling.parts)
+
+    def tile(masked, step, sums):
         j = jnp.where(step < mask.used, step, step - mask.used + tiling.cached)
-        seen = tile_mask(tiling, mask, i, j)
+        seen = tile_mask(tiling, mask, i, j) if masked else None
         gap = tile_gap(tiling, mask, decay, i, j, seen)
-        scores = tile_scores(tiling, q, take(k, j), gap)
+        scores, values = tile_scores(tiling, q, take(k, start_of_part + j), gap), take(x, start_of_part + j)
         if not tiling.kernel.normalized:
             weights = attention_weights(tiling, seen, scores, None, gap)
-            return sums._replace(value=sums.value + _weighted_values(tiling, weights, take(x, j)))
+            return sums._replace(value=sums.value + _weighted_values(tiling, weights, values))
         top, shrink, weights = rescale(sums, mask_scores(scores, seen))
-        total = sums.total * shrink + jnp.sum(weights, axis=-1)
-        return RowSums(top, total, sums.value * shrink[..., None] + _weighted_values(tiling, weights, take(x, j)))
+        total = sums.total * shrink + jnp.sum(weights, axis=2)
+        return RowSums(
+            top, total, sums.value * shrink[:, :, None] + _weighted_values(tiling, weights, take(x, start_of_part + j))
+        )
 
     first = jnp.int32(0)
     if mask.first is not None:
         first = take(mask.first, i)
         first = jnp.where(first < tiling.cached, jnp.minimum(first, mask.used), first - tiling.cached + mask.used)
     start = _empty_sums(tiling, q, x, k, *mask.arrays, *(decay or ()))
-    return lax.fori_loop(first, jnp.asarray(steps, jnp.int32), tile, start)
+    steps = jnp.asarray(steps, jnp.int32)
+    if not tiling.causal or tiling.cached or decay is not None or any(x is not None for x in mask.mask):
+        return lax.fori_loop(first, steps, functools.partial(tile, True), start)
+    # Nothing hides a token but the diagonal: a mask would be one more pass over each tile.
+    sums = lax.fori_loop(first, steps - int(own), functools.partial(tile, False), start)
+    return tile(True, steps - 1, sums) if own else sums
 
 
 def row_lse(sums: RowSums) -> Float[Array, "B G R C"] | None:

@@ -52,15 +52,15 @@ def _write_rows(tiling, mask, decay, w, k, target, beta, cached_u):
 
     def row(u, inputs):
         i, w, target, beta = inputs
-        sums = tiles.sum_row(tiling, mask, decay, i, w, k, u, mask.used + i)
+        sums = tiles.sum_row(tiling, mask, decay, i, w, k, u, mask.used + i, own=False)
         seen, gap, scores = _own_scores(tiling, mask, decay, i, w, k)
-        lse, erased = None, sums.value
+        lse, erased = None, tiles.in_rows(sums.value)
         if tiling.kernel.normalized:
             top, shrink, weights = tiles.rescale(sums, tiles.mask_scores(scores, seen))
-            total = sums.total * shrink + jnp.sum(weights, axis=-1)
+            total = sums.total * shrink + jnp.sum(weights, axis=2)
             lse = tiles.row_lse(RowSums(top, total, sums.value))
-            erased = sums.value * jnp.exp(sums.top - lse)[..., None]
-        own = tiles.attention_weights(tiling, seen, scores, lse, gap)[:, :, 0]
+            erased = erased * jnp.exp(sums.top - lse)[..., None]
+        own = jnp.swapaxes(tiles.attention_weights(tiling, seen, scores, lse, gap)[:, :, :, 0], 2, 3)
         inverse = unit_lower_inverse(beta[..., None] * own)
         new = _exact(inverse, target - beta[..., None] * erased[:, :, 0])
         erased = erased + _exact(own, new)[:, :, None]
@@ -76,7 +76,7 @@ def _own_scores(tiling, mask, decay, i, w, k):
     own = i + tiling.cached
     seen = tiles.tile_mask(tiling, mask, i, own, strict=True)
     gap = tiles.tile_gap(tiling, mask, decay, i, own, seen)
-    return seen, gap, tiles.tile_scores(tiling, w, tiles.take(k, own), gap)
+    return seen, gap, tiles.tile_scores(tiling, tiles.in_columns(w), tiles.take(k, own), gap)
 
 
 def _exact(a: Array, b: Array) -> Array:
@@ -105,7 +105,7 @@ def _write_backward(tiling, saved, du):
             tiling, mask, decay, j, (i + 1, rows), k, u, w, (lse, derased, delta), queries
         )
         seen, gap, scores = _own_scores(tiling, mask, decay, i, w_i, k)
-        own = tiles.attention_weights(tiling, seen, scores, lse_i, gap)[:, :, 0]
+        own = jnp.swapaxes(tiles.attention_weights(tiling, seen, scores, lse_i, gap)[:, :, :, 0], 2, 3)
         inverse = unit_lower_inverse(beta_i[..., None] * own)
         dtarget = _exact(jnp.swapaxes(inverse, -1, -2), du_i + later)
         dbeta = -jnp.sum(dtarget * erased_i[:, :, 0], axis=-1)
