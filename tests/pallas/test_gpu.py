@@ -11,9 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh
 
 import memformer as mf
+from memformer.core.calls import MatrixCall
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.interpreter import interpreted
 from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
+from memformer.pallas.gpu.matrix_memory import chunk_scan
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
 from tests.pallas.test_tpu import keys
@@ -226,3 +228,54 @@ def test_default_runs_the_kernels():
         for part in ("intra_chunk", "chunk_scan_forward", "chunk_scan_backward", "intra_chunk_backward"):
             assert f"memformer_{op}_{part}" in text
     assert "while" not in text
+
+
+def delta_call(q, k, v, beta, decay):
+    """A call of the delta rule as the kernels receive it."""
+    heads, width = v.shape[2:]
+    fields = {"w": None, "alpha": None, "segments": None, "writes": 1, "scale": 1.0, "chunk_size": None}
+    state = jnp.zeros((q.shape[0], heads, q.shape[3], width), jnp.float32)
+    precision = jax.lax.Precision.DEFAULT
+    return MatrixCall("delta_rule", q=q, k=k, v=v, beta=beta, decay=decay, state=state, precision=precision, **fields)
+
+
+def test_what_is_saved():
+    """With remat="inputs" the inputs and the first state alone: nothing per chunk."""
+    length, heads, width = 1024, 2, 128
+    wide = jax.ShapeDtypeStruct((1, length, heads, width), jnp.bfloat16)
+    scalar = jax.ShapeDtypeStruct((1, length, heads), jnp.float32)
+
+    def saved(remat):
+        def save(*arrays):
+            return jax.vjp(lambda *x: chunk_scan.run(delta_call(*x), remat), *arrays)[1]
+
+        with jax.sharding.use_abstract_mesh(H200):
+            kept = jax.tree.leaves(jax.eval_shape(save, wide, wide, wide, scalar, scalar))
+        return sum(x.size * x.dtype.itemsize for x in kept)
+
+    # q, k, v in bfloat16; in float32 eight token scalars, what their gradient needs, and a state; per chunk a state and
+    # three matrices of 64 x 64 in bfloat16, per token W in two parts.
+    inputs = length * heads * (3 * 2 * width + 16 * 4) + heads * width * width * 4
+    chunks = length // 64 * heads * 2 * (width * width + 3 * 64 * 64) + length * heads * 2 * 2 * width
+    assert saved("inputs") <= inputs
+    assert chunks <= saved("states") <= inputs + chunks
+    with pytest.raises(ValueError, match="remat must be one of"):
+        saved("nothing")
+
+
+@interprets
+def test_remat(interpreter):
+    """The gradients do not depend on what is saved."""
+    rng = np.random.default_rng(9)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 64, 1, 16)), "bfloat16") for _ in "qkv")
+    beta = jnp.asarray(rng.uniform(0.0, 0.2, (1, 64, 1)), "float32")
+
+    def gradients(remat):
+        def loss(*x):
+            output, state = chunk_scan.run(delta_call(*x), remat)
+            return jnp.sum(jnp.sin(output.astype("float32"))) + jnp.sum(state**2)
+
+        return jax.grad(loss, range(5))(q, k, v, beta, -beta)
+
+    for got, want in zip(*map(gradients, ("inputs", "states")), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, "float32"), np.asarray(want, "float32"))

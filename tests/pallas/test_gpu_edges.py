@@ -9,6 +9,8 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
+from memformer.pallas.gpu import checks
+from memformer.pallas.gpu.checks import launch_grid
 from tests.numeric import assert_close
 from tests.ops import test_ops as suite
 from tests.pallas.test_gpu import H200, interpreter, interprets
@@ -95,17 +97,35 @@ def test_padding_does_not_matter(op, interpreter):
             assert np.isfinite(np.asarray(got_gradients[name], np.float32)).all(), name
 
 
-def test_more_batch_rows_than_a_grid_holds():
-    """65,535 programs along the batch, also where vmap adds to it; None takes another implementation."""
+def test_more_batch_rows_than_65535():
+    """They take the grid axis that has no such bound, also where vmap adds to them; two such axes are refused."""
+    names = ("batch_row", "head", "block")
+    assert launch_grid((2, 3, 70_000), names) == {"grid": (2, 3, 70_000), "grid_names": names}
+    for wide, order in (((70_000, 3, 5), (1, 2, 0)), ((2, 70_000, 5), (0, 2, 1))):
+        turned = {"grid": tuple(wide[axis] for axis in order), "grid_names": tuple(names[axis] for axis in order)}
+        assert launch_grid(wide, names) == turned
+    with pytest.raises(NotImplementedError, match="got 70000 batch rows, 3 heads, 70000 blocks"):
+        launch_grid((70_000, 3, 70_000), names)
     x = jax.ShapeDtypeStruct((70_000, 8, 1, 4), jnp.bfloat16)
     part = jax.ShapeDtypeStruct((700, 100, 8, 1, 4), jnp.bfloat16)
     for op in (mf.linear_attention, mf.softmax_attention):
-        run = functools.partial(lambda op, x, **kind: op(x, x, x, **kind)[0], op)
         with jax.sharding.use_abstract_mesh(H200):
-            for function, x_ in ((run, x), (lambda x, run=run, **kind: jax.vmap(lambda x: run(x, **kind))(x), part)):
-                with pytest.raises(NotImplementedError, match="at most 65535 batch rows"):
-                    jax.eval_shape(functools.partial(function, implementation="pallas"), x_)
-                assert "memformer_" not in str(jax.make_jaxpr(function)(x_))
+            for x_, axes in ((x, 0), (part, 1)):
+                run = functools.partial(lambda op, x: op(x, x, x, implementation="pallas")[0], op)
+                program = str(jax.make_jaxpr(jax.vmap(run) if axes else run)(x_))
+                assert "grid=(1, 1, 70000)" in program, program
+
+
+@interprets
+def test_batch_rows_on_the_last_axis(interpreter, monkeypatch):
+    """The order of the axes does not change the result."""
+    monkeypatch.setattr(checks, "MOST_PROGRAMS", 1)
+    rng = np.random.default_rng(8)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 50, 1, 16)), "bfloat16") for _ in "qkv")
+    got, state = mf.linear_attention(q, k, v, implementation="pallas")
+    want, want_state = mf.linear_attention(q, k, v, implementation="recurrent")
+    assert_close(got, want, 2e-2, "output")
+    assert_close(state, want_state, 1e-2, "state")
 
 
 def shard_maps(jaxpr):

@@ -10,9 +10,9 @@ from memformer.pallas.checks import check_chip, check_chunk_size, check_dtypes, 
 from memformer.pallas.gpu import tuning
 from memformer.pallas.platform import interpreting_for, is_hopper
 
-__all__ = ["check_call", "check_grid"]
+__all__ = ["check_call", "launch_grid"]
 
-# Programs along the second and third axis of a CUDA grid.
+# Programs along the second and third axis of a CUDA grid; Pallas' last axis is the first.
 MOST_PROGRAMS = 65535
 
 
@@ -41,15 +41,25 @@ def check_call(call: MatrixCall | AttentionCall, operands: Mapping[str, Array], 
     check_chunk_size(op, call.chunk_size, (tuning.CHUNK,))
 
 
-def check_grid(grid: tuple[int, int, int]) -> None:
-    """Checks that a grid of batch rows, heads and blocks can be launched; vmap adds to the batch rows.
+def launch_grid(grid: tuple[int, int, int], names: tuple[str, str, str]) -> dict[str, tuple]:
+    """Grid and axis names of a kernel over batch rows, heads and blocks, as keyword arguments of `plgpu.kernel`.
+
+    Blocks of one head run side by side, because they share its operands in the L2 cache. Their axis, the last one,
+    is also the only one with 2^31 - 1 programs: more batch rows or heads than 65,535 (vmap adds to the batch rows)
+    take its place.
+
+    Args:
+      grid: programs along each axis.
+      names: of the axes.
 
     Raises:
-      NotImplementedError: more batch rows or heads than a CUDA grid holds.
+      NotImplementedError: two axes have more programs than a CUDA grid holds.
     """
-    for name, count in zip(("batch rows", "heads"), grid, strict=False):
-        if count > MOST_PROGRAMS:
-            raise NotImplementedError(
-                f"the GPU kernels take at most {MOST_PROGRAMS} {name} in one call (mapped axes of vmap included), got"
-                f" {count}; implementation='chunked' takes more"
-            )
+    order = sorted(range(3), key=lambda axis: (grid[axis] > MOST_PROGRAMS, axis))
+    if grid[order[1]] > MOST_PROGRAMS:
+        counts = ", ".join(f"{count} {name}s" for name, count in zip(names, grid, strict=True))
+        raise NotImplementedError(
+            f"the GPU kernels take one axis of more than {MOST_PROGRAMS} programs (mapped axes of vmap count as batch"
+            f" rows), got {counts.replace('_', ' ')}; implementation='chunked' takes more"
+        )
+    return {"grid": tuple(grid[axis] for axis in order), "grid_names": tuple(names[axis] for axis in order)}

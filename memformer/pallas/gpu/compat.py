@@ -6,7 +6,9 @@ import inspect
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-__all__ = ["gpu_interpret_mode", "load", "transpose_ref"]
+from memformer.pallas.platform import interpreting_for
+
+__all__ = ["fence_global", "gpu_interpret_mode", "load", "transpose_ref"]
 
 
 def gpu_interpret_mode() -> contextlib.AbstractContextManager:
@@ -19,6 +21,23 @@ def gpu_interpret_mode() -> contextlib.AbstractContextManager:
         raise NotImplementedError(f"GPU kernels can be interpreted from jax 0.11 on, this is jax {jax.__version__}")
     params = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise")
     return plgpu.force_gpu_interpret_mode(params)
+
+
+def fence_global() -> None:
+    """Orders finished copies to global memory, and stores there, before later copies (TMA) from it.
+
+    Pallas has a fence for shared memory alone. Its interpreter needs none, and has no inline code.
+    """
+    if interpreting_for("gpu"):
+        return
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        from jaxlib.mlir.dialects import nvvm
+
+        nvvm.fence_proxy(nvvm.ProxyKind.async_global)
+
+    fence()
 
 
 def load(ref, layout, optimized: bool = True) -> jax.Array:

@@ -1,6 +1,6 @@
 """Block sizes of the kernels. None was timed: they are the largest that ptxas compiles without a spill."""
 
-__all__ = ["CHUNK", "KEYS", "SPANS", "SLOTS", "VALUE_BLOCKS", "WRITE_BLOCK", "padded_width", "span_length"]
+__all__ = ["CHUNK", "KEYS", "REMAT", "SPANS", "SLOTS", "VALUE_BLOCKS", "WRITE_BLOCK", "padded_width", "span_length"]
 
 # Tokens per chunk or tile: wgmma has 64 rows. With 128 the blocks of the chunk scan (q, k, v, P, and X in two parts:
 # 168 KiB at K = 128) fit in shared memory once, not twice, and no copy would overlap the computation.
@@ -13,6 +13,11 @@ KEYS = (64, 128)
 # thread: 64 columns of 128 keys spill. Two warpgroups share a program where there are two blocks; two blocks of 64
 # columns exceed its shared memory (260 KiB at K = 64).
 VALUE_BLOCKS = {64: 32, 128: 32}
+
+# What the gradient of a matrix memory has beside the inputs; the first is chosen. At 8192 tokens, 16 key and 32 value
+# heads of 128 channels, "states" are 0.37 GB per layer beside inputs of 0.13 GB. `jax.checkpoint` around the op keeps
+# the inputs alone too.
+REMAT = ("states", "inputs")
 
 # Attention: tiles in flight, by the number of bfloat16 parts of a value. Three tiles of two parts exceed shared memory
 # at 128 channels, and the registers of the backward kernels.

@@ -156,6 +156,10 @@ def _copy(refs: Refs, config: AttentionConfig, reverse: bool) -> None:
     program = _Program(config, refs, reverse)
     ring, last = program.ring, jnp.int32(0 if reverse else config.warpgroups - 1)
 
+    def wait_written(g):
+        plgpu.barrier_wait(refs.written.at[g])
+        compat.fence_global()
+
     def step(s, count):
         i = program.index(s)
         finished = program.finished(i)
@@ -168,7 +172,7 @@ def _copy(refs: Refs, config: AttentionConfig, reverse: bool) -> None:
 
         @pl.when(s > 0)
         def _():
-            plgpu.barrier_wait(refs.written.at[last])
+            wait_written(last)
 
         @pl.when(finished > 0)
         def _():
@@ -177,7 +181,7 @@ def _copy(refs: Refs, config: AttentionConfig, reverse: bool) -> None:
         for n in range(config.warpgroups):
             ring.copy_key(count + finished + n, program.tile(i, finished, finished + n))
         if config.warpgroups == 2:
-            plgpu.barrier_wait(refs.written.at[config.warpgroups - 1 - last])
+            wait_written(config.warpgroups - 1 - last)
             ring.copy_value(count + finished, program.tile(i, finished, finished))
         return count + finished + config.warpgroups
 

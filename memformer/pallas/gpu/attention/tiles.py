@@ -25,7 +25,7 @@ from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
 from memformer.pallas.gpu.attention.scalars import column_names
-from memformer.pallas.gpu.checks import check_grid
+from memformer.pallas.gpu.checks import launch_grid
 from memformer.pallas.gpu.wgmma import iotas, load_column, load_row, products, shared_block, split_outside, transposed
 from memformer.pallas.pair_decay import HIDDEN
 from memformer.pallas.platform import interpreting_for
@@ -235,6 +235,9 @@ class Ring:
 
     def release(self, count) -> None:
         """Releases a tile for this warpgroup."""
+        if "scalar_slots" in self.refs:
+            # They are read by loads; the next copy to the slot must not overtake those.
+            plgpu.commit_smem()
         plgpu.barrier_arrive(self.refs.free.at[self.slot(count)])
 
     def skip(self, first, stop) -> None:
@@ -356,9 +359,8 @@ def call(
       registers: per thread, of the computing warpgroups and of the copying one.
 
     Raises:
-      NotImplementedError: see `check_grid`.
+      NotImplementedError: see `launch_grid`.
     """
-    check_grid(grid)
     names = (*inputs, *outputs, *scratch)
 
     def body(*flat):
@@ -381,12 +383,11 @@ def call(
         body,
         out_type=[jax.ShapeDtypeStruct(*shape) for shape in outputs.values()],
         scratch_types=list(scratch.values()),
-        grid=grid,
-        grid_names=("batch_row", "head", "block"),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         kernel_name=f"memformer_{name}",
+        **launch_grid(grid, ("batch_row", "head", "block")),
     )
     operands = tuple(inputs.values())
     # Under shard_map results vary as the operands do; the kernel's own types do not say so.

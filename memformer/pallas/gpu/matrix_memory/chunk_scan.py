@@ -3,7 +3,7 @@
 Forward: intra-chunk terms for all chunks in parallel (intra_chunk.py), then the scan over chunks, two Mosaic GPU
 kernels here that carry the state. Backward: the reverse scan gives the gradients that flow through the state; the rest
 is parallel over chunks again (intra_chunk_backward.py). Saved: the inputs, P, X, W and the state that enters each
-chunk. Arrays stay as the call has them, [B, T, H, K].
+chunk, or the inputs alone (`remat`). Arrays stay as the call has them, [B, T, H, K].
 
 With S the state that enters a chunk, P and X from intra_chunk.py, c, b and w the token scalars decay_in, beta and
 decay_out, s the scale, the forward scan computes
@@ -40,7 +40,7 @@ from memformer.core.calls import MatrixCall
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
-from memformer.pallas.gpu import compat
+from memformer.pallas.gpu import compat, tuning
 from memformer.pallas.gpu.matrix_memory.config import AXES, ScanConfig, call_kernel, plan_call
 from memformer.pallas.gpu.matrix_memory.intra_chunk import intra_chunk
 from memformer.pallas.gpu.matrix_memory.intra_chunk_backward import intra_chunk_backward
@@ -297,6 +297,8 @@ def _chunkwise(config: ScanConfig, q, k, v, scalars, start):
 
 
 def _chunkwise_forward(config, q, k, v, scalars, start):
+    if config.remat == "inputs":
+        return _chunkwise(config, q, k, v, scalars, start), (q, k, v, scalars, start)
     o, end, *saved = _forward(config, True, q, k, v, scalars, start)
     return (o, end), (q, k, v, scalars, saved)
 
@@ -304,6 +306,8 @@ def _chunkwise_forward(config, q, k, v, scalars, start):
 def _chunkwise_backward(config, inputs, cotangents):
     q, k, v, scalars, saved = inputs
     do, dend = cotangents
+    if config.remat == "inputs":
+        saved = _forward(config, True, q, k, v, scalars, saved)[2:]
     squares = 1 + 2 * config.beta
     kernels = split_batch_and_heads(
         _backward_kernels,
@@ -350,8 +354,12 @@ def _backward_kernels(config: ScanConfig, q, k, v, do, dend, qk, *rest) -> tuple
     return (dq, dk, dv, dstart, *dscalars)
 
 
-def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+def run(call: MatrixCall, remat: str = tuning.REMAT[0]) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Runs the delta rule, or linear attention where the call has no beta; one write per token.
+
+    Args:
+      call: one write per token.
+      remat: see `ScanConfig`.
 
     Returns:
       The output in bfloat16, and the state in float32.
@@ -359,7 +367,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     Raises:
       NotImplementedError: no kernel serves this machine or call; the message says why.
     """
-    config = plan_call(call)
+    config = plan_call(call, remat)
     length, key, value = call.q.shape[1], call.q.shape[-1], call.v.shape[-1]
 
     def pad(x, width):

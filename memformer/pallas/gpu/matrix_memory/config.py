@@ -12,7 +12,7 @@ from memformer.core.sharding import vary_like
 from memformer.core.types import Array
 from memformer.pallas.config import BaseScanConfig
 from memformer.pallas.gpu import tuning
-from memformer.pallas.gpu.checks import check_call, check_grid
+from memformer.pallas.gpu.checks import check_call, launch_grid
 
 __all__ = ["AXES", "ScanConfig", "call_kernel", "plan_call", "take"]
 
@@ -22,7 +22,18 @@ AXES = ("batch_row", "head", "block")
 
 @dataclasses.dataclass(frozen=True)
 class ScanConfig(BaseScanConfig):
-    """Sizes of a call; key and value are the widths as padded for the kernels."""
+    """Sizes of a call; key and value are the widths as padded for the kernels.
+
+    Attributes:
+      remat: what the backward pass has beside the inputs: "states", what the chunk scan computed, or "inputs", nothing
+        more, so that the forward kernels run again.
+    """
+
+    remat: str = dataclasses.field(default=tuning.REMAT[0], kw_only=True)
+
+    def __post_init__(self):
+        if self.remat not in tuning.REMAT:
+            raise ValueError(f"remat must be one of {tuning.REMAT}, got {self.remat!r}")
 
     def local(self, q: Array, v: Array) -> "ScanConfig":
         """The configuration of one device's shard: q [B, T, G, K], v [B, T, H, V]."""
@@ -60,15 +71,20 @@ class ScanConfig(BaseScanConfig):
         return tuple(name for name, present in kinds if present)
 
 
-def plan_call(call: MatrixCall) -> ScanConfig:
+def plan_call(call: MatrixCall, remat: str = tuning.REMAT[0]) -> ScanConfig:
     """Checks that the kernels serve this call, and chooses its padded widths.
+
+    Args:
+      call: one write per token.
+      remat: see `ScanConfig`.
 
     Raises:
       NotImplementedError: see `check_call`; keys wider than the kernels support.
     """
     check_call(call, {"q": call.q, "k": call.k, "v": call.v}, {"key": call.q.shape[-1]})
     key, value = call.q.shape[-1], call.v.shape[-1]
-    return ScanConfig.of(call, tuning.CHUNK, key=tuning.padded_width(key), value=-(-value // 64) * 64)
+    widths = {"key": tuning.padded_width(key), "value": -(-value // 64) * 64}
+    return ScanConfig.of(call, tuning.CHUNK, **widths, remat=remat)
 
 
 def take(values: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
@@ -91,20 +107,18 @@ def call_kernel(config: ScanConfig, name: str, body, grid, out, scratch, operand
       **threads: num_threads and thread_name, with more than one warpgroup per program.
 
     Raises:
-      NotImplementedError: see `check_grid`.
+      NotImplementedError: see `launch_grid`.
     """
-    check_grid(grid)
     memory = "delta_rule" if config.beta else "linear_attention"
     kernel = plgpu.kernel(
         body,
         out_type=list(out),
         scratch_types=scratch,
-        grid=grid,
-        grid_names=AXES,
         kernel_name=f"memformer_{memory}_{name}",
         # Warpgroup semantics, the default since 0.11, solves for layouts: that takes minutes for the inverse, and
         # some layouts are never found.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **launch_grid(grid, AXES),
         **threads,
     )
     # Under shard_map results vary as the operands do; the kernel's own types do not say so.
