@@ -10,6 +10,7 @@ from memformer.core.sharding import vary_like
 from memformer.core.similarity import similarity, similarity_slope
 from memformer.core.types import Array
 from memformer.ops.attention import tiles
+from memformer.ops.attention.layout import in_columns, in_rows
 from memformer.ops.attention.tiles import Decay, Gap, TileMask, Tiling
 
 __all__ = ["add_row", "key_gradient", "tile_gradient"]
@@ -36,7 +37,7 @@ def tile_gradient(
       do: gradient of the output.
       delta: sum of output times `do`, or None without a normaliser.
     """
-    columns, do_columns = tiles.in_columns(q), tiles.in_columns(do)
+    columns, do_columns = in_columns(q), in_columns(do)
     scores = tiles.tile_scores(tiling, columns, k, gap)
     weights = tiles.attention_weights(tiling, mask, scores, lse, gap)
     dx = tiles.tile_product(tiling, "bgsrt,bgrtv->bgsv", weights, do)
@@ -51,7 +52,7 @@ def tile_gradient(
             dgap = dweights * weights
         dscores = jnp.where(mask, dweights * slope, jnp.zeros((), scores.dtype))
     dscores = dscores * tiling.kernel.scale
-    dq = tiles.in_rows(tiles.tile_product(tiling, "bgks,bgsrt->bgkrt", jnp.swapaxes(k, 2, 3), dscores))
+    dq = in_rows(tiles.tile_product(tiling, "bgks,bgsrt->bgkrt", jnp.swapaxes(k, 2, 3), dscores))
     dk = tiles.tile_product(tiling, "bgsrt,bgrtk->bgsk", dscores, q)
     if gap is None:
         return (dq, None), (dk, dx, None)

@@ -11,6 +11,7 @@ from memformer.core.types import Array, Float
 from memformer.ops.attention import tiles
 from memformer.ops.attention.arguments import write_operands
 from memformer.ops.attention.backward import key_gradient
+from memformer.ops.attention.layout import chunk_keys, chunk_queries, in_rows, join_keys, unchunk_keys, unchunk_queries
 from memformer.ops.attention.parts import head_parts, stack_parts, unstack_parts
 from memformer.ops.attention.tiles import Decay, TileMask, Tiling
 from memformer.ops.attention.write import write
@@ -30,11 +31,11 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     cached_k, cached_v = (None, None) if cache is None else (cache.k, cache.values)
     if cache is not None:
         k, v = k.astype(cached_k.dtype), v.astype(cached_v.dtype)
-    k, v = tiles.join_keys(cached_k, k, tiling.size), tiles.join_keys(cached_v, v, tiling.size)
-    q = tiles.chunk_queries(call.q, groups, tiling.size)
+    k, v = join_keys(cached_k, k, tiling.size), join_keys(cached_v, v, tiling.size)
+    q = chunk_queries(call.q, groups, tiling.size)
     q, k, v, *fractions = tiles.unify(mask, q, k, v, *(decay or ()))
     output = _read(tiling, mask, Decay(*fractions) if fractions else None, call.sinks, q, k, v)
-    return tiles.unchunk_queries(output, tokens)
+    return unchunk_queries(output, tokens)
 
 
 def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
@@ -49,10 +50,10 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     mask, decay = tiles.chunk_decay(call, tiling, mask)
     size = tiling.size
     cached_k, cached_u = (None, None) if cache is None else (cache.k, cache.values)
-    k = tiles.join_keys(cached_k, call.k if cache is None else call.k.astype(cached_k.dtype), size)
-    target, beta = tiles.chunk_keys(target, size), tiles.chunk_keys(beta, size)
-    cached_u = target[:0] if cached_u is None else tiles.chunk_keys(cached_u.astype(target.dtype), size)
-    q, w = tiles.chunk_queries(call.q, groups, size), tiles.chunk_queries(w, groups, size)
+    k = join_keys(cached_k, call.k if cache is None else call.k.astype(cached_k.dtype), size)
+    target, beta = chunk_keys(target, size), chunk_keys(beta, size)
+    cached_u = target[:0] if cached_u is None else chunk_keys(cached_u.astype(target.dtype), size)
+    q, w = chunk_queries(call.q, groups, size), chunk_queries(w, groups, size)
     arrays = q, w, k, target, beta, cached_u
     q, w, k, target, beta, cached_u, *fractions = tiles.unify(mask, *arrays, *(decay or ()))
     decay = Decay(*fractions) if fractions else None
@@ -61,7 +62,7 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
         # Each query head of a group has the group's decay.
         decay = Decay(*(jnp.broadcast_to(x, (*x.shape[:3], q.shape[3], size)) for x in decay))
     output = _read(tiling._replace(kernel=call.read_kernel), mask, decay, call.sinks, q, k, u)
-    return tiles.unchunk_queries(output, tokens), tiles.unchunk_keys(u[tiling.cached :], tokens)
+    return unchunk_queries(output, tokens), unchunk_keys(u[tiling.cached :], tokens)
 
 
 def _read(
@@ -97,9 +98,9 @@ def _read_rows(tiling, mask, decay, q, k, x):
         steps = mask.used + (i + 1 if tiling.causal else columns - tiling.cached)
         sums = tiles.sum_row(tiling, mask, decay, i, q, k, x, steps, own=tiling.causal, part=part)
         if sums.total is None:
-            return None, (tiles.in_rows(sums.value), None)
+            return None, (in_rows(sums.value), None)
         total = jnp.where(sums.total > 0, sums.total, jnp.ones_like(sums.total))
-        return None, (tiles.in_rows(sums.value / total[:, :, None]), tiles.row_lse(sums))
+        return None, (in_rows(sums.value / total[:, :, None]), tiles.row_lse(sums))
 
     index = jnp.arange(q.shape[0], dtype=jnp.int32)
     return lax.scan(row, None, (index, q))[1]

@@ -26,12 +26,12 @@ from memformer.core.calls import AttentionCall
 from memformer.core.decay import FORGOTTEN_PAIR
 from memformer.core.mask import Mask, first_tiles, join_cache, last_tiles
 from memformer.core.numerics import accumulation_dtype
-from memformer.core.segments import chunk_time, unchunk_time
 from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel, similarity
 from memformer.core.symbolic import at_most
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.attention.cache import offset
+from memformer.ops.attention.layout import chunk_queries, in_columns
 
 __all__ = [
     "REVERSE_ONCE",
@@ -42,11 +42,6 @@ __all__ = [
     "Tiling",
     "attention_weights",
     "chunk_decay",
-    "chunk_keys",
-    "chunk_queries",
-    "in_columns",
-    "in_rows",
-    "join_keys",
     "make_tiling",
     "mask_scores",
     "rescale",
@@ -57,8 +52,6 @@ __all__ = [
     "tile_mask",
     "tile_product",
     "tile_scores",
-    "unchunk_keys",
-    "unchunk_queries",
     "unify",
 ]
 
@@ -188,35 +181,6 @@ def chunk_decay(call: AttentionCall, tiling: Tiling, mask: TileMask) -> tuple[Ti
     return mask._replace(query_decay=whole, key_decay=key_whole), Decay(fraction, key_fraction)
 
 
-def chunk_queries(x: Float[Array, "B T H K"], groups: int, size: int) -> Float[Array, "N B G R C K"]:
-    """Chunks of queries, heads grouped by the key head that serves them."""
-    x = chunk_time(x, size)
-    x = x.reshape(*x.shape[:3], groups, -1, x.shape[-1])
-    return jnp.transpose(x, (0, 1, 3, 4, 2, 5))
-
-
-def unchunk_queries(x: Float[Array, "N B G R C V"], length: int) -> Float[Array, "B T H V"]:
-    """The inverse of `chunk_queries`."""
-    x = jnp.transpose(x, (0, 1, 4, 2, 3, 5))
-    return unchunk_time(x.reshape(*x.shape[:3], -1, x.shape[-1]), length)
-
-
-def chunk_keys(x: Float[Array, "B T G *rest"], size: int) -> Float[Array, "N B G C *rest"]:
-    """Chunks of keys, values, or token scalars."""
-    return jnp.swapaxes(chunk_time(x, size), 2, 3)
-
-
-def unchunk_keys(x: Float[Array, "N B G C V"], length: int) -> Float[Array, "B T G V"]:
-    """The inverse of `chunk_keys`."""
-    return unchunk_time(jnp.swapaxes(x, 2, 3), length)
-
-
-def join_keys(cached: Array | None, new: Array, size: int) -> Float[Array, "M B G C V"]:
-    """Chunks of the cache in front of those of the call."""
-    new = chunk_keys(new, size)
-    return new if cached is None else jnp.concatenate([chunk_keys(cached, size), new])
-
-
 def unify(mask: TileMask, *arrays: Array) -> tuple[Array, ...]:
     """Arrays fit for one custom gradient: all in float64 if one is, all varying over the same axes of a shard_map.
 
@@ -283,16 +247,6 @@ def tile_gap(
     place = jnp.arange(tiling.size, dtype=jnp.int32)
     apart = place[:, None] - place[None, :] != (i + tiling.cached - j) * tiling.size
     return Gap(jnp.where(seen, gap, jnp.zeros((), gap.dtype)), apart[None, None, :, None])
-
-
-def in_columns(x: Float[Array, "B G R C K"]) -> Float[Array, "B G K R C"]:
-    """Queries, or their gradients, as columns."""
-    return jnp.moveaxis(x, -1, -3)
-
-
-def in_rows(x: Float[Array, "B G K R C"]) -> Float[Array, "B G R C K"]:
-    """The inverse of `in_columns`."""
-    return jnp.moveaxis(x, -3, -1)
 
 
 def tile_scores(

@@ -15,6 +15,7 @@ from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
 from memformer.ops.attention import tiles
 from memformer.ops.attention.backward import add_row, key_gradient, tile_gradient
+from memformer.ops.attention.layout import in_columns, in_rows
 from memformer.ops.attention.tiles import Decay, RowSums, TileMask, Tiling
 
 __all__ = ["write"]
@@ -54,7 +55,7 @@ def _write_rows(tiling, mask, decay, w, k, target, beta, cached_u):
         i, w, target, beta = inputs
         sums = tiles.sum_row(tiling, mask, decay, i, w, k, u, mask.used + i, own=False)
         seen, gap, scores = _own_scores(tiling, mask, decay, i, w, k)
-        lse, erased = None, tiles.in_rows(sums.value)
+        lse, erased = None, in_rows(sums.value)
         if tiling.kernel.normalized:
             top, shrink, weights = tiles.rescale(sums, tiles.mask_scores(scores, seen))
             total = sums.total * shrink + jnp.sum(weights, axis=2)
@@ -76,7 +77,7 @@ def _own_scores(tiling, mask, decay, i, w, k):
     own = i + tiling.cached
     seen = tiles.tile_mask(tiling, mask, i, own, strict=True)
     gap = tiles.tile_gap(tiling, mask, decay, i, own, seen)
-    return seen, gap, tiles.tile_scores(tiling, tiles.in_columns(w), tiles.take(k, own), gap)
+    return seen, gap, tiles.tile_scores(tiling, in_columns(w), tiles.take(k, own), gap)
 
 
 def _exact(a: Array, b: Array) -> Array:
