@@ -33,7 +33,7 @@ def fence_global() -> None:
 
     @plgpu.inline_mgpu()
     def fence(_):
-        from jaxlib.mlir.dialects import nvvm
+        from jax.experimental.mosaic.gpu.utils import nvvm
 
         nvvm.fence_proxy(nvvm.ProxyKind.async_global)
 
