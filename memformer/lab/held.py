@@ -215,8 +215,8 @@ def _draw(result: Result) -> Any:
     bars.barh(range(len(rows)), [row["error"] for row in rows], 0.6, color=COLOURS[1])
     for kind in dict.fromkeys(kinds):
         middle = kinds.index(kind) + (kinds.count(kind) - 1) / 2
-        place = {"transform": bars.get_yaxis_transform(), "rotation": 270, "va": "center"}
-        bars.text(1.04, middle, kind, fontsize=8, color="0.3", **place)
+        upright: dict[str, Any] = {"transform": bars.get_yaxis_transform(), "rotation": 270, "va": "center"}
+        bars.text(1.04, middle, kind, fontsize=8, color="0.3", **upright)
     bars.set_ylim(len(rows) - 0.5, -0.5)
     bars.set_xticks([0.5, 1])
     bars.set_yticks([])
