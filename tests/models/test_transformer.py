@@ -268,7 +268,7 @@ def reversals(count, seed):
 
 
 def test_training_learns_to_reverse_the_source():
-    steps = 200
+    steps = 140
     config = default_config()
     config.optimizer.update({"learning_rate": 5e-3, "schedule": "rsqrt", "warmup_steps": 40, "b2": 0.98})
     config.train.label_smoothing = 0.1
