@@ -40,11 +40,13 @@ def test_a_small_run_learns_to_attend(run):
 
 
 def test_the_study_of_a_run(run, monkeypatch):
-    monkeypatch.setattr(captions, "PICTURES", 70)
+    # two batches, the second of six pictures
+    monkeypatch.setattr(captions, "PICTURES", 38)
+    monkeypatch.setattr(captions, "ROWS", 32)
     study = STUDIES["captions"]
     result = study.measure({"captions": run}, {})
     scores, masses = result.rows(), result.rows(1)
-    assert [row["count"] for row in scores] == [70, 70] and len(masses) == 4
+    assert [row["count"] for row in scores] == [38, 38] and len(masses) == 4
     new, pairs = (float(row["correct words"].rstrip("%")) for row in scores)
     assert new > 30 and pairs > 20
     for row in masses:

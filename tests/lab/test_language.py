@@ -15,14 +15,14 @@ from memformer.models import build_model
 from memformer.training.build import model_settings
 from memformer.training.config import RunError
 from memformer.training.step import make_functional
-from tests.executables import kept_executables
+from tests.executables import kept_executables, states_by_operation
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, one_device):
     """The quick version: (folder, result)."""
     folder = tmp_path_factory.mktemp("language")
-    with one_device(), kept_executables(), pytest.MonkeyPatch.context() as patch:
+    with one_device(), kept_executables(), states_by_operation(), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         return folder, run_study(LANGUAGE, out="results", quick=True, runs_folder="runs")
 
