@@ -94,7 +94,7 @@ def _read_rows(tiling, mask, decay, q, k, x):
 
     def row(_, inputs):
         place, q = inputs
-        part, i = place // rows, place % rows
+        part, i = (0, place) if tiling.parts == 1 else (place // rows, place % rows)
         steps = mask.used + (i + 1 if tiling.causal else columns - tiling.cached)
         sums = tiles.sum_row(tiling, mask, decay, i, q, k, x, steps, own=tiling.causal, part=part)
         if sums.total is None:
@@ -118,7 +118,7 @@ def _read_backward(tiling, saved, cotangents):
     last, columns = q.shape[0] // tiling.parts, k.shape[0] // tiling.parts
 
     def column(queries, place):
-        part, j = place // columns, place % columns
+        part, j = (0, place) if tiling.parts == 1 else (place // columns, place % columns)
         first = jnp.maximum(j - tiling.cached, 0) if tiling.causal else 0
         first = jnp.where((j >= mask.used) & (j < tiling.cached), last, first)
         queries, (dk, dx, key_decay) = key_gradient(
