@@ -9,6 +9,7 @@ to 256, scored by `scaled_accuracy`.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -85,26 +86,20 @@ class _OneAnswer(_UpTo):
 
     def source(self, split: str, seed: int) -> SyntheticSource:
         """Examples of one split, by number."""
-        draw = self._draw_prefixes if self.prefixes and split == "train" else self._draw
-        return SyntheticSource(draw, split, seed)
+        every = self.prefixes and split == "train"
+        return SyntheticSource(functools.partial(self._draw, every=every), split, seed)
 
     def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """A string, and the answer after each of its tokens; -1 where a string cannot end."""
         raise NotImplementedError(f"{type(self).__name__} has no _string")
 
-    def _draw(self, rng: np.random.Generator, index: int) -> Example:
+    def _draw(self, rng: np.random.Generator, index: int, every: bool = False) -> Example:
         tokens, answers = self._string(rng)
-        return self._example(tokens, answers, np.arange(len(tokens)) == len(tokens) - 1)
-
-    def _draw_prefixes(self, rng: np.random.Generator, index: int) -> Example:
-        tokens, answers = self._string(rng)
-        return self._example(tokens, answers, answers >= 0)
-
-    def _example(self, tokens: np.ndarray, answers: np.ndarray, scored: np.ndarray) -> Example:
         used = len(tokens)
+        scored = answers >= 0 if every else np.arange(used) == used - 1
         rest = (0, self.steps - used)
-        targets = np.where(scored, answers, 0)
-        return make_example(np.pad(tokens, rest), np.pad(targets, rest), np.pad(scored, rest), used)
+        targets = np.pad(np.where(scored, answers, 0), rest)
+        return make_example(np.pad(tokens, rest), targets, np.pad(scored, rest), used)
 
     def _size(self, rng: np.random.Generator) -> int:
         return int(rng.integers(self.min_length, self.length + 1))
