@@ -36,7 +36,7 @@ def test_against_recurrence(name, interpreter):  # noqa: F811
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda x: cast(np.asarray(x, np.float64), "float64"), (arrays, state))
         want = results(op, *exact, "recurrent", ids, 64)
-    assert_close(got, want, 1e-2)
+    assert_close(got, want, 5e-3)
 
 
 @interprets
@@ -64,5 +64,4 @@ def test_hard_keys(interpreter):  # noqa: F811
     got = run(arrays, "pallas")
     with jax.enable_x64(True):
         want = run(cast(jax.tree.map(lambda x: np.asarray(x, np.float64), arrays), "float64"), "recurrent")
-    assert_close(got[0], want[0], 5e-3)
-    assert_close(got[1], want[1], 2e-2)
+    assert_close(got, want, 5e-3)
