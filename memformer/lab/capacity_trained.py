@@ -121,6 +121,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     return Result([Table(title, rows)], {label: round(value, 3) for label, value in recalled.items()})
 
 
+FORGETTING = ("HGRN2", "Comba", "Gated DeltaNet-2", "RWKV-7")
 # Comba, Gated DeltaNet-2 and RWKV-7 recall as much as the delta rule if they miss at most so many pairs, in the mean.
 TOLERANCE = 0.5
 
@@ -136,9 +137,13 @@ def _judge(result: Result) -> Verdict:
     means = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
     narrowest = ", ".join(f"{name} {found[f'{name} 1024']:.1f}" for name in caches)
     small = f"{found['delta rule 512']:.1f} by the delta rule and {found['linear attention 512']:.1f} by sums"
+    labels = [f"{name} {size}" for name in FORGETTING for size in SIZES]
+    stuck = sum(found[label] < 1 for label in labels)
     return Verdict(
         grade(narrow, better, gated, forgetting, features),
-        f"Pairs recalled of 16, mean over the sizes: {means}; at 512 bytes {small}; caches at 1024 bytes: {narrowest}.",
+        f"Pairs recalled of 16, mean over the sizes: {means}; at 512 bytes {small}; caches at 1024 bytes: {narrowest}. "
+        f"After the same 1000 steps {stuck} of {len(labels)} runs of matrices that forget ({', '.join(FORGETTING)}) "
+        "recall less than one pair: there the limit is learning, not room.",
     )
 
 

@@ -6,11 +6,14 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from memformer.core.similarity import Kernel
 from memformer.lab.__main__ import main
+from memformer.lab.capacity_trained import MEMORIES
 from memformer.lab.kernels import nearly_orthogonal, swap_by_hand
 from memformer.lab.swap import spikes
+from memformer.layers import build_memory
 
 NAMES = ("swap", "curriculum", "kernels", "mqar", "reachability", "words", "hierarchy", "capacity_trained")
 NAMES += ("ffn", "snr_trained")
@@ -60,6 +63,16 @@ def test_pairs_are_recalled_after_training_at_equal_bytes(measured):
     rows = measured["capacity_trained"]["tables"][0]["rows"]
     assert [row["4096 bytes"].partition(" ")[2] for row in rows] == ["(K = 32)"]
     assert measured["capacity_trained"]["values"]["delta rule 4096"] > 1.5
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_equal_bytes_are_those_of_the_state(name):
+    """All numbers of the state but what says which slots of a cache are in use."""
+    contender = MEMORIES[name]
+    sizes = {"heads": 1, "key_width": 3, "value_width": 3, "options": contender.options}
+    layer = nnx.eval_shape(lambda: build_memory(contender.memory, 8, **sizes, rngs=nnx.Rngs(0)))
+    state = jax.eval_shape(lambda: layer.init_state(1, 5)["memory"])
+    assert contender.numbers(3, 5) == sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim > 2)
 
 
 def test_two_reflections_a_letter_follow_s3(measured):
