@@ -39,7 +39,7 @@ def scaled_accuracy(accuracy: float, chance: float) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class _UpTo(Task):
+class _FormalLanguage(Task):
     """Base of all: lengths are uniform in [min_length, length], and shorter examples are padded."""
 
     length: int = 40
@@ -79,7 +79,7 @@ class _UpTo(Task):
 
 
 @dataclasses.dataclass(frozen=True)
-class _OneAnswer(_UpTo):
+class _OneAnswer(_FormalLanguage):
     """Base of tasks with one answer, at the last token; with `prefixes`, training also has those of shorter strings."""
 
     prefixes: bool = False
@@ -277,7 +277,7 @@ class ModularArithmetic(_OneAnswer):
         return tokens, answers
 
 
-class _OneString(_UpTo):
+class _OneString(_FormalLanguage):
     """Base of tasks whose answer is a string, given at `room` blanks after the question."""
 
     scores = ("accuracy", "sequence_accuracy")

@@ -61,19 +61,11 @@ class _UpTo(_Bits):
         check_at_least("length", self.length, self.min_length)
 
     def with_length(self, length: int) -> Task:
-        """The same task at exactly that length: min_length becomes `length`, unless it is the task's own length.
-
-        Raises:
-          ValueError: the task does not support that length.
-        """
+        """The same task at exactly that length: min_length becomes `length`, unless it is the task's own length."""
         return self if length == self.length else dataclasses.replace(self, length=length, min_length=length)
 
     def up_to(self, length: int) -> Task:
-        """The same task at lengths from min_length to `length`.
-
-        Raises:
-          ValueError: a length below min_length.
-        """
+        """The same task at lengths from min_length to `length`."""
         return dataclasses.replace(self, length=length)
 
     def _size(self, rng: np.random.Generator) -> int:
