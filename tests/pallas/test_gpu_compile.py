@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks.cases import Case
 from benchmarks.gpu import static
@@ -45,3 +46,17 @@ def test_no_spill_no_serialized_product(case, rows):
         names = tuple(f"{case.op}_channel_{name}" for name in CHANNEL[case.op])
     for name in names:
         assert any(row["kernel"].startswith(f"memformer_{name}") for row in of), name
+
+
+@pytest.mark.parametrize("op", ["linear_attention", "softmax_attention"])
+def test_warpgroup_semantics(op, monkeypatch):
+    """Kernels without an inverse compile under warpgroup semantics too, should JAX give up lane semantics."""
+    params, used = plgpu.CompilerParams, []
+
+    def warpgroup(**options):
+        used.append(options["lowering_semantics"])
+        return params(**options | {"lowering_semantics": plgpu.LoweringSemantics.Warpgroup})
+
+    monkeypatch.setattr(plgpu, "CompilerParams", warpgroup)
+    static.compile_for_h200(Case(op, 1, 256, 2, 1, 64, 64))
+    assert set(used) == {plgpu.LoweringSemantics.Lane}
