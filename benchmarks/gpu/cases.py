@@ -81,9 +81,9 @@ SHIPPED = (
     ),
     *(
         Case("deltaformer", 1, length, 2, 1, width, width, decay="head", write=write, segments=2)
-        for length in (2048, 256)
+        for length, widths in ((2048, (64, 128)), (256, (128,)))
         for write in ("softmax", "linear")
-        for width in (64, 128)
+        for width in widths
     ),
     *(Case(op, 1, 64, 2, 1, decay="head") for op in ("softmax_attention", "deltaformer")),
 )
