@@ -220,7 +220,9 @@ def spread_by_length(runs: Sequence[LoadedRun], heading: str, score: str = "accu
 
 def _by_length(runs: Sequence[LoadedRun], score: str) -> dict[int, list[float]]:
     found = [accuracy_by_length(run, score) for run in runs]
-    return {n: [values[n] for values in found] for n in found[0]}
+    # a curriculum may end at another length in each seed
+    shared = [n for n in found[0] if all(n in values for values in found)]
+    return {n: [values[n] for values in found] for n in shared}
 
 
 def columns_by_length(run: LoadedRun, heading: str) -> dict[str, str]:

@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from memformer.lab.reflections import FAILS, REFLECTIONS, TRACKS
+from memformer.lab.study import Result, Table
 from memformer.ops.delta_product import delta_product
 
 
@@ -56,3 +59,18 @@ def test_four_writes_track_s5_at_500_letters():
         expected = matrices[letter] @ expected
     assert np.array_equal(np.linalg.matrix_power(matrices[1], 5).round(9), np.eye(5))
     np.testing.assert_allclose(jax.device_get(state)[0, 0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("label", "length", "value", "kind"),
+    [
+        ("S3 product2", "64", 0.0, "confirmed"),
+        ("S3 product2", "500", TRACKS - 0.1, "partly confirmed"),
+        ("S3 own", "128", FAILS + 0.1, "partly confirmed"),
+    ],
+)
+def test_the_verdict_has_the_thresholds_that_were_stated(label, length, value, kind):
+    values = {"S3 product2": dict.fromkeys(("64", "128", "500"), [1.0] * 3)}
+    values["S3 own"] = dict.fromkeys(("64", "128", "500"), [FAILS - 0.1] * 3)
+    values[label] = {**values[label], length: [value] * 3}
+    assert REFLECTIONS.judge(Result([Table("x", [{"x": 1}])], values)).kind == kind
