@@ -74,7 +74,7 @@ def _judge(result: Result) -> Verdict:
         return sum(values) / len(values)
 
     one = max(max(result.values[label]["128"]) for label in SETS["fails"])
-    found = [f"{_name(label)} {spread(result.values[label]['500'])}" for label in SETS["tracks"]]
+    found = [f"{label.split()[0]} with two {spread(result.values[label]['500'])}" for label in SETS["tracks"]]
     return Verdict(
         grade(*(mean(label) > TRACKS for label in SETS["tracks"]), one < FAILS),
         f"At 500 letters: {'; '.join(found)} (three seeds; needed: {percent(TRACKS, 0)}). One write with its own w has "
@@ -101,8 +101,9 @@ REFLECTIONS = Study(
         limits=(0, 1.04),
         options={"styles": STYLES, "x_base": 2},
     ),
-    caption="Accuracy of the running product of S3 on the test split, by a curriculum from 8 to 64 letters; lines: "
-    "mean of three seeds, bands: least to greatest.",
+    caption="Accuracy of the running product of S3 on the test split, by a curriculum from 8 to 64 letters, 800 steps; "
+    "lines: mean of three seeds, bands: least to greatest. One write never left words of 8. A first try that stopped "
+    "two reflections at the first exact batch, after 375 to 475 steps, had 84.4% to 88.5% at 500.",
     base={
         "task": {"name": "group_words", "length": 64},
         "model": {"width": 64, "heads": 4, "depth": 1, "feedforward": "mlp"},
