@@ -14,7 +14,8 @@ from memformer.training.config import default_config
 from memformer.training.input import make_loader
 from memformer.training.optimizer import make_optimizer
 from memformer.training.sharding import make_mesh, mesh_scope
-from memformer.training.step import init_state, make_functional, make_train_step
+from memformer.training.step import make_functional, make_train_step
+from tests.executables import state_by_operation
 from tests.numeric import FORWARD, assert_close, slopes
 
 LENGTH, VOCAB = 3, 11
@@ -198,24 +199,24 @@ def test_bad_settings_are_named(config, message):
 
 def test_training_carries_values_between_segments():
     """Two pairs and four questions: without a memory between segments the loss stays at log 16 = 2.77."""
-    steps, task = 125, Rewrite(length=2, queries=4)
+    steps, task = 225, Rewrite(length=2, queries=4)
     shape = {"type": "armt", "segment_length": task.segment_length, "width": 32, "heads": 2, "key_width": 16}
     config = default_config()
-    config.optimizer.update({"learning_rate": 5e-3, "schedule": "constant", "warmup_steps": 20, "b2": 0.99})
+    config.optimizer.update({"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 20, "b2": 0.99})
     tx, schedule = make_optimizer(config.optimizer, steps)
 
     def make(rngs):
-        return build_model({**shape, "depth": 2, "memory_tokens": 1}, vocab_size=task.vocab_size, rngs=rngs)
+        return build_model({**shape, "depth": 1, "memory_tokens": 1}, vocab_size=task.vocab_size, rngs=rngs)
 
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     with mesh_scope(mesh):
         model = make_functional(make)
-        state = init_state(model, tx, mesh, seed=0)
+        state = state_by_operation(model, tx, mesh, seed=0)
         step = make_train_step(model, tx, schedule, mesh, {**config.train.to_dict(), "log_every": 25})
         loader = make_loader(task, "train", batch_size=16, seed=0)
         for _ in range(steps):
             state, report = step(state, next(loader))
         loader.close()
-    # Mean over the last 50 steps.
+    # Mean over the last 25 steps: 1.5. At half the rate a plateau at 2.05 lasts until step 125, or longer by rounding.
     loss = float(report["loss"] / report["weight"])
     assert loss < 1.7, loss
