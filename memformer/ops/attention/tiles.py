@@ -32,6 +32,7 @@ from memformer.core.symbolic import at_most
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.attention.cache import offset
 from memformer.ops.attention.layout import chunk_queries, in_columns
+from memformer.pallas.platform import chip
 
 __all__ = [
     "REVERSE_ONCE",
@@ -199,7 +200,8 @@ def take(x: Array | None, i: Array) -> Array | None:
 def tile_product(tiling: Tiling, equation: str, a: Array, b: Array) -> Array:
     """An einsum with sums in float32 or wider."""
     dtype = accumulation_dtype(a, b)
-    if a.dtype != b.dtype:
+    # XLA for CPUs lacks the product of two bfloat16 arrays for some of these shapes, and widens the others itself.
+    if a.dtype != b.dtype or chip() == "cpu":
         a, b = a.astype(dtype), b.astype(dtype)
     return jnp.einsum(equation, a, b, precision=tiling.precision, preferred_element_type=dtype)
 
