@@ -58,14 +58,10 @@ def _measure(runs: Runs, settings: Settings) -> Result:
         group, _, model = label.partition(" ")
         # without the length at which the curriculum ended: it differs
         columns = {name: cell for name, cell in spread_by_length(row, "{} letters").items() if name in COLUMNS}
-        rows.append({"group": _name(group), "model": MODELS[model][0], **columns})
+        rows.append({"group": group, "model": MODELS[model][0], **columns})
     width = next(iter(runs.values())).config["model"]["width"]
     title = f"Accuracy of letters by length, width {width}: mean of the seeds (least to most)"
     return Result([Table(title, rows)], accuracies_by_seed(runs))
-
-
-def _name(group: str) -> str:
-    return group.replace("_two", ", two letters")
 
 
 def _judge(result: Result) -> Verdict:
@@ -97,7 +93,7 @@ REFLECTIONS = Study(
         panel="group",
         x="letters in the word",
         y="accuracy",
-        level={_name(group): 1 / GROUPS[group][0] for group in ("S3",)},
+        level={"S3": 1 / GROUPS["S3"][0]},
         limits=(0, 1.04),
         options={"styles": STYLES, "x_base": 2},
     ),

@@ -47,6 +47,16 @@ class MemorySpec:
 
 
 _CACHE, _MATRIX = "cache of (k, v)", "K x V matrix per head"
+# Of Mamba-2, and of its form with a matrix per level.
+_MAMBA: dict[str, Any] = {
+    "decay": "step",
+    "discretize": True,
+    "skip": True,
+    "key_heads": 1,
+    "conv_width": 4,
+    "output_norm": True,
+    "output_gate": "silu",
+}
 _UNIT = {"unit_keys": True, "unit_queries": True, "output_norm": True}
 
 MEMORIES: dict[str, MemorySpec] = {
@@ -149,15 +159,7 @@ MEMORIES: dict[str, MemorySpec] = {
     ),
     "ssd": MemorySpec(
         LinearAttention,
-        {
-            "decay": "step",
-            "discretize": True,
-            "skip": True,
-            "key_heads": 1,
-            "conv_width": 4,
-            "output_norm": True,
-            "output_gate": "silu",
-        },
+        {**_MAMBA},
         "linear",
         "alpha = d_t (in v)",
         "none",
@@ -182,15 +184,7 @@ MEMORIES: dict[str, MemorySpec] = {
     ),
     "log_linear_attention": MemorySpec(
         LogLinearAttention,
-        {
-            "decay": "step",
-            "discretize": True,
-            "skip": True,
-            "key_heads": 1,
-            "conv_width": 4,
-            "output_norm": True,
-            "output_gate": "silu",
-        },
+        {**_MAMBA},
         "linear, weighted by level",
         "alpha = d_t (in v)",
         "none",
