@@ -118,17 +118,20 @@ def linear(
     dtypes: Dtypes,
     rngs: nnx.Rngs,
     init: nnx.Initializer | None = None,
-    bias: bool = False,
+    bias: bool | nnx.Initializer = False,
     wide: bool = False,
 ) -> "Linear":
-    """A linear map with logical axis names; `wide` computes it in float32 (gates, decays, routers)."""
+    """A linear map with logical axis names; `wide` computes it in float32 (gates, decays, routers).
+
+    A bias starts at zero, or by the initializer that is given for it.
+    """
     init = nnx.initializers.lecun_normal() if init is None else init
     return Linear(
         size_in,
         size_out,
-        use_bias=bias,
+        use_bias=bias is not False,
         kernel_init=named(init, *names),
-        bias_init=named(nnx.initializers.zeros, names[1]),
+        bias_init=named(nnx.initializers.zeros if isinstance(bias, bool) else bias, names[1]),
         dtype=dtypes.wide if wide else dtypes.compute,
         param_dtype=dtypes.param,
         rngs=rngs,

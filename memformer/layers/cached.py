@@ -1,7 +1,7 @@
 """Attention layers, whose state is a cache: softmax attention and DeltaFormer."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class SoftmaxAttention(MemoryLayer):
       groups: G, number of key/value heads; None is H.
       window: number of most recent tokens that a query sees, itself included; None for all.
       decay: log decay per head of what is older, "forget", "step" or "fixed" of `DECAYS`; None for none.
+      decay_time: of "forget", how slowly its heads forget at first: `time` of `ForgetDecay`.
       sinks: a learned logit per head of a slot that holds nothing.
       latent_rank: keys and values are projected from one latent vector of this width per token (`Latent`); None for
         projections of x. The cache holds the keys and values of all heads.
@@ -47,6 +48,7 @@ class SoftmaxAttention(MemoryLayer):
         groups: int | None = None,
         window: int | None = None,
         decay: str | None = None,
+        decay_time: tuple[float, float] | None = None,
         sinks: bool = False,
         latent_rank: int | None = None,
         shared_key_width: int = 0,
@@ -57,7 +59,7 @@ class SoftmaxAttention(MemoryLayer):
         self.latent_rank = check_positive("latent_rank", latent_rank)
         counts = (heads, self.groups, self.groups)
         super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
-        self.decay = _head_decay(decay, self, heads, rngs)
+        self.decay = _head_decay(decay, decay_time, self, heads, rngs)
         self.sink_bias = nnx.data(None)
         if sinks:
             self.sink_bias = nnx.Param(
@@ -133,7 +135,7 @@ class DeltaFormer(MemoryLayer):
       write_query: w has its own projection; False is w = k.
       alpha: "sigmoid" for a learned alpha in (0, 1); None for 1.
       beta_limit: beta is beta_limit * sigmoid(.); None for 1.
-      decay: log decay per key/value head of earlier writes, as in `SoftmaxAttention`.
+      decay, decay_time: log decay per key/value head of earlier writes, as in `SoftmaxAttention`.
       window: number of most recent tokens that a token writes and reads, itself included; None for all.
       rngs: random streams.
       **options: of `MemoryLayer`.
@@ -151,6 +153,7 @@ class DeltaFormer(MemoryLayer):
         alpha: str | None = None,
         beta_limit: float | None = None,
         decay: str | None = None,
+        decay_time: tuple[float, float] | None = None,
         window: int | None = None,
         rngs: nnx.Rngs,
         **options: Any,
@@ -161,7 +164,8 @@ class DeltaFormer(MemoryLayer):
         self.read_kernel = _kernel("read_kernel", read_kernel)
         counts = (heads, self.groups, self.groups)
         super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
-        self.window, self.decay = check_positive("window", window), _head_decay(decay, self, self.groups, rngs)
+        self.window = check_positive("window", window)
+        self.decay = _head_decay(decay, decay_time, self, self.groups, rngs)
         self.alpha, self.beta = nnx.data(None), nnx.data(None)
         if alpha is not None:
             self.alpha = SigmoidGate(width, self.groups, 1.0, dtypes=self.dtypes, rngs=rngs)
@@ -191,12 +195,18 @@ class DeltaFormer(MemoryLayer):
         return init_cache("deltaformer", batch=batch, capacity=capacity, dtype=dtype, **sizes)
 
 
-def _head_decay(decay: str | None, layer: MemoryLayer, heads: int, rngs: nnx.Rngs) -> Any:
+def _head_decay(decay: str | None, time: Sequence[float] | None, layer: MemoryLayer, heads: int, rngs: nnx.Rngs) -> Any:
     """Builds a decay module with one decay per head; None for no decay."""
     check_choice("decay", decay, (None, "forget", "step", "fixed"))
+    extra: dict[str, Any] = {}
+    if time is not None:
+        check(decay == "forget", "decay_time", f"None for decay {decay!r}", time)
+        valid = isinstance(time, Sequence) and len(time) == 2 and 0 < time[0] <= time[1]
+        check(valid, "decay_time", "two numbers of tokens above 0, the smaller one first", time)
+        extra["time"] = tuple(time)
     if decay is None:
         return nnx.data(None)
-    return DECAYS[decay](layer.width, heads, layer.key_width, None, dtypes=layer.dtypes, rngs=rngs)
+    return DECAYS[decay](layer.width, heads, layer.key_width, None, dtypes=layer.dtypes, rngs=rngs, **extra)
 
 
 def _kernel(name: str, kernel: Any) -> Kernel:

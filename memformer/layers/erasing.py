@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_size
+from memformer.core.checks import check, check_number, check_size
 from memformer.core.numerics import l2norm
 from memformer.core.types import Array
 from memformer.layers.base import MemoryLayer
@@ -143,22 +143,38 @@ class RWKV7(MemoryLayer):
 
 
 class HGRN2(MemoryLayer):
-    """Gated linear attention whose key is what the forget gate f lets go: k = 1 - f, decay log f, f = sigmoid(W x).
+    """Gated linear attention whose key is what the forget gate f lets go: k = 1 - f, decay log f.
+
+        f = l + (1 - l) sigmoid(W x)
 
     Args:
       width: D.
       heads: H.
+      lower_bound: l. The paper learns one per layer, from 0 in the first layer up; at 0 a channel forgets half of what
+        it holds with every token at the start of training.
       rngs: random streams.
       **options: of `MemoryLayer`.
 
-    Source: arXiv 2404.07904, without its lower bounds of the gates.
+    Raises:
+      ValueError: a lower bound outside [0, 1).
+
+    Source: arXiv 2404.07904.
     """
+
+    def __init__(self, width: int, *, heads: int, lower_bound: float = 0.0, rngs: nnx.Rngs, **options: Any):
+        super().__init__(width, heads=heads, rngs=rngs, **options)
+        self.lower_bound = check_number("lower_bound", lower_bound, at_least=0)
+        check(self.lower_bound < 1, "lower_bound", "below 1", lower_bound)
 
     def _apply_op(self, x, parts, segment_ids, memory):
         logits: Array = parts["k"].astype(self.dtypes.wide)
-        k = nnx.sigmoid(-logits).astype(parts["k"].dtype)
+        k = nnx.sigmoid(-logits)
         decay = nnx.log_sigmoid(logits)
+        if self.lower_bound:
+            k = (1 - self.lower_bound) * k
+            decay = jnp.log1p(-k)
         q = nnx.silu(parts["q"])
+        k = k.astype(parts["k"].dtype)
         return linear_attention(q, k, parts["v"], decay=decay, segment_ids=segment_ids, initial_state=memory)
 
 

@@ -110,8 +110,11 @@ class LogSigmoidDecay(nnx.Module):
         rank = 16 if rank is None else rank
         same: dict[str, Any] = {"dtypes": dtypes, "rngs": rngs, "wide": True}
         self.down = linear(width, rank, ("embed", None), **same)
-        self.up = linear(rank, heads * key_width, (None, "heads"), bias=True, **same)
+        self.up = linear(rank, heads * key_width, (None, "heads"), bias=self._bias(key_width), **same)
         self.heads = heads
+
+    def _bias(self, key_width: int) -> bool | nnx.Initializer:
+        return True
 
     @auto_axes
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H K"], None]:
@@ -138,15 +141,46 @@ class FixedDecay(nnx.Module):
         return jnp.broadcast_to(decay[None, None, :], (*x.shape[:2], self.heads)), None
 
 
+def _forget_init(least: float, most: float) -> nnx.Initializer:
+    """Initial biases of a sigmoid that is exp(-1 / time) per token."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype) -> Array:
+        rate = 1 / jnp.geomspace(least, most, shape[0], dtype=dtype)
+        return -rate - jnp.log1p(-jnp.exp(-rate))
+
+    return init
+
+
 class ForgetDecay(nnx.Module):
     """Log decay log(sigmoid(x W + b)) per head, in float32: a forget gate.
 
-    Source: arXiv 2503.02130 (Forgetting Transformer).
+    Args:
+      width: D.
+      heads: H.
+      key_width, rank: not used.
+      time: (least, most) tokens after which a head's memory has faded to 1/e at the start of training, at even ratios
+        over the heads; None starts at b = 0, 1.4 tokens.
+      dtypes: the dtype policy.
+      rngs: random streams.
+
+    Source: arXiv 2503.02130 (Forgetting Transformer), whose code calls `time` decay_time_min and decay_time_max.
     """
 
-    def __init__(self, width: int, heads: int, key_width: int, rank: int | None, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        key_width: int,
+        rank: int | None,
+        *,
+        time: tuple[float, float] | None = None,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+    ):
         del key_width, rank
-        self.weights = linear(width, heads, ("embed", "heads"), dtypes=dtypes, rngs=rngs, bias=True, wide=True)
+
+        bias: Any = True if time is None else _forget_init(*time)
+        self.weights = linear(width, heads, ("embed", "heads"), dtypes=dtypes, rngs=rngs, bias=bias, wide=True)
 
     @auto_axes
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H"], None]:
@@ -157,8 +191,21 @@ class ForgetDecay(nnx.Module):
 class BoundedDecay(LogSigmoidDecay):
     """Log decay -exp(-1/2) sigmoid(x W1 W2 + b) per key channel, in float32: above -0.61.
 
+    b starts as in the first layer of the paper's models: from -8 in the first channel, which then keeps half for some
+    3,000 tokens, to 3 in the last, which keeps it for one.
+
     Source: arXiv 2503.14456 (RWKV-7).
     """
+
+    def _bias(self, key_width: int) -> nnx.Initializer:
+        def init(key: Array, shape: tuple[int, ...], dtype) -> Array:
+            channel = jnp.arange(shape[0], dtype=dtype)
+            # over all channels, and over those of a head
+            rise = channel / max(shape[0] - 1, 1)
+            turn = 2 * (channel % key_width) / max(key_width - 1, 1) - 1
+            return 6 * rise - 5.5 + 2.5 * turn * jnp.abs(turn)
+
+        return init
 
     @auto_axes
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T H K"], None]:

@@ -20,6 +20,7 @@ from memformer.core.checks import check, check_choice
 from memformer.core.types import Array, Float
 from memformer.layers.base import MemoryLayer
 from memformer.layers.cached import DeltaFormer, SoftmaxAttention
+from memformer.layers.erasing import RWKV7
 from memformer.layers.memory import known_options
 from memformer.layers.table import MEMORIES
 from memformer.models.config import LanguageModelConfig
@@ -212,9 +213,9 @@ def _start_value(part: str, new: Any, memory: str, options: Mapping[str, Any]) -
         return np.full(new.shape, _logit((0.01 if cached else 0.9) / limit), np.float32)
     if part == "alpha.weights.bias":
         return np.full(new.shape, _logit(0.99), np.float32)
-    # log(sigmoid(6)) = -0.0025: half is forgotten after 280 tokens
+    # log(sigmoid(6)) = -0.0025: half is forgotten after 280 tokens; RWKV-7 forgets by exp(-1/2) sigmoid(b)
     if part in ("decay.weights.bias", "decay.up.bias"):
-        return np.full(new.shape, 6.0, np.float32)
+        return np.full(new.shape, -6.0 if MEMORIES[memory].layer is RWKV7 else 6.0, np.float32)
     # steps start in [0.001, 0.1], times a rate of 1
     if part == "decay.rate":
         return np.zeros(new.shape, np.float32)

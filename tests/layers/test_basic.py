@@ -11,6 +11,7 @@ from memformer.layers.basic import Dtypes, Embedding, LayerNorm, RMSNorm, constr
 from memformer.layers.convolution import ShortConvolution
 from memformer.layers.feedforward import FEEDFORWARDS, MixtureOfExperts, feedforward_keys
 from memformer.layers.gates import BoundedDecay, FixedDecay, ForgetDecay, LogSigmoidDecay, SigmoidGate, StepDecay
+from memformer.layers.memory import build_memory
 from memformer.layers.positions import LearnedPositions, count_positions, next_position, rotate, sinusoid
 from tests.numeric import FORWARD, assert_close
 
@@ -207,6 +208,20 @@ def test_decays_are_negative_logs_in_float32(name):
     decay, _ = kind(8, 2, 3, rank, dtypes=BF16, rngs=rngs())(jnp.asarray(normal(1, 5, 8), jnp.bfloat16))
     assert decay.shape == shape and decay.dtype == jnp.float32
     assert np.all(decay < 0) and np.all(np.isfinite(decay))
+
+
+def test_a_forget_gate_starts_as_slowly_as_asked():
+    decay = ForgetDecay(8, 3, 3, None, time=(0.01, 1e4), dtypes=F32, rngs=rngs())
+    assert_close(decay(jnp.zeros((1, 1, 8)))[0][0, 0], -1 / jnp.array([0.01, 10, 1e4]), 1e-3)
+    layer = build_memory("gated_deltaformer", 8, heads=2, options={"decay_time": (5, 50)}, rngs=rngs())
+    assert_close(layer.decay(jnp.zeros((1, 1, 8)))[0][0, 0], -1 / jnp.array([5.0, 50.0]), 1e-5)
+
+
+def test_rwkv7_starts_with_slow_and_fast_channels():
+    """Biases of the reference's first layer (fla.layers.rwkv7), two heads of three channels."""
+    decay = BoundedDecay(8, 2, 3, None, dtypes=F32, rngs=rngs())(jnp.zeros((1, 1, 8)))[0]
+    bias = np.array([-8, -4.3, -0.6, -4.4, -0.7, 3.0])
+    assert_close(decay[0, 0].ravel(), -np.exp(-0.5) / (1 + np.exp(-bias)), 1e-5)
 
 
 def test_fixed_decay_is_retnets():

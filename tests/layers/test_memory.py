@@ -193,6 +193,9 @@ MISTAKES = {
     "kernel field": ("deltaformer", {"read_kernel": {"nme": "exp"}}, "read_kernel has no key 'nme'; known keys: name"),
     "pairs": ("mamba3", {"partial_rotary_factor": 0.1}, "even key_width, got 4, of which .* leaves 0 channels"),
     "gate": ("gla", {"output_gate": "relu"}, "output_gate must be one of None, 'silu', 'sigmoid', got 'relu'"),
+    "decay time": ("fox", {"decay_time": (5, 2)}, r"decay_time must be two numbers .* got \(5, 2\)"),
+    "decay time of no gate": ("fox", {"decay": "step", "decay_time": (1, 2)}, "must be None for decay 'step'"),
+    "lower bound": ("hgrn2", {"lower_bound": 1}, "lower_bound must be below 1, got 1"),
     "alpha": ("deltaformer", {"alpha": "exp"}, "alpha must be one of None, 'sigmoid', got 'exp'"),
 }
 

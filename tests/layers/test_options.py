@@ -218,6 +218,17 @@ def test_options_of_linear_attention(name):
     assert_close(run(layer, X[:, :1]), linear_read(layer, X[:, :1], groups, scale), FORWARD["float32"])
 
 
+def test_gates_of_hgrn2_have_a_lower_bound():
+    layer = build("hgrn2", lower_bound=0.9)
+    x = X[:, :3]
+    forget = (0.9 + 0.1 * sigmoid(affine(layer.projections["key"], x))).reshape(3, HEADS, -1, 1)
+    value = affine(layer.projections["value"], x).reshape(3, HEADS, 1, -1)
+    memory = np.zeros((HEADS, WIDTH // HEADS, WIDTH // HEADS))
+    for f, v in zip(forget, value, strict=True):
+        memory = f * memory + (1 - f) * v
+    assert_close(layer(jnp.asarray(x, jnp.float32))[1]["memory"][0], memory, FORWARD["float32"])
+
+
 def test_embeddings_without_their_scale():
     embedding = Embedding(5, 4, scale=False, dtypes=F32, rngs=nnx.Rngs(0))
     assert np.array_equal(embedding(jnp.array([[3]]))[0, 0], embedding.table[3])

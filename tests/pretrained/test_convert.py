@@ -76,6 +76,13 @@ def test_chosen_layers_are_converted_and_the_rest_is_the_teachers(teacher):
     assert student.blocks[1].memory.rope_theta == 500.0 and student.blocks[1].memory.convolutions is None
 
 
+def test_students_forget_little_at_first(teacher):
+    """Also RWKV-7, whose decay grows with its bias."""
+    for memory in ("gla", "rwkv7"):
+        student = convert_memory(teacher, memory, layers=(0,), rngs=nnx.Rngs(1))
+        assert float(jnp.min(student.blocks[0].memory.decay(jnp.ones((1, 1, 8)))[0])) > np.log(0.99)
+
+
 def test_options_of_the_students_memory(teacher):
     config = convert_config(teacher.config, "gated_delta_rule", options={"conv_width": 3})
     assert config.memory == "gated_delta_rule" and config.memory_options["conv_width"] == 3
