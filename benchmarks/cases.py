@@ -32,6 +32,7 @@ class Case:
       dtype: of q, k, v and w; decay, beta and alpha are float32.
       decay: "" for none, "head" or "channel" for a log decay per head or per key channel.
       segments: number of packed sequences of equal length; 0 passes no segment_ids.
+      causal, window: of softmax attention.
       write: write similarity of DeltaFormer.
       steps: delta_product's writes per token.
       only_u: compute DeltaFormer's u only, without the read.
@@ -49,6 +50,8 @@ class Case:
     dtype: str = "bfloat16"
     decay: str = ""
     segments: int = 0
+    causal: bool = True
+    window: int | None = None
     write: str = "softmax"
     steps: int = 1
     only_u: bool = False
@@ -63,9 +66,16 @@ class Case:
             what += ["u"] * self.only_u + [self.write] * (self.write != "softmax")
         what += [{"head": "gated", "channel": "channel"}[self.decay]] if self.decay else []
         what += [f"{self.segments} segments"] * bool(self.segments)
+        what += [f"window {self.window}"] * (self.window is not None) + ["not causal"] * (not self.causal)
         heads = f"{self.groups}/{self.heads}" if self.groups != self.heads else f"{self.heads}"
         width = f"{self.key}" if self.key == self.value else f"{self.key}/{self.value}"
         return f"{' '.join(what)} [{self.batch}, {self.length}, {heads}, {width}]"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of the op beside its arrays and segment_ids."""
+        options = {"write_kernel": self.write} if self.op == "deltaformer" else {}
+        return options | {name: getattr(self, name) for name in ("causal", "window") if self.op == "softmax_attention"}
 
     @property
     def is_attention(self) -> bool:

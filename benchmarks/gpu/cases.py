@@ -86,6 +86,13 @@ SHIPPED = (
         for width in widths
     ),
     *(Case(op, 1, 64, 2, 1, decay="head") for op in ("softmax_attention", "deltaformer")),
+    # Windows and encoders.
+    *(
+        Case("softmax_attention", 1, 256, 2, 1, segments=segments, causal=causal, window=window)
+        for causal, window in ((True, 100), (False, 100), (False, None))
+        for segments in (2, 0)
+    ),
+    Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2, window=100),
 )
 
 

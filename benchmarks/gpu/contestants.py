@@ -26,9 +26,7 @@ def function(case: Case, name: str) -> Callable[..., jax.Array]:
     ids = cases.segment_ids(case)
     if name == CUDNN:
         return functools.partial(_cudnn, ids)
-    options: dict[str, Any] = {"implementation": name}
-    if case.op == "deltaformer":
-        options["write_kernel"] = case.write
+    options: dict[str, Any] = case.options | {"implementation": name}
 
     def run(arrays):
         given = dict(arrays)

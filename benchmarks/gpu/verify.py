@@ -85,6 +85,11 @@ def _wide() -> list[Wide]:
         for write, segments in (("softmax", 3), ("linear", 0))
     ]
     calls += [Wide(Case("softmax_attention", 1, 1000, 4, 2, decay="head", segments=segments)) for segments in (0, 3)]
+    calls += [
+        Wide(Case("softmax_attention", 1, 1000, 4, 2, causal=causal, window=window, segments=segments, decay=decay))
+        for causal, window, decay in ((True, 200, ""), (True, 200, "head"), (False, 200, ""), (False, None, ""))
+        for segments in (0, 3)
+    ]
     # Odd sizes.
     calls += [Wide(Case(op, 2, 77, 3, 3, 40, 24, segments=2)) for op in KERNEL_OPS]
     calls += [
@@ -304,10 +309,10 @@ def wide_inputs(wide: Wide) -> dict[str, np.ndarray]:
 def wide_program(wide: Wide, implementation: str | None):
     """A jitted function of the arrays that returns output, state and all gradients."""
     case, ids = wide.case, cases.segment_ids(wide.case)
-    options: dict[str, Any] = {"implementation": implementation}
+    options: dict[str, Any] = case.options | {"implementation": implementation}
     if case.op == "deltaformer":
         # A softmax over equal keys does not depend on q: its gradient would be zero.
-        options |= {"write_kernel": case.write, "read_kernel": "softmax" if wide.keys == "random" else "linear"}
+        options["read_kernel"] = "softmax" if wide.keys == "random" else "linear"
 
     # The same weights for kernel and oracle: rounding them would cost as much as the tolerance allows.
     weight = round_inputs({"q": cases.cotangent(case)})["q"]

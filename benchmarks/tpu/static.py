@@ -106,7 +106,6 @@ def prepare_compiler(dumps: pathlib.Path | None = None) -> None:
 
 def gradient(case: Case):
     """A function of the arrays of `specs`: value and gradients of every argument, through output and state."""
-    options = {"write_kernel": case.write} if case.op == "deltaformer" else {}
     names = list(case.shapes)
 
     def run(*arrays):
@@ -114,7 +113,7 @@ def gradient(case: Case):
 
         def loss(arguments):
             call = functools.partial(getattr(mf, case.op), segment_ids=ids, implementation="pallas")
-            results = call(**arguments, **options)
+            results = call(**arguments, **case.options)
             # A cache has integer leaves too.
             floats = [x for x in jax.tree.leaves(results) if jnp.issubdtype(x.dtype, jnp.floating)]
             return sum((jnp.sum(x.astype(jnp.float32)) for x in floats), jnp.float32(0))

@@ -8,7 +8,17 @@ from memformer.core.segments import Segments
 from memformer.core.symbolic import padding_to
 from memformer.core.types import Array, Bool, Dims, Int
 
-__all__ = ["BLIND", "UNSEEN", "Mask", "first_tiles", "join_cache", "last_tiles", "make_mask"]
+__all__ = [
+    "BLIND",
+    "UNSEEN",
+    "Mask",
+    "column_bounds",
+    "first_tiles",
+    "join_cache",
+    "last_tiles",
+    "make_mask",
+    "row_bounds",
+]
 
 # Segment numbers that match nothing: of a slot that no query sees, and of a query that sees no slot.
 UNSEEN, BLIND = -1, -2
@@ -111,23 +121,49 @@ def first_tiles(mask: Mask, rows: int, columns: int, window: int | None = None) 
       window: how many tokens back a query sees, or None.
     """
     visible = _visible_tiles(mask, rows, columns, window)
-    if visible is None:
-        return None
-    first = jnp.argmax(visible, axis=2).astype(jnp.int32)
-    return jnp.where(jnp.any(visible, axis=2), first, jnp.int32(visible.shape[2]))
+    return None if visible is None else _bounds(visible, 2)[0]
 
 
 def last_tiles(mask: Mask, rows: int, columns: int, window: int | None = None) -> Int[Array, "B M"] | None:
     """One more than the last tile of queries that sees each tile of keys, 0 where none does; as `first_tiles`."""
     visible = _visible_tiles(mask, rows, columns, window)
-    if visible is None:
-        return None
-    last = visible.shape[1] - jnp.argmax(visible[:, ::-1], axis=1).astype(jnp.int32)
-    return jnp.where(jnp.any(visible, axis=1), last, jnp.int32(0))
+    return None if visible is None else _bounds(visible, 1)[1]
 
 
-def _visible_tiles(mask: Mask, rows: int, columns: int, window: int | None) -> Bool[Array, "B N M"] | None:
-    """True for tiles that neither an earlier segment (segments grow with time) nor the window excludes as a whole."""
+def row_bounds(
+    mask: Mask, rows: int, columns: int, window: int | None = None
+) -> tuple[Int[Array, "B N"], Int[Array, "B N"]] | None:
+    """Without causality: the first tile of keys that each tile of queries sees, and one more than the last.
+
+    M and 0 where it sees none. None where nothing is masked.
+    """
+    visible = _visible_tiles(mask, rows, columns, window, causal=False)
+    return None if visible is None else _bounds(visible, 2)
+
+
+def column_bounds(
+    mask: Mask, rows: int, columns: int, window: int | None = None
+) -> tuple[Int[Array, "B M"], Int[Array, "B M"]] | None:
+    """The same of the tiles of queries that see each tile of keys."""
+    visible = _visible_tiles(mask, rows, columns, window, causal=False)
+    return None if visible is None else _bounds(visible, 1)
+
+
+def _bounds(visible: Bool[Array, "B N M"], axis: int) -> tuple[Int[Array, "B L"], Int[Array, "B L"]]:
+    """The first visible tile along an axis, and one more than the last."""
+    size, any_visible = visible.shape[axis], jnp.any(visible, axis)
+    first = jnp.argmax(visible, axis).astype(jnp.int32)
+    last = size - jnp.argmax(jnp.flip(visible, axis), axis).astype(jnp.int32)
+    return jnp.where(any_visible, first, jnp.int32(size)), jnp.where(any_visible, last, jnp.int32(0))
+
+
+def _visible_tiles(
+    mask: Mask, rows: int, columns: int, window: int | None, *, causal: bool = True
+) -> Bool[Array, "B N M"] | None:
+    """True for tiles that neither other segments (segments grow with time) nor the window exclude as a whole.
+
+    With `causal`, later tiles are left to the caller.
+    """
 
     def tiles(x, size):
         return x.reshape(x.shape[0], -1, size)
@@ -137,8 +173,15 @@ def _visible_tiles(mask: Mask, rows: int, columns: int, window: int | None) -> B
         query, key = tiles(mask.query_segment, rows), tiles(mask.key_segment, columns)
         least = jnp.min(jnp.where(query < 0, jnp.int32(_FAR), query), axis=-1)
         visible = jnp.max(key, axis=-1)[:, None] >= least[:, :, None]
+        if not causal:
+            least = jnp.min(jnp.where(key < 0, jnp.int32(_FAR), key), axis=-1)
+            visible &= jnp.max(query, axis=-1)[:, :, None] >= least[:, None]
     if window is not None:
         query, key = tiles(mask.query_rank, rows), tiles(mask.key_rank, columns)
         near = jnp.min(query, axis=-1)[:, :, None] - jnp.max(key, axis=-1)[:, None] < window
+        if not causal:
+            # the rank of padding is far beyond all: a tile of it alone sees nothing
+            most = jnp.max(jnp.where(query == _FAR, jnp.int32(-_FAR), query), axis=-1)
+            near &= jnp.min(key, axis=-1)[:, None] - most[:, :, None] < window
         visible = near if visible is None else visible & near
     return visible

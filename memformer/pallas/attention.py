@@ -21,22 +21,14 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
       The output in float32, or bfloat16 where v is.
 
     Raises:
-      NotImplementedError: a window; attention that is not causal; no kernel serves the call, or the chip.
+      NotImplementedError: no kernel serves the call, or the chip.
     """
-    if not call.causal:
-        raise unsupported(call.op, "is causal")
-    _check_attention_call(call)
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
     if chip() == "gpu":
         from memformer.pallas.gpu.attention.softmax_attention import run
     else:
         from memformer.pallas.tpu.attention.softmax_attention import run
     return run(_share_key_heads(call))
-
-
-def _check_attention_call(call: AttentionCall) -> None:
-    if call.window is not None:
-        raise unsupported(call.op, "has no window", "implementation='chunked' serves it")
 
 
 def _share_key_heads(call: AttentionCall) -> AttentionCall:
@@ -60,7 +52,8 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
       NotImplementedError: a window; a decay on a GPU where the read is no softmax; no kernel serves the call, or the
         chip.
     """
-    _check_attention_call(call)
+    if call.window is not None:
+        raise unsupported(call.op, "has no window", "implementation='chunked' serves it")
     if chip() == "gpu":
         from memformer.pallas.gpu.attention.deltaformer import run
     else:

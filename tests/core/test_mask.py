@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memformer.core.mask import first_tiles, join_cache, last_tiles, make_mask
+from memformer.core.mask import column_bounds, first_tiles, join_cache, last_tiles, make_mask, row_bounds
 from memformer.core.segments import find_segments
 
 IDS = np.array([[1, 1, 0, 2, 2, 2, 0], [0, 3, 3, 3, 3, 4, 4]], np.int32)
@@ -81,8 +81,30 @@ def test_bounds_hold_every_visible_tile(cache, window):
     assert first.shape == (2, query.shape[1] // 2) and last.shape == (2, key.shape[1] // 2)
 
 
+@pytest.mark.parametrize("window", [None, 2])
+def test_bounds_without_causality(window):
+    """The same where queries see later tokens, in both directions: tiles of later segments alone are outside."""
+    mask, _ = from_mask(False, True, window, 2)
+    (first, stop), (first_row, stop_row) = (
+        map(np.asarray, find(mask, 2, 2, window)) for find in (row_bounds, column_bounds)
+    )
+    query, key, query_rank, key_rank = (
+        np.asarray(getattr(mask, name)) for name in ("query_segment", "key_segment", "query_rank", "key_rank")
+    )
+    seen = query[:, :, None] == key[:, None]
+    if window is not None:
+        seen &= np.abs(query_rank[:, :, None] - key_rank[:, None]) < window
+    assert seen.any()
+    for b, t, s in np.argwhere(seen):
+        assert first[b, t // 2] <= s // 2 < stop[b, t // 2]
+        assert first_row[b, s // 2] <= t // 2 < stop_row[b, s // 2]
+    # Two tokens of the first row are its first segment: their tile sees no other. Its last tile is padding.
+    assert (first[0, 0], stop[0, 0], stop_row[0, 0]) == (0, 1, 1)
+    assert stop[0, 3] == 0 and stop_row[0, 3] == 0
+
+
 def test_nothing_to_mask():
     mask = make(False, False, ranks=False)
     assert all(x is None for x in mask)
     assert all(x is None for x in join_cache(mask, 4))
-    assert first_tiles(mask, 4, 4) is None and last_tiles(mask, 4, 4) is None
+    assert all(find(mask, 4, 4) is None for find in (first_tiles, last_tiles, row_bounds, column_bounds))

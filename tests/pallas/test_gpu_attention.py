@@ -12,7 +12,7 @@ from tests.numeric import assert_close
 from tests.ops import test_ops as suite
 from tests.pallas.test_gpu import H200, interpreter, interprets
 from tests.pallas.test_tpu import keys
-from tests.pallas.test_tpu_attention import evaluate, forgetting_attention, given, oracle
+from tests.pallas.test_tpu_attention import WINDOWS, evaluate, forgetting_attention, given, oracle, windowed
 
 __all__ = ["interpreter"]
 
@@ -59,6 +59,18 @@ def test_forgetting_attention(interpreter):
     got = run(arrays, suite.cast(state, "float32"), "pallas")
     with jax.enable_x64(True):
         want = run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), suite.cast(state, "float64"), "recurrent")
+    assert_close(got[0], want[0], 1e-2, "output")
+    assert_close(got[1], want[1], 2e-2, "gradient")
+
+
+@interprets
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_and_encoders(case, interpreter):
+    """A window and later tokens, in tiles that are partly or wholly out of sight."""
+    arrays, held, run = windowed(case, "bfloat16", scale=4)
+    got = run(arrays, held, "pallas")
+    with jax.enable_x64(True):
+        want = run(*suite.cast(jax.tree.map(np.asarray, (arrays, held)), "float64"), "recurrent")
     assert_close(got[0], want[0], 1e-2, "output")
     assert_close(got[1], want[1], 2e-2, "gradient")
 
@@ -121,14 +133,10 @@ def test_decay_needs_a_softmax_read():
         )
 
 
-@pytest.mark.parametrize("options", [{"window": 3}, {"causal": False}], ids=["window", "encoder"])
-def test_no_window_no_encoder(options):
+def test_deltaformer_has_no_window():
     x = jnp.zeros((1, 8, 2, 4), jnp.bfloat16)
-    with (
-        jax.sharding.use_abstract_mesh(H200),
-        pytest.raises(NotImplementedError, match="kernel (is causal|has no window)"),
-    ):
-        jax.eval_shape(lambda: mf.softmax_attention(x, x, x, implementation="pallas", **options))
+    with jax.sharding.use_abstract_mesh(H200), pytest.raises(NotImplementedError, match="kernel has no window"):
+        jax.eval_shape(lambda: mf.deltaformer(x, x, x, window=3, implementation="pallas"))
 
 
 def test_saved_for_backward():
@@ -156,10 +164,10 @@ LIBRARY = {
     "segments": ({"segment_ids": np.ones((1, 192), np.int32)}, OURS),
     "sinks": ({"sinks": np.zeros(4, np.float32)}, OURS),
     "decay": ({"decay": np.zeros((1, 192, 4), np.float32)}, OURS),
-    "window with a decay": ({"window": 7, "decay": np.zeros((1, 192, 4), np.float32)}, ()),
+    "window with a decay": ({"window": 7, "decay": np.zeros((1, 192, 4), np.float32)}, OURS),
     "chunk_size": ({"chunk_size": 64}, OURS),
     "precision": ({"precision": "highest"}, ()),
-    "window of an encoder": ({"window": 7, "causal": False}, ()),
+    "window of an encoder": ({"window": 7, "causal": False}, OURS),
     "no cuDNN": ({}, OURS),
 }
 

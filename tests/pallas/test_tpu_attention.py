@@ -161,6 +161,61 @@ def test_forgetting_attention(interpreter):
     assert_close(got[1], want[1], GRADIENT["float32"], "gradient")
 
 
+# Whether causal, the window, runs of segment numbers (0 is padding) or None, and slots of a cache.
+WINDOWS = {
+    "over a cache": (True, 20, [(3, 9), (0, 4), (1, 28)], 5),
+    "longer than a block": (True, 18, None, 0),
+    "of an encoder": (False, 3, [(3, 9), (0, 4), (1, 28)], 0),
+    "none in an encoder": (False, None, None, 0),
+}
+
+
+def windowed(case, dtype, scale=1):
+    """Softmax attention with sinks over 41 tokens, window, runs and tokens times `scale`.
+
+    Returns:
+      Arguments, keys and values of the cache (or None), and a function of both and of an implementation to the output
+      and all gradients.
+    """
+    causal, window, runs, slots = WINDOWS[case]
+    slots, options = slots * scale, {"causal": causal, "window": window and window * scale}
+    if runs:
+        numbers, counts = zip(*runs, strict=True)
+        options["segment_ids"] = jnp.asarray(np.repeat(numbers, np.array(counts) * scale)[None], jnp.int32)
+    arrays = {name: x for name, x in given(41 * scale, heads=(2, 1), dtype=dtype).items() if name in "qkv"}
+    arrays["sinks"] = jnp.array([-0.5, 0.5])
+    held = None
+    if slots:
+        held = [given(slots, heads=(2, 1), dtype=dtype, seed=4)[name] for name in "kv"]
+
+    def run(arrays, held, implementation, **more):
+        def loss(arrays, held):
+            state = held
+            if held is not None:
+                state = mf.KVCache(*held, valid=jnp.arange(slots)[None] != 2, length=jnp.int32(slots))
+            qkv, sinks = [arrays[name] for name in "qkv"], arrays["sinks"]
+            call = functools.partial(mf.softmax_attention, *qkv, sinks=sinks, initial_state=state, **options, **more)
+            output, _ = call(implementation=implementation)
+            return jnp.sum(jnp.sin(output.astype(sinks.dtype))), output
+
+        (_, output), gradients = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(arrays, held)
+        return jax.tree.map(np.asarray, (output, gradients))
+
+    return arrays, held, run
+
+
+@pytest.mark.parametrize("case", WINDOWS)
+def test_windows_and_encoders(case, interpreter, monkeypatch):
+    """A window and later tokens, in tiles that are partly or wholly out of sight; one block in VMEM."""
+    monkeypatch.setattr(tuning, "RESIDENT", 1)
+    arrays, held, run = windowed(case, "float32")
+    got = run(arrays, held, "pallas", chunk_size=16)
+    with jax.enable_x64(True):
+        want = run(*suite.cast(jax.tree.map(np.asarray, (arrays, held)), "float64"), "recurrent")
+    assert_close(got[0], want[0], FORWARD["float32"], "output")
+    assert_close(got[1], want[1], GRADIENT["float32"], "gradient")
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 2e-2)])
 def test_hard_keys(dtype, tolerance, interpreter, monkeypatch):
     """A linear write with equal or nearly equal keys, in blocks of full size; a power series of A would reach 1e30.
@@ -285,8 +340,7 @@ def test_the_program_calls_the_kernels(implementation):
 
 
 REFUSED = {
-    "a window": (lambda x: mf.softmax_attention(x, x, x, window=3, implementation="pallas"), "no window"),
-    "an encoder": (lambda x: mf.softmax_attention(x, x, x, causal=False, implementation="pallas"), "causal"),
+    "a window": (lambda x: mf.deltaformer(x, x, x, window=3, implementation="pallas"), "no window"),
     "chunk": (lambda x: mf.deltaformer(x, x, x, chunk_size=24, implementation="pallas"), "chunk_size"),
 }
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(
     reason="libtpu, the TPU compiler, is not installed here (extra tpu-compiler): no kernel is compiled",
 )
 
-# Together: odd sizes, shared heads, segments, decay, both dtypes, every write kernel, and every chip.
+# Together: odd sizes, shared heads, segments, windows, decay, both dtypes, every write kernel, and every chip.
 SMALL = {
     "delta odd": ("v5e:2x2", static.CASES["delta odd"]),
     "delta float32": ("v5p:2x2x1", Case("delta_rule", 1, 100, 1, 1, 64, 96, "float32", decay="head")),
@@ -33,8 +33,11 @@ SMALL = {
         Case("deltaformer", 1, 256, 2, 1, 128, 128, segments=2, write="relu", decay="head"),
     ),
     "deltaformer round": ("v6e:2x2", Case("deltaformer", 1, 128, 1, 1, 128, 128, write="round")),
-    "softmax odd": ("v6e:2x2", Case("softmax_attention", 1, 200, 4, 2, 64, 96, segments=2, decay="head")),
-    "softmax float32": ("v5e:2x2", Case("softmax_attention", 1, 256, 1, 1, 128, 128, "float32")),
+    "softmax odd": ("v6e:2x2", Case("softmax_attention", 1, 200, 4, 2, 64, 96, segments=2, window=70, decay="head")),
+    "softmax float32": (
+        "v5e:2x2",
+        Case("softmax_attention", 1, 300, 1, 1, 128, 128, "float32", causal=False, window=9),
+    ),
 }
 
 

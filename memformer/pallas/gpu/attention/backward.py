@@ -31,8 +31,10 @@ from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
 from memformer.pallas.gpu.attention.scalars import (
     column_names,
     column_values,
+    key_mask,
     pack_scalars,
     pair_gap,
+    query_mask,
     row_names,
     row_values,
 )
@@ -144,9 +146,8 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         gs = [refs[f"g_tile{n}"].at[g] for n in parts]
         scores, dweights = products(((refs.q_tile.at[g], transposed(k)),), partial_products(gs, xs))
         column = tiles.column_scalar(config, refs, slot)
-        segments = (row("segment"), column("segment")) if config.segments else (None, None)
         indices = tiles.load_indices(refs, g) if diagonal else None
-        mask = tiles.tile_mask(diagonal, *segments, indices)
+        mask = tiles.tile_mask(config, diagonal, row, column, indices)
 
         def gap():
             return pair_gap(row, column, diagonal=diagonal is not None) if config.decay else None
@@ -199,7 +200,7 @@ def _gradient_parts(config: AttentionConfig, write: bool) -> int:
 
 
 def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple[Array, ...]:
-    """One device's shard; rest: parts of x and g, scalars of queries and of keys, `first`."""
+    """One device's shard; rest: parts of x and g, scalars of queries and of keys, bounds of rows."""
     batch, heads, length = q.shape[:3]
     names, columns, rest = _op_names(config, write) + row_names(config), column_names(config), list(rest)
     parts = _gradient_parts(config, write)
@@ -210,8 +211,7 @@ def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple
         inputs["q_scalars"] = rest.pop(0)
     if columns:
         inputs["k_scalars"] = rest.pop(0)
-    if config.segments:
-        inputs["first"] = rest.pop(0)
+    inputs |= dict(zip(("first", "stop"), rest, strict=False))
     outputs = {"dq": ((batch, heads, length, config.key), jnp.bfloat16)}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(columns))
     widths = {"q_tile": config.key, **{f"g_tile{n}": config.value for n in range(parts)}}
@@ -239,9 +239,12 @@ def _key_extent(config: AttentionConfig, refs: Refs):
     """A program's block of keys; the first tile of queries that sees it, and where they end."""
     j = lax.axis_index("block")
     place = (lax.axis_index("batch_row"), lax.axis_index("head"))
+    if not config.causal:
+        first = refs.first[(*place, j)]
+        return j, first, jnp.maximum(refs.last[(*place, j)], first)
     first = jnp.maximum((j - config.before) * config.warpgroups, 0) if config.own else refs.bound[(*place, 0)]
     stop = jnp.int32(refs.q.shape[2] // TILE)
-    if config.segments:
+    if config.bounded:
         stop = refs.last[(*place, j)]
         # Queries of the block itself are always visited.
         least = jnp.where(j >= config.before, first + config.warpgroups, first) if config.own else first
@@ -322,13 +325,11 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         def gap():
             return pair_gap(row, column, diagonal=diagonal is not None, transposed=True) if config.decay else None
 
-        segments = (row("segment"), column("segment")) if config.segments else (None, None)
-
         def indices():
             return tiles.load_indices(refs, g) if diagonal else None
 
         def mask():
-            return tiles.tile_mask(diagonal, *segments, indices())
+            return tiles.tile_mask(config, diagonal, row, column, indices(), transposed=True)
 
         normalized = config.similarity.normalized
         decay = gap() if normalized or "dx" in refs else None
@@ -387,19 +388,18 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
 
 
 def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...], k, q, x, *rest) -> tuple[Array, ...]:
-    """One device's shard; rest: parts of g, scalars of queries, bound, scalars of keys, `last`."""
+    """One device's shard; rest: parts of g, scalars of queries, bound, scalars of keys, bounds of columns."""
     batch, heads, slots = k.shape[:3]
     names, own_names, rest = _op_names(config, write) + column_names(config), row_names(config), list(rest)
     inputs = {"indices": tiles.index_vectors(), "k": k, "q": q, "x0": x}
     inputs |= {f"g{n}": rest.pop(0) for n in range(config.parts)}
     if names:
         inputs["q_scalars"] = rest.pop(0)
-    if not config.own:
+    if config.causal and not config.own:
         inputs["bound"] = rest.pop(0)
     if own_names:
         inputs["k_scalars"] = rest.pop(0)
-    if config.segments:
-        inputs["last"] = rest.pop(0)
+    inputs |= dict(zip(("last",) if config.causal else ("first", "last"), rest, strict=False))
     shapes = {"dk": (*k.shape[:3], config.key), "dx": (*k.shape[:3], config.value), "ddecay": (*q.shape[:2], slots)}
     outputs = {name: (shapes[name], jnp.float32) for name in wanted}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(names))
@@ -453,12 +453,11 @@ def query_gradients(
     names, columns = _op_names(config, write) + row_names(config), column_names(config)
     rest: tuple[Array, ...] = ()
     if names:
-        rest += (pack_scalars(names, heads, scalars | row_values(mask.query_segment, query)),)
+        rest += (pack_scalars(names, heads, scalars | row_values(query_mask(mask), query)),)
     if columns:
-        values = column_values(mask.key_segment, key)
+        values = column_values(key_mask(mask), key)
         rest += (pack_scalars(columns, heads if config.decay else group, values),)
-    if config.segments:
-        rest += (tiles.first_tiles(config, group, mask),)
+    rest += tuple(tiles.row_bounds(config, k, q, mask).values())
     operands = (k, q, *x[: config.parts], *g[: _gradient_parts(config, write)], *rest)
     results = 1 + write + sums_scores(config)
     return split_batch_and_heads(_query_gradients, (config, write), config.axes, results=results)(*operands)
@@ -481,19 +480,19 @@ def key_gradients(
     Args:
       config, k, q, x, g, mask, decay, scalars: see `query_gradients`.
       wanted: "dk", "dx", and with dk "ddecay", see `sums_scores`.
-      bound: without `config.own`, the first query that counts.
+      bound: where `config.causal` but not `config.own`, the first query that counts.
     """
     write, group, heads = scalars.get("beta") is not None, k.shape[1], q.shape[1]
     query, key = (None, None) if decay is None else decay
     names, own_names = _op_names(config, write) + column_names(config), row_names(config)
     rest: tuple[Array, ...] = ()
     if names:
-        values = scalars | column_values(mask.query_segment, query, transposed=True)
+        values = scalars | column_values(query_mask(mask), query, transposed=True)
         rest += (pack_scalars(names, heads, values),)
-    rest += () if config.own else (tiles.bounds(k, bound),)
+    if config.causal and not config.own:
+        rest += (tiles.bounds(k, bound),)
     if own_names:
-        rest += (pack_scalars(own_names, heads if config.decay else group, row_values(mask.key_segment, key)),)
-    if config.segments:
-        rest += (tiles.last_tiles(config, group, mask),)
+        rest += (pack_scalars(own_names, heads if config.decay else group, row_values(key_mask(mask), key)),)
+    rest += tuple(tiles.column_bounds(config, k, q, mask).values())
     kernel = split_batch_and_heads(_key_gradients, (config, write, wanted), config.axes, results=len(wanted))
     return kernel(k, q, x[0], *g[: config.parts], *rest)

@@ -9,6 +9,7 @@ from memformer.core.types import Array
 from memformer.pallas.config import BaseAttentionConfig
 from memformer.pallas.gpu import tuning
 from memformer.pallas.gpu.checks import check_call
+from memformer.pallas.layout import needs_segments
 
 __all__ = ["TILE", "AttentionConfig", "plan_call"]
 
@@ -41,6 +42,11 @@ class AttentionConfig(BaseAttentionConfig):
         return TILE * self.warpgroups
 
     @property
+    def bounded(self) -> bool:
+        """Whether a block of rows may see fewer columns than all up to its own."""
+        return self.segments or self.window is not None or not self.causal
+
+    @property
     def parts(self) -> int:
         """Bfloat16 arrays whose sum makes up the weights, and the values."""
         return 1 if self.similarity.normalized else 2
@@ -63,12 +69,16 @@ def plan_call(call: AttentionCall, similarity: Kernel, operands: Mapping[str, Ar
     warpgroups = 1 if length <= TILE else 2
     rows = warpgroups * TILE
     spans = -(-length // tuning.span_length(batch * heads))
+    slots = 0 if call.cache is None else call.cache.k.shape[1]
+    slots += 0 if call.causal else length
     return AttentionConfig(
         similarity=similarity,
-        before=0 if call.cache is None else -(-call.cache.k.shape[1] // rows),
-        own=True,
+        before=-(-slots // rows),
+        own=call.causal,
         strict=False,
-        segments=call.mask.query_segment is not None,
+        segments=needs_segments(call, rows),
+        causal=call.causal,
+        window=call.window,
         decay=call.decay is not None,
         warpgroups=warpgroups,
         slots=tuning.SLOTS[1 if similarity.normalized else 2],

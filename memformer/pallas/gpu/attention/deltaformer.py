@@ -47,8 +47,10 @@ from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_ca
 from memformer.pallas.gpu.attention.scalars import (
     column_names,
     column_values,
+    key_mask,
     pack_scalars,
     pair_gap,
+    query_mask,
     row_names,
     row_values,
 )
@@ -125,8 +127,8 @@ class _Program:
     def pairs(self, g, row: Callable[[str], Any], slot, diagonal: str | None) -> tuple[Any, Array | None]:
         """The mask of warpgroup g's rows against a slot, and the decay of each pair."""
         config, column = self.config, functools.partial(self.column, slot)
-        segments = (row("segment"), column("segment")) if config.segments else (None, None)
-        mask = tiles.tile_mask(diagonal, *segments, tiles.load_indices(self.refs, g) if diagonal else None)
+        indices = tiles.load_indices(self.refs, g) if diagonal else None
+        mask = tiles.tile_mask(config, diagonal, row, column, indices, transposed=self.reverse)
         if not config.decay:
             return mask, None
         return mask, pair_gap(row, column, diagonal=diagonal is not None, transposed=self.reverse)
@@ -442,14 +444,14 @@ def _scan_forward(
     """
     heads = k.shape[1]
     query, key = (None, None) if decay is None else decay
-    scalars = {"beta": beta, "earlier": earlier and earlier[1]} | row_values(mask.query_segment, query)
+    scalars = {"beta": beta, "earlier": earlier and earlier[1]} | row_values(query_mask(mask), query)
     rest: tuple[Array, ...] = (earlier[0],) if earlier else ()
     rest += (pack_scalars(_row_names(config, False, bool(earlier)), heads, scalars),)
     columns = _column_names(config, False)
     if columns:
-        rest += (pack_scalars(columns, heads, column_values(mask.key_segment, key)),)
+        rest += (pack_scalars(columns, heads, column_values(key_mask(mask), key)),)
     if config.segments:
-        rest += (tiles.first_tiles(config, heads, mask),)
+        rest += tuple(tiles.row_bounds(config, k, w, mask).values())
     else:
         # Static zeros would do, but the compiler hoists what it derives from them, and has no registers for that.
         rest += (jnp.zeros((*w.shape[:2], w.shape[2] // config.rows), jnp.int32),)
@@ -479,11 +481,11 @@ def _scan_reverse(
     query, key = (None, None) if decay is None else decay
     rest: tuple[Array, ...] = ()
     if rows:
-        rest += (pack_scalars(rows, heads, row_values(mask.key_segment, key)),)
-    columns = scalars | column_values(mask.query_segment, query, transposed=True)
+        rest += (pack_scalars(rows, heads, row_values(key_mask(mask), key)),)
+    columns = scalars | column_values(query_mask(mask), query, transposed=True)
     rest += (pack_scalars(_column_names(config, True), heads, columns),)
     if config.segments:
-        rest += (tiles.last_tiles(config, heads, mask),)
+        rest += tuple(tiles.column_bounds(config, k, w, mask).values())
     return split_batch_and_heads(_write_shard, (config, True, False), config.axes, results=2)(w, k, du, *rest)
 
 

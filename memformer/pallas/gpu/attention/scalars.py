@@ -11,13 +11,23 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.decay import CumulativeDecay
+from memformer.core.mask import Mask
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
 from memformer.pallas.gpu.wgmma import broadcast_rows, load_row
 from memformer.pallas.pair_decay import LOG2E, RADIX, block_scalars, row_scalars
 
-__all__ = ["column_names", "column_values", "pack_scalars", "pair_gap", "row_names", "row_values"]
+__all__ = [
+    "column_names",
+    "column_values",
+    "key_mask",
+    "pack_scalars",
+    "pair_gap",
+    "query_mask",
+    "row_names",
+    "row_values",
+]
 
 ROW_DECAY = ("decay_high", "decay_low", "decay_fraction")
 COLUMN_DECAY = ("anchor_high", "anchor_low", "decay_whole", "decay_fraction", "decay_total")
@@ -25,25 +35,39 @@ COLUMN_DECAY = ("anchor_high", "anchor_low", "decay_whole", "decay_fraction", "d
 
 def row_names(config: AttentionConfig) -> tuple[str, ...]:
     """Names of the scalars of rows in every kernel."""
-    return ("segment",) * config.segments + ROW_DECAY * config.decay
+    return _mask_names(config) + ROW_DECAY * config.decay
 
 
 def column_names(config: AttentionConfig) -> tuple[str, ...]:
     """Names of the scalars of columns in every kernel."""
-    return ("segment",) * config.segments + COLUMN_DECAY * config.decay
+    return _mask_names(config) + COLUMN_DECAY * config.decay
 
 
-def row_values(segment: Array | None, decay: CumulativeDecay | None) -> dict[str, Array | None]:
-    """The scalars by `row_names`, from segments [B, T] and decays [B, heads, T]."""
-    return {"segment": segment} | ({} if decay is None else row_scalars(decay))
+def _mask_names(config: AttentionConfig) -> tuple[str, ...]:
+    return ("segment",) * config.segments + ("rank",) * (config.window is not None)
+
+
+def row_values(masked: dict[str, Array | None], decay: CumulativeDecay | None) -> dict[str, Array | None]:
+    """The scalars by `row_names`, from `query_mask` or `key_mask` and decays [B, heads, T]."""
+    return masked | ({} if decay is None else row_scalars(decay))
 
 
 def column_values(
-    segment: Array | None, decay: CumulativeDecay | None, *, transposed: bool = False
+    masked: dict[str, Array | None], decay: CumulativeDecay | None, *, transposed: bool = False
 ) -> dict[str, Array | None]:
     """The scalars by `column_names`; in transposed tiles columns come after the rows."""
     anchor = jnp.max if transposed else jnp.min
-    return {"segment": segment} | ({} if decay is None else block_scalars(decay, TILE, anchor))
+    return masked | ({} if decay is None else block_scalars(decay, TILE, anchor))
+
+
+def query_mask(mask: Mask) -> dict[str, Array | None]:
+    """Segments and ranks of the queries, [B, T], by name."""
+    return {"segment": mask.query_segment, "rank": mask.query_rank}
+
+
+def key_mask(mask: Mask) -> dict[str, Array | None]:
+    """Segments and ranks of the slots, [B, S], by name."""
+    return {"segment": mask.key_segment, "rank": mask.key_rank}
 
 
 def pack_scalars(names: tuple[str, ...], heads: int, values: dict[str, Any]) -> Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.calls import AttentionCall
-from memformer.core.mask import Mask, join_cache
+from memformer.core.mask import Mask
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
@@ -27,14 +27,16 @@ from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_ca
 from memformer.pallas.gpu.attention.scalars import (
     column_names,
     column_values,
+    key_mask,
     pack_scalars,
     pair_gap,
+    query_mask,
     row_names,
     row_values,
 )
 from memformer.pallas.gpu.attention.tiles import LOW, Refs, Ring, split_values
 from memformer.pallas.gpu.wgmma import broadcast_rows, partial_products, products, shared_block, split_bf16
-from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.layout import block_mask, heads_first, join_slots
 from memformer.pallas.pair_decay import LOG2E, QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads
 
@@ -113,8 +115,7 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
     def tile(t, sums, diagonal=None):
         def of_slot(slot):
             column = tiles.column_scalar(config, refs, slot)
-            segments = (row("segment"), column("segment")) if config.segments else (None, None)
-            mask = tiles.tile_mask(diagonal, *segments)
+            mask = tiles.tile_mask(config, diagonal, row, column)
             return mask, pair_gap(row, column, diagonal=diagonal is not None) if config.decay else None
 
         return add_tile(config, ring, refs, sums, t - first, g, q, of_slot)
@@ -139,11 +140,12 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
 
 
 def _read(config: AttentionConfig, dtype: Any, k, q, *rest) -> tuple[Array, ...]:
-    """One device's shard of `read`; rest: parts of the values, bound, scalars of queries and keys, `first`."""
+    """One device's shard of `read`; rest: parts of the values, bound, scalars of queries and keys, bounds of rows."""
     batch, heads, length = q.shape[:3]
     scalars = row_names(config)
-    names = tuple(f"x{n}" for n in range(config.parts)) + ("bound",) * (not config.own)
-    names += ("q_scalars", "k_scalars") * bool(scalars) + ("first",) * config.segments
+    names = tuple(f"x{n}" for n in range(config.parts)) + ("bound",) * (config.causal and not config.own)
+    names += ("q_scalars", "k_scalars") * bool(scalars)
+    names += ("first",) * config.bounded + ("stop",) * (not config.causal)
     inputs = {"k": k, "q": q, **dict(zip(names, rest, strict=True))}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(column_names(config)))
     scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key)
@@ -189,20 +191,21 @@ def read(
       x: parts of the values, see `tiles.split_values`.
       mask: over whole tiles.
       decay: of query heads, or None.
-      bound: without `config.own`, how many slots the queries see.
+      bound: where `config.causal` but not `config.own`, how many slots the queries see.
 
     Returns:
       The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T], None without a normaliser.
     """
-    operands = (k, q, *x[: config.parts], *(() if config.own else (tiles.bounds(k, bound),)))
+    operands = (k, q, *x[: config.parts])
+    if config.causal and not config.own:
+        operands += (tiles.bounds(k, bound),)
     group, names = k.shape[1], row_names(config)
     if names:
         heads = q.shape[1] if config.decay else group
         query, key = (None, None) if decay is None else decay
-        rows = pack_scalars(names, heads, row_values(mask.query_segment, query))
-        operands += (rows, pack_scalars(column_names(config), heads, column_values(mask.key_segment, key)))
-    if config.segments:
-        operands += (tiles.first_tiles(config, group, mask),)
+        rows = pack_scalars(names, heads, row_values(query_mask(mask), query))
+        operands += (rows, pack_scalars(column_names(config), heads, column_values(key_mask(mask), key)))
+    operands += tuple(tiles.row_bounds(config, k, q, mask).values())
     o, *lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=1 + config.similarity.normalized)(
         *operands
     )
@@ -262,7 +265,7 @@ def attend_with_sinks(
 
 
 def run(call: AttentionCall) -> Float[Array, "B T H V"]:
-    """Runs softmax attention, causal and without a window.
+    """Runs softmax attention.
 
     Returns:
       The output in bfloat16.
@@ -272,7 +275,7 @@ def run(call: AttentionCall) -> Float[Array, "B T H V"]:
     """
     config = plan_call(call, call.read_kernel, {"q": call.q, "k": call.k, "v": call.v})
     length, width = call.v.shape[1], call.v.shape[3]
-    mask = join_cache(call.mask, config.rows)
+    mask = block_mask(call, config.rows)
     cache_k, cache_v = (None, None) if call.cache is None else (call.cache.k, call.cache.values)
     arrays = (
         join_slots(_pad(cache_k, config.key), _pad(call.k, config.key), config.rows),

@@ -30,19 +30,18 @@ from memformer.pallas.gpu.wgmma import iotas, load_column, load_row, products, s
 from memformer.pallas.pair_decay import HIDDEN
 from memformer.pallas.platform import interpreting_for
 
-__all__ = ["LOW", "Refs", "Ring", "accumulate", "attention_weights", "bounds", "call", "column_ring"]
+__all__ = ["LOW", "Refs", "Ring", "accumulate", "attention_weights", "bounds", "call", "column_bounds", "column_ring"]
 __all__ += ["column_scalar", "compute_scores"]
 __all__ += [
     "copy_columns",
     "copy_indices",
     "decay_factor",
-    "first_tiles",
     "index_scratch",
     "index_vectors",
     "interpreter_scratch",
 ]
-__all__ += ["key_head", "last_tiles", "left_operand", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
-__all__ += ["row_extent", "split_values", "store_tile", "tile_mask", "zeros"]
+__all__ += ["key_head", "left_operand", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
+__all__ += ["row_bounds", "row_extent", "split_values", "store_tile", "tile_mask", "zeros"]
 
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
@@ -102,22 +101,40 @@ def compute_scores(config: AttentionConfig, q, k) -> Array:
     return products(((q, transposed(k)),))[0] * config.factor
 
 
-def tile_mask(diagonal: str | None, rows, columns, indices=None):
+def tile_mask(
+    config: AttentionConfig,
+    diagonal: str | None,
+    row: Callable[[str], Any],
+    column: Callable[[str], Any],
+    indices=None,
+    *,
+    transposed: bool = False,
+):
     """The mask [64, 64] of a tile, or None where nothing is masked.
 
     Args:
+      config: sizes.
       diagonal: how column and row compare where the tile crosses the diagonal: "<", "<=", ">" or ">=".
-      rows, columns: refs to the segments of the tile's rows and columns, or None.
+      row, column: functions from a name to the ref of that scalar of the tile's rows or columns.
       indices: row and column index of every entry; None computes them.
+      transposed: whether rows are keys.
     """
     mask = None
     if diagonal is not None:
-        row, column = iotas(TILE) if indices is None else indices
-        mask = {"<": column < row, "<=": column <= row, ">": column > row, ">=": column >= row}[diagonal]
-    if rows is not None:
-        same = load_column(rows, TILE) == load_row(columns, TILE)
+        i, j = iotas(TILE) if indices is None else indices
+        mask = {"<": j < i, "<=": j <= i, ">": j > i, ">=": j >= i}[diagonal]
+    if config.segments:
+        same = load_column(row("segment"), TILE) == load_row(column("segment"), TILE)
         mask = same if mask is None else mask & same
-    return mask
+    if config.window is None:
+        return mask
+    distance = load_column(row("rank"), TILE) - load_row(column("rank"), TILE)
+    if not config.causal:
+        distance = jnp.abs(distance)
+    elif transposed:
+        distance = -distance
+    near = distance < config.window
+    return near if mask is None else mask & near
 
 
 def index_scratch(config: AttentionConfig) -> dict[str, Any]:
@@ -284,8 +301,8 @@ def row_extent(config: AttentionConfig, refs: Refs) -> tuple[Any, Any, Any, Any]
         own = jnp.int32(config.before * config.warpgroups) + i * config.warpgroups
         stop = own + config.warpgroups
     else:
-        own = stop = refs.bound[(*place, 0)]
-    first = jnp.minimum(refs.first[(*place, i)], own) if config.segments else jnp.int32(0)
+        own = stop = refs.bound[(*place, 0)] if config.causal else refs.stop[(*place, i)]
+    first = jnp.minimum(refs.first[(*place, i)], own) if config.bounded else jnp.int32(0)
     return i, first, own, stop
 
 
@@ -407,13 +424,35 @@ def bounds(k: Array, bound) -> Array:
     return jnp.broadcast_to(tiles.reshape(1, 1, 1), (*k.shape[:2], 1))
 
 
-def first_tiles(config: AttentionConfig, heads: int, mask: Mask) -> Array:
-    """[B, heads, N] first tile of columns that each block of rows sees, the number of tiles where it sees none."""
-    found = masks.first_tiles(mask, config.rows, TILE)
-    return jnp.broadcast_to(found[:, None], (found.shape[0], heads, found.shape[1]))
+def row_bounds(config: AttentionConfig, k: Array, q: Array, mask: Mask) -> dict[str, Array]:
+    """By name, [B, G, N]: the first tile of columns that each block of rows sees, without causality also the end."""
+    if not config.bounded:
+        return {}
+    rows, columns = config.rows, k.shape[2] // TILE
+    if config.causal:
+        found = {"first": masks.first_tiles(mask, rows, TILE, config.window)}
+    else:
+        pair = masks.row_bounds(mask, rows, TILE, config.window) or (jnp.int32(0), jnp.int32(columns))
+        found = dict(zip(("first", "stop"), pair, strict=True))
+    return _per_head(found, k, q.shape[2] // rows)
 
 
-def last_tiles(config: AttentionConfig, heads: int, mask: Mask) -> Array:
-    """[B, heads, M] one more than the last tile of rows that sees each block of columns, 0 where none does."""
-    found = masks.last_tiles(mask, TILE, config.rows)
-    return jnp.broadcast_to(found[:, None], (found.shape[0], heads, found.shape[1]))
+def column_bounds(config: AttentionConfig, k: Array, q: Array, mask: Mask) -> dict[str, Array]:
+    """By name, [B, G, M]: one more than the last tile of rows that sees each block of columns, 0 where none does.
+
+    Without causality also the first.
+    """
+    if not config.bounded:
+        return {}
+    columns, rows = config.rows, q.shape[2] // TILE
+    if config.causal:
+        found = {"last": masks.last_tiles(mask, TILE, columns, config.window)}
+    else:
+        pair = masks.column_bounds(mask, TILE, columns, config.window) or (jnp.int32(0), jnp.int32(rows))
+        found = dict(zip(("first", "last"), pair, strict=True))
+    return _per_head(found, k, k.shape[2] // columns)
+
+
+def _per_head(found: dict[str, Array], k: Array, blocks: int) -> dict[str, Array]:
+    batch, heads = k.shape[:2]
+    return {name: jnp.broadcast_to(x[:, None] if x.ndim else x, (batch, heads, blocks)) for name, x in found.items()}

@@ -25,14 +25,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from memformer.core.mask import Mask, last_tiles
+from memformer.core.mask import Mask, column_bounds, last_tiles
 from memformer.core.similarity import similarity_slope
 from memformer.core.types import Array
 from memformer.pallas.pair_decay import QueryKeyDecay, fraction_gradient
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
 from memformer.pallas.tpu.attention.config import AttentionConfig
-from memformer.pallas.tpu.attention.tiles import SCALARS, BlockDecay
+from memformer.pallas.tpu.attention.tiles import SCALARS, BlockDecay, TokenMask
 from memformer.pallas.tpu.interleave import Steps, interleave
 from memformer.pallas.tpu.products import iotas, product
 
@@ -83,27 +83,24 @@ class Gradients(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """A block of rows, loaded for a tile: q [R, K], g [R, V], scalars [1, R], and all of them [8, R]."""
+    """A block of rows, loaded for a tile: q [R, K], g [R, V], some scalars [1, R], and all of them [8, R]."""
 
     q: Array
     g: Array
     lse: Array
     delta: Array
     beta: Array
-    segment: Array
     scalars: Array
 
 
 def _load_rows(config: AttentionConfig, refs: BackwardRefs, i) -> _Rows:
     at = tiles.block_slice(config, i)
     scalars = refs.scalars[0, 0, i]
-    lse, delta, beta, segment = (
-        scalars[place : place + 1] for place in map(SCALARS.index, ("lse", "delta", "beta", "segment"))
-    )
+    lse, delta, beta = (scalars[place : place + 1] for place in map(SCALARS.index, ("lse", "delta", "beta")))
     if refs.delta is not None:
         delta = refs.delta[i][:1]
     g = refs.g[at] if refs.delta is not None else refs.g[0, 0, at]
-    return _Rows(refs.q[0, 0, at], g, lse, delta, beta, segment, scalars)
+    return _Rows(refs.q[0, 0, at], g, lse, delta, beta, scalars)
 
 
 def _tile(
@@ -161,16 +158,16 @@ def _tile(
 def _block(config: AttentionConfig, refs: BackwardRefs, i, diagonal: bool, write: bool, with_dx: bool) -> None:
     """Adds the tiles of the program's columns and of row block i to all gradients."""
     rows = _load_rows(config, refs, i)
-    key = decay = None
-    if config.segments or config.decay:
+    row, column, decay, everything = TokenMask(), TokenMask(), None, slice(0, config.block)
+    if config.scalars:
         keys = refs.key_scalars[0, 0, 0]
         columns = tiles.to_columns(keys)
-        key = columns[:, :1] if config.segments else None
+        row, column = tiles.row_mask(config, rows.scalars), tiles.column_mask(config, columns)
         decay = tiles.block_decay(rows.scalars, keys, columns, own=diagonal) if config.decay else None
     chains = []
     for columns in config.sub_blocks:
-        mask = tiles.diagonal_mask(config, slice(0, config.block), columns, transposed=True) if diagonal else None
-        mask = tiles.mask_segments(mask, *((None, None) if key is None else (rows.segment, key[columns])))
+        mask = tiles.diagonal_mask(config, everything, columns, transposed=True) if diagonal else None
+        mask = tiles.mask_tokens(config, mask, row, column, everything, columns)
         chains.append(_tile(config, refs, rows, columns, mask, decay, write, with_dx))
     parts = interleave(chains)
     ds = jnp.concatenate([part[0] for part in parts], axis=0)
@@ -194,11 +191,12 @@ class _Options:
     solve: Callable | None
 
 
-def _kernel(last_ref, *flat, config: AttentionConfig, options: _Options, row_blocks: int, column_blocks: int, names):
+def _kernel(bounds_ref, *flat, config: AttentionConfig, options: _Options, row_blocks: int, column_blocks: int, names):
     """Loops over the rows that see the program's columns.
 
     Args:
-      last_ref: [B, M] one more than the last block of rows that sees a block of columns.
+      bounds_ref: [B, M] one more than the last block of rows that sees a block of columns; without causality
+        [B, 2 M], the first such blocks before them.
       *flat: references by `names`.
       config: sizes.
       options: of the kernel.
@@ -229,8 +227,12 @@ def _kernel(last_ref, *flat, config: AttentionConfig, options: _Options, row_blo
         _block(config, refs, i, False, options.write, True)
         return carry
 
-    first = jnp.maximum(j - config.before + 1, 0) if config.own else 0
-    lax.fori_loop(first, jnp.minimum(last_ref[pl.program_id(0), j], row_blocks), row, 0)
+    first, last = 0, j
+    if config.own:
+        first = jnp.maximum(j - config.before + 1, 0)
+    elif not config.causal:
+        first, last = bounds_ref[pl.program_id(0), j], column_blocks + j
+    lax.fori_loop(first, jnp.minimum(bounds_ref[pl.program_id(0), last], row_blocks), row, 0)
 
     if config.own:
 
@@ -245,7 +247,7 @@ def _kernel(last_ref, *flat, config: AttentionConfig, options: _Options, row_blo
         refs.key_decay[0, 0, 0] = -tiles.to_row(refs.decay_sums[...])[:1]
 
 
-def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, last, *rest):
+def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, bounds, *rest):
     """One device's shard: g is dO or dP [B, H, T, V], or v where the kernel solves; rest: key scalars, dU."""
     batch, groups, slots, key = k.shape
     heads, length = q.shape[1:3]
@@ -266,7 +268,7 @@ def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, l
         "x": (x, column((size, value), repeat)),
         "scalars": (scalars, whole(row_blocks, 8, size)),
     }
-    if config.segments or config.decay:
+    if config.scalars:
         # Decays are of query heads.
         inputs["key_scalars"] = (rest.pop(0), column((1, 8, size), 1 if config.decay else repeat))
     if options.solve is None:
@@ -314,7 +316,18 @@ def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, l
         out_shape=[shape for shape, _ in outputs.values()],
         compiler_params=tiles.compiler_params(3),
         name=f"memformer_{'write' if options.solve else 'attention'}_backward",
-    )(last[:, 0], *arrays)
+    )(bounds[:, 0], *arrays)
+
+
+def _column_bounds(config: AttentionConfig, k: Array, row_blocks: int, mask: Mask) -> Array:
+    """The bounds that `_kernel` takes."""
+    size, columns = config.block, (k.shape[0], k.shape[2] // config.block)
+    if config.causal:
+        found = last_tiles(mask, size, size, config.window)
+        return jnp.broadcast_to(jnp.int32(row_blocks) if found is None else found, columns)
+    pair = column_bounds(mask, size, size, config.window)
+    pair = (jnp.int32(0), jnp.int32(row_blocks)) if pair is None else pair
+    return jnp.concatenate([jnp.broadcast_to(x, columns) for x in pair], axis=1)
 
 
 def attention_backward(
@@ -346,23 +359,20 @@ def attention_backward(
     """
     config = config.backward
     heads, groups = q.shape[1], k.shape[1]
-    column_blocks, row_blocks = k.shape[2] // config.block, q.shape[2] // config.block
-    last = jnp.full((k.shape[0], column_blocks), row_blocks, jnp.int32)
     rest: tuple[Array, ...] = ()
     query, key = (None, None) if decay is None else decay
-    rows = tiles.pack_rows(config, heads, query, segment=mask.query_segment if config.segments else None, **scalars)
-    if config.segments:
-        last = last_tiles(mask, config.block, config.block)
-    if config.segments or config.decay:
-        key_segment = mask.key_segment if config.segments else None
-        rest = (tiles.pack_keys(config, heads if config.decay else groups, key_segment, key),)
+    rows = tiles.pack_rows(config, heads, query, **tiles.mask_scalars(config, mask, "query"), **scalars)
+    if config.scalars:
+        names = tiles.mask_scalars(config, mask, "key")
+        rest = (tiles.pack_keys(config, heads if config.decay else groups, decay=key, **names),)
     if du is not None:
         rest += (du,)
-    last = jnp.broadcast_to(last[:, None], (last.shape[0], groups, column_blocks))
+    bounds = _column_bounds(config, k, q.shape[2] // config.block, mask)
+    bounds = jnp.broadcast_to(bounds[:, None], (k.shape[0], groups, bounds.shape[1]))
     write = scalars.get("beta") is not None
     results = 3 + write + 2 * config.decay
     call = split_batch_and_heads(_backward, (config, _Options(write, solve)), config.axes, results=results)
-    dk, dq, dx, *more = call(k, q, x, g, rows, last, *rest)
+    dk, dq, dx, *more = call(k, q, x, g, rows, bounds, *rest)
     dk, dx = (y.reshape(*k.shape[:2], -1, *y.shape[2:]).sum(2) if heads != groups else y for y in (dk, dx))
     more = [y.reshape(*y.shape[:2], -1) for y in more]
     dbeta = more.pop(0) if write else None

@@ -6,6 +6,7 @@ from memformer.core.calls import AttentionCall
 from memformer.core.similarity import Kernel
 from memformer.pallas.checks import unsupported
 from memformer.pallas.config import BaseAttentionConfig
+from memformer.pallas.layout import needs_segments
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.checks import check_tpu
 from memformer.pallas.tpu.products import PASSES
@@ -35,6 +36,11 @@ class AttentionConfig(BaseAttentionConfig):
     resident: int
     passes: int
     sinks: bool = False
+
+    @property
+    def scalars(self) -> bool:
+        """Whether queries and slots have scalars in softmax attention."""
+        return self.segments or self.decay or self.window is not None
 
     @property
     def backward(self) -> "AttentionConfig":
@@ -74,12 +80,15 @@ def plan_call(call: AttentionCall, similarity: Kernel) -> AttentionConfig:
     except ValueError as error:
         raise unsupported(call.op, f"has no blocks for this call: {error}") from None
     slots = 0 if call.cache is None else call.cache.k.shape[1]
+    slots += 0 if call.causal else length
     return AttentionConfig(
         similarity=similarity,
         before=-(-slots // sizes.block),
-        own=True,
+        own=call.causal,
         strict=False,
-        segments=call.mask.key_segment is not None,
+        segments=needs_segments(call, sizes.block),
+        causal=call.causal,
+        window=call.window,
         passes=passes,
         decay=call.decay is not None,
         **sizes._asdict(),

@@ -208,12 +208,14 @@ def _kernel(first_ref, *flat, config: AttentionConfig, names: tuple[str, ...], c
         _start_sums(config, head)
 
     def block(j, carry):
-        row_segment, key_segment, everything = None, None, slice(0, config.block)
+        row = column = tiles.TokenMask()
         if config.segments:
-            row_segment, key_segment = heads[0].scalar("segment", everything), heads[0].key_segment(j, everything)
+            everything = slice(0, config.block)
+            row = tiles.TokenMask(heads[0].scalar("segment", everything))
+            column = tiles.TokenMask(heads[0].key_segment(j, everything))
         decays = [head.decay(j, own=False) if config.decay else None for head in heads]
         operands = [(head.sums, head.w, head.k, head.past_u, decay) for head, decay in zip(heads, decays, strict=True)]
-        tiles.add_block(config, operands, j, row_segment, key_segment)
+        tiles.add_block(config, operands, j, row, column)
         return carry
 
     lax.fori_loop(first_ref[pl.program_id(0), i], i, block, 0)

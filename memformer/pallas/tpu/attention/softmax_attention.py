@@ -19,28 +19,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.calls import AttentionCall
-from memformer.core.mask import Mask, first_tiles, join_cache
+from memformer.core.mask import Mask, first_tiles, row_bounds
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
-from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.layout import block_mask, heads_first, join_slots
 from memformer.pallas.pair_decay import LOG2E, QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.attention import tiles
 from memformer.pallas.tpu.attention.backward import attention_backward
 from memformer.pallas.tpu.attention.config import AttentionConfig, plan_call
-from memformer.pallas.tpu.attention.tiles import SumRefs
+from memformer.pallas.tpu.attention.tiles import SumRefs, TokenMask
 from memformer.pallas.tpu.interleave import interleave
 
 __all__ = ["attend_with_sinks", "output_dtype", "read", "run", "score_operand", "value_operand"]
 
 
-def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, parts: int):
-    scalars = config.segments or config.decay
-    rows, keys = (refs[0][0, 0, 0], refs[1]) if scalars else (None, None)
-    o_ref, lse_ref, *sums = refs[2 * scalars :]
+def _kernel(bounds_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, parts: int):
+    rows, keys = (refs[0][0, 0, 0], refs[1]) if config.scalars else (None, None)
+    o_ref, lse_ref, *sums = refs[2 * config.scalars :]
     sums = SumRefs(*sums)
     i, part = pl.program_id(2), pl.program_id(3)
-    segment = rows[:1] if config.segments else None
+    row = tiles.row_mask(config, rows) if config.scalars else TokenMask()
 
     @pl.when(part == 0)
     def _():
@@ -49,33 +48,34 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, part
     q, k, x = q_ref.at[0, 0], k_ref.at[0, 0], x_ref.at[0, 0]
 
     def of_keys(j, own):
-        """Segments of a block of slots, [R, 1], and its decay."""
-        if not scalars:
-            return None, None
+        """Segments and ranks of a block of slots, and its decay."""
+        if not config.scalars:
+            return TokenMask(), None
         columns = tiles.to_columns(keys[0, 0, j])
         decay = tiles.block_decay(rows, keys[0, 0, j], columns, own=own) if config.decay else None
-        return columns[:, :1] if config.segments else None, decay
+        return tiles.column_mask(config, columns), decay
 
     def block(j, carry):
-        key, decay = of_keys(j, False)
-        tiles.add_block(config, [(sums, q, k, x, decay)], j, segment, key)
+        column, decay = of_keys(j, False)
+        tiles.add_block(config, [(sums, q, k, x, decay)], j, row, column)
         return carry
 
     start = part * config.resident
     before = config.before + i if config.own else config.before
-    first = jnp.maximum(first_ref[pl.program_id(0), i], start)
-    lax.fori_loop(first - start, jnp.minimum(before, start + config.resident) - start, block, 0)
+    first = jnp.maximum(bounds_ref[pl.program_id(0), i], start)
+    stop = before if config.causal else bounds_ref[pl.program_id(0), pl.num_programs(2) + i]
+    lax.fori_loop(first - start, jnp.minimum(stop, start + config.resident) - start, block, 0)
 
     if config.own:
 
         @pl.when(part == before // config.resident)
         def _():
             j = before - start
-            (key, decay), chains = of_keys(j, True), []
+            (column, decay), chains = of_keys(j, True), []
             for own in config.sub_blocks:
                 prefix = slice(0, own.stop)
                 mask = tiles.diagonal_mask(config, own, prefix, transposed=True)
-                mask = tiles.mask_segments(mask, *((None,) * 2 if key is None else (segment[:, own], key[prefix])))
+                mask = tiles.mask_tokens(config, mask, row, column, own, prefix)
                 columns = tiles.block_slice(config, j, 0, own.stop)
                 gap = None if decay is None else functools.partial(decay.gap, own, prefix)
                 chains.append(tiles.add_tile(config, sums, own, q, k, x, columns, mask, gap))
@@ -92,7 +92,7 @@ def _kernel(first_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, part
         lse_ref[0, 0, 0] = lse
 
 
-def _read(config: AttentionConfig, dtype: Any, k, q, x, first, *scalars):
+def _read(config: AttentionConfig, dtype: Any, k, q, x, bounds, *scalars):
     """One device's shard of `read`; scalars: of queries and of keys, where there are any."""
     batch, groups, slots, key = k.shape
     heads, length = q.shape[1:3]
@@ -134,7 +134,7 @@ def _read(config: AttentionConfig, dtype: Any, k, q, x, first, *scalars):
         ],
         compiler_params=tiles.compiler_params(4),
         name="memformer_attention_forward",
-    )(first[:, 0], k, q, x, *scalars)
+    )(bounds[:, 0], k, q, x, *scalars)
 
 
 def read(
@@ -155,20 +155,29 @@ def read(
       The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T].
     """
     groups = k.shape[1]
-    first = jnp.zeros((q.shape[0], q.shape[2] // config.block), jnp.int32)
     scalars: tuple[Array, ...] = ()
-    if config.segments:
-        first = first_tiles(mask, config.block, config.block)
-    if config.segments or config.decay:
+    if config.scalars:
         heads = q.shape[1] if config.decay else groups
         query, key = (None, None) if decay is None else decay
         scalars = (
-            tiles.pack_rows(config, heads, query, segment=mask.query_segment if config.segments else None),
-            tiles.pack_keys(config, heads, mask.key_segment if config.segments else None, key),
+            tiles.pack_rows(config, heads, query, **tiles.mask_scalars(config, mask, "query")),
+            tiles.pack_keys(config, heads, decay=key, **tiles.mask_scalars(config, mask, "key")),
         )
-    first = jnp.broadcast_to(first[:, None], (first.shape[0], groups, first.shape[1]))
-    o, lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=2)(k, q, x, first, *scalars)
+    bounds = _row_bounds(config, q, mask)
+    bounds = jnp.broadcast_to(bounds[:, None], (q.shape[0], groups, bounds.shape[1]))
+    o, lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=2)(k, q, x, bounds, *scalars)
     return o, lse.reshape(q.shape[:3])
+
+
+def _row_bounds(config: AttentionConfig, q: Array, mask: Mask) -> Array:
+    """The first block of slots that each block of rows sees, [B, N]; without causality also the end, [B, 2 N]."""
+    size, rows = config.block, (q.shape[0], q.shape[2] // config.block)
+    if config.causal:
+        found = first_tiles(mask, size, size, config.window)
+        return jnp.broadcast_to(jnp.int32(0) if found is None else found, rows)
+    found = row_bounds(mask, size, size, config.window)
+    pair = (jnp.int32(0), jnp.int32(config.before)) if found is None else found
+    return jnp.concatenate([jnp.broadcast_to(x, rows) for x in pair], axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -236,9 +245,12 @@ def _gradients(
         rows = slice(start, min(start + span, length))
         slots = config.before * config.block + (rows.stop if config.own else 0)
         before = config.before + start // config.block if config.own else config.before
-        part_mask = mask
-        if config.segments:
-            part_mask = Mask(query_segment=mask.query_segment[:, rows], key_segment=mask.key_segment[:, :slots])
+        part_mask = Mask(
+            query_segment=_part(mask.query_segment, rows),
+            key_segment=_part(mask.key_segment, slice(slots)),
+            query_rank=_part(mask.query_rank, rows),
+            key_rank=_part(mask.key_rank, slice(slots)),
+        )
         scalars = {"lse": lse[:, :, rows], "delta": None if delta is None else delta[:, :, rows]}
         part = attention_backward(
             dataclasses.replace(config, before=before),
@@ -258,8 +270,12 @@ def _gradients(
     return dk, dq, dx, None if decay is None else fraction_gradient(query_decay, key_decay)
 
 
+def _part(x: Array | None, tokens: slice) -> Array | None:
+    return None if x is None else x[:, tokens]
+
+
 def run(call: AttentionCall) -> Float[Array, "B T H V"]:
-    """Runs softmax attention, causal and without a window.
+    """Runs softmax attention.
 
     Returns:
       The output, bfloat16 where v is and products have one pass, else float32.
@@ -268,7 +284,7 @@ def run(call: AttentionCall) -> Float[Array, "B T H V"]:
       NotImplementedError: no TPU; float64; a chunk size that no kernel has.
     """
     config = plan_call(call, call.read_kernel)
-    mask = join_cache(call.mask, config.block)
+    mask = block_mask(call, config.block)
     cache_k, cache_v = (None, None) if call.cache is None else (call.cache.k, call.cache.values)
     arrays = (
         join_slots(cache_k, score_operand(config, call.k), config.block),

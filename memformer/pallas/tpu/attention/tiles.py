@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.decay import CumulativeDecay
+from memformer.core.mask import Mask
 from memformer.core.similarity import similarity
 from memformer.core.types import Array
 from memformer.pallas.pair_decay import HIDDEN, LOG2E, RADIX, block_scalars, row_scalars
@@ -33,36 +34,63 @@ __all__ = [
     "SCALARS",
     "BlockDecay",
     "SumRefs",
+    "TokenMask",
     "add_block",
     "add_tile",
     "attention_weights",
     "block_decay",
     "block_slice",
     "clear_sums",
+    "column_mask",
     "compiler_params",
     "decay_factor",
     "decay_scores",
     "diagonal_mask",
     "logsumexp",
+    "mask_scalars",
     "mask_segments",
+    "mask_tokens",
     "own_gap",
     "pack_keys",
     "pack_rows",
     "rescale",
     "row_decay",
+    "row_mask",
     "sums_scratch",
     "to_columns",
     "to_row",
 ]
 
 # segment         number of the row's segment
+# rank            of the token, for a window; it has the place of alpha, which softmax attention does not have
 # lse, delta      of the row's scores; in the forward write lse is over the slots before the span
 # anchor_*, decay_*  see pallas/pair_decay.py
 # the others are what their names say.
 SCALARS = ("segment", "alpha", "beta", "lse", "delta", "decay_high", "decay_low", "decay_fraction")
-KEY_SCALARS = ("segment", "anchor_high", "anchor_low", "decay_whole", "decay_fraction", "decay_total")
+KEY_SCALARS = ("segment", "anchor_high", "anchor_low", "decay_whole", "decay_fraction", "decay_total", "rank")
+RANK = SCALARS.index("alpha")
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
+
+
+class TokenMask(NamedTuple):
+    """Segments and ranks of a block of rows [1, R] or of columns [R, 1]; None where they mask nothing."""
+
+    segment: Array | None = None
+    rank: Array | None = None
+
+
+def row_mask(config: AttentionConfig, rows: Array) -> TokenMask:
+    """Of a block of rows of softmax attention, from their scalars [8, R]."""
+    return TokenMask(rows[:1] if config.segments else None, None if config.window is None else rows[RANK : RANK + 1])
+
+
+def column_mask(config: AttentionConfig, columns: Array) -> TokenMask:
+    """Of a block of slots, from their scalars as columns [R, 8]."""
+    rank = KEY_SCALARS.index("rank")
+    return TokenMask(
+        columns[:, :1] if config.segments else None, None if config.window is None else columns[:, rank : rank + 1]
+    )
 
 
 class BlockDecay(NamedTuple):
@@ -217,8 +245,8 @@ def add_block(
     config: AttentionConfig,
     heads: Sequence[tuple[SumRefs, Any, Any, Any, BlockDecay | None]],
     j,
-    row_segment: Array | None,
-    column_segment: Array | None,
+    row: TokenMask,
+    column: TokenMask,
 ) -> None:
     """Adds block j of columns, which lies before the rows, to the sums of one head or of two.
 
@@ -226,21 +254,18 @@ def add_block(
       config: sizes.
       heads: for each head the sums of its block of rows, references q, k and x as in `add_tile`, and the decay.
       j: which block of k and x.
-      row_segment: segments of the rows, [1, R], or None.
-      column_segment: segments of the columns, [R, 1].
+      row: what masks the rows.
+      column: what masks the columns.
     """
     tiles = []
     height, width = config.tile[len(heads) - 1]
     for left in range(0, config.block, width):
         for top in range(0, config.block, height):
-            rows = slice(top, top + height)
-            mask = None
-            if row_segment is not None:
-                mask = row_segment[:, rows] == column_segment[left : left + width]
+            rows, columns = slice(top, top + height), slice(left, left + width)
+            mask = mask_tokens(config, None, row, column, rows, columns)
             at = block_slice(config, j, left, width)
             tile = []
             for sums, q, k, x, decay in heads:
-                columns = slice(left, left + width)
                 gap = None if decay is None else functools.partial(decay.gap, rows, columns)
                 tile.append(add_tile(config, sums, rows, q, k, x, at, mask, gap))
             tiles.append(interleave_groups(tile, len(tile)))
@@ -285,6 +310,27 @@ def mask_segments(mask, row: Array | None, column: Array | None):
     return same if mask is None else mask & same
 
 
+def mask_scalars(config: AttentionConfig, mask: Mask, side: str) -> dict[str, Array | None]:
+    """Segments and ranks of the queries ("query") or of the slots ("key"), [B, T] by name; None where not needed."""
+    queries = side == "query"
+    segment = mask.query_segment if queries else mask.key_segment
+    rank = mask.query_rank if queries else mask.key_rank
+    return {"segment": segment if config.segments else None, "rank": None if config.window is None else rank}
+
+
+def mask_tokens(config: AttentionConfig, mask, row: TokenMask, column: TokenMask, rows: slice, columns: slice):
+    """Restricts `mask` [columns, rows] (or None) to pairs of one segment within the window."""
+    if row.segment is not None and column.segment is not None:
+        mask = mask_segments(mask, row.segment[:, rows], column.segment[columns])
+    if row.rank is None or column.rank is None or config.window is None:
+        return mask
+    distance = row.rank[:, rows] - column.rank[columns]
+    near = distance < config.window
+    if not config.causal:
+        near &= distance > -config.window
+    return near if mask is None else mask & near
+
+
 def to_columns(rows: Array) -> Array:
     """Scalars [8, R] as columns [R, 8]."""
     return rows.T
@@ -311,16 +357,19 @@ def pack_rows(
       config: sizes.
       heads: H or G.
       decay: of the rows, [B, heads, T].
-      **scalars: names of `SCALARS`.
+      **scalars: names of `SCALARS`, or rank.
     """
     if decay is not None:
         scalars |= row_scalars(decay)
-    return _pack(config, SCALARS, heads, scalars)
+    rank = scalars.pop("rank", None)
+    return _pack(config, SCALARS, heads, scalars if rank is None else scalars | {SCALARS[RANK]: rank})
 
 
-def pack_keys(config: AttentionConfig, heads: int, segment: Array | None, decay: CumulativeDecay | None) -> Array:
+def pack_keys(
+    config: AttentionConfig, heads: int, segment: Array | None, decay: CumulativeDecay | None, rank: Array | None = None
+) -> Array:
     """The same for slots, by `KEY_SCALARS`."""
-    scalars = {"segment": segment}
+    scalars = {"segment": segment, "rank": rank}
     if decay is not None:
         scalars |= block_scalars(decay, config.block)
     return _pack(config, KEY_SCALARS, heads, scalars)
