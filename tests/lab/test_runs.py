@@ -16,10 +16,20 @@ from memformer.lab.runs import (
     train_runs,
     trained_table,
 )
+from memformer.training import build
 from memformer.training.config import RunError
 from memformer.training.metrics import read_records
+from tests.training.small import build_counting
 
 pytestmark = pytest.mark.usefixtures("programs_kept", "no_curves")
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch):
+    """A model that compiles fast: what is tested is the same for any."""
+    monkeypatch.setattr(build, "build_model", build_counting)
+
+
 BASE = {
     "task": {"name": "swap", "objects": 3, "length": 4},
     "model": {"memory": "softmax_attention", "width": 8, "heads": 1, "feedforward": None},

@@ -9,22 +9,23 @@ from memformer.training.config import default_config
 
 
 class Counting(nnx.Module):
-    """A model that compiles fast: the mean of the inputs so far, through one hidden layer."""
+    """A model that compiles fast: the mean of the inputs so far (ids or features), through one hidden layer."""
 
-    def __init__(self, width, vocab_size, num_classes, rngs):
-        self.table = nnx.Param(jax.random.normal(rngs.params(), (vocab_size, width)))
+    def __init__(self, width, vocab_size, num_classes, rngs, features=0):
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (features or vocab_size, width)))
         self.hidden = nnx.Linear(width, width, rngs=rngs)
         self.head = nnx.Linear(width, num_classes, rngs=rngs)
 
     def __call__(self, inputs, *, segment_ids=None, positions=None, state=None):
-        x = jnp.cumsum(jnp.take(self.table[...], inputs, axis=0), axis=1)
+        read = inputs @ self.table[...] if inputs.ndim == 3 else jnp.take(self.table[...], inputs, axis=0)
+        x = jnp.cumsum(read, axis=1)
         x = x / (positions[..., None].astype(jnp.float32) + 1.0)
         return ModelOutput(self.head(nnx.relu(self.hidden(x))), None, {})
 
 
 def build_counting(config, *, vocab_size, num_classes, features, rngs):
     """Replaces `build_model`."""
-    return Counting(config["width"], vocab_size, num_classes, rngs)
+    return Counting(config["width"], vocab_size, num_classes, rngs, features)
 
 
 def small_config(memory="linear_attention", **changed):
