@@ -2,7 +2,7 @@
 
 from benchmarks.cases import Case
 
-__all__ = ["chunk_flops", "chunk_traffic", "floor", "tile_flops", "tile_traffic"]
+__all__ = ["chunk_flops", "chunk_traffic", "decode_traffic", "floor", "tile_flops", "tile_traffic"]
 
 
 def floor(case: Case, gradient: bool) -> tuple[float, float]:
@@ -64,6 +64,19 @@ def chunk_traffic(case: Case, chunk: int, backward: bool) -> tuple[float, float]
     # The backward pass also reads the output's gradient, and writes those of q, k and v.
     least = case.itemsize * (passes * 2 * shared * K + (3 * V if backward else 2 * V))
     return chunk * (least + passes * scalars + state), chunk * least
+
+
+def decode_traffic(case: Case) -> tuple[float, float]:
+    """Bytes that the TPU kernel for a few tokens moves per head, and those of reading and writing the state once.
+
+    The rows of a token are in float32: q, k and a decay per channel; v, the output, beta and a decay per head.
+    """
+    delta = case.op != "linear_attention"
+    keys = case.length * (2 + (case.decay == "channel"))
+    values = case.length * (1 + delta + (case.decay == "head"))
+    rows = -(-keys // 8) * 8 * case.key + (-(-values // 8) * 8 + case.length) * case.value
+    state = 2 * 4 * case.key * case.value
+    return float(state + 4 * rows), float(state)
 
 
 def tile_flops(case: Case, rows: int, part: str, backward: bool) -> int:

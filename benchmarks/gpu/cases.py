@@ -64,6 +64,14 @@ SHIPPED = (
         for width in (64, 128)
         for segments in (2, 0)
     ),
+    # Few tokens: one kernel, without a gradient of its own.
+    *(
+        Case(op, 64, length, 32, 16, width, width, decay=decay)
+        for op in ("delta_rule", "linear_attention")
+        for length in (1, 8)
+        for width in (64, 128)
+        for decay in ("head", "channel")
+    ),
     # Several spans of a write (pallas/gpu/attention/deltaformer.py), one span, and less than two tiles.
     *(
         Case("deltaformer", 1, length, 2, 1, width, width, write=write, segments=segments)

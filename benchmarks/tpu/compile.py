@@ -29,7 +29,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks.cases import Case
 from benchmarks.tpu.schedule import scoped_memory
-from benchmarks.tpu.static import TOPOLOGIES, compile_case, make_mesh, prepare_compiler
+from benchmarks.tpu.static import TOPOLOGIES, compile_case, decodes, make_mesh, prepare_compiler
 
 __all__ = ["OUT", "ROWS", "kernels"]
 
@@ -83,7 +83,9 @@ ROWS = _rows()
 
 
 def kernels(case: Case) -> list[str]:
-    """Names of the kernels of a case, forward and backward."""
+    """Names of the kernels of a case, forward and backward; of the one that decodes a few tokens."""
+    if decodes(case):
+        return [f"memformer_{case.op}_decode"]
     own = "channel_" if case.decay == "channel" else ""
     parts = PARTS.get(case.op, (case.op,))
     return [f"memformer_{own}{part}_{way}" for part in parts for way in ("forward", "backward")]

@@ -47,11 +47,12 @@ from benchmarks import floor
 from benchmarks.cases import Case
 from benchmarks.tpu.schedule import Loop, loops, scoped_memory
 from memformer.core.calls import MatrixCall
+from memformer.pallas.decoding import MOST_TOKENS
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.checks import check_tpu
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
 
-__all__ = ["CASES", "compile_case", "make_mesh", "prepare_compiler"]
+__all__ = ["CASES", "compile_case", "decodes", "make_mesh", "prepare_compiler"]
 
 # FLOPs per cycle of one core, and the clock in GHz that makes them the 197, 459, 918 and 2307 TFLOP/s per chip of
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; v5p and tpu7x have two cores. No data sheet gives a clock: FLOPs
@@ -83,6 +84,10 @@ CASES = {
     "linear channel": Case("linear_attention", 1, 8192, 16, 16, 128, 128, decay="channel"),
     "linear odd": Case("linear_attention", 1, 1000, 3, 3, 64, 96, decay="head", segments=2),
     "linear float32": Case("linear_attention", 1, 8192, 16, 16, 128, 128, "float32", decay="head"),
+    "delta decode": Case("delta_rule", 64, 1, 32, 16, 128, 128, decay="head"),
+    "delta decode 8": Case("delta_rule", 64, 8, 32, 16, 128, 128, decay="head"),
+    "delta channel decode": Case("delta_rule", 64, 1, 32, 32, 128, 128, decay="channel"),
+    "linear decode": Case("linear_attention", 64, 1, 32, 32, 128, 128, decay="head"),
     "deltaformer": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="softmax"),
     "deltaformer linear": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="linear"),
     "deltaformer wide": Case("deltaformer", 1, 4096, 4, 4, 256, 256, write="softmax"),
@@ -105,7 +110,11 @@ def prepare_compiler(dumps: pathlib.Path | None = None) -> None:
 
 
 def gradient(case: Case):
-    """A function of the arrays of `specs`: value and gradients of every argument, through output and state."""
+    """A function of the arrays of `specs`: value and gradients of every argument, through output and state.
+
+    For a few tokens of a matrix memory, which have no kernel of a gradient: output and state, from a state to start
+    from, the last of the arrays.
+    """
     names = list(case.shapes)
 
     def run(*arrays):
@@ -120,7 +129,18 @@ def gradient(case: Case):
 
         return jax.value_and_grad(loss)(dict(zip(names, arrays, strict=False)))
 
-    return run
+    def decode(*arrays):
+        *arrays, state = arrays
+        ids = arrays[len(names)] if case.segments else None
+        call = functools.partial(getattr(mf, case.op), segment_ids=ids, implementation="pallas")
+        return call(**dict(zip(names, arrays, strict=False)), initial_state=state)
+
+    return decode if decodes(case) else run
+
+
+def decodes(case: Case) -> bool:
+    """Whether a case is a few tokens of a matrix memory."""
+    return case.length <= MOST_TOKENS and not case.is_attention
 
 
 def specs(case: Case) -> list[jax.ShapeDtypeStruct]:
@@ -129,7 +149,9 @@ def specs(case: Case) -> list[jax.ShapeDtypeStruct]:
         jax.ShapeDtypeStruct(shape, case.dtype if name in "qkvw" else jnp.float32)
         for name, shape in case.shapes.items()
     ]
-    return found + [jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)] * bool(case.segments)
+    found += [jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)] * bool(case.segments)
+    state = jax.ShapeDtypeStruct((case.batch, case.heads, case.key, case.value), jnp.float32)
+    return found + [state] * decodes(case)
 
 
 @functools.cache
@@ -153,10 +175,13 @@ def compile_case(case: Case, topology: str, split: tuple[int, int] = (1, 1)):
     arguments = []
     for x in specs(case):
         spec = PartitionSpec("data", None, "tensor") if len(x.shape) > 2 else PartitionSpec("data")
+        if decodes(case) and len(arguments) == len(specs(case)) - 1:
+            spec = PartitionSpec("data", "tensor")
         arguments.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)))
     # The library reads the chip from the mesh.
     with jax.set_mesh(mesh):
-        return jax.jit(gradient(case)).lower(*arguments).compile()
+        donated = len(arguments) - 1 if decodes(case) else ()
+        return jax.jit(gradient(case), donate_argnums=donated).lower(*arguments).compile()
 
 
 def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]]:
@@ -172,6 +197,8 @@ def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]
         return [
             _attention_row(name, topology, text, loop) for kernel in found for loop in kernel if loop.depth in PARTS
         ]
+    if decodes(case):
+        return [_decode_row(name, topology, text, max(kernel, key=lambda loop: loop.depth)) for kernel in found]
     config = scan_config(case, topology)
     rows = []
     for loop, *_ in found:
@@ -181,6 +208,19 @@ def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]
         more = _compare(topology, text, loop, heads, flops, floor.chunk_traffic(case, chunk, backward))
         rows.append(_row(name, topology, loop, heads) | {"chunk": chunk, "heads": heads} | more)
     return rows
+
+
+def _decode_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, Any]:
+    """Row of a kernel for a few tokens, whose inner loop takes the value columns of one or two heads."""
+    case, chip = CASES[name], topology.split(":")[0]
+    heads = 2
+    moved = floor.decode_traffic(case)
+    return _row(name, topology, loop, heads) | {
+        "vmem": round(scoped_memory(text, loop.kernel) / 2**20, 1),
+        "hbm": round(moved[0] / 2**10, 1),
+        "moved": round(moved[0] / BANDWIDTH[chip] * CLOCK[chip]),
+        "bytes": round(moved[0] / moved[1], 2),
+    }
 
 
 def _attention_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, Any]:

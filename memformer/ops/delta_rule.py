@@ -5,14 +5,13 @@ import jax
 from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
-from memformer.ops.matrix_memory import chunked, context, recurrent
+from memformer.ops.matrix_memory import chunked, context, decoding, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
-from memformer.pallas import matrix_memory as pallas
 from memformer.pallas.platform import preferred
 
 __all__ = ["delta_rule"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": pallas.run}
+IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": decoding.run}
 
 
 @keep_shardings
@@ -87,5 +86,6 @@ def delta_rule(
         chunk_size=chunk_size,
         precision=precision,
     )
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1]), context.run)
+    prefer = preferred(call.q.shape[1], decodes=True)
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
     return output.astype(call.v.dtype), state

@@ -6,14 +6,13 @@ import jax.numpy as jnp
 from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
-from memformer.ops.matrix_memory import chunked, context, recurrent
+from memformer.ops.matrix_memory import chunked, context, decoding, recurrent
 from memformer.ops.matrix_memory.arguments import make_call
-from memformer.pallas import matrix_memory as pallas
 from memformer.pallas.platform import preferred
 
 __all__ = ["linear_attention"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": pallas.run}
+IMPLEMENTATIONS = {"recurrent": recurrent.run, "chunked": chunked.run, "pallas": decoding.run}
 
 
 @keep_shardings
@@ -81,7 +80,8 @@ def linear_attention(
         precision=precision,
         normalize=normalize,
     )
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1]), context.run)
+    prefer = preferred(call.q.shape[1], decodes=True)
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
     if normalize:
         # At padding this would be 0 / 0; the output there is 0.
         total = output[..., -1:]

@@ -11,7 +11,7 @@ from memformer.pallas.checks import check_matrix_call
 from memformer.pallas.platform import chip
 from memformer.pallas.sharding import key_head_repeats
 
-__all__ = ["run"]
+__all__ = ["decode", "run"]
 
 
 def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
@@ -36,11 +36,31 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
         from memformer.pallas.tpu.matrix_memory.linear_attention import run as kernels
     else:
         from memformer.pallas.tpu.matrix_memory.delta_rule import run as kernels
-    repeats = key_head_repeats(call.q.shape[2], call.v.shape[2])
-    q, k, w = (x if x is None else repeat_heads(x, repeats) for x in (call.q, call.k, call.w))
-    call = dataclasses.replace(call, q=q, k=k, w=w)
+    call = _repeat_key_heads(call, key_head_repeats(call.q.shape[2], call.v.shape[2]))
     output, state = kernels(_one_write_per_token(call))
     return output[:, call.writes - 1 :: call.writes], state
+
+
+def decode(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Runs a few tokens of a matrix memory by the kernel of the chip that this trace is for, as `run`; no derivative.
+
+    Returns:
+      The output and the state, in float32.
+
+    Raises:
+      NotImplementedError: as `run`.
+    """
+    check_matrix_call(call, chip())
+    if chip() == "gpu":
+        from memformer.pallas.gpu.matrix_memory.decoding import run as kernel
+    else:
+        from memformer.pallas.tpu.matrix_memory.decoding import run as kernel
+    return kernel(_repeat_key_heads(call, key_head_repeats(call.q.shape[2], call.v.shape[2])))
+
+
+def _repeat_key_heads(call: MatrixCall, repeats: int) -> MatrixCall:
+    q, k, w = (x if x is None else repeat_heads(x, repeats) for x in (call.q, call.k, call.w))
+    return dataclasses.replace(call, q=q, k=k, w=w)
 
 
 def _one_write_per_token(call: MatrixCall) -> MatrixCall:

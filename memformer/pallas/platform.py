@@ -75,24 +75,27 @@ def is_hopper() -> bool:
     return jax.devices()[0].compute_capability == "9.0"
 
 
-def preferred(tokens: int, few: int = 4, library: str | None = None) -> tuple[str, ...]:
+def preferred(tokens: int, few: int = 4, library: str | None = None, decodes: bool = False) -> tuple[str, ...]:
     """Implementations in the order in which `implementation=None` tries them.
 
     Kernels come first on a TPU and on an sm_90 GPU if there is one device or a mesh is set (jax.set_mesh): the
-    compiler cannot partition a kernel by itself. For a few tokens the recurrence comes first everywhere.
+    compiler cannot partition a kernel by itself. For a few tokens the recurrence comes before all but kernels for
+    decoding.
 
     Args:
       tokens: T of the call.
       few: largest T for which the recurrence comes first.
       library: implementation by another library that comes before our kernels on an sm_90 GPU.
+      decodes: whether the op has kernels for a few tokens.
     """
     if is_symbolic(tokens):
         return ("chunked", "recurrent")
-    if tokens <= few:
-        return ("recurrent", "chunked")
+    kernels: tuple[str, ...] = ()
     if jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty:
         if _backend() == "tpu":
-            return ("pallas", "chunked", "recurrent")
-        if is_hopper():
-            return (*(() if library is None else (library,)), "pallas", "chunked", "recurrent")
-    return ("chunked", "recurrent")
+            kernels = ("pallas",)
+        elif is_hopper():
+            kernels = ("pallas",) if library is None else (library, "pallas")
+    if tokens <= few:
+        return (*(kernels[-1:] if decodes else ()), "recurrent", "chunked")
+    return (*kernels, "chunked", "recurrent")

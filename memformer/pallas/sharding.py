@@ -90,6 +90,7 @@ def split_batch_and_heads(
     *,
     results: int | Sequence[int],
     operands: Sequence[int] | None = None,
+    check_vma: bool = True,
 ) -> Callable[..., Sequence[Array]]:
     """`function(*static, *arrays)` for sharded arrays and under vmap: each device runs it on its own shard.
 
@@ -99,6 +100,7 @@ def split_batch_and_heads(
       axes: of the mesh, from the call's configuration.
       results: head axis of each result, or how many results there are if it is axis 1 of all.
       operands: head axis of each array; None is axis 1 of all.
+      check_vma: whether arrays have types inside the shard_map, see `jax.shard_map`.
     """
     if isinstance(results, int):
         results = (1,) * results
@@ -116,7 +118,8 @@ def split_batch_and_heads(
         sizes = arrays[0].shape[0], arrays[0].shape[heads[0]]
         parts = [dividing(names, size) for names, size in zip(axes, sizes, strict=True)]
         in_specs, out_specs = (tuple(_spec(*parts, axis) for axis in group) for group in (heads, results))
-        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, axis_names=set(free))(*arrays)
+        options: dict[str, Any] = {"axis_names": set(free), "check_vma": check_vma}
+        return jax.shard_map(local, in_specs=in_specs, out_specs=out_specs, **options)(*arrays)
 
     @per_device.def_vmap
     def _(size, batched, *arrays):

@@ -170,7 +170,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_refusals_say_why(why):
     dtype, options, message = REFUSED[why]
-    x = jnp.zeros((1, 8, 2, 4), dtype)
+    x = jnp.zeros((1, 16, 2, 4), dtype)
     for op in (
         lambda **kind: mf.delta_rule(x, x, x, x[..., 0], **kind),
         lambda **kind: mf.linear_attention(x, x, x, **kind),
@@ -184,7 +184,7 @@ def test_refusals_say_why(why):
 
 @pytest.mark.parametrize("name", ["w", "alpha", "decay"])
 def test_default_runs_the_channel_kernels(name):
-    x = jnp.zeros((1, 8, 2, 4), "bfloat16")
+    x = jnp.zeros((1, 16, 2, 4), "bfloat16")
     given = x[..., 0] if name == "alpha" else x
 
     def loss(given):
@@ -198,7 +198,7 @@ def test_default_runs_the_channel_kernels(name):
 
 @pytest.mark.parametrize("kind", ["NVIDIA A100-SXM4-80GB", "NVIDIA B200"])
 def test_other_gpus_take_the_chunked_form(kind):
-    x = jnp.zeros((1, 8, 2, 4), jnp.bfloat16)
+    x = jnp.zeros((1, 16, 2, 4), jnp.bfloat16)
     mesh = AbstractMesh((1,), ("one",), abstract_device=AbstractDevice(kind, 1, "cuda"))
     with jax.sharding.use_abstract_mesh(mesh):
         with pytest.raises(NotImplementedError, match="needs an sm_90 GPU"):

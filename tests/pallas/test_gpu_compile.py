@@ -7,6 +7,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from benchmarks.cases import Case
 from benchmarks.gpu import static
+from memformer.pallas.decoding import MOST_TOKENS
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None or static.find_ptxas() is None,
@@ -21,6 +22,7 @@ CASES = [
     Case("deltaformer", 1, 2048, 2, 1, decay="head", segments=2),
     Case("delta_rule", 1, 256, 2, 1, decay="channel", segments=2),
     Case("linear_attention", 1, 256, 2, 1, decay="channel", segments=2),
+    Case("delta_rule", 64, 8, 4, 2, decay="channel", segments=2),
 ]
 
 # Beginnings of the names of an op's own kernels.
@@ -44,6 +46,8 @@ def test_no_spill_no_serialized_product(case, rows):
     names = KERNELS[case.op]
     if case.decay == "channel":
         names = tuple(f"{case.op}_channel_{name}" for name in CHANNEL[case.op])
+    if case.length <= MOST_TOKENS:
+        names = (f"{case.op}_decode",)
     for name in names:
         assert any(row["kernel"].startswith(f"memformer_{name}") for row in of), name
 

@@ -106,8 +106,8 @@ def test_more_batch_rows_than_65535():
         assert launch_grid(wide, names) == turned
     with pytest.raises(NotImplementedError, match="got 70000 batch rows, 3 heads, 70000 blocks"):
         launch_grid((70_000, 3, 70_000), names)
-    x = jax.ShapeDtypeStruct((70_000, 8, 1, 4), jnp.bfloat16)
-    part = jax.ShapeDtypeStruct((700, 100, 8, 1, 4), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((70_000, 16, 1, 4), jnp.bfloat16)
+    part = jax.ShapeDtypeStruct((700, 100, 16, 1, 4), jnp.bfloat16)
     for op in (mf.linear_attention, mf.softmax_attention):
         with jax.sharding.use_abstract_mesh(H200):
             for x_, axes in ((x, 0), (part, 1)):

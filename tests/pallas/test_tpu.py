@@ -281,7 +281,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_refusals_say_why(why):
     options, message = REFUSED[why]
-    x = jnp.zeros((1, 8, 2, 4))
+    x = jnp.zeros((1, 16, 2, 4))
     options = {name: jnp.asarray(v, "float32") if name == "initial_state" else v for name, v in options.items()}
     for op in (
         lambda **kind: mf.delta_rule(x, x, x, x[..., 0], **kind),

@@ -21,6 +21,11 @@ SMALL = {
     "delta product": ("v5p:2x2x1", Case("delta_product", 1, 100, 1, 1, 64, 64, decay="head", steps=2)),
     "delta channel": ("v6e:2x2", Case("delta_rule", 1, 100, 2, 1, 64, 96, decay="channel", segments=2)),
     "linear channel": ("v5e:2x2", Case("linear_attention", 1, 256, 1, 1, 128, 128, "float32", decay="channel")),
+    "delta decode": ("tpu7x:2x2x1", Case("delta_rule", 4, 1, 4, 2, 128, 128, decay="channel")),
+    "product decode": (
+        "v5e:2x2",
+        Case("delta_product", 3, 3, 2, 2, 64, 96, "float32", decay="head", steps=2, segments=2),
+    ),
     "linear odd": ("tpu7x:2x2x1", static.CASES["linear odd"]),
     "linear float32": ("v5e:2x2", Case("linear_attention", 1, 256, 2, 1, 128, 128, "float32")),
     "deltaformer odd": ("v5e:2x2", Case("deltaformer", 1, 200, 3, 3, 64, 96, write="softmax")),

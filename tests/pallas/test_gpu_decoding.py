@@ -1,0 +1,101 @@
+"""Kernels for a few tokens of a matrix memory on GPU in Pallas' interpreter, against the recurrence in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
+
+import memformer as mf
+from memformer.models import MemoryLM, from_preset
+from memformer.pallas.gpu.matrix_memory import decoding
+from tests.numeric import assert_close
+from tests.pallas.test_gpu import H200, interpreter, interprets
+from tests.pallas.test_gpu_edges import shard_maps
+from tests.pallas.test_tpu_decoding import IDS, arguments, cast, compare
+
+__all__ = ["interpreter"]
+
+CASES = {
+    "product": (mf.delta_product, {"groups": 3, "writes": 2, "decay": "head", "value": 64}, "float32", True),
+    "erase": (mf.delta_rule, {"decay": "channel", "erase": True, "value": 32}, "bfloat16", True),
+    "linear": (mf.linear_attention, {"beta": False, "decay": "channel", "tokens": 1, "value": 32}, "bfloat16", False),
+    "equal keys": (mf.delta_rule, {"tokens": 8, "value": 32, "equal": True}, "bfloat16", False),
+}
+
+
+@interprets
+@pytest.mark.parametrize("name", CASES)
+def test_against_recurrence(name, interpreter):  # noqa: F811
+    """Shared heads, several writes, packed sequences, decays of -inf, equal keys."""
+    op, kind, dtype, packed = CASES[name]
+    compare(op, arguments(np.random.default_rng(3), **kind), dtype, 2e-6, IDS if packed else None)
+
+
+@interprets
+def test_mapped(interpreter):  # noqa: F811
+    """vmap folds its axis into the batch."""
+    arrays = cast(arguments(np.random.default_rng(6), tokens=1, value=32, heads=1), "float32")
+    mapped = jax.vmap(lambda v: mf.delta_rule(**arrays | {"v": v}, implementation="pallas")[0])
+    got = mapped(jnp.stack([arrays["v"], 2 * arrays["v"]]))[1]
+    assert_close(got, mf.delta_rule(**arrays | {"v": 2 * arrays["v"]}, implementation="recurrent")[0], 1e-6)
+
+
+def test_blocks_of_columns():
+    """As wide as the registers allow, narrower where few heads would leave SMs without work."""
+    assert decoding._block_columns(2048, 128, 128) == 128
+    assert decoding._block_columns(2048, 256, 256) == 64
+    assert decoding._block_columns(2048, 64, 96) == 96
+    assert decoding._block_columns(16, 128, 128) == 32
+    assert decoding._block_columns(40, 128, 128) == 32
+    assert decoding._block_columns(80, 128, 128) == 64
+
+
+@pytest.mark.parametrize("memory", ["gated_delta_rule", "gla"])
+def test_generation_takes_them(memory):
+    """By default: a step of a model calls one kernel per layer, and no loop."""
+    config = from_preset("tiny", memory=memory, width=128, heads=2)
+    model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(model)
+
+    def step(parameters, token, state):
+        output = nnx.merge(graph, parameters)(token, state=state)
+        return output.logits, output.state
+
+    arrays = parameters, jnp.zeros((2, 1), jnp.int32), model.init_state(2, 16)
+    with jax.sharding.use_abstract_mesh(H200):
+        text = str(jax.make_jaxpr(step)(*arrays))
+    op = "linear_attention" if memory == "gla" else "delta_rule"
+    assert text.count(f"name=memformer_{op}_decode") == config.depth and "while" not in text
+
+
+def test_explicit_mesh():
+    """Every device decodes its own rows and heads."""
+    device = AbstractDevice("NVIDIA H200", 1, "cuda")
+    mesh = AbstractMesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device)
+    place = NamedSharding(mesh, PartitionSpec("x", None, "y"))
+    shapes = {"q": (4, 1, 2, 64), "k": (4, 1, 2, 64), "v": (4, 1, 4, 64), "beta": (4, 1, 4)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, "bfloat16", sharding=place) for name, shape in shapes.items()}
+    start = jax.ShapeDtypeStruct((4, 4, 64, 64), "float32", sharding=NamedSharding(mesh, PartitionSpec("x", "y")))
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(lambda arrays, start: mf.delta_rule(**arrays, initial_state=start))(arrays, start)
+    (found,) = shard_maps(program.jaxpr)
+    assert [aval.sharding.spec[:3] for aval in program.out_avals] == [("x", None, "y"), ("x", "y", None)]
+    assert str(found.params["in_specs"][-1]).count("x") == 1 and "memformer_delta_rule_decode" in str(program)
+
+
+REFUSED = {
+    "widths": ((1, 1, 2, 8), "float32", "value channels in multiples of 32"),
+    "float64": ((1, 1, 2, 32), "float64", "has no float64"),
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_refusals_say_why(why):
+    shape, dtype, message = REFUSED[why]
+    with jax.enable_x64(dtype == "float64"), jax.sharding.use_abstract_mesh(H200):
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        with pytest.raises(NotImplementedError, match=message):
+            jax.eval_shape(lambda x: mf.linear_attention(x, x, x, implementation="pallas"), x)
+        assert "mpmd_map" not in str(jax.make_jaxpr(lambda x: mf.linear_attention(x, x, x))(x))

@@ -1,0 +1,179 @@
+"""Kernels for a few tokens of a matrix memory on TPU in Pallas' interpreter, against the recurrence in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import memformer as mf
+from memformer.models import MemoryLM, from_preset
+from memformer.pallas.tpu.matrix_memory import decoding
+from tests.numeric import assert_close
+from tests.ops.test_ops import cast
+from tests.pallas.test_tpu import TPU
+
+BATCH, TOKENS = 3, 3
+
+# Starts in a row, padding, and a sequence that starts in front.
+IDS = np.array([[1, 1, 2], [0, 1, 1], [1, 0, 3]], np.int32)
+
+
+def arguments(
+    rng, *, key=8, value=4, heads=3, groups=1, writes=None, decay="", erase=False, beta=True, tokens=TOKENS, equal=False
+):
+    """Arrays of a call; some decays forget everything. With `equal`, one key and strength 2."""
+
+    def unit(*shape):
+        x = rng.standard_normal(shape)
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    time = (BATCH, tokens)
+    written = time if writes is None else (*time, writes)
+    arrays = {
+        "q": rng.standard_normal((*time, groups, key)),
+        "k": unit(*written, groups, key),
+        "v": rng.standard_normal((*written, heads, value)),
+    }
+    if beta:
+        arrays["beta"] = rng.uniform(0.0, 2.0, (*written, heads))
+    if erase:
+        arrays |= {"w": unit(*written, groups, key), "alpha": rng.uniform(0.0, 1.0, (*written, heads))}
+    if equal:
+        arrays["k"] = np.broadcast_to(arrays["k"][:, :1], arrays["k"].shape)
+        arrays["beta"] = np.full_like(arrays["beta"], 2.0)
+    if decay:
+        arrays["decay"] = -rng.uniform(0.0, 2.0, (*time, heads, *([key] if decay == "channel" else [])))
+        arrays["decay"][1, -1, 0] = -np.inf
+    return arrays
+
+
+def compare(op, arrays, dtype, tolerance, ids=None, implementation="pallas", state=None):
+    """A call with a state to start from against the recurrence; numbers per head are in float32."""
+    arrays = {name: cast(x, "float32" if name in ("beta", "alpha", "decay") else dtype) for name, x in arrays.items()}
+    heads, value = arrays["v"].shape[-2:]
+    start = np.random.default_rng(1).standard_normal((BATCH, heads, arrays["q"].shape[-1], value))
+    state = cast(start, "float32") if state is None else state
+    run = jax.jit(functools.partial(op, segment_ids=ids, implementation=implementation))
+    got = run(**arrays, initial_state=state)
+    with jax.enable_x64(True):
+        exact = cast(jax.tree.map(lambda x: np.asarray(x, np.float64), (arrays, state)), "float64")
+        want = op(**exact[0], segment_ids=ids, initial_state=exact[1], implementation="recurrent")
+        want = jax.tree.map(np.asarray, want)
+    assert got[0].dtype == jnp.dtype(dtype) and got[1].dtype == jnp.float32
+    # An output in bfloat16 is rounded once; the state is not.
+    assert_close(got[0], want[0], max(tolerance, 3e-3 if dtype == "bfloat16" else 0), "output")
+    assert_close(got[1], want[1], tolerance, "state")
+
+
+CASES = {
+    "product": (mf.delta_product, {"groups": 3, "writes": 2, "decay": "head"}, "float32", True),
+    "erase": (mf.delta_rule, {"decay": "channel", "erase": True}, "bfloat16", True),
+    "linear": (mf.linear_attention, {"beta": False, "decay": "channel", "tokens": 1}, "bfloat16", False),
+    "equal keys": (mf.delta_rule, {"tokens": 8, "value": 130, "equal": True}, "bfloat16", False),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_recurrence(name, interpreter, monkeypatch):
+    """Shared heads, several writes, packed sequences, decays of -inf; three blocks of heads.
+
+    One key in all tokens, at strength 2, is where rounded products lose most.
+    """
+    op, kind, dtype, packed = CASES[name]
+    monkeypatch.setattr(decoding, "BLOCKS", 2)
+    compare(op, arguments(np.random.default_rng(3), **kind), dtype, 2e-6, IDS if packed else None)
+
+
+def test_infinity_stays_in_its_sequence(interpreter):
+    """Infinity that a sequence leaves in the state never reaches the next one of a packed row."""
+    arrays = cast(arguments(np.random.default_rng(5), decay="head"), "float32")
+    state = np.full((BATCH, 3, 8, 4), np.inf, np.float32)
+    run = functools.partial(mf.delta_rule, segment_ids=IDS[:1].repeat(BATCH, 0), implementation="pallas")
+    run = jax.jit(run)
+    output, end = run(**arrays, initial_state=state)
+    _, want = run(**arrays, initial_state=np.zeros_like(state))
+    assert not np.isfinite(output[:, 0]).any()
+    np.testing.assert_array_equal(end, want)
+
+
+def test_derivatives_are_those_of_the_recurrence(interpreter):
+    """First and second ones, under vmap too; forward mode is refused by a name that has it."""
+    arrays = cast(arguments(np.random.default_rng(6), decay="head", tokens=2), "float32")
+
+    def loss(arrays, implementation):
+        output, state = mf.delta_rule(**arrays, implementation=implementation)
+        return jnp.sum(jnp.sin(output)) + jnp.sum(state * state)
+
+    def slope(arrays, implementation):
+        gradient = jax.grad(lambda arrays: jnp.vdot(jax.grad(loss)(arrays, implementation)["v"], arrays["v"]))
+        return jax.grad(loss)(arrays, implementation), gradient(arrays)["q"]
+
+    arrays["decay"] = jnp.maximum(arrays["decay"], -5.0)
+    got, want = (jax.jit(functools.partial(slope, implementation=name))(arrays) for name in ("pallas", "recurrent"))
+    assert_close(got, want, 1e-6)
+    mapped = jax.jit(jax.vmap(lambda v: mf.delta_rule(**arrays | {"v": v}, implementation="pallas")[0]))
+    v = np.asarray(arrays["v"])
+    got = np.asarray(mapped(np.stack([v, 2 * v])))
+    assert_close(got[1], mf.delta_rule(**arrays | {"v": 2 * v}, implementation="recurrent")[0], 1e-6)
+    with pytest.raises(NotImplementedError, match="implementation='chunked' or 'recurrent' has it"):
+        jax.jvp(lambda v: loss(arrays | {"v": v}, "pallas"), (arrays["v"],), (arrays["v"],))
+
+
+def test_explicit_mesh(interpreter):
+    """Every device decodes its own rows and heads; nothing is gathered."""
+    mesh = jax.make_mesh((2, 2), ("rows", "columns"), (AxisType.Explicit,) * 2, devices=jax.devices()[:4])
+    rng = np.random.default_rng(8)
+    shapes = {"q": (2, 1, 2, 8), "k": (2, 1, 2, 8), "v": (2, 1, 4, 4), "beta": (2, 1, 4)}
+    arrays = {name: jnp.asarray(rng.uniform(0.0, 0.5, shape), "float32") for name, shape in shapes.items()}
+    state = jnp.asarray(rng.standard_normal((2, 4, 8, 4)), "float32")
+    want = mf.delta_rule(**arrays, initial_state=state, implementation="recurrent")
+    places = dict.fromkeys(arrays, NamedSharding(mesh, PartitionSpec("rows", None, "columns")))
+    sharded = jax.device_put(arrays, places)
+    start = jax.device_put(state, NamedSharding(mesh, PartitionSpec("rows", "columns")))
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda arrays, state: mf.delta_rule(**arrays, initial_state=state, implementation="pallas"))
+        compiled = run.lower(sharded, start).compile()
+        got = compiled(sharded, start)
+    assert_close(got, want, 1e-6)
+    assert got[1].sharding.is_equivalent_to(start.sharding, 4)
+    assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
+
+
+@pytest.mark.parametrize("memory", ["kda", "linear_attention"])
+def test_generation_takes_them(memory):
+    """By default, and in place: a step of a model calls one kernel per layer."""
+    config = from_preset("tiny", memory=memory)
+    model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(model)
+
+    def step(parameters, token, state):
+        output = nnx.merge(graph, parameters)(token, state=state)
+        return output.logits, output.state
+
+    arrays = parameters, jnp.zeros((2, 1), jnp.int32), model.init_state(2, 16)
+    with jax.sharding.use_abstract_mesh(TPU):
+        text = str(jax.make_jaxpr(step)(*arrays))
+    op = "linear_attention" if memory == "linear_attention" else "delta_rule"
+    assert text.count(f"name=memformer_{op}_decode") == config.depth
+    assert "input_output_aliases=((2, 1),)" in text and "while" not in text
+
+
+def test_others_take_the_recurrence():
+    """Calls that no kernel serves: more writes than it unrolls, and a state per document."""
+    x, scalar = jnp.ones((1, 4, 2, 8)), jnp.ones((1, 4, 2))
+    wide, many = (jnp.broadcast_to(x[:, :, None], (1, 4, 9, *x.shape[2:])) for x in (x, scalar))
+    calls = {
+        "at most 32 writes": lambda **kind: mf.delta_product(x, wide, wide, many, **kind),
+        "one initial_state per row": functools.partial(
+            mf.delta_rule, x, x, x, scalar, initial_state=jnp.zeros((1, 2, 2, 8, 8))
+        ),
+    }
+    for message, call in calls.items():
+        with jax.sharding.use_abstract_mesh(TPU):
+            with pytest.raises(NotImplementedError, match=message):
+                jax.eval_shape(lambda call=call: call(implementation="pallas"))
+            assert "pallas_call" not in str(jax.make_jaxpr(call)())
