@@ -4,6 +4,7 @@ Each check is a test that runs alone: `pytest tests/test_style.py::test_lint`, `
 """
 
 import ast
+import functools
 import pathlib
 import re
 import subprocess
@@ -32,11 +33,17 @@ def test_types():
     assert run_tool("mypy", "--no-incremental") == ""
 
 
+@functools.cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    """All nodes of a file, which several checks read."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
 def size_faults(source: str, kernel: bool) -> list[str]:
     """Files and functions that are too long, one line each."""
     lines, longest = (700, 120) if kernel else (400, 70)
     found = [f"{source.count(chr(10))} lines, at most {lines}"] if source.count("\n") > lines else []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = node.end_lineno - node.body[0].end_lineno if ast.get_docstring(node) else 0
             length = length or node.end_lineno - node.lineno + 1
@@ -48,7 +55,7 @@ def size_faults(source: str, kernel: bool) -> list[str]:
 def error_faults(source: str) -> list[str]:
     """Asserts, prints, silenced NaNs and handlers that catch everything, one line each."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Assert):
             found.append(f"{node.lineno}: assert; a caller's mistake is a ValueError")
         elif isinstance(node, ast.ExceptHandler) and (node.type is None or ast.unparse(node.type) == "Exception"):
@@ -104,7 +111,7 @@ RENAMED_MODULES = {
 
 def identifiers(source: str):
     """Yields (line, name) of every name that the code binds or reads."""
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         line = getattr(node, "lineno", 0)
         if isinstance(node, ast.Name):
             yield line, node.id
@@ -128,7 +135,7 @@ def doubled_classes(sources: dict[str, str]) -> list[str]:
     """Class names that two modules define: two things under one word. The same module of both chips may share one."""
     places: dict[str, set[str]] = {}
     for file, source in sources.items():
-        for node in ast.walk(ast.parse(source)):
+        for node in nodes(source):
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, set()).add(file.replace("/gpu/", "/tpu/"))
     return [f"{name}: {', '.join(sorted(files))}" for name, files in places.items() if len(files) > 1]
@@ -172,7 +179,7 @@ def prose_faults(text: str) -> list[str]:
 def docstring_faults(source: str) -> list[str]:
     """Docstrings that open with a clause instead of a verb or noun phrase, one line each."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = (ast.get_docstring(node) or "-").split()[0].strip(",;:")
             if first in ("What", "Where", "How", "Who", "Whom", "That", "Which"):
