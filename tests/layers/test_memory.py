@@ -71,7 +71,7 @@ def test_decoding_with_a_fixed_buffer_equals_the_whole_sequence(spec):
     layer, parameters, call = built(spec)
     x, want = inputs()[:2], whole(spec)[0][:2]
     assert want.shape == x.shape
-    state = layer.init_state(2, TIME)
+    state = layer.init_state(2, CAPACITY)
     before = call._cache_size()
     got = []
     for t in range(TIME):
@@ -81,6 +81,8 @@ def test_decoding_with_a_fixed_buffer_equals_the_whole_sequence(spec):
     assert call._cache_size() == before + 1
 
 
+# Of the buffers of caches: as many slots as the packed call and two tokens after it need.
+CAPACITY = 13
 # Left padding, a gap inside a segment, segments side by side, padding at the end; four tokens each.
 PACKED = np.array([[0, 5, 5, 0, 5, 5, 3, 3, 3, 3, 0], [2, 2, 2, 2, 0, 0, 6, 0, 6, 6, 6]])
 PIECES = [(0, 5), (0, 3), (1, 2), (1, 6)]
@@ -88,18 +90,24 @@ PIECES = [(0, 5), (0, 3), (1, 2), (1, 6)]
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_packed_equals_unpacked(spec):
-    """The returned state is that of the last segment; both rows continue from it, without segments."""
-    _, parameters, call = built(spec)
+    """The returned state is that of the last segment; both rows continue from it, without segments.
+
+    They continue token by token, in the program of `test_decoding_with_a_fixed_buffer_equals_the_whole_sequence`.
+    """
+    layer, parameters, call = built(spec)
     want = whole(spec)[0]
     x = inputs(2, PACKED.shape[1], seed=3)
     places = [np.flatnonzero(PACKED[row] == segment) for row, segment in PIECES]
     for alone, (row, _), place in zip(inputs(), PIECES, places, strict=True):
         x[row, place] = alone[:4]
-    packed, state = call(parameters, x, PACKED)
-    after, _ = call(parameters, inputs()[[1, 3], 4:], None, state)
+    packed, state = call(parameters, x, PACKED, layer.init_state(2, CAPACITY))
+    after = []
+    for t in range(4, TIME):
+        y, state = call(parameters, inputs()[[1, 3], t : t + 1], None, state)
+        after.append(y)
     got = np.stack([np.asarray(packed)[row, place] for (row, _), place in zip(PIECES, places, strict=True)])
     assert_close(got, want[:, :4], FORWARD["float32"])
-    assert_close(after, want[[1, 3], 4:], FORWARD["float32"])
+    assert_close(np.concatenate(after, axis=1), want[[1, 3], 4:], FORWARD["float32"])
 
 
 @pytest.mark.parametrize("spec", SPECS)
