@@ -138,7 +138,8 @@ def check_number(name: str, value: Any, *, above: float | None = None, at_least:
       ...
       ValueError: rate must be a finite number above 0, got 0
     """
-    scalar = value.item() if isinstance(value, np.generic | jax.Array) and value.ndim == 0 else value
+    known = isinstance(value, np.generic | jax.Array) and not isinstance(value, jax.core.Tracer)
+    scalar = value.item() if known and value.ndim == 0 else value
     number = isinstance(scalar, numbers.Real) and not isinstance(scalar, bool) and math.isfinite(scalar)
     bounds = [] if above is None else [f" above {above}"]
     bounds += [] if at_least is None else [f" of at least {at_least}"]

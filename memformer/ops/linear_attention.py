@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from memformer.core.checks import check_choice
 from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
@@ -66,6 +67,7 @@ def linear_attention(
       >>> linear_attention(x, x, x, normalize=True)[0][0, :, 0, 0]
       Array([1., 1., 1.], dtype=float32)
     """
+    check_choice("normalize", normalize, (True, False))
     call = make_call(
         "linear_attention",
         q,
@@ -79,6 +81,7 @@ def linear_attention(
         chunk_size=chunk_size,
         precision=precision,
         normalize=normalize,
+        erases=False,
     )
     prefer = preferred(call.q.shape[1], decodes=True)
     output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)

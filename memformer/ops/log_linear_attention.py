@@ -16,7 +16,7 @@ from memformer.core.sharding import keep_shardings, vary_like
 from memformer.core.symbolic import padding_to
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.ops.matrix_memory.arguments import make_call
-from memformer.ops.matrix_memory.chunked import default_chunk
+from memformer.ops.matrix_memory.chunked import tokens_per_chunk
 from memformer.ops.matrix_memory.chunks import by_time, load_chunks, refuse_kernel, resets, split_chunks, unsplit_chunks
 from memformer.pallas.platform import preferred
 
@@ -124,6 +124,7 @@ def log_linear_attention(
         initial_state=None,
         chunk_size=chunk_size,
         precision=precision,
+        erases=False,
     )
     refuse_sharded_time(call.op, dims["T"])
     levels, length = _start(initial_state, dims, call.state)
@@ -209,7 +210,7 @@ def _run_chunked(call: LogLinearCall) -> tuple[Array, Array]:
     token, follows from the positions. The backward pass recomputes a chunk from the levels at its start.
     """
     tokens, levels = call.q.shape[1], call.state.shape[2]
-    size = call.chunk_size or default_chunk(call)
+    size = tokens_per_chunk(call)
     chunks = load_chunks(call, size)
 
     def product(a, b):

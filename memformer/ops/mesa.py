@@ -15,7 +15,7 @@ from memformer.core.sharding import keep_shardings, vary_like
 from memformer.core.symbolic import padding_to
 from memformer.core.types import Array, Dims, Float, Int
 from memformer.ops.matrix_memory.arguments import make_call
-from memformer.ops.matrix_memory.chunked import default_chunk
+from memformer.ops.matrix_memory.chunked import tokens_per_chunk
 from memformer.ops.matrix_memory.chunks import by_time, load_chunks, refuse_kernel, resets, split_chunks, unsplit_chunks
 from memformer.pallas.platform import preferred
 
@@ -216,7 +216,7 @@ def _run_recurrent(call: MesaCall) -> tuple[Array, Array]:
 def _run_chunked(call: MesaCall) -> tuple[Array, Array]:
     """The states at the starts of all chunks, then the systems of all tokens together."""
     tokens, width = call.q.shape[1], call.state.shape[2]
-    size = call.chunk_size or default_chunk(call)
+    size = tokens_per_chunk(call)
     chunks = load_chunks(call, size)
     beta = chunks.beta
     ridge = jnp.pad(call.ridge, ((0, 0), (0, padding_to(tokens, size)), (0, 0), (0, 0)), constant_values=1)

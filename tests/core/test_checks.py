@@ -1,5 +1,6 @@
 """core.checks: accepted values, and the messages of refused ones."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,3 +97,8 @@ def test_checks_of_integers_return_python_integers():
     assert checks.check_groups(8, None) == 8 and checks.check_groups(8, 2) == 2
     checks.check_choice("n", 1, (0, 1))
     checks.check_options("n", ("a",), ("a", "b"))
+
+
+def test_check_number_refuses_a_traced_one():
+    with pytest.raises(ValueError, match="scale must be a finite number, got JitTracer"):
+        jax.eval_shape(lambda x: checks.check_number("scale", x), 1.0)

@@ -55,6 +55,14 @@ def in_float64(arrays):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_numpy_scale_changes_no_dtype(implementation):
+    """Under x64 NumPy's float64 would widen what it multiplies."""
+    with jax.enable_x64(True):
+        call = functools.partial(mf.delta_rule, **arrays(), scale=np.float64(0.5), implementation=implementation)
+        assert [x.dtype for x in jax.eval_shape(call)] == ["float32"] * 2
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_zero_decay_is_no_decay(implementation):
     given = arrays()
     want = gradients(implementation=implementation)(given)[1]

@@ -11,6 +11,7 @@ chunk size, which implementation runs on which kind of mesh or under vmap), is s
 
 import dataclasses
 import functools
+import inspect
 import re
 
 import jax
@@ -508,5 +509,9 @@ def test_bad_input(name):
     refuses("implementation must be None or one of", implementation="fast")
     if spec.chunk_sizes:
         refuses("chunk_size must be a positive integer or None, got 0", chunk_size=0)
+    accepted = inspect.signature(spec.op).parameters
+    for option, value in (("scale", "big"), ("scale", np.nan), ("causal", None), ("normalize", "yes"), ("beta", None)):
+        if option in accepted and (option, spec.scope) != ("beta", "deltaformer"):
+            refuses(f"{option} must be .*got", **{option: value})
     with pytest.raises(NotImplementedError, match="'chunked'"):
         jax.eval_shape(lambda: spec.op(**arrays, **spec.options, implementation="pallas"))

@@ -159,6 +159,12 @@ def test_huge_scores_stay_finite():
     assert np.all(np.isfinite(gradient))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_window_beyond_int32_is_no_limit(causal):
+    call = lambda window: jax.make_jaxpr(lambda *x: mf.softmax_attention(*x, causal=causal, window=window))(*arrays())  # noqa: E731
+    assert str(call(1 << 40)) == str(call(None))
+
+
 def test_window_skips_tiles():
     """Tiles behind the window are not visited: keys there may even be infinite."""
     q, k, v = arrays()
@@ -181,6 +187,9 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda options=options: mf.softmax_attention(q, k, v, **options))
+    plain = mf.KVCache(k, v, np.ones(k.shape[:2], bool), LENGTH)
+    with pytest.raises(ValueError, match="initial_state.length must be an array, got int"):
+        jax.eval_shape(lambda: mf.softmax_attention(q, k, v, initial_state=plain))
     with pytest.raises(ValueError, match="capacity"):
         mf.init_cache("softmax_attention", batch=1, capacity=-1, groups=1, key_width=8, value_width=8)
 

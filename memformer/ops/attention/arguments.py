@@ -18,6 +18,7 @@ from memformer.ops.attention.documents import Documents, find_documents, flatten
 __all__ = ["make_call", "write_operands"]
 
 GROUPS = "query heads must be a multiple of key/value heads"
+_MOST = 2**31 - 1
 
 
 def make_call(
@@ -67,6 +68,8 @@ def make_call(
     decay = None if decay is None else check_array("decay", decay, f"B T {'H' if write_kernel is None else 'G'}", dims)
     sinks = None if sinks is None else check_array("sinks", sinks, "H", dims)
     window = check_positive("window", window)
+    # Ranks are int32, and no sequence is longer.
+    window = None if window is not None and window > _MOST else window
     chunk_size = check_positive("chunk_size", chunk_size)
     segments = find_segments(segment_ids, dims)
     state = check_cache(initial_state, cache, dims, op)

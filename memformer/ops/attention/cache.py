@@ -141,8 +141,7 @@ def check_cache(cache: Any, kind: type[C], dims: Dims, op: str) -> C | None:
         check_array("initial_state.decay_whole", cache.decay_whole, letters, dims, kind=np.integer)
         check_array("initial_state.decay_fraction", cache.decay_fraction, letters, dims)
     check_array("initial_state.valid", cache.valid, slots, dims, kind=np.bool_)
-    if jnp.shape(cache.length) != () or not jnp.issubdtype(cache.length.dtype, jnp.integer):
-        raise ValueError(f"initial_state.length must be one integer, got shape {jnp.shape(cache.length)}")
+    check_array("initial_state.length", cache.length, "", dims, kind=np.integer)
     if cache.fixed and slots == "B S":
         check_room(cache, dims["T"])
     return cache

@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 
 from memformer.core.calls import MatrixCall
-from memformer.core.checks import check_array, check_multiple, check_positive
+from memformer.core.checks import check_array, check_multiple, check_number, check_positive
 from memformer.core.numerics import accumulation_dtype, matmul_precision
 from memformer.core.segments import check_documents, clear, find_segments
 from memformer.core.sharding import vary_like
@@ -33,15 +33,16 @@ def make_call(
     precision,
     several_writes: bool = False,
     normalize: bool = False,
+    erases: bool = True,
 ) -> MatrixCall:
     """Checks the arguments of a public function and brings them to the layout of `MatrixCall`.
 
     Args:
       op: name of the public function.
-      q, k, v, beta, w, alpha, decay, scale, segment_ids, initial_state, chunk_size, precision: its arguments; beta
-        None where it has none.
+      q, k, v, beta, w, alpha, decay, scale, segment_ids, initial_state, chunk_size, precision: its arguments.
       several_writes: whether k, v, w, alpha and beta have an axis of writes after time.
       normalize: whether the state has one more value column, of the keys' sum.
+      erases: False for an op without beta, which is None then.
 
     Raises:
       ValueError: names the argument.
@@ -52,7 +53,7 @@ def make_call(
     k = check_array("k", k, f"{time} G K", dims)
     v = check_array("v", v, f"{time} H V", dims)
     check_multiple("H", "G", dims, GROUPS)
-    beta = None if beta is None else check_array("beta", beta, f"{time} H", dims)
+    beta = check_array("beta", beta, f"{time} H", dims) if erases else None
     w = None if w is None else check_array("w", w, f"{time} G K", dims)
     alpha = None if alpha is None else check_array("alpha", alpha, f"{time} H", dims)
     if decay is not None:
@@ -65,6 +66,7 @@ def make_call(
     segments = find_segments(segment_ids, dims)
     if segments is not None and initial_state is not None and initial_state.ndim == 5:
         check_documents(segments, initial_state.shape[1])
+    scale = 1.0 / math.sqrt(dims["K"]) if scale is None else check_number("scale", scale)
     chunk_size = check_positive("chunk_size", chunk_size)
     precision = matmul_precision(precision, q, k, v, w)
     valid = None if segments is None else segments.valid
@@ -89,7 +91,7 @@ def make_call(
         segments=segments,
         state=initial_state,
         writes=dims.get("N", 1),
-        scale=1.0 / math.sqrt(dims["K"]) if scale is None else scale,
+        scale=scale,
         precision=precision,
         chunk_size=chunk_size,
     )

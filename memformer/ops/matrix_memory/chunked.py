@@ -39,7 +39,7 @@ from memformer.ops.matrix_memory import documents, groups
 from memformer.ops.matrix_memory.groups import ChunkScan, Inputs, Masks
 from memformer.ops.matrix_memory.scores import decayed_scores, repeat_tokens
 
-__all__ = ["default_chunk", "run"]
+__all__ = ["run", "tokens_per_chunk"]
 
 
 class Features(NamedTuple):
@@ -86,7 +86,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Array]:
         None if call.beta is None else call.beta[..., None],
         call.decay if call.decay is None or call.decay_per_channel else call.decay[..., None],
     )
-    size = call.chunk_size or default_chunk(call)
+    size = tokens_per_chunk(call)
     plan = ChunkScan(size, _group_size(inputs, size, call.writes), call.writes, call.scale, call.precision)
     # All or none must vary over an axis of a surrounding shard_map, cotangents too.
     arrays = (*inputs, call.state)
@@ -102,17 +102,16 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Array]:
     return documents.take_tokens(output, places), state
 
 
-def default_chunk(call: MatrixCall) -> int:
-    """Tokens per chunk where the caller leaves the choice.
+def tokens_per_chunk(call: MatrixCall) -> int:
+    """Tokens per chunk: as the caller asks, or a choice; for a short call no more than the next power of two.
 
     On a CPU 16 writes were fastest while a head's state fits beside its chunk in the inner cache, 32 beyond; 64 fill
     a tensor core (benchmarks/results).
     """
     small = call.k.shape[-1] * call.v.shape[-1] <= 64 * 64
     rows = (16 if small else 32) if jax.default_backend() == "cpu" else 64
-    tokens = call.q.shape[1]
-    longest = rows // call.writes if is_symbolic(tokens) else 1 << (tokens - 1).bit_length()
-    return max(1, min(rows // call.writes, longest))
+    size, tokens = call.chunk_size or max(1, rows // call.writes), call.q.shape[1]
+    return size if is_symbolic(tokens) else min(size, 1 << (tokens - 1).bit_length())
 
 
 def _group_size(inputs: Inputs, size: int, writes: int) -> int:
