@@ -7,7 +7,15 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check, check_at_least, check_choice, check_groups, check_options, check_positive
+from memformer.core.checks import (
+    check,
+    check_at_least,
+    check_choice,
+    check_groups,
+    check_number,
+    check_options,
+    check_positive,
+)
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.types import Array, Float
 from memformer.layers.base import MemoryLayer
@@ -66,8 +74,11 @@ class SoftmaxAttention(MemoryLayer):
                 named(nnx.initializers.zeros, "heads")(rngs.params(), (heads,), self.dtypes.param)
             )
         self.latent: Any = nnx.data(None)
+        shared_key_width = check_at_least("shared_key_width", shared_key_width, 0)
         if latent_rank is not None:
-            self.latent = Latent(self, latent_rank, check_at_least("shared_key_width", shared_key_width, 0), rngs=rngs)
+            self.latent = Latent(self, latent_rank, shared_key_width, rngs=rngs)
+        else:
+            check(shared_key_width == 0, "shared_key_width", "0 without a latent_rank", shared_key_width)
 
     def _sizes(self):
         sizes = super()._sizes()
@@ -201,9 +212,10 @@ def _head_decay(decay: str | None, time: Sequence[float] | None, layer: MemoryLa
     extra: dict[str, Any] = {}
     if time is not None:
         check(decay == "forget", "decay_time", f"None for decay {decay!r}", time)
-        valid = isinstance(time, Sequence) and len(time) == 2 and 0 < time[0] <= time[1]
-        check(valid, "decay_time", "two numbers of tokens above 0, the smaller one first", time)
-        extra["time"] = tuple(time)
+        expected = "two numbers of tokens above 0, the smaller one first"
+        check(isinstance(time, Sequence) and len(time) == 2, "decay_time", expected, time)
+        extra["time"] = tuple(check_number("each of decay_time", tokens, above=0) for tokens in time)
+        check(time[0] <= time[1], "decay_time", expected, time)
     if decay is None:
         return nnx.data(None)
     return DECAYS[decay](layer.width, heads, layer.key_width, None, dtypes=layer.dtypes, rngs=rngs, **extra)
@@ -212,5 +224,6 @@ def _head_decay(decay: str | None, time: Sequence[float] | None, layer: MemoryLa
 def _kernel(name: str, kernel: Any) -> Kernel:
     if isinstance(kernel, Mapping):
         check_options(name, kernel, [field.name for field in dataclasses.fields(Kernel)])
+        check("name" in kernel, name, "a mapping with a name", dict(kernel))
         return Kernel(**kernel)
     return resolve_kernel(name, kernel)

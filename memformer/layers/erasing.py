@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check, check_number, check_size
+from memformer.core.checks import check, check_number, check_positive, check_size
 from memformer.core.numerics import l2norm
 from memformer.core.types import Array
 from memformer.layers.base import MemoryLayer
@@ -42,7 +42,8 @@ class Comba(DeltaRule):
             init = named(nnx.initializers.constant(value), "heads")
             return nnx.Param(init(rngs.params(), (keys,), self.dtypes.param))
 
-        self.erase_scale, self.correction_scale = scalars(1.0), scalars(correction)
+        self.erase_scale = scalars(1.0)
+        self.correction_scale = scalars(check_number("correction", correction))
 
     def _apply_op(self, x, parts, segment_ids, memory):
         q, k = parts["q"], parts["k"]
@@ -76,6 +77,7 @@ class GatedErase(MemoryLayer):
         **options: Any,
     ):
         super().__init__(width, heads=heads, rngs=rngs, **options)
+        decay_rank = check_positive("decay_rank", decay_rank)
         same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs}
         self.erase = SigmoidGate(width, heads * self.key_width, erase_limit, bias=False, **same)
         self.write = SigmoidGate(width, heads * self.value_width, 1.0, bias=False, **same)
@@ -107,6 +109,7 @@ class RWKV7(MemoryLayer):
 
     def __init__(self, width: int, *, heads: int, decay_rank: int = 16, rngs: nnx.Rngs, **options: Any):
         super().__init__(width, heads=heads, rngs=rngs, **options)
+        decay_rank = check_size("decay_rank", decay_rank)
         same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs}
         self.rate = SigmoidGate(width, heads * self.key_width, 1.0, **same)
         self.decay = BoundedDecay(width, heads, self.key_width, decay_rank, **same)
