@@ -3,6 +3,7 @@
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -258,7 +259,7 @@ def test_first_layers_that_are_dense():
     model = MemoryLM(LanguageModelConfig(**same, dense_layers=1, dense_hidden=5), vocab_size=7, rngs=nnx.Rngs(0))
     assert [type(block.feedforward).__name__ for block in model.blocks] == ["SwiGLU"] + ["MixtureOfExperts"] * 2
     assert model.blocks[0].feedforward.up.kernel.shape == (WIDTH, 5)
-    output = model(jnp.array([[1, 2, 3]]))
+    output = nnx.jit(lambda model, ids: model(ids))(model, jnp.array([[1, 2, 3]]))
     assert output.logits.shape == (1, 3, 7) and list(output.aux) == ["moe_balance"]
     with pytest.raises(ValueError, match="dense_layers must be 0 where layers are scanned, got 1"):
         LanguageModelConfig(**same, dense_layers=1, scan_layers=True)
@@ -299,8 +300,8 @@ def test_chosen_experts_only(name):
         probability = sigmoid(scores)
     else:
         probability = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    want = dense(x)[0]
-    assert_close(ragged(x)[0], want, FORWARD["float32"])
+    want = jax.jit(lambda x: dense(x))(x)[0]
+    assert_close(jax.jit(lambda x: ragged(x))(x)[0], want, FORWARD["float32"])
     oracle = np.zeros_like(X)
     for t in range(TIME):
         best = np.argsort(-probability[0, t] - correction)[:2]

@@ -18,9 +18,8 @@ IDS = np.random.default_rng(5).integers(0, VOCAB, (ROWS, TIME), np.int32)
 RULES = (("layers", None), ("embed", None), ("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
 HEADS = jax.P("data", "tensor")
 
-# One memory per family, and the sharding of its state.
+# One memory per family, and the sharding of its state; Mamba-3 of tests/layers/test_sharding.py is a linear attention.
 FAMILIES = {
-    "linear_attention": {"memory": HEADS},
     "gated_delta_rule": {"memory": HEADS, "convolution.key": jax.P("data", None, "tensor")},
     "delta_product": {"memory": HEADS},
     "softmax_attention": {"memory.k": jax.P("data", None, "tensor"), "position": jax.P("data")},

@@ -5,19 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memformer.ops.addressing import (
-    Focus,
-    address,
-    content_weights,
-    interpolate,
-    read_slots,
-    sharpen,
-    shift_weights,
-    write_slots,
-)
+from memformer.ops import addressing
+from memformer.ops.addressing import Focus
 from tests.numeric import FORWARD, assert_close, slopes
 
 B, H, K, S = 2, 3, 4, 5
+# One program each; eager execution compiles every operation of a step.
+address, content_weights, interpolate = map(
+    jax.jit, (addressing.address, addressing.content_weights, addressing.interpolate)
+)
+read_slots, write_slots = jax.jit(addressing.read_slots), jax.jit(addressing.write_slots)
+sharpen, shift_weights = jax.jit(addressing.sharpen), jax.jit(addressing.shift_weights)
 
 
 def softmax(x):

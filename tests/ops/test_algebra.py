@@ -176,13 +176,17 @@ MEMORIES = {
 }
 
 
+FORMS = ({"implementation": "recurrent"}, {"implementation": "chunked", "chunk_size": 4})
+
+
 @pytest.mark.parametrize("name", MEMORIES)
 def test_against_the_paper(name):
     reference, call = MEMORIES[name]
     x = draw()
     want = reference(x)
     with jax.enable_x64(True):
-        wide = {key: jnp.asarray(value)[None, :, None] for key, value in x.items()}
-        for options in ({"implementation": "recurrent"}, {"implementation": "chunked", "chunk_size": 4}):
-            output, _ = call(wide, **options)
-            assert_close(output[0, :, 0], want, 1e-12, f"{name} {options}")
+        wide = {key: value[None, :, None] for key, value in x.items()}
+        outputs = jax.jit(lambda x: [call(x, **form)[0] for form in FORMS])(wide)
+    for form, output in zip(FORMS, outputs, strict=True):
+        assert output.dtype == jnp.float64
+        assert_close(np.asarray(output)[0, :, 0], want, 1e-12, f"{name} {form}")

@@ -1,4 +1,7 @@
-"""Functions without rows in specs.py on Explicit meshes of eight devices; meshes of mixed kinds and shard_map."""
+"""Functions without rows in specs.py on Explicit meshes of eight devices; meshes of mixed kinds and shard_map.
+
+tests/models/test_sharding.py has the GRU.
+"""
 
 import functools
 import re
@@ -70,7 +73,6 @@ def prefill(x, ids):
 FUNCTIONS = {
     "rnn": cell(mf.rnn, 1),
     "lstm": cell(mf.lstm, 4),
-    "gru": cell(mf.gru, 3, random(D)),
     "addressing": neural_turing_step,
     "associative": associative_step,
     "fixed cache": decode,

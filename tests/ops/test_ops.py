@@ -5,7 +5,8 @@ row costs few compilations: lengths, segments and weights of the loss are argume
 inputs and results are cut with NumPy, which compiles nothing.
 
 A compiled call shows several things at once. Packed calls of the chunked form take the larger chunk size of a row,
-float64 the smaller, short and sharded calls the default. What only the op decides, not the row (lengths next to a
+float64 the smaller, short calls the default. Sharded calls of the chunked form are in float64, so that a row that has
+one needs no other in float64. What only the op decides, not the row (lengths next to a
 chunk size, which implementation runs on which kind of mesh or under vmap), is spread over the rows of an op.
 """
 
@@ -50,16 +51,18 @@ PACKED = [
 def meshes(name):
     """(kind of axes, implementation) of the sharded calls of a row: the rows of an op share the four pairs.
 
-    An op with fewer rows runs two pairs per row.
+    An op with one row runs two of them.
     """
     place, rows = PLACES[name]
     implementations = ROWS[name].implementations
     pairs = [(AxisType.Explicit, 0), (AxisType.Auto, 1), (AxisType.Explicit, 1), (AxisType.Auto, 0)]
-    mine = [pairs[place % 4]] if rows >= 4 else [pairs[(2 * place + k) % 4] for k in (0, 1)]
+    mine = pairs[2 * place : 2 * place + 2] if rows < 3 else pairs[place::rows]
     return [(kind, implementations[i % len(implementations)]) for kind, i in mine]
 
 
 SHARDED = [(name, *pair) for name in SUITE for pair in meshes(name)]
+# Rows whose chunked form runs in float64 on one device; the others run it on a mesh.
+FLOAT64 = [name for name in CHUNKED if not any(other == name and how == "chunked" for other, _, how in SHARDED)]
 
 each = pytest.mark.parametrize(("name", "implementation"), EACH, ids=["-".join(pair) for pair in EACH])
 
@@ -154,6 +157,13 @@ def large_chunks(name, implementation):
     """The larger chunk size of a row where the form has chunks."""
     sizes = ROWS[name].chunk_sizes if implementation == "chunked" else ()
     return {"chunk_size": max(sizes)} if sizes else {}
+
+
+def small_chunks(name):
+    """The smaller chunk size of a row: T = 4 C + 7."""
+    sizes = ROWS[name].chunk_sizes
+    assert not sizes or divmod(LENGTH, min(sizes)) == (4, 7)
+    return {"chunk_size": min(sizes)} if sizes else {}
 
 
 @functools.cache
@@ -261,13 +271,16 @@ def test_sharded(name, kind, implementation):
     arrays, state = inputs(name)
     ids, weights = packed_ids()[0], (np.ones(LENGTH, np.float32), np.ones((), np.float32))
     mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "spare"), axis_types=(kind,) * 3)
-    with jax.set_mesh(mesh):
-        arrays, state = lay_on_mesh(mesh, name, cast(arrays, "float32"), cast(state, "float32"))
+    dtype = "float64" if implementation == "chunked" else "float32"
+    sizes = small_chunks(name) if dtype == "float64" else {}
+    with jax.enable_x64(dtype == "float64"), jax.set_mesh(mesh):
+        arrays, state = lay_on_mesh(mesh, name, cast(arrays, dtype), cast(state, dtype))
         ids = jax.device_put(ids, NamedSharding(mesh, P("data")))
-        program = compiled(name, implementation).lower(arrays, state, ids, *weights).compile()
+        program = compiled(name, implementation, **sizes).lower(arrays, state, ids, *weights).compile()
         got, last = program(arrays, state, ids, *weights)
     assert not re.search(r"all-gather|all-to-all|collective-permute", program.as_text())
-    check(got, oracle(name, "float32"), "float32", f"{name} {implementation}")
+    check(got, oracle(name, dtype), dtype, f"{name} {implementation}")
+    assert got["output"].dtype == jnp.dtype(dtype)
     assert got["output"].sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "tensor", None)), 4)
     pairs = [*zip(jax.tree.leaves(last), jax.tree.leaves(state), strict=True)]
     pairs += [(got["gradients"][0][key], x) for key, x in arrays.items()]
@@ -294,12 +307,11 @@ def test_explicit_mesh_without_jit_and_inside_vmap(name):
         assert_close(got, want, FORWARD["float32"], name)
 
 
-@pytest.mark.parametrize("name", CHUNKED)
+@pytest.mark.parametrize("name", FLOAT64)
 def test_float64_chunked_against_oracle(name):
-    """T = 4 C + 7."""
+    """The rows whose sharded call is the recurrence."""
     arrays, state = inputs(name)
-    kind = {"chunk_size": min(ROWS[name].chunk_sizes)} if ROWS[name].chunk_sizes else {}
-    assert not kind or divmod(LENGTH, kind["chunk_size"]) == (4, 7)
+    kind = small_chunks(name)
     with jax.enable_x64(True):
         ids = packed_ids()[0]
         got, _ = evaluate(name, "chunked", cast(arrays, "float64"), cast(state, "float64"), ids, **kind)
@@ -311,7 +323,7 @@ def test_float64_chunked_against_oracle(name):
 def test_odd_lengths(name):
     """T = 1, C - 1, C without segments, spread over the rows of an op, against the oracle with more padding.
 
-    `test_packed_equals_unpacked` has C + 4 for every row.
+    `test_packed_equals_unpacked` has C + 4 for one row of an op.
     """
     arrays, state = inputs(name)
     size = min(ROWS[name].chunk_sizes, default=16)
@@ -324,14 +336,18 @@ def test_odd_lengths(name):
         check(got, want, "float32", f"{name} length {length}")
 
 
-def evaluate_alone(name, implementation, arrays, state, **weights):
-    """`evaluate` on a few tokens without ids; matrix memories by the recurrence in the program of the packed call."""
-    if implementation != "recurrent" or state is None or holds_tokens(state):
+def evaluate_alone(name, implementation, arrays, state, kind, **weights):
+    """`evaluate` on a few tokens without ids.
+
+    Matrix memories have the program of the packed call, but for the chunked form of the first row of an op.
+    """
+    first = implementation != "recurrent" and PLACES[name][0] == 0
+    if first or state is None or holds_tokens(state):
         return evaluate(name, implementation, cast(arrays, "float32"), state, **weights)
     length = arrays["v"].shape[1]
     ids = np.broadcast_to(np.arange(LENGTH) < length, (BATCH, LENGTH)).astype(np.int32)
     longer = {key: np.pad(x, [(0, 0), (0, LENGTH - length)] + [(0, 0)] * (x.ndim - 2)) for key, x in arrays.items()}
-    result, last = evaluate(name, implementation, cast(longer, "float32"), state, ids, **weights)
+    result, last = evaluate(name, implementation, cast(longer, "float32"), state, ids, **weights, **kind)
     return first_tokens(result, length), last
 
 
@@ -346,7 +362,7 @@ def test_packed_equals_unpacked(name, implementation):
     for part, start in enumerate((state, nothing_stored(state), nothing_stored(state))):
         tokens = places[:, part]
         cut = {key: value[rows, tokens] for key, value in arrays.items()}
-        got = evaluate_alone(name, implementation, cut, start, state_weight=float(part == 2))[0]
+        got = evaluate_alone(name, implementation, cut, start, kind, state_weight=float(part == 2))[0]
         want, (gradients, of_start) = whole["output"][rows, tokens], whole["gradients"]
         assert_close(got["output"], want, FORWARD["float32"], f"{name} segment {part}")
         gradients = {key: value[rows, tokens] for key, value in gradients.items()}
@@ -371,7 +387,7 @@ def test_two_calls_equal_one(name, implementation):
             # the cache has grown, and so has the program
             output, state, seen = forward(name, implementation)(cast(cut, "float32"), state)
         else:
-            got, state = evaluate_alone(name, implementation, cut, state)
+            got, state = evaluate_alone(name, implementation, cut, state, kind)
             output, seen = got["output"], got["state"]
         assert_close(output, whole["output"][:, tokens], FORWARD["float32"], f"{name} call {part}")
     assert_close(seen, whole["state"], FORWARD["float32"], f"{name} state")

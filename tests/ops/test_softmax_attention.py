@@ -210,7 +210,7 @@ def test_heads_in_parts(packed, monkeypatch):
             output, _ = mf.softmax_attention(q, k, v, segment_ids=ids, chunk_size=8, implementation="chunked")
             return jnp.sum(jnp.sin(output)), output
 
-        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     assert_close(run(True), run(False), 1e-6)
     mask = TileMask(Mask(), jnp.int32(0), None, None)

@@ -182,8 +182,9 @@ def on_one_device(memory):
     return losses(*one), one[1].as_text()
 
 
-@pytest.mark.parametrize("memory", ["gated_delta_rule", "deltaformer"])
-def test_eight_devices_do_what_one_does(memory):
+def test_eight_devices_do_what_one_does():
+    """A model with a matrix memory; tests/models/test_sharding.py lays one of each family on a mesh."""
+    memory = "gated_delta_rule"
     many = prepared(memory, CUBE)
     run, step, state, _ = many
     name, kernel = next(item for item in state["params"].items() if item[0].endswith("projections.query.kernel"))
