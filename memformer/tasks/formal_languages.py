@@ -184,6 +184,8 @@ class CycleNavigation(_OneAnswer):
       min_length: minimum number of moves.
       prefixes: train on the answer after every move; the other splits score the last.
       places: number of positions of the cycle.
+      drift: train on strings whose moves have probabilities of their own (uniform on the simplex), so that few moves
+        lead as far from the start as many unbiased ones; moves of the other splits stay uniform.
 
     Raises:
       ValueError: an option out of range.
@@ -198,6 +200,7 @@ class CycleNavigation(_OneAnswer):
     name = "cycle_navigation"
 
     places: int = 5
+    drift: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -213,8 +216,14 @@ class CycleNavigation(_OneAnswer):
         """Positions."""
         return self.places
 
+    def source(self, split: str, seed: int) -> SyntheticSource:
+        """Examples of one split, by number."""
+        task = self if split == "train" else dataclasses.replace(self, drift=False)
+        return super(CycleNavigation, task).source(split, seed)
+
     def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        moves = rng.integers(3, size=self._size(rng))
+        size = self._size(rng)
+        moves = rng.choice(3, size, p=rng.dirichlet(np.ones(3))) if self.drift else rng.integers(3, size=size)
         return moves, np.cumsum(np.array([0, 1, -1])[moves]) % self.places
 
 

@@ -1,5 +1,7 @@
 """Formal languages: answers against Python, lengths, options."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,16 @@ def test_prefixes_are_answered_in_training_only(task):
         assert np.flatnonzero(e["loss_weights"]).tolist() == ends
         assert [int(e["targets"][t]) for t in ends] == [ANSWERS[task](inputs[: t + 1]) for t in ends]
         assert test[i]["loss_weights"].sum() == 1
+
+
+def test_moves_drift_in_training_only():
+    plain, drift = CycleNavigation(), CycleNavigation(drift=True)
+    for i in range(20):
+        assert (drift.source("test", 0)[i]["inputs"] == plain.source("test", 0)[i]["inputs"]).all()
+    # p(forward) - p(back) has a variance of 1/6 over the simplex: 40 moves lead as far as 430 unbiased ones
+    train = dataclasses.replace(drift, min_length=40).source("train", 0)
+    ends = [sum((0, 1, -1)[move] for move in train[i]["inputs"]) for i in range(400)]
+    assert np.std(ends) == pytest.approx(np.sqrt(40**2 / 6 + 40 / 2), rel=0.1)
 
 
 def strings(e, blank: int) -> tuple[list[int], int, list[int]]:
