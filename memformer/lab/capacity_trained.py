@@ -5,6 +5,12 @@ memory spends its B bytes (float32) on one head of the greatest K = V whose stat
 (Based: 1 + K + K^2 rows, and a column of normalisers), a cache on a key and a value of every token and, where it
 forgets, the two parts of the token's cumulative decay. Everything else is the same. `capacity` measures memories
 without training.
+
+A pair is asked for some 32 tokens after it was written. Where a memory starts with a half-life of one token (HGRN2, the
+Forgetting Transformer and gated DeltaFormer, as their papers have it, and Comba, whose one head drew 1.2 tokens with
+this seed; most channels of Gated DeltaNet-2 too), 1e-8 to 1e-11 of it is left by then, and the gradient is as small.
+`SLOW` has such rows with a slow start. Of Comba that alone is not enough: with a half-life of 69 tokens, but reads at
+q - c w with c = 1, it recalls 0.7 pairs after 500 steps. The authors' code advises c = 0.02 for small models.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -104,12 +110,33 @@ def _changes(contender: Contender, width: int) -> Row:
     }
 
 
+# What starts otherwise, and the changes of the config; after half the steps. RWKV-7 starts as its paper's models now;
+# its other rows were trained with all biases of its decays at 0, a half-life of 2.3 tokens.
+SLOW: Mapping[str, tuple[str, Row]] = {
+    "HGRN2 1024": ("gates above 0.98", {"model.memory_options.hgrn2.lower_bound": 0.98}),
+    "Comba 1024": ("seed 2, correction 0.02", {"seed": 2, "model.memory_options.comba.correction": 0.02}),
+    "RWKV-7 1024": ("the paper's first biases", {}),
+    "Forgetting Transformer 4096": ("decay_time 100", {"model.memory_options.fox.decay_time": (100, 100)}),
+    "gated DeltaFormer 4096": ("decay_time 100", {"model.memory_options.gated_deltaformer.decay_time": (100, 100)}),
+}
+SLOW_STEPS, SLOWLY = 500, ", slow start"
+
+
+def _slow_rows() -> dict[str, Row]:
+    rows = _rows(tuple(MEMORIES), SIZES, TOKENS)
+    return {
+        f"{label}{SLOWLY}": {**rows[label], **changes, "train.steps": SLOW_STEPS}
+        for label, (_, changes) in SLOW.items()
+    }
+
+
 def _measure(runs: Runs, settings: Settings) -> Result:
     one = next(iter(runs.values()))
     tokens, pairs = one.task.length, one.config["task"]["pairs"]
     recalled = {label: accuracy_by_length(run)[tokens] * pairs for label, run in runs.items()}
-    names = dict.fromkeys(label.rpartition(" ")[0] for label in runs)
-    sizes = sorted({int(label.rpartition(" ")[2]) for label in runs})
+    alike = [label for label in runs if not label.endswith(SLOWLY)]
+    names = dict.fromkeys(label.rpartition(" ")[0] for label in alike)
+    sizes = sorted({int(label.rpartition(" ")[2]) for label in alike})
     rows: list[dict[str, Any]] = []
     for name in names:
         row: dict[str, Any] = {"kind": MEMORIES[name].kind, "memory": name}
@@ -117,11 +144,19 @@ def _measure(runs: Runs, settings: Settings) -> Result:
             value, width = recalled.get(f"{name} {size}"), head_width(name, size, tokens)
             row[f"{size} bytes"] = "no room" if value is None else f"{value:.1f} (K = {width})"
         rows.append(row)
-    title = f"Pairs recalled, of {pairs} in {tokens} tokens (K = V; test split)"
-    return Result([Table(title, rows)], {label: round(value, 3) for label, value in recalled.items()})
+    tables = [Table(f"Pairs recalled, of {pairs} in {tokens} tokens (K = V; test split)", rows)]
+    slow = [_slow_row(label, recalled) for label in SLOW if f"{label}{SLOWLY}" in runs]
+    if slow:
+        tables.append(Table(f"Pairs recalled with a slow start, after {SLOW_STEPS} steps", slow))
+    return Result(tables, {label: round(value, 3) for label, value in recalled.items()})
 
 
-FORGETTING = ("HGRN2", "Comba", "Gated DeltaNet-2", "RWKV-7")
+def _slow_row(label: str, recalled: Mapping[str, float]) -> Row:
+    name, _, size = label.rpartition(" ")
+    now, before = (f"{recalled[key]:.1f}" for key in (f"{label}{SLOWLY}", label))
+    return {"memory": name, "bytes": size, "change": SLOW[label][0], "pairs": now, "without the change": before}
+
+
 # Comba, Gated DeltaNet-2 and RWKV-7 recall as much as the delta rule if they miss at most so many pairs, in the mean.
 TOLERANCE = 0.5
 
@@ -137,13 +172,14 @@ def _judge(result: Result) -> Verdict:
     means = ", ".join(f"{name} {value:.1f}" for name, value in mean.items())
     narrowest = ", ".join(f"{name} {found[f'{name} 1024']:.1f}" for name in caches)
     small = f"{found['delta rule 512']:.1f} by the delta rule and {found['linear attention 512']:.1f} by sums"
-    labels = [f"{name} {size}" for name in FORGETTING for size in SIZES]
-    stuck = sum(found[label] < 1 for label in labels)
+    slow = ", ".join(
+        f"{label.rpartition(' ')[0]} {found[f'{label}{SLOWLY}']:.1f} ({found[label]:.1f})" for label in SLOW
+    )
     return Verdict(
         grade(narrow, better, gated, forgetting, features),
         f"Pairs recalled of 16, mean over the sizes: {means}; at 512 bytes {small}; caches at 1024 bytes: {narrowest}. "
-        f"After the same 1000 steps {stuck} of {len(labels)} runs of matrices that forget ({', '.join(FORGETTING)}) "
-        "recall less than one pair: there the limit is learning, not room.",
+        "Where a memory forgets half with every token at the start of training, 1000 steps seldom teach it to recall, "
+        f"though it has room. With a slow start, after 500 steps (before, after 1000): {slow}.",
     )
 
 
@@ -174,7 +210,7 @@ CAPACITY_TRAINED = Study(
         "optimizer": {"learning_rate": 5e-3, "schedule": "cosine", "warmup_steps": 50},
         "train": {"steps": 1000, "batch_size": 64, "stop_accuracy": 0.999, "final_batches": 4, "log_every": 50},
     },
-    rows=_rows(tuple(MEMORIES), SIZES, TOKENS),
+    rows={**_rows(tuple(MEMORIES), SIZES, TOKENS), **_slow_rows()},
     quick=Quick(
         _rows(("delta rule",), SIZES[-1:], 16),
         {"task.vocab_size": 16, "task.length": 16, "task.pairs": 2, "train.steps": 100},

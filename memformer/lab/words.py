@@ -5,10 +5,7 @@ transition is a product of n reflections I - beta k k^T, beta in (0, 2), tracks 
 products: S3 with 2, S4 and A5 with 2 (rotations in three dimensions), S5 with 4 (arXiv 2502.10297). With beta in (0, 1)
 no transition reflects; softmax attention adds, and cannot track at any depth that does not grow with the length.
 
-One write per letter has the transition I - beta k w^T, with eigenvalues 1 (K - 1 times) and 1 - beta w . k: real, also
-with an erase vector w of its own and a decay per head. A letter of order 3 or more, repeated, takes the state around a
-cycle; powers of matrices with real eigenvalues settle into periods of 1 or 2. So no such layer tracks S3 to S5 at every
-length, whatever it reads; words of swaps alone it can track.
+One write per letter cannot track a letter of order 3 or more (see `memformer.lab.reflections`).
 
 The code of 2502.10297 (automl/DeltaProduct) trains one layer of eight heads on 100,000 words of 128 letters for 100
 epochs in batches of 2048, 1.2e9 letters. Words of 32 letters teach the product, not exact reflections: errors grow
@@ -16,6 +13,7 @@ beyond. The last two models have a curriculum from 8 to 128 letters instead.
 """
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from memformer.lab.plots import Lines
 from memformer.lab.runs import accuracies, accuracy_by_length, columns_by_length
@@ -23,20 +21,46 @@ from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table
 from memformer.tasks.group_words import GROUPS
 from memformer.training.plots import COLOURS
 
-__all__ = ["MODELS", "WORDS"]
+__all__ = ["BASE", "MODELS", "WORDS", "Model", "changes", "group_name"]
 
-# Label of a run to display name, memory, its options, colour and line of the plot.
-MODELS: Mapping[str, tuple[str, str, Row, str, str]] = {
-    "delta1": ("DeltaNet, beta in (0, 1)", "delta_rule", {"beta_limit": 1.0}, COLOURS[0], "--"),
-    "delta2": ("DeltaNet, beta in (0, 2)", "delta_rule", {"beta_limit": 2.0}, COLOURS[0], "-"),
-    "product2": ("DeltaProduct, n_h = 2", "delta_product", {"steps": 2, "beta_limit": 2.0}, COLOURS[1], "-"),
-    "product3": ("DeltaProduct, n_h = 3", "delta_product", {"steps": 3, "beta_limit": 2.0}, COLOURS[1], "--"),
-    "product4": ("DeltaProduct, n_h = 4", "delta_product", {"steps": 4, "beta_limit": 2.0}, COLOURS[1], "-."),
-    "deltaformer": ("DeltaFormer", "deltaformer", {}, COLOURS[2], "-"),
-    "softmax": ("softmax attention", "softmax_attention", {"rotary": True}, COLOURS[3], "-"),
-    "lstm": ("LSTM", "lstm", {}, COLOURS[4], "-"),
-    "climb2": ("n_h = 2, by curriculum", "delta_product", {"steps": 2, "beta_limit": 2.0}, COLOURS[5], "-"),
-    "climb4": ("n_h = 4, by curriculum", "delta_product", {"steps": 4, "beta_limit": 2.0}, COLOURS[5], "-."),
+
+class Model(NamedTuple):
+    """A model that is trained on words.
+
+    Attributes:
+      name: in tables and figures.
+      memory: name in `memformer.layers.MEMORIES`.
+      options: of its layer.
+      colour, line: in the figure.
+    """
+
+    name: str
+    memory: str
+    options: Row
+    colour: str
+    line: str
+
+
+_BOUNDED: Row = {"conv_width": 0, "beta_limit": 1.0}
+_PLAIN: Row = {"conv_width": 0, "beta_limit": 2.0}
+MODELS: Mapping[str, Model] = {
+    "delta1": Model("DeltaNet, beta in (0, 1)", "delta_rule", _BOUNDED, COLOURS[0], "--"),
+    "delta2": Model("DeltaNet, beta in (0, 2)", "delta_rule", _PLAIN, COLOURS[0], "-"),
+    "product2": Model("DeltaProduct, n_h = 2", "delta_product", {**_PLAIN, "steps": 2}, COLOURS[1], "-"),
+    "product3": Model("DeltaProduct, n_h = 3", "delta_product", {**_PLAIN, "steps": 3}, COLOURS[1], "--"),
+    "product4": Model("DeltaProduct, n_h = 4", "delta_product", {**_PLAIN, "steps": 4}, COLOURS[1], "-."),
+    "deltaformer": Model("DeltaFormer", "deltaformer", {}, COLOURS[2], "-"),
+    "softmax": Model("softmax attention", "softmax_attention", {"rotary": True}, COLOURS[3], "-"),
+    "lstm": Model("LSTM", "lstm", {}, COLOURS[4], "-"),
+    "climb2": Model("n_h = 2, by curriculum", "delta_product", {**_PLAIN, "steps": 2}, COLOURS[5], "-"),
+    "climb4": Model("n_h = 4, by curriculum", "delta_product", {**_PLAIN, "steps": 4}, COLOURS[5], "-."),
+}
+# What all runs over words share, also those of `memformer.lab.reflections`.
+BASE: Row = {
+    "task": {"name": "group_words"},
+    "model": {"width": 64, "heads": 4, "depth": 1, "feedforward": "mlp"},
+    "optimizer": {"learning_rate": 5e-3, "schedule": "cosine", "warmup_steps": 20, "weight_decay": 0.01},
+    "train": {"stop_accuracy": 0.999, "log_every": 25},
 }
 # Group to training steps. All 60 letters of A5 are not learnt in so few; two that generate the group are.
 STEPS: Mapping[str, int] = {"S3": 500, "A5_two": 400, "S5_two": 1500, "S4_two": 500}
@@ -52,20 +76,32 @@ CLIMBS: Mapping[str, Row] = {
 }
 
 
-def _changes(group: str, model: str) -> Row:
-    _, memory, options, _, _ = MODELS[model]
-    conv = {"conv_width": 0} if memory in ("delta_rule", "delta_product") else {}
-    return {
-        "task.group": group,
-        "model.memory": memory,
-        "model.memory_options": {memory: {**conv, **options}} if options or conv else {},
-        "train.steps": LSTM_STEPS if memory == "lstm" else STEPS[group],
-    }
+def changes(group: str, model: Model) -> Row:
+    """The changes of the config that make a run of this group and model."""
+    options = {model.memory: model.options} if model.options else {}
+    return {"task.group": group, "model.memory": model.memory, "model.memory_options": options}
+
+
+def group_name(group: str) -> str:
+    """The group and its letters, for tables and figures.
+
+    Example:
+      >>> group_name("S3"), group_name("S5_two"), group_name("S5_swaps")
+      ('S3', 'S5, two letters', 'S5, swaps')
+    """
+    group, _, letters = group.partition("_")
+    return f"{group}, {'two letters' if letters == 'two' else letters}" if letters else group
 
 
 ROWS: Mapping[str, Row] = {
-    f"{group} {model}": _changes(group, model) for group in STEPS for model in MODELS if not model.startswith("climb")
-} | {label: {**_changes(*label.split()), **changes} for label, changes in CLIMBS.items()}
+    f"{group} {name}": {
+        **changes(group, model),
+        "train.steps": LSTM_STEPS if model.memory == "lstm" else STEPS[group],
+    }
+    for group in STEPS
+    for name, model in MODELS.items()
+    if not name.startswith("climb")
+} | {label: {**changes(group, MODELS[name]), **CLIMBS[label]} for label in CLIMBS for group, name in [label.split()]}
 
 
 def _measure(runs: Runs, settings: Settings) -> Result:
@@ -73,14 +109,10 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     for label, run in runs.items():
         group, _, model = label.partition(" ")
         least, words = min(accuracy_by_length(run, "sequence_accuracy").items())
-        row = {"group": _name(group), "model": MODELS[model][0], **columns_by_length(run, "{} letters")}
+        row = {"group": group_name(group), "model": MODELS[model].name, **columns_by_length(run, "{} letters")}
         rows.append({**row, f"words of {least}": percent(words)})
     title = f"Accuracy of letters by length, and of whole words (one layer of width {run.config['model']['width']})"
     return Result([Table(title, rows)], accuracies(runs))
-
-
-def _name(group: str) -> str:
-    return group.replace("_two", ", two letters")
 
 
 def _judge(result: Result) -> Verdict:
@@ -118,12 +150,12 @@ def _summary(result: Result) -> list[Row]:
     """Accuracy at 500 letters, a column per group; empty where a model is not run on a group."""
     found: dict[str, Row] = {}
     for row in result.rows():
-        empty = {"accuracy at 500 letters": row["model"], **dict.fromkeys(map(_name, STEPS), "")}
+        empty = {"accuracy at 500 letters": row["model"], **dict.fromkeys(map(group_name, STEPS), "")}
         found.setdefault(row["model"], empty)[row["group"]] = row["500 letters"]
     return list(found.values())
 
 
-STYLES = {name: {"color": colour, "linestyle": line} for name, _, _, colour, line in MODELS.values()}
+STYLES = {model.name: {"color": model.colour, "linestyle": model.line} for model in MODELS.values()}
 WORDS = Study(
     name="words",
     title="Words over a group",
@@ -139,7 +171,7 @@ WORDS = Study(
         panel="group",
         x="letters in the word",
         y="accuracy",
-        level={_name(group): 1 / GROUPS[group][0] for group in STEPS},
+        level={group_name(group): 1 / GROUPS[group][0] for group in STEPS},
         limits=(0, 1.04),
         columns=2,
         options={"styles": STYLES, "x_base": 2},
@@ -147,11 +179,11 @@ WORDS = Study(
     caption="Accuracy of the running product on the test split, one layer trained on words of 32 letters, by "
     "curriculum on words of 8 to 128. One seed.",
     base={
-        "task": {"name": "group_words", "length": 32},
-        "model": {"width": 64, "heads": 4, "depth": 1, "feedforward": "mlp"},
-        "optimizer": {"learning_rate": 5e-3, "schedule": "cosine", "warmup_steps": 20, "weight_decay": 0.01},
-        "train": {"batch_size": 64, "stop_accuracy": 0.999, "final_lengths": (32, 128, 500), "final_batches": 2},
-        "train.log_every": 25,
+        **BASE,
+        "task.length": 32,
+        "train.batch_size": 64,
+        "train.final_lengths": (32, 128, 500),
+        "train.final_batches": 2,
     },
     rows=ROWS,
     quick=Quick(
