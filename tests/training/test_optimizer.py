@@ -138,7 +138,7 @@ def test_moving_average():
 
 def first_update(params, grads, **changed):
     tx, _ = make_optimizer(options(schedule="constant", clip_norm=0.0, weight_decay=0.0, **changed), 10)
-    return tx.update(grads, tx.init(params), params)[0]
+    return jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0])(grads, params)
 
 
 def test_muon_orthogonalizes_matrices_and_leaves_the_rest_to_adamw():
