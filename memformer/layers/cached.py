@@ -181,6 +181,7 @@ class DeltaFormer(MemoryLayer):
         if alpha is not None:
             self.alpha = SigmoidGate(width, self.groups, 1.0, dtypes=self.dtypes, rngs=rngs)
         if beta_limit is not None:
+            beta_limit = check_number("beta_limit", beta_limit, above=0)
             self.beta = SigmoidGate(width, self.groups, beta_limit, dtypes=self.dtypes, rngs=rngs)
 
     def _sizes(self):

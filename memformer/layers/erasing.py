@@ -79,6 +79,7 @@ class GatedErase(MemoryLayer):
         super().__init__(width, heads=heads, rngs=rngs, **options)
         decay_rank = check_positive("decay_rank", decay_rank)
         same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs}
+        erase_limit = check_number("erase_limit", erase_limit, above=0)
         self.erase = SigmoidGate(width, heads * self.key_width, erase_limit, bias=False, **same)
         self.write = SigmoidGate(width, heads * self.value_width, 1.0, bias=False, **same)
         self.decay = StepDecay(width, heads, self.key_width, decay_rank, **same)

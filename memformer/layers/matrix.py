@@ -201,6 +201,7 @@ class DeltaRule(MemoryLayer):
     ):
         keys = check_groups(heads, key_heads)
         super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
+        beta_limit = check_number("beta_limit", beta_limit, above=0)
         self.beta = SigmoidGate(width, heads, beta_limit, bias=beta_bias, dtypes=self.dtypes, rngs=rngs)
         self.decay = _build_decay(decay, self, decay_rank, rngs)
 
@@ -237,6 +238,7 @@ class DeltaProduct(MemoryLayer):
     ):
         steps = check_size("steps", steps)
         super().__init__(width, heads=heads, writes=steps, rngs=rngs, **options)
+        beta_limit = check_number("beta_limit", beta_limit, above=0)
         self.beta = SigmoidGate(width, heads * steps, beta_limit, dtypes=self.dtypes, rngs=rngs)
         self.decay = _build_decay(decay, self, decay_rank, rngs)
 

@@ -193,7 +193,7 @@ MISTAKES = {
     "rotary": ("softmax_attention", {"heads": 8}, "rotary positions require an even key_width, got 1"),
     "decay": ("delta_rule", {"decay": "fast"}, "decay must be one of None, 'step', .* got 'fast'"),
     "decay_rank": ("gla", {"decay_rank": 0}, "decay_rank must be a positive integer or None, got 0"),
-    "beta_limit": ("delta_rule", {"beta_limit": -1}, "limit must be a finite number above 0, got -1"),
+    "beta_limit": ("delta_rule", {"beta_limit": -1}, "beta_limit must be a finite number above 0, got -1"),
     "normalize": ("gla", {"normalize": True}, "normalize requires a positive feature_map"),
     "discretize": ("gla", {"discretize": True}, "discretize requires decay 'step'"),
     "feature map": ("gla", {"feature_map": "tanh"}, "feature_map must be one of 'identity', .* got 'tanh'"),
