@@ -3,8 +3,10 @@
     python train.py --config=configs/repeat_copy.py:ntm --workdir=runs/repeat_copy-ntm
     python train.py --config=configs/repeat_copy.py:lstm --workdir=runs/repeat_copy-lstm
 
-Expected: 4 minutes on two shared cores. 96,000 sequences are too few: the NTM ends at 20.0 bits and 6.8 wrong bits per
-sequence. The LSTM has not been measured.
+Expected after 320,000 sequences, in wrong bits per test sequence, with times on two shared cores: NTM, 8 minutes, 0.0
+(1.9 after 128,000 sequences); LSTM, 4 minutes, 0.2. Neither goes beyond the 5 vectors of training: 24.6 and 16.4 at 6.
+The rate is constant and gradients are clipped to a norm of 10: with a cosine, a norm of 1 and 96,000 sequences the NTM
+had 6.8.
 
 The sizes of the paper (1 to 10 vectors of 8 bits, 1 to 10 times) have three times as many steps per sequence:
 
@@ -25,12 +27,15 @@ def get_config(variant="ntm"):
         config.model.width = 100
     else:
         config.model.slots, config.model.slot_width = 16, 10
-    config.optimizer.learning_rate = 2e-3
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = "constant"
+    config.optimizer.clip_norm = 10.0
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 3000
-    config.train.batch_size = 32
-    config.train.log_every = 50
-    config.train.eval_every = 500
+    config.train.steps = 20000
+    config.train.batch_size = 16
+    config.train.log_every = 100
+    config.train.eval_every = 1000
     config.train.checkpoint_every = 1000
-    config.train.final_lengths = (5, 10)
+    config.train.final_lengths = (2, 3, 4, 5, 6, 8, 10)
+    config.train.final_batches = 16
     return config

@@ -117,7 +117,7 @@ def _judge(result: Result) -> Verdict:
     optimum = result.values.get("optimal bits of dynamic n-grams", {}).get("bits", 0.0)
     if grams and min(grams) > optimum + 5:
         missed.append(f"n-grams ({min(grams):.1f} bits, the optimum has {optimum:.1f})")
-    done = " and ".join(dict.fromkeys(_spoken(row["task"]) for row in learnt)) or "none of the tasks"
+    done = ", ".join(dict.fromkeys(_spoken(row["task"]) for row in learnt)) or "none of the tasks"
     return Verdict(
         "not reproduced" if not ahead else "partly confirmed" if missed else "confirmed",
         f"The NTM learnt {done}{_longest_copy(result)}"
@@ -195,13 +195,13 @@ NTM = Study(
         value="bits per sequence",
         panel="task",
         table=1,
-        keep=lambda row: row["task"] in ("copy", "associative_recall"),
+        keep=lambda row: row["task"] in ("copy", "repeat_copy", "associative_recall"),
         x="length (vectors, items)",
         y="bits per sequence",
         options={"styles": STYLES, "y_scale": "symlog"},
     ),
     caption="Cost per sequence by length on the test split, linear below 1 bit, logarithmic above; trained on copies "
-    "of up to 20 vectors and on up to 6 items.",
+    "of up to 20 vectors, on up to 5 vectors repeated up to 5 times, and on up to 6 items.",
     reads="configs/{copy,repeat_copy,associative_recall,dynamic_ngrams,priority_sort}.py",
     examples=_examples,
 )
