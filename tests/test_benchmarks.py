@@ -8,7 +8,7 @@ import pytest
 from benchmarks import cases as shared
 from benchmarks import timing
 from benchmarks.cpu import __main__ as run
-from benchmarks.cpu import cases, goals
+from benchmarks.cpu import cases, first_step, goals
 
 ROW_KEYS = {
     "op", "variant", "T", "shape", "pass", "implementation", "ran", "milliseconds", "low", "high", "rounds", "ratio",
@@ -19,7 +19,11 @@ ROW_KEYS = {
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmarks") / "result.json"
-    run.main(["--quick", "--out", str(path)])
+    with pytest.MonkeyPatch.context() as patch:
+        # In this process, which has loaded the trainer's libraries already, and for one config.
+        patch.setattr(run, "first_step", lambda config, quick: {"config": config, **first_step.measure(config, quick)})
+        patch.setattr(run, "CONFIGS", first_step.CONFIGS[:1])
+        run.main(["--quick", "--out", str(path)])
     return json.loads(path.read_text())
 
 
@@ -50,6 +54,12 @@ def test_the_default_names_its_implementation(result):
     assert all(row["ran"] for row in result["rows"] if row["implementation"] == "default")
     recurrent = [row["ran"] for row in result["rows"] if row["implementation"] == "recurrent"]
     assert recurrent and set(recurrent) == {"recurrent"}
+
+
+def test_seconds_to_the_first_step(result):
+    (row,) = result["first_step"]
+    assert row["config"] == "configs/swap.py" and 0 < row["step"] < 1e3 * row["first"] and row["cpu"] > 0
+    assert all(0 <= row[phase] < row["first"] for phase in ("import", "build", "trace", "compile"))
 
 
 def test_scaling_and_goals(result):

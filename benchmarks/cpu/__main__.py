@@ -1,7 +1,8 @@
 """Times the ops beside textbook JAX and PyTorch: python -m benchmarks.cpu [--ops delta_rule] [--out FILE]
 
 All contestants of a case run on the same inputs in interleaved rounds, and their medians are compared; outputs (or
-gradients) are compared first. Peers run in a second process (--peer-python).
+gradients) are compared first. Peers run in a second process (--peer-python). Without --ops, the seconds to the first
+training step of two configs come last (first_step.py).
 """
 
 import argparse
@@ -24,6 +25,7 @@ from benchmarks import timing
 from benchmarks.cases import BOTH, FORWARD, PASSES, Case
 from benchmarks.cpu import cases, goals
 from benchmarks.cpu.contestants import LOAD, Ours, Theirs, measure_peaks, start_peers
+from benchmarks.cpu.first_step import CONFIGS, first_step
 from benchmarks.floor import floor
 from benchmarks.workers import Worker
 
@@ -40,6 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of timing per case and pass (default: 10)")
     parser.add_argument("--out", help="JSON file for all measurements")
     arguments = parser.parse_args(argv)
+    arguments.configs = () if arguments.ops else CONFIGS
     arguments.ops = (
         arguments.ops.split(",") if arguments.ops else sorted({case.op for case in cases.CASES} | {"delta_product"})
     )
@@ -169,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     pairs = cases.QUICK_PER_CHANNEL if arguments.quick else cases.PER_CHANNEL
     budget = 0.0 if arguments.quick else arguments.budget
     peers = start_peers(arguments.peer_python) if arguments.peer_python else None
-    found = {**environment(peers, arguments.quick), "rows": [], "scaling": [], "per_channel": []}
+    found = {**environment(peers, arguments.quick), "rows": [], "scaling": [], "per_channel": [], "first_step": []}
     print(f"{found['processor']}, {found['cores']} cores; {found['versions']}")
     print(
         f"floors at {found['flops_per_second'] / 1e9:.0f} GFLOP/s (float32 matrix product) and "
@@ -201,6 +204,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             times = ", ".join(f"{t}: {ms:.1f}" for t, ms in zip(row["T"], row["milliseconds"], strict=True))
             what = f"{row['variant']} {row['op']} {row['shape']} {row['pass']}"
             print(f"{what}, ms by T: {times}; exponent {row['exponent']:.3f}", flush=True)
+    found["first_step"] = [first_step(config, arguments.quick) for config in arguments.configs]
+    for row in found["first_step"]:
+        phases = ", ".join(f"{name} {row[name]:.1f}" for name in ("import", "build", "trace", "compile"))
+        whole = f"first step after {row['first']:.1f} s ({phases}; {row['cpu']:.1f} s of CPU)"
+        print(f"{row['config']}: {whole}, then {row['step']:.1f} ms per step", flush=True)
     found["goals"] = goals.judge(found["rows"], found["scaling"], found["per_channel"])
     for verdict in found["goals"]:
         got = "not measured" if verdict["got"] is None else f"{verdict['got']:.2f}"
