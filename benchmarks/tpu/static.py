@@ -18,9 +18,11 @@ diagonal tile: half of a step's products and, for the write, the triangular solv
     hbm       KiB read and written per chunk and head
     moved     bundles that these transfers would take at peak memory bandwidth
     bytes     hbm over the bytes of reading the inputs and writing the outputs once
+    token     bundles per token and head (matrix memories), which compares kernels of different chunks
 
-Cases of other projects (`splash`, `tokamax KDA`) have no floor, and report the bundles of their whole main loop. The
-figures include no DMA waits: they compare versions of a kernel, and kernels with their floors; they are not times.
+Cases of other projects have no floor: `splash` reports the bundles of its whole main loop, `tokamax KDA`, per chunk and
+head, those of its two forward kernels, which run one after the other. The figures include no DMA waits: they compare
+versions of a kernel, and kernels with their floors; they are not times.
 --out keeps the rows that the file has of other cases and chips.
 """
 
@@ -50,9 +52,10 @@ from memformer.core.calls import MatrixCall
 from memformer.pallas.decoding import MOST_TOKENS
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.checks import check_tpu
+from memformer.pallas.tpu.matrix_memory import channel_decay, chunk_scan, delta_rule, linear_attention
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
 
-__all__ = ["CASES", "compile_case", "decodes", "make_mesh", "prepare_compiler"]
+__all__ = ["CASES", "compile_case", "decodes", "make_mesh", "matrix_rows", "prepare_compiler"]
 
 # FLOPs per cycle of one core, and the clock in GHz that makes them the 197, 459, 918 and 2307 TFLOP/s per chip of
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}; v5p and tpu7x have two cores. No data sheet gives a clock: FLOPs
@@ -188,26 +191,20 @@ def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]
     """Compiles one case and reads the schedules of its kernels."""
     before = set(dumps.glob("*"))
     if name in OTHERS:
-        compiled, names = OTHERS[name](topology)
-        return [_row(name, topology, loop, 1) for loop, *_ in loops(dumps, before, names)]
+        _, names = OTHERS[name](topology)
+        found = [loop for loop, *_ in loops(dumps, before, names)]
+        if name not in OTHERS_SIZES:
+            return [_row(name, topology, loop, 1) for loop in found]
+        chunk, heads = OTHERS_SIZES[name]
+        return [_row(name, topology, loop, heads) | _per_token(loop, chunk, heads) for loop in found]
     case = CASES[name]
+    if not case.is_attention and not decodes(case):
+        return matrix_rows(name, case, topology, dumps)
     text = compile_case(case, topology).as_text()
     found = loops(dumps, before, "memformer")
-    if case.is_attention:
-        return [
-            _attention_row(name, topology, text, loop) for kernel in found for loop in kernel if loop.depth in PARTS
-        ]
     if decodes(case):
         return [_decode_row(name, topology, text, max(kernel, key=lambda loop: loop.depth)) for kernel in found]
-    config = scan_config(case, topology)
-    rows = []
-    for loop, *_ in found:
-        backward = "backward" in loop.kernel
-        chunk, heads = config.chunk, config.program_heads
-        flops = floor.chunk_flops(case, chunk, backward) * heads
-        more = _compare(topology, text, loop, heads, flops, floor.chunk_traffic(case, chunk, backward))
-        rows.append(_row(name, topology, loop, heads) | {"chunk": chunk, "heads": heads} | more)
-    return rows
+    return [_attention_row(name, topology, text, loop) for kernel in found for loop in kernel if loop.depth in PARTS]
 
 
 def _decode_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, Any]:
@@ -221,6 +218,45 @@ def _decode_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, An
         "moved": round(moved[0] / BANDWIDTH[chip] * CLOCK[chip]),
         "bytes": round(moved[0] / moved[1], 2),
     }
+
+
+def matrix_rows(name: str, case: Case, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]]:
+    """Compiles the kernels of one case of a matrix memory, forward and backward, and reads their schedules.
+
+    The kernels alone: the rest of the call, which the compiler would dump too, takes several times as long.
+    """
+    config, rows = scan_config(case, topology), []
+    for backward in (False, True):
+        before = set(dumps.glob("*"))
+        text = compile_kernel(case, topology, config, backward).as_text()
+        for loop, *_ in loops(dumps, before, "memformer"):
+            chunk, heads = config.chunk, config.program_heads
+            flops = floor.chunk_flops(case, chunk, backward) * heads
+            more = _compare(topology, text, loop, heads, flops, floor.chunk_traffic(case, chunk, backward))
+            rows.append(_row(name, topology, loop, heads) | _per_token(loop, chunk, heads) | more)
+    return rows
+
+
+def compile_kernel(case: Case, topology: str, config: ScanConfig, backward: bool):
+    """Compiles one kernel of a matrix memory, which saves the states if forward."""
+    wide, scalar = case.dtype if case.dtype == "bfloat16" else "float32", "float32"
+    batch, heads, length = config.batch, config.heads, config.chunks * config.chunk
+    keys = [((batch, config.groups, length, config.key), wide)] * config.keys
+    value, channels = ((batch, heads, length, config.value), wide), ((batch, heads, length, config.key), scalar)
+    state, states = (((batch, heads, *n, config.key, config.value), scalar) for n in ((), (config.chunks,)))
+    scalars = ((batch, heads, len(config.scalars), config.chunks, config.chunk), scalar)
+    arrays = [*keys, value, *[channels] * config.channels]
+    arrays += [states, value, state] if backward else [state]
+    arrays += [scalars] * bool(config.scalars)
+    step = (
+        channel_decay.STEPS[config.beta] if config.channels else (delta_rule if config.beta else linear_attention).STEP
+    )
+    static = (step, config) if backward else (step, config, True)
+    mesh = make_mesh(topology)
+    place = NamedSharding(mesh, PartitionSpec())
+    with jax.set_mesh(mesh):
+        run = jax.jit(functools.partial(chunk_scan.backward if backward else chunk_scan.forward, *static))
+        return run.lower(*(jax.ShapeDtypeStruct(*array, sharding=place) for array in arrays)).compile()
 
 
 def _attention_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, Any]:
@@ -256,6 +292,11 @@ def _compare(topology: str, text: str, loop: Loop, heads: int, flops: float, mov
         "moved": round(moved[0] / BANDWIDTH[chip] * CLOCK[chip]),
         "bytes": round(moved[0] / moved[1], 2),
     }
+
+
+def _per_token(loop: Loop, chunk: int, heads: int) -> dict[str, Any]:
+    """Sizes of one run of a program's loop, and its bundles per token and head."""
+    return {"chunk": chunk, "heads": heads, "token": round(loop.bundles / (chunk * heads), 2)}
 
 
 def _row(name: str, topology: str, loop: Loop, heads: int) -> dict[str, Any]:
@@ -306,22 +347,25 @@ def _compile(topology: str, function, arrays):
 # Kernels of other projects: functions that compile them, by name.
 OTHERS = {"splash": splash, "tokamax KDA": tokamax_kda}
 
+# Tokens and heads per program of theirs, where both kernels of a pass have the same (`estimate_mini_batch` of tokamax's
+# kda/common.py: as many heads as VMEM holds, at most 16).
+OTHERS_SIZES = {"tokamax KDA": (64, 16)}
+
 
 def scan_config(case: Case, topology: str) -> ScanConfig:
     """The configuration that the library chooses for this case on a chip."""
     # Shapes stand in for arrays: planning reads nothing else, and no state.
-    arrays: list[Any] = list(specs(case))
-    q, k, v, *_ = arrays
+    arrays: dict[str, Any] = dict(zip(case.shapes, specs(case), strict=False))
     state: Any = None
     call = MatrixCall(
         op=case.op,
-        q=q,
-        k=k,
-        v=v,
+        q=arrays["q"],
+        k=arrays["k"],
+        v=arrays["v"],
         w=None,
         alpha=None,
-        beta=None,
-        decay=None,
+        beta=arrays.get("beta"),
+        decay=arrays.get("decay"),
         segments=None,
         state=state,
         writes=1,

@@ -1,5 +1,6 @@
 """Cumulative log decays, and differences of them that lose no digits."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -42,9 +43,17 @@ class CumulativeDecay(NamedTuple):
         return self.whole + self.fraction
 
 
-def cumulative_decay(decay: Float[Array, "*N C K"], axis: int = -2) -> CumulativeDecay:
-    """Sums log decays along `axis`, each token included."""
-    return CumulativeDecay(*(jnp.cumsum(x, axis=axis) for x in _split(decay, FORGOTTEN)))
+def cumulative_decay(
+    decay: Float[Array, "*N C K"], axis: int = -2, sums: Callable[..., Array] = jnp.cumsum
+) -> CumulativeDecay:
+    """Sums log decays along `axis`, each token included.
+
+    Args:
+      decay: log decays in the accumulation dtype.
+      axis: of the tokens.
+      sums: computes running sums, as `jnp.cumsum` does, of whole numbers without error.
+    """
+    return CumulativeDecay(*(sums(x, axis=axis) for x in _split(decay, FORGOTTEN)))
 
 
 def running_decay(decay: Float[Array, "B T H"], start: CumulativeDecay | None = None) -> CumulativeDecay:

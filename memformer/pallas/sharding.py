@@ -5,6 +5,7 @@ so that under a mesh (jax.set_mesh) a call is wrapped in shard_map over these tw
 the batch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -89,8 +90,9 @@ def split_batch_and_heads(
     axes: KernelAxes,
     *,
     results: int | Sequence[int],
-    operands: Sequence[int] | None = None,
+    operands: tuple[int, ...] | None = None,
     check_vma: bool = True,
+    shared: bool = False,
 ) -> Callable[..., Sequence[Array]]:
     """`function(*static, *arrays)` for sharded arrays and under vmap: each device runs it on its own shard.
 
@@ -101,9 +103,24 @@ def split_batch_and_heads(
       results: head axis of each result, or how many results there are if it is axis 1 of all.
       operands: head axis of each array; None is axis 1 of all.
       check_vma: whether arrays have types inside the shard_map, see `jax.shard_map`.
+      shared: whether equal calls share one trace and one lowered kernel, so that a model of many equal layers traces it
+        once. `function` and what it calls must then read nothing that changes between calls.
     """
     if isinstance(results, int):
         results = (1,) * results
+    options = (function, static, axes, tuple(results), operands, check_vma)
+    return functools.partial(_shared_call, *options) if shared else _split_call(*options)
+
+
+def _split_call(
+    function: Callable[..., Sequence[Array]],
+    static: tuple[Any, ...],
+    axes: KernelAxes,
+    results: tuple[int, ...],
+    operands: tuple[int, ...] | None,
+    check_vma: bool,
+) -> Callable[..., Sequence[Array]]:
+    """See `split_batch_and_heads`."""
 
     def local(*arrays):
         return tuple(function(*static, *arrays))
@@ -139,6 +156,11 @@ def split_batch_and_heads(
         )
 
     return call
+
+
+@functools.partial(jax.jit, static_argnums=range(6))
+def _shared_call(function, static, axes, results, operands, check_vma, *arrays):
+    return _split_call(function, static, axes, results, operands, check_vma)(*arrays)
 
 
 def _spec(batch, heads, axis: int) -> PartitionSpec:

@@ -11,6 +11,8 @@ whole, fraction
 segment    index of the token's segment
 """
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 
 from memformer.core.calls import MatrixCall
@@ -22,28 +24,38 @@ from memformer.pallas.config import BaseScanConfig
 __all__ = ["token_scalars"]
 
 
-def token_scalars(config: BaseScanConfig, call: MatrixCall) -> dict[str, Float[Array, "B N C H"]]:
-    """The scalars of a call in float32, by name; only those that the call has."""
-    shape = (config.batch, config.chunks, config.chunk, config.heads)
+def token_scalars(
+    config: BaseScanConfig, call: MatrixCall, sums: Callable[..., Array] = jnp.cumsum
+) -> dict[str, Float[Array, "B H N C"]]:
+    """The scalars of a call in float32, by name; only those that the call has.
+
+    Args:
+      config: sizes.
+      call: one write per token.
+      sums: see `cumulative_decay`.
+    """
+    shape = (config.batch, config.heads, config.chunks, config.chunk)
 
     def by_chunk(x):
-        return pad_time(x.astype(jnp.float32), config.chunk).reshape(shape)
+        # Transposed once, here: all that follows keeps the tokens of a chunk side by side.
+        return jnp.swapaxes(pad_time(x.astype(jnp.float32), config.chunk), 1, 2).reshape(shape)
 
     decay_in = decay_out = jnp.ones(shape, jnp.float32)
     scalars = {} if call.beta is None else {"beta": by_chunk(call.beta)}
     if call.alpha is not None:
         scalars["alpha"] = by_chunk(call.alpha)
     if config.decay:
-        decay = cumulative_decay(by_chunk(call.decay), axis=2)
+        decay = cumulative_decay(by_chunk(call.decay), axis=3, sums=sums)
         scalars |= {"whole": decay.whole, "fraction": decay.fraction}
-        decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(decay[:, :, -1:].since(decay))
+        decay_in, decay_out = jnp.exp(decay.total()), jnp.exp(decay[..., -1:].since(decay))
     if call.segments is not None:
         # Padding at the end belongs to the last segment, so that the returned state is that segment's.
         index = call.segments.index
-        index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % config.chunk)), mode="edge").reshape(shape[:3])
-        last = index[:, :, -1]
-        before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)))
-        decay_in *= (index == before[:, :, None]).astype(jnp.float32)[..., None]
-        decay_out *= (index == last[:, :, None]).astype(jnp.float32)[..., None]
-        scalars["segment"] = jnp.broadcast_to(index[..., None], shape).astype(jnp.float32)
+        index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % config.chunk)), mode="edge")
+        index = index.reshape(config.batch, 1, config.chunks, config.chunk)
+        last = index[..., -1:]
+        before = jnp.pad(last[:, :, :-1], ((0, 0), (0, 0), (1, 0), (0, 0)))
+        decay_in *= (index == before).astype(jnp.float32)
+        decay_out *= (index == last).astype(jnp.float32)
+        scalars["segment"] = jnp.broadcast_to(index, shape).astype(jnp.float32)
     return scalars | {"decay_in": decay_in, "decay_out": decay_out}

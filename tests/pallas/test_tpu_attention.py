@@ -323,7 +323,10 @@ def test_what_is_saved():
 
 @pytest.mark.parametrize("implementation", [None, "pallas"])
 def test_the_program_calls_the_kernels(implementation):
-    """The program for a TPU calls the kernels by name, forward and backward, and has no T x T array."""
+    """The program for a TPU calls the kernels by name, forward and backward, and has no T x T array.
+
+    Equal calls share one lowered kernel: here DeltaFormer's read and softmax attention.
+    """
     length = 4096
 
     def both(q, k, v):
@@ -335,7 +338,7 @@ def test_the_program_calls_the_kernels(implementation):
     text = exported(jax.grad(both, argnums=(0, 1, 2)), many, few, few)
     for name in ("write_forward", "write_backward", "attention_forward", "attention_backward"):
         assert f"memformer_{name}" in text
-    assert text.count("tpu_custom_call") >= 6
+    assert text.count("tpu_custom_call") == 4
     assert f"{length}x{length}" not in text and "while" not in text
 
 

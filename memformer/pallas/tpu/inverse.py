@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from memformer.core.types import Array
 from memformer.pallas.tpu.products import iotas, product, split_bf16
 
-__all__ = ["unit_lower_inverses"]
+__all__ = ["BLOCK", "invert_blocks", "join_blocks", "unit_lower_inverses"]
 
 # Rows of a diagonal block: the vector unit takes one step per row, the MXU six products per doubling.
 BLOCK = 16
@@ -31,16 +31,30 @@ def unit_lower_inverses(a: Sequence[Any], passes: int) -> Generator[None, None, 
       a: the matrices of one or two heads, or references to them.
       passes: MXU passes per product, 3 or 6: with one pass, repeated keys lose all precision to cancellation.
     """
-    x = yield from _substitute(a)
-    block = BLOCK
-    while block < a[0].shape[0]:
+    x = yield from invert_blocks(a)
+    return (yield from join_blocks(a, x, passes))
+
+
+def join_blocks(
+    a: Sequence[Any], x: list[Array], passes: int, rows: int | None = None
+) -> Generator[None, None, list[Array]]:
+    """Joins the inverses of diagonal blocks to those of blocks of `rows` rows, by default to the whole inverses.
+
+    Args:
+      a: see `unit_lower_inverses`.
+      x: of each matrix the inverses of its diagonal blocks of b rows, side by side, [b, C].
+      passes: see `unit_lower_inverses`.
+      rows: of the blocks to return.
+    """
+    block = x[0].shape[0]
+    while block < (rows or a[0].shape[0]):
         yield
         x = yield from _join(a, x, block, passes)
         block *= 2
     return x
 
 
-def _substitute(a: Sequence[Any]) -> Generator[None, None, list[Array]]:
+def invert_blocks(a: Sequence[Any]) -> Generator[None, None, list[Array]]:
     """Inverses of the diagonal blocks, side by side: [BLOCK, C], entry (r, j) is row r of the block of column j."""
     size = a[0].shape[0]
     row, column = iotas((BLOCK, size))

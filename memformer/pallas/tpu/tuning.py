@@ -4,6 +4,7 @@ import dataclasses
 from typing import NamedTuple, TypeAlias
 
 __all__ = [
+    "KERNELS",
     "PAIR",
     "REMAT",
     "RESIDENT",
@@ -33,12 +34,14 @@ class Tuning:
       values: value columns per program; wider values are split into blocks, each with an inverse of its own.
       remat: what the backward pass has beside the inputs: "states", the state that enters each chunk, or "inputs",
         nothing more, so that the forward kernel runs again.
+      interleaved: heads that are computed interleaved while later chunks are prepared; the groups follow each other.
     """
 
     chunk: int
     heads: int
     values: int
     remat: str = "states"
+    interleaved: int = 4
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -47,30 +50,43 @@ class Tuning:
 
 REMAT = ("states", "inputs")
 
-# By kind of TPU and the larger of K and V, for bfloat16. Bundles per chunk and head of the delta rule forward, with
-# per-head decay and K = V = 128: with 8 heads 642 on v5p, 631 on v5e, 578 on v6e; with 4 heads 742 on v5e (205 spills
-# instead of 248); with chunks of 64 on v6e 893 per 128 tokens. tpu7x has the sizes of v6e. Programs of wide heads have
-# two, because a pair of heads fills a product.
+KERNELS = ("delta_rule", "linear_attention", "channel_delta_rule", "channel_linear_attention")
+
+
+def _rows(*sizes: tuple[int, int], chunk: int = 128) -> dict[tuple[str, int], Tuning]:
+    """Sizes by kernel and the larger of K and V; given are heads and interleaved heads of each of `KERNELS` at 128.
+
+    Programs of wide heads have two, because a pair of heads fills a product.
+    """
+    rows = {(kernel, 256): Tuning(chunk, 2, 256) for kernel in KERNELS}
+    for kernel, (heads, interleaved) in zip(KERNELS, sizes, strict=True):
+        rows[kernel, 128] = Tuning(chunk, heads, 128, interleaved=interleaved)
+    return rows
+
+
+# By kind of TPU, for bfloat16, from `python -m benchmarks.tune tpu`, which says how much each choice matters
+# (benchmarks/results/tpu-tune.json). tpu7x has the sizes of v6e, v5e those of v5p.
 TABLE = {
-    "TPU v5 lite": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
-    "TPU v5": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
-    "TPU v6 lite": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
-    "TPU7x": {128: Tuning(128, 8, 128), 256: Tuning(128, 2, 256)},
-    "interpreter": {128: Tuning(16, 4, 128), 256: Tuning(16, 2, 256)},
+    "TPU v5 lite": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
+    "TPU v5": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
+    "TPU v6 lite": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
+    "TPU7x": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
+    "interpreter": _rows(*[(4, 2)] * 4, chunk=16),
 }
 
 
-def choose(kind: str, length: int, key: int, value: int, itemsize: int) -> Tuning:
+def choose(kind: str, kernel: str, length: int, key: int, value: int, itemsize: int) -> Tuning:
     """The sizes of the table, reduced to what the call needs and VMEM holds.
 
     Args:
       kind: device kind.
+      kernel: one of `KERNELS`.
       length: T.
       key, value: widths K and V.
       itemsize: bytes per element of the inputs.
     """
     row = TABLE.get(kind, TABLE["TPU v5"])
-    sizes = row[128 if max(key, value) <= 128 else 256]
+    sizes = row[kernel, 128 if max(key, value) <= 128 else 256]
     # float32 inputs call for an error of 1e-4: with equal keys the rounding error of k . k adds up over a chunk.
     chunk = max(16, sizes.chunk * 2 // itemsize)
     while chunk > 16 and chunk // 2 >= length:

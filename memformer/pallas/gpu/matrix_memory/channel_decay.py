@@ -57,7 +57,7 @@ class _Arrays(NamedTuple):
       q, k, w: [B, T, G, K] bfloat16; w is None without beta.
       v: [B, T, H, V] bfloat16.
       decay: [B, T, H, K] float32.
-      scalars: see pallas/token_scalars.py; alpha wherever there is beta.
+      scalars: [B, N, C, H], see pallas/token_scalars.py; alpha wherever there is beta.
     """
 
     q: Array
@@ -231,7 +231,8 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     decay = decay if decay.ndim == 4 else jnp.broadcast_to(decay[..., None], (*decay.shape, width))
     decay = jnp.maximum(pad(decay, config.key), FORGOTTEN)
     w = pad(call.k if call.w is None else call.w, config.key) if config.beta else None
-    scalars = token_scalars.token_scalars(config, call)
+    # [B, H, N, C] to [B, N, C, H], as the scaled operands lie.
+    scalars = {name: x.transpose(0, 2, 3, 1) for name, x in token_scalars.token_scalars(config, call).items()}
     scalars = {"alpha": scalars["beta"]} | scalars if config.beta else scalars
     arrays = _Arrays(pad(call.q, config.key), pad(call.k, config.key), pad(call.v, config.value), w, decay, scalars)
     state = pad_time(pad_time(call.state.astype(jnp.float32), config.key, axis=2), config.value, axis=3)

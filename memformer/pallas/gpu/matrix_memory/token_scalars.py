@@ -34,8 +34,7 @@ def stack_scalars(config: ScanConfig, call: MatrixCall) -> tuple[Array, ...]:
         beta = scalars["beta"]
         scalars["beta"] = beta + lax.stop_gradient(jnp.where(jnp.abs(beta) < LEAST, LEAST - beta, 0.0))
     scalars |= {f"-{name}": -scalars[name] for name in ("beta", "whole", "fraction", "segment") if name in scalars}
-    # [B, N, C, H, names] to [B, H, N, names, C].
-    return (jnp.stack([scalars[name] for name in config.scalars], axis=-1).transpose(0, 3, 1, 4, 2),)
+    return (jnp.stack([scalars[name] for name in config.scalars], axis=3),)
 
 
 class TokenScalars:

@@ -371,7 +371,7 @@ def attention_backward(
     bounds = jnp.broadcast_to(bounds[:, None], (k.shape[0], groups, bounds.shape[1]))
     write = scalars.get("beta") is not None
     results = 3 + write + 2 * config.decay
-    call = split_batch_and_heads(_backward, (config, _Options(write, solve)), config.axes, results=results)
+    call = split_batch_and_heads(_backward, (config, _Options(write, solve)), config.axes, results=results, shared=True)
     dk, dq, dx, *more = call(k, q, x, g, rows, bounds, *rest)
     dk, dx = (y.reshape(*k.shape[:2], -1, *y.shape[2:]).sum(2) if heads != groups else y for y in (dk, dx))
     more = [y.reshape(*y.shape[:2], -1) for y in more]

@@ -314,7 +314,9 @@ def _write_span(
     if value is not None:
         rest = (*rest, value)
     first = jnp.broadcast_to(first[:, None], (first.shape[0], groups, first.shape[1]))
-    u, lse = split_batch_and_heads(_write_shard, (config,), config.axes, results=2)(k, w, v, scalars, first, *rest)
+    u, lse = split_batch_and_heads(_write_shard, (config,), config.axes, results=2, shared=True)(
+        k, w, v, scalars, first, *rest
+    )
     return u, lse.reshape(*lse.shape[:2], -1)
 
 

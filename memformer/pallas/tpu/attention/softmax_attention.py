@@ -165,7 +165,8 @@ def read(
         )
     bounds = _row_bounds(config, q, mask)
     bounds = jnp.broadcast_to(bounds[:, None], (q.shape[0], groups, bounds.shape[1]))
-    o, lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=2)(k, q, x, bounds, *scalars)
+    call = split_batch_and_heads(_read, (config, dtype), config.axes, results=2, shared=True)
+    o, lse = call(k, q, x, bounds, *scalars)
     return o, lse.reshape(q.shape[:3])
 
 

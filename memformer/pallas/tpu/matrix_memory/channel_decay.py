@@ -304,7 +304,7 @@ def _descend(config: ScanConfig, keys, dscores, dgrown, refs: _Prepared, carried
 
 
 STEPS = {
-    erases: ChunkStep(f"channel_{name}", _forward, _backward, _prepare, _prepared, interleaved=2, delay=8)
+    erases: ChunkStep(f"channel_{name}", _forward, _backward, (_prepare,), _prepared, delay=8)
     for erases, name in ((False, "linear_attention"), (True, "delta_rule"))
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -31,7 +32,7 @@ from memformer.pallas.tpu.matrix_memory.token_scalars import (
     unpack_scalars,
 )
 
-__all__ = ["ChunkStep", "run_scan"]
+__all__ = ["ChunkStep", "backward", "forward", "run_scan"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +46,25 @@ class ChunkStep:
       backward: (config, scalars, gradients, head, prepared, keys, v, state, do, ds) to (gradients of the keys and, with
         a decay per channel, of that; dv; ds of the state that enters the chunk); state and ds are references. Adds the
         gradients of the token scalars to `gradients`.
-      prepare: what does not depend on the state, for one or two heads, one chunk ahead: (config, scalars, heads, keys,
-        refs) stores into refs, the references of each head, what forward and backward then receive as `prepared`; keys
-        of each head, followed by the decay [C, K] where it is per channel. Or None.
-      prepared: (config, backward) to shape and dtype of what prepare stores per head.
-      interleaved: heads that are computed interleaved while the next chunk is prepared.
-      delay: steps of prepare before the heads start: their products fill the MXU where the inverse leaves it idle.
+      prepare: what does not depend on the state, for one or two heads, in stages, each one chunk ahead of the next: the
+        first is (config, scalars, heads, keys, refs), with the keys of each head, followed by the decay [C, K] where
+        it is per channel; the others are (config, refs). They store into refs, the references of each head, what
+        forward and backward then receive as `prepared`. () where nothing is prepared.
+      prepared: (config, backward) to shape and dtype of what the stages store per head.
+      delay: steps of the stages before the heads start: their products fill the MXU where the inverse leaves it idle.
     """
 
     name: str
     forward: Callable[..., Steps]
     backward: Callable[..., Steps]
-    prepare: Callable[..., Steps] | None = None
+    prepare: tuple[Callable[..., Steps], ...] = ()
     prepared: Callable[[ScanConfig, bool], list[tuple[tuple[int, ...], Any]]] | None = None
-    interleaved: int = 2
     delay: int = 0
 
     @property
     def prefetch(self) -> int:
-        """Grid steps from preparing a chunk to computing it."""
-        return 0 if self.prepare is None else 1
+        """Grid steps from loading a chunk to computing it."""
+        return len(self.prepare)
 
 
 def run_scan(
@@ -114,7 +114,7 @@ def _join_values(o: Array, state: Array, width: int) -> tuple[Array, Array]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scan(step: ChunkStep, config: ScanConfig, keys, v, channels, scalars, state):
-    call = split_batch_and_heads(_forward, (step, config, False), config.axes, results=2)
+    call = split_batch_and_heads(forward, (step, config, False), config.axes, results=2, shared=True)
     return tuple(call(*keys, v, *channels, state, *scalars))
 
 
@@ -126,7 +126,7 @@ def _scan_forward(step, config, keys, v, channels, scalars, state):
 
 
 def _scan_and_save(step, config, keys, v, channels, scalars, state):
-    call = split_batch_and_heads(_forward, (step, config, True), config.axes, results=3)
+    call = split_batch_and_heads(forward, (step, config, True), config.axes, results=3, shared=True)
     return call(*keys, v, *channels, state, *scalars)
 
 
@@ -135,7 +135,7 @@ def _scan_backward(step, config, saved, cotangents):
     if config.remat == "inputs":
         *_, states = _scan_and_save(step, config, keys, v, channels, scalars, states)
     results = len(keys) + len(channels) + len(scalars) + 2
-    call = split_batch_and_heads(_backward, (step, config), config.axes, results=results)
+    call = split_batch_and_heads(backward, (step, config), config.axes, results=results, shared=True)
     gradients = list(call(*keys, v, *channels, states, *cotangents, *scalars))
     dkeys, dv, dchannels, dstate, dscalars = _split_arrays(config, gradients, 1)
     return dkeys, dv, dchannels, dscalars, dstate
@@ -152,10 +152,11 @@ def _split_arrays(config: ScanConfig, arrays: Sequence[Array], others: int) -> t
 
 
 class _Chunk:
-    """The chunk of a program, and, where the memory prepares, the chunk ahead of it.
+    """The chunk of a program, and, where the memory prepares, the chunks ahead of it.
 
-    Grid step n then prepares chunk n and computes chunk n - 1, so that the compiler has work for every unit at every
-    time. What is prepared lies in two copies that alternate.
+    Grid step n takes chunk n through the first stage, chunk n - 1 through the second and so on, and computes the chunk
+    that has passed all of them: short chains that do not wait for each other, so that the compiler has work for every
+    unit at every time. What is prepared lies in as many copies as chunks are under way.
     """
 
     def __init__(self, step: ChunkStep, config: ScanConfig, keys, channels, scalars, prepared):
@@ -163,45 +164,50 @@ class _Chunk:
         self._keys = tuple(ref.at[0] for ref in keys)
         self._channels = tuple(ref.at[0] for ref in channels)
         self.scalars = TokenScalars(config, scalars[:1])
-        if step.prepare is not None:
+        if step.prepare:
             self._next_scalars = TokenScalars(config, scalars[1:])
-            slot = pl.program_id(2) % 2
-            self._next = [ref.at[slot] for ref in prepared]
-            self._prepared = [ref.at[1 - slot] for ref in prepared]
+            copies, n = step.prefetch + 1, pl.program_id(2)
+            self._slots = [[ref.at[lax.rem(n + copies - s, copies)] for ref in prepared] for s in range(copies)]
 
     def head(self, h: int):
         """The prepared arrays and the keys of one head."""
         g, count = h // self.config.heads_per_key, self.config.keys
-        if self.step.prepare is None:
+        if not self.step.prepare:
             return (), tuple(ref[g] for ref in self._keys)
-        return [ref.at[h] for ref in self._prepared[count:]], tuple(ref[g] for ref in self._prepared[:count])
+        *_, prepared = self._slots
+        return [ref.at[h] for ref in prepared[count:]], tuple(ref[g] for ref in prepared[:count])
 
     def run(self, heads: list[Steps]) -> None:
-        """Computes all heads, interleaved with preparing the next chunk."""
-        if self.step.prepare is None:
+        """Computes all heads, interleaved with preparing later chunks."""
+        if not self.step.prepare:
             interleave(heads)
             return
-        chains = [self._prepare(pair) for pair in self.config.head_pairs]
-        interleave([*chains, interleave_groups(heads, self.step.interleaved, self.step.delay)])
+        chains = [self._prepare(s, pair) for s in range(self.step.prefetch) for pair in self.config.head_pairs]
+        interleave([*chains, interleave_groups(heads, self.config.interleaved, self.step.delay)])
 
-    def _prepare(self, heads: tuple[int, ...]) -> Steps:
+    def _prepare(self, stage: int, heads: tuple[int, ...]) -> Steps:
+        count, slot = self.config.keys, self._slots[stage]
+        refs = [[ref.at[h] for ref in slot[count:]] for h in heads]
+        if stage:
+            yield from self.step.prepare[stage](self.config, refs)
+            return
         places = [h // self.config.heads_per_key for h in heads]
-        for copy, ref in zip(self._next, self._keys, strict=False):
+        for copy, ref in zip(slot, self._keys, strict=False):
             for g in set(places):
                 copy[g] = ref[g]
         keys = [[ref[g] for ref in self._keys] for g in places]
         keys = [[*own, *(ref[h] for ref in self._channels)] for h, own in zip(heads, keys, strict=True)]
-        refs = [[ref.at[h] for ref in self._next[self.config.keys :]] for h in heads]
-        yield from self.step.prepare(self.config, self._next_scalars, heads, keys, refs)
+        yield from self.step.prepare[0](self.config, self._next_scalars, heads, keys, refs)
 
 
 def _prepared_scratch(step: ChunkStep, config: ScanConfig, q, backward: bool) -> list[pltpu.VMEM]:
-    """Scratch for what is prepared, in two copies: the keys, then the arrays of the memory."""
-    if step.prepare is None:
+    """Scratch for what is prepared, a copy per chunk under way: the keys, then the arrays of the memory."""
+    if not step.prepare:
         return []
-    keys = [pltpu.VMEM((2, config.program_keys, config.chunk, config.key), q.dtype)] * config.keys
+    copies = step.prefetch + 1
+    keys = [pltpu.VMEM((copies, config.program_keys, config.chunk, config.key), q.dtype)] * config.keys
     arrays = step.prepared(config, backward)
-    return keys + [pltpu.VMEM((2, config.program_heads, *shape), dtype) for shape, dtype in arrays]
+    return keys + [pltpu.VMEM((copies, config.program_heads, *shape), dtype) for shape, dtype in arrays]
 
 
 def _forward_kernel(
@@ -231,7 +237,7 @@ def _forward_kernel(
         pltpu.sync_copy(s_ref, end_ref.at[0])
 
 
-def _forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
+def forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
     """One device's shard: keys [B, G, T, K], v [B, H, T, V], with a decay per channel that, [B, H, T, K], start
     [B, H, K, V], scalars [B, H, names, N, C].
 
@@ -302,7 +308,7 @@ def _backward_kernel(
         pltpu.sync_copy(ds_ref, dstart_ref.at[0])
 
 
-def _backward(step: ChunkStep, config: ScanConfig, *arrays):
+def backward(step: ChunkStep, config: ScanConfig, *arrays):
     """Gradients of keys, v, decay per channel, initial state and token scalars, of one device's shard."""
     keys, v, channels, states, do, dend, scalars = _split_arrays(config, arrays, 3)
     config = config.local(keys[0], v)
@@ -349,7 +355,7 @@ def _backward(step: ChunkStep, config: ScanConfig, *arrays):
 def _scalar_inputs(step: ChunkStep, config: ScanConfig, blocks: "_ScanBlocks", scalars):
     """The token scalars as the kernel reads them, and their blocks: of the chunk, then of the chunk ahead."""
     scalars = [pack_scalars(config, x) for x in scalars]
-    if not scalars or step.prepare is None:
+    if not scalars or not step.prepare:
         return scalars, [blocks.scalars] * len(scalars)
     return scalars * 2, [blocks.scalars, blocks.next_scalars]
 

@@ -28,6 +28,7 @@ class ScanConfig(BaseScanConfig):
       max_heads: value heads per program, at most.
       remat: what is saved for the backward pass, see `Tuning`.
       passes: MXU passes per product.
+      interleaved: see `Tuning`.
       erase: whether there is an erase vector other than k.
       channels: whether each key channel has a log decay of its own; `decay` is then False.
     """
@@ -35,6 +36,7 @@ class ScanConfig(BaseScanConfig):
     max_heads: int
     remat: str
     passes: int
+    interleaved: int
     erase: bool = False
     channels: bool = False
 
@@ -102,7 +104,8 @@ def plan_call(call: MatrixCall, sizes: tuning.Tuning | None = None) -> ScanConfi
     kind = check_tpu(call.op, call.q, call.v)
     check_chunk_size(call.op, call.chunk_size, CHUNKS)
     length, key, value = call.q.shape[1], call.q.shape[3], call.v.shape[3]
-    sizes = sizes or tuning.choose(kind, length, key, value, call.q.dtype.itemsize)
+    kernel = "channel_" * call.decay_per_channel + ("linear_attention" if call.beta is None else "delta_rule")
+    sizes = sizes or tuning.choose(kind, kernel, length, key, value, call.q.dtype.itemsize)
     blocks = value // sizes.values if value % sizes.values == 0 else 1
     return ScanConfig.of(
         call,
@@ -112,6 +115,7 @@ def plan_call(call: MatrixCall, sizes: tuning.Tuning | None = None) -> ScanConfi
         max_heads=sizes.heads,
         remat=sizes.remat,
         passes=PASSES[call.precision],
+        interleaved=sizes.interleaved,
         decay=call.decay is not None and not call.decay_per_channel,
         erase=call.w is not None,
         channels=call.decay_per_channel,

@@ -6,7 +6,8 @@ token scalars decay_in and write, beta on columns, s the scale:
     M = D (K K^T), i < r           X = (I + M beta)^-1  W = X (V - c K S)
     P = s D (Q K^T), i <= r        O = s c Q S + P beta W    S' = c_C S + K^T (b W)
 
-The writes of the equations are U = beta W. M, P and X do not depend on the state: they are prepared one chunk ahead.
+The writes of the equations are U = beta W. M, P and X do not depend on the state: two stages prepare them, two chunks
+ahead.
 Backward, with all of this recomputed:
 
     dW = (P beta)^T dO + b K dS'   dV = X^T dW          E = c dV
@@ -27,9 +28,15 @@ import jax.numpy as jnp
 from memformer.core.calls import MatrixCall
 from memformer.core.types import Array, Float
 from memformer.pallas.tpu.interleave import Steps
-from memformer.pallas.tpu.inverse import unit_lower_inverses
 from memformer.pallas.tpu.matrix_memory.chunk_scan import ChunkStep, run_scan
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
+from memformer.pallas.tpu.matrix_memory.staged_inverse import (
+    SCRATCH,
+    first_stage,
+    inverse_scratch,
+    inverse_summands,
+    second_stage,
+)
 from memformer.pallas.tpu.matrix_memory.token_scalars import ScalarGradients, TokenScalars
 from memformer.pallas.tpu.products import exact_passes, iotas, product, split_bf16
 from memformer.pallas.tpu.tuning import Tuning
@@ -43,16 +50,13 @@ def _strictly_lower(x: Array) -> Array:
 
 
 def _prepared(config: ScanConfig, backward: bool) -> list[tuple[tuple[int, ...], Any]]:
-    """X in summands; forward P beta in summands, backward M, P and D."""
-    square = (config.chunk, config.chunk)
-    whole = [(square, jnp.float32)]
-    summands = [(square, jnp.bfloat16)] * 2 if exact_passes(config.passes) == 3 else whole
-    return summands + (whole * 3 if backward else summands)
+    """The inverse (staged_inverse.py); forward P beta in summands, backward M, P and D."""
+    inverse, whole = inverse_scratch(config), ((config.chunk, config.chunk), jnp.float32)
+    return inverse + ([whole] * 3 if backward else inverse[SCRATCH:])
 
 
 def _prepare(config: ScanConfig, scalars: TokenScalars, heads, keys, refs) -> Steps:
-    passes = exact_passes(config.passes)
-    summands = 2 if passes == 3 else 1
+    first = SCRATCH + inverse_summands(config)
     a = []
     for h, (head_q, head_k), head_refs in zip(heads, keys, refs, strict=True):
         decay, beta = scalars.decay_mask(h), scalars.row("beta", h)
@@ -60,22 +64,20 @@ def _prepare(config: ScanConfig, scalars: TokenScalars, heads, keys, refs) -> St
         a.append(beta * kk)
         yield
         qk = config.scale * decay * product(head_q, head_k, "nt", config.passes)
-        backward = len(head_refs) == summands + 3
-        rest = (kk, qk, decay) if backward else split_bf16(beta * qk, passes)
-        for ref, x in zip(head_refs[summands:], rest, strict=True):
+        to = head_refs[first:]
+        rest = (kk, qk, decay) if len(to) == 3 else split_bf16(beta * qk, exact_passes(config.passes))
+        for ref, x in zip(to, rest, strict=True):
             ref[...] = x
         yield
-    inverses = yield from unit_lower_inverses(a, passes)
-    for head_refs, inverse in zip(refs, inverses, strict=True):
-        for ref, summand in zip(head_refs, split_bf16(inverse, passes), strict=False):
-            ref[...] = summand
+    yield from first_stage(config, a, refs)
 
 
 def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, keys, v, state):
     q, k = keys
     mm = functools.partial(product, passes=config.passes)
-    half = len(prepared) // 2
-    inverse, qk = (tuple(ref[...] for ref in refs) for refs in (prepared[:half], prepared[half:]))
+    count = inverse_summands(config)
+    summands = [ref[...] for ref in prepared[SCRATCH:]]
+    inverse, qk = tuple(summands[:count]), tuple(summands[count:])
     missing = v.astype(jnp.float32) - scalars.decay_in(h, mm(k, state[...], "nn"))
     yield
     w = config.exact(inverse, missing, "nn")
@@ -92,7 +94,7 @@ def _backward(
 ):
     q, k = keys
     mm = functools.partial(product, passes=config.passes)
-    *inverse, kk, qk, decay = prepared
+    *inverse, kk, qk, decay = prepared[SCRATCH:]
     inverse = tuple(ref[...] for ref in inverse)
     beta = scalars.row("beta", h)
     stored = mm(k, state[...], "nn")
@@ -136,7 +138,7 @@ def _backward(
     return (dq, dk), dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn") - config.exact(k, e, "tn")
 
 
-STEP = ChunkStep("delta_rule", _forward, _backward, _prepare, _prepared, interleaved=2, delay=8)
+STEP = ChunkStep("delta_rule", _forward, _backward, (_prepare, second_stage), _prepared)
 
 
 def run(call: MatrixCall, sizes: Tuning | None = None) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
