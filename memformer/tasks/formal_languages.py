@@ -105,8 +105,22 @@ class _OneAnswer(_FormalLanguage):
         return int(rng.integers(self.min_length, self.length + 1))
 
 
+class _BitOfBits(_OneAnswer):
+    """Base of tasks whose tokens are bits, and whose answer is one."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of input ids."""
+        return 2
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of a target."""
+        return 2
+
+
 @dataclasses.dataclass(frozen=True)
-class Parity(_OneAnswer):
+class Parity(_BitOfBits):
     """Tell whether the number of ones is odd. Bits are uniform; the answer is scored at the last bit.
 
     Attributes:
@@ -125,23 +139,13 @@ class Parity(_OneAnswer):
 
     name = "parity"
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of input ids."""
-        return 2
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of a target."""
-        return 2
-
     def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         bits = rng.integers(2, size=self._size(rng))
         return bits, np.cumsum(bits) % 2
 
 
 @dataclasses.dataclass(frozen=True)
-class EvenPairs(_OneAnswer):
+class EvenPairs(_BitOfBits):
     """Tell whether the number of adjacent pairs 01 and 10 is even, that is, whether the first and last bit agree.
 
     Attributes:
@@ -159,16 +163,6 @@ class EvenPairs(_OneAnswer):
     """
 
     name = "even_pairs"
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of input ids."""
-        return 2
-
-    @property
-    def num_classes(self) -> int:
-        """Odd, even."""
-        return 2
 
     def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         bits = rng.integers(2, size=self._size(rng))
