@@ -91,7 +91,8 @@ class AttentionCall:
       alpha: write strength [B, T, G]; None is 1.
       beta: erase strength [B, T, G]; None is 1.
       decay: cumulative log decay, from `running_decay`, of the tokens; those of the slots are in the cache. [B, T, H],
-        or [B, T, G] in DeltaFormer; None is 0.
+        or [B, T, G] in DeltaFormer; None is 0. With a cache per document it starts from 0 in each, and slots of the
+        cache have what lies between them and the last one in use.
       sinks: logit per head of a slot with value 0 that every query sees, [H] or [B, H]; None is no such slot.
       write_kernel: kappa1; None for softmax attention.
       read_kernel: kappa2.
@@ -99,6 +100,7 @@ class AttentionCall:
       causal: whether a query sees only slots up to its own.
       window: how many tokens back a query sees, itself included, or None.
       cache: state before the call, or None; `.k` and `.values` are [B, S, G, K] and [B, S, G, V].
+      documents: whether the slots are those of several documents per row, each with its own cache.
       precision: of matrix products.
       chunk_size: side of a tile, or None where the implementation chooses.
     """
@@ -118,5 +120,6 @@ class AttentionCall:
     causal: bool
     window: int | None
     cache: Any
+    documents: bool
     precision: lax.Precision
     chunk_size: int | None

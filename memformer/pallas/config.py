@@ -89,6 +89,7 @@ class BaseAttentionConfig:
       strict: whether their own slot is left out.
       segments: whether a mask of segments is needed.
       decay: whether logits or similarities decay with the time between the tokens of a pair.
+      restarts: whether decays add up from 0 in each document of a row, so that no number is close to those of a block.
       causal: False where queries see later slots, too; `own` is False then, and `before` counts all blocks.
       window: how many tokens back a query sees, itself included, and without causality as many ahead; or None.
       axes: mesh axes of batch and heads.
@@ -100,6 +101,7 @@ class BaseAttentionConfig:
     strict: bool
     segments: bool
     decay: bool
+    restarts: bool = dataclasses.field(default=False, kw_only=True)
     causal: bool = dataclasses.field(default=True, kw_only=True)
     window: int | None = dataclasses.field(default=None, kw_only=True)
     axes: KernelAxes = dataclasses.field(default_factory=kernel_axes, kw_only=True)

@@ -3,7 +3,9 @@
 A cumulative decay (core/decay.py) is a whole number and a fraction. Kernels read both as float32, the whole number as
 two digits to the base RADIX. Each block of tokens has an anchor, the whole number at one of its ends: the decay of a
 pair is that from the row to the anchor of the columns plus that from the anchor to the column, two numbers of the same
-sign, so that only adding them is done per pair. Within the block of the rows both parts are subtracted per pair.
+sign, so that only adding them is done per pair. Within the block of the rows both parts are subtracted per pair. So
+they are in all blocks of a call with a cache per document, whose decays add up from 0 in each: an anchor can be far
+from the tokens of another document, and the sum of a whole number and a fraction then loses the fraction.
 
 decay_high, decay_low        digits of the whole part
 decay_fraction               of the same token

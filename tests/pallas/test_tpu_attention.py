@@ -170,6 +170,38 @@ WINDOWS = {
 }
 
 
+def test_decays_of_documents_with_caches_of_their_own(interpreter):
+    """Blocks hold slots and tokens of two documents, of which one has forgotten everything eight times more.
+
+    Sums of its decays, of 65,536, leave float32 no more than two digits of a fraction.
+    """
+    rng, slots, ids = np.random.default_rng(5), 10, jnp.asarray(np.repeat([1, 2], [10, 14])[None], jnp.int32)
+    arrays, fill = ({name: x for name, x in given(n, seed=n).items() if name in "qkv"} for n in (24, 2 * slots))
+    arrays["decay"] = jnp.asarray(rng.uniform(-0.3, 0, (1, 24, 1)), jnp.float32).at[:, 1:9].set(-np.inf)
+    held = jnp.asarray(rng.uniform(-0.3, 0, (2, slots, 1)), jnp.float32).at[1, :8].set(-np.inf)
+    start = (fill[name].reshape(2, slots, 1, -1) for name in "qkv")
+    _, cache = mf.softmax_attention(*start, decay=held, implementation="recurrent")
+    state = jax.tree.map(lambda x: x[None] if x.ndim else x, cache)
+
+    def run(arrays, state, implementation):
+        def loss(arrays):
+            extra = {"segment_ids": ids, "initial_state": state, "implementation": implementation, "chunk_size": 16}
+            output = mf.softmax_attention(**arrays, **extra)[0]
+            weights = jnp.asarray(np.random.default_rng(8).standard_normal(output.shape), output.dtype)
+            return jnp.sum(weights * output), output
+
+        gradients, output = jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(arrays))
+        gradients["decay"] = np.where(np.isinf(arrays["decay"]), 0, gradients["decay"])
+        return output, gradients
+
+    got, gradients = run(arrays, state, "pallas")
+    with jax.enable_x64(True):
+        exact = [suite.cast(jax.tree.map(np.asarray, x), "float64") for x in (arrays, state)]
+        want, want_gradients = run(*exact, "recurrent")
+    assert_close(got, want, FORWARD["float32"], "output")
+    assert_close(gradients, want_gradients, GRADIENT["float32"], "gradient")
+
+
 def windowed(case, dtype, scale=1):
     """Softmax attention with sinks over 41 tokens, window, runs and tokens times `scale`.
 

@@ -98,6 +98,7 @@ def make_call(
         causal=causal,
         window=window,
         cache=None if slots is None else clear_slots(slots),
+        documents=documents is not None,
         precision=matmul_precision(precision, q, k, v, w),
         chunk_size=chunk_size,
     )

@@ -203,7 +203,7 @@ def sum_decay(
     cache: Cache | None,
     decay: Array | None,
     dtype: jax.typing.DTypeLike,
-    documents: Callable[[Any, Array], CumulativeDecay] | None = None,
+    documents: Callable[[Array], CumulativeDecay] | None = None,
 ) -> CumulativeDecay | None:
     """The cumulative log decay of a call's tokens, continued from that of the cache.
 
@@ -228,7 +228,7 @@ def sum_decay(
     if cache is None:
         return running_decay(decay)
     if documents is not None:
-        return documents(cache, decay)
+        return documents(decay)
     return running_decay(decay, CumulativeDecay(*(x[:, None] for x in last_decay(cache, dtype))))
 
 

@@ -51,7 +51,16 @@ def find_documents(segments: Segments | None, shape: tuple[int, int], places: in
 
 
 def flatten(cache: C) -> C:
-    """The cache of all documents of a row, as one that grows: [B, P S, ...]."""
+    """The cache of all documents of a row, as one that grows: [B, P S, ...].
+
+    Decays are counted from the last slot in use of each document: a tile has slots of several documents, and one number
+    close to all of them (`memformer.pallas.pair_decay`) only if all end at 0.
+    """
+    if cache.decay_whole is not None:
+        last = CumulativeDecay(*(-x[:, :, None] for x in last_decay(cache)))
+        decay = add_decay(CumulativeDecay(cache.decay_whole, cache.decay_fraction), last)
+        whole, fraction = (_where(cache.valid, x, jnp.zeros_like(x)) for x in decay)
+        cache = dataclasses.replace(cache, decay_whole=whole, decay_fraction=fraction)
     arrays: dict[str, Any] = {name: x.reshape(x.shape[0], -1, *x.shape[3:]) for name, x in _arrays(cache).items()}
     return dataclasses.replace(cache, **arrays, length=jnp.int32(arrays["valid"].shape[1]), fixed=False)
 
@@ -74,16 +83,14 @@ def place_mask(mask: Mask, cache_valid: Bool[Array, "B P S"], documents: Documen
     return mask._replace(cache_rank=cache_rank.reshape(segment.shape[0], -1), query_rank=rank, key_rank=rank)
 
 
-def sum_decays(cache: Cache, decay: Float[Array, "B T H"], documents: Documents) -> CumulativeDecay:
-    """The cumulative log decay of each token, continued from that of its document's cache."""
+def sum_decays(decay: Float[Array, "B T H"], documents: Documents) -> CumulativeDecay:
+    """The cumulative log decay of each token, from 0 before its document's first token."""
     total = running_decay(decay)
     # Of the tokens before each document; padding decays by nothing.
     first = jnp.take_along_axis(documents.order, jnp.minimum(documents.before, decay.shape[1] - 1), axis=1)
     padded = CumulativeDecay(*(jnp.pad(x, ((0, 0), (1, 0), (0, 0))) for x in total))
     before = CumulativeDecay(*(_take(x, first) for x in padded))
-    last = last_decay(cache, decay.dtype)
-    start = add_decay(last, CumulativeDecay(*(-x for x in before)))
-    return add_decay(total, CumulativeDecay(*(_take(x, documents.index) for x in start)))
+    return add_decay(total, CumulativeDecay(*(-_take(x, documents.index) for x in before)))
 
 
 def _take(x: Array, places: Int[Array, "B L"]) -> Array:
@@ -126,18 +133,22 @@ def _append_documents(
     number = jnp.minimum(number, jnp.int32(tokens - 1)).reshape(batch, -1)
     source = jnp.take_along_axis(documents.order, number, axis=1)
 
-    def place(old: Array, x: Array, at: Bool[Array, "B P S"]) -> Array:
-        moved = _take(x, source).reshape(batch, places, slots, *x.shape[2:]).astype(old.dtype)
-        return _where(at, moved, _grow(old, slots))
+    def move(x: Array) -> Array:
+        return _take(x, source).reshape(batch, places, slots, *x.shape[2:])
 
-    arrays: dict[str, Any] = {"k": place(cache.k, k, new)}
-    arrays["u" if hasattr(cache, "u") else "v"] = place(cache.values, values, new)
+    def place(old: Array, x: Array) -> Array:
+        return _where(new, move(x).astype(old.dtype), _grow(old, slots))
+
+    arrays: dict[str, Any] = {"k": place(cache.k, k)}
+    arrays["u" if hasattr(cache, "u") else "v"] = place(cache.values, values)
     if decay is not None:
         behind, none = (ahead >= 0)[None, None] & ~full, counts == 0
-        for name, x, last in zip(("decay_whole", "decay_fraction"), decay, last_decay(cache), strict=True):
-            old = getattr(cache, name)
-            kept = _where(behind & none, last[:, :, None], _grow(old, slots))
-            arrays[name] = _where(behind & ~none, place(kept, x, behind & ~none), kept)
+        last = CumulativeDecay(*(x[:, :, None] for x in last_decay(cache)))
+        moved = CumulativeDecay(*(move(x) for x in decay))
+        added = add_decay(last, CumulativeDecay(moved.whole, moved.fraction.astype(last.fraction.dtype)))
+        for name, x, end in zip(("decay_whole", "decay_fraction"), added, last, strict=True):
+            kept = _where(behind & none, end, _grow(getattr(cache, name), slots))
+            arrays[name] = _where(behind & ~none, x, kept)
     valid = new | _grow(cache.valid, slots)
     length = jnp.where(full, start, start + most) if cache.fixed else jnp.int32(slots)
     return dataclasses.replace(cache, **arrays, valid=valid, length=length)

@@ -150,7 +150,7 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         mask = tiles.tile_mask(config, diagonal, row, column, indices)
 
         def gap():
-            return pair_gap(row, column, diagonal=diagonal is not None) if config.decay else None
+            return pair_gap(config, row, column, diagonal=diagonal is not None) if config.decay else None
 
         normalized = config.similarity.normalized
         if config.decay and not normalized:
@@ -323,7 +323,9 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
             return load_row(column(name), TILE)
 
         def gap():
-            return pair_gap(row, column, diagonal=diagonal is not None, transposed=True) if config.decay else None
+            return (
+                pair_gap(config, row, column, diagonal=diagonal is not None, transposed=True) if config.decay else None
+            )
 
         def indices():
             return tiles.load_indices(refs, g) if diagonal else None

@@ -80,6 +80,7 @@ def plan_call(call: AttentionCall, similarity: Kernel, operands: Mapping[str, Ar
         causal=call.causal,
         window=call.window,
         decay=call.decay is not None,
+        restarts=call.decay is not None and call.documents,
         warpgroups=warpgroups,
         slots=tuning.SLOTS[1 if similarity.normalized else 2],
         key=tuning.padded_width(key),

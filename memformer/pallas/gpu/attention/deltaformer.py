@@ -131,7 +131,7 @@ class _Program:
         mask = tiles.tile_mask(config, diagonal, row, column, indices, transposed=self.reverse)
         if not config.decay:
             return mask, None
-        return mask, pair_gap(row, column, diagonal=diagonal is not None, transposed=self.reverse)
+        return mask, pair_gap(config, row, column, diagonal=diagonal is not None, transposed=self.reverse)
 
     def _keys(self, t):
         copies = [(self.refs.k.at[self.b, self.h, pl.ds(t * TILE, TILE)], self.refs.key_slots)]

@@ -84,11 +84,17 @@ def pack_scalars(names: tuple[str, ...], heads: int, values: dict[str, Any]) -> 
 
 
 def pair_gap(
-    row: Callable[[str], Any], column: Callable[[str], Any], *, diagonal: bool, transposed: bool = False
+    config: AttentionConfig,
+    row: Callable[[str], Any],
+    column: Callable[[str], Any],
+    *,
+    diagonal: bool,
+    transposed: bool = False,
 ) -> Array:
     """The log decay of each pair of a tile to base 2, [64, 64]; positive for pairs against time.
 
     Args:
+      config: sizes.
       row, column: references to a scalar of the rows or columns, [64], by its name.
       diagonal: whether rows and columns are the same tokens.
       transposed: whether columns come after the rows.
@@ -100,7 +106,7 @@ def pair_gap(
     whole = (load(row("decay_high")) - load(column("anchor_high"))) * RADIX
     whole = whole + (load(row("decay_low")) - load(column("anchor_low")))
     fraction = load(row("decay_fraction"))
-    if diagonal:
+    if diagonal or config.restarts:
         gap = broadcast_rows(whole, TILE) - load_row(column("decay_whole"), TILE)
         gap = (gap + (broadcast_rows(fraction, TILE) - load_row(column("decay_fraction"), TILE))) * LOG2E
     else:

@@ -116,7 +116,7 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
         def of_slot(slot):
             column = tiles.column_scalar(config, refs, slot)
             mask = tiles.tile_mask(config, diagonal, row, column)
-            return mask, pair_gap(row, column, diagonal=diagonal is not None) if config.decay else None
+            return mask, pair_gap(config, row, column, diagonal=diagonal is not None) if config.decay else None
 
         return add_tile(config, ring, refs, sums, t - first, g, q, of_slot)
 

@@ -143,7 +143,7 @@ def _tile(
         dgap = signed * dweights
     query_decay = None
     if decay is not None:
-        if decay.row_fraction is not None:
+        if decay.own:
             row, column = iotas(dgap.shape)[::-1]
             dgap = jnp.where(row == column + columns.start, 0.0, dgap)
         query_decay = jnp.sum(dgap, axis=0, keepdims=True)
@@ -163,7 +163,7 @@ def _block(config: AttentionConfig, refs: BackwardRefs, i, diagonal: bool, write
         keys = refs.key_scalars[0, 0, 0]
         columns = tiles.to_columns(keys)
         row, column = tiles.row_mask(config, rows.scalars), tiles.column_mask(config, columns)
-        decay = tiles.block_decay(rows.scalars, keys, columns, own=diagonal) if config.decay else None
+        decay = tiles.block_decay(config, rows.scalars, keys, columns, own=diagonal) if config.decay else None
     chains = []
     for columns in config.sub_blocks:
         mask = tiles.diagonal_mask(config, everything, columns, transposed=True) if diagonal else None

@@ -91,5 +91,6 @@ def plan_call(call: AttentionCall, similarity: Kernel) -> AttentionConfig:
         window=call.window,
         passes=passes,
         decay=call.decay is not None,
+        restarts=call.decay is not None and call.documents,
         **sizes._asdict(),
     )

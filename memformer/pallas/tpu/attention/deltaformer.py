@@ -94,10 +94,10 @@ class _Head(NamedTuple):
         """[columns, 1] segments of some columns of block i."""
         return tiles.to_columns(self.key_scalars[i])[columns, :1]
 
-    def decay(self, i, *, own: bool) -> tiles.BlockDecay:
+    def decay(self, config: AttentionConfig, i, *, own: bool) -> tiles.BlockDecay:
         """Of block i."""
         keys = self.key_scalars[i]
-        return tiles.block_decay(self.scalars[...], keys, tiles.to_columns(keys), own=own)
+        return tiles.block_decay(config, self.scalars[...], keys, tiles.to_columns(keys), own=own)
 
 
 def _start_sums(config: AttentionConfig, head: _Head) -> None:
@@ -122,7 +122,7 @@ def _own_weights(config: AttentionConfig, head: _Head, i, place: int) -> Steps:
     rows, sums, factors = config.sub_blocks[place], head.sums, []
     beta = head.scalar("beta", rows)
     start = top = sums.top[:, rows] if config.similarity.normalized else None
-    decay = head.decay(i, own=True) if config.decay else None
+    decay = head.decay(config, i, own=True) if config.decay else None
     for columns in config.sub_blocks[: place + 1]:
         k = head.k[tiles.block_slice(config, i, columns.start, config.sub_block)]
         scores = product(k, head.w[rows], "nt", config.passes) * config.factor
@@ -213,7 +213,7 @@ def _kernel(first_ref, *flat, config: AttentionConfig, names: tuple[str, ...], c
             everything = slice(0, config.block)
             row = tiles.TokenMask(heads[0].scalar("segment", everything))
             column = tiles.TokenMask(heads[0].key_segment(j, everything))
-        decays = [head.decay(j, own=False) if config.decay else None for head in heads]
+        decays = [head.decay(config, j, own=False) if config.decay else None for head in heads]
         operands = [(head.sums, head.w, head.k, head.past_u, decay) for head, decay in zip(heads, decays, strict=True)]
         tiles.add_block(config, operands, j, row, column)
         return carry

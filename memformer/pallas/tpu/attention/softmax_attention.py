@@ -52,7 +52,7 @@ def _kernel(bounds_ref, k_ref, q_ref, x_ref, *refs, config: AttentionConfig, par
         if not config.scalars:
             return TokenMask(), None
         columns = tiles.to_columns(keys[0, 0, j])
-        decay = tiles.block_decay(rows, keys[0, 0, j], columns, own=own) if config.decay else None
+        decay = tiles.block_decay(config, rows, keys[0, 0, j], columns, own=own) if config.decay else None
         return tiles.column_mask(config, columns), decay
 
     def block(j, carry):

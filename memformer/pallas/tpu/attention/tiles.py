@@ -96,13 +96,15 @@ def column_mask(config: AttentionConfig, columns: Array) -> TokenMask:
 class BlockDecay(NamedTuple):
     """Cumulative log decays of a block of rows [1, R] and of a block of columns [R, 1], less the columns' anchor.
 
-    Blocks of earlier slots have sums to base 2 and no fractions.
+    Blocks of earlier slots have sums to base 2 and no fractions, but where decays restart within a row. `own` is the
+    block of the rows.
     """
 
     row: Array
     column: Array
     row_fraction: Array | None = None
     column_fraction: Array | None = None
+    own: bool = False
 
     def gap(self, rows: slice, columns: slice) -> Array:
         """The log decay of each pair to base 2, [columns, rows]; positive for pairs against time."""
@@ -123,10 +125,11 @@ def row_decay(scalar, anchor_high: Array, anchor_low: Array) -> tuple[Array, Arr
     return whole, scalar("decay_fraction")
 
 
-def block_decay(rows: Array, keys: Array, columns: Array, *, own: bool) -> BlockDecay:
+def block_decay(config: AttentionConfig, rows: Array, keys: Array, columns: Array, *, own: bool) -> BlockDecay:
     """The decay of a block.
 
     Args:
+      config: sizes.
       rows: scalars of the rows, [8, R].
       keys: scalars of the slots, [8, R].
       columns: the same as columns, [R, 8].
@@ -143,8 +146,8 @@ def block_decay(rows: Array, keys: Array, columns: Array, *, own: bool) -> Block
 
     anchor = (keys[place : place + 1] for place in map(KEY_SCALARS.index, ("anchor_high", "anchor_low")))
     whole, fraction = row_decay(row, *anchor)
-    if own:
-        return BlockDecay(whole, column("decay_whole"), fraction, column("decay_fraction"))
+    if own or config.restarts:
+        return BlockDecay(whole, column("decay_whole"), fraction, column("decay_fraction"), own)
     return BlockDecay((whole + fraction) * LOG2E, column("decay_total"))
 
 
