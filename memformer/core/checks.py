@@ -78,7 +78,8 @@ def check_array(name: str, x: ArrayLike, letters: str, dims: Dims, *, kind: type
     if any(s == 0 for s in x.shape):
         raise ValueError(f"{name} must be {shape} with no empty dimension, got {x.shape}")
     if not jnp.issubdtype(x.dtype, kind):
-        raise ValueError(f"{name} must have a {kind.__name__} dtype, got {x.dtype}")
+        article = "an" if kind.__name__.startswith("i") else "a"
+        raise ValueError(f"{name} must have {article} {kind.__name__} dtype, got {x.dtype}")
     dims.update(zip(names, x.shape, strict=True))
     return x
 

@@ -25,7 +25,7 @@ BAD_ARRAYS = {
     "one size known": (X, "B T H", {"T": 9}, jnp.floating, r"x must be \[B, T, H\] with T = 9, got \(2, 8, 4\)"),
     "empty": (X[:, :0], "B T H", {}, jnp.floating, r"no empty dimension, got \(2, 0, 4\)"),
     "integers for floats": (X.astype(np.int32), "B T H", {}, jnp.floating, "x must have a floating dtype, got int32"),
-    "floats for integers": (X, "B T H", {}, jnp.integer, "x must have a integer dtype, got float32"),
+    "floats for integers": (X, "B T H", {}, jnp.integer, "x must have an integer dtype, got float32"),
 }
 
 

@@ -60,7 +60,7 @@ def test_nothing_packed():
 BAD_IDS = {
     "length": (np.ones((1, 5), np.int32), r"segment_ids must be \[B, T\] = \(1, 4\), got \(1, 5\)"),
     "rank": (np.ones((4,), np.int32), r"segment_ids must be \[B, T\] = \(1, 4\), got \(4,\)"),
-    "dtype": (np.ones((1, 4), np.float32), "segment_ids must have a integer dtype, got float32"),
+    "dtype": (np.ones((1, 4), np.float32), "segment_ids must have an integer dtype, got float32"),
 }
 
 

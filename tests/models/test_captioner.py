@@ -282,7 +282,7 @@ CASES = {
     "ints": ({"picture": np.ones((B, 16, 16, 3), np.int32)}, "picture must have a floating dtype"),
     "rows": ({"picture": np.ones((3, 16, 16, 3), np.float32)}, "picture must have as many rows as inputs, 2, got 3"),
     "patches": ({"picture": np.ones((B, 16, 18, 3), np.float32)}, "sides that patch = 4 divides"),
-    "words": ({"inputs": np.ones((B, T), np.float32)}, "inputs must have a integer dtype"),
+    "words": ({"inputs": np.ones((B, T), np.float32)}, "inputs must have an integer dtype"),
 }
 
 

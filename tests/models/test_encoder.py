@@ -158,7 +158,7 @@ MISTAKES = {
     "depth": (lambda: build(depth=0), "depth must be a positive integer"),
     "negative types": (lambda: build(token_types=-1), "token_types must be an integer"),
     "length": (lambda: built("post, learned, types")[0](jnp.zeros((1, 513), jnp.int32)), "max_length = 512"),
-    "dtype": (lambda: built("post, no positions")[0](jnp.ones((1, 2))), "inputs must have a integer dtype"),
+    "dtype": (lambda: built("post, no positions")[0](jnp.ones((1, 2))), "inputs must have an integer dtype"),
 }
 
 

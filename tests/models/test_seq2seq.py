@@ -197,7 +197,7 @@ def test_dropout_applies_in_training_only():
 
 MISTAKES = {
     "neither": ({}, "give either source, to start targets, or state, .* got neither"),
-    "inputs": ({"inputs": jnp.zeros((1, 2)), "source": jnp.ones((1, 3), int)}, "inputs must have a integer dtype"),
+    "inputs": ({"inputs": jnp.zeros((1, 2)), "source": jnp.ones((1, 3), int)}, "inputs must have an integer dtype"),
     "rows": ({"source": jnp.ones((2, 3), int)}, r"source must be \[B, S\] with B = 1"),
     "segments": ({"source": jnp.ones((1, 3), int), "segment_ids": jnp.ones((1, 3), int)}, "segment_ids must be"),
 }
