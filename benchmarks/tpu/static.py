@@ -133,10 +133,9 @@ def gradient(case: Case):
         return jax.value_and_grad(loss)(dict(zip(names, arrays, strict=False)))
 
     def decode(*arrays):
-        *arrays, state = arrays
         ids = arrays[len(names)] if case.segments else None
         call = functools.partial(getattr(mf, case.op), segment_ids=ids, implementation="pallas")
-        return call(**dict(zip(names, arrays, strict=False)), initial_state=state)
+        return call(**dict(zip(names, arrays, strict=False)), initial_state=arrays[-1])
 
     return decode if decodes(case) else run
 
@@ -175,7 +174,7 @@ def compile_case(case: Case, topology: str, split: tuple[int, int] = (1, 1)):
       split: number of devices over batch and over heads.
     """
     mesh = make_mesh(topology, split)
-    arguments = []
+    arguments: list[jax.ShapeDtypeStruct] = []
     for x in specs(case):
         spec = PartitionSpec("data", None, "tensor") if len(x.shape) > 2 else PartitionSpec("data")
         if decodes(case) and len(arguments) == len(specs(case)) - 1:

@@ -7,11 +7,10 @@ from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array, Float, Int
-from memformer.ops.attention import context, cudnn, recurrent, tiled
+from memformer.ops.attention import context, cudnn, decoding, recurrent, tiled
 from memformer.ops.attention.arguments import make_call
 from memformer.ops.attention.cache import KVCache
 from memformer.ops.attention.documents import append
-from memformer.pallas import attention as pallas
 from memformer.pallas.platform import preferred
 
 __all__ = ["softmax_attention"]
@@ -19,7 +18,7 @@ __all__ = ["softmax_attention"]
 IMPLEMENTATIONS = {
     "recurrent": recurrent.softmax_attention,
     "chunked": tiled.softmax_attention,
-    "pallas": pallas.softmax_attention,
+    "pallas": decoding.softmax_attention,
     "cudnn": cudnn.softmax_attention,
 }
 
@@ -113,6 +112,6 @@ def softmax_attention(
         chunk_size=chunk_size,
         precision=precision,
     )
-    prefer = preferred(call.q.shape[1], few=1, library="cudnn")
+    prefer = preferred(call.q.shape[1], few=1, library="cudnn", decodes=decoding.decodes(call))
     output = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
     return output.astype(call.v.dtype), append(KVCache, initial_state, segments, call.k, call.v, call.decay)

@@ -8,10 +8,11 @@ from memformer.core.calls import AttentionCall
 from memformer.core.numerics import accumulation_dtype, repeat_heads
 from memformer.core.types import Array, Float
 from memformer.pallas.checks import unsupported
+from memformer.pallas.decoding import CacheRead
 from memformer.pallas.platform import chip
 from memformer.pallas.sharding import key_head_repeats
 
-__all__ = ["deltaformer", "softmax_attention"]
+__all__ = ["CacheRead", "decode", "deltaformer", "softmax_attention"]
 
 
 def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
@@ -29,6 +30,21 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     else:
         from memformer.pallas.tpu.attention.softmax_attention import run
     return run(_share_key_heads(call))
+
+
+def decode(op: str, read: CacheRead) -> Float[Array, "B T H V"]:
+    """Reads a cache at a few queries by the kernel of a TPU; no derivative.
+
+    Returns:
+      The output in float32.
+
+    Raises:
+      NotImplementedError: no kernel serves the call, or the chip.
+    """
+    from memformer.pallas.tpu.attention.decoding import run
+
+    repeats = key_head_repeats(read.k.shape[2], read.q.shape[2])
+    return run(op, read._replace(k=repeat_heads(read.k, repeats), v=repeat_heads(read.v, repeats)))
 
 
 def _share_key_heads(call: AttentionCall) -> AttentionCall:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
 from memformer.models import MemoryLM, from_preset
+from memformer.pallas.tpu.attention import decoding as attention_decoding
 from memformer.pallas.tpu.matrix_memory import decoding
 from tests.numeric import assert_close
 from tests.ops.test_ops import cast
@@ -177,3 +178,65 @@ def test_others_take_the_recurrence():
             with pytest.raises(NotImplementedError, match=message):
                 jax.eval_shape(lambda call=call: call(implementation="pallas"))
             assert "pallas_call" not in str(jax.make_jaxpr(call)())
+
+
+ATTENTION = {"float32": 2e-6, "bfloat16": 1e-2}
+
+
+@pytest.mark.parametrize("dtype", ATTENTION)
+def test_attention_over_a_cache(dtype, interpreter, monkeypatch):
+    """Shared heads, a padded prompt, blocks of which the last is not in use, then one token and three packed ones."""
+    monkeypatch.setattr(attention_decoding, "KEYS", 128)
+    rng, (groups, heads) = np.random.default_rng(9), (8, 16)
+
+    def tokens(length):
+        shapes = {"q": heads, "k": groups, "v": groups}
+        return {name: cast(rng.standard_normal((2, length, count, 8)), dtype) for name, count in shapes.items()}
+
+    empty = mf.init_cache(
+        "softmax_attention", batch=2, capacity=64, groups=groups, key_width=8, value_width=8, dtype=dtype
+    )
+    prompt, padded = tokens(30), np.array([[0] * 4 + [1] * 26, [1] * 30], np.int32)
+    ids = np.array([[1, 1, 2], [1, 0, 1]], np.int32)
+    calls = [(tokens(1), None), (tokens(3), ids)]
+
+    def run(empty, prompt, calls, implementation):
+        _, cache = mf.softmax_attention(**prompt, segment_ids=padded, initial_state=empty, implementation="recurrent")
+        found = []
+        for arrays, ids in calls:
+            output, cache = mf.softmax_attention(
+                **arrays, segment_ids=ids, initial_state=cache, implementation=implementation
+            )
+            found.append(output)
+        return found
+
+    got = jax.jit(functools.partial(run, implementation="pallas"))(empty, prompt, calls)
+    with jax.enable_x64(True):
+        exact = cast(
+            jax.tree.map(lambda x: np.asarray(x, np.float64) if x.ndim == 4 else x, (empty, prompt, calls)), "float64"
+        )
+        want = jax.tree.map(np.asarray, run(*exact, "recurrent"))
+    assert_close(got, want, ATTENTION[dtype])
+
+
+def test_generation_reads_the_cache():
+    """By default a step of a model with attention calls the kernel; a window takes the recurrence."""
+    config = from_preset("tiny", memory="softmax_attention", heads=8)
+    model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
+    graph, parameters = nnx.split(model)
+
+    def step(parameters, token, state):
+        output = nnx.merge(graph, parameters)(token, state=state)
+        return output.logits, output.state
+
+    arrays = parameters, jnp.zeros((2, 1), jnp.int32), model.init_state(2, 16)
+    with jax.sharding.use_abstract_mesh(TPU):
+        text = str(jax.make_jaxpr(step)(*arrays))
+    assert text.count("name=memformer_attention_decode") == config.depth
+    x, cache = (
+        jnp.ones((1, 1, 1, 8)),
+        mf.init_cache("softmax_attention", batch=1, capacity=16, groups=1, key_width=8, value_width=8),
+    )
+    with jax.sharding.use_abstract_mesh(TPU):
+        text = str(jax.make_jaxpr(lambda: mf.softmax_attention(x, x, x, window=4, initial_state=cache)[0])())
+    assert "pallas_call" not in text

@@ -13,7 +13,7 @@ from memformer.core.types import Array, Bool, Float
 from memformer.ops.attention.arguments import write_operands
 from memformer.ops.attention.cache import offset, place
 
-__all__ = ["deltaformer", "softmax_attention"]
+__all__ = ["deltaformer", "place_mask", "softmax_attention"]
 
 
 def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
@@ -21,7 +21,7 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     cache = call.cache
     cached_k, cached_v = (None, None) if cache is None else (cache.k, cache.values)
     k, v = place(cache, cached_k, call.k), place(cache, cached_v, call.v)
-    mask, start = _place_mask(call)
+    mask, start = place_mask(call)
     decay = _place_decay(call)
 
     def step(_, inputs):
@@ -45,7 +45,7 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     w, target, beta = write_operands(call)
     cached_k, cached_u = (None, None) if cache is None else (cache.k, cache.values)
     k, u = place(cache, cached_k, call.k), place(cache, cached_u, jnp.zeros_like(target))
-    mask, start = _place_mask(call)
+    mask, start = place_mask(call)
     decay, slots = _place_decay(call), k.shape[1]
 
     def step(u, inputs):
@@ -64,7 +64,7 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     return jnp.moveaxis(output, 0, 1), jnp.moveaxis(new, 0, 1)
 
 
-def _place_mask(call: AttentionCall) -> tuple[Mask, Array]:
+def place_mask(call: AttentionCall) -> tuple[Mask, Array]:
     """The mask with keys of the tokens in their slots of the cache, and the slot of the first token."""
     mask, cache = call.mask, call.cache
     if mask.key_segment is not None:
