@@ -1,9 +1,14 @@
 """The TPU kernels compiled by the real TPU compiler of the libtpu wheel; no TPU is needed."""
 
 import importlib.util
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
+import memformer as mf
 from benchmarks.cases import Case
 from benchmarks.tpu import static, train_step
 from benchmarks.tpu.compile import kernels
@@ -65,6 +70,23 @@ def test_split_over_chips(op):
     # Only the loss is reduced over chips.
     for transfer in ("all-gather", "all-to-all", "collective-permute"):
         assert transfer not in text
+
+
+def test_attention_over_a_cache():
+    """The kernel reads the cache as it lies there: nothing of its size is copied."""
+    static.prepare_compiler()
+    mesh = static.make_mesh("v5p:2x2x1")
+    cache = mf.init_cache(
+        "softmax_attention", batch=2, capacity=512, groups=8, key_width=128, value_width=128, dtype="bfloat16"
+    )
+    arrays = (jnp.zeros((2, 3, 16, 128), "bfloat16"), *[jnp.zeros((2, 3, 8, 128), "bfloat16")] * 2)
+    place = NamedSharding(mesh, PartitionSpec())
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (*arrays, cache))
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda q, k, v, cache: mf.softmax_attention(q, k, v, initial_state=cache), donate_argnums=3)
+        text = run.lower(*given).compile().as_text()
+    assert "memformer_attention_decode" in text
+    assert not re.search(r"= bf16\[2,(512,8|4096),128\]\S* (copy|transpose|reshape)\(", text)
 
 
 def test_train_step():

@@ -220,8 +220,8 @@ def test_attention_over_a_cache(dtype, interpreter, monkeypatch):
 
 
 def test_generation_reads_the_cache():
-    """By default a step of a model with attention calls the kernel; a window takes the recurrence."""
-    config = from_preset("tiny", memory="softmax_attention", heads=8)
+    """By default a step of a model with attention calls the kernel; windows and narrow heads take the recurrence."""
+    config = from_preset("tiny", memory="softmax_attention", width=256, heads=2)
     model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(model)
 
@@ -233,10 +233,11 @@ def test_generation_reads_the_cache():
     with jax.sharding.use_abstract_mesh(TPU):
         text = str(jax.make_jaxpr(step)(*arrays))
     assert text.count("name=memformer_attention_decode") == config.depth
-    x, cache = (
-        jnp.ones((1, 1, 1, 8)),
-        mf.init_cache("softmax_attention", batch=1, capacity=16, groups=1, key_width=8, value_width=8),
-    )
-    with jax.sharding.use_abstract_mesh(TPU):
-        text = str(jax.make_jaxpr(lambda: mf.softmax_attention(x, x, x, window=4, initial_state=cache)[0])())
-    assert "pallas_call" not in text
+    for width, options in ((128, {"window": 4}), (64, {})):
+        x = jnp.ones((1, 1, 2, width))
+        sizes = {"batch": 1, "capacity": 16, "groups": 2, "key_width": width, "value_width": width}
+        read = functools.partial(
+            mf.softmax_attention, initial_state=mf.init_cache("softmax_attention", **sizes), **options
+        )
+        with jax.sharding.use_abstract_mesh(TPU):
+            assert "pallas_call" not in str(jax.make_jaxpr(lambda x, read=read: read(x, x, x)[0])(x))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from memformer.core.calls import AttentionCall
+from memformer.core.symbolic import is_symbolic
 from memformer.core.types import Array, Float
 from memformer.ops.attention import recurrent
 from memformer.ops.attention.cache import place
@@ -25,9 +26,10 @@ ARRAYS = ("q", "k", "v", "mask", "cache")
 
 def decodes(call: AttentionCall) -> bool:
     """Whether the kernel for a few tokens serves a call, if there is one for this chip."""
-    cache, needs = call.cache, (call.decay, call.sinks, call.window)
-    small = call.q.shape[1] <= MOST_TOKENS and cache is not None and cache.fixed
-    return small and all(x is None for x in needs) and chip() == "tpu"
+    length, cache, others = call.q.shape[1], call.cache, (call.decay, call.sinks, call.window)
+    if chip() != "tpu" or cache is None or not cache.fixed or is_symbolic(length):
+        return False
+    return length <= MOST_TOKENS and all(x is None for x in others)
 
 
 def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:

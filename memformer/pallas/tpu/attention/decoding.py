@@ -20,6 +20,7 @@ from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas.checks import unsupported
 from memformer.pallas.decoding import CacheRead
+from memformer.pallas.platform import interpreting_for
 from memformer.pallas.sharding import KernelAxes, kernel_axes, split_batch_and_heads, varying_result
 from memformer.pallas.tpu.checks import check_tpu
 
@@ -91,6 +92,7 @@ def _read(config: CacheConfig, *arrays: Array) -> tuple[Array]:
     q, k, v, key_segment, query_segment, last_slot = arrays
     batch, length, heads, key = q.shape
     slots, groups, value = v.shape[1:]
+    _check_layout(groups, key, value)
     rows, width = length * heads, config.block * groups
     padding = -rows % 16
     group = np.tile(np.arange(heads, dtype=np.int32) // (heads // groups), length)
@@ -139,6 +141,19 @@ def _read(config: CacheConfig, *arrays: Array) -> tuple[Array]:
     return (o[:, :rows].reshape(batch, length, heads, value),)
 
 
+def _check_layout(groups: int, key: int, value: int) -> None:
+    """Refuses caches that XLA would copy to a layout in which all key heads of a slot are rows of one array."""
+    if interpreting_for("tpu"):
+        return
+    if key % 128 or value % 128 or (groups % 8 and groups not in (2, 4)):
+        raise unsupported(
+            "softmax_attention",
+            "for decoding takes channels in multiples of 128 and, per device, 2, 4 or a multiple of 8 key heads, got"
+            f" {key} and {value} channels and {groups} heads",
+            "implementation='recurrent' or 'chunked' serves it",
+        )
+
+
 def _block_slots(slots: int, groups: int, rows: int) -> int:
     """Slots per block, 0 where no number of them fits."""
     most = min(KEYS, SCORES // rows)
@@ -156,7 +171,7 @@ def run(op: str, read: CacheRead) -> Float[Array, "B T H V"]:
       read: queries and cache.
 
     Raises:
-      NotImplementedError: no TPU; float64; a capacity that no block size divides.
+      NotImplementedError: no TPU; float64; a capacity that no block size divides; a cache that XLA would copy.
     """
     check_tpu(op, read.q, read.k, read.v)
     heads, groups = read.q.shape[HEADS], read.k.shape[HEADS]
