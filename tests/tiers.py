@@ -107,6 +107,7 @@ LONGEST = (
     "lab/test_language.py",
     "lab/test_context.py",
     "pallas/test_tpu_compile.py",
+    "pallas/test_tpu_decoding.py",
     "lab/test_capacity.py",
     "test_gpu_benchmark.py",
     "test_benchmarks.py",
