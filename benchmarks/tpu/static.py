@@ -191,11 +191,11 @@ def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]
     before = set(dumps.glob("*"))
     if name in OTHERS:
         _, names = OTHERS[name](topology)
-        found = [loop for loop, *_ in loops(dumps, before, names)]
+        theirs = [loop for loop, *_ in loops(dumps, before, names)]
         if name not in OTHERS_SIZES:
-            return [_row(name, topology, loop, 1) for loop in found]
+            return [_row(name, topology, loop, 1) for loop in theirs]
         chunk, heads = OTHERS_SIZES[name]
-        return [_row(name, topology, loop, heads) | _per_token(loop, chunk, heads) for loop in found]
+        return [_row(name, topology, loop, heads) | _per_token(loop, chunk, heads) for loop in theirs]
     case = CASES[name]
     if not case.is_attention and not decodes(case):
         return matrix_rows(name, case, topology, dumps)
@@ -240,13 +240,14 @@ def compile_kernel(case: Case, topology: str, config: ScanConfig, backward: bool
     """Compiles one kernel of a matrix memory, which saves the states if forward."""
     wide, scalar = case.dtype if case.dtype == "bfloat16" else "float32", "float32"
     batch, heads, length = config.batch, config.heads, config.chunks * config.chunk
-    keys = [((batch, config.groups, length, config.key), wide)] * config.keys
-    value, channels = ((batch, heads, length, config.value), wide), ((batch, heads, length, config.key), scalar)
-    state, states = (((batch, heads, *n, config.key, config.value), scalar) for n in ((), (config.chunks,)))
-    scalars = ((batch, heads, len(config.scalars), config.chunks, config.chunk), scalar)
-    arrays = [*keys, value, *[channels] * config.channels]
+    Array = tuple[tuple[int, ...], str]
+    value: Array = ((batch, heads, length, config.value), wide)
+    state: Array = ((batch, heads, config.key, config.value), scalar)
+    states: Array = ((batch, heads, config.chunks, config.key, config.value), scalar)
+    arrays: list[Array] = [((batch, config.groups, length, config.key), wide)] * config.keys + [value]
+    arrays += [((batch, heads, length, config.key), scalar)] * config.channels
     arrays += [states, value, state] if backward else [state]
-    arrays += [scalars] * bool(config.scalars)
+    arrays += [((batch, heads, len(config.scalars), config.chunks, config.chunk), scalar)] * bool(config.scalars)
     step = (
         channel_decay.STEPS[config.beta] if config.channels else (delta_rule if config.beta else linear_attention).STEP
     )
