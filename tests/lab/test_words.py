@@ -80,7 +80,7 @@ def test_four_writes_track_s5_at_500_letters():
     ("label", "length", "value", "kind"),
     [
         ("S3 product2", "64", 0.0, "confirmed"),
-        ("S5_swaps own", "500", TRACKS - 0.1, "partly confirmed"),
+        ("S5_two product4", "500", TRACKS - 0.1, "partly confirmed"),
         ("A5_two own", "128", FAILS + 0.1, "partly confirmed"),
     ],
 )
