@@ -62,6 +62,7 @@ FAST = {
     "test_site.py": "test_(names|the_start)",
     "test_style.py": "(?!test_types)",
     "test_tiers.py": "",
+    "test_tune.py": "",
 }
 
 # Rows of the parametrized suites that are fast; a test without such a parameter counts whole.

@@ -54,10 +54,11 @@ def find_ptxas() -> pathlib.Path | None:
     return next(wheels, None)
 
 
-def hash_sources() -> str:
-    """Short hash of the sources of the kernels."""
+def hash_sources(chip: str = "gpu", table: bool = True) -> str:
+    """Short hash of the sources of a chip's kernels, with or without its table of sizes."""
     folder = pathlib.Path(__file__).parents[2] / "memformer" / "pallas"
-    paths = [*folder.glob("*.py"), *folder.glob("gpu/**/*.py")]
+    found = (*folder.glob("*.py"), *folder.glob(f"{chip}/**/*.py"))
+    paths = [path for path in found if table or path.name != "tuning.py"]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(paths))).hexdigest()[:12]
 
 

@@ -64,13 +64,14 @@ def _rows(*sizes: tuple[int, int], chunk: int = 128) -> dict[tuple[str, int], Tu
     return rows
 
 
-# By kind of TPU, for bfloat16, from `python -m benchmarks.tune tpu`, which says how much each choice matters
-# (benchmarks/results/tpu-tune.json). tpu7x has the sizes of v6e, v5e those of v5p.
+# By kind of TPU, for bfloat16. The delta rule's on v5p and v6e are from `python -m benchmarks.tune tpu`, which says how
+# much each choice matters (benchmarks/results/tpu-tune.json); tpu7x has those of v6e, v5e those of v5p. The others were
+# not searched.
 TABLE = {
-    "TPU v5 lite": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
-    "TPU v5": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
-    "TPU v6 lite": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
-    "TPU7x": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
+    "TPU v5 lite": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
+    "TPU v5": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
+    "TPU v6 lite": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
+    "TPU7x": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
     "interpreter": _rows(*[(4, 2)] * 4, chunk=16),
 }
 
