@@ -33,7 +33,7 @@ class Case:
       decay: "" for none, "head" or "channel" for a log decay per head or per key channel.
       segments: number of packed sequences of equal length; 0 passes no segment_ids.
       causal, window: of softmax attention.
-      write: write similarity of DeltaFormer.
+      write, read: similarities of DeltaFormer.
       steps: delta_product's writes per token.
       only_u: compute DeltaFormer's u only, without the read.
       implementations: implementations of this library that are timed; "default" lets the library choose.
@@ -53,6 +53,7 @@ class Case:
     causal: bool = True
     window: int | None = None
     write: str = "softmax"
+    read: str = "softmax"
     steps: int = 1
     only_u: bool = False
     implementations: tuple[str, ...] = ("pallas",)
@@ -64,6 +65,7 @@ class Case:
         what = [self.op]
         if self.op == "deltaformer":
             what += ["u"] * self.only_u + [self.write] * (self.write != "softmax")
+            what += [f"{self.read} read"] * (self.read != "softmax")
         what += [{"head": "gated", "channel": "channel"}[self.decay]] if self.decay else []
         what += [f"{self.segments} segments"] * bool(self.segments)
         what += [f"window {self.window}"] * (self.window is not None) + ["not causal"] * (not self.causal)
@@ -74,7 +76,7 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the op beside its arrays and segment_ids."""
-        options = {"write_kernel": self.write} if self.op == "deltaformer" else {}
+        options = {"write_kernel": self.write, "read_kernel": self.read} if self.op == "deltaformer" else {}
         return options | {name: getattr(self, name) for name in ("causal", "window") if self.op == "softmax_attention"}
 
     @property

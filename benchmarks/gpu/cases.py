@@ -94,6 +94,10 @@ SHIPPED = (
         for width in widths
     ),
     *(Case(op, 1, 64, 2, 1, decay="head") for op in ("softmax_attention", "deltaformer")),
+    *(
+        Case("deltaformer", 1, 256, 2, 1, decay="head", read=read, segments=2)
+        for read in ("linear", "relu", "exp", "round")
+    ),
     # Windows and encoders.
     *(
         Case("softmax_attention", 1, 256, 2, 1, segments=segments, causal=causal, window=window)

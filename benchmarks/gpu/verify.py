@@ -81,8 +81,8 @@ def _wide() -> list[Wide]:
         for segments in (0, 3)
     ]
     calls += [
-        Wide(Case("deltaformer", 1, 1090, 2, 1, decay="head", write=write, segments=segments))
-        for write, segments in (("softmax", 3), ("linear", 0))
+        Wide(Case("deltaformer", 1, 1090, 2, 1, decay="head", write=write, read=read, segments=segments))
+        for write, read, segments in (("softmax", "softmax", 3), ("linear", "softmax", 0), ("linear", "linear", 3))
     ]
     calls += [Wide(Case("softmax_attention", 1, 1000, 4, 2, decay="head", segments=segments)) for segments in (0, 3)]
     calls += [
@@ -310,9 +310,9 @@ def wide_program(wide: Wide, implementation: str | None):
     """A jitted function of the arrays that returns output, state and all gradients."""
     case, ids = wide.case, cases.segment_ids(wide.case)
     options: dict[str, Any] = case.options | {"implementation": implementation}
-    if case.op == "deltaformer":
+    if case.op == "deltaformer" and wide.keys != "random":
         # A softmax over equal keys does not depend on q: its gradient would be zero.
-        options["read_kernel"] = "softmax" if wide.keys == "random" else "linear"
+        options["read_kernel"] = "linear"
 
     # The same weights for kernel and oracle: rounding them would cost as much as the tolerance allows.
     weight = round_inputs({"q": cases.cotangent(case)})["q"]

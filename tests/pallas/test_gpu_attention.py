@@ -28,21 +28,21 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
-# Kernels of write and read, and tokens: two spans of two tiles of rows with padding, or one tile of rows. A softmax
-# read has a sink and a decay.
+# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one tile of rows) and query heads.
+# A softmax read has a sink.
 KERNELS = [
-    ("softmax", "softmax", 130),
-    ("relu", mf.Kernel("exp", scale=0.5), 40),
-    (mf.Kernel("round", decimals=2), "softmax", 40),
+    ("softmax", "softmax", 130, 1),
+    ("relu", mf.Kernel("exp", scale=0.5), 40, 2),
+    (mf.Kernel("round", decimals=2), "softmax", 40, 1),
 ]
 
 
 @interprets
-@pytest.mark.parametrize(("write", "read", "length"), KERNELS, ids=["softmax", "relu", "round"])
-def test_kernels(write, read, length, interpreter, monkeypatch):
-    """Similarity kernels of every kind, as write kernel and as read kernel."""
+@pytest.mark.parametrize(("write", "read", "length", "heads"), KERNELS, ids=["softmax", "relu", "round"])
+def test_kernels(write, read, length, heads, interpreter, monkeypatch):
+    """Similarity kernels of every kind, as write kernel and as read kernel, with a decay."""
     monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
-    arrays = given(length, dtype="bfloat16", decay=read == "softmax")
+    arrays = given(length, heads=(heads, 1), dtype="bfloat16", decay=True)
     options = {"write_kernel": write, "read_kernel": read}
     if read == "softmax":
         arrays["sinks"] = jnp.array([0.5])
@@ -120,17 +120,6 @@ def test_refusals_say_why(why, op):
             jax.eval_shape(lambda: op(x, x, x, implementation="pallas", **options))
         # None falls back to an implementation that serves.
         assert "memformer_" not in str(jax.make_jaxpr(lambda: op(x, x, x, **options))())
-
-
-def test_decay_needs_a_softmax_read():
-    x, decay = jnp.zeros((1, 8, 1, 4), jnp.bfloat16), jnp.zeros((1, 8, 1))
-    with jax.sharding.use_abstract_mesh(H200):
-        with pytest.raises(NotImplementedError, match="with a decay by read_kernel='softmax' only"):
-            jax.eval_shape(lambda: mf.deltaformer(x, x, x, decay=decay, read_kernel="relu", implementation="pallas"))
-        assert "memformer_" in str(jax.make_jaxpr(lambda: mf.deltaformer(x, x, x, decay=decay))())
-        assert "memformer_" not in str(
-            jax.make_jaxpr(lambda: mf.deltaformer(x, x, x, decay=decay, read_kernel="relu"))()
-        )
 
 
 def test_deltaformer_has_no_window():

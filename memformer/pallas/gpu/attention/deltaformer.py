@@ -39,7 +39,6 @@ from memformer.core.mask import Mask, join_cache
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
-from memformer.pallas.checks import unsupported
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention import tiles
 from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients, sums_scores
@@ -654,8 +653,6 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
     """
     operands = {"q": call.q, "k": call.k, "w": call.w, "v": call.v}
     config, reading = (plan_call(call, kernel, operands) for kernel in (call.write_kernel, call.read_kernel))
-    if call.decay is not None and not call.read_kernel.normalized:
-        raise unsupported(call.op, "reads with a decay by read_kernel='softmax' only")
     length, width = call.v.shape[1], call.v.shape[3]
     mask = join_cache(call.mask, config.rows, config.span)
 

@@ -225,25 +225,36 @@ def attend(
 
 def _attend_forward(config, dtype, k, q, x, mask, decay):
     o, lse = read(config, dtype, k, q, split_values(config, x), mask, decay)
-    return (o, lse), (k, q, x, mask, decay, o if config.similarity.normalized else None, lse)
+    return (o, lse), (k, q, x, mask, decay, o if config.similarity.normalized or config.decay else None, lse)
 
 
 def _attend_backward(config, dtype, saved, cotangents):
     k, q, x, mask, decay, o, lse = saved
     do, dlse = cotangents
     delta = None
-    if o is not None:
+    if config.similarity.normalized:
         # The log-sum-exp is to base 2. Where nothing reads it, the compiler drops the zeros.
         delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - LOG2E * dlse
     scalars = {"lse": lse, "delta": delta}
     operands = (k, q, split_values(config, x), split_values(config, do), mask, decay, scalars)
     dq, *query_decay = query_gradients(config, *operands)
-    dk, dx, *key_decay = key_gradients(config, *operands, ("dk", "dx") + ("ddecay",) * sums_scores(config))
+    if config.decay and not config.similarity.normalized:
+        # In two kernels: together they spill registers.
+        (dk,), (dx,) = (key_gradients(config, *operands, (name,)) for name in ("dk", "dx"))
+        query_decay, key_decay = [jnp.sum(o * do, axis=-1)], [_per_query_head(-jnp.sum(x * dx, axis=-1), q.shape[1])]
+    else:
+        dk, dx, *key_decay = key_gradients(config, *operands, ("dk", "dx") + ("ddecay",) * sums_scores(config))
     ddecay = fraction_gradient(*query_decay, *key_decay) if config.decay else None
     return dk.astype(k.dtype), dq.astype(q.dtype), dx.astype(x.dtype), None, ddecay
 
 
 attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _per_query_head(x: Array, heads: int) -> Array:
+    """Gradients [B, G, S] of decays that the query heads of a group share, as [B, H, S] parts of equal size."""
+    repeats = heads // x.shape[1]
+    return jnp.repeat(x / repeats, repeats, axis=1)
 
 
 def attend_with_sinks(
@@ -256,6 +267,9 @@ def attend_with_sinks(
     decay: QueryKeyDecay | None,
 ) -> Float[Array, "B H T V"]:
     """`attend` in bfloat16, with a slot of value 0 in the normaliser whose logit per head is the sink, if any."""
+    if config.decay and not config.similarity.normalized:
+        # The gradient of the decay is a difference of sums of the output.
+        return attend(config, jnp.float32, k, q, x, mask, decay)[0].astype(jnp.bfloat16)
     if sinks is None:
         return attend(config, jnp.bfloat16, k, q, x, mask, decay)[0]
     # In float32, so that the output is rounded once.
