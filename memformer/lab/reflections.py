@@ -92,8 +92,8 @@ def _judge(result: Result) -> Verdict:
     most = ", ".join(f"{group_name(label.partition(' ')[0])} {percent(value)}" for label, value in failed.items())
     return Verdict(
         grade(*(mean(label) > TRACKS for label in SETS["tracks"]), *(value < FAILS for value in failed.values())),
-        f"At 500 letters, mean of three seeds: {tracked} (needed: {percent(TRACKS, 0)}). One write with its own w at "
-        f"128 letters, the best of three seeds: {most} (needed: below {percent(FAILS, 0)}).",
+        f"At 500 letters, mean of three seeds: {tracked} (needed in the mean: {percent(TRACKS, 0)}). One write with "
+        f"its own w at 128 letters, the best of three seeds: {most} (needed: below {percent(FAILS, 0)}).",
     )
 
 
@@ -119,7 +119,7 @@ REFLECTIONS = Study(
     ),
     caption="Accuracy of the running product on the test split, by a curriculum from words of 8 letters to 64, "
     "800 steps (four writes: of 128, up to 2500 steps); lines: mean of three seeds, bands: least to greatest. On "
-    "alphabets with a cycle one write never left words of 8.",
+    "alphabets with a cycle the curriculum of one write did not advance beyond words of 8. Two letters: the alphabet.",
     base={
         **BASE,
         "task.length": 64,

@@ -300,7 +300,7 @@ MEMORIES: dict[str, MemorySpec] = {
         "none",
         "cache of (k, u)",
         "u_t = alpha_t v_t - beta_t sum_{i<t} kappa1(k_i, w_t) u_i; o_t = sum_{i<=t} kappa2(k_i, q_t) u_i",
-        "deltaformer(q, k, v, w=w, alpha=alpha, beta=beta)",
+        "deltaformer(q, k, v, w=w, alpha=alpha, beta=beta, write_kernel=kappa1, read_kernel=kappa2)",
         "DeltaFormer, NeurIPS 2025; arXiv 2505.19488",
     ),
     "gated_deltaformer": MemorySpec(
@@ -319,7 +319,7 @@ MEMORIES: dict[str, MemorySpec] = {
         "cache of (k, u)",
         "u_t = alpha_t v_t - beta_t sum_{i<t} exp(G_t - G_i) k_i . w_t u_i; "
         "o_t = sum_{i<=t} softmax(k_i . q_t + G_t - G_i) u_i",
-        "deltaformer(q, k, v, w=w, alpha=alpha, beta=beta, decay=g)",
+        'deltaformer(q, k, v, w=w, alpha=alpha, beta=beta, decay=g, write_kernel="linear")',
         "this library",
     ),
     "rnn": MemorySpec(

@@ -10,7 +10,8 @@ All ops share the following contract.
   then starts from state p, and the returned state has the same shape, with the state at the end of each segment (many
   prompts in one packed call; a place without a segment keeps its state). More than P segments in a row are an error.
   A cache with an axis of documents after the batch (`memformer.init_cache(documents=P)`) works likewise: the tokens of
-  a segment take the next slots of its cache. Reshaped to [B P, S, ...] it is the cache of B P rows to decode.
+  a segment take the next slots of its cache. With its arrays, `length` excepted, reshaped to [B P, S, ...] it is the
+  cache of B P rows to decode.
 - `segment_ids`: for packed sequences, [B, T] integers, 0 = padding. The state resets where the id changes; padding
   leaves the state unchanged and its output is zero. The returned state is that of the last segment.
 - `decay`: log decay, at most 0, of the state before each token, per head or per key channel; None is 0.

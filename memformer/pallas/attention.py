@@ -65,8 +65,7 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
       The output in float32, or bfloat16 where v is, and the writes u.
 
     Raises:
-      NotImplementedError: a window; a decay on a GPU where the read is no softmax; no kernel serves the call, or the
-        chip.
+      NotImplementedError: a window; no kernel serves the call, or the chip.
     """
     if call.window is not None:
         raise unsupported(call.op, "has no window", "implementation='chunked' serves it")

@@ -10,7 +10,8 @@ The gradient of a pair's decay is ds (softmax), else e G. Its sums over keys are
 cumulative decay, its negated sums over queries those of the keys'. The gradient of one token's decay is the sum of both
 over all later tokens, in which most pairs cancel. So with a softmax both kernels compute a pair from operands that are
 rounded alike, and leave out a token and itself, which have no decay. The write without a softmax keeps 16 bits: its
-sums are beta dbeta and u dx. The read without one has no decay here: its kernels would spill registers.
+sums are beta dbeta and u dx. Those of the read without one are o do and x dx; its dk and dx are kernels of their own,
+because together they spill registers.
 
 Both kernels recompute the scores of a tile, and its weights from the log-sum-exp. In the second one tiles are
 transposed, keys in rows, and a program takes all query heads of its key head.
