@@ -178,7 +178,8 @@ def _judge(result: Result) -> Verdict:
         f"Pairs recalled of 16, mean over the sizes: {means}; at 512 bytes {small}; caches at 1024 bytes: {narrowest}. "
         "Where a memory forgets half with every token at the start of training (HGRN2, the caches with a forget gate, "
         "the one head of Comba, most channels of Gated DeltaNet-2), 1000 steps seldom teach it to recall, though it "
-        f"has room. After 500 steps from a slow start (after 1000 without; Comba also with a smaller correction): {slow}.",
+        "has room. After 500 steps from a slow start (after 1000 without; Comba also with a smaller correction): "
+        f"{slow}.",
     )
 
 
