@@ -120,32 +120,32 @@ def first_tiles(mask: Mask, rows: int, columns: int, window: int | None = None) 
       rows, columns: queries and keys of a tile.
       window: how many tokens back a query sees, or None.
     """
-    visible = _visible_tiles(mask, rows, columns, window)
-    return None if visible is None else _bounds(visible, 2)[0]
+    pair = row_bounds(mask, rows, columns, window, causal=True)
+    return None if pair is None else pair[0]
 
 
 def last_tiles(mask: Mask, rows: int, columns: int, window: int | None = None) -> Int[Array, "B M"] | None:
     """One more than the last tile of queries that sees each tile of keys, 0 where none does; as `first_tiles`."""
-    visible = _visible_tiles(mask, rows, columns, window)
-    return None if visible is None else _bounds(visible, 1)[1]
+    pair = column_bounds(mask, rows, columns, window, causal=True)
+    return None if pair is None else pair[1]
 
 
 def row_bounds(
-    mask: Mask, rows: int, columns: int, window: int | None = None
+    mask: Mask, rows: int, columns: int, window: int | None = None, *, causal: bool
 ) -> tuple[Int[Array, "B N"], Int[Array, "B N"]] | None:
-    """Without causality: the first tile of keys that each tile of queries sees, and one more than the last.
+    """The first tile of keys that each tile of queries sees, and one more than the last.
 
-    M and 0 where it sees none. None where nothing is masked.
+    M and 0 where it sees none. None where nothing is masked. With `causal`, later tiles are left to the caller.
     """
-    visible = _visible_tiles(mask, rows, columns, window, causal=False)
+    visible = _visible_tiles(mask, rows, columns, window, causal)
     return None if visible is None else _bounds(visible, 2)
 
 
 def column_bounds(
-    mask: Mask, rows: int, columns: int, window: int | None = None
+    mask: Mask, rows: int, columns: int, window: int | None = None, *, causal: bool
 ) -> tuple[Int[Array, "B M"], Int[Array, "B M"]] | None:
     """The same of the tiles of queries that see each tile of keys."""
-    visible = _visible_tiles(mask, rows, columns, window, causal=False)
+    visible = _visible_tiles(mask, rows, columns, window, causal)
     return None if visible is None else _bounds(visible, 1)
 
 
@@ -158,7 +158,7 @@ def _bounds(visible: Bool[Array, "B N M"], axis: int) -> tuple[Int[Array, "B L"]
 
 
 def _visible_tiles(
-    mask: Mask, rows: int, columns: int, window: int | None, *, causal: bool = True
+    mask: Mask, rows: int, columns: int, window: int | None, causal: bool
 ) -> Bool[Array, "B N M"] | None:
     """True for tiles that neither other segments (segments grow with time) nor the window exclude as a whole.
 

@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 import memformer as mf
-from memformer.models import MemoryLM, from_preset
+from memformer.models import from_preset
 from memformer.pallas.gpu.matrix_memory import decoding
 from tests.numeric import assert_close
 from tests.pallas.test_gpu import H200, interpreter, interprets
 from tests.pallas.test_gpu_edges import shard_maps
-from tests.pallas.test_tpu_decoding import IDS, arguments, cast, compare
+from tests.pallas.test_tpu_decoding import IDS, arguments, cast, compare, step_program
 
 __all__ = ["interpreter"]
 
@@ -56,16 +55,7 @@ def test_blocks_of_columns():
 def test_generation_takes_them(memory):
     """By default: a step of a model calls one kernel per layer, and no loop."""
     config = from_preset("tiny", memory=memory, width=128, heads=2)
-    model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
-    graph, parameters = nnx.split(model)
-
-    def step(parameters, token, state):
-        output = nnx.merge(graph, parameters)(token, state=state)
-        return output.logits, output.state
-
-    arrays = parameters, jnp.zeros((2, 1), jnp.int32), model.init_state(2, 16)
-    with jax.sharding.use_abstract_mesh(H200):
-        text = str(jax.make_jaxpr(step)(*arrays))
+    text = step_program(config, H200)
     op = "linear_attention" if memory == "gla" else "delta_rule"
     assert text.count(f"name=memformer_{op}_decode") == config.depth and "while" not in text
 

@@ -144,10 +144,8 @@ def test_explicit_mesh(interpreter):
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
-@pytest.mark.parametrize("memory", ["kda", "linear_attention"])
-def test_generation_takes_them(memory):
-    """By default, and in place: a step of a model calls one kernel per layer."""
-    config = from_preset("tiny", memory=memory)
+def step_program(config, mesh):
+    """The program of one step of decoding by a model, for the chip of an abstract mesh."""
     model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(model)
 
@@ -156,8 +154,15 @@ def test_generation_takes_them(memory):
         return output.logits, output.state
 
     arrays = parameters, jnp.zeros((2, 1), jnp.int32), model.init_state(2, 16)
-    with jax.sharding.use_abstract_mesh(TPU):
-        text = str(jax.make_jaxpr(step)(*arrays))
+    with jax.sharding.use_abstract_mesh(mesh):
+        return str(jax.make_jaxpr(step)(*arrays))
+
+
+@pytest.mark.parametrize("memory", ["kda", "linear_attention"])
+def test_generation_takes_them(memory):
+    """By default, and in place: a step of a model calls one kernel per layer."""
+    config = from_preset("tiny", memory=memory)
+    text = step_program(config, TPU)
     op = "linear_attention" if memory == "linear_attention" else "delta_rule"
     assert text.count(f"name=memformer_{op}_decode") == config.depth
     assert "input_output_aliases=((2, 1),)" in text and "while" not in text
@@ -222,16 +227,7 @@ def test_attention_over_a_cache(dtype, interpreter, monkeypatch):
 def test_generation_reads_the_cache():
     """By default a step of a model with attention calls the kernel; windows and narrow heads take the recurrence."""
     config = from_preset("tiny", memory="softmax_attention", width=256, heads=2)
-    model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
-    graph, parameters = nnx.split(model)
-
-    def step(parameters, token, state):
-        output = nnx.merge(graph, parameters)(token, state=state)
-        return output.logits, output.state
-
-    arrays = parameters, jnp.zeros((2, 1), jnp.int32), model.init_state(2, 16)
-    with jax.sharding.use_abstract_mesh(TPU):
-        text = str(jax.make_jaxpr(step)(*arrays))
+    text = step_program(config, TPU)
     assert text.count("name=memformer_attention_decode") == config.depth
     for width, options in ((128, {"window": 4}), (64, {})):
         x = jnp.ones((1, 1, 2, width))

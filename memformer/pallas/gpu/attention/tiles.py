@@ -429,11 +429,9 @@ def row_bounds(config: AttentionConfig, k: Array, q: Array, mask: Mask) -> dict[
     if not config.bounded:
         return {}
     rows, columns = config.rows, k.shape[2] // TILE
-    if config.causal:
-        found = {"first": masks.first_tiles(mask, rows, TILE, config.window)}
-    else:
-        pair = masks.row_bounds(mask, rows, TILE, config.window) or (jnp.int32(0), jnp.int32(columns))
-        found = dict(zip(("first", "stop"), pair, strict=True))
+    pair = masks.row_bounds(mask, rows, TILE, config.window, causal=config.causal)
+    first, stop = pair or (jnp.int32(0), jnp.int32(columns))
+    found = {"first": first} if config.causal else {"first": first, "stop": stop}
     return _per_head(found, k, q.shape[2] // rows)
 
 
@@ -445,11 +443,9 @@ def column_bounds(config: AttentionConfig, k: Array, q: Array, mask: Mask) -> di
     if not config.bounded:
         return {}
     columns, rows = config.rows, q.shape[2] // TILE
-    if config.causal:
-        found = {"last": masks.last_tiles(mask, TILE, columns, config.window)}
-    else:
-        pair = masks.column_bounds(mask, TILE, columns, config.window) or (jnp.int32(0), jnp.int32(rows))
-        found = dict(zip(("first", "last"), pair, strict=True))
+    pair = masks.column_bounds(mask, TILE, columns, config.window, causal=config.causal)
+    first, last = pair or (jnp.int32(0), jnp.int32(rows))
+    found = {"last": last} if config.causal else {"first": first, "last": last}
     return _per_head(found, k, k.shape[2] // columns)
 
 

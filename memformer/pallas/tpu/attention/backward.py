@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from memformer.core.mask import Mask, column_bounds, last_tiles
+from memformer.core.mask import Mask, column_bounds
 from memformer.core.similarity import similarity_slope
 from memformer.core.types import Array
 from memformer.pallas.pair_decay import QueryKeyDecay, fraction_gradient
@@ -322,12 +322,9 @@ def _backward(config: AttentionConfig, options: _Options, k, q, x, g, scalars, b
 def _column_bounds(config: AttentionConfig, k: Array, row_blocks: int, mask: Mask) -> Array:
     """The bounds that `_kernel` takes."""
     size, columns = config.block, (k.shape[0], k.shape[2] // config.block)
-    if config.causal:
-        found = last_tiles(mask, size, size, config.window)
-        return jnp.broadcast_to(jnp.int32(row_blocks) if found is None else found, columns)
-    pair = column_bounds(mask, size, size, config.window)
-    pair = (jnp.int32(0), jnp.int32(row_blocks)) if pair is None else pair
-    return jnp.concatenate([jnp.broadcast_to(x, columns) for x in pair], axis=1)
+    pair = column_bounds(mask, size, size, config.window, causal=config.causal)
+    pair = pair or (jnp.int32(0), jnp.int32(row_blocks))
+    return jnp.concatenate([jnp.broadcast_to(x, columns) for x in (pair[1:] if config.causal else pair)], axis=1)
 
 
 def attention_backward(

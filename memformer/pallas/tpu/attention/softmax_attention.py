@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.calls import AttentionCall
-from memformer.core.mask import Mask, first_tiles, row_bounds
+from memformer.core.mask import Mask, row_bounds
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas.layout import block_mask, heads_first, join_slots
@@ -173,12 +173,9 @@ def read(
 def _row_bounds(config: AttentionConfig, q: Array, mask: Mask) -> Array:
     """The first block of slots that each block of rows sees, [B, N]; without causality also the end, [B, 2 N]."""
     size, rows = config.block, (q.shape[0], q.shape[2] // config.block)
-    if config.causal:
-        found = first_tiles(mask, size, size, config.window)
-        return jnp.broadcast_to(jnp.int32(0) if found is None else found, rows)
-    found = row_bounds(mask, size, size, config.window)
-    pair = (jnp.int32(0), jnp.int32(config.before)) if found is None else found
-    return jnp.concatenate([jnp.broadcast_to(x, rows) for x in pair], axis=1)
+    pair = row_bounds(mask, size, size, config.window, causal=config.causal)
+    pair = pair or (jnp.int32(0), jnp.int32(config.before))
+    return jnp.concatenate([jnp.broadcast_to(x, rows) for x in (pair[:1] if config.causal else pair)], axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
