@@ -20,6 +20,9 @@ __all__ = ["check_implementation", "dispatch"]
 # Implementations that jax.jvp differentiates.
 FORWARD_MODE = ("recurrent", "chunked")
 
+# Implementations that have every derivative of any call.
+COMPLETE = ("recurrent",)
+
 
 def check_implementation(implementation: str | None, implementations: Mapping[str, Callable[..., Any]]) -> None:
     """Raises ValueError unless `implementation` is None or a key of the op's table."""
@@ -34,6 +37,7 @@ def dispatch(
     implementations: Mapping[str, Callable[[Any], Any]],
     prefer: Sequence[str],
     divide: Callable[[Callable[[Any], Any], Any], Any] | None = None,
+    complete: Sequence[str] = COMPLETE,
 ) -> Any:
     """Runs a call by the named implementation, or by the first of `prefer` that serves it.
 
@@ -46,6 +50,7 @@ def dispatch(
       implementations: name to `run(call)`.
       prefer: keys of `implementations`, best first, tried when `implementation` is None.
       divide: `divide(run, call)` runs an implementation where time may be divided over devices.
+      complete: implementations that have every derivative of this call, also where jit hides its tangents.
 
     Raises:
       ValueError: unknown implementation name.
@@ -56,7 +61,8 @@ def dispatch(
     for name in prefer if implementation is None else (implementation,):
         try:
             with jax.named_scope(f"memformer.{call.op}.{name}"):
-                run, checked = implementations[name], _check_forward_mode(call, name)
+                run = implementations[name]
+                checked = call if name in complete else _check_forward_mode(call, name)
                 return run(checked) if divide is None else divide(run, checked)
         except NotImplementedError as error:
             if implementation is not None:
@@ -67,8 +73,6 @@ def dispatch(
 
 def _check_forward_mode(call: Any, name: str) -> Any:
     """The call, unless it has tangents that the implementation cannot take; hidden ones are refused when evaluated."""
-    if name == "recurrent":
-        return call
     if in_forward_mode(vars(call)):
         if name in FORWARD_MODE:
             return call

@@ -86,5 +86,5 @@ def delta_product(
         several_writes=True,
     )
     prefer = preferred(call.q.shape[1], decodes=True)
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run, decoding.complete(call))
     return output.astype(call.v.dtype), state

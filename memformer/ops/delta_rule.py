@@ -87,5 +87,5 @@ def delta_rule(
         precision=precision,
     )
     prefer = preferred(call.q.shape[1], decodes=True)
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run, decoding.complete(call))
     return output.astype(call.v.dtype), state

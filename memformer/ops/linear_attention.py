@@ -84,7 +84,7 @@ def linear_attention(
         erases=False,
     )
     prefer = preferred(call.q.shape[1], decodes=True)
-    output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
+    output, state = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run, decoding.complete(call))
     if normalize:
         # At padding this would be 0 / 0; the output there is 0.
         total = output[..., -1:]

@@ -80,7 +80,8 @@ def test_tiles_refuse_the_gradient_of_a_gradient(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_other_implementations_refuse_forward_mode(name):
-    x = jnp.asarray(point(), "float32")
+    # The kernels for up to 8 tokens have every derivative.
+    x = jnp.ones((1, 9, 1, 2))
     with pytest.raises(NotImplementedError, match="pallas form of .* has no forward mode; implementation='chunked' or"):
         jax.eval_shape(lambda x: jax.jvp(loss(name, "pallas"), (x,), (x,)), x)
     # None takes the next one that has it, under vmap too.

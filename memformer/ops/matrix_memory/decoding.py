@@ -10,12 +10,20 @@ from typing import Any
 import jax
 
 from memformer.core.calls import MatrixCall
+from memformer.core.symbolic import is_symbolic
 from memformer.core.types import Array, Float
 from memformer.ops.matrix_memory import recurrent
 from memformer.pallas import matrix_memory as pallas
 from memformer.pallas.decoding import MOST_TOKENS
 
-__all__ = ["run"]
+__all__ = ["complete", "run"]
+
+
+def complete(call: MatrixCall) -> tuple[str, ...]:
+    """Implementations that have every derivative of a call, see `dispatch`."""
+    length = call.q.shape[1]
+    few = not is_symbolic(length) and length <= MOST_TOKENS
+    return ("recurrent", "pallas") if few else ("recurrent",)
 
 
 def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Array]:
