@@ -180,6 +180,19 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     check(any(value == choice for choice in choices), name, f"one of {', '.join(map(repr, choices))}", value)
 
 
+def check_flags(**flags: Any) -> None:
+    """Raises ValueError unless every flag is True or False: the text "no" would count as True.
+
+    Example:
+      >>> check_flags(sinks="no")
+      Traceback (most recent call last):
+      ...
+      ValueError: sinks must be True or False, got 'no'
+    """
+    for name, value in flags.items():
+        check(isinstance(value, bool | np.bool_), name, "True or False", value)
+
+
 def check_options(what: str, options: Iterable[str], known: Sequence[str]) -> None:
     """Raises ValueError naming the first key of `options` that is not among `known`.
 

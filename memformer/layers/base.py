@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.core import FrozenDict
 
-from memformer.core.checks import check_array, check_choice, check_number, check_positive, check_size
+from memformer.core.checks import check_array, check_choice, check_flags, check_number, check_positive, check_size
 from memformer.core.numerics import l2norm
 from memformer.core.segments import find_segments
 from memformer.core.types import Array, Float, Int
@@ -100,6 +100,9 @@ class MemoryLayer(nnx.Module):
         writes: int | None = None,
     ):
         dtypes = Dtypes() if dtypes is None else dtypes
+        check_flags(conv_bias=conv_bias, unit_keys=unit_keys, unit_queries=unit_queries, rotary=rotary)
+        check_flags(zero_centered_norm=zero_centered_norm, qkv_bias=qkv_bias, out_bias=out_bias)
+        check_flags(output_gate_bias=output_gate_bias, norm_before_gate=norm_before_gate)
         width, heads = check_size("width", width), check_size("heads", heads)
         if key_width is None and width % heads:
             raise ValueError(f"width must be a multiple of heads where key_width is None, got {width} and {heads}")

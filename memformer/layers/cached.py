@@ -11,6 +11,7 @@ from memformer.core.checks import (
     check,
     check_at_least,
     check_choice,
+    check_flags,
     check_groups,
     check_number,
     check_options,
@@ -65,6 +66,7 @@ class SoftmaxAttention(MemoryLayer):
     ):
         self.groups, self.window = check_groups(heads, groups), check_positive("window", window)
         self.latent_rank = check_positive("latent_rank", latent_rank)
+        check_flags(sinks=sinks)
         counts = (heads, self.groups, self.groups)
         super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
         self.decay = _head_decay(decay, decay_time, self, heads, rngs)
@@ -170,6 +172,7 @@ class DeltaFormer(MemoryLayer):
         **options: Any,
     ):
         check_choice("alpha", alpha, (None, "sigmoid"))
+        check_flags(write_query=write_query)
         self.groups, self.write_query = check_groups(heads, groups), write_query
         self.write_kernel = _kernel("write_kernel", write_kernel)
         self.read_kernel = _kernel("read_kernel", read_kernel)

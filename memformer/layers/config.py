@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax.core import FrozenDict
 
-from memformer.core.checks import check, check_choice, check_size
+from memformer.core.checks import check, check_flags, check_size
 from memformer.layers.basic import Dtypes, check_rate
 
 __all__ = ["BaseConfig"]
@@ -62,7 +62,7 @@ def _normalize(field: dataclasses.Field, value: Any) -> Any:
         return None
     value = _freeze(value)
     if field.type is bool:
-        check_choice(field.name, value, (False, True))
+        check_flags(**{field.name: value})
     return value
 
 

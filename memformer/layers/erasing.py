@@ -160,13 +160,15 @@ class HGRN2(MemoryLayer):
       **options: of `MemoryLayer`.
 
     Raises:
-      ValueError: a lower bound outside [0, 1).
+      ValueError: a lower bound outside [0, 1), or rotary positions or unit keys: the keys are the decays' logits.
 
     Source: arXiv 2404.07904.
     """
 
     def __init__(self, width: int, *, heads: int, lower_bound: float = 0.0, rngs: nnx.Rngs, **options: Any):
         super().__init__(width, heads=heads, rngs=rngs, **options)
+        for name in ("rotary", "unit_keys"):
+            check(not getattr(self, name), name, "False: the projection to k holds the logits of the decay", True)
         self.lower_bound = check_number("lower_bound", lower_bound, at_least=0)
         check(self.lower_bound < 1, "lower_bound", "below 1", lower_bound)
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 from memformer.core.autodiff import in_forward_mode
-from memformer.core.checks import check, check_choice, check_number, check_positive, check_size
+from memformer.core.checks import check, check_choice, check_flags, check_number, check_positive, check_size
 from memformer.core.types import Array, Bool, Float
 from memformer.layers.basic import Dtypes, constrain, linear, named
 from memformer.layers.experts import apply_experts
@@ -68,6 +68,7 @@ class MLP(nnx.Module):
         rngs: nnx.Rngs,
     ):
         hidden = _hidden(width, hidden, 4)
+        check_flags(bias=bias)
         check_choice("feedforward option activation", activation, tuple(ACTIVATIONS))
         self.activation = activation
         self.up = linear(width, hidden, ("embed", "mlp"), dtypes=dtypes, rngs=rngs, bias=bias)
@@ -192,6 +193,7 @@ class MixtureOfExperts(nnx.Module):
         check(active <= experts, "feedforward option active", f"in [1, experts] = [1, {experts}]", active)
         check_choice("feedforward option dispatch", dispatch, DISPATCHES)
         check_choice("feedforward option router", router, ROUTERS)
+        check_flags(norm_topk_prob=norm_topk_prob, shared_gate=shared_gate)
         self.scaling = check_number("feedforward option routed_scaling_factor", routed_scaling_factor, above=0)
         if shared_gate and shared_hidden is None:
             raise ValueError("feedforward option shared_gate requires shared_hidden, got None")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from memformer.core.checks import check_groups
+from memformer.core.checks import check, check_groups
 from memformer.core.context import time_shards
 from memformer.core.decay import CumulativeDecay, add_decay, running_decay
 from memformer.core.segments import Segments, find_segments
@@ -77,7 +77,7 @@ class Mamba3(MemoryLayer):
       **options: of `MemoryLayer`; the norm of queries and keys is `qk_norm`.
 
     Raises:
-      ValueError: a fraction that leaves no pair of channels, or key_heads that do not divide heads.
+      ValueError: a fraction that leaves no pair of channels, key_heads that do not divide heads, or rotary positions.
 
     Source: arXiv 2603.15569.
     """
@@ -94,6 +94,7 @@ class Mamba3(MemoryLayer):
     ):
         keys = check_groups(heads, key_heads)
         super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
+        check(not self.rotary, "rotary", "False: keys and queries turn by angles of their own", self.rotary)
         self.pairs = check_rotary(self.key_width, 1e4, partial_rotary_factor, None) // 2
         same: dict[str, Any] = {"dtypes": self.dtypes, "rngs": rngs, "wide": True}
         self.step, self.rate, self.mix = (linear(width, heads, ("embed", "heads"), **same) for _ in range(3))

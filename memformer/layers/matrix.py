@@ -7,7 +7,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check, check_choice, check_groups, check_number, check_positive, check_size
+from memformer.core.checks import (
+    check,
+    check_choice,
+    check_flags,
+    check_groups,
+    check_number,
+    check_positive,
+    check_size,
+)
 from memformer.core.types import Array
 from memformer.layers.base import MemoryLayer
 from memformer.layers.basic import linear, named
@@ -79,6 +87,7 @@ class LinearAttention(MemoryLayer):
         rngs: nnx.Rngs,
         **options: Any,
     ):
+        check_flags(normalize=normalize, discretize=discretize, skip=skip)
         check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
         if normalize and feature_map == "identity":
             raise ValueError("normalize requires a positive feature_map, 'elu', 'relu' or 'taylor', got 'identity'")
@@ -200,6 +209,7 @@ class DeltaRule(MemoryLayer):
         **options: Any,
     ):
         keys = check_groups(heads, key_heads)
+        check_flags(beta_bias=beta_bias)
         super().__init__(width, heads=heads, head_counts=(keys, keys, heads), rngs=rngs, **options)
         beta_limit = check_number("beta_limit", beta_limit, above=0)
         self.beta = SigmoidGate(width, heads, beta_limit, bias=beta_bias, dtypes=self.dtypes, rngs=rngs)

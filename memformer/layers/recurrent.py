@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from memformer.core.checks import check_array, check_choice, check_size
+from memformer.core.checks import check_array, check_choice, check_flags, check_size
 from memformer.core.types import Array, Float, Int
 from memformer.layers.basic import Dtypes, check_rate, constrain, dropout, linear, named, stochastic_keys
 from memformer.layers.sharding import auto_axes, state_letters
@@ -219,6 +219,7 @@ class RecurrentStack(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_choice("kind", kind, tuple(CELLS))
+        check_flags(bidirectional=bidirectional)
         layers, width = check_size("layers", layers), check_size("width", width)
         self.bidirectional, self.dropout = bidirectional, check_rate("dropout", dropout)
         self.out_features = width * (2 if bidirectional else 1)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from memformer.core.checks import check_choice
+from memformer.core.checks import check_flags
 from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.types import Array, Float, Int
@@ -67,7 +67,7 @@ def linear_attention(
       >>> linear_attention(x, x, x, normalize=True)[0][0, :, 0, 0]
       Array([1., 1., 1.], dtype=float32)
     """
-    check_choice("normalize", normalize, (True, False))
+    check_flags(normalize=normalize)
     call = make_call(
         "linear_attention",
         q,

@@ -2,7 +2,7 @@
 
 from jax import lax
 
-from memformer.core.checks import check_choice
+from memformer.core.checks import check_flags
 from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.similarity import Kernel
@@ -88,7 +88,7 @@ def softmax_attention(
       >>> cache.k.shape
       (1, 3, 1, 8)
     """
-    check_choice("causal", causal, (True, False))
+    check_flags(causal=causal)
     if not causal and decay is not None:
         raise ValueError("decay must be None where causal is False: it has no direction there")
     if not causal and initial_state is not None:

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from memformer.core.checks import check, check_at_least, check_choice
+from memformer.core.checks import check, check_at_least, check_choice, check_flags
 from memformer.data.draws import bounded_integers, split_words64
 from memformer.data.source import Example, SyntheticSource, Words, make_batch
 from memformer.tasks.task import Task
@@ -62,7 +62,7 @@ class Swap(Task):
         check(self.objects <= 512, "objects", "at most 512", self.objects)
         check_choice("start", self.start, STARTS)
         check_choice("encoding", self.encoding, ENCODINGS)
-        check(isinstance(self.queries, bool), "queries", "True or False", self.queries)
+        check_flags(queries=self.queries)
 
     @property
     def eval_lengths(self) -> tuple[int, ...]:

@@ -77,6 +77,7 @@ REFUSED = {
         "norm must be one of 'rms', 'layer', got 'b'",
     ),
     "unhashable": (lambda: checks.check_choice("norm", ["b"], {"rms": 1}), r"norm must be one of 'rms', got \['b'\]"),
+    "flag": (lambda: checks.check_flags(causal=None), "causal must be True or False, got None"),
     "options": (lambda: checks.check_options("opts", {"a": 1}, ()), "opts has no key 'a'; known keys: none"),
     "groups": (lambda: checks.check_groups(4, 3), "groups must divide heads, got groups = 3 and heads = 4"),
     "plain": (lambda: checks.check(False, "rate", "in [0, 1)", 2), r"rate must be in \[0, 1\), got 2"),

@@ -333,6 +333,22 @@ MISTAKES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("memory", "options", "message"),
+    [
+        ("softmax_attention", {"sinks": "no"}, "sinks must be True or False, got 'no'"),
+        ("delta_rule", {"beta_bias": 0}, "beta_bias must be True or False, got 0"),
+        ("ssd", {"qkv_bias": "yes"}, "qkv_bias must be True or False, got 'yes'"),
+        ("hgrn2", {"rotary": True}, "rotary must be False: the projection to k holds the logits"),
+        ("hgrn2", {"unit_keys": True}, "unit_keys must be False: the projection to k holds the logits"),
+        ("mamba3", {"rotary": True}, "rotary must be False: keys and queries turn by angles"),
+    ],
+)
+def test_flags_and_positions_that_a_memory_cannot_take_are_refused(memory, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(memory, **options)
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_user_errors_are_named(mistake):
     options, message = MISTAKES[mistake]

@@ -323,7 +323,7 @@ MISTAKES = {
     "positions": ({"positions": "rotary"}, "positions must be one of None, 'learned', 'sinusoidal', got 'rotary'"),
     "norm": ({"norm": "batch"}, "norm must be one of 'rms', 'layer', got 'batch'"),
     "remat": ({"remat": "some"}, "remat must be one of None, 'full', .* got 'some'"),
-    "switch": ({"scan_layers": "no"}, "scan_layers must be one of False, True, got 'no'"),
+    "switch": ({"scan_layers": "no"}, "scan_layers must be True or False, got 'no'"),
     "dropout as text": ({"dropout": "0.1"}, "dropout must be a finite number, got '0.1'"),
     "dropout": ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     "dtype": ({"dtype": "int8"}, "dtype must be a floating dtype .* got 'int8'"),

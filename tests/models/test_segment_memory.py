@@ -186,7 +186,7 @@ def test_under_jit_the_running_program_raises_the_same_error():
         ({"segment_length": 0}, "segment_length must be a positive integer, got 0"),
         ({"memory_tokens": 0}, "memory_tokens must be a positive integer, got 0"),
         ({"key_width": 0}, "key_width must be a positive integer, got 0"),
-        ({"correction": "no"}, "correction must be one of False, True, got 'no'"),
+        ({"correction": "no"}, "correction must be True or False, got 'no'"),
         ({"remat": "half"}, "remat must be one of None, 'full'"),
         ({"segments": 3}, "model 'armt' has no key 'segments'; known keys: segment_length"),
     ],

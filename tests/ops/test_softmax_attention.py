@@ -1,5 +1,7 @@
 """Softmax attention against the T x T formula: windows, encoders, huge scores, its own errors."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,6 +116,7 @@ def test_decoding_with_decay():
     for message, state, given in (
         ("decay must be given where initial_state holds decays", fixed, None),
         ("decay must be None where initial_state holds no decays", mf.init_cache("softmax_attention", **sizes), decay),
+        ("decay_fraction must be None without a decay_whole", dataclasses.replace(fixed, decay_whole=None), None),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(

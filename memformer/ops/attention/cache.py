@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memformer.core.checks import check_array, check_choice, check_size
+from memformer.core.checks import check, check_array, check_choice, check_size
 from memformer.core.decay import CumulativeDecay, running_decay
 from memformer.core.numerics import accumulation_dtype
 from memformer.core.segments import Segments, clear
@@ -136,7 +136,10 @@ def check_cache(cache: Any, kind: type[C], dims: Dims, op: str) -> C | None:
     slots = "B P S" if getattr(cache.k, "ndim", 4) == 5 else "B S"
     check_array("initial_state.k", cache.k, f"{slots} G K", dims)
     check_array(f"initial_state.{values}", getattr(cache, values), f"{slots} G V", dims)
-    if cache.decay_whole is not None:
+    if cache.decay_whole is None:
+        fraction = cache.decay_fraction
+        check(fraction is None, "initial_state.decay_fraction", "None without a decay_whole", np.shape(fraction))
+    else:
         letters = f"{slots} H" if kind is KVCache else f"{slots} G"
         check_array("initial_state.decay_whole", cache.decay_whole, letters, dims, kind=np.integer)
         check_array("initial_state.decay_fraction", cache.decay_fraction, letters, dims)
