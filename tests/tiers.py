@@ -20,7 +20,7 @@ FAST = {
     "pallas/test_tpu_attention.py": "test_tuning",
     "pallas/test_gpu.py": "test_(packed_against|refusals|other_gpus)",
     "layers/test_basic.py": "test_(norms|constrain|positions|rotary|feedforward|decays|sigmoid)",
-    "layers/test_memory.py": "test_(packed|every|kernels|user_errors|wrong)",
+    "layers/test_memory.py": "test_(the_whole|every|kernels|user_errors|wrong)",
     "layers/test_lora.py": "test_(user_errors|dtypes)",
     "layers/test_options.py": "test_(user_errors|places|sizes)",
     "layers/test_table.py": "",

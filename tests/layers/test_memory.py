@@ -28,110 +28,131 @@ SPECS = {
 }
 
 
+# One memory of each layer class, the last of the table, and each row with options.
+CLASSES = (*{row.layer: name for name, row in MEMORIES.items()}.values(), *(spec for spec in SPECS if SPECS[spec][1]))
+
+
+def abstract(name, width=WIDTH, **sizes):
+    """A layer without weights: initializers compile a program for each shape."""
+    return nnx.eval_shape(lambda: build_memory(name, width, **sizes, rngs=nnx.Rngs(0)))
+
+
 @functools.cache
 def built(spec: str, compute: str = "float32"):
-    """Graph and parameters of a layer, and its jitted call."""
+    """A layer without weights, random parameters, and its jitted call on them."""
     name, options = SPECS[spec]
-    layer = build_memory(name, WIDTH, heads=HEADS, options=options, dtypes=Dtypes(compute), rngs=nnx.Rngs(0))
-    graph, parameters = nnx.split(layer)
+    layer = abstract(name, heads=HEADS, options=options, dtypes=Dtypes(compute))
+    graph, shapes = nnx.split(layer)
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        size = x.shape[0] ** -0.5 if len(x.shape) > 1 else 0.5
+        return (size * rng.standard_normal(x.shape)).astype(x.dtype)
 
     @jax.jit
     def call(parameters, x, segment_ids=None, state=None):
         return nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
 
-    return layer, parameters, call
+    return layer, jax.tree.map(draw, shapes), call
+
+
+@functools.cache
+def token(spec: str):
+    """The program of one token, in rows with gradients: (parameters, x, state) -> (output, state, gradients)."""
+    call = built(spec)[2]
+    if spec not in CLASSES:
+        return jax.jit(lambda parameters, x, state: (*call(parameters, x, None, state), None))
+    weights = inputs(BATCH, 1, seed=2)
+
+    @jax.jit
+    def step(parameters, x, state):
+        def loss(parameters, x):
+            y, after = call(parameters, x, None, state)
+            return jnp.sum(y * weights), (y, after)
+
+        gradients, (y, after) = jax.grad(loss, argnums=(0, 1), has_aux=True)(parameters, x)
+        return y, after, gradients
+
+    return step
 
 
 def inputs(batch: int = BATCH, time: int = TIME, seed: int = 0):
     return np.random.default_rng(seed).standard_normal((batch, time, WIDTH)).astype("float32")
 
 
-AT = 3
+# Of the buffers of caches: as many slots as the packed call and the tokens after it need.
+CAPACITY = 12
+
+
+def decode(spec: str, x, state):
+    """Outputs token by token, and the gradients of the last one."""
+    _, parameters, _ = built(spec)
+    step, got, gradients = token(spec), [], None
+    for t in range(x.shape[1]):
+        y, state, gradients = step(parameters, x[:, t : t + 1], state)
+        got.append(y)
+    assert step._cache_size() == 1
+    return np.concatenate(got, axis=1), gradients
 
 
 @functools.cache
-def whole(spec: str):
-    """Output of the plain call, and the gradients of its token AT by the parameters and the input."""
-    _, parameters, call = built(spec)
-    weights = inputs(seed=2)[:, AT]
+def decoded(spec: str):
+    """`decode` of each sequence alone, in fixed buffers."""
+    return decode(spec, inputs(), built(spec)[0].init_state(BATCH, CAPACITY))
 
-    @jax.jit
-    @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
-    def run(parameters, x):
-        y = call(parameters, x)[0]
-        return jnp.sum(y[:, AT] * weights), y
 
-    gradients, y = run(parameters, inputs())
-    assert y.dtype == jnp.float32
-    return jax.tree.map(np.asarray, (y, *gradients))
+# Left padding, a gap inside a segment, segments side by side, padding at the end: row, segment, its tokens.
+PACKED = np.array([[0, 5, 0, 5, 3, 3, 3, 0], [2, 2, 2, 0, 6, 0, 6, 6]])
+PIECES = [(0, 5, 2), (0, 3, 3), (1, 2, 3), (1, 6, 3)]
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_decoding_with_a_fixed_buffer_equals_the_whole_sequence(spec):
-    layer, parameters, call = built(spec)
-    x, want = inputs()[:2], whole(spec)[0][:2]
-    assert want.shape == x.shape
-    state = layer.init_state(2, CAPACITY)
-    before = call._cache_size()
-    got = []
-    for t in range(TIME):
-        y, state = call(parameters, x[:, t : t + 1], None, state)
-        got.append(y)
-    assert_close(np.concatenate(got, axis=1), want, FORWARD["float32"])
-    assert call._cache_size() == before + 1
+def test_the_whole_sequence_equals_token_by_token(spec):
+    """One call of whole sequences; rows of `CLASSES` pack them and go on from the state, the others have them apart.
 
-
-# Of the buffers of caches: as many slots as the packed call and two tokens after it need.
-CAPACITY = 13
-# Left padding, a gap inside a segment, segments side by side, padding at the end; four tokens each.
-PACKED = np.array([[0, 5, 5, 0, 5, 5, 3, 3, 3, 3, 0], [2, 2, 2, 2, 0, 0, 6, 0, 6, 6, 6]])
-PIECES = [(0, 5), (0, 3), (1, 2), (1, 6)]
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_packed_equals_unpacked(spec):
-    """The returned state is that of the last segment; both rows continue from it, without segments.
-
-    They continue token by token, in the program of `test_decoding_with_a_fixed_buffer_equals_the_whole_sequence`.
+    The returned state is that of the last segment. A token that decodes sees no later one, so that both are causal.
     """
     layer, parameters, call = built(spec)
-    want = whole(spec)[0]
+    want, _ = decoded(spec)
+    if spec not in CLASSES:
+        got, _ = call(parameters, inputs())
+        assert got.dtype == jnp.float32
+        return assert_close(got, want, FORWARD["float32"])
     x = inputs(2, PACKED.shape[1], seed=3)
-    places = [np.flatnonzero(PACKED[row] == segment) for row, segment in PIECES]
-    for alone, (row, _), place in zip(inputs(), PIECES, places, strict=True):
-        x[row, place] = alone[:4]
-    packed, state = call(parameters, x, PACKED, layer.init_state(2, CAPACITY))
-    after = []
-    for t in range(4, TIME):
-        y, state = call(parameters, inputs()[[1, 3], t : t + 1], None, state)
-        after.append(y)
-    got = np.stack([np.asarray(packed)[row, place] for (row, _), place in zip(PIECES, places, strict=True)])
-    assert_close(got, want[:, :4], FORWARD["float32"])
-    assert_close(np.concatenate(after, axis=1), want[[1, 3], 4:], FORWARD["float32"])
+    places = [np.flatnonzero(PACKED[row] == segment) for row, segment, _ in PIECES]
+    for alone, (row, _, length), place in zip(inputs(), PIECES, places, strict=True):
+        x[row, place] = alone[:length]
+    # twice, because the program of one token has four rows
+    x, ids = np.concatenate([x, x]), np.concatenate([PACKED, PACKED])
+    packed, state = call(parameters, x, ids, layer.init_state(BATCH, CAPACITY))
+    assert packed.dtype == jnp.float32
+    packed = np.asarray(packed)
+    for alone, (row, segment, length), place in zip(want, PIECES, places, strict=True):
+        assert_close(packed[row, place], alone[:length], FORWARD["float32"], f"segment {segment}: ")
+    after, _ = decode(spec, inputs()[[1, 3, 1, 3], 3:], state)
+    assert_close(after[:2], want[[1, 3], 3:], FORWARD["float32"])
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_gradients_are_causal_and_reach_every_parameter(spec):
-    _, by_parameter, by_input = whole(spec)
-    assert not np.any(by_input[:, AT + 1 :])
-    assert np.all(np.any(by_input[:, AT - 2 : AT + 1], axis=-1))
+@pytest.mark.parametrize("spec", CLASSES)
+def test_gradients_reach_every_parameter(spec):
+    """Of a token after others; tests/ops compare the gradients of all arguments of the ops with float64."""
+    by_parameter, by_input = jax.device_get(decoded(spec)[1])
+    assert np.all(np.isfinite(by_input)) and np.all(np.any(by_input, axis=-1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(by_parameter):
         assert np.all(np.isfinite(leaf)) and np.any(leaf), jax.tree_util.keystr(path)
 
 
-# One memory of each layer class, the last of the table, and each row with options.
-IN_BFLOAT16 = {*{row.layer: name for name, row in MEMORIES.items()}.values(), *(set(SPECS) - set(MEMORIES))}
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_bfloat16_policy(spec):
-    """Dtypes of every memory; values of one per layer class."""
-    _, half_parameters, half_call = built(spec, "bfloat16")
-    x = jnp.asarray(inputs(), jnp.bfloat16)
-    assert jax.eval_shape(half_call, half_parameters, x)[0].dtype == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves(half_parameters)} == {jnp.dtype("float32")}
-    if spec in IN_BFLOAT16:
-        assert relative_rms(half_call(half_parameters, x)[0], whole(spec)[0]) < 3e-2
+@pytest.mark.parametrize("name", [spec for spec in CLASSES if spec in MEMORIES])
+def test_bfloat16_policy(name):
+    """Dtypes and values of one memory per layer class, token by token; the class sets the dtypes of all its rows."""
+    layer, parameters, call = built(name, "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(parameters)} == {jnp.dtype("float32")}
+    x, state, got = inputs().astype(jnp.bfloat16), layer.init_state(BATCH, CAPACITY), []
+    for t in range(TIME):
+        y, state = call(parameters, x[:, t : t + 1], None, state)
+        assert y.dtype == jnp.bfloat16
+        got.append(y)
+    assert relative_rms(np.concatenate(got, axis=1), decoded(name)[0]) < 3e-2
 
 
 def test_every_memory_has_a_row():
@@ -146,7 +167,7 @@ def test_every_row_names_only_known_options():
 
 def test_recurrent_units_are_heads_times_value_width():
     for widths, units in (({}, 8), ({"key_width": 3}, 6), ({"key_width": 3, "value_width": 5}, 10)):
-        layer = build_memory("lstm", WIDTH, heads=HEADS, rngs=nnx.Rngs(0), **widths)
+        layer = abstract("lstm", heads=HEADS, **widths)
         assert layer.init_state(BATCH, 1)["memory"].c.shape == (BATCH, units)
         assert layer.out.kernel.shape == (units, WIDTH)
 
@@ -169,7 +190,7 @@ NUMPY = {
 def test_sizes_may_be_numpy_scalars(name):
     options = {key: value.item() for key, value in NUMPY[name].items()}
     layers = [
-        build_memory(name, width, heads=heads, key_width=keys, options=options, rngs=nnx.Rngs(0))
+        abstract(name, width, heads=heads, key_width=keys, options=options)
         for width, heads, keys, options in [(8, 2, 4, options), (np.int64(8), np.int64(2), np.int32(4), NUMPY[name])]
     ]
     graphs, parameters = zip(*(nnx.split(layer) for layer in layers), strict=True)
@@ -232,7 +253,7 @@ def test_user_errors_are_named(mistake):
 
 
 def test_wrong_inputs_are_named():
-    layer, _, _ = built("softmax_attention")
+    layer = build_memory("softmax_attention", WIDTH, heads=HEADS, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"x must be \[B, T, D\] with D = 8, got \(2, 7, 9\)"):
         layer(jnp.zeros((2, 7, 9)))
     with pytest.raises(ValueError, match=r"segment_ids must be \[B, T\] = \(4, 6\), got \(2, 6\)"):
