@@ -20,7 +20,7 @@ if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and "XLA_FLAGS" not in os
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from tests.executables import KEPT, kept_executables, lift_arrays, states_by_operation  # noqa: E402
+from tests.executables import KEPT, kept_executables, lift_arrays, steps_kept  # noqa: E402
 from tests.tiers import LONGEST, is_fast  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -98,8 +98,8 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope="module")
 def programs_kept():
-    """Programs of a module's runs are compiled once, and those of their first states once for all."""
-    with kept_executables(), states_by_operation():
+    """Programs of a module's runs are compiled once, and equal runs share their steps and first states."""
+    with kept_executables(), steps_kept():
         yield
 
 

@@ -1,7 +1,9 @@
-"""Fewer programs: those of equal text are compiled once, runs share those of their first states, NumPy needs none."""
+"""Fewer programs: those of equal text are compiled once, equal runs share their steps, NumPy needs none."""
 
 import contextlib
+import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -50,11 +52,61 @@ def state_by_operation(model, tx, mesh, *, seed, ema=0.0):
 
 
 @contextlib.contextmanager
-def states_by_operation() -> Iterator[None]:
-    """Inside, the trainer makes the first state of a run by `state_by_operation`."""
-    from memformer.training import loop
+def steps_kept() -> Iterator[None]:
+    """Inside, runs of equal model, optimizer and mesh share what the trainer and evaluation make of them.
 
-    with mock.patch.object(loop, "init_state", state_by_operation):
+    These are the steps of training and of scoring, which are traced once, the shapes of the state, and the first state
+    per seed, made by `state_by_operation`. The runs may differ in steps, folders, evaluations and checkpoints. That a
+    new process does as this one is tested in test_crash and test_processes.
+    """
+    # imported on use: the tests of the core need no more than the core
+    from memformer.training import build, evaluation, loop, step
+    from memformer.training.sharding import state_shardings
+
+    runs: dict[tuple, Any] = {}
+    # model and optimizer stay in `runs`, so that no other object has their id
+    made: dict[tuple, Any] = {}
+    read = ("accumulate", "label_smoothing", "log_every", "on_nan")
+    make = {name: getattr(step, name) for name in ("make_train_step", "make_eval_step", "abstract_state")}
+
+    def build_run(config, **options):
+        run = build.build_run(config, **options)
+        sections = {name: x for name, x in run.config.items() if name not in ("train", "checkpoint", "mesh", "seed")}
+        key = (json.dumps(sections, sort_keys=True, default=str), type(run.task), build.build_model, run.mesh)
+        first = runs.setdefault(key, run)
+        return dataclasses.replace(run, model=first.model, tx=first.tx, schedule=first.schedule)
+
+    def keep(name, model, tx, mesh, rest, create):
+        key = (name, id(model), id(tx), mesh, step.count_batch, *rest)
+        if key not in made:
+            # the objects themselves, for runs that another function has built
+            made[key] = (create(), model, tx)
+        return made[key][0]
+
+    def train_step(model, tx, schedule, mesh, options, ema=0.0):
+        rest = (ema, *(options[name] for name in read))
+        create = functools.partial(make["make_train_step"], model, tx, schedule, mesh, options, ema)
+        return keep("train", model, tx, mesh, rest, create)
+
+    def eval_step(model, mesh):
+        return keep("eval", model, None, mesh, (), functools.partial(make["make_eval_step"], model, mesh))
+
+    def shapes(model, tx, mesh, ema=0.0):
+        return keep("shapes", model, tx, mesh, (ema,), functools.partial(make["abstract_state"], model, tx, mesh, ema))
+
+    def first_state(model, tx, mesh, *, seed, ema=0.0):
+        def create():
+            return jax.device_get(state_by_operation(model, tx, mesh, seed=seed, ema=ema))
+
+        state = keep("state", model, tx, mesh, (seed, ema), create)
+        return jax.device_put(state, state_shardings(state, model.shardings(mesh), mesh), may_alias=False)
+
+    with contextlib.ExitStack() as stack:
+        for module in (loop, evaluation):
+            replaced = {"build_run": build_run, "make_eval_step": eval_step, "abstract_state": shapes}
+            if module is loop:
+                replaced |= {"make_train_step": train_step, "init_state": first_state}
+            stack.enter_context(mock.patch.multiple(module, **replaced))
         yield
 
 

@@ -24,9 +24,9 @@ def run(tmp_path_factory, one_device):
     folder = str(tmp_path_factory.mktemp("runs") / "captions")
     config = default_config("captioner")
     config.task = {"name": "captions", "size": 16, "length": 9, "pictures": "shapes", "folder": ""}
-    config.model.update({"channels": (16, 32), "width": 48})
-    config.optimizer.update({"learning_rate": 5e-3, "warmup_steps": 20})
-    config.train.update({"steps": 300, "batch_size": 32, "log_every": 100, "eval_every": 0, "eval_batches": 4})
+    config.model.update({"channels": (8, 16), "width": 32})
+    config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 20, "schedule": "constant"})
+    config.train.update({"steps": 150, "batch_size": 16, "log_every": 50, "eval_every": 0, "eval_batches": 4})
     config.train.update({"final_batches": 4, "tensorboard": False, "checkpoint_every": 0})
     with one_device():
         train(config, folder)
@@ -36,17 +36,17 @@ def run(tmp_path_factory, one_device):
 def test_a_small_run_learns_to_attend(run):
     records = read_records(os.path.join(run.folder, "metrics.jsonl"))
     loss = [record["loss"] for record in records if record["kind"] == "eval"][-1]
-    assert loss < 0.6 * BLIND, (loss, BLIND)
+    assert loss < 0.85 * BLIND, (loss, BLIND)
 
 
 def test_the_study_of_a_run(run, monkeypatch):
     # two batches, the second of six pictures
-    monkeypatch.setattr(captions, "PICTURES", 38)
-    monkeypatch.setattr(captions, "ROWS", 32)
+    monkeypatch.setattr(captions, "PICTURES", 22)
+    monkeypatch.setattr(captions, "ROWS", 16)
     study = STUDIES["captions"]
     result = study.measure({"captions": run}, {})
     scores, masses = result.rows(), result.rows(1)
-    assert [row["count"] for row in scores] == [38, 38] and len(masses) == 4
+    assert [row["count"] for row in scores] == [22, 22] and len(masses) == 4
     new, pairs = (float(row["correct words"].rstrip("%")) for row in scores)
     assert new > 30 and pairs > 20
     for row in masses:

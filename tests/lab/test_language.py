@@ -7,22 +7,25 @@ import pathlib
 import pytest
 
 from memformer.data import TokenStore
+from memformer.lab import language
 from memformer.lab.language import LANGUAGE, ROWS
 from memformer.lab.runner import run_study
 from memformer.lab.runs import make_config
 from memformer.lab.study import Result, Table
 from memformer.models import build_model
+from memformer.training import loop
 from memformer.training.build import model_settings
 from memformer.training.config import RunError
 from memformer.training.step import make_functional
-from tests.executables import kept_executables, states_by_operation
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory, one_device):
-    """The quick version: (folder, result)."""
+def measured(tmp_path_factory, one_device, programs_kept, no_curves):
+    """The quick version: (folder, result). The steps that are timed are those of training."""
     folder = tmp_path_factory.mktemp("language")
-    with one_device(), kept_executables(), states_by_operation(), pytest.MonkeyPatch.context() as patch:
+    with one_device(), pytest.MonkeyPatch.context() as patch:
+        for name in ("init_state", "make_train_step"):
+            patch.setattr(language, name, getattr(loop, name))
         patch.chdir(folder)
         return folder, run_study(LANGUAGE, out="results", quick=True, runs_folder="runs")
 

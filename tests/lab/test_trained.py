@@ -1,10 +1,11 @@
 """The studies that train their own models.
 
 The command runs the quick version of each. Those of LEARNT train the models of their rows, and show what they must. In
-the others nothing depends on the model but what the trainer reports of it: there a small one that compiles fast stands
-for it, and the model itself is traced in the step of training.
+the others nothing depends on the model but what the trainer reports of it: there a small one stands for it, and a step
+that learns nothing for the compiled one; the model itself is traced in the step of training.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -21,7 +22,7 @@ from memformer.lab.kernels import nearly_orthogonal, swap_by_hand
 from memformer.lab.runs import COMMON, make_config
 from memformer.lab.swap import spikes
 from memformer.layers import build_memory
-from memformer.training import build
+from memformer.training import build, loop
 from memformer.training.build import build_run
 from memformer.training.input import batch_arrays
 from memformer.training.sharding import mesh_scope
@@ -31,6 +32,40 @@ from tests.training.small import build_counting
 LEARNT = ("swap", "kernels", "ffn", "snr_trained")
 # `language` prepares a corpus, see test_language.py
 OTHERS = tuple(name for name, s in STUDIES.items() if s.rows and s.quick and name not in (*LEARNT, "language"))
+FEW = {"train.steps": 4, "train.log_every": 2, "train.batch_size": 8, "train.final_batches": 1}
+# smaller still than the quick version
+SMALLER = {**dict.fromkeys(OTHERS, FEW), "snr_trained": {"model.depth": 1}}
+
+
+def half_right(params, rest, batch):
+    """Replaces the step of evaluation: half of the positions are answered correctly."""
+    weights = np.asarray(batch["loss_weights"], np.float32)
+    half, rows = weights.sum() / 2, np.float32((weights > 0).any(axis=1).sum())
+    answers = {"loss": half, "weight": 2 * half, "correct": half, "errors": half}
+    return {**answers, "sequences": rows, "sequences_correct": np.float32(0)}
+
+
+def count_steps(model, tx, schedule, mesh, options, ema=0.0):
+    """Replaces `make_train_step`: the step counts, and the state stays as it is."""
+
+    def step(state, batch):
+        number, same = int(state["step"]) + 1, ("aux", "bad_count", "bad_step", "learning_rate")
+        norms = dict.fromkeys(("gradient_norm", "parameter_norm", "update_norm"), np.float32(1))
+        report = {**half_right(None, None, batch), **dict.fromkeys(same, np.float32(0)), **norms}
+        report["tokens"] = np.float32(np.sum(np.asarray(batch["segment_ids"]) > 0))
+        report["steps"] = np.float32((number - 1) % options["log_every"] + 1)
+        return {**state, "step": jax.device_put(np.int32(number), state["step"].sharding)}, report
+
+    return step
+
+
+def zeros(model, tx, mesh, *, seed, ema=0.0):
+    """Replaces `init_state`."""
+    shapes = abstract_state(model, tx, mesh, ema)
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
+
+
+UNTRAINED = {"make_train_step": count_steps, "make_eval_step": lambda *_: half_right, "init_state": zeros}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +78,12 @@ def measured(tmp_path_factory, one_device, programs_kept, no_curves):
             for name in LEARNT + OTHERS:
                 if name == OTHERS[0]:
                     patch.setattr(build, "build_model", build_counting)
+                    for replaced, instead in UNTRAINED.items():
+                        patch.setattr(loop, replaced, instead)
+                if name in SMALLER:
+                    quick = STUDIES[name].quick
+                    smaller = dataclasses.replace(quick, changes={**quick.changes, **SMALLER[name]})
+                    patch.setitem(STUDIES, name, dataclasses.replace(STUDIES[name], quick=smaller))
                 patch.setattr(sys, "argv", ["lab", name, "--quick", "--out", "results"])
                 main()
     return {name: json.loads((folder / "results" / f"{name}.json").read_text()) for name in LEARNT + OTHERS}
@@ -124,7 +165,7 @@ def test_the_largest_pairs_of_a_feedforward_layer_matter_most(measured):
 def test_heads_that_are_hardly_trained_do_not_recall(measured):
     study = measured["snr_trained"]
     rows = study["tables"][0]["rows"]
-    assert [row["head"] for row in rows] == [f"recall deltaformer {n}" for n in ("1.1", "1.2", "2.1", "2.2")]
+    assert [row["head"] for row in rows] == [f"recall deltaformer {n}" for n in ("1.1", "1.2")]
     # nothing is recalled yet: the target pair is one among the others
     for medians in study["values"]["1/SNR"].values():
         assert 1 < medians["own query, trained"] < medians["target pair, trained"]
