@@ -57,9 +57,7 @@ def meshes(name):
 
 
 SHARDED = [(name, *pair) for name in SUITE for pair in meshes(name)]
-# Of an op's rows the first has one token, the last a token less than a chunk.
-LENGTHS = [(name, length) for name in FIRST for length in ("1", "C")[: 1 + (ROWS[name].scope in WHOLE)]]
-LENGTHS += [(name, "C - 1") for name in LAST]
+LENGTHS = [(name, length) for name in FIRST for length in ("1", "C - 1", "C")[: 2 + (ROWS[name].scope in WHOLE)]]
 
 each = pytest.mark.parametrize(("name", "implementation"), EACH, ids=["-".join(pair) for pair in EACH])
 
@@ -181,8 +179,10 @@ def holds_tokens(state):
 
 
 def nothing_stored(state):
-    """The state of a sequence that starts: of matrices zeros, which share programs with other states; else None."""
-    return None if holds_tokens(state) else jax.tree.map(np.zeros_like, state)
+    """The state of a sequence that starts, of the same structure: zeros, or a cache with no valid slot."""
+    if holds_tokens(state):
+        return dataclasses.replace(state, valid=np.zeros_like(state.valid))
+    return jax.tree.map(np.zeros_like, state)
 
 
 @functools.cache
@@ -192,9 +192,7 @@ def oracle(name, dtype="float64", packed=True, used=LENGTH, started=True):
     Only the first `used` tokens are not padding; where not `started`, the state holds nothing.
     """
     arrays, state = inputs(name)
-    if not started:
-        empty = nothing_stored(state)
-        state = dataclasses.replace(state, valid=np.zeros_like(state.valid)) if empty is None else empty
+    state = state if started else nothing_stored(state)
     arrays = cast(cast(arrays, dtype), "float32") if dtype != "float64" else arrays
     state = cast(state, "float32") if dtype != "float64" else state
     ids = packed_ids()[0] if packed and used == LENGTH else np.ones((BATCH, LENGTH), np.int32)
@@ -294,7 +292,7 @@ def test_sharded(name, kind, implementation):
         assert x.sharding.is_equivalent_to(like.sharding, x.ndim), f"{name} {implementation}: {x.sharding}"
 
 
-@pytest.mark.parametrize("name", ["delta_rule_head_decay", "deltaformer_linear_softmax"])
+@pytest.mark.parametrize("name", ["delta_rule", "softmax_attention"])
 def test_explicit_mesh_without_jit_and_inside_vmap(name):
     """Arrays on an Explicit mesh, no mesh set: eager, and mapped over a new axis (one op eagerly, one under jit)."""
     arrays, state = inputs(name)
@@ -305,7 +303,7 @@ def test_explicit_mesh_without_jit_and_inside_vmap(name):
         return ROWS[name].op(**arrays, initial_state=state, **ROWS[name].options)[0]
 
     mapped = jax.vmap(call, in_axes=(0, None))
-    mapped = mapped if name == "delta_rule_head_decay" else jax.jit(mapped)
+    mapped = mapped if name == "delta_rule" else jax.jit(mapped)
     want = oracle(name, "float32", packed=False)["output"]
     heads = P("data", None, "tensor", None)
     for got in (call(arrays, state), mapped(jax.tree.map(lambda x: x[None], arrays), state)[0]):
@@ -395,7 +393,9 @@ def test_decoding_equals_the_whole(name):
     assert_close(seen, want["state"], FORWARD["float32"], f"{name} state")
 
 
-VMAPPED = [(name, "recurrent") for name in FIRST] + [(name, "chunked") for name in LAST]
+# The chunked form of attention with a decay, too.
+VMAPPED = [(name, implementation) for name in FIRST for implementation in ROWS[name].implementations]
+VMAPPED[VMAPPED.index(("softmax_attention", "chunked"))] = ("softmax_attention_decay", "chunked")
 
 
 @pytest.mark.parametrize(("name", "implementation"), VMAPPED, ids=["-".join(pair) for pair in VMAPPED])
