@@ -40,7 +40,7 @@ class TextScorer:
     Example:
       >>> from memformer.data import ByteTokenizer
       >>> from memformer.models import MemoryLM, from_preset
-      >>> model = MemoryLM(from_preset("tiny"), vocab_size=257, rngs=nnx.Rngs(0))
+      >>> model = MemoryLM(from_preset("tiny", depth=1), vocab_size=257, rngs=nnx.Rngs(0))
       >>> scorer = TextScorer(model, ByteTokenizer())
       >>> (score, greedy), = scorer.loglikelihood([("The capital of Spain is", " Madrid")])
       >>> score < 0

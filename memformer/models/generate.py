@@ -115,7 +115,7 @@ def generate(
 
     Example:
       >>> from memformer.models import MemoryLM, from_preset
-      >>> model = MemoryLM(from_preset("tiny"), vocab_size=11, rngs=nnx.Rngs(0))
+      >>> model = MemoryLM(from_preset("tiny", depth=1), vocab_size=257, rngs=nnx.Rngs(0))
       >>> generate(model, [[1, 2, 3], [4]], max_new_tokens=4).shape
       (2, 4)
     """
@@ -175,9 +175,9 @@ class TokenStream:
 
     Example:
       >>> from memformer.models import MemoryLM, from_preset
-      >>> model = MemoryLM(from_preset("tiny"), vocab_size=11, rngs=nnx.Rngs(0))
-      >>> [token.shape for token in TokenStream(model, [[1, 2, 3], [4]], max_new_tokens=2)]
-      [(2,), (2,)]
+      >>> model = MemoryLM(from_preset("tiny", depth=1), vocab_size=257, rngs=nnx.Rngs(0))
+      >>> [token.shape for token in TokenStream(model, [[1, 2, 3]], max_new_tokens=3)]
+      [(1,), (1,), (1,)]
     """
 
     def __init__(

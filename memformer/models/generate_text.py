@@ -104,7 +104,7 @@ class TextStream:
       >>> from flax import nnx
       >>> from memformer.data import ByteTokenizer
       >>> from memformer.models import MemoryLM, from_preset
-      >>> model = MemoryLM(from_preset("tiny"), vocab_size=257, rngs=nnx.Rngs(0))
+      >>> model = MemoryLM(from_preset("tiny", depth=1), vocab_size=257, rngs=nnx.Rngs(0))
       >>> stream = TextStream(model, ByteTokenizer(), "Once", max_new_tokens=3)
       >>> text = "".join(piece.text for piece in stream)
       >>> stream.result.new_tokens
@@ -211,7 +211,7 @@ def generate_text(
       >>> from flax import nnx
       >>> from memformer.data import ByteTokenizer
       >>> from memformer.models import MemoryLM, from_preset
-      >>> model = MemoryLM(from_preset("tiny"), vocab_size=257, rngs=nnx.Rngs(0))
+      >>> model = MemoryLM(from_preset("tiny", depth=1), vocab_size=257, rngs=nnx.Rngs(0))
       >>> found = generate_text(model, ByteTokenizer(), ["Once", "In"], max_new_tokens=3, temperature=0.8, seed=1)
       >>> len(found.texts), found.reasons
       (2, ('length', 'length'))

@@ -115,7 +115,7 @@ def address(focus: Focus, before: Float[Array, "B H S"], memory: Float[Array, "B
     Example:
       >>> forward = jnp.array([[[0.0, 0.0, 1.0]]])
       >>> focus = Focus(jnp.ones((1, 1, 2)), jnp.zeros((1, 1)), jnp.zeros((1, 1)), forward, jnp.ones((1, 1)))
-      >>> address(focus, jnp.array([[[1.0, 0.0, 0.0]]]), jnp.zeros((1, 2, 3))).round(3)
+      >>> jax.jit(address)(focus, jnp.array([[[1.0, 0.0, 0.0]]]), jnp.zeros((1, 2, 3))).round(3)
       Array([[[0., 1., 0.]]], dtype=float32)
     """
     weights = content_weights(focus.key, focus.strength, memory)

@@ -12,6 +12,7 @@ from memformer.core.similarity import Kernel
 from memformer.layers.basic import Dtypes
 from memformer.layers.memory import build_memory, known_options
 from memformer.layers.table import MEMORIES
+from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close, relative_rms
 
 BATCH, TIME, WIDTH, HEADS = 4, 6, 8, 2
@@ -33,27 +34,23 @@ CLASSES = (*{row.layer: name for name, row in MEMORIES.items()}.values(), *(spec
 
 
 def abstract(name, width=WIDTH, **sizes):
-    """A layer without weights: initializers compile a program for each shape."""
+    """A layer without weights."""
     return nnx.eval_shape(lambda: build_memory(name, width, **sizes, rngs=nnx.Rngs(0)))
 
 
 @functools.cache
 def built(spec: str, compute: str = "float32"):
-    """A layer without weights, random parameters, and its jitted call on them."""
+    """A layer, its random parameters, and its jitted call on them."""
     name, options = SPECS[spec]
-    layer = abstract(name, heads=HEADS, options=options, dtypes=Dtypes(compute))
-    graph, shapes = nnx.split(layer)
-    rng = np.random.default_rng(0)
-
-    def draw(x):
-        size = x.shape[0] ** -0.5 if len(x.shape) > 1 else 0.5
-        return (size * rng.standard_normal(x.shape)).astype(x.dtype)
+    sizes = {"heads": HEADS, "options": options, "dtypes": Dtypes(compute)}
+    layer = random_module(lambda: build_memory(name, WIDTH, **sizes, rngs=nnx.Rngs(0)))
+    graph, parameters = nnx.split(layer)
 
     @jax.jit
     def call(parameters, x, segment_ids=None, state=None):
         return nnx.merge(graph, parameters)(x, segment_ids=segment_ids, state=state)
 
-    return layer, jax.tree.map(draw, shapes), call
+    return layer, parameters, call
 
 
 @functools.cache

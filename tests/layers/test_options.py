@@ -15,6 +15,7 @@ from memformer.layers.memory import build_memory
 from memformer.layers.positions import rotate
 from memformer.models import LanguageModelConfig, MemoryLM
 from memformer.models.language_model import Block
+from tests.modules import compiled, random_module
 from tests.numeric import FORWARD, assert_close
 
 WIDTH, HEADS, TIME = 8, 2, 5
@@ -26,21 +27,12 @@ def wide(parameter):
     return np.asarray(parameter[...], np.float64)
 
 
-def randomised(module):
-    """The module with random biases and scales, which start as zeros and ones."""
-    draw = np.random.default_rng(1)
-    for _, parameter in nnx.iter_graph(module):
-        if isinstance(parameter, nnx.Param) and parameter.ndim == 1:
-            parameter[...] = jnp.asarray(draw.normal(size=parameter.shape) + 0.5, jnp.float32)
-    return module
-
-
 def build(name, **options):
-    return randomised(build_memory(name, WIDTH, heads=HEADS, options=options, rngs=nnx.Rngs(0)))
+    return random_module(lambda: build_memory(name, WIDTH, heads=HEADS, options=options, rngs=nnx.Rngs(0)))
 
 
 def run(layer, x=X):
-    return layer(jnp.asarray(x.astype("float32")))[0]
+    return compiled(layer)(x.astype("float32"))[0]
 
 
 def affine(layer, x):
@@ -82,7 +74,8 @@ def attention(layer, x, rates=None, epsilon=1e-6):
     if layer.qk_norm == "width":
         for name, norm in layer.qk_norms.items():
             parts[name] = rms(parts[name], wide(norm.scale), epsilon)
-    q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1] // HEADS) for part in parts.values())
+    q, k, v = (parts[name] for name in ("query", "key", "value"))
+    q, k, v = (part.reshape(*x.shape[:2], -1, part.shape[-1] // HEADS) for part in (q, k, v))
     if layer.qk_norm == "head":
         q, k = (rms(part, wide(layer.qk_norms[name].scale), epsilon) for part, name in ((q, "query"), (k, "key")))
     if rates is not None:
@@ -119,27 +112,28 @@ def llama3_rates(width, theta):
     return rates
 
 
-# Options of softmax attention without positions, rates of its rotary positions, epsilon of its norms.
+GATE = {"output_gate": "sigmoid", "output_gate_rank": 3}
+# Options of softmax attention, rates of its rotary positions, epsilon of its norms. Each option is in one row at least,
+# with others that its equation does not depend on.
 ATTENTION = {
-    "qkv_bias": ({"qkv_bias": True}, None, 1e-6),
-    "out_bias": ({"out_bias": True}, None, 1e-6),
-    "qk_norm per head": ({"qk_norm": "head"}, None, 1e-6),
-    "qk_norm over the width": ({"qk_norm": "width"}, None, 1e-6),
-    "norm_epsilon": ({"qk_norm": "head", "norm_epsilon": 0.5}, None, 0.5),
-    "rope_theta": ({"rotary": True, "rope_theta": 50.0}, 50.0 ** (-np.arange(0, 4, 2) / 4), 1e-6),
-    "partial_rotary_factor": ({"rotary": True, "partial_rotary_factor": 0.5}, [1.0], 1e-6),
-    "rope_scaling": ({"rotary": True, "rope_scaling": LLAMA3, "rope_theta": 9.0}, llama3_rates(4, 9.0), 1e-6),
-    "latent_rank": ({"latent_rank": 3}, None, 1e-6),
-    "shared_key_width": ({"latent_rank": 3, "shared_key_width": 1}, None, 1e-6),
-    "output_gate_rank": ({"output_gate": "sigmoid", "output_gate_rank": 3}, None, 1e-6),
-    "output_gate_bias": ({"output_gate": "sigmoid", "output_gate_rank": 3, "output_gate_bias": True}, None, 1e-6),
-}
+    "biases, norms per head": (
+        {"qkv_bias": True, "out_bias": True, "qk_norm": "head", "norm_epsilon": 0.5, "rotary": True, "rope_theta": 50.0}
+        | {**GATE, "output_gate_bias": True},
+        50.0 ** (-np.arange(0, 4, 2) / 4),
+        0.5,
+    ),
+    "norms over the width": ({"qk_norm": "width", "rotary": True, "partial_rotary_factor": 0.5, **GATE}, [1.0], 1e-6),
+    "latent": (
+        {"latent_rank": 3, "rotary": True, "rope_scaling": LLAMA3, "rope_theta": 9.0}, llama3_rates(4, 9.0), 1e-6,
+    ),
+    "latent with a shared part": ({"latent_rank": 3, "shared_key_width": 1, "rotary": False}, None, 1e-6),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_options_of_attention(name):
     options, rates, epsilon = ATTENTION[name]
-    layer = build("softmax_attention", **{"rotary": False, **options})
+    layer = build("softmax_attention", **options)
     assert_close(run(layer), attention(layer, X, rates, epsilon), FORWARD["float32"])
 
 
@@ -147,7 +141,7 @@ def test_scaled_rates_of_every_kind():
     # Rates that are kept, divided, and in between.
     rates = llama3_rates(16, 1e3)
     x = np.random.default_rng(2).normal(size=(1, 30, 1, 16))
-    got = rotate(jnp.asarray(x, jnp.float32), jnp.arange(30)[None], 1e3, scaling=LLAMA3)
+    got = jax.jit(lambda x, places: rotate(x, places, 1e3, scaling=LLAMA3))(x.astype("float32"), np.arange(30)[None])
     assert_close(got, rotated(x, rates), FORWARD["float32"])
 
 
@@ -156,7 +150,8 @@ def test_sizes_of_one_memory_of_a_pattern():
     config = LanguageModelConfig(
         memory="softmax_attention,gla", memory_options={"gla": sizes}, width=8, heads=2, depth=2, feedforward=None
     )
-    shapes = [Block(config, name, rngs=nnx.Rngs(0)).memory.init_state(1, 4)["memory"] for name in config.pattern]
+    make = lambda name: Block(config, name, rngs=nnx.Rngs(0)).memory.init_state(1, 4)["memory"]  # noqa: E731
+    shapes = [jax.eval_shape(lambda name=name: make(name)) for name in config.pattern]
     assert shapes[0].k.shape == (1, 4, 2, 4)
     assert shapes[1].shape == (1, 3, 5, 7)
 
@@ -202,11 +197,9 @@ def linear_read(layer, x, groups, scale, epsilon=1e-6):
 
 # Options of linear attention, number of key heads, factor on the read.
 LINEAR = {
-    "scale": ({"scale": 1.5}, 2, 1.5),
-    "conv_bias": ({"conv_width": 1, "conv_bias": True}, 2, 0.5),
+    "scale, conv_bias": ({"scale": 1.5, "conv_width": 1, "conv_bias": True}, 2, 1.5),
     "output_norm of each group": ({"output_norm": "group", "key_heads": 2, "output_gate": "sigmoid"}, 2, 0.5),
-    "output_norm of the width": ({"output_norm": "group", "key_heads": 1}, 1, 0.5),
-    "norm_before_gate": (
+    "output_norm of the width, norm_before_gate": (
         {"output_norm": "group", "key_heads": 1, "output_gate": "sigmoid", "norm_before_gate": False}, 1, 0.5,
     ),
 }  # fmt: skip
@@ -227,7 +220,7 @@ def test_gates_of_hgrn2_have_a_lower_bound():
     memory = np.zeros((HEADS, WIDTH // HEADS, WIDTH // HEADS))
     for f, v in zip(forget, value, strict=True):
         memory = f * memory + (1 - f) * v
-    assert_close(layer(jnp.asarray(x, jnp.float32))[1]["memory"][0], memory, FORWARD["float32"])
+    assert_close(compiled(layer)(x.astype("float32"))[1]["memory"][0], memory, FORWARD["float32"])
 
 
 def test_embeddings_without_their_scale():
@@ -236,9 +229,8 @@ def test_embeddings_without_their_scale():
 
 
 def test_epsilon_of_a_norm():
-    x = X.astype(np.float32)
-    got = RMSNorm(WIDTH, epsilon=0.7, dtypes=F32, rngs=nnx.Rngs(0))(jnp.asarray(x))
-    assert_close(got, rms(X, 1.0, 0.7), FORWARD["float32"])
+    norm = RMSNorm(WIDTH, epsilon=0.7, dtypes=F32, rngs=nnx.Rngs(0))
+    assert_close(compiled(norm)(X.astype("float32")), rms(X, 1.0, 0.7), FORWARD["float32"])
 
 
 def test_zero_centered_norms():
@@ -246,9 +238,9 @@ def test_zero_centered_norms():
     assert not np.any(norm.scale[...])
     scale = np.linspace(-0.5, 0.5, WIDTH)
     norm.scale[...] = jnp.asarray(scale, jnp.float32)
-    assert_close(norm(jnp.asarray(X.astype("float32"))), rms(X, 1 + scale, 1e-6), FORWARD["float32"])
+    assert_close(compiled(norm)(X.astype("float32")), rms(X, 1 + scale, 1e-6), FORWARD["float32"])
     config = LanguageModelConfig(width=WIDTH, heads=HEADS, zero_centered_norm=True)
-    assert Block(config, "deltaformer", rngs=nnx.Rngs(0)).norm.zero_centered
+    assert nnx.eval_shape(lambda: Block(config, "deltaformer", rngs=nnx.Rngs(0))).norm.zero_centered
     assert build("softmax_attention", qk_norm="head", zero_centered_norm=True).qk_norms["key"].zero_centered
     with pytest.raises(ValueError, match="zero_centered_norm requires norm 'rms', got 'layer'"):
         LanguageModelConfig(norm="layer", zero_centered_norm=True)
@@ -256,10 +248,11 @@ def test_zero_centered_norms():
 
 def test_first_layers_that_are_dense():
     same = {"memory": "softmax_attention", "width": WIDTH, "heads": HEADS, "depth": 3, "feedforward": "moe"}
-    model = MemoryLM(LanguageModelConfig(**same, dense_layers=1, dense_hidden=5), vocab_size=7, rngs=nnx.Rngs(0))
+    config = LanguageModelConfig(**same, dense_layers=1, dense_hidden=5)
+    model = nnx.eval_shape(lambda: MemoryLM(config, vocab_size=7, rngs=nnx.Rngs(0)))
     assert [type(block.feedforward).__name__ for block in model.blocks] == ["SwiGLU"] + ["MixtureOfExperts"] * 2
     assert model.blocks[0].feedforward.up.kernel.shape == (WIDTH, 5)
-    output = nnx.jit(lambda model, ids: model(ids))(model, jnp.array([[1, 2, 3]]))
+    output = nnx.eval_shape(lambda model: model(jnp.array([[1, 2, 3]])), model)
     assert output.logits.shape == (1, 3, 7) and list(output.aux) == ["moe_balance"]
     with pytest.raises(ValueError, match="dense_layers must be 0 where layers are scanned, got 1"):
         LanguageModelConfig(**same, dense_layers=1, scan_layers=True)
@@ -269,18 +262,22 @@ def test_norms_of_the_output_of_sublayers():
     config = LanguageModelConfig(
         memory="softmax_attention", width=WIDTH, heads=HEADS, norm_place="output", feedforward="mlp", norm_epsilon=1e-3
     )
-    block = randomised(Block(config, "softmax_attention", norm_place="output", rngs=nnx.Rngs(0)))
-    x = jnp.asarray(X.astype("float32"))
-    h = x + block.norm(block.memory(x)[0])
-    want = h + block.feedforward_norm(block.feedforward(h)[0])
-    assert_close(block(x, None, None, segment_ids=None, positions=None)[0], want, 1e-6)
+    block = random_module(lambda: Block(config, "softmax_attention", norm_place="output", rngs=nnx.Rngs(0)))
+    graph, parameters = nnx.split(block)
+
+    @jax.jit
+    def both(parameters, x):
+        block = nnx.merge(graph, parameters)
+        h = x + block.norm(block.memory(x)[0])
+        want = h + block.feedforward_norm(block.feedforward(h)[0])
+        return block(x, None, None, segment_ids=None, positions=None)[0], want
+
+    assert_close(*both(parameters, X.astype("float32")), 1e-6)
 
 
 EXPERTS = {
-    "ragged": {},
-    "probabilities as they are": {"norm_topk_prob": False},
     "shared expert": {"shared_hidden": 6},
-    "shared expert with a gate": {"shared_hidden": 6, "shared_gate": True},
+    "probabilities as they are": {"norm_topk_prob": False, "shared_hidden": 6, "shared_gate": True},
     "sigmoid router": {"router": "sigmoid"},
     "routed_scaling_factor": {"router": "sigmoid", "routed_scaling_factor": 2.5, "norm_topk_prob": False},
 }
@@ -290,18 +287,22 @@ EXPERTS = {
 def test_chosen_experts_only(name):
     options = EXPERTS[name]
     build = functools.partial(MixtureOfExperts, WIDTH, experts=5, active=2, hidden=3, dtypes=F32, **options)
-    dense, ragged = (build(dispatch=kind, rngs=nnx.Rngs(0)) for kind in ("dense", "ragged"))
-    x, correction = jnp.asarray(X.astype("float32")), np.zeros(5)
+    # the same parameters
+    dense, ragged = (
+        random_module(lambda kind=kind: build(dispatch=kind, rngs=nnx.Rngs(0))) for kind in ("dense", "ragged")
+    )
+    correction = np.zeros(5)
     scores = X @ wide(dense.router.kernel)
     if "router" in options:
         # Large enough to change the choice.
         correction = np.array([0.0, 0.6, -0.6, 0.3, 0.0])
-        dense.correction[...] = ragged.correction[...] = jnp.asarray(correction, jnp.float32)
+        dense.correction.set_value(correction.astype("float32"))
+        ragged.correction.set_value(correction.astype("float32"))
         probability = sigmoid(scores)
     else:
         probability = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    want = jax.jit(lambda x: dense(x))(x)[0]
-    assert_close(jax.jit(lambda x: ragged(x))(x)[0], want, FORWARD["float32"])
+    want, got = jax.jit(lambda x: (dense(x)[0], ragged(x)[0]))(X.astype("float32"))
+    assert_close(got, want, FORWARD["float32"])
     oracle = np.zeros_like(X)
     for t in range(TIME):
         best = np.argsort(-probability[0, t] - correction)[:2]

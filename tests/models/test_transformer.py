@@ -12,11 +12,8 @@ from memformer.layers.stack import TransformerShape
 from memformer.layers.transformer import CrossAttention
 from memformer.models import build_model
 from memformer.models.stacks import TransformerDecoder, TransformerEncoder
-from memformer.training.config import default_config
-from memformer.training.optimizer import make_optimizer
-from memformer.training.sharding import make_mesh, mesh_scope
-from memformer.training.step import make_eval_step, make_functional, make_train_step
-from tests.executables import state_by_operation
+from tests.models.learning import cross_entropy, learn
+from tests.modules import compiled, random_module
 from tests.numeric import FORWARD, assert_close, relative_rms, slopes
 
 VOCAB, SOURCE, TIME = 9, 6, 5
@@ -44,21 +41,10 @@ def build(seed=0, vocab_size=VOCAB, num_classes=None, features=0, **config):
     return build_model({**SMALL, **config}, rngs=nnx.Rngs(seed, dropout=seed + 1), **sizes)
 
 
-def compiled(model, method="__call__", **static):
-    """A method of the model, jitted: eager execution would compile every operation separately."""
-    graph, parameters = nnx.split(model)
-
-    @jax.jit
-    def call(*args, **kwargs):
-        return getattr(nnx.merge(graph, parameters), method)(*args, **kwargs, **static)
-
-    return call
-
-
 @functools.cache
 def built(form):
     """A model variant and its jitted call."""
-    model = build(**FORMS[form])
+    model = random_module(lambda: build(**FORMS[form]))
     return model, compiled(model)
 
 
@@ -144,8 +130,9 @@ def test_alignments_are_the_weights_over_the_source():
 
 
 def test_cross_attention_reads_with_the_weights_that_it_returns():
-    layer = CrossAttention(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0))
-    layer.out.kernel[...] = jnp.eye(8)
+    layer = random_module(lambda: CrossAttention(TransformerShape(width=8, heads=2), rngs=nnx.Rngs(0)))
+    layer.out.kernel.set_value(np.eye(8, dtype=np.float32))
+    layer.out.bias.set_value(np.zeros(8, np.float32))
     # Each value is its own slot index, so the read is the mean index.
     place = np.arange(SOURCE, dtype=np.float32)
     values = np.broadcast_to(place[None, :, None, None], (2, SOURCE, 2, 4))
@@ -157,12 +144,13 @@ def test_cross_attention_reads_with_the_weights_that_it_returns():
     assert np.all(weights[..., -1] == 0)
 
 
-@pytest.mark.parametrize("name", ["post, learned, three tables", "pre, rotary, gelu"])
-def test_gradients_equal_finite_differences(name):
+def test_gradients_equal_finite_differences():
+    """Of the form that has every kind of parameter."""
     # The norms of flax promote dtypes implicitly.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        config = {**FORMS[name], "activation": "gelu", "encoder_depth": 1, "decoder_depth": 1}
-        graph, parameters = nnx.split(build(**config, dtype="float64", param_dtype="float64"))
+        config = {**FORMS["post, learned, three tables"], "activation": "gelu", "encoder_depth": 1}
+        config |= {"dtype": "float64", "param_dtype": "float64", "max_length": SOURCE}
+        graph, parameters = nnx.split(random_module(lambda: build(**config)))
 
         @jax.jit
         @jax.value_and_grad
@@ -180,7 +168,7 @@ def test_gradients_equal_finite_differences(name):
 
 
 def test_bfloat16_keeps_parameters_and_logits_wide():
-    model = build(dtype="bfloat16")
+    model = random_module(lambda: build(dtype="bfloat16"))
     logits = compiled(model)(IDS, source=SOURCES, **WHOLE).logits
     assert logits.dtype == jnp.float32
     assert jax.eval_shape(model.encode, SOURCES).dtype == jnp.bfloat16
@@ -192,8 +180,9 @@ def test_bfloat16_keeps_parameters_and_logits_wide():
 def test_encoder_and_decoder_separately():
     """As in a captioner: an encoder over given vectors, and a decoder that attends to them."""
     shape = TransformerShape(width=8, heads=2, positions="learned", max_length=SOURCE)
-    encoder = TransformerEncoder(shape, 1, embedding_norm=True, rngs=nnx.Rngs(0))
-    decoder = TransformerDecoder(shape, 1, vocab_size=VOCAB, num_classes=4, tie_embeddings=False, rngs=nnx.Rngs(1))
+    encoder = random_module(lambda: TransformerEncoder(shape, 1, embedding_norm=True, rngs=nnx.Rngs(0)))
+    sizes = {"vocab_size": VOCAB, "num_classes": 4, "tie_embeddings": False}
+    decoder = random_module(lambda: TransformerDecoder(shape, 1, **sizes, rngs=nnx.Rngs(1)))
     x = np.random.default_rng(0).standard_normal((2, SOURCE, 8)).astype("float32")
     memory, read = np.array(compiled(encoder)(x)), compiled(decoder)
     mask = np.array([[1] * SOURCE, [1] * 3 + [0] * 3], np.int32)
@@ -248,49 +237,25 @@ def test_source_and_state_together_are_a_mistake():
         jax.eval_shape(lambda: model(IDS[:, :1], source=SOURCES, state=model.start(SOURCES)))
 
 
-REVERSED = 6
-
-
-def reversals(count, seed):
-    """Sources of ids 2 to 9; the target is the reversed source after the start token 1."""
-    source = np.random.default_rng(seed).integers(2, 10, (count, REVERSED), np.int32)
-    target = source[:, ::-1]
-    ones = np.ones((count, REVERSED), np.int32)
-    return {
-        "inputs": np.concatenate([ones[:, :1], target[:, :-1]], axis=1),
-        "targets": np.ascontiguousarray(target),
-        "loss_weights": ones.astype(np.float32),
-        "segment_ids": ones,
-        "positions": np.broadcast_to(np.arange(REVERSED, dtype=np.int32), ones.shape),
-        "source": source,
-        "source_segment_ids": ones,
-    }
+def test_dropout_applies_in_training_only():
+    model = build(dropout=0.5, encoder_depth=1, decoder_depth=1)
+    for mode, drops in ((model.eval, False), (model.train, True)):
+        mode()
+        graph, state = nnx.split(model)
+        jaxpr = jax.make_jaxpr(lambda state, g=graph: nnx.merge(g, state)(IDS, source=SOURCES).logits)(state)
+        assert ("random_bits" in str(jaxpr)) == drops
 
 
 def test_training_learns_to_reverse_the_source():
-    steps = 140
-    config = default_config()
-    config.optimizer.update({"learning_rate": 5e-3, "schedule": "rsqrt", "warmup_steps": 40, "b2": 0.98})
-    config.train.label_smoothing = 0.1
-    settings = {"type": "transformer", "width": 32, "heads": 2, "encoder_depth": 1, "decoder_depth": 1, "dropout": 0.05}
-    tx, schedule = make_optimizer(config.optimizer, steps)
+    """Four letters of four; chance is log 4 = 1.39."""
+    source = np.random.default_rng(0).integers(2, 6, (100, 32, 4), np.int32)
+    targets = np.ascontiguousarray(source[..., ::-1])
+    inputs = np.concatenate([np.ones_like(targets[..., :1]), targets[..., :-1]], axis=-1)
+    batches = {"inputs": inputs, "source": source, "targets": targets, "loss_weights": np.ones_like(targets, "float32")}
+    model = build(vocab_size=6, width=16, hidden=32, encoder_depth=1, decoder_depth=1)
 
-    def make(rngs):
-        return build_model(settings, vocab_size=10, num_classes=10, features=0, rngs=rngs)
+    def loss(model, batch):
+        return cross_entropy(model(batch["inputs"], source=batch["source"]).logits, batch)
 
-    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
-    with mesh_scope(mesh):
-        model = make_functional(make)
-        state = state_by_operation(model, tx, mesh, seed=0)
-        step, evaluate = make_train_step(model, tx, schedule, mesh, config.train), make_eval_step(model, mesh)
-        first = [float(evaluate(state["params"], {}, reversals(64, 1))["loss"]) for _ in range(2)]
-        for number in range(1, steps + 1):
-            state, report = step(state, reversals(64, number))
-            if number == 1:
-                # Dropout applies in training and not in evaluation.
-                assert first[0] == first[1] != pytest.approx(float(report["loss"]), rel=1e-4)
-        sums = evaluate(state["params"], {}, reversals(64, 0))
-    loss, accuracy = float(sums["loss"] / sums["weight"]), float(sums["correct"] / sums["weight"])
-    # Chance is log 8 = 2.08; label smoothing of 0.1 over ten classes costs a perfect model 0.09.
-    assert loss < 0.3, (loss, accuracy)
-    assert accuracy > 0.95
+    losses = learn(model, loss, batches, rate=1e-2)
+    assert losses[0] > 1.2 and np.mean(losses[-10:]) < 0.4, losses[::10]

@@ -63,8 +63,8 @@ class KVCache:
     Example:
       >>> x = jnp.ones((1, 3, 2, 8))
       >>> _, cache = mf.softmax_attention(x, x, x)
-      >>> cache.v.shape, cache.length
-      ((1, 3, 2, 8), Array(3, dtype=int32))
+      >>> cache.v.shape
+      (1, 3, 2, 8)
     """
 
     k: Float[Array, "B S G K"] | Float[Array, "B P S G K"]
@@ -97,8 +97,8 @@ class DeltaCache:
     Example:
       >>> x = jnp.ones((1, 3, 2, 8))
       >>> _, cache = mf.deltaformer(x, x, x)
-      >>> cache.u.shape, cache.length
-      ((1, 3, 2, 8), Array(3, dtype=int32))
+      >>> cache.u.shape
+      (1, 3, 2, 8)
     """
 
     k: Float[Array, "B S G K"] | Float[Array, "B P S G K"]
