@@ -10,12 +10,8 @@ from flax import nnx
 
 from memformer.models import build_model
 from memformer.tasks import Rewrite
-from memformer.training.config import default_config
-from memformer.training.input import make_loader
-from memformer.training.optimizer import make_optimizer
-from memformer.training.sharding import make_mesh, mesh_scope
-from memformer.training.step import make_functional, make_train_step
-from tests.executables import state_by_operation
+from tests.models.learning import cross_entropy, draw, learn
+from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close, slopes
 
 LENGTH, VOCAB = 3, 11
@@ -31,20 +27,17 @@ IDS = np.random.default_rng(1).integers(0, VOCAB, (2, 3 * LENGTH), np.int32)
 
 @functools.cache
 def functional(name, **config):
-    """Non-zero parameters of a model, and its jitted call on them."""
+    """Random parameters of a model, and its jitted call on them."""
     sizes = {"features": config.pop("features", 0)}
     sizes |= {"vocab_size": 0, "num_classes": 5} if sizes["features"] else {"vocab_size": VOCAB}
-    model = build_model({**SMALL, **TYPES[name], **config}, rngs=nnx.Rngs(0), **sizes)
+    model = random_module(lambda: build_model({**SMALL, **TYPES[name], **config}, rngs=nnx.Rngs(0), **sizes))
     graph, parameters = nnx.split(model)
-    leaves, tree = jax.tree.flatten(jax.device_get(parameters))
-    rng = np.random.default_rng(2)
-    noise = [x + (0.3 * rng.standard_normal(x.shape)).astype(x.dtype) for x in leaves]
 
     @jax.jit
     def call(parameters, *args, **kwargs):
         return nnx.merge(graph, parameters)(*args, **kwargs)
 
-    return jax.tree.unflatten(tree, noise), call
+    return parameters, call
 
 
 def whole(name):
@@ -52,12 +45,20 @@ def whole(name):
     return call(parameters, IDS)
 
 
+@functools.cache
+def model(name, **config):
+    """The module itself."""
+    graph = nnx.eval_shape(lambda: build_model({**SMALL, **TYPES[name], **config}, vocab_size=VOCAB, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(graph), functional(name, **config)[0])
+
+
 @pytest.mark.parametrize("name, config", [("armt", {"depth": 2}), ("rmt", {})])
 def test_segments_one_by_one_equal_the_whole(name, config):
+    """From the state before the first token; the whole starts without one."""
     parameters, call = functional(name, **config)
     want = call(parameters, IDS)
     assert want.logits.shape == (2, 3 * LENGTH, VOCAB) and want.logits.dtype == jnp.float32 and want.aux == {}
-    state, got = None, []
+    state, got = model(name, **config).init_state(2, capacity=100), []
     for start in range(0, 3 * LENGTH, LENGTH):
         output = call(parameters, IDS[:, start : start + LENGTH], state=state)
         state = output.state
@@ -81,8 +82,10 @@ def test_packed_and_padded_sequences_equal_those_alone(name):
         assert_close(
             packed.logits[row, place], np.asarray(alone)[0, :length], FORWARD["float32"], f"row {row}, {place}: "
         )
-    short = call(parameters, IDS[:, : LENGTH + 1]).logits
-    assert_close(short, np.asarray(whole(name).logits)[:, : LENGTH + 1], FORWARD["float32"])
+    if name == "rmt":
+        # the last segment is short: the program that the tests below need
+        short = call(parameters, IDS[:, : LENGTH + 1]).logits
+        assert_close(short, np.asarray(whole(name).logits)[:, : LENGTH + 1], FORWARD["float32"])
     # The state is that of the last sequence: row 0 ended with `2 2 2`.
     again = call(parameters, IDS[:, :LENGTH], state=packed.state, segment_ids=np.array([[2, 2, 2], [0, 0, 0]]))
     again = jax.device_get(again)
@@ -109,8 +112,8 @@ def test_armt_starts_as_a_transformer_and_rmt_reads_its_tokens():
     """Values start at zero, so an untrained ARMT carries nothing between segments; an untrained RMT does."""
     changed = np.concatenate([(IDS[:, :1] + 1) % VOCAB, IDS[:, 1:]], axis=1)
     for name, passes in (("armt", False), ("rmt", True)):
-        model = build_model({**SMALL, **TYPES[name]}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
-        call, parameters = functional(name)[1], jax.device_get(nnx.state(model))
+        untrained = build_model({**SMALL, **TYPES[name]}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+        call, parameters = functional(name)[1], jax.device_get(nnx.state(untrained))
         one, other = (np.asarray(call(parameters, ids).logits) for ids in (IDS, changed))
         later = np.abs(one - other)[:, LENGTH:]
         assert (later.max() > 0) == passes, name
@@ -121,7 +124,6 @@ def test_gradient_passes_through_all_segments(name, remat):
     """Equals finite differences in float64, without gamma, which has no gradient; every parameter has one."""
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         parameters, call = functional(name, features=2, dtype="float64", param_dtype="float64", remat=remat)
-        parameters = jax.tree.map(lambda x: x.astype(np.float64), parameters)
         x = np.random.default_rng(3).standard_normal((1, 3 * LENGTH, 2))
 
         def loss(given):
@@ -145,14 +147,6 @@ def test_bfloat16_policy():
     assert np.abs(np.asarray(output.logits) - whole("armt").logits).max() < 0.2
 
 
-def test_state_before_the_first_token():
-    for name in ("armt", "rmt"):
-        model = build_model({**SMALL, **TYPES[name]}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
-        parameters, call = functional(name)
-        state = nnx.merge(nnx.graphdef(model), parameters).init_state(2, capacity=100)
-        assert_close(call(parameters, IDS, state=state).logits, whole(name).logits, FORWARD["float32"])
-
-
 UNALIGNED = [
     {"segment_ids": np.array([[1] * 4 + [2] * 5] * 2)},
     {"segment_ids": np.array([[0] + [1] * 8] * 2)},
@@ -168,9 +162,8 @@ def test_sequences_that_do_not_start_a_segment_are_named(case):
     parameters, call = functional("rmt")
     if "state" in case:
         case = {"state": call(parameters, IDS[:, :4]).state}
-    model = build_model({**SMALL, **TYPES["rmt"]}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="every sequence start a memory segment of segment_length = 3 tokens"):
-        model(IDS, **case)
+        model("rmt")(IDS, **case)
 
 
 def test_under_jit_the_running_program_raises_the_same_error():
@@ -198,25 +191,15 @@ def test_bad_settings_are_named(config, message):
 
 
 def test_training_carries_values_between_segments():
-    """Two pairs and four questions: without a memory between segments the loss stays at log 16 = 2.77."""
-    steps, task = 225, Rewrite(length=2, queries=4)
-    shape = {"type": "armt", "segment_length": task.segment_length, "width": 32, "heads": 2, "key_width": 16}
-    config = default_config()
-    config.optimizer.update({"learning_rate": 1e-2, "schedule": "constant", "warmup_steps": 20, "b2": 0.99})
-    tx, schedule = make_optimizer(config.optimizer, steps)
+    """A pair, and a question in the next segment: without a memory between them the loss stays at log 4 = 1.39."""
+    task = Rewrite(length=1, queries=1, symbols=4)
+    shape = {**SMALL, **TYPES["armt"], "segment_length": task.segment_length, "width": 16, "heads": 1, "key_width": 8}
+    shape |= {"memory_tokens": 1, "feedforward": None, "feedforward_options": {}}
+    model = build_model(shape, vocab_size=task.vocab_size, rngs=nnx.Rngs(0))
 
-    def make(rngs):
-        return build_model({**shape, "depth": 1, "memory_tokens": 1}, vocab_size=task.vocab_size, rngs=rngs)
+    def loss(model, batch):
+        where = {name: batch[name] for name in ("segment_ids", "positions")}
+        return cross_entropy(model(batch["inputs"], **where).logits, batch)
 
-    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
-    with mesh_scope(mesh):
-        model = make_functional(make)
-        state = state_by_operation(model, tx, mesh, seed=0)
-        step = make_train_step(model, tx, schedule, mesh, {**config.train.to_dict(), "log_every": 25})
-        loader = make_loader(task, "train", batch_size=16, seed=0)
-        for _ in range(steps):
-            state, report = step(state, next(loader))
-        loader.close()
-    # Mean over the last 25 steps: 1.5. At half the rate a plateau at 2.05 lasts until step 125, or longer by rounding.
-    loss = float(report["loss"] / report["weight"])
-    assert loss < 1.7, loss
+    losses = learn(model, loss, draw(task, steps=80, batch_size=16), rate=1e-2)
+    assert np.mean(losses[-10:]) < 0.3, losses[::10]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from memformer.models import build_model, generate
+from tests.modules import random_module
 from tests.numeric import FORWARD, GRADIENT, assert_close
 
 VOCAB, ROWS, TIME = 8, 4, 6
@@ -18,10 +19,10 @@ IDS = np.random.default_rng(5).integers(0, VOCAB, (ROWS, TIME), np.int32)
 RULES = (("layers", None), ("embed", None), ("heads", "tensor"), ("mlp", "tensor"), ("vocab", "tensor"))
 HEADS = jax.P("data", "tensor")
 
-# One memory per family, and the sharding of its state; Mamba-3 of tests/layers/test_sharding.py is a linear attention.
+# A matrix memory, both kinds of cache and a recurrent cell, and the sharding of their states. Each op on both kinds of
+# mesh: tests/ops/test_meshes.py. Mamba-3 of tests/layers/test_sharding.py is a linear attention.
 FAMILIES = {
     "gated_delta_rule": {"memory": HEADS, "convolution.key": jax.P("data", None, "tensor")},
-    "delta_product": {"memory": HEADS},
     "softmax_attention": {"memory.k": jax.P("data", None, "tensor"), "position": jax.P("data")},
     "deltaformer": {"memory.u": jax.P("data", None, "tensor")},
     "gru": {"memory": jax.P("data")},
@@ -32,8 +33,10 @@ KINDS = {"auto": AxisType.Auto, "explicit": AxisType.Explicit}
 @functools.cache
 def built(memory):
     """Graph and parameters of a model, and its jitted call with gradients."""
-    config = {"memory": memory, "width": 16, "heads": 2, "feedforward": "mlp", "feedforward_options": {"hidden": 16}}
-    graph, parameters = nnx.split(build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0)))
+    config = {"memory": memory, "width": 16, "heads": 2, "feedforward": None}
+    if memory == "softmax_attention":
+        config |= {"feedforward": "mlp", "feedforward_options": {"hidden": 16}}
+    graph, parameters = nnx.split(random_module(lambda: build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0))))
 
     @jax.jit
     @functools.partial(jax.grad, has_aux=True)
@@ -83,7 +86,7 @@ def test_a_model_on_a_mesh(memory, kind):
 def decoder():
     """A model of two scanned periods, and its logits of IDS on one device."""
     config = {"memory": "delta_rule,softmax_attention", "width": 16, "heads": 2, "depth": 4, "scan_layers": True}
-    model = build_model({**config, "feedforward": None}, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    model = random_module(lambda: build_model({**config, "feedforward": None}, vocab_size=VOCAB, rngs=nnx.Rngs(0)))
     graph, parameters = nnx.split(model)
     return model, jax.jit(lambda parameters, ids: nnx.merge(graph, parameters)(ids).logits)(parameters, IDS)
 
@@ -114,8 +117,8 @@ GENERATE = {"max_new_tokens": 3, "temperature": 1.0}
 @functools.cache
 def generated():
     """A model, and tokens that it generates on one device."""
-    config = {"memory": "delta_rule,softmax_attention", "width": 16, "heads": 2, "depth": 2, "feedforward": None}
-    model = build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    config = {"memory": "softmax_attention", "width": 16, "heads": 2, "feedforward": None}
+    model = random_module(lambda: build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0)))
     return model, generate(model, IDS, key=jax.random.key(0), **GENERATE)
 
 
