@@ -83,20 +83,22 @@ def test_dropout_keeps_the_mean():
     assert abs(float(jnp.mean(x)) - 1) < 4 * np.sqrt(0.25 / 0.75 / 10000)
 
 
-SEGMENTS = jnp.array([[0, 4, 4, 0, 4, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]])
+SEGMENTS = np.array([[0, 4, 4, 0, 4, 2, 2, 0], [1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0]])
 
 
 def test_positions_count_within_segments():
-    segments = find_segments(SEGMENTS, {})
-    start = jnp.array([10, 20, 30], jnp.int32)
-    positions = count_positions(segments, SEGMENTS.shape, start)
-    valid = np.asarray(segments.valid)
-    assert np.asarray(positions)[0][valid[0]].tolist() == [10, 11, 12, 0, 1]
-    assert np.asarray(positions)[1][valid[1]].tolist() == [20, 21]
-    assert next_position(positions, segments).tolist() == [2, 22, 30]
-    plain = count_positions(None, (3, 2), start)
+    @jax.jit
+    def run(ids, start):
+        segments = find_segments(ids, {})
+        positions, plain = count_positions(segments, ids.shape, start), count_positions(None, (3, 2), start)
+        return positions, next_position(positions, segments), plain, next_position(plain, None)
+
+    positions, after, plain, after_plain = jax.device_get(run(SEGMENTS, np.array([10, 20, 30], np.int32)))
+    assert positions[0][SEGMENTS[0] != 0].tolist() == [10, 11, 12, 0, 1]
+    assert positions[1][SEGMENTS[1] != 0].tolist() == [20, 21]
+    assert after.tolist() == [2, 22, 30]
     assert plain.tolist() == [[10, 11], [20, 21], [30, 31]]
-    assert next_position(plain, None).tolist() == [12, 22, 32]
+    assert after_plain.tolist() == [12, 22, 32]
 
 
 def test_rotary_products_depend_on_distance_only():
@@ -205,7 +207,8 @@ DECAYS = {
 @pytest.mark.parametrize("name", DECAYS)
 def test_decays_are_negative_logs_in_float32(name):
     kind, rank, shape = DECAYS[name]
-    decay, _ = kind(8, 2, 3, rank, dtypes=BF16, rngs=rngs())(jnp.asarray(normal(1, 5, 8), jnp.bfloat16))
+    call = jax.jit(lambda x: kind(8, 2, 3, rank, dtypes=BF16, rngs=rngs())(x)[0])
+    decay = call(normal(1, 5, 8).astype(jnp.bfloat16))
     assert decay.shape == shape and decay.dtype == jnp.float32
     assert np.all(decay < 0) and np.all(np.isfinite(decay))
 
@@ -213,13 +216,15 @@ def test_decays_are_negative_logs_in_float32(name):
 def test_a_forget_gate_starts_as_slowly_as_asked():
     decay = ForgetDecay(8, 3, 3, None, time=(0.01, 1e4), dtypes=F32, rngs=rngs())
     assert_close(decay(jnp.zeros((1, 1, 8)))[0][0, 0], -1 / jnp.array([0.01, 10, 1e4]), 1e-3)
-    layer = build_memory("gated_deltaformer", 8, heads=2, options={"decay_time": (5, 50)}, rngs=rngs())
-    assert_close(layer.decay(jnp.zeros((1, 1, 8)))[0][0, 0], -1 / jnp.array([5.0, 50.0]), 1e-5)
+    options = {"decay_time": (5, 50)}
+    make = lambda x: build_memory("gated_deltaformer", 8, heads=2, options=options, rngs=rngs()).decay(x)  # noqa: E731
+    assert_close(jax.jit(make)(np.zeros((1, 1, 8), np.float32))[0][0, 0], -1 / np.array([5.0, 50.0]), 1e-5)
 
 
 def test_rwkv7_starts_with_slow_and_fast_channels():
     """Biases of the reference's first layer (fla.layers.rwkv7), two heads of three channels."""
-    decay = BoundedDecay(8, 2, 3, None, dtypes=F32, rngs=rngs())(jnp.zeros((1, 1, 8)))[0]
+    make = lambda x: BoundedDecay(8, 2, 3, None, dtypes=F32, rngs=rngs())(x)[0]  # noqa: E731
+    decay = jax.jit(make)(np.zeros((1, 1, 8), np.float32))
     bias = np.array([-8, -4.3, -0.6, -4.4, -0.7, 3.0])
     assert_close(decay[0, 0].ravel(), -np.exp(-0.5) / (1 + np.exp(-bias)), 1e-5)
 

@@ -13,10 +13,11 @@ from memformer.layers import Dtypes, MixtureOfExperts
 from memformer.layers.experts import _block_rows, _blocks, apply_experts
 from memformer.layers.sharding import RULES, partition_spec
 from memformer.training.program import read_program
+from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close
 
 B, T, D, F, EXPERTS, ACTIVE = 8, 12, 16, 24, 8, 3
-X = jax.random.normal(jax.random.key(1), (B, T, D))
+X = np.random.default_rng(1).standard_normal((B, T, D)).astype("float32")
 # Axes of the mesh and their sizes: tokens exchanged, with weights gathered, with time and hidden units divided too.
 MESHES = [
     ({"data": 2, "expert": 4}, AxisType.Explicit),
@@ -27,7 +28,7 @@ MESHES = [
 
 def build(dispatch):
     options = {"experts": EXPERTS, "active": ACTIVE, "hidden": F, "shared_hidden": 8, "dispatch": dispatch}
-    return nnx.split(MixtureOfExperts(D, **options, dtypes=Dtypes(), rngs=nnx.Rngs(0)))
+    return nnx.split(random_module(lambda: MixtureOfExperts(D, **options, dtypes=Dtypes(), rngs=nnx.Rngs(0))))
 
 
 @functools.cache
@@ -65,7 +66,7 @@ def test_padding_and_forward_mode():
     @jax.jit
     def run(x):
         tangents = [jax.jvp(lambda x, layer=layer: layer(x)[0], (x,), (jnp.ones_like(x),))[1] for layer in layers]
-        return layers[0](x.at[0, 0].set(jnp.nan))[0], tangents
+        return layers[0](jnp.asarray(x).at[0, 0].set(jnp.nan))[0], tangents
 
     y, (ragged, dense) = run(X[:1])
     assert np.isnan(y[0, 0]).all() and not np.isnan(y[0, 1:]).any()

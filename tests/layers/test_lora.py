@@ -9,6 +9,7 @@ from flax import nnx
 from memformer.layers import add_lora, is_lora, merge_lora
 from memformer.layers.sharding import partition_spec
 from memformer.models import LanguageModelConfig, MemoryLM
+from tests.modules import random_module
 from tests.numeric import assert_close
 
 IDS = jnp.array([[1, 2, 3, 4, 5]])
@@ -16,15 +17,19 @@ IDS = jnp.array([[1, 2, 3, 4, 5]])
 
 def model(**options):
     config = LanguageModelConfig(**{"memory": "softmax_attention", "width": 16, "depth": 2, "heads": 2, **options})
-    return MemoryLM(config, vocab_size=7, rngs=nnx.Rngs(0))
+    return random_module(lambda: MemoryLM(config, vocab_size=7, rngs=nnx.Rngs(0)))
 
 
 def parameters(module):
     return {".".join(map(str, path)): x for path, x in nnx.to_flat_state(nnx.state(module, nnx.Param))}
 
 
+# one function, so that modules of equal structure share a program
+CALL = nnx.jit(lambda module, ids: module(ids).logits)
+
+
 def logits(module):
-    return nnx.jit(lambda module, ids: module(ids).logits)(module, IDS)
+    return CALL(module, IDS)
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["layers", "scanned"])

@@ -21,6 +21,7 @@ from memformer.layers import (
     TransformerShape,
     build_memory,
 )
+from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close
 
 B, T, D = 4, 6, 8
@@ -93,7 +94,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layer_on_an_explicit_mesh(name):
     make, use, spec = LAYERS[name]
-    graph, parameters = nnx.split(make())
+    graph, parameters = nnx.split(random_module(make))
     x = np.random.default_rng(1).standard_normal((B, T, D)).astype("float32")
 
     def run(parameters, x):

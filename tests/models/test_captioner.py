@@ -13,6 +13,7 @@ from memformer.models import MODELS, build_model
 from memformer.models.beam import decode
 from memformer.models.captioner import CaptionerConfig, doubly_stochastic
 from memformer.models.picture import ConvGrid, PatchGrid, add_places
+from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close, relative_rms, slopes
 
 VOCAB, B, T = 11, 2, 7
@@ -33,7 +34,8 @@ SPECS = {
 @functools.cache
 def build(name, **changed):
     keys = {"type": "captioner", "width": 16, "heads": 2, **SPECS[name][0], **changed}
-    return build_model(keys, vocab_size=VOCAB, rngs=nnx.Rngs(params=0, dropout=1))
+    make = lambda: build_model(keys, vocab_size=VOCAB, rngs=nnx.Rngs(params=0, dropout=1))  # noqa: E731
+    return make() if "dropout" in changed else random_module(make)
 
 
 @functools.cache
@@ -95,7 +97,7 @@ def test_gradient_by_finite_differences(name):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
         keys = {"type": "captioner", "width": 8, "heads": 2, "depth": 1, **SPECS[name][0]}
         keys.update(dtype="float64", param_dtype="float64")
-        graph, params = nnx.split(build_model(keys, vocab_size=VOCAB, rngs=nnx.Rngs(0)))
+        graph, params = nnx.split(random_module(lambda: build_model(keys, vocab_size=VOCAB, rngs=nnx.Rngs(0))))
         words, picture = draw()
         segments = np.asarray([[1] * T, [1] * 4 + [0] * 3], np.int32)
 
@@ -244,16 +246,11 @@ def test_no_doubly_stochastic_loss():
 def test_dropout_applies_in_training_only(name="transformer"):
     words, picture = draw()
     model = build(name, dropout=0.5)
-
-    def run():
-        graph, params = nnx.split(model)
-        return jax.jit(lambda params: nnx.merge(graph, params)(words, picture=picture).logits)(params)
-
-    model.eval()
-    assert_close(run(), call(name, words, picture)[0], FORWARD["float32"])
-    model.train()
-    assert relative_rms(run(), call(name, words, picture)[0]) > 1e-2
-    model.eval()
+    for mode, drops in ((model.eval, False), (model.train, True)):
+        mode()
+        graph, state = nnx.split(model)
+        jaxpr = jax.make_jaxpr(lambda state, g=graph: nnx.merge(g, state)(words, picture=picture).logits)(state)
+        assert ("random_bits" in str(jaxpr)) == drops
 
 
 def test_positions_of_the_grid_differ():

@@ -14,6 +14,7 @@ from memformer.models import build_model
 from memformer.models.bert import embed_sentences, load_bert, minilm_folder, read_safetensors
 from memformer.models.encoder import mean_pool
 from tests.models.bert import SENTENCES, reference, write_bert
+from tests.modules import compiled, random_module
 from tests.numeric import FORWARD, assert_close, relative_rms, slopes
 
 VOCAB, TIME = 9, 6
@@ -31,20 +32,9 @@ def build(vocab_size=VOCAB, num_classes=4, features=0, **config):
     return build_model(config, rngs=nnx.Rngs(0, dropout=1), **sizes)
 
 
-def compiled(model, method="__call__"):
-    """A method of the model, jitted: eager execution would compile every operation separately."""
-    graph, parameters = nnx.split(model)
-
-    @jax.jit
-    def call(*args, **kwargs):
-        return getattr(nnx.merge(graph, parameters), method)(*args, **kwargs)
-
-    return call
-
-
 @functools.cache
 def built(form):
-    model = build(**FORMS[form])
+    model = random_module(lambda: build(**FORMS[form]))
     return model, compiled(model)
 
 
@@ -101,7 +91,8 @@ def test_features_in():
 def test_gradients_equal_finite_differences():
     # The norms of flax promote dtypes implicitly.
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        graph, parameters = nnx.split(build(depth=1, token_types=2, dtype="float64", param_dtype="float64"))
+        config = {"depth": 1, "token_types": 2, "max_length": TIME, "dtype": "float64", "param_dtype": "float64"}
+        graph, parameters = nnx.split(random_module(lambda: build(**config)))
         mask = np.array([[1] * TIME, [1] * (TIME - 2) + [0] * 2], np.int32)
 
         @jax.jit

@@ -9,13 +9,15 @@ from flax import nnx
 from memformer.models import MemoryLM, generate
 from memformer.models.config import LanguageModelConfig
 from memformer.models.generate import Sampling, _decode, _prefill, sample
+from tests.modules import random_module
 
 VOCAB, PROMPTS, NEW = 9, [[1, 2, 3, 4], [5, 6]], 4
 
 
 def build(memory=("gated_delta_rule", "softmax_attention"), **config):
     config = {"width": 8, "heads": 2, "depth": 2, "feedforward": None, **config}
-    return MemoryLM(LanguageModelConfig(memory=memory, **config), vocab_size=VOCAB, rngs=nnx.Rngs(1))
+    config = LanguageModelConfig(memory=memory, **config)
+    return random_module(lambda: MemoryLM(config, vocab_size=VOCAB, rngs=nnx.Rngs(1)))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from flax import nnx
 
 from memformer.models.beam import decode
 from memformer.models.seq2seq import Seq2Seq, Seq2SeqConfig
+from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close, slopes
 
 VOCAB, WIDTH = 9, 6
@@ -34,7 +35,8 @@ def build(attention="additive", depth=2, dtype="float32", dropout=0.0):
     config = Seq2SeqConfig(
         attention=attention, width=WIDTH, depth=depth, dtype=dtype, param_dtype=dtype, dropout=dropout
     )
-    return Seq2Seq(config, vocab_size=VOCAB, rngs=nnx.Rngs(0, dropout=1))
+    make = lambda: Seq2Seq(config, vocab_size=VOCAB, rngs=nnx.Rngs(0, dropout=1))  # noqa: E731
+    return make() if dropout else random_module(make)
 
 
 @functools.cache

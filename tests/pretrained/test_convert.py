@@ -16,6 +16,7 @@ from memformer.pretrained import (
     logit_divergence,
     output_error,
 )
+from tests.modules import random_module
 from tests.numeric import assert_close
 
 IDS = np.array([[1, 2, 3, 4, 5], [0, 0, 6, 2, 1]])
@@ -25,7 +26,8 @@ ATTENTION = {"rotary": True, "groups": 1, "rope_theta": 500.0}
 
 def build():
     fields = {"memory_options": ATTENTION, "width": 8, "depth": 2, "heads": 2, "feedforward": None}
-    return MemoryLM(LanguageModelConfig("softmax_attention", **fields), vocab_size=7, rngs=nnx.Rngs(0))
+    config = LanguageModelConfig("softmax_attention", **fields)
+    return random_module(lambda: MemoryLM(config, vocab_size=7, rngs=nnx.Rngs(0)))
 
 
 def run(function, *models):
