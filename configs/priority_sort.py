@@ -1,11 +1,12 @@
 """Priority sort (arXiv 1410.5401, section 4.5) at a smaller size: the 8 highest of 10 vectors of 8 bits, in order.
 
     python train.py --config=configs/priority_sort.py:ntm --workdir=runs/priority_sort-ntm
+    python train.py --config=configs/priority_sort.py:ntm_one_head --workdir=runs/priority_sort-ntm_one_head
     python train.py --config=configs/priority_sort.py:lstm --workdir=runs/priority_sort-lstm
 
-Expected: 7 minutes on two shared cores. 320,000 sequences are too few, with a constant rate and gradients clipped to a
-norm of 10: the NTM ends at 42.1 bits (guessing costs 64) and 15.1 wrong bits per sequence, and still falls (17.4 after
-128,000). The LSTM has not been measured.
+The NTM has four read and four write heads (the paper's has five, or eight with a feedforward controller). It ends at
+2.2 bits (guessing costs 64) and 0.5 wrong bits per sequence after 256,000 sequences, 10 minutes on two shared cores;
+with one head of each at 42.1 and 15.1 after 320,000; the LSTM at 45.6 and 16.6 after 256,000.
 
 The sizes of the paper:
 
@@ -15,7 +16,7 @@ The sizes of the paper:
 
 from memformer.training.config import default_config
 
-VARIANTS = ("ntm", "lstm")
+VARIANTS = ("ntm", "ntm_one_head", "lstm")
 
 
 def get_config(variant="ntm"):
@@ -26,11 +27,17 @@ def get_config(variant="ntm"):
         config.model.width = 100
     else:
         config.model.slots = 32
+        config.model.read_heads = config.model.write_heads = 1 if variant == "ntm_one_head" else 4
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.schedule = "constant"
     config.optimizer.clip_norm = 10.0
     config.optimizer.weight_decay = 0.0
-    config.train.steps = 20000
+    if variant == "ntm_one_head":
+        config.optimizer.schedule = "constant"
+        config.train.steps = 20000
+    else:
+        # constant for 10,000 steps
+        config.optimizer.schedule, config.optimizer.decay_fraction = "warmup_stable_decay", 0.375
+        config.train.steps = 16000
     config.train.batch_size = 16
     config.train.log_every = 100
     config.train.eval_every = 1000

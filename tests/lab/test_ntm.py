@@ -61,7 +61,13 @@ def test_tables_verdict_and_figures(tmp_path):
     assert result.values["optimal bits of dynamic n-grams"] == {"sequences": 6, "bits": round(float(np.mean(costs)), 2)}
     verdict = study.judge(result)
     assert verdict.kind == "not reproduced" and "copy of 7 vectors: LSTM 3.5 wrong bits, NTM 3.5" in verdict.finding
-    assert f"not reproduced: copy, n-grams (20.0 bits, the optimum has {np.mean(costs):.1f})." in verdict.finding
+    assert "not reproduced: copy to 0.1 wrong bits (1.5, the LSTM has 1.5), n-grams" in verdict.finding
+    assert f"n-grams (20.0 bits, the optimum has {np.mean(costs):.1f})." in verdict.finding
+    assert study.summary(result)[1] == {
+        "bits per sequence": "dynamic_ngrams",
+        "NTM, LSTM controller": 20.0,
+        "LSTM": "",
+    }
     assert study.draw(result).axes and list(study.examples(named)) == ["heads"]
 
 
