@@ -10,6 +10,7 @@ from flax import nnx
 
 from memformer.layers.basic import Dtypes
 from memformer.layers.recurrent import CELLS, LSTM, RecurrentStack
+from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close
 
 B, T, F, D = 2, 7, 3, 4
@@ -23,7 +24,8 @@ def inputs(time=T, batch=B):
 @functools.cache
 def built(kind, layers=2, bidirectional=False):
     """A stack and its jitted call."""
-    stack = RecurrentStack(kind, F, D, layers, bidirectional=bidirectional, rngs=nnx.Rngs(0))
+    make = lambda: RecurrentStack(kind, F, D, layers, bidirectional=bidirectional, rngs=nnx.Rngs(0))  # noqa: E731
+    stack = random_module(make)
     graph, parameters = nnx.split(stack)
 
     @jax.jit
@@ -79,7 +81,7 @@ def test_single_steps_equal_the_whole_sequence(kind):
 
 
 def test_dropout_applies_between_layers_and_requires_a_key():
-    stack = RecurrentStack("gru", F, D, 2, dropout=0.5, rngs=nnx.Rngs(0))
+    stack = random_module(lambda: RecurrentStack("gru", F, D, 2, dropout=0.5, rngs=nnx.Rngs(0)))
     plain, _ = built("gru")
     x = inputs()
     call = nnx.jit(lambda stack, x, key: stack(x, key=key))
