@@ -1,7 +1,8 @@
 """Scripts of the repository in processes of their own, forked from one that has imported the library already.
 
 An import takes two seconds, and such a process starts in some milliseconds. It is a process as any: it is killed,
-stopped and interrupted by signals, and ends with an exit status.
+stopped and interrupted by signals, and ends with an exit status. Learning curves are not drawn: each takes as long as
+forty small steps, and test_loop draws one.
 """
 
 import atexit
@@ -40,6 +41,9 @@ def _run(command: Sequence[str], output: tuple[str, str], environment: Mapping[s
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     import jax
 
+    from memformer.training import report
+
+    report.plot_learning_curve = lambda *_, **__: None
     os.environ.update(environment)
     # JAX has read its variables when it was imported
     jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))

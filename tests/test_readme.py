@@ -9,7 +9,6 @@ import shlex
 import sys
 
 import numpy as np
-import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -101,11 +100,10 @@ def test_the_table_has_both_runs():
     assert [row[0] for row in rows] == memories
 
 
-@pytest.mark.parametrize("name", ["train", "twin"])
-def test_training_command_in_short(name, tmp_path):
+def test_training_command_in_short(tmp_path):
     from tests.processes import run_script
 
-    words = shlex.split(commands()[name].split("&& ")[-1])
+    words = shlex.split(commands()["train"].split("&& ")[-1])
     assert words[:2] == [PYTHON.strip(), "train.py"]
     short = [
         "--config.train.steps=3",
@@ -121,9 +119,21 @@ def test_training_command_in_short(name, tmp_path):
     # the table that ends a run has the columns that the README shows, but for the lengths left out here
     lines = [line.split() for line in run.stdout.splitlines()]
     (start,) = (i for i, line in enumerate(lines) if line[:2] == ["memory", "steps"])
-    assert lines[start] == [*HEAD, "at", "16"]
-    assert lines[start + 1][0] == ("deltaformer" if name == "train" else "softmax_attention")
+    assert lines[start] == [*HEAD, "at", "16"] and lines[start + 1][0] == "deltaformer"
     assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_the_twin_is_the_same_command_with_another_memory():
+    from memformer.training.build import build_run
+    from memformer.training.config import set_values
+    from memformer.training.flags import read_config
+
+    first, twin = (shlex.split(commands()[name].split("&& ")[-1]) for name in ("train", "twin"))
+    (chosen,) = (word for word in twin if word.startswith("--config.model."))
+    assert [word for word in twin if word != chosen] == first
+    config = read_config(str(ROOT / dict(word.split("=", 1) for word in twin[2:])["--config"]))
+    set_values(config, [chosen.removeprefix("--config.")])
+    assert build_run(config.to_dict()).config["model"]["memory"] == "softmax_attention"
 
 
 def test_every_file_named_is_there():

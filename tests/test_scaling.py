@@ -28,22 +28,16 @@ def test_rows_agree_with_themselves():
 
 
 def test_a_row(monkeypatch):
-    monkeypatch.setattr(scaling, "VOCABULARY", 64)
-    monkeypatch.setitem(scaling.TARGETS, "h200:8", (8, 1))
-    row = scaling.measure("tiny", "linear_attention", "h200:8", length=16)
-    assert (
-        row["fits"]
-        and row["parameters"] > 4e5
-        and 0 < row["mfu"] <= 1
-        and set(row["terms"]) == {"compute", "memory", "network"}
-    )
-    assert "| tiny | 0.00 B | linear_attention | 1 |" in scaling.make_page([row])
-
-
-def test_a_published_row_is_reproduced():
-    """The row that compiles fastest, where the JAX that made it runs."""
+    """The published row that compiles fastest, where the JAX that made it runs; elsewhere a tiny one."""
     row = min((row for row in ROWS if row["target"].startswith("h200")), key=lambda row: row["seconds"])
-    if row["jax"] != jax.__version__:
-        pytest.skip(f"jax {row['jax']} made the row")
-    found = scaling.measure(row["model"], row["memory"], row["target"])
-    assert found["gib"] == row["gib"] and found["terms"] == pytest.approx(row["terms"], rel=1e-6)
+    if row["jax"] == jax.__version__:
+        found = scaling.measure(row["model"], row["memory"], row["target"])
+        assert found["gib"] == row["gib"] and found["terms"] == pytest.approx(row["terms"], rel=1e-6)
+    else:
+        monkeypatch.setattr(scaling, "VOCABULARY", 64)
+        monkeypatch.setitem(scaling.TARGETS, "h200:8", (8, 1))
+        found = scaling.measure("tiny", "linear_attention", "h200:8", length=16)
+    assert found["fits"] and found["parameters"] > 4e5 and 0 < found["mfu"] <= 1
+    assert set(found["terms"]) == {"compute", "memory", "network"}
+    start = f"| {found['model']} | {found['parameters'] / 1e9:.2f} B | {found['memory']} | {found['rows']} |"
+    assert start in scaling.make_page([found])

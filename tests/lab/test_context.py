@@ -36,6 +36,6 @@ def test_ridge_finds_the_map():
 
 
 def test_the_quick_study(measure_quickly):
-    rows = {row["memory"]: row for row in measure_quickly("context", memories=("delta",)).rows()}
+    rows = {row["memory"]: row for row in measure_quickly("context", memories=("delta",), steps=60).rows()}
     first, last = (float(rows["delta"][f"error after {t} pairs (best)"].split(" ")[0]) for t in (4, 16))
     assert last < first < 1.2 and last < 0.6

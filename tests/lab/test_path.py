@@ -33,11 +33,11 @@ def test_one_symbol_lies_at_the_delay_asked_for():
 
 
 def test_the_quick_study(measure_quickly):
-    result = measure_quickly("path")
+    result = measure_quickly("path", trained=("softmax_attention",))
     rows = {row["memory"]: row for row in result.rows()}
     assert rows["rnn"]["factor per step"] == pytest.approx(rows["rnn"]["theory"], abs=0.05)
     assert rows["delta_rule"]["factor per step"] == pytest.approx(rows["delta_rule"]["theory"], abs=0.02)
     assert rows["rnn"]["factor per step"] < rows["lstm"]["factor per step"] < 0.9
     assert rows["softmax_attention"]["factor per step"] > 0.98 < rows["deltaformer"]["factor per step"]
     recalled = {row["memory"]: row["delay 16"] for row in result.rows(1)}
-    assert recalled["softmax_attention"].startswith("100%") and not recalled["rnn"].startswith("100%")
+    assert recalled["softmax_attention"].startswith("100%")

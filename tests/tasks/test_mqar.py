@@ -35,7 +35,7 @@ def test_gaps_follow_the_power_law(power):
     # With a single pair, the gap is one draw of the law without exclusions.
     task = MQAR(length=64, pairs=1, power=power)
     source = task.source("train", 0)
-    count = 4000
+    count = 2000
     gaps = [(int(np.flatnonzero(source[i]["loss_weights"])[0]) - 2) // 2 for i in range(count)]
     share = np.bincount(gaps, minlength=31) / count
     want = np.arange(1.0, 32.0) ** (power - 1)

@@ -190,8 +190,13 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("harm", [delete, truncate, flip_a_bit, garble])
-@pytest.mark.parametrize("file", FILES)
+# Each file is missing or short in one case and has other bytes in another; the weights suffer all four.
+HARMS = [("weights", harm) for harm in (delete, truncate, flip_a_bit, garble)]
+HARMS += [(file, (delete, truncate)[i % 2]) for i, file in enumerate(FILES) if file != "weights"]
+HARMS += [(file, (garble, flip_a_bit)[i // 2 % 2]) for i, file in enumerate(FILES) if file != "weights"]
+
+
+@pytest.mark.parametrize(("file", "harm"), HARMS)
 def test_walks_back_from_a_damaged_step(run, caplog, file, harm):
     harm(FILES[file](run / "30"))
     with Checkpoints(run, keep_last=3) as checkpoints, caplog.at_level(logging.WARNING):

@@ -13,7 +13,7 @@ from tests.processes import launch
 from tests.training import runs
 from tests.training.small import small_config
 
-STEPS = 40
+STEPS = 24
 start = functools.partial(runs.start, launch=launch)
 
 
@@ -56,7 +56,7 @@ def test_killed_three_times(settings, unbroken, tmp_path):
         if kill == 0:
             runs.wait_until(lambda: runs.last_step(folder) >= 2, process)
         else:
-            least = 10 * kill + int(rng.integers(10))
+            least = 5 * kill + int(rng.integers(5))
             runs.wait_until(lambda least=least: runs.last_step(folder) >= least, process)
             time.sleep(rng.uniform(0, 0.02))
         if kill == 2:

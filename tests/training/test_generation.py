@@ -112,11 +112,12 @@ def test_loss_by_position(folder, capsys):
 
     loaded = load_run(folder)
     loss, weight = np.zeros(8), np.zeros(8)
+    read = nnx.jit(lambda model, inputs, **arguments: model(inputs, **arguments).logits)
     model = loaded.module()
     loader = make_loader(loaded.task, "train", batch_size=8, seed=0)
     for batch in (next(loader), next(loader)):
         arguments = {name: batch[name] for name in ("segment_ids", "positions")}
-        logits = np.asarray(model(batch["inputs"], **arguments).logits, np.float64)
+        logits = np.asarray(read(model, batch["inputs"], **arguments), np.float64)
         chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
         scores = np.log(np.sum(np.exp(logits), axis=-1)) - chosen
         np.add.at(loss, batch["positions"], scores * batch["loss_weights"])

@@ -148,9 +148,9 @@ def test_batch_must_divide():
 
 def prepared(memory, mesh):
     """A small run on the devices of a mesh: its parts, compiled step, state and batches."""
-    sizes = {"model__width": 32, "model__heads": 4, "model__depth": 1, "optimizer__learning_rate": 1e-3}
+    sizes = {"model__width": 32, "model__heads": 4, "model__depth": 1, "model__feedforward": None}
     # without the start, time divides by four
-    config = small_config(memory, **sizes, task__start="none")
+    config = small_config(memory, **sizes, task__start="none", optimizer__learning_rate=1e-3)
     config.mesh = mesh
     config = config.to_dict()
     run = build_run(config, devices=jax.devices()[: math.prod(mesh.values())])
@@ -158,8 +158,8 @@ def prepared(memory, mesh):
     loader = make_loader(run.task, "train", batch_size=ROWS, seed=0)
     with mesh_scope(run.mesh):
         batches = [global_batch(next(loader), run.mesh) for _ in range(3)]
-        # on the cube the program of `init_state` lays out its values; alone they are made by operation
-        make_state = state_by_operation if run.mesh.size == 1 else init_state
+        # on the cube the program of `init_state` lays out its values; elsewhere they are made by operation
+        make_state = init_state if dict(run.mesh.shape) == CUBE else state_by_operation
         state = make_state(run.model, run.tx, run.mesh, seed=0)
         step = make_train_step(run.model, run.tx, run.schedule, run.mesh, config["train"])
         compiled = step.lower(state, batches[0]).compile()
@@ -207,7 +207,8 @@ def test_time_over_devices_does_what_one_does():
     text = many[1].as_text()
     assert not collectives_in_loops(text)
     cost, whole = (read_program(run, many[0].mesh).flops for run in (text, alone))
-    assert cost <= 1.2 * whole / 4
+    # what combines the states of the devices is a larger part of a layer without a feedforward network
+    assert cost <= 1.3 * whole / 4
     batch = many[3][0]
     assert batch["inputs"].sharding.spec == PartitionSpec(("data", "fsdp"), "context")
     np.testing.assert_allclose(losses(*many), want, rtol=1e-5)
