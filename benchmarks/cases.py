@@ -33,6 +33,7 @@ class Case:
       decay: "" for none, "head" or "channel" for a log decay per head or per key channel.
       segments: number of packed sequences of equal length; 0 passes no segment_ids.
       causal, window: of softmax attention.
+      slots: capacity of the cache that an attention op decodes over, of which all but its tokens are in use; 0 is none.
       write, read: similarities of DeltaFormer.
       steps: delta_product's writes per token.
       only_u: compute DeltaFormer's u only, without the read.
@@ -52,6 +53,7 @@ class Case:
     segments: int = 0
     causal: bool = True
     window: int | None = None
+    slots: int = 0
     write: str = "softmax"
     read: str = "softmax"
     steps: int = 1
@@ -68,7 +70,9 @@ class Case:
             what += [f"{self.read} read"] * (self.read != "softmax")
         what += [{"head": "gated", "channel": "channel"}[self.decay]] if self.decay else []
         what += [f"{self.segments} segments"] * bool(self.segments)
+        what += [f"over {self.slots} slots"] * bool(self.slots)
         what += [f"window {self.window}"] * (self.window is not None) + ["not causal"] * (not self.causal)
+        what += [self.dtype] * (self.dtype == "float16")
         heads = f"{self.groups}/{self.heads}" if self.groups != self.heads else f"{self.heads}"
         width = f"{self.key}" if self.key == self.value else f"{self.key}/{self.value}"
         return f"{' '.join(what)} [{self.batch}, {self.length}, {heads}, {width}]"

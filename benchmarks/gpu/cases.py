@@ -105,6 +105,22 @@ SHIPPED = (
         for segments in (2, 0)
     ),
     Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2, window=100),
+    # Few tokens over a cache: one kernel for both ops.
+    *(
+        Case("softmax_attention", batch, length, 32, 8, width, width, slots=4096)
+        for batch, length, width in ((64, 1, 64), (64, 1, 128), (1, 1, 128), (64, 8, 128), (64, 1, 256))
+    ),
+    *(
+        Case("softmax_attention", 64, 8, 32, 8, width, width, decay="head", window=1024, slots=4096)
+        for width in (128, 256)
+    ),
+    Case("softmax_attention", 64, 1, 32, 8, dtype="float16", slots=4096),
+    *(
+        Case("deltaformer", 64, length, 16, 8, write=write, decay=decay, slots=4096)
+        for length in (1, 8)
+        for write, decay in (("softmax", ""), ("linear", ""), ("linear", "head"))
+    ),
+    Case("deltaformer", 64, 1, 16, 8, write="round", read="linear", decay="head", slots=4096),
 )
 
 

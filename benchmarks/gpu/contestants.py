@@ -1,5 +1,6 @@
 """The JAX programs that benchmarks.gpu verifies and times: this library's implementations, and cuDNN."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,9 +17,9 @@ from benchmarks.gpu.cases import CUDNN
 __all__ = ["compile_call", "function", "round_inputs"]
 
 
-def round_inputs(arrays: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Casts q, k, v and w to bfloat16 and the rest to float32, the dtypes of the kernels."""
-    return {name: jnp.asarray(x).astype(jnp.bfloat16 if name in "qkvw" else jnp.float32) for name, x in arrays.items()}
+def round_inputs(arrays: Mapping[str, np.ndarray], dtype: str = "bfloat16") -> dict[str, jax.Array]:
+    """Casts q, k, v and w to `dtype` and the rest to float32, the dtypes of the kernels."""
+    return {name: jnp.asarray(x).astype(dtype if name in "qkvw" else "float32") for name, x in arrays.items()}
 
 
 def function(case: Case, name: str) -> Callable[..., jax.Array]:
@@ -34,10 +35,25 @@ def function(case: Case, name: str) -> Callable[..., jax.Array]:
             # FLA writes with the read queries.
             given["w"] = given["q"]
         given["segment_ids"] = _segment_ids(ids)
+        if case.slots:
+            given["initial_state"] = _full_cache(case, arrays)
         output, state = getattr(mf, case.op)(**given, **options)
         return state.u if case.only_u else output
 
     return run
+
+
+def _full_cache(case: Case, arrays: Mapping[str, jax.Array]) -> Any:
+    """A cache with room for the tokens of the case alone."""
+    decays = {"decay_heads": arrays["decay"].shape[2]} if case.decay else {}
+    sizes = {"batch": case.batch, "capacity": case.slots, "groups": case.groups}
+    widths = {"key_width": case.key, "value_width": case.value}
+    cache = mf.init_cache(case.op, **sizes, **widths, **decays, dtype=arrays["k"].dtype)
+    used = case.slots - case.length
+    valid = jnp.broadcast_to(jnp.arange(case.slots)[None] < used, (case.batch, case.slots))
+    # Known while tracing, so that the program needs no callback that reports an overflow.
+    length: Any = np.int32(used)
+    return dataclasses.replace(cache, valid=valid, length=length)
 
 
 def _segment_ids(ids: np.ndarray | None) -> jax.Array | None:

@@ -74,7 +74,7 @@ def compile_for_h200(case: Case):
     topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
     place = jax.NamedSharding(mesh, jax.P())
-    arrays = round_inputs(cases.inputs(case))
+    arrays = round_inputs(cases.inputs(case), case.dtype)
     specs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for name, x in arrays.items()}
     run = function(case, "pallas")
 

@@ -21,8 +21,8 @@ All ops share the following contract.
   inputs: the highest for float32 and wider, else the default.
 - `implementation`: None chooses the best that serves this call here. "recurrent" processes one token at a time and is
   the reference, "chunked" works in matrix products (XLA), "pallas" runs the TPU or GPU kernels, and "cudnn", where an
-  op has it, the library's. Up to 8 tokens of a matrix memory, and on a TPU of softmax attention over a cache of fixed
-  capacity, have kernels that read the state once, for decoding; their derivatives are computed as the recurrence.
+  op has it, the library's. Up to 8 tokens of a matrix memory, or of an attention op over a cache of fixed capacity,
+  have kernels that read the state once, for decoding; their derivatives are computed as the recurrence.
 - dtype: any float dtype in; the output has v's dtype; states and sums are float32 (float64 for float64 inputs).
 - Errors: ValueError for a wrong shape, dtype, name or value, naming the argument, what was expected and what was
   given; NotImplementedError where the named implementation cannot serve, with the reason and what can. An
@@ -31,6 +31,7 @@ All ops share the following contract.
   differentiable. Forward mode (jax.jvp) and jax.hessian work with "recurrent" and "chunked"; jit, jax.checkpoint and
   scans go outside of jvp: inside, and in jax.linearize, "recurrent" alone has a forward mode. jax.grad of jax.grad
   works with "recurrent", and for matrix memories with "chunked". "pallas" and "cudnn" have first derivatives in
-  reverse mode only. What is missing raises NotImplementedError and names what has it.
+  reverse mode only, the kernels for decoding all of them. What is missing raises NotImplementedError and names what
+  has it.
 - Meshes: arrays sharded over batch and heads stay sharded, on Auto and on Explicit mesh axes (docs/meshes.md).
 """

@@ -6,16 +6,15 @@ from memformer.core.dispatch import dispatch
 from memformer.core.sharding import keep_shardings
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.types import Array, Float, Int
-from memformer.ops.attention import context, recurrent, tiled
+from memformer.ops.attention import context, decoding, recurrent, tiled
 from memformer.ops.attention.arguments import make_call
 from memformer.ops.attention.cache import DeltaCache
 from memformer.ops.attention.documents import append
-from memformer.pallas import attention as pallas
 from memformer.pallas.platform import preferred
 
 __all__ = ["deltaformer"]
 
-IMPLEMENTATIONS = {"recurrent": recurrent.deltaformer, "chunked": tiled.deltaformer, "pallas": pallas.deltaformer}
+IMPLEMENTATIONS = {"recurrent": recurrent.deltaformer, "chunked": tiled.deltaformer, "pallas": decoding.deltaformer}
 
 
 @keep_shardings
@@ -110,5 +109,6 @@ def deltaformer(
         chunk_size=chunk_size,
         precision=precision,
     )
-    output, u = dispatch(call, implementation, IMPLEMENTATIONS, preferred(call.q.shape[1], few=1), context.run)
+    prefer = preferred(call.q.shape[1], few=1, decodes=decoding.decodes(call))
+    output, u = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run, decoding.complete(call))
     return output.astype(call.v.dtype), append(DeltaCache, initial_state, segments, call.k, u, call.decay)

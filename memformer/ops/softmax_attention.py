@@ -113,5 +113,5 @@ def softmax_attention(
         precision=precision,
     )
     prefer = preferred(call.q.shape[1], few=1, library="cudnn", decodes=decoding.decodes(call))
-    output = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run)
+    output = dispatch(call, implementation, IMPLEMENTATIONS, prefer, context.run, decoding.complete(call))
     return output.astype(call.v.dtype), append(KVCache, initial_state, segments, call.k, call.v, call.decay)

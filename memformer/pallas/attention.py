@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from memformer.core.calls import AttentionCall
 from memformer.core.numerics import accumulation_dtype, repeat_heads
 from memformer.core.types import Array, Float
+from memformer.pallas.cache_decoding import CacheRead, CacheSums
 from memformer.pallas.checks import unsupported
-from memformer.pallas.decoding import CacheRead
 from memformer.pallas.platform import chip
 from memformer.pallas.sharding import key_head_repeats
 
-__all__ = ["CacheRead", "decode", "deltaformer", "softmax_attention"]
+__all__ = ["CacheRead", "CacheSums", "decode", "deltaformer", "softmax_attention"]
 
 
 def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
@@ -32,19 +32,17 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     return run(_share_key_heads(call))
 
 
-def decode(op: str, read: CacheRead) -> Float[Array, "B T H V"]:
-    """Reads a cache at a few queries by the kernel of a TPU; no derivative.
-
-    Returns:
-      The output in float32.
+def decode(op: str, read: CacheRead) -> CacheSums:
+    """Reads a cache at a few queries by the kernel of the chip that this trace is for; no derivative.
 
     Raises:
       NotImplementedError: no kernel serves the call, or the chip.
     """
-    from memformer.pallas.tpu.attention.decoding import run
-
-    repeats = key_head_repeats(read.k.shape[2], read.q.shape[2])
-    return run(op, read._replace(k=repeat_heads(read.k, repeats), v=repeat_heads(read.v, repeats)))
+    if chip() == "gpu":
+        from memformer.pallas.gpu.attention.decoding import run
+    else:
+        from memformer.pallas.tpu.attention.decoding import run
+    return run(op, read)
 
 
 def _share_key_heads(call: AttentionCall) -> AttentionCall:

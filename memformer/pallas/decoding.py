@@ -1,46 +1,22 @@
-"""Static settings and operands of the kernels that decode a few tokens, for every chip.
+"""Static settings and operands of the kernels that decode a few tokens of a matrix memory, for every chip.
 
 Such a kernel reads the state of a head once and writes it once, for all tokens of the call.
 """
 
 import dataclasses
-from typing import NamedTuple, Self
+from typing import Self
 
 import jax.numpy as jnp
-from jax import lax
 
 from memformer.core.calls import MatrixCall
 from memformer.core.numerics import repeat_heads
-from memformer.core.types import Array, Bool, Float, Int
+from memformer.core.types import Array, Bool
 from memformer.pallas.sharding import KernelAxes, kernel_axes
 
-__all__ = ["MOST_TOKENS", "CacheRead", "MatrixStep", "find_starts"]
+__all__ = ["MOST_TOKENS", "MatrixStep", "find_starts"]
 
 # T up to which a call is decoded by these kernels.
 MOST_TOKENS = 8
-
-
-class CacheRead(NamedTuple):
-    """Queries and the cache that they read, the tokens of the call included.
-
-    Attributes:
-      q: [B, T, H, K].
-      k, v: [B, S, G, K] and [B, S, G, V].
-      key_segment: [B, S], of the slots.
-      query_segment: [B, T]; a query sees slots of its segment.
-      last_slot: [B, T], the last slot that a query sees.
-      scale: factor on scores.
-      precision: of matrix products.
-    """
-
-    q: Float[Array, "B T H K"]
-    k: Float[Array, "B S G K"]
-    v: Float[Array, "B S G V"]
-    key_segment: Int[Array, "B S"]
-    query_segment: Int[Array, "B T"]
-    last_slot: Int[Array, "B T"]
-    scale: float
-    precision: lax.Precision
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ __all__ = [
     "RADIX",
     "QueryKeyDecay",
     "block_scalars",
+    "decay_digits",
     "fraction_gradient",
     "join_decay",
     "row_scalars",
@@ -75,6 +76,11 @@ def join_decay(call: AttentionCall, size: int, multiple: int | None = None) -> Q
         pairs = ((pad(x, size), new) for x, new in zip(held, query, strict=True))
         key = CumulativeDecay(*(jnp.concatenate([x, new.astype(x.dtype)], axis=2) for x, new in pairs))
     return QueryKeyDecay(query, key)
+
+
+def decay_digits(decay: CumulativeDecay) -> tuple[Array, Array, Array]:
+    """The whole part as two digits, and the fraction."""
+    return (*_digits(decay.whole), decay.fraction)
 
 
 def row_scalars(decay: CumulativeDecay) -> dict[str, Array]:

@@ -23,6 +23,8 @@ CASES = [
     Case("delta_rule", 1, 256, 2, 1, decay="channel", segments=2),
     Case("linear_attention", 1, 256, 2, 1, decay="channel", segments=2),
     Case("delta_rule", 64, 8, 4, 2, decay="channel", segments=2),
+    Case("softmax_attention", 4, 8, 4, 2, 256, 256, decay="head", window=9, slots=128),
+    Case("deltaformer", 4, 8, 4, 2, write="linear", decay="head", slots=128),
 ]
 
 # Beginnings of the names of an op's own kernels.
@@ -39,7 +41,7 @@ def rows():
     return list(static.report(CASES))
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{case.op}-{case.decay or 'none'}" for case in CASES])
+@pytest.mark.parametrize("case", CASES, ids=[f"{case.op}-{case.decay}-{case.length}" for case in CASES])
 def test_no_spill_no_serialized_product(case, rows):
     of = [row for row in rows if row["case"] == case.name]
     assert all(row["fault"] is None and row["registers"] <= 255 for row in of), of
@@ -47,7 +49,7 @@ def test_no_spill_no_serialized_product(case, rows):
     if case.decay == "channel":
         names = tuple(f"{case.op}_channel_{name}" for name in CHANNEL[case.op])
     if case.length <= MOST_TOKENS:
-        names = (f"{case.op}_decode",)
+        names = ("attention_decode" if case.slots else f"{case.op}_decode",)
     for name in names:
         assert any(row["kernel"].startswith(f"memformer_{name}") for row in of), name
 

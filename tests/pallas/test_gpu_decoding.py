@@ -1,5 +1,7 @@
 """Kernels for a few tokens of a matrix memory on GPU in Pallas' interpreter, against the recurrence in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, 
 
 import memformer as mf
 from memformer.models import from_preset
+from memformer.pallas.gpu.attention import decoding as attention_decoding
 from memformer.pallas.gpu.matrix_memory import decoding
 from tests.numeric import assert_close
+from tests.pallas import cached_steps
 from tests.pallas.test_gpu import H200, interpreter, interprets
 from tests.pallas.test_gpu_edges import shard_maps
 from tests.pallas.test_tpu_decoding import IDS, arguments, cast, compare, step_program
@@ -60,6 +64,14 @@ def test_generation_takes_them(memory):
     assert text.count(f"name=memformer_{op}_decode") == config.depth and "while" not in text
 
 
+@pytest.mark.parametrize("memory", ["softmax_attention", "gated_deltaformer"])
+def test_generation_reads_the_cache(memory):
+    """By default a step of a model with a cache calls one kernel per layer."""
+    config = from_preset("tiny", memory=memory, width=128, heads=2, dtype="bfloat16")
+    text = step_program(config, H200, capacity=128)
+    assert text.count("name=memformer_attention_decode") == config.depth
+
+
 def test_explicit_mesh():
     """Every device decodes its own rows and heads."""
     device = AbstractDevice("NVIDIA H200", 1, "cuda")
@@ -89,3 +101,39 @@ def test_refusals_say_why(why):
         with pytest.raises(NotImplementedError, match=message):
             jax.eval_shape(lambda x: mf.linear_attention(x, x, x, implementation="pallas"), x)
         assert "mpmd_map" not in str(jax.make_jaxpr(lambda x: mf.linear_attention(x, x, x))(x))
+
+
+CACHE_REFUSED = {
+    "capacity": (65, 64, "bfloat16", {}, "a capacity in multiples of 64"),
+    "channels": (64, 96, "bfloat16", {}, "channels in multiples of 64 up to 256, got 96 and 96"),
+    "float32": (64, 64, "float32", {}, "takes bfloat16 or float16"),
+    "precision": (64, 64, "bfloat16", {"precision": "highest"}, "default precision only"),
+}
+
+
+@pytest.mark.parametrize("why", CACHE_REFUSED)
+def test_caches_that_no_kernel_reads(why):
+    """Refused by name; the default is the recurrence."""
+    slots, width, dtype, options, message = CACHE_REFUSED[why]
+    x = jax.ShapeDtypeStruct((1, 1, 2, width), dtype)
+    sizes = {"batch": 1, "capacity": slots, "groups": 2, "key_width": width, "value_width": width}
+    cache = mf.init_cache("softmax_attention", **sizes, dtype=dtype)
+    call = functools.partial(mf.softmax_attention, initial_state=cache, **options)
+    with jax.sharding.use_abstract_mesh(H200):
+        with pytest.raises(NotImplementedError, match=message):
+            jax.eval_shape(lambda x: call(x, x, x, implementation="pallas"), x)
+        assert "mpmd_map" not in str(jax.make_jaxpr(lambda x: call(x, x, x))(x))
+
+
+# Programs that share the slots, from the default of one program where there are so few: 4 tiles in one or in two.
+CACHED = dict.fromkeys(cached_steps.CASES, ("bfloat16", 1)) | {"attention": ("float16", 2)}
+
+
+@interprets
+@pytest.mark.parametrize("name", CACHED)
+def test_attention_over_a_cache(name, interpreter, monkeypatch):  # noqa: F811
+    """Shared heads, a padded prompt, then one token and three packed ones, in one case on more than 64 rows."""
+    dtype, programs = CACHED[name]
+    monkeypatch.setattr(attention_decoding, "LEAST_TILES", 4 // programs)
+    heads = 24 if dtype == "float16" else 2
+    cached_steps.check(name, dtype, 1e-2, heads=heads, groups=1, width=64, capacity=256, prompt=200)

@@ -72,21 +72,31 @@ def test_split_over_chips(op):
         assert transfer not in text
 
 
-def test_attention_over_a_cache():
+CACHED = {
+    "v5e:2x2": ("softmax_attention", 8, {"window": 100}),
+    "v5p:2x2x1": ("deltaformer", 8, {"write_kernel": "linear"}),
+    "v6e:2x2": ("softmax_attention", 2, {}),
+    "tpu7x:2x2x1": ("deltaformer", 4, {"write_kernel": "round", "read_kernel": "linear"}),
+}
+
+
+@pytest.mark.parametrize("topology", CACHED)
+def test_attention_over_a_cache(topology):
     """The kernel reads the cache as it lies there: nothing of its size is copied."""
     static.prepare_compiler()
-    mesh = static.make_mesh("v5p:2x2x1")
-    cache = mf.init_cache(
-        "softmax_attention", batch=2, capacity=512, groups=8, key_width=128, value_width=128, dtype="bfloat16"
-    )
-    arrays = (jnp.zeros((2, 3, 16, 128), "bfloat16"), *[jnp.zeros((2, 3, 8, 128), "bfloat16")] * 2)
+    mesh, (op, groups, options) = static.make_mesh(topology), CACHED[topology]
+    decays = {"decay_heads": groups if op == "deltaformer" else 16}
+    sizes = {"batch": 2, "capacity": 512, "groups": groups, "key_width": 128, "value_width": 128}
+    cache = mf.init_cache(op, **sizes, **decays, dtype="bfloat16")
+    arrays = {"q": jnp.zeros((2, 3, 16, 128), "bfloat16"), "decay": jnp.zeros((2, 3, decays["decay_heads"]))}
+    arrays |= dict.fromkeys("kv", jnp.zeros((2, 3, groups, 128), "bfloat16"))
     place = NamedSharding(mesh, PartitionSpec())
-    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (*arrays, cache))
+    given = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (arrays, cache))
     with jax.set_mesh(mesh):
-        run = jax.jit(lambda q, k, v, cache: mf.softmax_attention(q, k, v, initial_state=cache), donate_argnums=3)
-        text = run.lower(*given).compile().as_text()
+        run = lambda arrays, cache: getattr(mf, op)(**arrays, **options, initial_state=cache)  # noqa: E731
+        text = jax.jit(run, donate_argnums=1).lower(*given).compile().as_text()
     assert "memformer_attention_decode" in text
-    assert not re.search(r"= bf16\[2,(512,8|4096),128\]\S* (copy|transpose|reshape)\(", text)
+    assert not re.search(rf"= \w+\[2,(512,{groups}|{512 * groups}),128\]\S* (copy|transpose|reshape|convert)\(", text)
 
 
 def test_train_step():

@@ -15,6 +15,7 @@ from memformer.pallas.tpu.attention import decoding as attention_decoding
 from memformer.pallas.tpu.matrix_memory import decoding
 from tests.numeric import assert_close
 from tests.ops.test_ops import cast
+from tests.pallas import cached_steps
 from tests.pallas.test_tpu import TPU
 
 BATCH, TOKENS = 3, 3
@@ -147,7 +148,7 @@ def test_explicit_mesh(interpreter):
     assert not any(word in compiled.as_text() for word in ("all-gather", "all-to-all", "collective-permute"))
 
 
-def step_program(config, mesh):
+def step_program(config, mesh, capacity=16):
     """The program of one step of decoding by a model, for the chip of an abstract mesh."""
     model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
     graph, parameters = nnx.split(model)
@@ -156,7 +157,7 @@ def step_program(config, mesh):
         output = nnx.merge(graph, parameters)(token, state=state)
         return output.logits, output.state
 
-    arrays = parameters, jnp.zeros((2, 1), jnp.int32), model.init_state(2, 16)
+    arrays = parameters, jnp.zeros((2, 1), jnp.int32), model.init_state(2, capacity)
     with jax.sharding.use_abstract_mesh(mesh):
         return str(jax.make_jaxpr(step)(*arrays))
 
@@ -188,55 +189,29 @@ def test_others_take_the_recurrence():
             assert "pallas_call" not in str(jax.make_jaxpr(call)())
 
 
-ATTENTION = {"float32": 2e-6, "bfloat16": 1e-2}
+CACHED = {"attention": "bfloat16", "forgetting": "float32", "linear write": "float32"}
 
 
-@pytest.mark.parametrize("dtype", ATTENTION)
-def test_attention_over_a_cache(dtype, interpreter, monkeypatch):
+@pytest.mark.parametrize("name", CACHED)
+def test_attention_over_a_cache(name, interpreter, monkeypatch):
     """Shared heads, a padded prompt, blocks of which the last is not in use, then one token and three packed ones."""
     monkeypatch.setattr(attention_decoding, "KEYS", 128)
-    rng, (groups, heads) = np.random.default_rng(9), (8, 16)
-
-    def tokens(length):
-        shapes = {"q": heads, "k": groups, "v": groups}
-        return {name: cast(rng.standard_normal((2, length, count, 8)), dtype) for name, count in shapes.items()}
-
-    empty = mf.init_cache(
-        "softmax_attention", batch=2, capacity=64, groups=groups, key_width=8, value_width=8, dtype=dtype
-    )
-    prompt, padded = tokens(30), np.array([[0] * 4 + [1] * 26, [1] * 30], np.int32)
-    ids = np.array([[1, 1, 2], [1, 0, 1]], np.int32)
-    calls = [(tokens(1), None), (tokens(3), ids)]
-
-    def run(empty, prompt, calls, implementation):
-        _, cache = mf.softmax_attention(**prompt, segment_ids=padded, initial_state=empty, implementation="recurrent")
-        found = []
-        for arrays, ids in calls:
-            output, cache = mf.softmax_attention(
-                **arrays, segment_ids=ids, initial_state=cache, implementation=implementation
-            )
-            found.append(output)
-        return found
-
-    got = jax.jit(functools.partial(run, implementation="pallas"))(empty, prompt, calls)
-    with jax.enable_x64(True):
-        exact = cast(
-            jax.tree.map(lambda x: np.asarray(x, np.float64) if x.ndim == 4 else x, (empty, prompt, calls)), "float64"
-        )
-        want = jax.tree.map(np.asarray, run(*exact, "recurrent"))
-    assert_close(got, want, ATTENTION[dtype])
+    tolerance = 5e-6 if CACHED[name] == "float32" else 1e-2
+    cached_steps.check(name, CACHED[name], tolerance, heads=16, groups=8, width=8, capacity=64)
 
 
-def test_generation_reads_the_cache():
-    """By default a step of a model with attention calls the kernel; windows and narrow heads take the recurrence."""
-    config = from_preset("tiny", memory="softmax_attention", width=256, heads=2)
+@pytest.mark.parametrize("memory", ["softmax_attention", "gated_deltaformer"])
+def test_generation_reads_the_cache(memory):
+    """By default a step of a model with a cache calls one kernel per layer."""
+    config = from_preset("tiny", memory=memory, width=256, heads=2)
     text = step_program(config, TPU)
-    assert text.count("name=memformer_attention_decode") == config.depth
-    for width, options in ((128, {"window": 4}), (64, {})):
-        x = jnp.ones((1, 1, 2, width))
-        sizes = {"batch": 1, "capacity": 16, "groups": 2, "key_width": width, "value_width": width}
-        read = functools.partial(
-            mf.softmax_attention, initial_state=mf.init_cache("softmax_attention", **sizes), **options
-        )
-        with jax.sharding.use_abstract_mesh(TPU):
-            assert "pallas_call" not in str(jax.make_jaxpr(lambda x, read=read: read(x, x, x)[0])(x))
+    assert text.count("name=memformer_attention_decode") == config.depth and "while" not in text
+
+
+def test_narrow_heads_take_the_recurrence():
+    x = jnp.ones((1, 1, 2, 64))
+    cache = mf.init_cache("softmax_attention", batch=1, capacity=16, groups=2, key_width=64, value_width=64)
+    with jax.sharding.use_abstract_mesh(TPU):
+        assert "pallas_call" not in str(jax.make_jaxpr(lambda x: mf.softmax_attention(x, x, x, initial_state=cache))(x))
+        with pytest.raises(NotImplementedError, match="channels in multiples of 128"):
+            jax.eval_shape(lambda x: mf.softmax_attention(x, x, x, initial_state=cache, implementation="pallas"), x)

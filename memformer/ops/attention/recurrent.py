@@ -13,7 +13,7 @@ from memformer.core.types import Array, Bool, Float
 from memformer.ops.attention.arguments import write_operands
 from memformer.ops.attention.cache import offset, place
 
-__all__ = ["deltaformer", "place_mask", "softmax_attention"]
+__all__ = ["deltaformer", "place_decay", "place_mask", "softmax_attention"]
 
 
 def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
@@ -22,7 +22,7 @@ def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     cached_k, cached_v = (None, None) if cache is None else (cache.k, cache.values)
     k, v = place(cache, cached_k, call.k), place(cache, cached_v, call.v)
     mask, start = place_mask(call)
-    decay = _place_decay(call)
+    decay = place_decay(call)
 
     def step(_, inputs):
         t, q = inputs
@@ -46,7 +46,7 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     cached_k, cached_u = (None, None) if cache is None else (cache.k, cache.values)
     k, u = place(cache, cached_k, call.k), place(cache, cached_u, jnp.zeros_like(target))
     mask, start = place_mask(call)
-    decay, slots = _place_decay(call), k.shape[1]
+    decay, slots = place_decay(call), k.shape[1]
 
     def step(u, inputs):
         t, q, w, target, beta = inputs
@@ -87,7 +87,7 @@ def _row_mask(call: AttentionCall, mask: Mask, start: Array, slots: int, t: Arra
     return seen
 
 
-def _place_decay(call: AttentionCall) -> CumulativeDecay | None:
+def place_decay(call: AttentionCall) -> CumulativeDecay | None:
     """The cumulative decays of all slots."""
     if call.decay is None or call.cache is None:
         return call.decay

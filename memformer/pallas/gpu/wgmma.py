@@ -17,15 +17,17 @@ __all__ += ["products", "shared_block", "split_bf16", "split_block", "split_outs
 __all__ += ["store_split", "sum_product", "transposed"]
 
 
-def shared_block(*shape: int, columns: int = 64) -> plgpu.SMEM:
-    """A bfloat16 block of shared memory, tiled and swizzled as wgmma reads it.
+def shared_block(*shape: int, columns: int = 64, dtype: Any = jnp.bfloat16) -> plgpu.SMEM:
+    """A block of shared memory, tiled and swizzled as wgmma reads it.
 
     Args:
       *shape: rows and columns last; leading axes count blocks.
       columns: width of a tile. Both operands of a product need the same.
+      dtype: of the numbers.
     """
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(2 * columns))
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+    swizzle = jnp.dtype(dtype).itemsize * columns
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def start_anew(zero) -> None:

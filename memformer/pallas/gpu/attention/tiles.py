@@ -41,7 +41,7 @@ __all__ += [
     "interpreter_scratch",
 ]
 __all__ += ["key_head", "left_operand", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
-__all__ += ["row_bounds", "row_extent", "split_values", "store_tile", "tile_mask", "zeros"]
+__all__ += ["row_bounds", "row_extent", "similarity_values", "split_values", "store_tile", "tile_mask", "zeros"]
 
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
@@ -176,10 +176,10 @@ def attention_weights(
     if config.similarity.normalized:
         return jnp.exp2(mask_scores(scores, mask, gap) - lse)
     if mask is None:
-        weights = _similarity(config.similarity, scores)
+        weights = similarity_values(config.similarity, scores)
     else:
         # Masked scores are cleared before the kernel too: their exponential may be infinite.
-        weights = jnp.where(mask, _similarity(config.similarity, jnp.where(mask, scores, 0.0)), 0.0)
+        weights = jnp.where(mask, similarity_values(config.similarity, jnp.where(mask, scores, 0.0)), 0.0)
     return weights if gap is None else weights * decay_factor(gap)
 
 
@@ -188,7 +188,7 @@ def decay_factor(gap: Array) -> Array:
     return jnp.exp2(jnp.minimum(gap, 0.0))
 
 
-def _similarity(kernel: Kernel, scores: Array) -> Array:
+def similarity_values(kernel: Kernel, scores: Array) -> Array:
     """core.similarity without its stop_gradient (round), a primitive that kernels do not have."""
     if kernel.name != "round":
         return similarity(kernel, scores)
