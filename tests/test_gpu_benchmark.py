@@ -10,7 +10,7 @@ from benchmarks import timing, workers
 from benchmarks.cases import PASSES, Case
 from benchmarks.floor import floor
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import cases, goals, static, verify
+from benchmarks.gpu import cases, goals, sass, static, verify
 from benchmarks.gpu.cases import FLA, SHIPPED, TIMED, TOY
 
 
@@ -109,6 +109,33 @@ def test_report_of_ptxas():
     assert [row["registers"] for row in rows.values()] == [204, 255, 128]
     assert [row["fault"] for row in rows.values()] == [None, "8 bytes spilled", "wgmma serialized"]
     assert rows["c"]["warnings"] == ["C7517"]
+
+
+SASS = """
+    .section .text.memformer_a_mosaic_gpu_kernel,"ax",@progbits
+        /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR5], R4 ;
+.L_x_1:
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR5], R4 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R88, R184, gdesc[UR16], RZ, !UPT, gsb0 ;
+        /*0030*/                   HGMMA.64x32x16.F32.BF16 R24, gdesc[UR24].tnspB, R24, gsb0 ;
+        /*0040*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*0050*/                   FADD R1, R88, R88 ;
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING R22, 0x80 ;
+        /*0070*/              @P0  BRA `(.L_x_1) ;
+        /*0080*/                   EXIT ;
+"""
+
+
+def test_counts_of_machine_code():
+    """The loop with all products, its counts, and the estimate of its cycles."""
+    (code,) = sass.read_sass(SASS)["memformer_a"]
+    loop = sass.main_loop(code)
+    assert len(loop) == 7 and loop[0].startswith("SYNCS")
+    found = sass.describe(loop)
+    assert (found["products"], found["barriers"], found["waits"], found["all"]) == (2, 1, 1, 7)
+    # The first product takes 32 cycles of the tensor cores from cycle 2 on, the second 24 of shared memory.
+    first = 2 + 32 + sass.LATENCY
+    assert found["cycles"] == [first + 3 + sass.BARRIER, 2 * (32 + 24)]
 
 
 def test_static_marks_faults(monkeypatch, tmp_path):

@@ -2,7 +2,8 @@
 
 The CUDA plugin wheels (jax-cuda13-pjrt, jax-cuda13-plugin of jax's version) contain the compiler of GPU machines; it
 needs ptxas, from the CUDA toolkit on the PATH or from the nvidia-cuda-nvcc wheel. Mosaic itself rejects a kernel that
-needs more shared memory than a block may have (227 KiB); such a case is a row with a fault.
+needs more shared memory than a block may have (227 KiB); such a case is a row with a fault. Where nvdisasm lies beside
+ptxas (the toolkit, or the nvidia-cuda-nvdisasm wheel), a row has the counts of the kernel's main loop too (sass.py).
 """
 
 import ctypes
@@ -16,13 +17,15 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks import cases
 from benchmarks.cases import Case
+from benchmarks.gpu import sass
 from benchmarks.gpu.cases import SHIPPED
 from benchmarks.workers import shorten
+from memformer.pallas.gpu import tuning
 
 __all__ = ["compile_for_h200", "find_ptxas", "hash_sources", "make_rows", "read_report", "report"]
 
@@ -105,14 +108,20 @@ def read_report(case: str, text: str) -> list[dict[str, Any]]:
         serialized = any("serialized" in line or re.search(r"C751[012]", line) for line in warnings)
         faults += ["wgmma serialized"] * serialized
         faults += ["no report"] * (used is None or spilled is None)
+        for code in sass.read_sass(part).get(kernel[1], []):
+            row["loop"] = sass.describe(sass.main_loop(code))
         rows.append(row | {"fault": ", ".join(faults) or None})
     return rows
 
 
-def report(wanted: Sequence[Case] = SHIPPED) -> Iterator[dict[str, Any]]:
+def report(wanted: Sequence[Case] = SHIPPED, sizes: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
     """Compiles the cases and yields one row per kernel, case by case.
 
     A case that has no kernel, or that the compiler rejects, is a row with a fault.
+
+    Args:
+      wanted: cases.
+      sizes: values for names of memformer.pallas.gpu.tuning, in place of its own.
 
     Raises:
       FileNotFoundError: no ptxas.
@@ -123,11 +132,13 @@ def report(wanted: Sequence[Case] = SHIPPED) -> Iterator[dict[str, Any]]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_cuda_data_dir={ptxas.parent.parent}"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_PTXAS": "1", "XLA_FLAGS": flags}
     environment["PATH"] = f"{ptxas.parent}{os.pathsep}{environment.get('PATH', '')}"
+    if (ptxas.parent / "nvdisasm").exists():
+        environment |= {"MOSAIC_GPU_DUMP_SASS": "1", "CUDA_ROOT": str(ptxas.parent.parent)}
     left = list(wanted)
     while left:
         # The compiler writes its report to standard output: it runs in a process of its own.
         todo = json.dumps([dataclasses.asdict(case) for case in left])
-        command = [sys.executable, "-m", "benchmarks.gpu.static", todo]
+        command = [sys.executable, "-m", "benchmarks.gpu.static", todo, json.dumps(dict(sizes or {}))]
         lines: list[str] = []
         with subprocess.Popen(
             command, text=True, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -166,4 +177,6 @@ def main(todo: list[Case]) -> None:
 
 
 if __name__ == "__main__":
+    for name, value in json.loads(sys.argv[2]).items():
+        setattr(tuning, name, value)
     main([cases.from_json(case) for case in json.loads(sys.argv[1])])

@@ -12,12 +12,13 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 import memformer as mf
 from memformer.core.calls import MatrixCall
-from memformer.pallas.gpu import compat
+from memformer.pallas.gpu import compat, tuning
 from memformer.pallas.gpu.interpreter import interpreted
 from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
 from memformer.pallas.gpu.matrix_memory import chunk_scan
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
+from tests.pallas.gpu_interpreter import teach
 from tests.pallas.test_tpu import keys
 
 H200 = AbstractMesh((1,), ("one",), abstract_device=AbstractDevice("NVIDIA H200", 1, "cuda"))
@@ -33,10 +34,11 @@ ROWS = ["delta_rule_grouped", "delta_product_head_decay", "linear_attention_norm
 
 
 @pytest.fixture
-def interpreter():
+def interpreter(monkeypatch):
     """Runs kernels in the interpreter, and leaves no state to the next test."""
     from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import reset_gpu_interpret_mode_state
 
+    teach(monkeypatch)
     with interpreted():
         yield
     reset_gpu_interpret_mode_state()
@@ -279,3 +281,22 @@ def test_remat(interpreter):
 
     for got, want in zip(*map(gradients, ("inputs", "states")), strict=True):
         np.testing.assert_array_equal(np.asarray(got, "float32"), np.asarray(want, "float32"))
+
+
+@interprets
+def test_two_warpgroups(interpreter, monkeypatch):
+    """Two computing warpgroups per program, as for many heads, give what one gives, gradients included."""
+    rng = np.random.default_rng(7)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 70, 1, width)), "bfloat16") for width in (16, 16, 80))
+    beta = jnp.asarray(rng.uniform(0.0, 0.2, (1, 70, 1)), "float32")
+
+    def run():
+        def loss(*x):
+            output, state = chunk_scan.run(delta_call(*x))
+            return jnp.sum(jnp.sin(output.astype("float32"))) + jnp.sum(state**2)
+
+        return jax.tree.map(np.asarray, jax.value_and_grad(loss, range(5))(q, k, v, beta, -beta))
+
+    want = run()
+    monkeypatch.setattr(tuning, "MULTIPROCESSORS", 0)
+    jax.tree.map(np.testing.assert_array_equal, run(), want)

@@ -6,6 +6,9 @@ its left, which is half of the first join. The rest of the ladder of core/triang
 cores. Their operands are split into two bfloat16 parts, those of the last into three: identical keys round alike in
 every row, and the state accumulates the error (at beta 2, 4% in 256 tokens; with three parts, 1%). No power of A is
 formed. With bfloat16 or TF32 operands nearly equal keys at beta 2 would leave one correct digit.
+
+Kernels may run this without automatic barriers: a `commit_smem`, which is one, separates every store from the reads of
+other warps, and every product from the stores that replace its operands.
 """
 
 import jax.numpy as jnp
@@ -47,6 +50,7 @@ def write_inverse(a: Array, scratch, targets, place: tuple) -> None:
       place: indices of the matrix in each of them.
     """
     sides = unit_lower_inverse(a, scratch)
+    plgpu.commit_smem()
     for pair, x in zip(scratch, sides, strict=False):
         # The first pairs of the scratch are free again.
         store_split(pair, x)
@@ -79,7 +83,8 @@ def unit_lower_inverse(a: Array, scratch) -> tuple[Array, Array]:
     first, second = ([ref.at[pl.ds(top, PAIR)] for ref in stack] for top in (0, PAIR))
     (corner,) = products(partial_products(corners[0], first) + partial_products(corners[1], second))
     x = jnp.where(odd & left, -corner, x)
-    # The first product has finished, so its blocks can be reused.
+    # All warps have finished the first product, so its blocks can be reused.
+    plgpu.commit_smem()
     stack, product = [*stack, corners[0][0]], [corners[0][1], *corners[1]]
     store_split(stack, x)
     plgpu.commit_smem()

@@ -1,6 +1,7 @@
 """Block sizes of the kernels. None was timed: they are the largest that ptxas compiles without a spill."""
 
-__all__ = ["CHUNK", "KEYS", "REMAT", "SPANS", "SLOTS", "VALUE_BLOCKS", "WRITE_BLOCK", "padded_width", "span_length"]
+__all__ = ["CHANNEL_VALUES", "CHUNK", "KEYS", "MULTIPROCESSORS", "REMAT", "SCAN_REGISTERS", "SCAN_SLOTS", "SLOTS"]
+__all__ += ["SPANS", "VALUE_PART", "WRITE_BLOCK", "padded_width", "span_length"]
 
 # Tokens per chunk or tile: wgmma has 64 rows. With 128 the blocks of the chunk scan (q, k, v, P, and X in two parts:
 # 168 KiB at K = 128) fit in shared memory once, not twice, and no copy would overlap the computation.
@@ -9,10 +10,18 @@ CHUNK = 64
 # Key widths of the kernels; narrower keys are padded to the next.
 KEYS = (64, 128)
 
-# Value columns per warpgroup of the chunk scan, by key width. State and accumulators must fit the 255 registers of a
-# thread: 64 columns of 128 keys spill. Two warpgroups share a program where there are two blocks; two blocks of 64
-# columns exceed its shared memory (260 KiB at K = 64).
-VALUE_BLOCKS = {64: 32, 128: 32}
+# Value columns per warpgroup of the chunk scan of a decay per key channel: 64 columns of 128 keys spill.
+CHANNEL_VALUES = 32
+
+# Chunk scan: chunks in shared memory, and registers per thread of two computing warpgroups and of the copying one.
+SCAN_SLOTS = 2
+SCAN_REGISTERS = (240, 24)
+
+# Value columns per program of the gradients within chunks: what fits in shared memory beside 128 keys.
+VALUE_PART = 128
+
+# Multiprocessors of an H200 (and an H100).
+MULTIPROCESSORS = 132
 
 # What the gradient of a matrix memory has beside the inputs; the first is chosen. At 8192 tokens, 16 key and 32 value
 # heads of 128 channels, "states" are 0.37 GB per layer beside inputs of 0.13 GB. `jax.checkpoint` around the op keeps

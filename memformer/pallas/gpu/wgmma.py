@@ -64,8 +64,10 @@ def split_bf16(x: Array, count: int) -> tuple[Array, ...]:
     """x as the sum of `count` bfloat16 arrays: 8 bits each."""
     parts = []
     for _ in range(count - 1):
-        parts.append(x.astype(jnp.bfloat16))
-        x = x - parts[-1].astype(jnp.float32)
+        # Truncated: what a rounded part leaves costs a conversion of its own per entry, at half the rate of others.
+        high = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32)
+        parts.append(high.astype(jnp.bfloat16))
+        x = x - high
     return (*parts, x.astype(jnp.bfloat16))
 
 

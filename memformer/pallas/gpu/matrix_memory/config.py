@@ -41,18 +41,27 @@ class ScanConfig(BaseScanConfig):
 
     @property
     def value_block(self) -> int:
-        """Value columns per warpgroup of the chunk scan."""
-        return tuning.VALUE_BLOCKS[self.key]
+        """Value columns per warpgroup of the chunk scan of a decay per key channel."""
+        return tuning.CHANNEL_VALUES
+
+    @property
+    def value_rows(self) -> int:
+        """Value columns per computing warpgroup of the chunk scan: rows of a product."""
+        return 64
 
     @property
     def value_part(self) -> int:
-        """Value columns per program of the gradients within chunks: what fits in shared memory beside 128 keys."""
-        return 128 if self.value % 128 == 0 else 64
+        """Value columns per program of the gradients within chunks."""
+        return tuning.VALUE_PART if self.value % tuning.VALUE_PART == 0 else 64
 
     @property
     def warpgroups(self) -> int:
-        """Warpgroups per program of the chunk scan, each with its own block of value columns."""
-        return 1 + (self.value // self.value_block % 2 == 0)
+        """Computing warpgroups per program of the chunk scan, each with its own block of value columns.
+
+        Two share copies and a multiprocessor, where there are more blocks than multiprocessors.
+        """
+        blocks = self.value // self.value_rows
+        return 2 if blocks % 2 == 0 and self.batch * self.heads * blocks > tuning.MULTIPROCESSORS else 1
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -93,7 +102,9 @@ def take(values: Sequence[Any], *counts: int) -> list[Sequence[Any]]:
     return [*(values[i:j] for i, j in itertools.pairwise(ends)), values[ends[-1] :]]
 
 
-def call_kernel(config: ScanConfig, name: str, body, grid, out, scratch, operands, **threads) -> tuple[Array, ...]:
+def call_kernel(
+    config: ScanConfig, name: str, body, grid, out, scratch, operands, automatic_barriers: bool = True, **threads
+) -> tuple[Array, ...]:
     """Launches a Mosaic GPU kernel named after its memory and `name`.
 
     Args:
@@ -104,6 +115,7 @@ def call_kernel(config: ScanConfig, name: str, body, grid, out, scratch, operand
       out: shapes and dtypes of the results.
       scratch: shared memory and barriers.
       operands: arrays.
+      automatic_barriers: whether Pallas puts barriers of the warpgroup around stores and copies.
       **threads: num_threads and thread_name, with more than one warpgroup per program.
 
     Raises:
@@ -117,7 +129,9 @@ def call_kernel(config: ScanConfig, name: str, body, grid, out, scratch, operand
         kernel_name=f"memformer_{memory}_{name}",
         # Warpgroup semantics, the default since 0.11, solves for layouts: that takes minutes for the inverse, and
         # some layouts are never found.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=not automatic_barriers
+        ),
         **launch_grid(grid, AXES),
         **threads,
     )

@@ -64,5 +64,7 @@ def intra_chunk(config: ScanConfig, q: Array, k: Array, scalars: tuple[Array, ..
     body = functools.partial(_kernel, config=config)
     grid = (config.batch, config.heads, config.chunks)
     out = [squares] * (1 + 2 * config.beta)
-    qk, *inverse = call_kernel(config, "intra_chunk", body, grid, out, scratch, (q, k, *scalars))
+    operands = (q, k, *scalars)
+    # Barriers are where inverse.py needs them; the block of P is stored once.
+    qk, *inverse = call_kernel(config, "intra_chunk", body, grid, out, scratch, operands, automatic_barriers=False)
     return qk, tuple(inverse)

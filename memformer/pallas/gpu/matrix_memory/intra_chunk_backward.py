@@ -137,7 +137,10 @@ def _compute(
 
     @pl.when(hp < config.heads * (config.value // config.value_part))
     def _():
-        store(blocks.q, _key_gradients(config, scalars, sums_s, blocks))
+        dk = _key_gradients(config, scalars, sums_s, blocks)
+        # All warps have finished the products with q, so its block can be reused.
+        plgpu.commit_smem()
+        store(blocks.q, dk)
 
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(blocks.stage, dq_g.at[place])
@@ -151,7 +154,7 @@ def _compute(
 
 def _query_gradients(config: ScanConfig, scalars: TokenScalars, sums_s, blocks: _Blocks) -> Array:
     """dQ."""
-    (through_state,) = products(((blocks.do, transposed(blocks.state)),))
+    (through_state,) = products(((blocks.do, blocks.state),))
     _store_sum(sums_s, "q_decay_in", blocks.q, config.scale * through_state)
     dq = config.scale * scalars.scale_rows(("decay_in",), through_state)
     (through_chunk,) = products([(part, blocks.k) for part in blocks.fb])
@@ -165,14 +168,14 @@ def _key_gradients(config: ScanConfig, scalars: TokenScalars, sums_s, blocks: _B
     (as_writer,) = products([(transposed(square), x) for square, x in zip(squares, operands, strict=False)])
     _store_sum(sums_s, "writer", blocks.k, as_writer)
     dk = scalars.scale_rows(("beta",), as_writer)
-    (through_end,) = products([(blocks.w[0], transposed(blocks.dstate))])
+    (through_end,) = products([(blocks.w[0], blocks.dstate)])
     _store_sum(sums_s, "decay_out", blocks.k, through_end)
     dk = dk + scalars.scale_rows(("beta", "decay_out"), through_end)
     if not config.beta:
         return dk
     (as_reader,) = products(((blocks.nb[0], blocks.k),))
     _store_sum(sums_s, "kk_reader", blocks.k, as_reader)
-    (through_start,) = products(((blocks.dv[0], transposed(blocks.state)),))
+    (through_start,) = products(((blocks.dv[0], blocks.state),))
     _store_sum(sums_s, "k_decay_in", blocks.k, through_start)
     return dk + as_reader - scalars.scale_rows(("decay_in",), through_start)
 
@@ -192,7 +195,7 @@ def _load(config: ScanConfig, sources, blocks, barrier) -> None:
     columns = pl.ds(lax.rem(hp, jnp.int32(parts)) * width, width)
     group = lax.div(h, jnp.int32(config.repeat))
     keys = [(b, tokens, group, pl.ds(i, KEY_BLOCK)) for i in range(0, config.key, KEY_BLOCK)]
-    states = [(b, h, n, pl.ds(i, KEY_BLOCK), columns) for i in range(0, config.key, KEY_BLOCK)]
+    states = [(b, h, n, columns, pl.ds(i, KEY_BLOCK)) for i in range(0, config.key, KEY_BLOCK)]
     values = [(b, tokens, h, columns)] * (2 + 2 * config.beta)
     places = [keys] * 2 + values + [states] * 2 + [(b, h, n)] * bool(config.scalars)
     for source, place, block in zip(sources, places, blocks, strict=True):
@@ -235,7 +238,7 @@ def intra_chunk_backward(config: ScanConfig, q, k, do, w, dv, states, dstates, s
       do: gradient of the output, [B, T, H, V] bfloat16.
       w: W in two parts, like do; (V,) where writes add.
       dv: gradient of the values, like do; () where writes add.
-      states, dstates: [B, H, N, K, V] bfloat16, the state that enters each chunk, and the gradient of the one that
+      states, dstates: [B, H, N, V, K] bfloat16, the state that enters each chunk, and the gradient of the one that
         leaves it.
       scalars: the token scalars, if there are any.
     """
@@ -244,10 +247,10 @@ def intra_chunk_backward(config: ScanConfig, q, k, do, w, dv, states, dstates, s
     programs = (config.batch, many, config.chunks)
     out = [jax.ShapeDtypeStruct((config.batch, q.shape[1], many, config.key), q.dtype)] * 2
     scratch = [shared_block(warpgroups, C, KEY_BLOCK)] * 2 + [shared_block(C, V)] * (2 + 2 * config.beta)
-    scratch += [shared_block(warpgroups, KEY_BLOCK, V)] * 2
+    scratch += [shared_block(warpgroups, V, KEY_BLOCK)] * 2
     scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * len(scalars)
     scratch += [shared_block(C, C)] * _squares(config)
-    sums = ((C,),) * config.beta + ((warpgroups, len(SUMS), C), (warpgroups, KEY_BLOCK)) * config.decay
+    sums = ((C,),) * config.beta + ((warpgroups, len(SUMS), C), (warpgroups, V)) * config.decay
     for shape in sums:
         out.append(jax.ShapeDtypeStruct((*programs, *shape), jnp.float32))
         scratch.append(plgpu.SMEM(shape, jnp.float32))
@@ -255,7 +258,8 @@ def intra_chunk_backward(config: ScanConfig, q, k, do, w, dv, states, dstates, s
     copies = len(operands) + 4 * (warpgroups - 1)
     scratch += [plgpu.Barrier(num_arrivals=copies), plgpu.Barrier(num_arrivals=warpgroups)]
     body = functools.partial(_kernel, config=config)
-    threads = {"num_threads": warpgroups, "thread_name": "warpgroup"}
+    # Barriers are where blocks are used again.
+    threads = {"num_threads": warpgroups, "thread_name": "warpgroup", "automatic_barriers": False}
     dq, dk, *sums = call_kernel(config, "intra_chunk_backward", body, programs, out, scratch, operands, **threads)
     dscalars = _scalar_gradients(config, scalars, *sums) if config.scalars else ()
     return _sum_over_sharing(dq, q), _sum_over_sharing(dk, k), dscalars
@@ -275,7 +279,7 @@ def _scalar_gradients(config: ScanConfig, scalars, *sums: Array) -> tuple[Array,
     Args:
       config: sizes.
       scalars: their array.
-      *sums: by program, [C] of beta, if there is one; with a decay, [warpgroups, SUMS, C] and [warpgroups, 64].
+      *sums: by program, [C] of beta, if there is one; with a decay, [warpgroups, SUMS, C] and [warpgroups, columns].
     """
     sums = [x.reshape(config.batch, config.heads, -1, *x.shape[2:]).sum(axis=2) for x in sums]
     values = dict(zip(config.scalars, jnp.moveaxis(scalars[0], 3, 0), strict=True))

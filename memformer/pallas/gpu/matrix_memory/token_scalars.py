@@ -58,6 +58,14 @@ class TokenScalars:
                 x = x * load_column(self._named(name), x.shape[1])
         return x
 
+    def scale_tokens(self, names: tuple[str, ...], x: Array, factor: float = 1.0) -> Array:
+        """x [width, C], each column multiplied by its token's scalars of these names, as far as the call has them."""
+        for name in names:
+            if name in self.config.scalars:
+                # The product with the factor is computed once per token.
+                x, factor = x * (load_row(self._named(name), x.shape[0]) * factor), 1.0
+        return x if factor == 1.0 else x * factor
+
     def scale_columns(self, x: Array) -> Array:
         """x [C, C], each column multiplied by its token's write strength, if there is one."""
         return x * -load_row(self._named("-beta"), x.shape[0]) if self.config.beta else x
