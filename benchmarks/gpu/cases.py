@@ -105,6 +105,11 @@ SHIPPED = (
         for segments in (2, 0)
     ),
     Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2, window=100),
+    *(
+        Case("softmax_attention", 1, 256, 2, 1, width, width, "float16", decay=decay, segments=2)
+        for width in (64, 128)
+        for decay in ("", "head")
+    ),
     # Few tokens over a cache: one kernel for both ops.
     *(
         Case("softmax_attention", batch, length, 32, 8, width, width, slots=4096)

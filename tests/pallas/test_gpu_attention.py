@@ -63,16 +63,21 @@ def test_forgetting_attention(interpreter):
     assert_close(got[1], want[1], 2e-2, "gradient")
 
 
+# The case of `WINDOWS` that runs in float16.
+FLOAT16 = "over a cache"
+
+
 @interprets
 @pytest.mark.parametrize("case", WINDOWS)
 def test_windows_and_encoders(case, interpreter):
-    """A window and later tokens, in tiles that are partly or wholly out of sight."""
-    arrays, held, run = windowed(case, "bfloat16", scale=4)
+    """A window and later tokens, in tiles that are partly or wholly out of sight; float16 has three more digits."""
+    dtype, most = ("float16", 2e-3) if case == FLOAT16 else ("bfloat16", 1e-2)
+    arrays, held, run = windowed(case, dtype, scale=4)
     got = run(arrays, held, "pallas")
     with jax.enable_x64(True):
         want = run(*suite.cast(jax.tree.map(np.asarray, (arrays, held)), "float64"), "recurrent")
-    assert_close(got[0], want[0], 1e-2, "output")
-    assert_close(got[1], want[1], 2e-2, "gradient")
+    assert_close(got[0], want[0], most, "output")
+    assert_close(got[1], want[1], 2 * most, "gradient")
 
 
 @interprets

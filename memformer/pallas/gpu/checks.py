@@ -16,23 +16,32 @@ __all__ = ["check_call", "launch_grid"]
 MOST_PROGRAMS = 65535
 
 
-def check_call(call: MatrixCall | AttentionCall, operands: Mapping[str, Array], widths: Mapping[str, int]) -> None:
+def check_call(
+    call: MatrixCall | AttentionCall,
+    operands: Mapping[str, Array],
+    widths: Mapping[str, int],
+    allowed: tuple[str, ...] = ("bfloat16",),
+) -> None:
     """Checks that the kernels serve a call.
 
     Args:
       call: of either family.
       operands: the arrays that enter products, by name.
       widths: channels that the kernels hold in registers or shared memory, by what they belong to.
+      allowed: dtypes of the operands, one for all of them.
 
     Raises:
-      NotImplementedError: not an sm_90 GPU; operands that are not bfloat16; a precision above bfloat16 products;
+      NotImplementedError: not an sm_90 GPU; operands of another dtype, or of two; a precision above bfloat16 products;
         a width or a chunk size that no kernel has.
     """
     op = call.op
     check_chip(op, interpreting_for("gpu") or is_hopper(), "an sm_90 GPU")
     names = list(operands)
-    takes = f"takes bfloat16 {', '.join(names[:-1])} and {names[-1]} (its products are wgmma on bfloat16)"
-    check_dtypes(op, tuple(operands.values()), ("bfloat16",), takes)
+    dtypes = " or ".join(allowed)
+    takes = f"takes {dtypes} {', '.join(names[:-1])} and {names[-1]} (its products are wgmma on {dtypes})"
+    first, *others = operands.values()
+    check_dtypes(op, (first,), allowed, takes)
+    check_dtypes(op, tuple(others), (first.dtype.name,), takes)
     if call.precision != lax.Precision.DEFAULT:
         raise unsupported(op, "has products at default precision only")
     for name, width in widths.items():

@@ -46,7 +46,6 @@ from memformer.pallas.gpu.wgmma import (
     partial_products,
     products,
     shared_block,
-    split_bf16,
     transposed,
 )
 from memformer.pallas.pair_decay import QueryKeyDecay
@@ -107,10 +106,10 @@ def _sum_pairs(config: AttentionConfig, ds: Array, indices) -> Array:
     return jnp.sum(others, axis=1)
 
 
-def _left(refs: Refs, g, x: Array, count: int, first: int):
+def _left(config: AttentionConfig, refs: Refs, g, x: Array, count: int, first: int):
     """x as a left operand of `count` parts; in the interpreter, in scratch from number `first` on."""
     scratch = [refs[f"left{n}"].at[g] for n in range(first, first + count) if f"left{n}" in refs]
-    return tiles.left_operand(split_bf16(x, count), scratch)
+    return tiles.left_operand(tiles.split(config, x, count), scratch)
 
 
 def _copy_own(refs: Refs, g, copies) -> None:
@@ -162,7 +161,7 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         weights = tiles.attention_weights(config, scores * config.factor, mask, lse, gap() if normalized else None)
         if "ddecay" in refs and not write:
             # As the kernel of the keys has them.
-            weights = weights.astype(jnp.bfloat16).astype(jnp.float32)
+            weights = weights.astype(config.dtype).astype(jnp.float32)
         if not config.decay or config.similarity.name == "relu":
             dweights = _mask_weight_gradient(config, weights, dweights, lambda: mask)
         if write:
@@ -170,7 +169,7 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         ds = _score_gradient(config, weights, dweights, scalar, write)
         if "ddecay" in refs:
             ddecay = ddecay + _sum_pairs(config, ds, indices)
-        dq = tiles.accumulate(dq, partial_products(_left(refs, g, ds, config.parts, 0), (k,)))
+        dq = tiles.accumulate(dq, partial_products(_left(config, refs, g, ds, config.parts, 0), (k,)))
         ring.release(t - first)
         return dq, dbeta, ddecay
 
@@ -213,10 +212,12 @@ def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple
     if columns:
         inputs["k_scalars"] = rest.pop(0)
     inputs |= dict(zip(("first", "stop"), rest, strict=False))
-    outputs = {"dq": ((batch, heads, length, config.key), jnp.bfloat16)}
+    outputs = {"dq": ((batch, heads, length, config.key), jnp.dtype(config.dtype))}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(columns))
     widths = {"q_tile": config.key, **{f"g_tile{n}": config.value for n in range(parts)}}
-    scratch |= {name: shared_block(config.warpgroups, TILE, width) for name, width in widths.items()}
+    scratch |= {
+        name: shared_block(config.warpgroups, TILE, width, dtype=config.dtype) for name, width in widths.items()
+    }
     scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + parts + bool(names), num_barriers=config.warpgroups)
     if names:
         scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(names), TILE), jnp.float32)
@@ -342,9 +343,9 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         lse = scalar("lse") if normalized else None
         weights = tiles.attention_weights(config, scores, mask(), lse, decay)
         if "dx" in refs:
-            # Before G, with the weights kept in bfloat16 meanwhile: the registers hold no more.
-            signed = _left(refs, g, _signed(weights, scalar, write), config.parts, 1)
-            kept = weights.astype(jnp.bfloat16)
+            # Before G, with the weights kept in 16 bits meanwhile: the registers hold no more.
+            signed = _left(config, refs, g, _signed(weights, scalar, write), config.parts, 1)
+            kept = weights.astype(config.dtype)
             dx = tiles.accumulate(dx, partial_products(signed, gs))
             weights = kept.astype(jnp.float32)
         if "dk" in refs:
@@ -355,7 +356,7 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
             ds = _score_gradient(config, weights, dweights, scalar, write)
             if "ddecay" in refs:
                 ddecay = ddecay - _sum_pairs(config, ds, indices())
-            dk = tiles.accumulate(dk, partial_products(_left(refs, g, ds, 1, 0), (q,)))
+            dk = tiles.accumulate(dk, partial_products(_left(config, refs, g, ds, 1, 0), (q,)))
         ring.release(c)
         return dk, dx, ddecay
 
@@ -407,7 +408,7 @@ def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...]
     outputs = {name: (shapes[name], jnp.float32) for name in wanted}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(names))
     own = {"k_tile": config.key, "x_tile": config.value}
-    scratch |= {name: shared_block(config.warpgroups, TILE, width) for name, width in own.items()}
+    scratch |= {name: shared_block(config.warpgroups, TILE, width, dtype=config.dtype) for name, width in own.items()}
     arrivals = 2 + (bool(own_names) and not config.decay)
     scratch["own_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.warpgroups)
     if own_names:
@@ -439,7 +440,7 @@ def query_gradients(
     decay: QueryKeyDecay | None,
     scalars: dict[str, Array | None],
 ) -> tuple[Array, ...]:
-    """dq [B, H, T, K] in bfloat16; dbeta for the write, and ddecay where `sums_scores`, of the queries' sums [B, H, T].
+    """dq [B, H, T, K] in 16 bits; dbeta for the write, and ddecay where `sums_scores`, of the queries' sums [B, H, T].
 
     Args:
       config: sizes; queries see slots of the call.

@@ -27,6 +27,7 @@ class AttentionConfig(BaseAttentionConfig):
       key, value: widths as padded for the kernels.
       value_block: value columns per program of the write.
       span: tokens per span of the write, see deltaformer.py.
+      dtype: of the operands of products.
     """
 
     warpgroups: int
@@ -35,6 +36,7 @@ class AttentionConfig(BaseAttentionConfig):
     value: int
     value_block: int
     span: int
+    dtype: str = dataclasses.field(default="bfloat16", kw_only=True)
 
     @property
     def rows(self) -> int:
@@ -52,19 +54,22 @@ class AttentionConfig(BaseAttentionConfig):
         return 1 if self.similarity.normalized else 2
 
 
-def plan_call(call: AttentionCall, similarity: Kernel, operands: Mapping[str, Array]) -> AttentionConfig:
+def plan_call(
+    call: AttentionCall, similarity: Kernel, operands: Mapping[str, Array], allowed: tuple[str, ...] = ("bfloat16",)
+) -> AttentionConfig:
     """Checks that the kernels serve this call, and cuts it into tiles.
 
     Args:
       call: of an op.
       similarity: kappa of the kernel, its scale filled in.
       operands: the arrays that enter products, by name.
+      allowed: their dtypes.
 
     Raises:
       NotImplementedError: see `check_call`.
     """
     key, value = call.k.shape[-1], call.v.shape[-1]
-    check_call(call, operands, {"key": key, "value": value})
+    check_call(call, operands, {"key": key, "value": value}, allowed)
     batch, length, heads = call.k.shape[:3]
     warpgroups = 1 if length <= TILE else 2
     rows = warpgroups * TILE
@@ -87,4 +92,5 @@ def plan_call(call: AttentionCall, similarity: Kernel, operands: Mapping[str, Ar
         value=tuning.padded_width(value),
         value_block=min(tuning.padded_width(value), tuning.WRITE_BLOCK),
         span=-(-length // (spans * rows)) * rows,
+        dtype=next(iter(operands.values())).dtype.name,
     )

@@ -35,7 +35,7 @@ from memformer.pallas.gpu.attention.scalars import (
     row_values,
 )
 from memformer.pallas.gpu.attention.tiles import LOW, Refs, Ring, split_values
-from memformer.pallas.gpu.wgmma import broadcast_rows, partial_products, products, shared_block, split_bf16
+from memformer.pallas.gpu.wgmma import broadcast_rows, partial_products, products, shared_block
 from memformer.pallas.layout import block_mask, heads_first, join_slots
 from memformer.pallas.pair_decay import LOG2E, QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads
@@ -86,7 +86,7 @@ def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums,
     else:
         weights = tiles.attention_weights(config, scores, mask, None, gap)
     scratch = [refs[f"left{n}"].at[g] for n in range(config.parts) if f"left{n}" in refs]
-    parts = tiles.left_operand(split_bf16(weights, config.parts), scratch)
+    parts = tiles.left_operand(tiles.split(config, weights, config.parts), scratch)
     ring.wait_value(count)
     values = tuple(refs[f"value_slots{n}"].at[slot] for n in range(config.parts))
     (value,) = products(partial_products(parts, values))
@@ -148,9 +148,9 @@ def _read(config: AttentionConfig, dtype: Any, k, q, *rest) -> tuple[Array, ...]
     names += ("first",) * config.bounded + ("stop",) * (not config.causal)
     inputs = {"k": k, "q": q, **dict(zip(names, rest, strict=True))}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(column_names(config)))
-    scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key)
-    if dtype == jnp.bfloat16:
-        scratch["o_tile"] = shared_block(config.warpgroups, TILE, config.value)
+    scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key, dtype=config.dtype)
+    if dtype != jnp.float32:
+        scratch["o_tile"] = shared_block(config.warpgroups, TILE, config.value, dtype=dtype)
     outputs = {"o": ((batch, heads, length, config.value), dtype)}
     if config.similarity.normalized:
         outputs["lse"] = ((batch, heads, length), jnp.float32)
@@ -266,28 +266,29 @@ def attend_with_sinks(
     mask: Mask,
     decay: QueryKeyDecay | None,
 ) -> Float[Array, "B H T V"]:
-    """`attend` in bfloat16, with a slot of value 0 in the normaliser whose logit per head is the sink, if any."""
+    """`attend` in 16 bits, with a slot of value 0 in the normaliser whose logit per head is the sink, if any."""
     if config.decay and not config.similarity.normalized:
         # The gradient of the decay is a difference of sums of the output.
-        return attend(config, jnp.float32, k, q, x, mask, decay)[0].astype(jnp.bfloat16)
+        return attend(config, jnp.float32, k, q, x, mask, decay)[0].astype(config.dtype)
     if sinks is None:
-        return attend(config, jnp.bfloat16, k, q, x, mask, decay)[0]
+        return attend(config, jnp.dtype(config.dtype), k, q, x, mask, decay)[0]
     # In float32, so that the output is rounded once.
     o, lse = attend(config, jnp.float32, k, q, x, mask, decay)
     share = jax.nn.sigmoid(lse / LOG2E - sinks.astype(jnp.float32).reshape(-1, q.shape[1], 1))
-    return (o * share[..., None]).astype(jnp.bfloat16)
+    return (o * share[..., None]).astype(config.dtype)
 
 
 def run(call: AttentionCall) -> Float[Array, "B T H V"]:
     """Runs softmax attention.
 
     Returns:
-      The output in bfloat16.
+      The output in the dtype of q, k and v.
 
     Raises:
       NotImplementedError: no kernel serves this machine or call; the message says why.
     """
-    config = plan_call(call, call.read_kernel, {"q": call.q, "k": call.k, "v": call.v})
+    operands = {"q": call.q, "k": call.k, "v": call.v}
+    config = plan_call(call, call.read_kernel, operands, ("bfloat16", "float16"))
     length, width = call.v.shape[1], call.v.shape[3]
     mask = block_mask(call, config.rows)
     cache_k, cache_v = (None, None) if call.cache is None else (call.cache.k, call.cache.values)

@@ -26,7 +26,16 @@ from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
 from memformer.pallas.gpu.attention.scalars import column_names
 from memformer.pallas.gpu.checks import launch_grid
-from memformer.pallas.gpu.wgmma import iotas, load_column, load_row, products, shared_block, split_outside, transposed
+from memformer.pallas.gpu.wgmma import (
+    iotas,
+    load_column,
+    load_row,
+    products,
+    shared_block,
+    split_bf16,
+    split_outside,
+    transposed,
+)
 from memformer.pallas.pair_decay import HIDDEN
 from memformer.pallas.platform import interpreting_for
 
@@ -41,7 +50,16 @@ __all__ += [
     "interpreter_scratch",
 ]
 __all__ += ["key_head", "left_operand", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
-__all__ += ["row_bounds", "row_extent", "similarity_values", "split_values", "store_tile", "tile_mask", "zeros"]
+__all__ += [
+    "row_bounds",
+    "row_extent",
+    "similarity_values",
+    "split",
+    "split_values",
+    "store_tile",
+    "tile_mask",
+    "zeros",
+]
 
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
@@ -62,7 +80,7 @@ def left_operand(parts: tuple[Array, ...], scratch) -> tuple[Any, ...]:
     """Parts of a matrix as left operands of wgmma: in registers, which the interpreter does not support.
 
     Args:
-      parts: bfloat16 arrays.
+      parts: arrays of 16 bits.
       scratch: blocks of shared memory, used in the interpreter only.
     """
     if not interpreting_for("gpu"):
@@ -76,12 +94,17 @@ def left_operand(parts: tuple[Array, ...], scratch) -> tuple[Any, ...]:
 def interpreter_scratch(config: AttentionConfig, count: int) -> dict[str, Any]:
     """Scratch of `left_operand`: `count` blocks per warpgroup in the interpreter, else nothing."""
     blocks = count if interpreting_for("gpu") else 0
-    return {f"left{n}": shared_block(config.warpgroups, TILE, TILE) for n in range(blocks)}
+    return {f"left{n}": shared_block(config.warpgroups, TILE, TILE, dtype=config.dtype) for n in range(blocks)}
 
 
 def zeros(width: int) -> Array:
     """[64, width] zeros, as wgmma leaves its accumulators."""
     return plgpu.layout_cast(jnp.zeros((TILE, width), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def split(config: AttentionConfig, x: Array, parts: int) -> tuple[Array, ...]:
+    """A left operand in the dtype of the products; sums of parts are bfloat16."""
+    return split_bf16(x, parts) if parts > 1 else (x.astype(config.dtype),)
 
 
 def accumulate(x: Array, pairs: tuple[tuple[Any, Any], ...]) -> Array:
@@ -276,8 +299,8 @@ def ring_scratch(config: AttentionConfig, width: int, values: int, scalars: int)
       values: number of arrays of values.
       scalars: number of scalars per token that come with the keys.
     """
-    scratch: dict[str, Any] = {"key_slots": shared_block(config.slots, TILE, config.key)}
-    scratch |= {f"value_slots{n}": shared_block(config.slots, TILE, width) for n in range(values)}
+    scratch: dict[str, Any] = {"key_slots": shared_block(config.slots, TILE, config.key, dtype=config.dtype)}
+    scratch |= {f"value_slots{n}": shared_block(config.slots, TILE, width, dtype=config.dtype) for n in range(values)}
     if scalars:
         scratch["scalar_slots"] = plgpu.SMEM((config.slots, scalars, TILE), jnp.float32)
     barrier = functools.partial(plgpu.Barrier, num_barriers=config.slots)
@@ -342,11 +365,11 @@ def copy_columns(refs: Refs, config: AttentionConfig, values: int) -> None:
 
 
 def store_tile(scratch, g, x: Array, target) -> None:
-    """Writes a tile of warpgroup g to global memory; bfloat16 through shared memory, without waiting for the copy."""
-    if target.dtype != jnp.bfloat16:
+    """Writes a tile of warpgroup g to global memory; without waiting for the copy where it has 16 bits."""
+    if target.dtype == jnp.float32:
         target[...] = x
         return
-    scratch.at[g][...] = x.astype(jnp.bfloat16)
+    scratch.at[g][...] = x.astype(target.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(scratch.at[g], target)
 
@@ -412,9 +435,9 @@ def call(
 
 
 def split_values(config: AttentionConfig, x: Array) -> tuple[Array, ...]:
-    """Values as products take them, in one or two bfloat16 parts."""
+    """Values as products take them, in one part or two of bfloat16."""
     if config.parts == 1:
-        return (x.astype(jnp.bfloat16),)
+        return (x.astype(config.dtype),)
     return (x, jnp.zeros_like(x)) if x.dtype == jnp.bfloat16 else split_outside(x)
 
 
