@@ -186,16 +186,18 @@ def nothing_stored(state):
 
 
 @functools.cache
-def oracle(name, dtype="float64", packed=True, used=LENGTH, started=True):
+def oracle(name, dtype="float64", packed=None, used=LENGTH, started=True):
     """The recurrence in float64 on inputs rounded to `dtype`.
 
-    Only the first `used` tokens are not padding; where not `started`, the state holds nothing.
+    Only the first `used` tokens are not padding, and by default one segment where these are not all; where not
+    `started`, the state holds nothing.
     """
     arrays, state = inputs(name)
     state = state if started else nothing_stored(state)
     arrays = cast(cast(arrays, dtype), "float32") if dtype != "float64" else arrays
     state = cast(state, "float32") if dtype != "float64" else state
-    ids = packed_ids()[0] if packed and used == LENGTH else np.ones((BATCH, LENGTH), np.int32)
+    packed = used == LENGTH if packed is None else packed
+    ids = packed_ids()[0] if packed else np.ones((BATCH, LENGTH), np.int32)
     ids = np.where(np.arange(LENGTH)[None] < used, ids, 0)
     with jax.enable_x64(True):
         return evaluate(name, "recurrent", cast(arrays, "float64"), cast(state, "float64"), ids)[0]

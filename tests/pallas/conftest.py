@@ -1,9 +1,11 @@
-"""Kernels in Pallas' TPU interpreter are compiled once, not once per simulated core."""
+"""Kernels in Pallas' TPU interpreter: compiled once, not once per simulated core, and with lean callbacks."""
 
 import threading
 
 import jax
+import numpy as np
 import pytest
+from jax._src import callback as callbacks
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.pallas.tpu.interpreter import interpreted
@@ -28,6 +30,17 @@ def one_program_per_kernel(monkeypatch):
 
     if hasattr(thread_map, "_run_jaxpr"):
         monkeypatch.setattr(thread_map, "_run_jaxpr", run)
+
+
+@pytest.fixture(autouse=True)
+def lean_callbacks(monkeypatch):
+    """Callbacks receive NumPy arrays: the interpreters have one per load and store, and most of it were device_puts."""
+
+    def call(*args, callback, **_):
+        return [np.asarray(x) for x in callback(*args)]
+
+    assert hasattr(callbacks, "io_callback_impl")
+    monkeypatch.setattr(callbacks, "io_callback_impl", call)
 
 
 @pytest.fixture
