@@ -66,7 +66,7 @@ FAST = {
 }
 
 # Rows of the parametrized suites that are fast; a test without such a parameter counts whole.
-FAST_ROWS = {"delta_rule_head_decay", "gated_delta_rule", "softmax_attention"}
+FAST_ROWS = {"delta_rule_head_decay", "delta_rule_grouped", "gated_delta_rule", "softmax_attention"}
 SUITES = ("ops/test_ops.py", "layers/test_memory.py", "pallas/test_tpu.py", "pallas/test_gpu.py")
 
 # The files that take about ten seconds or more on a quiet machine, longest first: one that starts late would leave

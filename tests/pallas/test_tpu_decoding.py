@@ -63,8 +63,8 @@ def compare(op, arrays, dtype, tolerance, ids=None, implementation="pallas", sta
     got = run(**arrays, initial_state=state)
     with jax.enable_x64(True):
         exact = cast(jax.tree.map(lambda x: np.asarray(x, np.float64), (arrays, state)), "float64")
-        want = op(**exact[0], segment_ids=ids, initial_state=exact[1], implementation="recurrent")
-        want = jax.tree.map(np.asarray, want)
+        reference = jax.jit(functools.partial(op, segment_ids=ids, implementation="recurrent"))
+        want = jax.tree.map(np.asarray, reference(**exact[0], initial_state=exact[1]))
     assert got[0].dtype == jnp.dtype(dtype) and got[1].dtype == jnp.float32
     # An output in bfloat16 is rounded once; the state is not.
     assert_close(got[0], want[0], max(tolerance, 3e-3 if dtype == "bfloat16" else 0), "output")
@@ -117,15 +117,17 @@ def test_derivatives_are_those_of_the_recurrence(interpreter):
     arrays["decay"] = jnp.maximum(arrays["decay"], -5.0)
     got, want = (jax.jit(functools.partial(slope, implementation=name))(arrays) for name in ("pallas", "recurrent"))
     assert_close(got, want, 1e-6)
-    mapped = jax.jit(jax.vmap(lambda v: mf.delta_rule(**arrays | {"v": v}, implementation="pallas")[0]))
+    op = jax.jit(lambda v, name: mf.delta_rule(**arrays | {"v": v}, implementation=name)[0], static_argnums=1)
     v = np.asarray(arrays["v"])
-    got = np.asarray(mapped(np.stack([v, 2 * v])))
-    assert_close(got[1], mf.delta_rule(**arrays | {"v": 2 * v}, implementation="recurrent")[0], 1e-6)
+    got = np.asarray(jax.jit(jax.vmap(lambda v: op(v, "pallas")))(np.stack([v, 2 * v])))
+    assert_close(got[1], op(2 * v, "recurrent"), 1e-6)
+
+    def push(run, name):
+        return jax.jvp(run(lambda v: loss(arrays | {"v": v}, name)), (arrays["v"],), (arrays["v"],))
+
+    want = jax.jit(lambda: push(lambda f: f, "recurrent"))()
     for run in (lambda f: f, jax.jit):
-        push = lambda name, run=run: jax.jvp(  # noqa: E731
-            run(lambda v: loss(arrays | {"v": v}, name)), (arrays["v"],), (arrays["v"],)
-        )
-        assert_close(push("pallas"), push("recurrent"), 1e-6)
+        assert_close(push(run, "pallas"), want, 1e-6)
 
 
 def test_explicit_mesh(interpreter):
@@ -135,7 +137,8 @@ def test_explicit_mesh(interpreter):
     shapes = {"q": (2, 1, 2, 8), "k": (2, 1, 2, 8), "v": (2, 1, 4, 4), "beta": (2, 1, 4)}
     arrays = {name: jnp.asarray(rng.uniform(0.0, 0.5, shape), "float32") for name, shape in shapes.items()}
     state = jnp.asarray(rng.standard_normal((2, 4, 8, 4)), "float32")
-    want = mf.delta_rule(**arrays, initial_state=state, implementation="recurrent")
+    run = jax.jit(mf.delta_rule, static_argnames="implementation")
+    want = run(**arrays, initial_state=state, implementation="recurrent")
     places = dict.fromkeys(arrays, NamedSharding(mesh, PartitionSpec("rows", None, "columns")))
     sharded = jax.device_put(arrays, places)
     start = jax.device_put(state, NamedSharding(mesh, PartitionSpec("rows", "columns")))
@@ -150,7 +153,7 @@ def test_explicit_mesh(interpreter):
 
 def step_program(config, mesh, capacity=16):
     """The program of one step of decoding by a model, for the chip of an abstract mesh."""
-    model = MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: MemoryLM(config, vocab_size=11, rngs=nnx.Rngs(0)))
     graph, parameters = nnx.split(model)
 
     def step(parameters, token, state):
