@@ -214,7 +214,7 @@ def test_other_gpus_take_the_chunked_form(kind):
 )
 def test_default_runs_the_kernels():
     """With implementation=None the program for an H200 calls the kernels, forward and backward, and has no loop."""
-    wide, scalar = (1, 256, 2, 128), (1, 256, 2)
+    wide, scalar = (1, 256, 2, 64), (1, 256, 2)
 
     def both(q, k, v, beta):
         a, _ = mf.delta_rule(q, k, v, beta)

@@ -185,11 +185,12 @@ def test_default_prefers_cudnn(name, monkeypatch):
     with jax.sharding.use_abstract_mesh(H200):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(q, k, v)
         # Since 0.11 jax lowers a call of cuDNN only on a machine with devices.
-        lowered = jax.__version_info__ < (0, 11) and traced.lower(lowering_platforms=("cuda",)).as_text()
+        lowers = runs == CUDNN and jax.__version_info__ < (0, 11)
+        lowered = lowers and traced.lower(lowering_platforms=("cuda",)).as_text()
     for part in CUDNN + OURS:
         assert (part in str(traced.jaxpr)) == (part in runs)
     for target in ("__cudnn$fmhaSoftmax(", "__cudnn$fmhaSoftmaxBackward("):
-        assert not lowered or (target in lowered) == (runs == CUDNN)
+        assert not lowered or target in lowered
 
 
 @pytest.mark.skipif(
@@ -205,7 +206,7 @@ def test_default_runs_the_kernels():
         b, _ = mf.softmax_attention(q, k, v)
         return jnp.sum(a.astype("float32")) + jnp.sum(b.astype("float32"))
 
-    few, many = ((1, length, heads, 128) for heads in (1, 2))
+    few, many = ((1, length, heads, 64) for heads in (1, 2))
     specs = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (many, few, few)]
     with jax.sharding.use_abstract_mesh(H200):
         checks = [jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")]
