@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.cases import BOTH, FORWARD, RECURRENT
-from benchmarks.cpu.cases import TORCH
+from benchmarks.cpu.cases import SDPA, TORCH
 
 __all__ = ["GOALS", "judge"]
 
@@ -17,6 +17,10 @@ GOALS = (
     ("delta_rule", "4 x 64", BOTH, TORCH, 2.5),
     ("delta_rule", "16 x 128", FORWARD, TORCH, 2.0),
     ("delta_rule", "16 x 128", BOTH, TORCH, 1.8),
+    ("softmax_attention", "4 x 64", FORWARD, SDPA, 1.0),
+    ("softmax_attention", "4 x 64", BOTH, SDPA, 1.0),
+    ("softmax_attention", "16 x 128", FORWARD, SDPA, 1.0),
+    ("softmax_attention", "16 x 128", BOTH, SDPA, 1.0),
 )
 EXPONENT = 1.1
 
