@@ -25,3 +25,11 @@ def compiled(module, method: str = "__call__", **static):
     graph, parameters = nnx.split(module)
     call = jax.jit(lambda at, *args, **kwargs: getattr(nnx.merge(graph, at), method)(*args, **kwargs, **static))
     return lambda *args, **kwargs: call(parameters, *args, **kwargs)
+
+
+def draws_random_bits(make, call, training: bool) -> bool:
+    """Whether a call of the module that `make` builds draws random numbers, as dropout does; it is only traced."""
+    module = nnx.eval_shape(make)
+    module.train() if training else module.eval()
+    graph, state = nnx.split(module)
+    return "random_bits" in str(jax.make_jaxpr(lambda state: call(nnx.merge(graph, state)))(state))

@@ -13,7 +13,7 @@ from memformer.models import MODELS, build_model
 from memformer.models.beam import decode
 from memformer.models.captioner import CaptionerConfig, doubly_stochastic
 from memformer.models.picture import ConvGrid, PatchGrid, add_places
-from tests.modules import random_module
+from tests.modules import draws_random_bits, random_module
 from tests.numeric import FORWARD, assert_close, relative_rms, slopes
 
 VOCAB, B, T = 11, 2, 7
@@ -31,11 +31,14 @@ SPECS = {
 }
 
 
+def make(name, **changed):
+    keys = {"type": "captioner", "width": 16, "heads": 2, **SPECS[name][0], **changed}
+    return build_model(keys, vocab_size=VOCAB, rngs=nnx.Rngs(params=0, dropout=1))
+
+
 @functools.cache
 def build(name, **changed):
-    keys = {"type": "captioner", "width": 16, "heads": 2, **SPECS[name][0], **changed}
-    make = lambda: build_model(keys, vocab_size=VOCAB, rngs=nnx.Rngs(params=0, dropout=1))  # noqa: E731
-    return make() if "dropout" in changed else random_module(make)
+    return random_module(lambda: make(name, **changed))
 
 
 @functools.cache
@@ -245,12 +248,9 @@ def test_no_doubly_stochastic_loss():
 
 def test_dropout_applies_in_training_only(name="transformer"):
     words, picture = draw()
-    model = build(name, dropout=0.5)
-    for mode, drops in ((model.eval, False), (model.train, True)):
-        mode()
-        graph, state = nnx.split(model)
-        jaxpr = jax.make_jaxpr(lambda state, g=graph: nnx.merge(g, state)(words, picture=picture).logits)(state)
-        assert ("random_bits" in str(jaxpr)) == drops
+    for training in (False, True):
+        call = lambda model: model(words, picture=picture).logits  # noqa: E731
+        assert draws_random_bits(lambda: make(name, dropout=0.5), call, training) == training
 
 
 def test_positions_of_the_grid_differ():

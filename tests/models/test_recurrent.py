@@ -9,6 +9,7 @@ from flax import nnx
 from memformer.models import build_model, generate
 from memformer.tasks import Parity
 from tests.models.learning import cross_entropy, draw, learn
+from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close
 
 VOCAB, TIME, WIDTH = 7, 6, 8
@@ -28,7 +29,7 @@ def functional(model):
 
 @pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
 def test_decoding_and_packing_agree_with_the_whole_sequence(cell):
-    model = build(cell=cell)
+    model = random_module(lambda: build(cell=cell))
     call = functional(model)
     want = call(IDS)
     assert want.logits.shape == (2, TIME, VOCAB) and want.logits.dtype == jnp.float32 and want.aux == {}
@@ -43,7 +44,7 @@ def test_decoding_and_packing_agree_with_the_whole_sequence(cell):
 
 
 def test_generate_follows_the_logits():
-    model = build(cell="gru")
+    model = random_module(lambda: build(cell="gru"))
     got = generate(model, [[4], [1, 2, 3]], max_new_tokens=3)
     # A recurrent cell does not look ahead: one pass over the prompt and what was generated shows every choice.
     logits = functional(model)(np.array([[1, 2, 3, *got[1, :-1]]])).logits

@@ -13,7 +13,7 @@ from memformer.layers.transformer import CrossAttention
 from memformer.models import build_model
 from memformer.models.stacks import TransformerDecoder, TransformerEncoder
 from tests.models.learning import cross_entropy, learn
-from tests.modules import compiled, random_module
+from tests.modules import compiled, draws_random_bits, random_module
 from tests.numeric import FORWARD, assert_close, relative_rms, slopes
 
 VOCAB, SOURCE, TIME = 9, 6, 5
@@ -238,12 +238,9 @@ def test_source_and_state_together_are_a_mistake():
 
 
 def test_dropout_applies_in_training_only():
-    model = build(dropout=0.5, encoder_depth=1, decoder_depth=1)
-    for mode, drops in ((model.eval, False), (model.train, True)):
-        mode()
-        graph, state = nnx.split(model)
-        jaxpr = jax.make_jaxpr(lambda state, g=graph: nnx.merge(g, state)(IDS, source=SOURCES).logits)(state)
-        assert ("random_bits" in str(jaxpr)) == drops
+    make = functools.partial(build, dropout=0.5, encoder_depth=1, decoder_depth=1)
+    for training in (False, True):
+        assert draws_random_bits(make, lambda model: model(IDS, source=SOURCES).logits, training) == training
 
 
 def test_training_learns_to_reverse_the_source():
