@@ -72,7 +72,10 @@ def steps_kept() -> Iterator[None]:
     def build_run(config, **options):
         run = build.build_run(config, **options)
         sections = {name: x for name, x in run.config.items() if name not in ("train", "checkpoint", "mesh", "seed")}
+        # a section may name a folder, whose model is another one in the next test
+        params = tuple((name, x.shape, x.dtype) for name, x in run.model.params.items())
         key = (json.dumps(sections, sort_keys=True, default=str), type(run.task), build.build_model, run.mesh)
+        key += (params, run.model.frozen)
         first = runs.setdefault(key, run)
         return dataclasses.replace(run, model=first.model, tx=first.tx, schedule=first.schedule)
 

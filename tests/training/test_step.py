@@ -57,18 +57,25 @@ def batch():
 
 
 @functools.cache
-def prepared(build, ema, options):
-    """(mesh, first state, compiled step) of a model, shared by the tests."""
+def first_state(build, ema):
+    """(mesh, model, optimizer, state) of a run, shared by the tests."""
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     model, tx = make_functional(build), optax.sgd(0.5)
     with mesh_scope(mesh):
-        first = jax.device_get(init_state(model, tx, mesh, seed=3, ema=ema))
-        step = make_train_step(model, tx, lambda count: jnp.float32(0.5), mesh, {**OPTIONS, **dict(options)}, ema)
-    return mesh, first, step
+        return mesh, model, tx, jax.device_get(init_state(model, tx, mesh, seed=3, ema=ema))
+
+
+@functools.cache
+def train_step(build, ema, options):
+    """The compiled step of such a run."""
+    mesh, model, tx, _ = first_state(build, ema)
+    with mesh_scope(mesh):
+        return make_train_step(model, tx, lambda count: jnp.float32(0.5), mesh, {**OPTIONS, **dict(options)}, ema)
 
 
 def one_step(build, *, steps=1, ema=0.0, **options):
-    mesh, first, step = prepared(build, ema, tuple(options.items()))
+    mesh, _, _, first = first_state(build, ema)
+    step = train_step(build, ema, tuple(options.items()))
     with mesh_scope(mesh):
         # copies: the step donates each array
         state = jax.device_put(first, NamedSharding(mesh, PartitionSpec()), may_alias=False)
