@@ -81,6 +81,29 @@ def _spread(x: Array, level: int) -> Array:
     return jnp.concatenate([part for top in range(0, x.shape[0], half) for part in (zeros, x[top : top + half])])
 
 
+def _merge_rows(q: Array, w: Array | None, level: int) -> Array:
+    """The rows of a level of q and, where it is given, of w as one operand: one product serves both."""
+    half = 1 << level
+    if w is None:
+        return _rows(q, level)
+    if half < 8:
+        # Those of w take the places that q leaves free.
+        return jnp.where(_has_bit(q.shape, level), q, pltpu.roll(w, q.shape[0] - half, 0))
+    return jnp.concatenate([_rows(q, level), _rows(w, level)])
+
+
+def _divide_rows(x: Array, level: int, merged: bool) -> tuple[Array, Array | None]:
+    """The inverse of `_merge_rows`, 0 in the other rows; None without w."""
+    half = 1 << level
+    if not merged:
+        return _spread(x, level), None
+    if half < 8:
+        bit = _has_bit(x.shape, level)
+        return jnp.where(bit, x, 0.0), jnp.where(bit, pltpu.roll(x, half, 0), 0.0)
+    middle = x.shape[0] // 2
+    return _spread(x[:middle], level), _spread(x[middle:], level)
+
+
 def _of_sibling(x: Array, level: int) -> Array:
     """Row r ^ 2^level of x [C, K], for each row r."""
     size, half = x.shape[0], 1 << level
@@ -167,11 +190,11 @@ def _scores(config: ScanConfig, keys, to: _Prepared) -> Generator[None, None, tu
             to.factors[level] = factor
         pairs = _pairs(size, level)
         columns = split_bf16(factor * k, passes)
-        p = jnp.where(pairs, _spread(product(_rows(factor * q, level), columns, "nt", passes), level), p)
+        rows = _merge_rows(factor * q, None if m is None else factor * w, level)
+        of_q, of_w = _divide_rows(product(rows, columns, "nt", passes), level, m is not None)
         yield
-        if m is not None:
-            m = jnp.where(pairs, _spread(product(_rows(factor * w, level), columns, "nt", passes), level), m)
-            yield
+        p = jnp.where(pairs, of_q, p)
+        m = m if of_w is None else jnp.where(pairs, of_w, m)
         sibling = _of_sibling(total, level)
         before, after = jnp.where(bit, before + sibling, before), jnp.where(bit, after, after + sibling)
         total += sibling
@@ -284,20 +307,20 @@ def _descend(config: ScanConfig, keys, dscores, dgrown, refs: _Prepared, carried
         dtotal += _of_sibling(dtotal + jnp.where(bit, dbefore, dafter), level)
         yield
         factor, pairs = refs.factors[level], _pairs(size, level)
-        dpairs, columns = _rows(jnp.where(pairs, dp, 0.0), level), split_bf16(factor * k, passes)
+        rows = _merge_rows(factor * q, None if dm is None else factor * w, level)
+        dpairs, dpairs_w = (None if x is None else jnp.where(pairs, x, 0.0) for x in (dp, dm))
+        dpairs, columns = _merge_rows(dpairs, dpairs_w, level), split_bf16(factor * k, passes)
         # What is not at a row of the level, or not at a column, is 0.
-        dq_level = factor * _spread(product(dpairs, columns, "nn", passes), level)
-        dk_level = mm(dpairs, _rows(factor * q, level), "tn")
-        dbefore += q * dq_level
+        dq_level, dw_level = _divide_rows(product(dpairs, columns, "nn", passes), level, dm is not None)
+        dk_level = factor * mm(dpairs, rows, "tn")
         yield
-        if dm is not None:
-            dpairs = _rows(jnp.where(pairs, dm, 0.0), level)
-            dw_level = factor * _spread(product(dpairs, columns, "nn", passes), level)
-            dk_level += mm(dpairs, _rows(factor * w, level), "tn")
+        dq_level *= factor
+        dbefore += q * dq_level
+        if dw_level is not None:
+            dw_level *= factor
             dw += dw_level
             dbefore += w * dw_level
-            yield
-        dk_level = factor * dk_level
+        yield
         dq, dk, dafter = dq + dq_level, dk + dk_level, dafter + k * dk_level
     dkeys = (dq, dk if dw is None or config.erase else dk + dw, dw)[: config.keys]
     return *dkeys, dbefore + dtotal
