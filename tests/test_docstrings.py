@@ -91,9 +91,13 @@ def in_one_program(function):
     return call
 
 
+# Modules whose functions return arrays alone.
+OF_ARRAYS = ("ops.", "training.losses", "layers.positions", "layers.convolution", "core.segments", "core.triangular")
+
+
 def of_ops(module: str, names: dict) -> dict:
-    """The names of an example, with the functions of a module of ops compiled: they return arrays alone."""
-    if not module.startswith("memformer.ops."):
+    """The names of an example, with the functions of a module of ops compiled."""
+    if not module.startswith(tuple(f"memformer.{place}" for place in OF_ARRAYS)):
         return names
     own = {name: x for name, x in names.items() if inspect.isfunction(x) and x.__module__ == module}
     return names | {name: in_one_program(x) for name, x in own.items() if name in names["__all__"]}

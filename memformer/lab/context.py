@@ -61,11 +61,6 @@ def draw_test(
 
     Args:
       key, pairs, batch, change: as in `draw_regression`.
-
-    Example:
-      >>> tokens, asked, maps = draw_test(jax.random.key(0), 8, 2)
-      >>> tokens.shape, asked.shape, maps.shape
-      ((2, 16, 6), (2, 4), (2, 2, 4))
     """
     # not fold_in, which gives the keys of split again
     sequences, questions = jax.random.split(key)

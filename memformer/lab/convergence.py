@@ -110,10 +110,6 @@ def answers(name: str, *, steps: int, heads: int, batch: int, change: int | None
       batch: independent streams.
       change: step from which values follow another map; None for never.
       seed: of the streams.
-
-    Example:
-      >>> answers("delta", steps=8, heads=4, batch=2).shape
-      (2, 8, 64)
     """
     reader = READERS[name]
     q, k, v, _ = _stream(seed, steps, heads, batch, change, unit=reader.unit)

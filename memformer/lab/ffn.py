@@ -138,8 +138,8 @@ class Dropped(nnx.Module):
     Example:
       >>> from memformer.layers.basic import Dtypes
       >>> layer, x = MLP(4, hidden=8, dtypes=Dtypes(), rngs=nnx.Rngs(0)), jnp.ones((1, 2, 4))
-      >>> bool(jnp.allclose(Dropped(layer, 0)(x)[0], layer(x)[0], atol=1e-6)), Dropped(layer, 8)(x)[0].sum().item()
-      (True, 0.0)
+      >>> Dropped(layer, 3)(x)[0].shape
+      (1, 2, 4)
     """
 
     def __init__(self, layer: Any, count: int, seed: int | None = None):

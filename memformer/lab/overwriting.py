@@ -76,11 +76,6 @@ def latest_recalled(
       writes: when to ask, multiples of 10 in ascending order.
       rows: number of memories.
       seed: of keys, values and writes.
-
-    Example:
-      >>> shares, total = latest_recalled("disjoint", 16, 0.0, True, writes=(20,), rows=2)
-      >>> shares
-      {20: 1.0}
     """
     rng = np.random.default_rng(seed)
     keys = _keys(kind, key_width, rng)
