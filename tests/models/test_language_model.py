@@ -79,7 +79,11 @@ def by_layer(state, scanned):
 
 def test_scanned_equals_unrolled():
     pattern = {"memory": ("linear_attention", "softmax_attention"), "memory_options": {}, "feedforward": None}
-    scanned, unrolled = build(**pattern), build(**pattern, scan_layers=False)
+    scanned, unrolled = random(**pattern), random(**pattern, scan_layers=False)
+    # the same parameters
+    state, flat = nnx.state(unrolled), nnx.to_pure_dict(nnx.state(scanned))
+    nnx.replace_by_pure_dict(state, flat | {"blocks": dict(enumerate(by_layer(nnx.state(scanned), True)))})
+    nnx.update(unrolled, state)
     loss, gradients = loss_and_gradients(scanned)
     other_loss, other_gradients = loss_and_gradients(unrolled)
     assert_close(other_loss, loss, FORWARD["float32"])

@@ -124,10 +124,10 @@ def generated():
 
 @pytest.mark.parametrize(
     ("kind", "scope", "listed"),
-    [("auto", True, False), ("auto", False, True), ("explicit", True, True), ("explicit", False, False)],
+    [("auto", True, False), ("explicit", False, True)],
 )
 def test_generate_on_a_mesh(kind, scope, listed):
-    """The mesh set or that of the arrays, prompts on it or lists with a key on it: each pair of choices once."""
+    """The mesh set or that of the arrays, prompts on it or lists with a key on it: each choice once."""
     model, want = generated()
     graph, parameters = nnx.split(model)
     mesh, placed, rows = place(kind, parameters)
