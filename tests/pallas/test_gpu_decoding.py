@@ -103,6 +103,31 @@ def test_refusals_say_why(why):
         assert "mpmd_map" not in str(jax.make_jaxpr(lambda x: mf.linear_attention(x, x, x))(x))
 
 
+def test_cache_on_an_explicit_mesh():
+    """Every device reads its own rows and key heads of the cache."""
+    device = AbstractDevice("NVIDIA H200", 1, "cuda")
+    mesh = AbstractMesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device)
+    place = NamedSharding(mesh, PartitionSpec("x", None, "y"))
+    shapes = {"q": (4, 1, 4, 64), "k": (4, 1, 2, 64), "v": (4, 1, 2, 64), "beta": (4, 1, 2)}
+    arrays = {name: jax.ShapeDtypeStruct(shape, "bfloat16", sharding=place) for name, shape in shapes.items()}
+    empty = functools.partial(mf.init_cache, "deltaformer", batch=4, capacity=64, groups=2, key_width=64)
+    cache = jax.eval_shape(lambda: empty(value_width=64, dtype="bfloat16"))
+    specs = {3: PartitionSpec("x", None, "y"), 4: PartitionSpec("x", None, "y"), 2: PartitionSpec("x")}
+    cache = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, specs.get(x.ndim, PartitionSpec()))
+        ),
+        cache,
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        call = lambda arrays, cache: mf.deltaformer(**arrays, initial_state=cache)  # noqa: E731
+        program = jax.make_jaxpr(call)(arrays, cache)
+    (found,) = shard_maps(program.jaxpr)
+    assert str(found.params["in_specs"][-1]) == str(PartitionSpec(("x",), None, ("y",)))
+    assert "memformer_attention_decode" in str(program)
+    assert program.out_avals[0].sharding.spec[:3] == ("x", None, "y")
+
+
 CACHE_REFUSED = {
     "capacity": (65, 64, "bfloat16", {}, "a capacity in multiples of 64"),
     "channels": (64, 96, "bfloat16", {}, "channels in multiples of 64 up to 256, got 96 and 96"),

@@ -4,6 +4,8 @@ Tensor cores and copies read shared memory by another way (proxy) than loads and
 a fence, `commit_smem`. Pallas' interpreter checks this for copies; it reads operands of wgmma without a clock.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -102,6 +104,25 @@ def test_stores_are_fenced(op, decay):
     found = trace(op, decay)
     assert len(found) >= 2
     assert {name: unfenced(jaxpr)[0] for name, jaxpr in found.items()} == {name: [] for name in found}
+
+
+def trace_decoding():
+    """The kernel that reads a cache of DeltaFormer, whose values it splits in shared memory."""
+    x, beta = jax.ShapeDtypeStruct((1, 2, 1, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 2, 1), jnp.float32)
+    cache = mf.init_cache(
+        "deltaformer", batch=1, capacity=128, groups=1, key_width=128, value_width=128, dtype="bfloat16"
+    )
+    call = functools.partial(mf.deltaformer, initial_state=cache, write_kernel="linear", implementation="pallas")
+    with jax.sharding.use_abstract_mesh(H200):
+        return dict(kernels(jax.make_jaxpr(lambda x, beta: call(x, x, x, beta=beta)[0])(x, beta).jaxpr))
+
+
+def test_stores_of_decoding_are_fenced(monkeypatch):
+    (jaxpr,) = trace_decoding().values()
+    assert unfenced(jaxpr)[0] == []
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+    (jaxpr,) = trace_decoding().values()
+    assert {kind for kind, _ in unfenced(jaxpr)[0]} == {"wgmma_ref", "copy_smem_to_gmem"}
 
 
 def test_a_missing_fence_is_found(monkeypatch):
