@@ -33,8 +33,12 @@ LEARNT = ("swap", "kernels", "ffn", "snr_trained")
 # `language` prepares a corpus, see test_language.py
 OTHERS = tuple(name for name, s in STUDIES.items() if s.rows and s.quick and name not in (*LEARNT, "language"))
 FEW = {"train.steps": 4, "train.log_every": 2, "train.batch_size": 8, "train.final_batches": 1}
-# smaller still than the quick version
-SMALLER = {**dict.fromkeys(OTHERS, FEW), "snr_trained": {"model.depth": 1}}
+# changes and settings that are smaller still than those of the quick version
+SMALLER = {
+    **dict.fromkeys(OTHERS, (FEW, {})),
+    "snr_trained": ({"model.depth": 1}, {}),
+    "ffn": ({}, {"counts": (8,), "draws": 1}),
+}
 
 
 def half_right(params, rest, batch):
@@ -81,8 +85,10 @@ def measured(tmp_path_factory, one_device, programs_kept, no_curves):
                     for replaced, instead in UNTRAINED.items():
                         patch.setattr(loop, replaced, instead)
                 if name in SMALLER:
-                    quick = STUDIES[name].quick
-                    smaller = dataclasses.replace(quick, changes={**quick.changes, **SMALLER[name]})
+                    quick, (changes, settings) = STUDIES[name].quick, SMALLER[name]
+                    smaller = dataclasses.replace(
+                        quick, changes={**quick.changes, **changes}, settings={**quick.settings, **settings}
+                    )
                     patch.setitem(STUDIES, name, dataclasses.replace(STUDIES[name], quick=smaller))
                 patch.setattr(sys, "argv", ["lab", name, "--quick", "--out", "results"])
                 main()

@@ -184,7 +184,7 @@ def on_one_device(memory):
 
 def test_eight_devices_do_what_one_does():
     """A model with a matrix memory; tests/models/test_sharding.py lays one of each family on a mesh."""
-    memory = "gated_delta_rule"
+    memory = "delta_rule"
     many = prepared(memory, CUBE)
     run, step, state, _ = many
     name, kernel = next(item for item in state["params"].items() if item[0].endswith("projections.query.kernel"))
@@ -203,7 +203,7 @@ def test_eight_devices_do_what_one_does():
 
 def test_time_over_devices_does_what_one_does():
     """Losses are those of one device, work is divided, and no collective runs inside a loop over time."""
-    many, (want, alone) = prepared("gated_delta_rule", {**ONE, "context": 4}), on_one_device("gated_delta_rule")
+    many, (want, alone) = prepared("delta_rule", {**ONE, "context": 4}), on_one_device("delta_rule")
     text = many[1].as_text()
     assert not collectives_in_loops(text)
     cost, whole = (read_program(run, many[0].mesh).flops for run in (text, alone))
