@@ -6,7 +6,8 @@
     python train.py --config=configs/hierarchy.py:stack_manipulation --workdir=runs/stack_manipulation
 
 Tested on 40 to 256 tokens. configs/parity.py and configs/modular_arithmetic.py are the other two tasks of that table;
-`python -m memformer.lab hierarchy` trains all six (results: docs/results.md).
+`python -m memformer.lab hierarchy` trains the four with one answer, `python -m memformer.lab strings` the other two
+(results: docs/results.md).
 """
 
 from memformer.training.config import default_config

@@ -7,7 +7,7 @@ An LSTM with the value after every digit as a label, and lengths of 10, then up 
     python train.py --config=configs/modular_arithmetic.py:lstm --workdir=runs/modular_arithmetic_lstm
 
 Expected: 3 minutes on two shared cores, accuracy 100% at 40 tokens, 96% to 99% at 250, 94% to 99% at 500 (256 strings
-each, three seeds: `python -m memformer.lab regular`). With one label per string it stays at guessing (20%).
+each, three seeds: `python -m memformer.lab hierarchy`). With one label per string it stays at guessing (20%).
 
 The paper's test mixes lengths and reports (accuracy - 1/5) / (4/5):
 

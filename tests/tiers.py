@@ -49,7 +49,7 @@ FAST = {
     "training/test_loop.py": "test_(early_stop|folder_that|flops)",
     "lab/test_study.py": "(?!test_the_command)",
     "lab/test_runs.py": "test_(the_last|an_unknown)",
-    "lab/test_regular.py": "",
+    "lab/test_hierarchy.py": "",
     "lab/test_capacity.py": "test_(the_latest|theory)",
     "evals": "test_(user_errors|a_missing_package)",
     "test_configs.py": "",

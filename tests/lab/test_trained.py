@@ -135,7 +135,7 @@ def test_tables_of_the_others(measured):
     assert {"8 swaps", "16 swaps"} & row.keys() and steady["skipped steps"] == 0
     assert measured["mqar"]["tables"][0]["rows"][0]["paper"] == "99.1%"
     assert measured["hierarchy"]["tables"][0]["rows"][0]["paper"] == "100.0%"
-    assert set(measured["hierarchy"]["values"]["parity DeltaFormer"]) == {"6", "12"}
+    assert set(measured["hierarchy"]["values"]["parity DeltaFormer"]) == {"40"}
     study = measured["words"]
     assert set(study["values"]["S3 product2"]) == {"8"}
     assert [(row["group"], row["model"]) for row in study["tables"][0]["rows"]] == [("S3", "DeltaProduct, n_h = 2")]
