@@ -1,5 +1,6 @@
 """Masks of attention and the bounds of their tiles, against loops over queries and slots."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -37,7 +38,7 @@ def visible(cache, packed, window):
 
 def from_mask(cache, packed, window, size):
     """The same from the mask over whole tiles, padding dropped."""
-    mask = join_cache(make(cache, packed), size)
+    mask = jax.jit(lambda: join_cache(make(cache, packed), size))()
     slots = 5 if cache else 0
     padded = -(-slots // size) * size
     seen = np.arange(padded + 8)[None, None] <= padded + np.arange(8)[None, :, None]
@@ -59,7 +60,7 @@ def test_mask_against_a_loop(cache, packed, window):
     mask, seen = from_mask(cache, packed, window, 4)
     assert np.array_equal(seen, visible(cache, packed, window))
     assert mask.cache_segment is None and mask.cache_rank is None
-    assert make(cache, packed, ranks=False).query_rank is None
+    assert jax.eval_shape(lambda: make(cache, packed, ranks=False)).query_rank is None
 
 
 @pytest.mark.parametrize("window", [None, 2])
@@ -67,7 +68,8 @@ def test_mask_against_a_loop(cache, packed, window):
 def test_bounds_hold_every_visible_tile(cache, window):
     """No tile outside the bounds is visible; tiles of an earlier segment alone are outside."""
     mask, _ = from_mask(cache, True, window, 2)
-    first, last = (np.asarray(find(mask, 2, 2, window)) for find in (first_tiles, last_tiles))
+    find = jax.jit(lambda mask: (first_tiles(mask, 2, 2, window), last_tiles(mask, 2, 2, window)))
+    first, last = map(np.asarray, find(mask))
     query, key = (np.asarray(x) for x in (mask.query_segment, mask.key_segment))
     before = key.shape[1] - query.shape[1]
     seen = query[:, :, None] == key[:, None]
@@ -85,9 +87,8 @@ def test_bounds_hold_every_visible_tile(cache, window):
 def test_bounds_without_causality(window):
     """The same where queries see later tokens, in both directions: tiles of later segments alone are outside."""
     mask, _ = from_mask(False, True, window, 2)
-    (first, stop), (first_row, stop_row) = (
-        map(np.asarray, find(mask, 2, 2, window, causal=False)) for find in (row_bounds, column_bounds)
-    )
+    find = jax.jit(lambda mask: [bounds(mask, 2, 2, window, causal=False) for bounds in (row_bounds, column_bounds)])
+    (first, stop), (first_row, stop_row) = jax.tree.map(np.asarray, find(mask))
     query, key, query_rank, key_rank = (
         np.asarray(getattr(mask, name)) for name in ("query_segment", "key_segment", "query_rank", "key_rank")
     )

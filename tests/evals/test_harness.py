@@ -17,7 +17,7 @@ BYTES = ByteTokenizer()
 START = BYTES.end_of_text
 
 
-def build(memory="gated_delta_rule", **config):
+def build(memory="linear_attention", **config):
     config = {"width": 8, "heads": 2, "depth": 1, "feedforward": None, **config}
     return MemoryLM(LanguageModelConfig(memory=memory, **config), vocab_size=257, rngs=nnx.Rngs(0))
 
