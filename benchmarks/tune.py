@@ -1,11 +1,12 @@
-"""Searches the table of sizes of the TPU kernels by what the compiler reports; no chip is needed.
+"""Searches the tables of sizes of the kernels by what the compiler reports; no chip is needed.
 
     python -m benchmarks.tune tpu [ENTRY ...] [--list] [--out FILE.json]
+    python -m benchmarks.tune gpu [ENTRY ...] [--list] [--out FILE.json]
 
-ENTRY is the beginning of the name of an entry of the table in memformer/pallas/tpu/tuning.py (default: all). Each entry
-has candidates: the sizes of the table, and others (tpu/tune.py). A candidate is compiled and becomes a row of the file
-at once. Rerun the command to resume: candidates whose row has the same compiler and the same kernel sources are not
-compiled again. Another chip is another module with the attributes of `Chip`.
+ENTRY is the beginning of the name of an entry (default: all). Each entry has candidates: the sizes of the chip's table,
+memformer/pallas/{tpu,gpu}/tuning.py, and others (tpu/tune.py, gpu/tune.py). A candidate is compiled and becomes a row
+of the file at once. Rerun the command to resume: candidates whose row has the same compiler and the same kernel sources
+are not compiled again. Another chip is another module with the attributes of `Chip`.
 
 Printed: for each entry its candidates, the chosen first, with their figures and the ratio of their cost to that of the
 chosen ones. A candidate with a fault (it does not compile, spills where no spill is allowed, needs too much memory) is
@@ -129,10 +130,10 @@ def _sizes(sizes: dict[str, Any]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Runs the search; returns 1 where a table and its rows differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("chip", choices=("tpu",))
+    parser.add_argument("chip", choices=("tpu", "gpu"))
     parser.add_argument("entries", nargs="*", help="beginnings of the names of entries (default: all)")
     parser.add_argument("--list", action="store_true", help="print what the file has, and compile nothing")
-    parser.add_argument("--out", type=pathlib.Path, help="default: tpu-tune.json of benchmarks/results")
+    parser.add_argument("--out", type=pathlib.Path, help="default: benchmarks/results/CHIP-tune.json")
     options = parser.parse_args(arguments)
     chip: Any = importlib.import_module(f"benchmarks.{options.chip}.tune")
     path = options.out or chip.OUT

@@ -5,6 +5,7 @@ import types
 import pytest
 
 from benchmarks import tune
+from benchmarks.gpu import tune as gpu
 from benchmarks.tpu import tune as tpu
 
 
@@ -63,7 +64,8 @@ def test_a_search_resumes(tmp_path, capsys):
     assert [line.split()[:2] for line in tune.table(chip, rows, "e")[1:]] == [["*", "1.00"], ["2.00", "heads"]]
 
 
-def test_the_table_is_that_of_the_report():
+@pytest.mark.parametrize("chip", [tpu, gpu], ids=["tpu", "gpu"])
+def test_the_table_is_that_of_the_report(chip):
     """Entries that were compiled have the sizes that their rows choose."""
-    found = tune.verdicts(tpu, tune.read(tpu.OUT))
+    found = tune.verdicts(chip, tune.read(chip.OUT))
     assert found and not any(found.values()), found

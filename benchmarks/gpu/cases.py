@@ -59,6 +59,13 @@ SHIPPED = (
         for decay in ("", "head", "channel")
         for segments in (0, 2)
     ),
+    # Long sequences of few heads are scanned in parts of the time, those of many heads by two warpgroups per program.
+    *(
+        Case(op, *sizes, 1, width, width, decay="head", segments=2)
+        for op in ("delta_rule", "linear_attention")
+        for sizes in ((1, 4096, 8), (4, 256, 68))
+        for width in (64, 128)
+    ),
     *(
         Case("softmax_attention", 1, 256, 2, 1, width, width, segments=segments)
         for width in (64, 128)

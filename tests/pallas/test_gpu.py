@@ -300,3 +300,26 @@ def test_two_warpgroups(interpreter, monkeypatch):
     want = run()
     monkeypatch.setattr(tuning, "MULTIPROCESSORS", 0)
     jax.tree.map(np.testing.assert_array_equal, run(), want)
+
+
+@interprets
+def test_parts_of_the_time(interpreter, monkeypatch):
+    """Parts that are scanned at once, as for few heads, give what one scan gives, gradients included."""
+    rng = np.random.default_rng(8)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 1, 16)), "bfloat16") for _ in "qkv")
+    k = mf.l2norm(k)
+    beta = jnp.asarray(rng.uniform(0.0, 1.0, (1, 384, 1)), "float32")
+
+    def run():
+        def loss(q, k, v, beta, decay):
+            call = delta_call(q, k, v, beta, decay)
+            output, state = chunk_scan.run(call)
+            return jnp.sum(jnp.sin(output.astype("float32"))) + jnp.sum(state**2), (output, state)
+
+        (_, found), gradients = jax.value_and_grad(loss, range(5), has_aux=True)(q, k, v, beta, -0.02 * beta)
+        return jax.tree.map(lambda x: np.asarray(x, "float32"), (found, gradients))
+
+    want = run()
+    monkeypatch.setattr(tuning, "PARTS", (3,))
+    monkeypatch.setattr(tuning, "PART_CHUNKS", 1)
+    assert_close(run(), want, 1e-2)

@@ -1,6 +1,17 @@
 """Block sizes of the kernels. None was timed: they are the largest that ptxas compiles without a spill."""
 
-__all__ = ["CHANNEL_VALUES", "CHUNK", "KEYS", "MULTIPROCESSORS", "REMAT", "SCAN_REGISTERS", "SCAN_SLOTS", "SLOTS"]
+__all__ = [
+    "CHANNEL_VALUES",
+    "CHUNK",
+    "KEYS",
+    "MULTIPROCESSORS",
+    "PARTS",
+    "PART_CHUNKS",
+    "REMAT",
+    "SCAN_REGISTERS",
+    "SCAN_SLOTS",
+    "SLOTS",
+]
 __all__ += ["SPANS", "VALUE_PART", "WRITE_BLOCK", "padded_width", "span_length"]
 
 # Tokens per chunk or tile: wgmma has 64 rows. With 128 the blocks of the chunk scan (q, k, v, P, and X in two parts:
@@ -10,12 +21,18 @@ CHUNK = 64
 # Key widths of the kernels; narrower keys are padded to the next.
 KEYS = (64, 128)
 
-# Value columns per warpgroup of the chunk scan of a decay per key channel: 64 columns of 128 keys spill.
+# Value columns per program of the chunk scan of a decay per key channel, with many heads. The tuner prefers 64, which
+# no interpreter has run yet.
 CHANNEL_VALUES = 32
 
 # Chunk scan: chunks in shared memory, and registers per thread of two computing warpgroups and of the copying one.
 SCAN_SLOTS = 2
 SCAN_REGISTERS = (240, 24)
+
+# Chunk scan: parts of the time that are scanned at once where heads are few, and the least number of chunks of one.
+# Parts cost two more scans, of all but one of them: two parts gain nothing.
+PARTS = (8, 4)
+PART_CHUNKS = 8
 
 # Value columns per program of the gradients within chunks: what fits in shared memory beside 128 keys.
 VALUE_PART = 128

@@ -12,9 +12,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 
-__all__ = ["anew", "broadcast_rows", "iotas", "load_column", "load_float32", "load_row", "partial_products"]
+__all__ = ["Refs", "anew", "broadcast_rows", "iotas", "load_column", "load_float32", "load_row", "partial_products"]
 __all__ += ["products", "shared_block", "split_bf16", "split_block", "split_outside", "start_anew", "store"]
 __all__ += ["store_split", "sum_product", "transposed"]
+
+
+class Refs(dict):
+    """References of a kernel by name."""
+
+    __getattr__ = dict.__getitem__
 
 
 def shared_block(*shape: int, columns: int = 64, dtype: Any = jnp.bfloat16) -> plgpu.SMEM:

@@ -27,6 +27,7 @@ from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
 from memformer.pallas.gpu.attention.scalars import column_names
 from memformer.pallas.gpu.checks import launch_grid
 from memformer.pallas.gpu.wgmma import (
+    Refs,
     iotas,
     load_column,
     load_row,
@@ -63,12 +64,6 @@ __all__ += [
 
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
-
-
-class Refs(dict):
-    """References of a kernel by name."""
-
-    __getattr__ = dict.__getitem__
 
 
 def load_tile(ref) -> Array:

@@ -162,4 +162,6 @@ def intra_chunk(config: ChannelConfig, rows, k, decay, scalars, erase: bool) -> 
     scratch.append(plgpu.Barrier(num_arrivals=2 * blocks + len(scalars)))
     body = functools.partial(_intra_chunk_kernel, config=config, erase=erase)
     grid, name = (config.batch, config.heads, config.chunks), "channel_inverse" if erase else "channel_scores"
-    return call_kernel(config, name, body, grid, [squares] * 2, scratch, (rows, k, decay, *scalars))
+    operands = (rows, k, decay, *scalars)
+    # Both products of a level follow a `commit_smem`, so that no warp still reads what the next one stores.
+    return call_kernel(config, name, body, grid, [squares] * 2, scratch, operands, automatic_barriers=False)

@@ -1,9 +1,9 @@
 """Matrix memories in the chunkwise form on Hopper: the order of all kernels, and their gradients.
 
-Forward: intra-chunk terms for all chunks in parallel (intra_chunk.py), then the scan over chunks (scan_kernels.py).
-Backward: the reverse scan gives the gradients that flow through the state; the rest is parallel over chunks again
-(intra_chunk_backward.py). Saved: the inputs, P, X, W and the state that enters each chunk, or the inputs alone
-(`remat`). Arrays stay as the call has them, [B, T, H, K].
+Forward: intra-chunk terms for all chunks in parallel (intra_chunk.py), then the scan over chunks (scan_kernels.py),
+with few heads in parts (time_parts.py). Backward: the reverse scan gives the gradients that flow through the state; the
+rest is parallel over chunks again (intra_chunk_backward.py). Saved: the inputs, P, X, W and the state that enters each
+chunk, or the inputs alone (`remat`). Arrays stay as the call has them, [B, T, H, K].
 
 With S the state that enters a chunk, P and X from intra_chunk.py, c, b and w the token scalars decay_in, beta and
 decay_out, s the scale, the forward scan computes
@@ -39,6 +39,7 @@ from memformer.pallas.gpu.matrix_memory.config import ScanConfig, plan_call
 from memformer.pallas.gpu.matrix_memory.intra_chunk import intra_chunk
 from memformer.pallas.gpu.matrix_memory.intra_chunk_backward import intra_chunk_backward
 from memformer.pallas.gpu.matrix_memory.scan_kernels import scan_backward, scan_forward
+from memformer.pallas.gpu.matrix_memory.time_parts import part_gradients, part_states
 from memformer.pallas.gpu.matrix_memory.token_scalars import stack_scalars
 from memformer.pallas.sharding import split_batch_and_heads
 
@@ -100,8 +101,9 @@ def _forward_kernels(config: ScanConfig, save: bool, q, k, v, start, *scalars) -
     """One device's shard of `_forward`."""
     config = config.local(q, v)
     qk, inverse = intra_chunk(config, q, k, scalars)
-    o, end, *saved = scan_forward(config, save, q, k, v, qk, inverse, scalars, swap(start))
-    end = swap(end)
+    starts = part_states(config, k, v, inverse, scalars, swap(start))
+    o, ends, *saved = scan_forward(config, save, q, k, v, qk, inverse, scalars, starts)
+    end = swap(ends[:, :, -1])
     return (o, end, qk, *inverse, *saved) if save else (o, end)
 
 
@@ -109,10 +111,11 @@ def _backward_kernels(config: ScanConfig, q, k, v, do, dend, qk, *rest) -> tuple
     """One device's shard of the gradients; rest: X, the states that enter chunks, W and the token scalars."""
     config, parts = config.local(q, v), 2 * config.beta
     inverse, states, w, scalars = rest[:parts], rest[parts], rest[parts + 1 : 2 * parts + 1], rest[2 * parts + 1 :]
-    dv, dstates, dstart = scan_backward(config, q, k, do, qk, inverse, scalars, swap(dend))
+    dends = part_gradients(config, q, k, do, qk, inverse, scalars, swap(dend))
+    dv, dstates, dstarts = scan_backward(config, True, q, k, do, qk, inverse, scalars, dends)
     values = (w, (dv,)) if config.beta else ((v,), ())
     dq, dk, dscalars = intra_chunk_backward(config, q, k, do, *values, states, dstates, scalars)
-    return (dq, dk, dv, swap(dstart), *dscalars)
+    return (dq, dk, dv, swap(dstarts[:, :, 0]), *dscalars)
 
 
 def run(call: MatrixCall, remat: str = tuning.REMAT[0]) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:

@@ -41,8 +41,9 @@ class ScanConfig(BaseScanConfig):
 
     @property
     def value_block(self) -> int:
-        """Value columns per warpgroup of the chunk scan of a decay per key channel."""
-        return tuning.CHANNEL_VALUES
+        """Value columns per program of the chunk scan of a decay per key channel; 32 keep more multiprocessors busy."""
+        narrow = self.batch * self.heads * self.value // 32 <= tuning.MULTIPROCESSORS
+        return 32 if narrow else tuning.CHANNEL_VALUES
 
     @property
     def value_rows(self) -> int:
@@ -55,13 +56,25 @@ class ScanConfig(BaseScanConfig):
         return tuning.VALUE_PART if self.value % tuning.VALUE_PART == 0 else 64
 
     @property
-    def warpgroups(self) -> int:
-        """Computing warpgroups per program of the chunk scan, each with its own block of value columns.
+    def parts(self) -> int:
+        """Parts of the time that the delta rule scans at once: several where one would leave multiprocessors idle."""
+        programs = self.batch * self.heads * self.value // self.value_rows
+        for parts in tuning.PARTS * self.beta:
+            divides = self.chunks % parts == 0 and self.chunks // parts >= tuning.PART_CHUNKS
+            if divides and programs * parts <= tuning.MULTIPROCESSORS:
+                return parts
+        return 1
+
+    def warpgroups(self, blocks: int, parts: int) -> int:
+        """Computing warpgroups per program of a chunk scan, each with its own block of value columns.
 
         Two share copies and a multiprocessor, where there are more blocks than multiprocessors.
+
+        Args:
+          blocks: of value columns.
+          parts: of the time.
         """
-        blocks = self.value // self.value_rows
-        return 2 if blocks % 2 == 0 and self.batch * self.heads * blocks > tuning.MULTIPROCESSORS else 1
+        return 2 if blocks % 2 == 0 and self.batch * self.heads * blocks * parts > tuning.MULTIPROCESSORS else 1
 
     @property
     def scalars(self) -> tuple[str, ...]:
