@@ -60,9 +60,9 @@ def results_and_gradients(spec, implementation, arrays, state, ids):
 
 
 CASES = [
-    ("delta_rule_channel_decay", "chunked", "Auto"),
+    # `test_heads_and_time` has the delta rule's chunks
     ("delta_rule_grouped", "recurrent", "Explicit"),
-    ("delta_product_head_decay", "chunked", "Auto"),
+    ("delta_product_channel_decay_erase", "chunked", "Auto"),
     ("linear_attention_normalized", "chunked", "Explicit"),
     # `test_sinks` has softmax attention on an Auto mesh
     ("softmax_attention_decay", "chunked", "Explicit"),

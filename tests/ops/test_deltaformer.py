@@ -36,21 +36,6 @@ def evaluate(function, given):
     return output, gradient
 
 
-def test_linear_kernels_are_the_delta_rule():
-    given = arrays()
-    q, k, v, beta = given["q"][:, :, :2], given["k"], given["v"], given["beta"] * 2
-    linear = {"write_kernel": "linear", "read_kernel": "linear"}
-    got = evaluate(
-        lambda q, k, v, beta: mf.deltaformer(q, k, v, alpha=beta, beta=beta, chunk_size=16, **linear)[0],
-        {"q": q, "k": k, "v": v, "beta": beta},
-    )
-    want = evaluate(
-        lambda q, k, v, beta: mf.delta_rule(q, k, v, beta, scale=1.0)[0], {"q": q, "k": k, "v": v, "beta": beta}
-    )
-    assert_close(got[0], want[0], FORWARD["float32"], "output")
-    assert_close(got[1], want[1], GRADIENT["float32"], "gradient")
-
-
 def test_linear_kernels_are_the_delta_rule_with_its_erase_vector():
     """The same w, alpha and beta, and decay, in both, to the last digit of float64."""
     with jax.enable_x64(True):
@@ -78,14 +63,13 @@ def test_without_erasure_it_is_softmax_attention():
     ("write", "read"),
     [
         ("softmax", "relu"),
-        ("relu", mf.Kernel("exp", scale=0.5)),
         (mf.Kernel("exp", scale=0.3), mf.Kernel("round", decimals=1)),
         (mf.Kernel("round", decimals=2), "linear"),
     ],
     ids=lambda kernel: getattr(kernel, "name", kernel),
 )
 def test_kernels_against_the_recurrence(write, read):
-    """Each kernel in each place, gradients of every array, in float64 (the shared suite has linear and softmax)."""
+    """Every kernel, gradients of every array, in float64 (the shared suite writes linearly and reads with softmax)."""
     with jax.enable_x64(True):
         given = arrays(23, "float64")
         got, want = (

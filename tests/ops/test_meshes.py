@@ -52,10 +52,10 @@ def decode(x, ids):
     """Two calls with a fixed cache, the first of several tokens."""
     q, cache = x.reshape(B, T, 2, D // 2), None
     sizes = {"batch": B, "capacity": 8, "groups": 2, "key_width": D // 2, "value_width": D // 2}
-    cache = mf.init_cache("deltaformer", **sizes)
+    cache = mf.init_cache("softmax_attention", **sizes)
     outputs = []
     for part in (slice(0, 4), slice(4, 5)):
-        output, cache = mf.deltaformer(q[:, part], mf.l2norm(q[:, part]), q[:, part], initial_state=cache)
+        output, cache = mf.softmax_attention(q[:, part], q[:, part], q[:, part], initial_state=cache)
         outputs.append(output)
     return jnp.concatenate(outputs, axis=1)
 
