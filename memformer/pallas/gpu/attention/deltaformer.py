@@ -301,7 +301,9 @@ def _reverse_side(program: _Program, g, rows, count, own) -> Array:
         return refs.own_scalars.at[g, names.index(name)]
 
     def signed(slot, diagonal):
-        scores = tiles.compute_scores(config, refs.q_tile.at[g], refs.key_slots.at[slot])
+        # 0, read in every step: otherwise addresses are kept over the loop, and registers spill.
+        q = refs.q_tile.at[g + refs.index_tile[g, 0, 0]]
+        scores = tiles.compute_scores(config, q, refs.key_slots.at[slot])
         lse = load_row(program.column(slot, "lse"), TILE) if config.similarity.normalized else None
         mask, gap = program.pairs(g, scalar, slot, diagonal)
         weights = tiles.attention_weights(config, scores, mask, lse, gap)
