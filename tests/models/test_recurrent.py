@@ -31,7 +31,7 @@ def functional(model):
 def test_decoding_and_packing_agree_with_the_whole_sequence(cell):
     model = random_module(lambda: build(cell=cell))
     call = functional(model)
-    want = call(IDS)
+    want = call(IDS, segment_ids=np.ones_like(IDS))
     assert want.logits.shape == (2, TIME, VOCAB) and want.logits.dtype == jnp.float32 and want.aux == {}
     state, got = model.init_state(2, TIME), []
     for t in range(TIME):
@@ -39,8 +39,10 @@ def test_decoding_and_packing_agree_with_the_whole_sequence(cell):
         state = output.state
         got.append(output.logits)
     assert_close((np.concatenate(got, axis=1), state), (want.logits, want.state), FORWARD["float32"])
-    packed = call(IDS.reshape(1, -1), segment_ids=np.array([[1] * TIME + [2] * TIME], np.int32))
-    assert_close(np.reshape(packed.logits, (2, TIME, VOCAB)), want.logits, FORWARD["float32"])
+    # the same program: the first halves of both sequences, side by side in each row
+    halves = lambda x: np.concatenate([x[:, : TIME // 2], x[::-1, : TIME // 2]], axis=1)  # noqa: E731
+    packed = call(halves(IDS), segment_ids=np.array([[1] * (TIME // 2) + [2] * (TIME // 2)] * 2, np.int32))
+    assert_close(packed.logits, halves(np.asarray(want.logits)), FORWARD["float32"])
 
 
 def test_generate_follows_the_logits():
@@ -52,7 +54,8 @@ def test_generate_follows_the_logits():
 
 
 def test_features_both_directions_and_bfloat16():
-    model = build(vocab_size=0, features=3, num_classes=2, bidirectional=True, dtype="bfloat16")
+    config = {"features": 3, "num_classes": 2, "bidirectional": True, "dtype": "bfloat16"}
+    model = random_module(lambda: build(vocab_size=0, **config))
     x, call = np.random.default_rng(0).standard_normal((2, TIME, 3)).astype("float32"), functional(model)
     output = call(x)
     assert output.logits.shape == (2, TIME, 2) and output.logits.dtype == jnp.float32

@@ -129,8 +129,9 @@ def test_gradient_passes_through_all_segments(name, remat):
         def loss(given):
             return jnp.sum(jnp.sin(call(*given).logits[:, 2 * LENGTH :]))
 
-        run = jax.jit(jax.value_and_grad(loss))
-        assert ("remat" in str(run.trace((parameters, x)).jaxpr)) == (remat is not None)
+        traced = jax.jit(jax.value_and_grad(loss)).trace((parameters, x))
+        assert ("remat" in str(traced.jaxpr)) == (remat is not None)
+        run = traced.lower().compile()
         by_parameter, by_input = jax.device_get(run((parameters, x))[1])
         for path, leaf in jax.tree_util.tree_leaves_with_path(by_parameter):
             assert np.any(leaf), jax.tree_util.keystr(path)
@@ -198,8 +199,8 @@ def test_training_carries_values_between_segments():
     model = build_model(shape, vocab_size=task.vocab_size, rngs=nnx.Rngs(0))
 
     def loss(model, batch):
-        where = {name: batch[name] for name in ("segment_ids", "positions")}
-        return cross_entropy(model(batch["inputs"], **where).logits, batch)
+        # whole segments without padding, whose places the model counts
+        return cross_entropy(model(batch["inputs"]).logits, batch)
 
     losses = learn(model, loss, draw(task, steps=60, batch_size=16), rate=1e-2)
     assert np.mean(losses[-10:]) < 0.3, losses[::10]
