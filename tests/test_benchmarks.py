@@ -1,5 +1,6 @@
 """benchmarks.cpu at toy sizes: the structure of its output, and its verdicts. Times are not tested."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ from benchmarks import cases as shared
 from benchmarks import timing
 from benchmarks.cpu import __main__ as run
 from benchmarks.cpu import cases, first_step, goals
+from memformer.training import step
+from tests.executables import kept_executables, state_by_operation
 
 ROW_KEYS = {
     "op", "variant", "T", "shape", "pass", "implementation", "ran", "milliseconds", "low", "high", "rounds", "ratio",
@@ -16,8 +19,13 @@ ROW_KEYS = {
 }  # fmt: skip
 
 
-# Without the delta rule, which is timed over lengths.
-QUICK = cases.QUICK[1:]
+# One matrix memory and one memory with a cache; all calls of an op are of one shape, and equal ones share programs.
+QUICK = tuple(
+    dataclasses.replace(case, length=32) for case in cases.QUICK if case.op in ("linear_attention", "deltaformer")
+)
+LINEAR = dataclasses.replace(QUICK[0], implementations=("default",))
+LENGTHS = tuple(dataclasses.replace(LINEAR, length=length) for length in (32, 64))
+DECAYS = tuple(dataclasses.replace(LINEAR, decay=decay) for decay in ("head", "channel"))
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +35,11 @@ def result(tmp_path_factory):
         # In this process, which has loaded the trainer's libraries already, and for one config.
         patch.setattr(run, "first_step", lambda config, quick: {"config": config, **first_step.measure(config, quick)})
         patch.setattr(run, "CONFIGS", first_step.CONFIGS[:1])
-        patch.setattr(cases, "QUICK", QUICK)
-        run.main(["--quick", "--out", str(path)])
+        patch.setattr(step, "init_state", state_by_operation)
+        for name, table in {"QUICK": QUICK, "QUICK_SCALING": (LENGTHS,), "QUICK_PER_CHANNEL": (DECAYS,)}.items():
+            patch.setattr(cases, name, table)
+        with kept_executables():
+            run.main(["--quick", "--out", str(path)])
     return json.loads(path.read_text())
 
 

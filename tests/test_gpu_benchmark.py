@@ -3,25 +3,52 @@
 import importlib.util
 import json
 import sys
+import types
 
+import jax
 import pytest
 
 from benchmarks import timing, workers
 from benchmarks.cases import PASSES, Case
 from benchmarks.floor import floor
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import cases, goals, sass, static, verify
+from benchmarks.gpu import cases, goals, sass, static, verify, worker
 from benchmarks.gpu.cases import FLA, SHIPPED, TIMED, TOY
+
+
+class Here:
+    """The worker of JAX programs without a process of its own; the peers have one, and test_workers tests them."""
+
+    def __init__(self):
+        self.actions, self.starts, self.process = worker.actions(), 1, types.SimpleNamespace(poll=lambda: None)
+
+    def ask(self, limit, /, do, **request):
+        try:
+            return json.loads(json.dumps(self.actions[do](**json.loads(json.dumps(request)))))
+        except Exception as error:
+            raise workers.WorkerError(workers.shorten(error)) from error
+
+    def close(self):
+        pass
+
+
+def start_worker(module, *given):
+    return Here() if module == gpu.JAX else workers.Worker(module, *given)
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     path = tmp_path_factory.mktemp("gpu") / "result.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_PLATFORMS", "cpu")
-        # Values are tested, not times.
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        assert gpu.main(["--verify", "--time", "--out", str(path)]) == 0
+        patch.setattr(gpu, "Worker", start_worker)
+        # Programs of other tests stay.
+        patch.setattr(jax, "clear_caches", lambda: None)
+        # As in a process of its own; a context would not reach the threads that verify.
+        jax.config.update("jax_numpy_dtype_promotion", "standard")
+        try:
+            assert gpu.main(["--verify", "--time", "--out", str(path)]) == 0
+        finally:
+            jax.config.update("jax_numpy_dtype_promotion", "strict")
     return json.loads(path.read_text())
 
 

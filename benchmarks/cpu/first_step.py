@@ -62,7 +62,8 @@ def measure(path: str, quick: bool) -> dict[str, float]:
     marks["import"] = time.perf_counter()
     config = runpy.run_path(path)["get_config"]()
     if quick:
-        config.model.width, config.task.length, config.train.batch_size = 16, 16, 2
+        config.model.memory, config.model.width = "linear_attention", 16
+        config.task.length, config.train.batch_size = 16, 2
     run = build_run(config.to_dict())
     train, ema, seed = run.config["train"], run.config["optimizer"]["ema"], run.config["seed"]
     loader = make_loader(run.task, "train", batch_size=train["batch_size"], seed=seed, prefetch=0)

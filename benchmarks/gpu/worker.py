@@ -122,13 +122,13 @@ def verify(case: str, toy: bool) -> dict[str, Any]:
     return verify(case, toy)
 
 
-def main() -> None:
-    """Answers requests until stdin closes."""
+def actions() -> dict[str, Callable[..., dict[str, Any]]]:
+    """The function of each request."""
     bench = Bench()
-    actions: dict[str, Callable[..., dict[str, Any]]] = {"load": bench.load, "time": bench.time, "drop": bench.drop}
-    actions |= {"compile": bench.compile, "about": about, "verify": verify, "peaks": lambda: measure_peaks(is_hopper())}
-    serve(actions)
+    found: dict[str, Callable[..., dict[str, Any]]] = {"load": bench.load, "time": bench.time, "drop": bench.drop}
+    found |= {"compile": bench.compile, "about": about, "verify": verify, "peaks": lambda: measure_peaks(is_hopper())}
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    serve(actions())
