@@ -1,19 +1,13 @@
-"""Losses of the first steps under several meshes: `python -m tests.training.process_steps host:port,2,index`."""
-
-import json
-import sys
+"""Losses of the first steps on a mesh."""
 
 import jax
 
 from memformer.training.build import build_run
-from memformer.training.distributed import join_processes
 from memformer.training.input import batch_shapes, make_loader
 from memformer.training.sharding import batch_layout, mesh_scope
 from memformer.training.step import init_state, make_train_step
 from tests.training.small import small_config
 
-# axes that cross two processes of two devices each
-MESHES = ({"tensor": 4}, {"context": 2, "tensor": 2})
 STEPS = 2
 
 
@@ -35,10 +29,3 @@ def losses(sizes: dict[str, int], devices: list[jax.Device] | None = None) -> li
             found.append(float(report["loss"]))
     loader.close()
     return found
-
-
-if __name__ == "__main__":
-    with join_processes(sys.argv[1]):
-        found = [losses(sizes) for sizes in MESHES]
-        if jax.process_index() == 0:
-            sys.stdout.write(json.dumps(found) + "\n")
