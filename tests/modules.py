@@ -8,12 +8,16 @@ from flax import nnx
 def random_module(make, seed: int = 0):
     """The module that `make` builds, with random parameters from NumPy; initializers compile a program per shape.
 
-    Norms, biases and gates are random too, so that no factor hides. Its other variables must be none.
+    Norms, biases and gates are random too, so that no factor hides. Streams of random numbers start at `seed`.
     """
     graph, shapes = nnx.split(nnx.eval_shape(make))
     rng = np.random.default_rng(seed)
 
     def draw(x):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed)
+        if np.issubdtype(x.dtype, np.integer):
+            return np.zeros(x.shape, x.dtype)
         size = x.shape[-2] ** -0.5 if len(x.shape) > 1 else 0.5
         return (size * rng.standard_normal(x.shape)).astype(x.dtype)
 

@@ -40,11 +40,12 @@ def test_a_merged_model_computes_the_same(scan):
     changed = add_lora(module, rank=3, alpha=6.0, targets="query, feedforward, head", rngs=nnx.Rngs(1))
     assert len(changed) == 5 and "head" in changed
     np.testing.assert_array_equal(logits(module), first)
-    for i, (name, x) in enumerate(parameters(module).items()):
+    rng = np.random.default_rng(0)
+    for name, x in parameters(module).items():
         if name.endswith("lora_b"):
-            x.set_value(jax.random.normal(jax.random.key(i), x.get_value().shape))
+            x.set_value(rng.standard_normal(x.get_value().shape).astype("float32"))
     want = logits(module)
-    assert float(jnp.max(jnp.abs(want - first))) > 0.1
+    assert np.abs(np.asarray(want) - np.asarray(first)).max() > 0.1
     merged = merge_lora(module)
     assert_close(logits(merged), want, 1e-6)
     assert parameters(merged).keys() == before.keys()

@@ -27,6 +27,7 @@ from tests.numeric import FORWARD, assert_close
 B, T, D = 4, 6, 8
 IDS = np.array([[1, 1, 1, 2, 2, 0]] * B, np.int32)
 RULES = (("embed", None), ("mlp", "tensor"), ("heads", "tensor"), ("vocab", "tensor"), ("experts", None))
+ACTIVATIONS = (("activation_batch", "data"), ("activation_mlp", "tensor"))
 
 
 def same():
@@ -44,12 +45,8 @@ def decode(block, x):
 
 
 # A function that makes the module (collecting tests must not compile), its use, and the sharding of the first result.
+# tests/models/test_sharding.py packs a delta rule.
 LAYERS = {
-    "packed delta rule": (
-        lambda: build_memory("gated_delta_rule", D, heads=2, rngs=nnx.Rngs(0)),
-        lambda layer, x: layer(x, segment_ids=IDS),
-        ("data",),
-    ),
     "packed Mamba-3": (
         lambda: build_memory("mamba3", D, heads=2, rngs=nnx.Rngs(0)),
         lambda layer, x: layer(x, segment_ids=IDS),
@@ -104,24 +101,20 @@ def test_a_layer_on_an_explicit_mesh(name):
     call = jax.jit(jax.grad(run, argnums=(0, 1), has_aux=True))
     gradients, want = call(parameters, x)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
-    with jax.set_mesh(mesh), nnx.logical_axis_rules(RULES):
-        placed = jax.device_put(parameters, nnx.get_named_sharding(parameters, mesh))
-        got_gradients, got = call(placed, jax.device_put(x, jax.P("data")))
+    rules = (*RULES, *ACTIVATIONS) if name == "experts" else RULES
+    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
+        placed, rows = (
+            jax.device_put(parameters, nnx.get_named_sharding(parameters, mesh)),
+            jax.device_put(x, jax.P("data")),
+        )
+        program = call.lower(placed, rows).compile()
+        got_gradients, got = program(placed, rows)
+    if name == "experts":
+        # The compiler gathers the operand of lax.top_k from all devices.
+        assert "all-gather" not in program.as_text()
     assert_close(got, want, FORWARD["float32"])
     # An absolute bound, because the gradient by a bias that all keys share is zero but for rounding.
     for one, other in zip(jax.tree.leaves(got_gradients), jax.tree.leaves(gradients), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
     assert got.sharding.is_equivalent_to(jax.NamedSharding(mesh, jax.P(*spec)), got.ndim)
     assert got_gradients[1].sharding.spec[0] == "data"
-
-
-def test_experts_gather_nothing():
-    """The compiler gathers the operand of lax.top_k from all devices."""
-    graph, parameters = nnx.split(LAYERS["experts"][0]())
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
-    rules = (*RULES, ("activation_batch", "data"), ("activation_mlp", "tensor"))
-    with jax.set_mesh(mesh), nnx.logical_axis_rules(rules):
-        placed = jax.device_put(parameters, nnx.get_named_sharding(parameters, mesh))
-        x = jax.device_put(jnp.ones((B, T, D)), jax.P("data"))
-        loss = jax.grad(lambda parameters, x: jnp.sum(nnx.merge(graph, parameters)(x)[0]))
-        assert "all-gather" not in jax.jit(loss).lower(placed, x).compile().as_text()

@@ -99,8 +99,9 @@ def test_gradients_equal_finite_differences():
         @jax.value_and_grad
         def loss(parameters):
             model = nnx.merge(graph, parameters)
-            output = jax.nn.log_softmax(model(IDS, segment_ids=mask).logits)[:, :, 1]
-            return jnp.sum(jnp.where(mask != 0, output, 0.0)) + model.embed(IDS, segment_ids=mask)[0, 0]
+            hidden = model.encode(IDS, segment_ids=mask)
+            output = jax.nn.log_softmax(model.head(hidden))[:, :, 1]
+            return jnp.sum(jnp.where(mask != 0, output, 0.0)) + mean_pool(hidden, mask)[0, 0]
 
         assert loss(parameters)[0].dtype == jnp.float64
         assert_close(*slopes(loss, parameters, step=1e-5), 1e-7)

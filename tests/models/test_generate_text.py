@@ -34,16 +34,13 @@ def attention():
     return build("softmax_attention", depth=1)
 
 
-# Each kind of state: caches, with a decay and written by a delta rule; a matrix, a vector, and a matrix with the last
-# token and angles. tests/layers/test_memory.py packs, pads on either side and continues every memory; prompts with
-# padding behind them are compared with full passes in test_generate.py.
-CACHES = ("fox", "gated_deltaformer")
-STATES = ("gated_delta_rule", "lstm", "mamba3")
+def test_padding_on_either_side_changes_nothing():
+    """Of a cache with a decay, written by a delta rule, and of a matrix with the last inputs of convolutions.
 
-
-@pytest.mark.parametrize("pattern", [CACHES, STATES], ids=["caches", "states"])
-def test_padding_on_either_side_changes_nothing(pattern):
-    model = build(pattern, depth=len(pattern))
+    tests/layers/test_memory.py packs, pads on either side and continues every class of memories; prompts with padding
+    behind them are compared with full passes in test_generate.py.
+    """
+    model = build(("gated_deltaformer", "gated_delta_rule"))
     prompt, count = [3, 1, 4, 1, 5], 3
     # Padding may hold any id, also one that the model does not have.
     ids = np.full((3, 8), 10**6)

@@ -21,7 +21,7 @@ from memformer.models import (
     from_preset,
     model_keys,
 )
-from tests.modules import random_module
+from tests.modules import draws_random_bits, random_module
 from tests.numeric import FORWARD, GRADIENT, assert_close, relative_rms
 
 VOCAB, TIME = 7, 7
@@ -61,10 +61,10 @@ def loss_and_gradients(model, ids=IDS):
     graph, parameters = nnx.split(model)
 
     @jax.jit
-    @functools.partial(jax.value_and_grad, has_aux=True)
+    @jax.value_and_grad
     def run(parameters):
         output = nnx.merge(graph, parameters)(ids)
-        return jnp.mean(jax.nn.log_softmax(output.logits)[:, :, 0]) + sum(output.aux.values()), output.logits
+        return jnp.mean(jax.nn.log_softmax(output.logits)[:, :, 0]) + sum(output.aux.values())
 
     return run(parameters)
 
@@ -82,19 +82,11 @@ def test_scanned_equals_unrolled():
     state, flat = nnx.state(unrolled), nnx.to_pure_dict(nnx.state(scanned))
     nnx.replace_by_pure_dict(state, flat | {"blocks": dict(enumerate(by_layer(nnx.state(scanned))))})
     nnx.update(unrolled, state)
-    (_, logits), gradients = loss_and_gradients(scanned)
-    parameters, call = functional(unrolled)
-    assert_close(call(parameters, IDS).logits, logits, FORWARD["float32"])
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
-        assert np.any(leaf), jax.tree_util.keystr(path)
+    got, want = (call(parameters, IDS).logits for parameters, call in map(functional, (scanned, unrolled)))
+    assert_close(got, want, FORWARD["float32"])
 
 
 SMALL = {"memory": "linear_attention", "memory_options": {}, "depth": 2}
-
-
-@functools.cache
-def plain_loss_and_gradients():
-    return loss_and_gradients(random(**SMALL))
 
 
 @pytest.mark.parametrize("remat", ["full", "dots", "projections"])
@@ -104,7 +96,9 @@ def test_remat_changes_memory_and_not_results(remat):
     assert "remat" in str(jax.make_jaxpr(model)(IDS))
     if remat != "projections":
         return
-    loss, gradients = plain_loss_and_gradients()
+    loss, gradients = loss_and_gradients(random(**SMALL))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+        assert np.any(leaf), jax.tree_util.keystr(path)
     other_loss, other_gradients = loss_and_gradients(model)
     assert_close(other_loss, loss, FORWARD["float32"])
     assert_close(jax.tree.leaves(other_gradients), jax.tree.leaves(gradients), GRADIENT["float32"])
@@ -179,25 +173,21 @@ def test_features_in_and_classes_out():
 
 
 def test_dropout_differs_between_calls_and_applies_only_in_training():
-    model = build(**SMALL, dropout=0.5)
-    want = functional(build(**SMALL))
-
-    # One program in training and one in evaluation.
+    make = lambda: build(**SMALL, dropout=0.5)  # noqa: E731
+    assert not draws_random_bits(make, lambda model: model(IDS).logits, training=False)
+    model = random_module(make)
+    model.train()
     call = jax.jit(lambda graph, *state: nnx.merge(graph, *state, copy=True)(IDS).logits, static_argnums=0)
 
     def run(*, copies):
         graph, parameters, rest = nnx.split(model, nnx.Param, ...)
         return [call(graph, parameters, jax.tree.map(lambda leaf: leaf, rest)) for _ in range(copies)]
 
-    assert_close(run(copies=1)[0], want[1](want[0], IDS).logits, FORWARD["float32"])
-    model.train()
     first, same = run(copies=2)
     assert_close(first, same, 0.0)
     model.dropout_stream()
     (second,) = run(copies=1)
     assert relative_rms(first, second) > 0.1
-    model.eval()
-    assert_close(run(copies=1)[0], want[1](want[0], IDS).logits, FORWARD["float32"])
 
 
 def test_an_id_outside_the_vocabulary_gives_nan():

@@ -12,7 +12,7 @@ from memformer.models import build_model
 from memformer.tasks import make_task
 from memformer.training.losses import count_batch
 from tests.models.learning import draw, learn
-from tests.modules import random_module
+from tests.modules import compiled, random_module
 from tests.numeric import FORWARD, assert_close, slopes
 
 B, T, F, CLASSES = 2, 7, 3, 4
@@ -172,10 +172,12 @@ def test_continuing_and_packing_agree_with_the_whole_sequence(variant):
 
 def test_ids_are_one_hot_encoded():
     ids = np.array([[0, 2, 1, 1]])
-    model = build_model(SHAPE, vocab_size=3, rngs=nnx.Rngs(0))
-    twin = build_model(SHAPE, vocab_size=0, num_classes=3, features=3, rngs=nnx.Rngs(0))
-    call = nnx.jit(lambda model, x: model(x).logits)
-    assert_close(call(model, ids), call(twin, np.eye(3, dtype=np.float32)[ids]), FORWARD["float32"])
+    call, twin = (
+        compiled(random_module(lambda sizes=sizes: build_model(SHAPE, **sizes, rngs=nnx.Rngs(0))))
+        for sizes in ({"vocab_size": 3}, {"vocab_size": 0, "num_classes": 3, "features": 3})
+    )
+    want = twin(np.eye(3, dtype=np.float32)[ids])
+    assert_close(call(ids).logits, want.logits, FORWARD["float32"])
 
 
 def test_a_trained_memory_may_have_more_slots():

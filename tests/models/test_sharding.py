@@ -143,7 +143,7 @@ def test_generate_on_a_mesh(kind, scope, listed):
 
 def test_dropout_on_an_explicit_mesh_advances():
     config = {"memory": "linear_attention", "width": 8, "heads": 2, "feedforward": None, "dropout": 0.5}
-    model = build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0))
+    model = random_module(lambda: build_model(config, vocab_size=VOCAB, rngs=nnx.Rngs(0)))
     mesh = jax.make_mesh((4, 2), ("data", "tensor"))
     with jax.set_mesh(mesh):
         rows = jax.device_put(IDS, jax.P("data"))

@@ -13,6 +13,7 @@ from memformer.data import ByteTokenizer
 from memformer.layers.sharding import partition_spec
 from memformer.models import LanguageModelConfig, MemoryLM
 from memformer.pretrained import ARCHITECTURES, load_pretrained, match_architecture, plan_loading, save_pretrained
+from tests.modules import random_module
 
 SMALL = {
     "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -28,7 +29,7 @@ NEXT = {
 def random_model(raw, **options):
     row = ARCHITECTURES[raw["architectures"][0]]
     config = LanguageModelConfig(**row.fields(raw), **options)
-    return MemoryLM(config, vocab_size=raw["vocab_size"], rngs=nnx.Rngs(0))
+    return random_module(lambda: MemoryLM(config, vocab_size=raw["vocab_size"], rngs=nnx.Rngs(0)))
 
 
 def parameters(model):
@@ -133,8 +134,11 @@ def test_a_plan_of_27_billion_parameters_needs_no_weights(tmp_path):
     assert plan.parameters * 2 / 64 < plan.held < 1.1 * plan.parameters * 2 / 64
     assert plan.held * 8 * 0.9 < plan.read <= plan.held * 8
     assert plan.largest == 248320 * 5120 * 2
-    # Parameters in float32 take twice the space, and as much reading.
-    wide = plan_loading(tmp_path, param_dtype="float32", mesh=mesh, devices_per_host=8)
+    # Parameters in float32 take twice the space, and as much reading, at any depth.
+    (tmp_path / "config.json").write_text(json.dumps(QWEN_27B | {"num_hidden_layers": 4}))
+    plan, wide = (
+        plan_loading(tmp_path, param_dtype=dtype, mesh=mesh, devices_per_host=8) for dtype in ("bfloat16", "float32")
+    )
     assert wide.held == 2 * plan.held and wide.read == plan.read
 
 
@@ -230,7 +234,7 @@ def test_folders_without_weights(saved, tmp_path):
 def test_models_that_no_architecture_describes():
     config = LanguageModelConfig(memory="deltaformer", width=8, heads=2)
     with pytest.raises(ValueError, match="one that an architecture describes; all differ: LlamaForCausalLM: "):
-        match_architecture(MemoryLM(config, vocab_size=5, rngs=nnx.Rngs(0)))
+        match_architecture(random_module(lambda: MemoryLM(config, vocab_size=5, rngs=nnx.Rngs(0))))
     model = random_model(SMALL | {"hidden_size": 32})
     assert match_architecture(model)[0] == "LlamaForCausalLM"
 
