@@ -72,11 +72,12 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "implementation", "kind"), CASES)
 def test_equals_one_device(name, implementation, kind):
-    """Packed, from a state, with gradients."""
+    """Packed, from a state, with gradients, against the recurrence."""
     spec, rng = ROWS[name], np.random.default_rng(0)
     arrays, state = in_float32((spec.arrays(rng, B, T), spec.initial_state(rng, B)))
     run = functools.partial(results_and_gradients, spec, implementation)
-    want = jax.jit(run)(arrays, state, jnp.asarray(IDS))
+    alone = functools.partial(results_and_gradients, spec, "recurrent")
+    want = jax.jit(alone)(arrays, state, jnp.asarray(IDS))
     mesh, time = mesh_over_time(kind, 2, 4)
     with jax.set_mesh(mesh):
         arrays, ids = jax.device_put((arrays, jnp.asarray(IDS)), P("data", time))
@@ -120,8 +121,7 @@ def test_heads_and_time():
     assert state.sharding.is_equivalent_to(NamedSharding(mesh, P("data", "tensor")), 4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_convolution(packed):
+def test_convolution():
     """Shards of two tokens hold fewer than the three before them that a window of four needs."""
     rng = np.random.default_rng(2)
     x, state = (jnp.asarray(rng.standard_normal((B, n, 3)), "float32") for n in (T, 3))
@@ -131,12 +131,12 @@ def test_convolution(packed):
         def loss(x, state):
             y, after = layer(x, segments=find_segments(ids, {}), state=state)
             # What stands at padding is anything.
-            y = y if ids is None else jnp.where((ids != 0)[..., None], y, 0.0)
+            y = jnp.where((ids != 0)[..., None], y, 0.0)
             return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(after)), (y, after)
 
         return jax.value_and_grad(loss, (0, 1), has_aux=True)(x, state)
 
-    ids = jnp.asarray(IDS) if packed else None
+    ids = jnp.asarray(IDS)
     want = jax.jit(run)(x, state, ids)
     mesh, time = mesh_over_time("Auto", 1, 8)
     with jax.set_mesh(mesh):

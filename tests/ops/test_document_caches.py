@@ -16,7 +16,7 @@ ROWS, PLACES, CAPACITY, HEADS, WIDTH = 2, 3, 11, 2, 4
 # Two packed calls with padding before, between and inside documents, and places without one; then one token of each
 # document. A fixed cache has 4, 9 and 10 slots in use after them.
 FIRST = np.array([[0, 5, 5, 0, 5, 2, 2], [3, 3, 3, 3, 1, 7, 7]], np.int32)
-SECOND = np.array([[1, 1, 0, 2, 2, 3], [9, 9, 9, 9, 9, 0]], np.int32)
+SECOND = np.array([[1, 1, 0, 2, 2, 3, 0], [9, 9, 9, 9, 9, 0, 0]], np.int32)
 TOTAL = FIRST.size + SECOND.size + ROWS * PLACES
 
 
@@ -96,21 +96,30 @@ CASES = [("softmax_attention", "recurrent", False), ("deltaformer", "chunked", T
 
 @pytest.mark.parametrize(("name", "implementation", "fixed"), CASES)
 def test_documents_have_caches_of_their_own(name, implementation, fixed):
-    """Two packed calls, then the caches as those of six rows: outputs and gradients of all tokens."""
-    call = op(name, implementation)
+    """Two packed calls, then the caches as those of six rows: outputs and gradients of all tokens.
+
+    A fixed cache is carried by a scan of both calls.
+    """
+    call, packed = op(name, implementation), np.stack([FIRST, SECOND])
+
+    def step(cache, part):
+        ids, given = part
+        output, after = call(**given, segment_ids=ids, initial_state=cache)
+        assert after.fixed == cache.fixed and after.k.shape[:2] == (ROWS, PLACES)
+        return after, output
 
     def run(given):
-        start, outputs, cache = 0, [], empty(name)
-        for ids in (FIRST, SECOND):
-            part = {key: x[start : start + ids.size].reshape(*ids.shape, *x.shape[1:]) for key, x in given.items()}
-            before, (output, cache) = cache, call(**part, segment_ids=ids, initial_state=cache)
-            assert cache.fixed == before.fixed and cache.k.shape[:2] == (ROWS, PLACES)
-            outputs.append(output.reshape(-1, *output.shape[2:]))
-            start += ids.size
-            cache = cache if fixed or not cache.fixed else cut(cache, 4)
+        start, cache = packed.size, empty(name)
+        parts = {key: x[:start].reshape(*packed.shape, *x.shape[1:]) for key, x in given.items()}
+        if fixed:
+            cache, output = jax.lax.scan(step, cache, (jnp.asarray(packed), parts))
+        else:
+            cache, first = step(cache, (FIRST, {key: x[0] for key, x in parts.items()}))
+            cache, second = step(cut(cache, 4), (SECOND, {key: x[1] for key, x in parts.items()}))
+            output = jnp.stack([first, second])
         cache = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]) if x.ndim else x, cache)
-        last = {key: x[start:, None] for key, x in given.items()}
-        return jnp.concatenate([*outputs, call(**last, initial_state=cache)[0][:, 0]])
+        last, _ = op(name, "recurrent")(**{key: x[start:, None] for key, x in given.items()}, initial_state=cache)
+        return jnp.concatenate([output.reshape(-1, *output.shape[3:]), last[:, 0]])
 
     got, want = graded(run, tokens(name)), apart(name)
     assert_close(got[1], want[1], FORWARD["float32"])
@@ -124,7 +133,7 @@ def test_errors_name_the_argument():
     call = functools.partial(OPS[name], **given)
     message = "initial_state has states of 3 documents per row, got 4 segments in a row"
     with pytest.raises(ValueError, match=message):
-        call(segment_ids=np.array([[1, 2, 3, 4, 4, 4]] * 2, np.int32), initial_state=empty(name))
+        call(segment_ids=np.array([[1, 2, 3, 4, 4, 4, 4]] * 2, np.int32), initial_state=empty(name))
     message = "capacity of 4 slots, 0 of them in use: no room for 5 more tokens"
     with pytest.raises(ValueError, match=message):
         call(segment_ids=SECOND, initial_state=empty(name, capacity=4))

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import memformer as mf
@@ -42,8 +43,11 @@ def _tokens(rng, name, length, heads, groups, width):
     return arrays
 
 
-def check(name, dtype, tolerance, *, heads, groups, width, capacity, prompt=30):
-    """Runs a prompt with padding in front, one token and three packed ones."""
+def check(name, dtype, tolerance, *, heads, groups, width, capacity, prompt=30, alone=True):
+    """Runs one token (unless `alone` is false) and three packed ones after a prompt with padding in front.
+
+    The recurrence makes the prompt's cache for both.
+    """
     op, options = CASES[name]
     run_op = getattr(mf, op)
     fixed = {key: x for key, x in options.items() if x is not True}
@@ -58,20 +62,24 @@ def check(name, dtype, tolerance, *, heads, groups, width, capacity, prompt=30):
     ids[0, :4] = 0
 
     def run(calls, cache, implementation):
-        _, cache = run_op(**calls[0], **fixed, segment_ids=ids, initial_state=cache, implementation="recurrent")
         found = []
-        for arrays, packed in zip(calls[1:], (None, IDS), strict=True):
+        for arrays, packed in list(zip(calls, (None, IDS), strict=True))[0 if alone else 1 :]:
             output, cache = run_op(
                 **arrays, **fixed, segment_ids=packed, initial_state=cache, implementation=implementation
             )
             found += [output, cache.values[:, prompt : prompt + 4]]
         return found
 
-    got = jax.jit(functools.partial(run, implementation="pallas"))(
-        calls, empty(value_width=width, dtype=dtype, **decays)
-    )
+    def reference(calls, cache):
+        _, cache = run_op(**calls[0], **fixed, segment_ids=ids, initial_state=cache, implementation="recurrent")
+        return cache, run(calls[1:], cache, "recurrent")
+
     with jax.enable_x64(True):
         exact = cast(jax.tree.map(lambda x: np.asarray(x, np.float64), calls), "float64")
-        reference = jax.jit(functools.partial(run, implementation="recurrent"))
-        want = jax.tree.map(np.asarray, reference(exact, empty(value_width=width, dtype="float64", **decays)))
+        start = empty(value_width=width, dtype="float64", **decays)
+        cache, want = jax.device_get(jax.jit(reference)(exact, start))
+    cache = jax.tree.map(
+        lambda x, like: jnp.asarray(x, like.dtype), cache, empty(value_width=width, dtype=dtype, **decays)
+    )
+    got = jax.jit(functools.partial(run, implementation="pallas"))(calls[1:], cache)
     assert_close(got, want, tolerance, name)
