@@ -1,6 +1,7 @@
 """Coreference: twins differ in one word and the referent; order, distance and nouns carry no information."""
 
 import collections
+import functools
 
 import numpy as np
 import pytest
@@ -11,16 +12,19 @@ from memformer.tasks.coreference import FAMILIES, HELD_OUT, NOUNS, REASON, WORDS
 COUNT = 4000
 
 
+@functools.cache
 def drawn(split="train", families="trained", count=COUNT):
     source = Coreference(families=families).source(split, 0)
     return [source.sentence(i) for i in range(count)]
 
 
+SPOKEN = {name: {w for pair in f.frames for frame in pair for w in frame.split()} for name, f in FAMILIES.items()}
+OWN = {name: own.difference(REASON.split(), *(SPOKEN[o] for o in SPOKEN if o != name)) for name, own in SPOKEN.items()}
+
+
 def family_of(sentence):
     """The family, by a word that only its main clauses contain."""
-    words = {name: {w for pair in f.frames for frame in pair for w in frame.split()} for name, f in FAMILIES.items()}
-    own = {name: one.difference(REASON.split(), *(words[o] for o in words if o != name)) for name, one in words.items()}
-    (name,) = [name for name in FAMILIES if own[name] & set(sentence.words)]
+    (name,) = [name for name in FAMILIES if OWN[name] & set(sentence.words)]
     return name
 
 
