@@ -13,6 +13,7 @@ from memformer.layers.feedforward import FEEDFORWARDS, MixtureOfExperts, feedfor
 from memformer.layers.gates import BoundedDecay, FixedDecay, ForgetDecay, LogSigmoidDecay, SigmoidGate, StepDecay
 from memformer.layers.memory import build_memory
 from memformer.layers.positions import LearnedPositions, count_positions, next_position, rotate, sinusoid
+from tests.modules import compiled, random_module
 from tests.numeric import FORWARD, assert_close
 
 F32, BF16 = Dtypes(), Dtypes("bfloat16")
@@ -53,10 +54,14 @@ def test_norms_of_large_and_small_vectors(size):
 
 
 def test_tied_logits_have_unit_variance_and_are_float32():
-    embedding = Embedding(50, 64, dtypes=BF16, rngs=rngs())
-    x = embedding(jnp.arange(50)[None])
-    assert x.dtype == jnp.bfloat16 and 0.9 < float(jnp.std(x.astype(jnp.float32))) < 1.1
-    logits = embedding.attend(x)
+    @jax.jit
+    def run(ids):
+        embedding = Embedding(50, 64, dtypes=BF16, rngs=rngs())
+        x = embedding(ids)
+        return x, embedding.attend(x)
+
+    x, logits = jax.device_get(run(np.arange(50)[None]))
+    assert x.dtype == jnp.bfloat16 and 0.9 < np.std(x.astype(np.float32)) < 1.1
     assert logits.dtype == jnp.float32 and logits.shape == (1, 50, 50)
     assert np.array_equal(np.argmax(logits[0], axis=-1), np.arange(50))
 
@@ -125,21 +130,21 @@ def test_learned_positions_outside_the_table_are_nan():
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_short_convolution_is_the_sum_over_the_last_inputs(width):
-    layer = ShortConvolution(3, width, dtypes=F32, rngs=rngs())
+    layer = random_module(lambda: ShortConvolution(3, width, dtypes=F32, rngs=rngs()))
     x = np.asarray(normal(2, 6, 3), np.float64)
     weights = np.asarray(layer.weights[...], np.float64)
     want = np.zeros_like(x)
     for t in range(6):
         for j in range(min(width, t + 1)):
             want[:, t] += weights[j] * x[:, t - j]
-    y, state = layer(jnp.asarray(x, jnp.float32))
+    y, state = compiled(layer)(x.astype(np.float32))
     assert_close(y, want / (1 + np.exp(-want)), FORWARD["float32"])
     assert_close(state, np.concatenate([np.zeros((2, width, 3)), x], axis=1)[:, 7:], 1e-6) if width > 1 else None
     assert state.shape == (2, width - 1, 3)
 
 
 def test_short_convolution_backward_through_packing():
-    layer = ShortConvolution(2, 3, dtypes=F32, rngs=rngs())
+    layer = random_module(lambda: ShortConvolution(2, 3, dtypes=F32, rngs=rngs()))
     ids = np.array([[0, 1, 0, 1, 2, 2]], np.int32)
     weights = normal(1, 6, 2, seed=3) * (ids != 0)[:, :, None].astype("float32")
     packed = lambda x: jnp.sum(layer(x, segments=find_segments(ids, {}))[0] * weights)  # noqa: E731
@@ -153,8 +158,8 @@ def test_short_convolution_backward_through_packing():
 
 @pytest.mark.parametrize("name", FEEDFORWARDS)
 def test_feedforward_layers_keep_shape_and_dtype(name):
-    layer = FEEDFORWARDS[name](8, hidden=6, dtypes=BF16, rngs=rngs())
-    y, aux = jax.jit(lambda x: layer(x))(jnp.ones((2, 3, 8), jnp.bfloat16))
+    make = lambda x: FEEDFORWARDS[name](8, hidden=6, dtypes=BF16, rngs=rngs())(x)  # noqa: E731
+    y, aux = jax.eval_shape(make, jax.ShapeDtypeStruct((2, 3, 8), jnp.bfloat16))
     assert y.shape == (2, 3, 8) and y.dtype == jnp.bfloat16
     assert list(aux) == (["moe_balance"] if name == "moe" else [])
     assert "hidden" in feedforward_keys(name)
@@ -163,9 +168,9 @@ def test_feedforward_layers_keep_shape_and_dtype(name):
 
 
 def test_the_output_is_the_weighted_sum_of_the_selected_experts():
-    layer = MixtureOfExperts(4, experts=3, active=2, hidden=5, dtypes=F32, rngs=rngs())
+    layer = random_module(lambda: MixtureOfExperts(4, experts=3, active=2, hidden=5, dtypes=F32, rngs=rngs()))
     x = normal(1, 6, 4)
-    y, _ = jax.jit(lambda x: layer(x))(x)
+    y, _ = compiled(layer)(x)
     x, router, gate, up, down = (
         np.asarray(a, np.float64)
         for a in (x[0], layer.router.kernel[...], layer.gate[...], layer.up[...], layer.down[...])
@@ -184,11 +189,12 @@ def test_the_output_is_the_weighted_sum_of_the_selected_experts():
 
 
 def test_the_balance_loss_does_not_count_padding():
-    layer = MixtureOfExperts(4, experts=3, active=1, hidden=5, balance_weight=1.0, dtypes=F32, rngs=rngs())
+    sizes = {"experts": 3, "active": 1, "hidden": 5, "balance_weight": 1.0}
+    layer = random_module(lambda: MixtureOfExperts(4, **sizes, dtypes=F32, rngs=rngs()))
     x = normal(1, 6, 4)
     call = nnx.jit(lambda layer, *given: layer(*given)[1]["moe_balance"])
     assert_close(call(layer, x, np.arange(6)[None] < 4), call(layer, x[:, :4]), FORWARD["float32"])
-    layer.router.kernel[...] = jnp.zeros_like(layer.router.kernel[...])
+    layer.router.kernel.set_value(np.zeros_like(layer.router.kernel[...]))
     # With equal probabilities E sum_e f_e / E = 1, whichever experts are selected.
     assert_close(call(layer, x[:, :4]), np.float32(1.0), 1e-6)
 
@@ -214,11 +220,17 @@ def test_decays_are_negative_logs_in_float32(name):
 
 
 def test_a_forget_gate_starts_as_slowly_as_asked():
-    decay = ForgetDecay(8, 3, 3, None, time=(0.01, 1e4), dtypes=F32, rngs=rngs())
-    assert_close(decay(jnp.zeros((1, 1, 8)))[0][0, 0], -1 / jnp.array([0.01, 10, 1e4]), 1e-3)
     options = {"decay_time": (5, 50)}
-    make = lambda x: build_memory("gated_deltaformer", 8, heads=2, options=options, rngs=rngs()).decay(x)  # noqa: E731
-    assert_close(jax.jit(make)(np.zeros((1, 1, 8), np.float32))[0][0, 0], -1 / np.array([5.0, 50.0]), 1e-5)
+
+    @jax.jit
+    def both(x):
+        decay = ForgetDecay(8, 3, 3, None, time=(0.01, 1e4), dtypes=F32, rngs=rngs())
+        layer = build_memory("gated_deltaformer", 8, heads=2, options=options, rngs=rngs())
+        return decay(x)[0][0, 0], layer.decay(x)[0][0, 0]
+
+    one, other = both(np.zeros((1, 1, 8), np.float32))
+    assert_close(one, -1 / np.array([0.01, 10, 1e4]), 1e-3)
+    assert_close(other, -1 / np.array([5.0, 50.0]), 1e-5)
 
 
 def test_rwkv7_starts_with_slow_and_fast_channels():
@@ -235,7 +247,8 @@ def test_fixed_decay_is_retnets():
 
 
 def test_sigmoid_gates_stay_below_their_limit():
-    beta = SigmoidGate(8, 2, 2.0, dtypes=BF16, rngs=rngs())(jnp.asarray(100 * normal(1, 50, 8), jnp.bfloat16))
+    make = lambda x: SigmoidGate(8, 2, 2.0, dtypes=BF16, rngs=rngs())(x)  # noqa: E731
+    beta = jax.jit(make)((100 * normal(1, 50, 8)).astype(jnp.bfloat16))
     assert beta.dtype == jnp.float32 and float(beta.min()) >= 0 and 1.5 < float(beta.max()) <= 2
 
 
