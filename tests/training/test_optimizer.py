@@ -69,9 +69,7 @@ def test_decay_spares_norms_biases_and_decay_rates():
     }
     assert [name for name, decays in decay_mask(params).items() if decays] == list(params)[:2]
     updates = first_update(params, {n: np.zeros_like(x) for n, x in params.items()}, weight_decay=0.5)
-    assert {n: np.abs(x).max() for n, x in updates.items()} == {
-        n: 0.5 if i < 2 else 0.0 for i, n in enumerate(params)
-    }
+    assert {n: np.abs(x).max() for n, x in updates.items()} == {n: 0.5 if i < 2 else 0.0 for i, n in enumerate(params)}
 
 
 # options that add parameters to a memory beyond its defaults
