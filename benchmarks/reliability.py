@@ -217,9 +217,9 @@ def two_trainers(lab: Lab, times: int) -> Iterator[str]:
 
 
 def pair(folder: pathlib.Path, steps: int) -> list[Script]:
-    from tests.training.test_processes import start_both
+    from tests.training.test_processes import ROWS, start_both
 
-    return start_both(folder, steps)
+    return start_both(folder, steps, ROWS)
 
 
 def lost_process(victim: int) -> Callable[[Lab, int], Iterator[str]]:
