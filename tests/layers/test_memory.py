@@ -31,6 +31,8 @@ SPECS = {
 
 # One row of each layer class, the last.
 CLASSES = tuple({MEMORIES[name].layer: spec for spec, (name, _) in SPECS.items()}.values())
+# One row of each module of layers: gradients, and values in bfloat16. Every op has them in tests/ops and tests/pallas.
+ROOMS = ("softmax_attention, grouped, window", "delta_product, decay", "rwkv7", "mamba3", "lstm")
 
 
 def abstract(name, width=WIDTH, **sizes):
@@ -57,7 +59,7 @@ def built(spec: str, compute: str = "float32"):
 def token(spec: str):
     """The program of one token, in rows with gradients: (parameters, x, state) -> (output, state, gradients)."""
     call = built(spec)[2]
-    if spec not in CLASSES:
+    if spec not in ROOMS:
         return jax.jit(lambda parameters, x, state: (*call(parameters, x, None, state), None))
     weights = inputs(BATCH, 1, seed=2)
 
@@ -131,16 +133,28 @@ def test_the_whole_sequence_equals_token_by_token(spec):
 
 
 @pytest.mark.parametrize("spec", CLASSES)
+def test_outputs_depend_on_every_parameter(spec):
+    """Those of three tokens, one by one, with one parameter changed."""
+    layer, parameters, _ = built(spec)
+    step, want, rng = token(spec), decoded(spec)[0], np.random.default_rng(4)
+    noise = lambda x: rng.standard_normal(x.shape).astype(x.dtype)  # noqa: E731
+    for path, _ in jax.tree_util.tree_leaves_with_path(parameters):
+        change = lambda at, x, path=path: x + noise(x) if at == path else x  # noqa: E731
+        changed = jax.tree_util.tree_map_with_path(change, parameters)
+        state, got = layer.init_state(BATCH, CAPACITY), []
+        for t in range(3):
+            y, state, _ = step(changed, inputs()[:, t : t + 1], state)
+            got.append(y)
+        assert relative_rms(np.concatenate(got, axis=1), want[:, :3]) > 1e-5, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("spec", ROOMS)
 def test_gradients_reach_every_parameter(spec):
     """Of a token after others; tests/ops compare the gradients of all arguments of the ops with float64."""
     by_parameter, by_input = jax.device_get(decoded(spec)[1])
     assert np.all(np.isfinite(by_input)) and np.all(np.any(by_input, axis=-1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(by_parameter):
         assert np.all(np.isfinite(leaf)) and np.any(leaf), jax.tree_util.keystr(path)
-
-
-# One row of each module of layers, whose values are compared in bfloat16; tests/ops and tests/pallas have every op.
-IN_BFLOAT16 = ("softmax_attention, grouped, window", "delta_product, decay", "rwkv7", "mamba3", "lstm")
 
 
 @pytest.mark.parametrize("spec", CLASSES)
@@ -152,7 +166,7 @@ def test_bfloat16_policy(spec):
     y, after = jax.eval_shape(call, parameters, x[:, :1], None, state)
     assert y.dtype == jnp.bfloat16
     assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
-    if spec not in IN_BFLOAT16:
+    if spec not in ROOMS:
         return
     for t in range(TIME):
         y, state = call(parameters, x[:, t : t + 1], None, state)
