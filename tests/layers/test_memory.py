@@ -193,7 +193,7 @@ def test_recurrent_units_are_heads_times_value_width():
 
 def test_kernels_are_given_by_name_or_by_fields():
     kernels = {"write_kernel": {"name": "round", "decimals": 2}, "read_kernel": "relu"}
-    layer = build_memory("deltaformer", WIDTH, heads=HEADS, options=kernels, rngs=nnx.Rngs(0))
+    layer = abstract("deltaformer", heads=HEADS, options=kernels)
     assert (layer.write_kernel, layer.read_kernel) == (Kernel("round", decimals=2), Kernel("relu"))
 
 
@@ -268,11 +268,11 @@ def test_user_errors_are_named(mistake):
     options = dict(options)
     heads = options.pop("heads", HEADS)
     with pytest.raises(ValueError, match=message):
-        build_memory(name, WIDTH, heads=heads, options=options, rngs=nnx.Rngs(0))
+        abstract(name, heads=heads, options=options)
 
 
 def test_wrong_inputs_are_named():
-    layer = build_memory("softmax_attention", WIDTH, heads=HEADS, rngs=nnx.Rngs(0))
+    layer = abstract("softmax_attention", heads=HEADS)
     with pytest.raises(ValueError, match=r"x must be \[B, T, D\] with D = 8, got \(2, 7, 9\)"):
         layer(jnp.zeros((2, 7, 9)))
     with pytest.raises(ValueError, match=r"segment_ids must be \[B, T\] = \(4, 6\), got \(2, 6\)"):

@@ -88,8 +88,12 @@ def test_shapes_dtypes_and_maps(name):
 def test_bfloat16_compute_gives_float32_logits(name):
     words, picture = draw()
     model = build(name, dtype="bfloat16")
-    logits = jax.jit(lambda words, picture: model(words, picture=picture).logits)(words, picture)
-    assert logits.dtype == jnp.float32
+    run = jax.jit(lambda words, picture: model(words, picture=picture).logits)
+    assert jax.eval_shape(run, words, picture).dtype == jnp.float32
+    if name == "transformer":
+        # the values of its blocks: test_transformer.py
+        return
+    logits = run(words, picture)
     assert 1e-5 < relative_rms(logits, call(name, words, picture)[0]) < 5e-2
 
 
