@@ -28,47 +28,65 @@ def arrays(scale=1.0):
 
 
 def formula(q, k, v, decay=None, sinks=None, *, causal, window, ids):
-    """The whole T x T formula in the dtype of the inputs; distances count valid tokens."""
-    k, v = (jnp.repeat(x, 2, axis=2) for x in (k, v))
-    rank = np.cumsum(ids != 0, axis=1)
+    """The whole T x T formula in float64, in NumPy; distances count valid tokens.
+
+    Returns:
+      Output, and the gradients of the sum of its sine with respect to all arrays given.
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, np.repeat(k, 2, axis=2), np.repeat(v, 2, axis=2)))
+    rank, valid, root = np.cumsum(ids != 0, axis=1), ids != 0, np.sqrt(q.shape[-1])
     distance = rank[:, :, None] - rank[:, None, :]
-    visible = (ids[:, :, None] == ids[:, None, :]) & (ids != 0)[:, :, None] & (distance >= (0 if causal else -LENGTH))
+    visible = (ids[:, :, None] == ids[:, None, :]) & valid[:, :, None] & (distance >= (0 if causal else -LENGTH))
     if window is not None:
         visible &= np.abs(distance) < window
-    scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1]).astype(q.dtype)
+    scores = np.einsum("bthk,bshk->bhts", q, k) / root
+    # Of t, s and r: each gap is summed on its own, without padding.
+    step = np.arange(LENGTH)
+    between = ((step > step[:, None]) & (step <= step[:, None, None])).astype("float64")
     if decay is not None:
-        # Each gap is summed on its own, without padding.
-        decay = jnp.where((ids != 0)[..., None], decay, jnp.zeros((), q.dtype))
-        between = np.tril(np.ones((LENGTH, LENGTH)))[:, None] * (1 - np.tril(np.ones((LENGTH, LENGTH))))[None]
-        between = jnp.asarray(between > 0)[None, ..., None]
-        gap = jnp.sum(jnp.where(between, decay[:, None, None], jnp.zeros((), q.dtype)), axis=3)
-        scores = scores + jnp.moveaxis(gap, 3, 1)
-    weights = jnp.where(visible[:, None], jnp.exp(scores), jnp.zeros((), q.dtype))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
+        scores += np.einsum("tsr,brh->bhts", between, np.where(valid[..., None], np.maximum(decay, -1e4), 0.0))
+    weights = np.where(visible[:, None], np.exp(scores), 0.0)
+    end = np.zeros(q.shape[2]) if sinks is None else np.exp(np.asarray(sinks, np.float64))
+    total = np.sum(weights, axis=-1) + end[:, None]
+    total = np.where(total > 0, total, 1.0)
+    share = weights / total[..., None]
+    output = np.einsum("bhts,bshv->bthv", share, v)
+
+    slope = np.cos(output)
+    of_share = np.einsum("bthv,bshv->bhts", slope, v)
+    mean = np.sum(share * of_share, axis=-1)
+    of_scores = share * (of_share - mean[..., None])
+    grouped = lambda x: np.sum(x.reshape(*x.shape[:2], -1, 2, x.shape[-1]), axis=3)  # noqa: E731
+    gradient = [
+        np.einsum("bhts,bshk->bthk", of_scores, k) / root,
+        grouped(np.einsum("bhts,bthk->bshk", of_scores, q) / root),
+        grouped(np.einsum("bhts,bthv->bshv", share, slope)),
+    ]
+    if decay is not None:
+        gradient.append(np.einsum("bhts,tsr->brh", of_scores, between) * valid[..., None])
     if sinks is not None:
-        total = total + jnp.exp(sinks)[None, :, None, None]
-    return jnp.einsum("bhts,bshv->bthv", weights / jnp.where(total > 0, total, jnp.ones_like(total)), v)
+        gradient.append(-np.sum(end[:, None] / total * mean, axis=(0, 2)))
+    return output, gradient
+
+
+def check_formula(given, options):
+    """Both implementations, outputs and gradients; decay and sinks are the fourth and fifth of the arrays."""
+    want, want_gradient = formula(*given, **options, ids=IDS)
+    for kind in ({"implementation": "chunked", "chunk_size": 8}, {"implementation": "recurrent"}):
+
+        def loss(given, kind=kind):
+            more = dict(zip(("decay", "sinks"), given[3:], strict=False))
+            output, _ = mf.softmax_attention(*given[:3], **more, **options, **kind, segment_ids=jnp.asarray(IDS))
+            return jnp.sum(jnp.sin(output)), output
+
+        gradient, got = jax.jit(jax.grad(loss, has_aux=True))(given)
+        assert_close(got, want, FORWARD["float32"], "output")
+        assert_close(list(gradient), want_gradient, GRADIENT["float32"], "gradient")
 
 
 @pytest.mark.parametrize(("causal", "window"), [(True, 7), (False, 5)])
 def test_against_the_formula(causal, window):
-    def loss(function):
-        def value(given):
-            output = function(*given)
-            return jnp.sum(jnp.sin(output)), output
-
-        return jax.jit(jax.value_and_grad(value, has_aux=True))
-
-    given = arrays()
-    with jax.enable_x64(True):
-        wide = tuple(x.astype("float64") for x in given)
-        (_, want), want_gradient = loss(lambda *x: formula(*x, causal=causal, window=window, ids=IDS))(wide)
-        want, want_gradient = jax.tree.map(np.asarray, (want, want_gradient))
-    for kind in ({"implementation": "chunked", "chunk_size": 8}, {"implementation": "recurrent"}):
-        options = {"causal": causal, "window": window, "segment_ids": jnp.asarray(IDS), **kind}
-        (_, got), gradient = loss(lambda *x, options=options: mf.softmax_attention(*x, **options)[0])(given)
-        assert_close(got, want, FORWARD["float32"], "output")
-        assert_close(gradient, want_gradient, GRADIENT["float32"], "gradient")
+    check_formula(arrays(), {"causal": causal, "window": window})
 
 
 def test_decay_and_sinks_against_the_formula():
@@ -79,29 +97,8 @@ def test_decay_and_sinks_against_the_formula():
     rng = np.random.default_rng(3)
     decay = -np.exp(rng.uniform(-3, 1, (2, LENGTH, 4)))
     decay[:, 12, 1] = -np.inf
-    given = (*arrays(), jnp.asarray(decay, "float32"), jnp.asarray(rng.standard_normal(4), "float32"))
-    options = {"causal": True, "window": None}
-
-    def loss(function):
-        def value(given):
-            output = function(*given)
-            return jnp.sum(jnp.sin(output)), output
-
-        return jax.jit(jax.value_and_grad(value, has_aux=True))
-
-    with jax.enable_x64(True):
-        wide = [x.astype("float64") for x in given]
-        # The naive sum of decays has no gradient at -inf.
-        wide[3] = jnp.maximum(wide[3], -1e4)
-        (_, want), want_gradient = loss(lambda *x: formula(*x, **options, ids=IDS))(wide)
-        want, want_gradient = jax.tree.map(np.asarray, (want, want_gradient))
-    for kind in ({"implementation": "chunked", "chunk_size": 8}, {"implementation": "recurrent"}):
-        kind |= options | {"segment_ids": jnp.asarray(IDS)}
-        (_, got), gradient = loss(
-            lambda q, k, v, decay, sinks, kind=kind: mf.softmax_attention(q, k, v, decay=decay, sinks=sinks, **kind)[0]
-        )(given)
-        assert_close(got, want, FORWARD["float32"], "output")
-        assert_close(list(gradient), want_gradient, GRADIENT["float32"], "gradient")
+    given = (*arrays(), decay.astype("float32"), rng.standard_normal(4).astype("float32"))
+    check_formula(given, {"causal": True, "window": None})
 
 
 def test_decoding_with_decay():
@@ -138,12 +135,12 @@ def test_cudnn_refuses_decay_and_sinks():
 def test_window_and_encoder_without_segments():
     """Only the padding of the last chunk is masked."""
 
-    def both(causal, window, *given):
-        want = formula(*given, causal=causal, window=window, ids=np.ones_like(IDS))
-        return mf.softmax_attention(*given, causal=causal, window=window, chunk_size=8)[0], want
+    def run(causal, window, *given):
+        return mf.softmax_attention(*given, causal=causal, window=window, chunk_size=8)[0]
 
     for causal, window in ((True, 7), (False, None)):
-        got, want = jax.jit(both, static_argnums=(0, 1))(causal, window, *arrays())
+        want, _ = formula(*arrays(), causal=causal, window=window, ids=np.ones_like(IDS))
+        got = jax.jit(run, static_argnums=(0, 1))(causal, window, *arrays())
         assert_close(got, want, FORWARD["float32"], f"causal {causal}")
 
 
