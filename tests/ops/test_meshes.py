@@ -99,11 +99,11 @@ def on_one_device(name):
     ("name", "kind"),
     [
         *((name, AxisType.Explicit) for name in FUNCTIONS),
-        *((name, AxisType.Auto) for name in ("lstm", "addressing", "fixed cache")),
+        *((name, AxisType.Auto) for name in ("lstm", "fixed cache")),
     ],
 )
 def test_batch_stays_sharded(name, kind):
-    """Every function on an Explicit mesh, a cell, an addressing step and a cache on an Auto mesh too."""
+    """Every function on an Explicit mesh, a cell and a cache on an Auto mesh too."""
     x, ids = random(B, T, D), jnp.asarray(IDS)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(kind,) * 2)
     with jax.set_mesh(mesh):
