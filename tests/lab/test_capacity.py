@@ -3,11 +3,19 @@
 import numpy as np
 import pytest
 
-from memformer.lab.capacity import RECALLERS, capacity, draw_writes, recalled, theory
+from memformer.lab.capacity import NUMBER, RECALLERS, capacity, draw_writes, recalled, theory
 
-# One shape for the tests below: T = 16 tokens, P = 8 pairs, V = 4 bits.
-SIZES = {"value_width": 4, "most": 8}
-WIDE = {name: 16 if name.startswith("ARMT") else 128 for name in RECALLERS}
+# V = 4 bits; the shapes are those of the quick study, whose programs serve all tests
+BITS, CACHED = 4, 48
+
+
+def key_width(name, size=4096):
+    """K of a memory of so many bytes; of a cache the wider one of the quick study."""
+    return CACHED if RECALLERS[name].slots else size // (NUMBER * RECALLERS[name].floats(1, BITS))
+
+
+def sizes_of(name, size=4096):
+    return {"value_width": BITS, "most": 64 if RECALLERS[name].slots else size // (2 * NUMBER * BITS)}
 
 
 def test_the_latest_value_of_each_pair_is_its_answer():
@@ -22,20 +30,21 @@ def test_the_latest_value_of_each_pair_is_its_answer():
 
 @pytest.mark.parametrize("name", RECALLERS)
 def test_a_few_pairs_are_recalled_and_rewritten_ones_by_a_delta_rule_alone(name):
-    once, twice = (draw_writes(2, times, tokens=16, seed=1, **SIZES) for times in (1, 2))
-    assert recalled(name, once, WIDE[name], 0) == 1
+    sizes = sizes_of(name)
+    once, twice = (draw_writes(2, times, tokens=2 * sizes["most"], seed=1, **sizes) for times in (1, 2))
+    assert recalled(name, once, key_width(name), 0) == 1
     # a memory that forgets nothing answers with the sum of both values
-    assert (recalled(name, twice, WIDE[name], 0) == 1) == (name not in ("linear attention", "softmax attention"))
+    assert (recalled(name, twice, key_width(name), 0) == 1) == (name not in ("linear attention", "softmax attention"))
 
 
 def test_capacity_is_where_recall_ends():
-    found = capacity("linear attention", 32, times=1, seed=0, **SIZES)
-    shares = [
-        recalled("linear attention", draw_writes(n, 1, tokens=16, seed=0, **SIZES), 32, 0) for n in (found, found + 1)
-    ]
-    assert 0 < found < 8 and shares[0] == 1 and shares[1] < 0.99
+    name, sizes = "linear attention", sizes_of("linear attention", 1024)
+    width, most = key_width(name, 1024), sizes["most"]
+    found = capacity(name, width, times=1, seed=0, **sizes)
+    shares = [recalled(name, draw_writes(n, 1, tokens=2 * most, seed=0, **sizes), width, 0) for n in (found, found + 1)]
+    assert 0 < found < most and shares[0] == 1 and shares[1] < 0.99
     # more than the limit is not looked for
-    assert capacity("delta rule", 128, times=1, seed=0, **SIZES) == 8
+    assert capacity("delta rule", 128, times=1, seed=0, value_width=BITS, most=8) == 8
 
 
 def test_theory_is_the_formula_of_the_docstring():
@@ -47,7 +56,9 @@ def test_theory_is_the_formula_of_the_docstring():
 
 
 def test_the_quick_study(measure_quickly):
-    rows = {(row["written"], row["memory"]): row for row in measure_quickly("capacity", seeds=1).rows()}
+    rows = {
+        (row["written"], row["memory"]): row for row in measure_quickly("capacity", seeds=1, widths=(16, CACHED)).rows()
+    }
 
     def median(written, memory, size=4096):
         return float(rows[written, memory][f"{size} bytes"].split()[0])

@@ -1,13 +1,18 @@
 """Regression in context: the sequences, the best answer, and that a short training gets below a guess."""
 
+import functools
+
 import jax
 import numpy as np
 
+from memformer.lab import context
 from memformer.lab.context import draw_regression, draw_test, ridge_error
+
+draw = functools.partial(jax.jit, static_argnums=(1, 2, 3))(draw_regression)
 
 
 def test_sequences_are_questions_and_pairs_in_turn():
-    tokens, answers, maps = (np.asarray(part) for part in draw_regression(jax.random.key(0), 6, 512, change=3))
+    tokens, answers, maps = (np.asarray(part) for part in draw(jax.random.key(0), 6, 512, 3))
     questions, pairs = tokens[:, ::2], tokens[:, 1::2]
     np.testing.assert_array_equal(questions[..., :4], pairs[..., :4])
     np.testing.assert_array_equal(pairs[..., 4], answers)
@@ -16,7 +21,8 @@ def test_sequences_are_questions_and_pairs_in_turn():
     np.testing.assert_allclose(rest.std(), 0.1, rtol=0.1)
 
 
-def test_questions_are_independent_of_the_maps():
+def test_questions_are_independent_of_the_maps(monkeypatch):
+    monkeypatch.setattr(context, "draw_regression", draw)
     tokens, asked, maps = draw_test(jax.random.key(2), 4, 2048)
     moved, again, _ = draw_test(jax.random.key(2), 4, 2048, change=2)
     truth = np.sum(maps[0] * asked, axis=1)
@@ -27,7 +33,7 @@ def test_questions_are_independent_of_the_maps():
 
 
 def test_ridge_finds_the_map():
-    tokens, _, maps = (np.asarray(part) for part in draw_regression(jax.random.key(1), 40, 256))
+    tokens, _, maps = (np.asarray(part) for part in draw(jax.random.key(1), 40, 256, None))
     asked = np.random.default_rng(0).standard_normal((256, 4))
     truth = np.sum(maps[0] * asked, axis=1)
     errors = ridge_error(tokens, asked, truth, np.array([0, 2, 40]))

@@ -15,7 +15,7 @@ def test_the_gradient_is_that_of_the_last_output_by_distance():
         # x_(T-d) reaches the last output times 2, 0.5, 0
         return x * 0 + jnp.sum(weights[None, :, None] * x, axis=1, keepdims=True), None
 
-    found = gradients(layer, jnp.ones((64, 3, 16)), jax.random.key(0))
+    found = jax.jit(gradients, static_argnums=0)(layer, jnp.ones((64, 3, 16)), jax.random.key(0))
     np.testing.assert_allclose(found, 4 * weights[::-1], rtol=0.1)
 
 
@@ -25,7 +25,7 @@ def test_factor_of_a_power():
 
 
 def test_one_symbol_lies_at_the_delay_asked_for():
-    tokens = np.asarray(draw_recall(jax.random.key(0), (1, 20), 64, 24))
+    tokens = np.asarray(jax.jit(draw_recall, static_argnums=(1, 2, 3))(jax.random.key(0), (1, 20), 64, 24))
     symbols = tokens < 8
     assert symbols.sum(axis=1).tolist() == [1] * 64 and set(tokens[:, -1]) == {16}
     delays = 22 - symbols.argmax(axis=1)
