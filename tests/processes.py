@@ -26,8 +26,8 @@ IMPORTED: tuple[str, ...] = (
 )
 IMPORTED += ("memformer.training.flags", "memformer.training.distributed", "memformer.training.plots", "memformer.lab")
 IMPORTED += ("grain", "matplotlib.figure", "matplotlib.backends.backend_agg")
-_FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["tests.processes", *IMPORTED])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.processes", *IMPORTED])
 
 
 def _run(command: Sequence[str], output: tuple[str, str], environment: Mapping[str, str]) -> None:
@@ -73,7 +73,7 @@ class Script:
     def __init__(self, command: Sequence[str], out: str, err: str = "", environment: Mapping[str, str] = EMPTY):
         output, environment = (str(out), str(err or out)), {"JAX_NUM_CPU_DEVICES": "1", **dict(environment)}
         words = [str(word) for word in command]
-        self._process = _FORKED.Process(target=_run, args=(words, output, environment), daemon=True)
+        self._process = FORKED.Process(target=_run, args=(words, output, environment), daemon=True)
         self._process.start()
 
     def poll(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import multiprocessing
 import threading
 
 import jax
@@ -14,6 +15,7 @@ from memformer.tasks import Parity, Swap, Task
 from memformer.training.curriculum import Curriculum
 from memformer.training.input import batch_shapes, check_batch, make_loader
 from memformer.training.sharding import batch_layout, batch_sharding, global_batch, make_mesh
+from tests.processes import FORKED
 
 SWAP = Swap(length=8)
 
@@ -193,7 +195,9 @@ def test_restart_with_other_processes_and_batch_size():
         np.testing.assert_array_equal(got, whole[0][key][12:])
 
 
-def test_worker_processes_make_the_same_batches():
+def test_worker_processes_make_the_same_batches(monkeypatch):
+    # Grain starts interpreters, which import for seconds; these are given their work in the same way
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORKED)
     assert_same(take(5, task=Finite(), position=6, workers=2)[0], take(5, task=Finite(), position=6)[0])
 
 
