@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROAD = "python -m memformer.data train_tokenizer"
 SMALL = [
     "task.length=32", "model.memory=softmax_attention", "model.width=16", "model.depth=1", "model.heads=1",
+    "model.feedforward=None",
     "optimizer.warmup_steps=2", "train.steps=6", "train.batch_size=8", "train.accumulate=1", "train.log_every=2",
     "train.eval_every=0", "train.eval_batches=1", "train.final_batches=1", "train.progress=False",
 ]  # fmt: skip
