@@ -303,7 +303,8 @@ def test_two_warpgroups(interpreter, monkeypatch):
 
 
 @interprets
-def test_parts_of_the_time(interpreter, monkeypatch):
+@pytest.mark.parametrize("erases", [True, False])
+def test_parts_of_the_time(interpreter, monkeypatch, erases):
     """Parts that are scanned at once, as for few heads, give what one scan gives, gradients included."""
     rng = np.random.default_rng(8)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 384, 1, 16)), "bfloat16") for _ in "qkv")
@@ -312,11 +313,12 @@ def test_parts_of_the_time(interpreter, monkeypatch):
 
     def run():
         def loss(q, k, v, beta, decay):
-            call = delta_call(q, k, v, beta, decay)
+            call = delta_call(q, k, v, beta if erases else None, decay)
             output, state = chunk_scan.run(call)
             return jnp.sum(jnp.sin(output.astype("float32"))) + jnp.sum(state**2), (output, state)
 
-        (_, found), gradients = jax.value_and_grad(loss, range(5), has_aux=True)(q, k, v, beta, -0.02 * beta)
+        wanted = range(5) if erases else (0, 1, 2, 4)
+        (_, found), gradients = jax.value_and_grad(loss, wanted, has_aux=True)(q, k, v, beta, -0.02 * beta)
         return jax.tree.map(lambda x: np.asarray(x, "float32"), (found, gradients))
 
     want = run()

@@ -57,9 +57,9 @@ class ScanConfig(BaseScanConfig):
 
     @property
     def parts(self) -> int:
-        """Parts of the time that the delta rule scans at once: several where one would leave multiprocessors idle."""
+        """Parts of the time that are scanned at once: more than one where one would leave multiprocessors idle."""
         programs = self.batch * self.heads * self.value // self.value_rows
-        for parts in tuning.PARTS * self.beta:
+        for parts in tuning.PARTS:
             divides = self.chunks % parts == 0 and self.chunks // parts >= tuning.PART_CHUNKS
             if divides and programs * parts <= tuning.MULTIPROCESSORS:
                 return parts
