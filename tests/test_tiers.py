@@ -38,7 +38,7 @@ def test_rows_of_the_suites():
     assert is_fast("ops/test_ops.py", "test_odd_lengths", "softmax_attention") and "softmax_attention" in FAST_ROWS
     assert not is_fast("ops/test_ops.py", "test_odd_lengths", "delta_product")
     assert not is_fast("ops/test_ops.py", "test_vmap", "softmax_attention")
-    assert not is_fast("training/test_crash.py", "test_killed_three_times")
+    assert not is_fast("training/test_crash.py", "test_killed_then_terminated_then_damaged")
 
 
 @pytest.mark.parametrize("place", LONGEST)
