@@ -7,7 +7,8 @@ inputs and results are cut with NumPy, which compiles nothing.
 Each row has two programs on which its properties are shown: the oracle's own, and the chunked form in float32 with the
 larger chunk size of the row. What only the op decides, not the row, is shown in one row of each op, several things in
 one program: on a mesh the recurrence runs in float32 and the chunked form in float64 with the smaller chunk size; under
-vmap both run in bfloat16, with the default chunk size; calls without segments have odd lengths.
+vmap both run in bfloat16 (the recurrence for one op of each family), with the default chunk size; calls without segments
+have odd lengths.
 """
 
 import dataclasses
@@ -395,8 +396,10 @@ def test_decoding_equals_the_whole(name):
     assert_close(seen, want["state"], FORWARD["float32"], f"{name} state")
 
 
-# The chunked form of attention with a decay, too.
-VMAPPED = [(name, implementation) for name in FIRST for implementation in ROWS[name].implementations]
+# The chunked form of each op, and the recurrence of one op per family; attention with a decay.
+VMAPPED = [
+    (name, i) for name in FIRST for i in ROWS[name].implementations if i == "chunked" or ROWS[name].scope in WHOLE
+]
 VMAPPED[VMAPPED.index(("softmax_attention", "chunked"))] = ("softmax_attention_decay", "chunked")
 
 
