@@ -7,8 +7,8 @@ inputs and results are cut with NumPy, which compiles nothing.
 Each row has two programs on which its properties are shown: the oracle's own, and the chunked form in float32 with the
 larger chunk size of the row. What only the op decides, not the row, is shown in one row of each op, several things in
 one program: on a mesh the recurrence runs in float32 and the chunked form in float64 with the smaller chunk size; under
-vmap both run in bfloat16 (the recurrence for one op of each family), with the default chunk size; calls without segments
-have odd lengths.
+vmap both run in bfloat16, with the default chunk size (the recurrence for one op of each family); calls without
+segments have odd lengths.
 """
 
 import dataclasses
