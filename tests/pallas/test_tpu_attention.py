@@ -276,7 +276,7 @@ def test_long_write(interpreter, monkeypatch):
     The relative error of the output does: a mean over n values shrinks as 1 / sqrt(n), by sqrt(7) from the first
     quarter to the last (measured for the chunked form: 2.3).
     """
-    monkeypatch.setitem(tuning.TILES, "interpreter", (256, 256, ((256, 256),) * 2, 256))
+    monkeypatch.setitem(tuning.TILES, "interpreter", (512, 512, ((512, 512),) * 2, 512))
     arrays = given(4096)
     call = jax.jit(mf.deltaformer, static_argnames="implementation")
     output, cache = call(**arrays, implementation="pallas")
