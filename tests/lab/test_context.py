@@ -42,6 +42,8 @@ def test_ridge_finds_the_map():
 
 
 def test_the_quick_study(measure_quickly):
-    rows = {row["memory"]: row for row in measure_quickly("context", memories=("delta",), steps=60).rows()}
-    first, last = (float(rows["delta"][f"error after {t} pairs (best)"].split(" ")[0]) for t in (4, 16))
+    # with 8 pairs every question of the test is asked in one compiled shape
+    smaller = {"memories": ("delta",), "steps": 60, "pairs": 8}
+    rows = {row["memory"]: row for row in measure_quickly("context", **smaller).rows()}
+    first, last = (float(rows["delta"][f"error after {t} pairs (best)"].split(" ")[0]) for t in (4, 8))
     assert last < first < 1.2 and last < 0.6
