@@ -1,5 +1,6 @@
 """The study of language models: two small ones from chapters to the figure."""
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -17,17 +18,29 @@ from memformer.training import loop
 from memformer.training.build import model_settings
 from memformer.training.config import RunError
 from memformer.training.step import make_functional
+from tests.lab.test_trained import count_steps, half_right
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory, one_device, programs_kept, no_curves):
-    """The quick version: (folder, result). The steps that are timed are those of training."""
-    folder = tmp_path_factory.mktemp("language")
+    """The quick version: (folder, result). The steps that are timed are those of training; those of the LSTM count."""
+    folder, make, init = tmp_path_factory.mktemp("language"), loop.make_train_step, loop.init_state
+    quick = dataclasses.replace(LANGUAGE.quick, settings={**LANGUAGE.quick.settings, "sampled": 1})
+
+    def make_step(model, *parts, **options):
+        softmax = any("query" in str(name) for name, _ in model.params.items())
+        return (make if softmax else count_steps)(model, *parts, **options)
+
     with one_device(), pytest.MonkeyPatch.context() as patch:
-        for name in ("init_state", "make_train_step"):
-            patch.setattr(language, name, getattr(loop, name))
+        patch.setattr(language, "init_state", init)
+        for module in (language, loop):
+            patch.setattr(module, "make_train_step", make_step)
+        # the measured loss is that by position
+        patch.setattr(loop, "make_eval_step", lambda *_: half_right)
         patch.chdir(folder)
-        return folder, run_study(LANGUAGE, out="results", quick=True, runs_folder="runs")
+        return folder, run_study(
+            dataclasses.replace(LANGUAGE, quick=quick), out="results", quick=True, runs_folder="runs"
+        )
 
 
 def test_all_models_are_measured_on_the_same_tokens(measured):
@@ -53,7 +66,11 @@ def test_all_models_are_measured_on_the_same_tokens(measured):
 def test_the_models_have_about_the_same_size():
     for label, row in ROWS.items():
         settings = model_settings(make_config(LANGUAGE.base, row).to_dict()["model"])
-        size = make_functional(functools.partial(_build, settings)).size()
+        # equal layers: the parameters of one count for all
+        equal = "," not in row["model.memory"]
+        depth = settings["depth"] if equal else 1
+        params = make_functional(functools.partial(_build, {**settings, "depth": 1} if equal else settings)).params
+        size = sum(x.size * (depth if name.startswith("blocks.") else 1) for name, x in params.items())
         assert 10.4e6 < size < 10.6e6, label
 
 
