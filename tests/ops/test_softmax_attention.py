@@ -1,7 +1,6 @@
 """Softmax attention against the T x T formula: windows, encoders, huge scores, its own errors."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,6 @@ import pytest
 
 import memformer as mf
 from memformer.core.mask import Mask
-from memformer.ops.attention import causal as causal_heads
 from memformer.ops.attention import parts
 from memformer.ops.attention.tiles import TileMask
 from tests.numeric import FORWARD, GRADIENT, assert_close
@@ -206,8 +204,8 @@ def test_heads_in_parts(monkeypatch):
     ids = jnp.asarray(np.arange(20) // 9, jnp.int32)[None].repeat(2, 0)
 
     def run(parts_of_one):
-        monkeypatch.setattr(parts, "on_one_cpu", lambda: parts_of_one)
-        monkeypatch.setattr(parts, "cores", lambda: 2)
+        monkeypatch.setattr(parts, "_one_cpu", lambda: parts_of_one)
+        monkeypatch.setattr(parts, "_cores", lambda: 2)
 
         def loss(q, k, v):
             output, _ = mf.softmax_attention(q, k, v, segment_ids=ids, chunk_size=8, implementation="chunked")
@@ -217,43 +215,7 @@ def test_heads_in_parts(monkeypatch):
 
     assert_close(run(True), run(False), 1e-6)
     mask = TileMask(Mask(), jnp.int32(0), None, None)
-    monkeypatch.setattr(parts, "on_one_cpu", lambda: True)
+    monkeypatch.setattr(parts, "_one_cpu", lambda: True)
     # Two cores: pairs of the six heads of both examples, or of one head where each example has a mask of its own.
     assert parts.head_parts(mask, 2, 3) == (3, 1)
     assert parts.head_parts(mask._replace(mask=Mask(query_segment=ids)), 2, 3) == (3, 2)
-
-
-def test_heads_in_chains(monkeypatch):
-    """On one CPU device plain causal heads are read in loops side by side; the results are those of the recurrence."""
-    monkeypatch.setattr(causal_heads, "QUERIES", 8)
-    monkeypatch.setattr(causal_heads, "KEYS", 4)
-    monkeypatch.setattr(parts, "cores", lambda: 2)
-    q, k, v = arrays()
-    large = q.copy()
-    # One head of one example has scores that need a maximum.
-    large[1, :, 3] *= 40
-    sinks = jnp.linspace(-1.0, 2.0, 4)
-
-    def loss(q, k, v, implementation):
-        output, _ = mf.softmax_attention(q, k, v, sinks=sinks, implementation=implementation)
-        u, _ = mf.deltaformer(k, k, v, beta=jnp.ones(k.shape[:3]), implementation=implementation)
-        return jnp.sum(jnp.sin(output)), (output, u)
-
-    def run(name):
-        graded = jax.value_and_grad(functools.partial(loss, implementation=name), (0, 1, 2), has_aux=True)
-        step = jax.jit(graded).lower(q, k, v).compile()
-        return [step(x, k, v) for x in (q, large)]
-
-    ran = []
-    read = causal_heads.causal_attention
-    monkeypatch.setattr(causal_heads, "causal_attention", lambda *args: ran.append(args) or read(*args))
-    for chains in (False, True):
-        monkeypatch.setattr(parts, "on_one_cpu", lambda chains=chains: chains)
-        assert not ran
-        got = run("chunked") if chains else jax.eval_shape(functools.partial(loss, implementation="chunked"), q, k, v)
-    want = run("recurrent")
-    assert len(ran) == 2, "softmax attention and the read of DeltaFormer"
-    for (value, outputs), gradient in got:
-        (wanted, wanted_outputs), wanted_gradient = want.pop(0)
-        assert_close((value, outputs), (wanted, wanted_outputs), FORWARD["float32"])
-        assert_close(gradient, wanted_gradient, GRADIENT["float32"])

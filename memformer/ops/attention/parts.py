@@ -10,7 +10,7 @@ from memformer.core.types import Array, Float
 from memformer.ops.attention.tiles import TileMask
 from memformer.pallas.platform import chip
 
-__all__ = ["cores", "head_parts", "on_one_cpu", "stack_parts", "unstack_parts"]
+__all__ = ["head_parts", "stack_parts", "unstack_parts"]
 
 
 def head_parts(mask: TileMask, batch: int, groups: int) -> tuple[int, int]:
@@ -24,11 +24,11 @@ def head_parts(mask: TileMask, batch: int, groups: int) -> tuple[int, int]:
       mask: of the call.
       batch, groups: B and G.
     """
-    if not on_one_cpu() or is_symbolic(batch) or mask.query_decay is not None:
+    if not _one_cpu() or is_symbolic(batch) or mask.query_decay is not None:
         return 1, batch
     examples = 1 if all(x is None for x in mask.mask) else batch
     heads = groups * (batch // examples)
-    size = min(max(1, cores() // examples), heads)
+    size = min(max(1, _cores() // examples), heads)
     return heads // next(count for count in range(size, 0, -1) if heads % count == 0), examples
 
 
@@ -51,11 +51,11 @@ def unstack_parts(x: Float[Array, "PN b g *rest"], parts: int, batch: int) -> Fl
     return x.reshape(chunks, batch, -1, *rest)
 
 
-def on_one_cpu() -> bool:
+def _one_cpu() -> bool:
     """Whether this trace is for one CPU device."""
     return chip() == "cpu" and jax.device_count() == 1
 
 
-def cores() -> int:
+def _cores() -> int:
     """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -8,7 +8,7 @@ from memformer.core.autodiff import in_forward_mode, reverse_once
 from memformer.core.calls import AttentionCall
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
-from memformer.ops.attention import causal, tiles
+from memformer.ops.attention import tiles
 from memformer.ops.attention.arguments import write_operands
 from memformer.ops.attention.backward import key_gradient
 from memformer.ops.attention.layout import chunk_keys, chunk_queries, in_rows, join_keys, unchunk_keys, unchunk_queries
@@ -24,8 +24,6 @@ READ_CHUNK, WRITE_CHUNK = 256, 128
 
 def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     """Reads the cache and the tokens by tiles; the output is in the accumulation dtype."""
-    if causal.serves(call):
-        return causal.causal_attention(call.q, call.k, call.v, call)
     cache, (tokens, groups) = call.cache, call.k.shape[1:3]
     tiling, mask = tiles.make_tiling(call, call.read_kernel, READ_CHUNK)
     mask, decay = tiles.chunk_decay(call, tiling, mask)
@@ -60,9 +58,6 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     q, w, k, target, beta, cached_u, *fractions = tiles.unify(mask, *arrays, *(decay or ()))
     decay = Decay(*fractions) if fractions else None
     u = write(tiling, mask, decay, w, k, target, beta, cached_u)
-    if causal.serves(call):
-        written = unchunk_keys(u, tokens)
-        return causal.causal_attention(call.q, call.k, written, call), written
     if decay is not None:
         # Each query head of a group has the group's decay.
         decay = Decay(*(jnp.broadcast_to(x, (*x.shape[:3], q.shape[3], size)) for x in decay))
