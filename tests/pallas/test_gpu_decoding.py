@@ -72,13 +72,17 @@ def test_generation_reads_the_cache(memory):
     assert text.count("name=memformer_attention_decode") == config.depth
 
 
-def test_explicit_mesh():
-    """Every device decodes its own rows and heads."""
+def on_explicit_mesh(**shapes):
+    """A mesh of four GPUs, and arrays of these shapes with rows and heads over it."""
     device = AbstractDevice("NVIDIA H200", 1, "cuda")
     mesh = AbstractMesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device)
     place = NamedSharding(mesh, PartitionSpec("x", None, "y"))
-    shapes = {"q": (4, 1, 2, 64), "k": (4, 1, 2, 64), "v": (4, 1, 4, 64), "beta": (4, 1, 4)}
-    arrays = {name: jax.ShapeDtypeStruct(shape, "bfloat16", sharding=place) for name, shape in shapes.items()}
+    return mesh, {name: jax.ShapeDtypeStruct(shape, "bfloat16", sharding=place) for name, shape in shapes.items()}
+
+
+def test_explicit_mesh():
+    """Every device decodes its own rows and heads."""
+    mesh, arrays = on_explicit_mesh(q=(4, 1, 2, 64), k=(4, 1, 2, 64), v=(4, 1, 4, 64), beta=(4, 1, 4))
     start = jax.ShapeDtypeStruct((4, 4, 64, 64), "float32", sharding=NamedSharding(mesh, PartitionSpec("x", "y")))
     with jax.sharding.use_abstract_mesh(mesh):
         program = jax.make_jaxpr(lambda arrays, start: mf.delta_rule(**arrays, initial_state=start))(arrays, start)
@@ -105,11 +109,7 @@ def test_refusals_say_why(why):
 
 def test_cache_on_an_explicit_mesh():
     """Every device reads its own rows and key heads of the cache."""
-    device = AbstractDevice("NVIDIA H200", 1, "cuda")
-    mesh = AbstractMesh((2, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2, abstract_device=device)
-    place = NamedSharding(mesh, PartitionSpec("x", None, "y"))
-    shapes = {"q": (4, 1, 4, 64), "k": (4, 1, 2, 64), "v": (4, 1, 2, 64), "beta": (4, 1, 2)}
-    arrays = {name: jax.ShapeDtypeStruct(shape, "bfloat16", sharding=place) for name, shape in shapes.items()}
+    mesh, arrays = on_explicit_mesh(q=(4, 1, 4, 64), k=(4, 1, 2, 64), v=(4, 1, 2, 64), beta=(4, 1, 2))
     empty = functools.partial(mf.init_cache, "deltaformer", batch=4, capacity=64, groups=2, key_width=64)
     cache = jax.eval_shape(lambda: empty(value_width=64, dtype="bfloat16"))
     specs = {3: PartitionSpec("x", None, "y"), 4: PartitionSpec("x", None, "y"), 2: PartitionSpec("x")}

@@ -35,6 +35,7 @@ from memformer.pallas.pair_decay import RADIX
 from memformer.pallas.platform import interpreting_for
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.checks import check_tpu
+from memformer.pallas.tpu.products import product
 
 __all__ = ["run"]
 
@@ -56,24 +57,16 @@ class BlockConfig(CacheConfig):
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int], precision: lax.Precision) -> Array:
+    """A product of operands as they are, at the precision of the call."""
     dimensions = ((contract[:1], contract[1:]), ((), ()))
     return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _split(x: Array, parts: int) -> list[Array]:
-    """float32 as bfloat16 arrays that sum to it."""
-    high = x.astype(jnp.bfloat16)
-    return [high] if parts == 1 else [high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)]
 
 
 def _weighted_sum(config: BlockConfig, weights: Array, v: Array, bfloat16: bool) -> Array:
     """Weights times values. Values in float32 of a cache whose keys are in bfloat16 are the writes of DeltaFormer."""
     if v.dtype == jnp.bfloat16 or not bfloat16:
         return _product(weights.astype(v.dtype), v, (1, 0), config.precision)
-    # Values in float32, of keys in bfloat16.
-    left, right = _split(weights, config.parts), _split(v, config.parts)
-    pairs = [(x, y) for i, x in enumerate(left) for j, y in enumerate(right) if i + j < config.parts]
-    return functools.reduce(jnp.add, (_product(x, y, (1, 0), config.precision) for x, y in pairs))
+    return product(weights, v, "nn", 1 if config.parts == 1 else 3)
 
 
 def _pairs(config: BlockConfig, row, column, group, slots) -> tuple[Array, Array | None]:
