@@ -125,17 +125,18 @@ def export_tensors(rules: list[Rule], values: Mapping[str, Any]) -> Iterator[tup
             yield key, np.ascontiguousarray(array, dtype=values[rule.parameters[0]].dtype)
 
 
-def _values(model: MemoryLM) -> dict[str, jax.Array]:
+def _values(model: MemoryLM) -> dict[str, jax.Array | np.ndarray]:
     """Parameters, and corrections of routers, by dotted path."""
     flat = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.RngState)))
     values = {".".join(map(str, path)): variable.get_value() for path, variable in flat}
-    away = [name for name, value in values.items() if not value.is_fully_addressable]
+    # parameters may be NumPy arrays, which have no devices
+    away = [name for name, x in values.items() if isinstance(x, jax.Array) and not x.is_fully_addressable]
     if away:
         raise ValueError(f"model must have all its parameters on this host's devices; {away[0]} is on others too")
     return _unstack(values, len(model.config.pattern)) if model.config.scan_layers else values
 
 
-def _unstack(values: dict[str, jax.Array], size: int) -> dict[str, jax.Array]:
+def _unstack(values: dict[str, jax.Array | np.ndarray], size: int) -> dict[str, jax.Array | np.ndarray]:
     """The parameters of each layer of a scanned model; `size` blocks of which each holds one layer per group."""
     layers = {}
     for name, value in values.items():
