@@ -32,6 +32,7 @@ class Case:
       dtype: of q, k, v and w; decay, beta and alpha are float32.
       decay: "" for none, "head" or "channel" for a log decay per head or per key channel.
       segments: number of packed sequences of equal length; 0 passes no segment_ids.
+      documents: whether each of them starts from a state of its own, in matrix memories.
       causal, window: of softmax attention.
       slots: capacity of the cache that an attention op decodes over, of which all but its tokens are in use; 0 is none.
       write, read: similarities of DeltaFormer.
@@ -51,6 +52,7 @@ class Case:
     dtype: str = "bfloat16"
     decay: str = ""
     segments: int = 0
+    documents: bool = False
     causal: bool = True
     window: int | None = None
     slots: int = 0
@@ -69,7 +71,7 @@ class Case:
             what += ["u"] * self.only_u + [self.write] * (self.write != "softmax")
             what += [f"{self.read} read"] * (self.read != "softmax")
         what += [{"head": "gated", "channel": "channel"}[self.decay]] if self.decay else []
-        what += [f"{self.segments} segments"] * bool(self.segments)
+        what += [f"{self.segments} {'documents' if self.documents else 'segments'}"] * bool(self.segments)
         what += [f"over {self.slots} slots"] * bool(self.slots)
         what += [f"window {self.window}"] * (self.window is not None) + ["not causal"] * (not self.causal)
         what += [self.dtype] * (self.dtype == "float16")
@@ -111,6 +113,8 @@ class Case:
         if self.decay:
             heads = self.heads if self.op == "softmax_attention" else values
             shapes["decay"] = (*time, heads, *([self.key] if self.decay == "channel" else []))
+        if self.documents:
+            shapes["initial_state"] = (self.batch, self.segments, self.heads, self.key, self.value)
         return shapes
 
 
@@ -129,7 +133,7 @@ def inputs(case: Case) -> dict[str, np.ndarray]:
     random = _generator(case, 0)
     arrays = {}
     for name, shape in case.shapes.items():
-        if name in "qkv":
+        if name in ("q", "k", "v", "initial_state"):
             arrays[name] = random.standard_normal(shape, np.float32)
         elif name == "beta":
             arrays[name] = random.uniform(0.1, 0.9, shape).astype(np.float32)

@@ -80,6 +80,10 @@ CASES = {
     "delta odd": Case("delta_rule", 1, 1000, 3, 3, 64, 96, decay="head"),
     "delta float32": Case("delta_rule", 1, 8192, 16, 16, 128, 128, "float32", decay="head"),
     "delta channel": Case("delta_rule", 1, 8192, 16, 16, 128, 128, decay="channel"),
+    "delta documents": Case("delta_rule", 1, 8192, 16, 16, 128, 128, decay="head", segments=8, documents=True),
+    "delta channel documents": Case(
+        "delta_rule", 1, 8192, 16, 16, 128, 128, decay="channel", segments=8, documents=True
+    ),
     "delta wide": Case("delta_rule", 1, 4096, 4, 4, 256, 256, decay="head"),
     "delta grouped": Case("delta_rule", 1, 4096, 16, 4, 128, 128, decay="head"),
     "linear": Case("linear_attention", 1, 8192, 16, 16, 128, 128),
@@ -242,12 +246,14 @@ def compile_kernel(case: Case, topology: str, config: ScanConfig, backward: bool
     batch, heads, length = config.batch, config.heads, config.chunks * config.chunk
     Array = tuple[tuple[int, ...], str]
     value: Array = ((batch, heads, length, config.value), wide)
-    state: Array = ((batch, heads, config.key, config.value), scalar)
+    documents = (config.documents,) * bool(config.documents)
+    state: Array = ((batch, heads, *documents, config.key, config.value), scalar)
     states: Array = ((batch, heads, config.chunks, config.key, config.value), scalar)
     arrays: list[Array] = [((batch, config.groups, length, config.key), wide)] * config.keys + [value]
     arrays += [((batch, heads, length, config.key), scalar)] * config.channels
     arrays += [states, value, state] if backward else [state]
     arrays += [((batch, heads, len(config.scalars), config.chunks, config.chunk), scalar)] * bool(config.scalars)
+    arrays += [((batch, config.chunks), "int32")] * bool(config.documents)
     step = (
         channel_decay.STEPS[config.beta] if config.channels else (delta_rule if config.beta else linear_attention).STEP
     )
@@ -354,9 +360,9 @@ OTHERS_SIZES = {"tokamax KDA": (64, 16)}
 
 def scan_config(case: Case, topology: str) -> ScanConfig:
     """The configuration that the library chooses for this case on a chip."""
-    # Shapes stand in for arrays: planning reads nothing else, and no state.
+    # Shapes stand in for arrays: planning reads nothing else.
     arrays: dict[str, Any] = dict(zip(case.shapes, specs(case), strict=False))
-    state: Any = None
+    state: Any = jax.ShapeDtypeStruct((case.batch, case.heads, case.key, case.value), jnp.float32)
     call = MatrixCall(
         op=case.op,
         q=arrays["q"],
@@ -367,7 +373,7 @@ def scan_config(case: Case, topology: str) -> ScanConfig:
         beta=arrays.get("beta"),
         decay=arrays.get("decay"),
         segments=None,
-        state=state,
+        state=arrays.get("initial_state", state),
         writes=1,
         scale=1.0,
         precision=lax.Precision.DEFAULT,

@@ -53,7 +53,7 @@ def check_chunk_size(op: str, chunk_size: int | None, allowed: tuple[int, ...]) 
         raise unsupported(op, f"takes chunk_size {sizes}, got {chunk_size}")
 
 
-def check_matrix_call(call: MatrixCall, chip: str) -> None:
-    """Raises where a call of a matrix memory asks for what the kernels of this chip lack."""
+def check_matrix_call(call: MatrixCall) -> None:
+    """Raises where a call of a matrix memory asks for what the kernels lack that decode."""
     if call.document_states:
         raise unsupported(call.op, "takes one initial_state per row, not one per document")

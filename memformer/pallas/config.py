@@ -25,6 +25,8 @@ class BaseScanConfig:
       beta: whether there is an erase strength (the delta rule).
       decay: whether there is a log decay.
       segments: whether sequences are packed.
+      documents: P, where each document of a packed row has a state of its own and starts a chunk; else 0. `segments`
+        is False then.
       axes: mesh axes of batch and heads.
     """
 
@@ -39,6 +41,7 @@ class BaseScanConfig:
     beta: bool
     decay: bool
     segments: bool
+    documents: int = dataclasses.field(default=0, kw_only=True)
     axes: KernelAxes = dataclasses.field(default_factory=kernel_axes, kw_only=True)
 
     @classmethod
@@ -52,18 +55,20 @@ class BaseScanConfig:
         """
         batch, length, groups, key = call.q.shape
         heads, value = call.v.shape[2:]
+        documents = call.state.shape[1] if call.document_states else 0
         sizes: dict[str, Any] = {
             "batch": batch,
             "heads": heads,
             "groups": groups,
-            "chunks": -(-length // chunk),
+            "chunks": -(-(length + documents * (chunk - 1)) // chunk),
             "chunk": chunk,
             "key": key,
             "value": value,
             "scale": call.scale,
             "beta": call.beta is not None,
             "decay": call.decay is not None,
-            "segments": call.segments is not None,
+            "segments": call.segments is not None and not documents,
+            "documents": documents,
         }
         return cls(**(sizes | fields))
 

@@ -90,7 +90,7 @@ def split_batch_and_heads(
     axes: KernelAxes,
     *,
     results: int | Sequence[int],
-    operands: tuple[int, ...] | None = None,
+    operands: tuple[int | None, ...] | None = None,
     check_vma: bool = True,
     shared: bool = False,
 ) -> Callable[..., Sequence[Array]]:
@@ -101,7 +101,7 @@ def split_batch_and_heads(
       static: its first arguments.
       axes: of the mesh, from the call's configuration.
       results: head axis of each result, or how many results there are if it is axis 1 of all.
-      operands: head axis of each array; None is axis 1 of all.
+      operands: head axis of each array, None where it has no heads; None is axis 1 of all.
       check_vma: whether arrays have types inside the shard_map, see `jax.shard_map`.
       shared: whether equal calls share one trace and one lowered kernel, so that a model of many equal layers traces it
         once. `function` and what it calls must then read nothing that changes between calls.
@@ -117,7 +117,7 @@ def _split_call(
     static: tuple[Any, ...],
     axes: KernelAxes,
     results: tuple[int, ...],
-    operands: tuple[int, ...] | None,
+    operands: tuple[int | None, ...] | None,
     check_vma: bool,
 ) -> Callable[..., Sequence[Array]]:
     """See `split_batch_and_heads`."""
@@ -132,7 +132,7 @@ def _split_call(
         if math.prod(mesh.shape[name] for name in free) == 1:
             return local(*arrays)
         heads = operands or (1,) * len(arrays)
-        sizes = arrays[0].shape[0], arrays[0].shape[heads[0]]
+        sizes = arrays[0].shape[0], arrays[0].shape[heads[0] or 1]
         parts = [dividing(names, size) for names, size in zip(axes, sizes, strict=True)]
         in_specs, out_specs = (tuple(_spec(*parts, axis) for axis in group) for group in (heads, results))
         options: dict[str, Any] = {"axis_names": set(free), "check_vma": check_vma}
@@ -163,9 +163,9 @@ def _shared_call(function, static, axes, results, operands, check_vma, *arrays):
     return _split_call(function, static, axes, results, operands, check_vma)(*arrays)
 
 
-def _spec(batch, heads, axis: int) -> PartitionSpec:
-    """The spec of an array with its heads on this axis."""
-    return PartitionSpec(batch, *(None,) * (axis - 1), heads)
+def _spec(batch, heads, axis: int | None) -> PartitionSpec:
+    """The spec of an array with its heads on this axis, or without heads."""
+    return PartitionSpec(batch) if axis is None else PartitionSpec(batch, *(None,) * (axis - 1), heads)
 
 
 def dividing(names: Sequence[str], size: int) -> tuple[str, ...] | None:

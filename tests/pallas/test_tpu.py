@@ -26,6 +26,7 @@ from memformer.pallas.tpu.matrix_memory import delta_rule
 from memformer.pallas.tpu.matrix_memory.config import CHUNKS, plan_call
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
+from tests.ops.specs import recurrent_arrays
 
 KIND = "TPU v5"
 TPU = AbstractMesh((1,), ("one",), abstract_device=AbstractDevice(KIND, 1, "tpu"))
@@ -57,6 +58,35 @@ def test_packed_against_oracle(name, dtype, interpreter):
     got, _ = suite.evaluate(name, "pallas", suite.cast(arrays, dtype), suite.cast(state, "float32"), ids)
     assert got["output"].dtype == jnp.dtype(dtype)
     suite.check(got, suite.first_tokens(suite.oracle(name, dtype, packed=True, used=LENGTH), LENGTH), dtype, name)
+
+
+# Two rows of documents with padding before, inside and behind them, one without tokens in each; T = 22 of 5 chunks.
+DOCUMENTS = np.array([[0] * 2 + [4] * 2 + [0] + [4] * 2 + [1] * 14 + [0], [3] * 4 + [1] * 18])
+OF_DOCUMENTS = {
+    "delta_product": recurrent_arrays("channel", steps=2, erase=True, groups=1),
+    "linear_attention": recurrent_arrays("head", beta=False),
+}
+
+
+@pytest.mark.parametrize("name", OF_DOCUMENTS)
+def test_states_per_document(name, interpreter):
+    """Output, states and all gradients; a place without a document keeps its state, and its gradient passes."""
+    rng = np.random.default_rng(9)
+    given, states = OF_DOCUMENTS[name](rng, *DOCUMENTS.shape), rng.standard_normal((2, 3, 2, 8, 4))
+
+    def run(given, states, implementation):
+        options = {"segment_ids": DOCUMENTS, "implementation": implementation}
+        options |= {"chunk_size": 16} if implementation == "pallas" else {}
+        output, last = getattr(mf, name)(**given, initial_state=states, **options)
+        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.sin(last)), (output, last)
+
+    graded = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True), static_argnums=2)
+    got = graded(*suite.cast((given, states), "float32"), "pallas")
+    with jax.enable_x64(True):
+        exact = suite.cast(suite.cast((given, states), "float32"), "float64")
+        want = jax.tree.map(np.asarray, graded(*exact, "recurrent"))
+    assert_close(got, want, 5e-6)
+    assert np.array_equal(got[0][1][1][:, 2], states[:, 2].astype("float32"))
 
 
 def delta_call(q, k, v, beta, decay, state):
@@ -277,7 +307,6 @@ def test_forgetting(interpreter):
 
 REFUSED = {
     "no TPU": ({}, "needs a TPU"),
-    "states per document": ({"initial_state": np.zeros((1, 2, 2, 4, 4))}, "one initial_state per row"),
     "chunk": ({"chunk_size": 48}, "chunk_size among"),
 }
 
@@ -286,7 +315,6 @@ REFUSED = {
 def test_refusals_say_why(why):
     options, message = REFUSED[why]
     x = jnp.zeros((1, 16, 2, 4))
-    options = {name: jnp.asarray(v, "float32") if name == "initial_state" else v for name, v in options.items()}
     for op in (
         lambda **kind: mf.delta_rule(x, x, x, x[..., 0], **kind),
         lambda **kind: mf.linear_attention(x, x, x, **kind),
@@ -295,7 +323,7 @@ def test_refusals_say_why(why):
             with pytest.raises(NotImplementedError, match=message):
                 op(implementation="pallas", **options)
             # The library's own choice goes to what serves; a refusal is raised while tracing.
-            jax.eval_shape(op, **{name: v for name, v in options.items() if name == "initial_state"})
+            jax.eval_shape(op)
 
 
 def exported(function, *shapes):

@@ -29,6 +29,7 @@ from jax import lax
 from memformer.core.autodiff import in_forward_mode
 from memformer.core.calls import MatrixCall
 from memformer.core.decay import cumulative_decay, decay_to_end
+from memformer.core.documents import take_tokens
 from memformer.core.numerics import accumulation_dtype, repeat_heads
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
@@ -99,7 +100,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Array]:
     plan = plan._replace(group=1)
     inputs, index, places = documents.align(plan, inputs, index, state.shape[1])
     output, state = scan(plan, inputs, state, index)
-    return documents.take_tokens(output, places), state
+    return take_tokens(output, places), state
 
 
 def tokens_per_chunk(call: MatrixCall) -> int:

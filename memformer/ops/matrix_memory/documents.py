@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from memformer.core.types import Array, Float, Int
+from memformer.core.documents import find_chunks, take_tokens
+from memformer.core.types import Array, Int
 from memformer.ops.matrix_memory.groups import ChunkScan, Inputs
 
-__all__ = ["align", "put", "take", "take_tokens"]
+__all__ = ["align", "put", "take"]
 
 
 def take(states: Array, document: Int[Array, "B"] | None) -> Array:
@@ -43,29 +44,15 @@ def align(plan: ChunkScan, inputs: Inputs, index: Int[Array, "B T"] | None, coun
     """
     batch, length = inputs.q.shape[:2]
     index = jnp.zeros((batch, length), jnp.int32) if index is None else index
-    tokens = jnp.sum(index[:, :, None] == jnp.arange(count, dtype=jnp.int32)[None, None], axis=1, dtype=jnp.int32)
-    chunks = -(-tokens // plan.size)
-    ends, last = jnp.cumsum(chunks, axis=1), jnp.cumsum(tokens, axis=1)
-    shift = (ends - chunks) * plan.size - (last - tokens)
-    places = jnp.arange(length, dtype=jnp.int32)[None] + jnp.take_along_axis(shift, index, axis=1)
-    total = -(-(length + count * (plan.size - 1)) // plan.size)
-    chunk = jnp.arange(total, dtype=jnp.int32)
-    # Chunks behind the last document hold zeros, which change no state.
-    document = jnp.sum(ends[None] <= chunk[:, None, None], axis=2, dtype=jnp.int32)
-    empty = jnp.full((batch, total * plan.size), length, jnp.int32)
-    sources = jax.vmap(lambda x, at: x.at[at].set(jnp.arange(length, dtype=jnp.int32)))(empty, places)
+    chunks = find_chunks(index, plan.size, count)
 
     def move(x, writes):
         if x is None:
             return None
-        at = sources[:, :, None] * writes + jnp.arange(writes, dtype=jnp.int32)[None, None]
+        at = chunks.sources[:, :, None] * writes + jnp.arange(writes, dtype=jnp.int32)[None, None]
         return take_tokens(x, at.reshape(batch, -1))
 
     moved = Inputs(*(move(x, writes) for x, writes in zip(inputs, plan.rows, strict=True)))
-    return moved, jnp.minimum(document, jnp.int32(count - 1)), places
-
-
-def take_tokens(x: Float[Array, "B T *rest"], places: Int[Array, "B L"]) -> Float[Array, "B L *rest"]:
-    """x at these tokens; 0 behind the last one."""
-    places = lax.expand_dims(places, range(2, x.ndim))
-    return jnp.take_along_axis(x, places, axis=1, mode="fill", fill_value=0)
+    # Chunks behind the last document hold zeros, which change no state.
+    document = chunks.by_chunk(chunks.sources.shape[1] // plan.size)
+    return moved, jnp.swapaxes(document, 0, 1), chunks.places

@@ -20,6 +20,7 @@ from memformer.core.calls import MatrixCall
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
+from memformer.pallas.documents import align, restore
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.interleave import Steps, interleave, interleave_groups
@@ -72,6 +73,10 @@ def run_scan(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Runs the scan over the chunks of a call with one write per token."""
     length, width = call.v.shape[1], call.v.shape[3]
+    documents, places = None, ()
+    if config.documents:
+        call, documents = align(call, config.chunk)
+        places = (documents.by_chunk(config.chunks),)
     call = _split_values(config, call)
     # bfloat16 where all three are.
     dtype = jnp.bfloat16 if call.q.dtype == call.k.dtype == call.v.dtype == jnp.bfloat16 else jnp.float32
@@ -84,8 +89,13 @@ def run_scan(
     channels = (by_head(call.decay, jnp.float32),) if config.channels else ()
     scalars = stack_scalars(config, call)
     state = vary_like(call.state.astype(jnp.float32), *keys, v, *channels, *scalars)
-    o, end = _scan(step, config, keys, v, channels, scalars, state)
-    return _join_values(jnp.swapaxes(o, 1, 2)[:, :length], end, width)
+    if documents is None:
+        o, end = _scan(step, config, keys, v, channels, scalars, state, places)
+        return _join_values(jnp.swapaxes(o, 1, 2)[:, :length], end, width)
+    # The kernels neither read nor write the states of documents without tokens.
+    present = (documents.chunks > 0)[:, None, :, None, None]
+    o, end = _scan(step, config, keys, v, channels, scalars, jnp.where(present, state, 0.0), places)
+    return restore(documents, *_join_values(jnp.swapaxes(o, 1, 2), jnp.where(present, end, state), width))
 
 
 def _split_values(config: ScanConfig, call: MatrixCall) -> MatrixCall:
@@ -96,8 +106,8 @@ def _split_values(config: ScanConfig, call: MatrixCall) -> MatrixCall:
     v = call.v.reshape(*call.v.shape[:2], -1, config.value)
     scalars = (call.alpha, call.beta, call.decay)
     alpha, beta, decay = (x if x is None else jnp.repeat(x, blocks, axis=2) for x in scalars)
-    state = jnp.swapaxes(call.state.reshape(*call.state.shape[:3], blocks, config.value), 2, 3)
-    state = state.reshape(config.batch, config.heads, config.key, config.value)
+    state = jnp.moveaxis(call.state.reshape(*call.state.shape[:-1], blocks, config.value), -2, 2)
+    state = state.reshape(config.batch, config.heads, *state.shape[3:])
     return dataclasses.replace(call, v=v, alpha=alpha, beta=beta, decay=decay, state=state)
 
 
@@ -106,42 +116,46 @@ def _join_values(o: Array, state: Array, width: int) -> tuple[Array, Array]:
     if o.shape[3] == width:
         return o, state
     blocks = width // o.shape[3]
-    state = state.reshape(state.shape[0], -1, blocks, *state.shape[2:])
-    return o.reshape(*o.shape[:2], -1, width), jnp.swapaxes(state, 2, 3).reshape(
-        *state.shape[:2], state.shape[3], width
-    )
+    state = jnp.moveaxis(state.reshape(state.shape[0], -1, blocks, *state.shape[2:]), 2, -2)
+    return o.reshape(*o.shape[:2], -1, width), state.reshape(*state.shape[:-2], width)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(step: ChunkStep, config: ScanConfig, keys, v, channels, scalars, state):
-    call = split_batch_and_heads(forward, (step, config, False), config.axes, results=2, shared=True)
-    return tuple(call(*keys, v, *channels, state, *scalars))
+def _scan(step: ChunkStep, config: ScanConfig, keys, v, channels, scalars, state, documents):
+    return tuple(_call_forward(step, config, False, keys, v, channels, scalars, state, documents))
 
 
-def _scan_forward(step, config, keys, v, channels, scalars, state):
+def _scan_forward(step, config, keys, v, channels, scalars, state, documents):
     if config.remat == "inputs":
-        return _scan(step, config, keys, v, channels, scalars, state), (keys, v, channels, scalars, state)
-    o, end, states = _scan_and_save(step, config, keys, v, channels, scalars, state)
-    return (o, end), (keys, v, channels, scalars, states)
+        results = _scan(step, config, keys, v, channels, scalars, state, documents)
+        return results, (keys, v, channels, scalars, state, documents)
+    o, end, states = _call_forward(step, config, True, keys, v, channels, scalars, state, documents)
+    return (o, end), (keys, v, channels, scalars, states, documents)
 
 
-def _scan_and_save(step, config, keys, v, channels, scalars, state):
-    call = split_batch_and_heads(forward, (step, config, True), config.axes, results=3, shared=True)
-    return call(*keys, v, *channels, state, *scalars)
+def _call_forward(step, config, save, keys, v, channels, scalars, state, documents):
+    arrays = (*keys, v, *channels, state, *scalars)
+    return _split(config, len(arrays), forward, (step, config, save), 2 + save)(*arrays, *documents)
 
 
 def _scan_backward(step, config, saved, cotangents):
-    keys, v, channels, scalars, states = saved
+    keys, v, channels, scalars, states, documents = saved
     if config.remat == "inputs":
-        *_, states = _scan_and_save(step, config, keys, v, channels, scalars, states)
+        *_, states = _call_forward(step, config, True, keys, v, channels, scalars, states, documents)
+    arrays = (*keys, v, *channels, states, *cotangents, *scalars)
     results = len(keys) + len(channels) + len(scalars) + 2
-    call = split_batch_and_heads(backward, (step, config), config.axes, results=results, shared=True)
-    gradients = list(call(*keys, v, *channels, states, *cotangents, *scalars))
-    dkeys, dv, dchannels, dstate, dscalars = _split_arrays(config, gradients, 1)
-    return dkeys, dv, dchannels, dscalars, dstate
+    call = _split(config, len(arrays), backward, (step, config), results)
+    dkeys, dv, dchannels, dstate, dscalars = _split_arrays(config, call(*arrays, *documents), 1)
+    return dkeys, dv, dchannels, dscalars, dstate, None
 
 
 _scan.defvjp(_scan_forward, _scan_backward)
+
+
+def _split(config: ScanConfig, count: int, function: Callable, static: tuple[Any, ...], results: int) -> Callable:
+    """`function` on each device's shard of `count` arrays and, where documents have states, of their places."""
+    operands = (1,) * count + (None,) * bool(config.documents)
+    return split_batch_and_heads(function, static, config.axes, results=results, operands=operands, shared=True)
 
 
 def _split_arrays(config: ScanConfig, arrays: Sequence[Array], others: int) -> tuple[Any, ...]:
@@ -210,15 +224,35 @@ def _prepared_scratch(step: ChunkStep, config: ScanConfig, q, backward: bool) ->
     return keys + [pltpu.VMEM((copies, config.program_heads, *shape), dtype) for shape, dtype in arrays]
 
 
-def _forward_kernel(
-    keys, v_ref, channels, scalars, start_ref, o_ref, end_ref, *refs, step: ChunkStep, config: ScanConfig, save: bool
-):
-    states_ref, s_ref, *prepared = refs if save else (None, *refs)
+def _bounds(config: ScanConfig, prefetch: int, documents, reverse: bool = False) -> tuple[Array, Array]:
+    """Whether the state of the row, or of a document, enters before the chunk of a program, and leaves after it."""
     n = pl.program_id(2)
+    if not documents:
+        return n == prefetch, n == config.chunks - 1 + prefetch
+    step, row = n - prefetch, pl.program_id(0) * config.chunks
 
-    @pl.when(n == step.prefetch)
+    def document(step):
+        chunk = jnp.clip(step, 0, config.chunks - 1)
+        return documents[0][row + (config.chunks - 1 - chunk if reverse else chunk)]
+
+    first, last = step == 0, step == config.chunks - 1
+    return first | (document(step) != document(step - 1)), last | (document(step) != document(step + 1))
+
+
+def _block(config: ScanConfig, ref):
+    """The block [P, K, V] of a program's states, of the row or of one document."""
+    return ref.at[0, :, 0] if config.documents else ref.at[0]
+
+
+def _forward_kernel(*refs, step: ChunkStep, config: ScanConfig, save: bool):
+    documents, refs = _split_documents(config, refs)
+    keys, v_ref, channels, scalars, start_ref, o_ref, end_ref, *refs = refs
+    states_ref, s_ref, *prepared = refs if save else (None, *refs)
+    enters, leaves = _bounds(config, step.prefetch, documents)
+
+    @pl.when(enters)
     def _():
-        pltpu.sync_copy(start_ref.at[0], s_ref)
+        pltpu.sync_copy(_block(config, start_ref), s_ref)
 
     chunk = _Chunk(step, config, keys, channels, scalars, prepared)
 
@@ -232,17 +266,28 @@ def _forward_kernel(
 
     chunk.run([compute(h) for h in range(config.program_heads)])
 
-    @pl.when(n == config.chunks - 1 + step.prefetch)
+    @pl.when(leaves)
     def _():
-        pltpu.sync_copy(s_ref, end_ref.at[0])
+        pltpu.sync_copy(s_ref, _block(config, end_ref))
+
+
+def _split_documents(config: ScanConfig, arrays: Sequence[Any], last: bool = False) -> tuple[Sequence[Any], Any]:
+    """The document of each chunk, which comes first or last where documents have states, and the other arrays."""
+    if not config.documents:
+        return (), arrays
+    return (arrays[-1:], arrays[:-1]) if last else (arrays[:1], arrays[1:])
 
 
 def forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
     """One device's shard: keys [B, G, T, K], v [B, H, T, V], with a decay per channel that, [B, H, T, K], start
     [B, H, K, V], scalars [B, H, names, N, C].
 
-    Returns o, the last state, and, if `save`, the states that enter the chunks [B, H, N, K, V].
+    With states per document start is [B, H, P, K, V], and the last array is the document of each chunk [B, N].
+
+    Returns o, the last state, and, if `save`, the states that enter the chunks [B, H, N, K, V]. States of documents
+    without chunks are not written.
     """
+    documents, arrays = _split_documents(config, arrays, last=True)
     keys, v, channels, start, scalars = _split_arrays(config, arrays, 1)
     config = config.local(keys[0], v)
     blocks = _make_blocks(config, step.prefetch)
@@ -255,34 +300,37 @@ def forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
         out_shape.append(varying_result(states, jnp.float32, *like))
     scalars, scalar_blocks = _scalar_inputs(step, config, blocks, scalars)
     state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
+    in_specs = [
+        [blocks.key] * len(keys),
+        blocks.value,
+        [blocks.channels] * len(channels),
+        scalar_blocks,
+        blocks.state,
+    ]
     return pl.pallas_call(
         functools.partial(_forward_kernel, step=step, config=config, save=save),
-        grid=blocks.grid,
-        in_specs=[
-            [blocks.key] * len(keys),
-            blocks.value,
-            [blocks.channels] * len(channels),
-            scalar_blocks,
-            blocks.state,
-        ],
-        out_specs=out_specs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(documents),
+            grid=blocks.grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[state, *_prepared_scratch(step, config, keys[0], False)],
+        ),
         out_shape=out_shape,
-        scratch_shapes=[state, *_prepared_scratch(step, config, keys[0], False)],
         compiler_params=_compiler_params(),
         name=f"memformer_{step.name}_forward",
-    )(list(keys), v, list(channels), scalars, start)
+    )(*(x.reshape(-1) for x in documents), list(keys), v, list(channels), scalars, start)
 
 
-def _backward_kernel(
-    keys, v_ref, channels, scalars, states_ref, do_ref, dend_ref,
-    dkeys, dv_ref, dchannels, dscalars, dstart_ref, ds_ref, *prepared,
-    step: ChunkStep, config: ScanConfig,
-):  # fmt: skip
-    n = pl.program_id(2)
+def _backward_kernel(*refs, step: ChunkStep, config: ScanConfig):
+    documents, refs = _split_documents(config, refs)
+    keys, v_ref, channels, scalars, states_ref, do_ref, dend_ref, *refs = refs
+    dkeys, dv_ref, dchannels, dscalars, dstart_ref, ds_ref, *prepared = refs
+    enters, leaves = _bounds(config, step.prefetch, documents, reverse=True)
 
-    @pl.when(n == step.prefetch)
+    @pl.when(enters)
     def _():
-        pltpu.sync_copy(dend_ref.at[0], ds_ref)
+        pltpu.sync_copy(_block(config, dend_ref), ds_ref)
 
     chunk = _Chunk(step, config, keys, channels, scalars, prepared)
     gradients = ScalarGradients(config)
@@ -303,13 +351,14 @@ def _backward_kernel(
             ref[0, g] = functools.reduce(jnp.add, summands).astype(ref.dtype)
     gradients.store(dscalars)
 
-    @pl.when(n == config.chunks - 1 + step.prefetch)
+    @pl.when(leaves)
     def _():
-        pltpu.sync_copy(ds_ref, dstart_ref.at[0])
+        pltpu.sync_copy(ds_ref, _block(config, dstart_ref))
 
 
 def backward(step: ChunkStep, config: ScanConfig, *arrays):
     """Gradients of keys, v, decay per channel, initial state and token scalars, of one device's shard."""
+    documents, arrays = _split_documents(config, arrays, last=True)
     keys, v, channels, states, do, dend, scalars = _split_arrays(config, arrays, 3)
     config = config.local(keys[0], v)
     blocks = _make_blocks(config, step.prefetch, reverse=True)
@@ -318,25 +367,31 @@ def backward(step: ChunkStep, config: ScanConfig, *arrays):
     parts = (config.batch, config.heads // min(config.program_heads, config.repeat), *keys[0].shape[2:])
     scalars, scalar_blocks = _scalar_inputs(step, config, blocks, scalars)
     state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
+    in_specs = [
+        [blocks.key] * len(keys),
+        blocks.value,
+        [blocks.channels] * len(channels),
+        scalar_blocks,
+        blocks.states,
+        blocks.value,
+        blocks.state,
+    ]
+    out_specs = [
+        [blocks.key_part] * len(keys),
+        blocks.value,
+        [blocks.channel_part] * len(channels),
+        scalar_blocks[:1],
+        blocks.state,
+    ]
     dkeys, dv, dchannels, dscalars, dstart = pl.pallas_call(
         functools.partial(_backward_kernel, step=step, config=config),
-        grid=blocks.grid,
-        in_specs=[
-            [blocks.key] * len(keys),
-            blocks.value,
-            [blocks.channels] * len(channels),
-            scalar_blocks,
-            blocks.states,
-            blocks.value,
-            blocks.state,
-        ],
-        out_specs=[
-            [blocks.key_part] * len(keys),
-            blocks.value,
-            [blocks.channel_part] * len(channels),
-            scalar_blocks[:1],
-            blocks.state,
-        ],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(documents),
+            grid=blocks.grid,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            scratch_shapes=[state, *_prepared_scratch(step, config, keys[0], True)],
+        ),
         out_shape=[
             [varying_result(parts, x.dtype, *like) for x in keys],
             varying_result(v.shape, v.dtype, *like),
@@ -344,10 +399,9 @@ def backward(step: ChunkStep, config: ScanConfig, *arrays):
             [varying_result(x.shape, jnp.float32, *like) for x in scalars[:1]],
             varying_result(dend.shape, jnp.float32, *like),
         ],
-        scratch_shapes=[state, *_prepared_scratch(step, config, keys[0], True)],
         compiler_params=_compiler_params(),
         name=f"memformer_{step.name}_backward",
-    )(list(keys), v, list(channels), scalars, states, do, dend)
+    )(*(x.reshape(-1) for x in documents), list(keys), v, list(channels), scalars, states, do, dend)
     dkeys = [_sum_parts(config, x) for x in dkeys]
     return *dkeys, dv, *dchannels, dstart, *(unpack_scalars(config, x) for x in dscalars)
 
@@ -390,21 +444,27 @@ def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _S
     def ahead(n):
         return chunk_at(jnp.minimum(n, config.chunks - 1) if prefetch else n)
 
-    def value_index(b, h, n):
+    def value_index(b, h, n, *_):
         return (b, h, now(n), 0)
 
+    def document(b, n, places):
+        return places[b * config.chunks + now(n)]
+
     scalars = (1, 1, 1, len(config.scalars) * P, C)
+    state = pl.BlockSpec((1, P, K, V), lambda b, h, n: (b, h, 0, 0))
+    if config.documents:
+        state = pl.BlockSpec((1, P, 1, K, V), lambda b, h, n, places: (b, h, document(b, n, places), 0, 0))
     return _ScanBlocks(
         grid=(config.batch, config.heads // P, config.chunks + prefetch),
-        key=pl.BlockSpec((1, config.program_keys, C, K), lambda b, h, n: (b, h // programs_per_key, ahead(n), 0)),
+        key=pl.BlockSpec((1, config.program_keys, C, K), lambda b, h, n, *_: (b, h // programs_per_key, ahead(n), 0)),
         key_part=pl.BlockSpec((1, config.program_keys, C, K), value_index),
         value=pl.BlockSpec((1, P, C, V), value_index),
-        channels=pl.BlockSpec((1, P, C, K), lambda b, h, n: (b, h, ahead(n), 0)),
+        channels=pl.BlockSpec((1, P, C, K), lambda b, h, n, *_: (b, h, ahead(n), 0)),
         channel_part=pl.BlockSpec((1, P, C, K), value_index),
-        scalars=pl.BlockSpec(scalars, lambda b, h, n: (b, h, now(n), 0, 0)),
-        next_scalars=pl.BlockSpec(scalars, lambda b, h, n: (b, h, ahead(n), 0, 0)),
-        state=pl.BlockSpec((1, P, K, V), lambda b, h, n: (b, h, 0, 0)),
-        states=pl.BlockSpec((1, P, 1, K, V), lambda b, h, n: (b, h, now(n), 0, 0)),
+        scalars=pl.BlockSpec(scalars, lambda b, h, n, *_: (b, h, now(n), 0, 0)),
+        next_scalars=pl.BlockSpec(scalars, lambda b, h, n, *_: (b, h, ahead(n), 0, 0)),
+        state=state,
+        states=pl.BlockSpec((1, P, 1, K, V), lambda b, h, n, *_: (b, h, now(n), 0, 0)),
     )
 
 
