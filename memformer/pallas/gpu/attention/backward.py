@@ -106,12 +106,6 @@ def _sum_pairs(config: AttentionConfig, ds: Array, indices) -> Array:
     return jnp.sum(others, axis=1)
 
 
-def _left(config: AttentionConfig, refs: Refs, g, x: Array, count: int, first: int):
-    """x as a left operand of `count` parts; in the interpreter, in scratch from number `first` on."""
-    scratch = [refs[f"left{n}"].at[g] for n in range(first, first + count) if f"left{n}" in refs]
-    return tiles.left_operand(tiles.split(config, x, count), scratch)
-
-
 def _copy_own(refs: Refs, g, copies) -> None:
     """Copies (source, target) pairs of warpgroup g's own rows, and waits for them."""
     for source, target in copies:
@@ -169,7 +163,7 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         ds = _score_gradient(config, weights, dweights, scalar, write)
         if "ddecay" in refs:
             ddecay = ddecay + _sum_pairs(config, ds, indices)
-        dq = tiles.accumulate(dq, partial_products(_left(config, refs, g, ds, config.parts, 0), (k,)))
+        dq = tiles.accumulate(dq, partial_products(tiles.split(config, ds, config.parts), (k,)))
         ring.release(t - first)
         return dq, dbeta, ddecay
 
@@ -224,7 +218,7 @@ def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple
     for name in ("dbeta",) * write + ("ddecay",) * sums_scores(config):
         outputs[name] = ((batch, heads, length), jnp.float32)
         scratch[f"{name}_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
-    scratch |= tiles.index_scratch(config) | tiles.interpreter_scratch(config, config.parts)
+    scratch |= tiles.index_scratch(config)
     return tiles.call(
         config,
         f"{'write' if write else 'attention'}_backward_queries",
@@ -344,7 +338,7 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         weights = tiles.attention_weights(config, scores, mask(), lse, decay)
         if "dx" in refs:
             # Before G, with the weights kept in 16 bits meanwhile: the registers hold no more.
-            signed = _left(config, refs, g, _signed(weights, scalar, write), config.parts, 1)
+            signed = tiles.split(config, _signed(weights, scalar, write), config.parts)
             kept = weights.astype(config.dtype)
             dx = tiles.accumulate(dx, partial_products(signed, gs))
             weights = kept.astype(jnp.float32)
@@ -356,7 +350,7 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
             ds = _score_gradient(config, weights, dweights, scalar, write)
             if "ddecay" in refs:
                 ddecay = ddecay - _sum_pairs(config, ds, indices())
-            dk = tiles.accumulate(dk, partial_products(_left(config, refs, g, ds, 1, 0), (q,)))
+            dk = tiles.accumulate(dk, partial_products(tiles.split(config, ds, 1), (q,)))
         ring.release(c)
         return dk, dx, ddecay
 
@@ -417,7 +411,7 @@ def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...]
         scratch["scalars_ready"] = plgpu.Barrier(num_barriers=config.warpgroups)
     if "ddecay" in wanted:
         scratch["ddecay_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
-    scratch |= tiles.index_scratch(config) | tiles.interpreter_scratch(config, 1 + config.parts)
+    scratch |= tiles.index_scratch(config)
     return tiles.call(
         config,
         f"{'write' if write else 'attention'}_backward_keys",

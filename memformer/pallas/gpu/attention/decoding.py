@@ -238,8 +238,7 @@ def _kernel(*flat, config: CacheConfig, names: tuple[str, ...], splits: int) -> 
         plgpu.commit_smem()
         program.copy_keys(t + SLOTS)
         dtype = refs.v.dtype
-        split = split_bf16(weights, config.parts) if dtype != jnp.float16 else (weights.astype(dtype),)
-        parts = tiles.left_operand(split, [refs[f"left{n}"] for n in range(config.parts) if f"left{n}" in refs])
+        parts = split_bf16(weights, config.parts) if dtype != jnp.float16 else (weights.astype(dtype),)
         plgpu.barrier_wait(refs.value_ready.at[slot])
         values = program.values_of(slot)
 
@@ -291,9 +290,6 @@ def _scratch(config: CacheConfig, q: Array, k: Array, v: Array) -> dict[str, Any
         scratch |= {f"part{n}": shared_block(1, TILE, value) for n in range(config.parts)}
     else:
         scratch["value_slots"] = shared_block(SLOTS, TILE, value, dtype=v.dtype)
-    if interpreting_for("gpu"):
-        dtype = jnp.float16 if v.dtype == jnp.float16 else jnp.bfloat16
-        scratch |= {f"left{n}": shared_block(TILE, TILE, dtype=dtype) for n in range(config.parts)}
     return scratch
 
 

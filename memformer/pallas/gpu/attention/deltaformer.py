@@ -311,8 +311,7 @@ def _reverse_side(program: _Program, g, rows, count, own) -> Array:
 
     def tile(c, right):
         slot = program.ring.wait_key(c)
-        scratch = [refs[f"left{n}"].at[g] for n in range(config.parts) if f"left{n}" in refs]
-        parts = tiles.left_operand(split_bf16(-signed(slot, None), config.parts), scratch)
+        parts = split_bf16(-signed(slot, None), config.parts)
         program.ring.wait_value(c)
         values = tuple(refs[f"value_slots{n}"].at[slot] for n in range(config.parts))
         right = tiles.accumulate(right, partial_products(parts, values))
@@ -339,7 +338,7 @@ def _inverse(refs: Refs, g, upper: bool) -> Array:
         # With X = I + x: X - X S X. Small entries are not rounded beside ones.
         staged = _stage(refs, g, "square", x)
         s = part(lax.shift_left(jnp.int32(1), level))
-        y = tiles.accumulate(_sum_parts(s), partial_products(_left(refs, g, s), staged))
+        y = tiles.accumulate(_sum_parts(s), partial_products(s, staged))
         return tiles.accumulate(x - y, partial_products(staged, _stage(refs, g, "other", -y)))
 
     # A loop instead of five unrolled steps: the compiler would fill the registers with the parts of all steps.
@@ -369,14 +368,10 @@ def _sum_parts(parts: tuple[Array, ...]) -> Array:
     return parts[0].astype(jnp.float32) + parts[1].astype(jnp.float32)
 
 
-def _left(refs: Refs, g, parts: tuple[Array, ...]) -> tuple[Any, ...]:
-    return tiles.left_operand(parts, [refs[f"left{n}"].at[g] for n in range(2) if f"left{n}" in refs])
-
-
 def _solve(refs: Refs, g, inverse: Array) -> Array:
     """(I + inverse) times the staged right-hand side."""
     staged = tuple(refs[f"right{n}"].at[g] for n in range(2))
-    pairs = partial_products(_left(refs, g, split_bf16(inverse, 2)), staged)
+    pairs = partial_products(split_bf16(inverse, 2), staged)
     return tiles.accumulate(_sum_parts(_load_staged(staged)), pairs)
 
 
@@ -407,7 +402,7 @@ def _write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, ta
     if config.similarity.normalized and not reverse:
         outputs["lse"] = ((batch, heads, length), jnp.float32)
         scratch["lse_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
-    scratch |= tiles.index_scratch(config) | tiles.interpreter_scratch(config, 2)
+    scratch |= tiles.index_scratch(config)
     return tiles.call(
         config,
         f"write_{'backward' if reverse else 'forward'}",

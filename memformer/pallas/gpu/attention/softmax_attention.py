@@ -85,8 +85,7 @@ def add_tile(config: AttentionConfig, ring: Ring, refs: Refs, sums: RunningSums,
         sums, weights = rescale(sums, tiles.mask_scores(scores, mask, gap))
     else:
         weights = tiles.attention_weights(config, scores, mask, None, gap)
-    scratch = [refs[f"left{n}"].at[g] for n in range(config.parts) if f"left{n}" in refs]
-    parts = tiles.left_operand(tiles.split(config, weights, config.parts), scratch)
+    parts = tiles.split(config, weights, config.parts)
     ring.wait_value(count)
     values = tuple(refs[f"value_slots{n}"].at[slot] for n in range(config.parts))
     (value,) = products(partial_products(parts, values))
@@ -158,7 +157,6 @@ def _read(config: AttentionConfig, dtype: Any, k, q, *rest) -> tuple[Array, ...]
     scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + bool(scalars), num_barriers=config.warpgroups)
     if scalars:
         scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(scalars), TILE), jnp.float32)
-    scratch |= tiles.interpreter_scratch(config, config.parts)
     return tiles.call(
         config,
         "attention_forward",

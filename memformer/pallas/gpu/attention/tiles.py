@@ -38,7 +38,6 @@ from memformer.pallas.gpu.wgmma import (
     transposed,
 )
 from memformer.pallas.pair_decay import HIDDEN
-from memformer.pallas.platform import interpreting_for
 
 __all__ = ["LOW", "Refs", "Ring", "accumulate", "attention_weights", "bounds", "call", "column_bounds", "column_ring"]
 __all__ += ["column_scalar", "compute_scores"]
@@ -48,9 +47,8 @@ __all__ += [
     "decay_factor",
     "index_scratch",
     "index_vectors",
-    "interpreter_scratch",
 ]
-__all__ += ["key_head", "left_operand", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
+__all__ += ["key_head", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
 __all__ += [
     "row_bounds",
     "row_extent",
@@ -71,27 +69,6 @@ def load_tile(ref) -> Array:
     return compat.load(ref, plgpu.Layout.WGMMA, optimized=False)
 
 
-def left_operand(parts: tuple[Array, ...], scratch) -> tuple[Any, ...]:
-    """Parts of a matrix as left operands of wgmma: in registers, which the interpreter does not support.
-
-    Args:
-      parts: arrays of 16 bits.
-      scratch: blocks of shared memory, used in the interpreter only.
-    """
-    if not interpreting_for("gpu"):
-        return parts
-    for ref, part in zip(scratch, parts, strict=False):
-        ref[...] = part
-    plgpu.commit_smem()
-    return tuple(scratch[: len(parts)])
-
-
-def interpreter_scratch(config: AttentionConfig, count: int) -> dict[str, Any]:
-    """Scratch of `left_operand`: `count` blocks per warpgroup in the interpreter, else nothing."""
-    blocks = count if interpreting_for("gpu") else 0
-    return {f"left{n}": shared_block(config.warpgroups, TILE, TILE, dtype=config.dtype) for n in range(blocks)}
-
-
 def zeros(width: int) -> Array:
     """[64, width] zeros, as wgmma leaves its accumulators."""
     return plgpu.layout_cast(jnp.zeros((TILE, width), jnp.float32), plgpu.Layout.WGMMA)
@@ -103,9 +80,7 @@ def split(config: AttentionConfig, x: Array, parts: int) -> tuple[Array, ...]:
 
 
 def accumulate(x: Array, pairs: tuple[tuple[Any, Any], ...]) -> Array:
-    """x plus a sum of matrix products, in the registers of x; the interpreter has no such accumulators."""
-    if interpreting_for("gpu"):
-        return x + products(pairs)[0]
+    """x plus a sum of matrix products, in the registers of x."""
 
     def run(accumulator):
         for a, b in pairs:
