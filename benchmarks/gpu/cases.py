@@ -117,6 +117,7 @@ SHIPPED = (
         for width in (64, 128)
         for decay in ("", "head")
     ),
+    Case("deltaformer", 1, 2048, 2, 1, dtype="float16", segments=2),
     # Few tokens over a cache: one kernel for both ops.
     *(
         Case("softmax_attention", batch, length, 32, 8, width, width, slots=4096)

@@ -28,28 +28,32 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
-# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one tile of rows) and query heads.
+# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one), query heads and dtype.
 # A softmax read has a sink.
 KERNELS = [
-    ("softmax", "softmax", 130, 1),
-    ("relu", mf.Kernel("exp", scale=0.5), 40, 2),
-    (mf.Kernel("round", decimals=2), "softmax", 40, 1),
+    ("softmax", "softmax", 130, 1, "bfloat16"),
+    ("softmax", "softmax", 70, 1, "float16"),
+    ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16"),
+    (mf.Kernel("round", decimals=2), "softmax", 40, 1, "bfloat16"),
 ]
 
 
 @interprets
-@pytest.mark.parametrize(("write", "read", "length", "heads"), KERNELS, ids=["softmax", "relu", "round"])
-def test_kernels(write, read, length, heads, interpreter, monkeypatch):
-    """Similarity kernels of every kind, as write kernel and as read kernel, with a decay."""
+@pytest.mark.parametrize(
+    ("write", "read", "length", "heads", "dtype"), KERNELS, ids=["softmax", "float16", "relu", "round"]
+)
+def test_kernels(write, read, length, heads, dtype, interpreter, monkeypatch):
+    """Similarity kernels of every kind, as write and as read kernel, with a decay; float16 has three more digits."""
     monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
-    arrays = given(length, heads=(heads, 1), dtype="bfloat16", decay=True)
+    arrays = given(length, heads=(heads, 1), dtype=dtype, decay=True)
+    most = 2e-2 if dtype == "bfloat16" else 2e-3
     options = {"write_kernel": write, "read_kernel": read}
     if read == "softmax":
         arrays["sinks"] = jnp.array([0.5])
     got, gradients = evaluate(arrays, "pallas", **options)
     want, want_gradients = oracle(arrays, **options)
-    assert_close(got, want, 2e-2, "output and u")
-    assert_close(gradients, want_gradients, 2e-2, "gradient")
+    assert_close(got, want, most, "output and u")
+    assert_close(gradients, want_gradients, most, "gradient")
 
 
 @interprets

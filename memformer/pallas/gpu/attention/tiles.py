@@ -22,7 +22,7 @@ from memformer.core.mask import Mask
 from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel, similarity
 from memformer.core.types import Array
-from memformer.pallas.gpu import compat
+from memformer.pallas.gpu import compat, wgmma
 from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
 from memformer.pallas.gpu.attention.scalars import column_names
 from memformer.pallas.gpu.checks import launch_grid
@@ -34,7 +34,6 @@ from memformer.pallas.gpu.wgmma import (
     products,
     shared_block,
     split_bf16,
-    split_outside,
     transposed,
 )
 from memformer.pallas.pair_decay import HIDDEN
@@ -53,7 +52,10 @@ __all__ += [
     "row_bounds",
     "row_extent",
     "similarity_values",
+    "round_split",
     "split",
+    "split_outside",
+    "split_two",
     "split_values",
     "store_tile",
     "tile_mask",
@@ -77,6 +79,17 @@ def zeros(width: int) -> Array:
 def split(config: AttentionConfig, x: Array, parts: int) -> tuple[Array, ...]:
     """A left operand in the dtype of the products; sums of parts are bfloat16."""
     return split_bf16(x, parts) if parts > 1 else (x.astype(config.dtype),)
+
+
+def split_two(config: AttentionConfig, x: Array) -> tuple[Array, Array]:
+    """x as the sum of two arrays of the dtype of the products."""
+    return split_bf16(x, 2) if config.dtype == "bfloat16" else round_split(config, x)
+
+
+def round_split(config: AttentionConfig, x: Array) -> tuple[Array, Array]:
+    """`split_two` with a first part that is x rounded."""
+    high = x.astype(config.dtype)
+    return high, (x - high.astype(jnp.float32)).astype(config.dtype)
 
 
 def accumulate(x: Array, pairs: tuple[tuple[Any, Any], ...]) -> Array:
@@ -260,7 +273,7 @@ class Ring:
             self.release(count)
 
 
-def ring_scratch(config: AttentionConfig, width: int, values: int, scalars: int) -> dict[str, Any]:
+def ring_scratch(config: AttentionConfig, width: int, values: int, scalars: int, beside: int = 0) -> dict[str, Any]:
     """Scratch of a ring.
 
     Args:
@@ -268,9 +281,11 @@ def ring_scratch(config: AttentionConfig, width: int, values: int, scalars: int)
       width: of the value tiles.
       values: number of arrays of values.
       scalars: number of scalars per token that come with the keys.
+      beside: number of tiles of values that no copy writes, after the slots.
     """
     scratch: dict[str, Any] = {"key_slots": shared_block(config.slots, TILE, config.key, dtype=config.dtype)}
-    scratch |= {f"value_slots{n}": shared_block(config.slots, TILE, width, dtype=config.dtype) for n in range(values)}
+    tiles = config.slots + beside
+    scratch |= {f"value_slots{n}": shared_block(tiles, TILE, width, dtype=config.dtype) for n in range(values)}
     if scalars:
         scratch["scalar_slots"] = plgpu.SMEM((config.slots, scalars, TILE), jnp.float32)
     barrier = functools.partial(plgpu.Barrier, num_barriers=config.slots)
@@ -354,6 +369,7 @@ def call(
     outputs: dict[str, tuple[tuple[int, ...], Any]],
     scratch: dict[str, Any],
     registers: tuple[int, int] = (240, 24),
+    automatic_barriers: bool = True,
 ) -> tuple[Array, ...]:
     """Launches a kernel of computing warpgroups and one that copies tiles.
 
@@ -367,6 +383,7 @@ def call(
       outputs: shapes and dtypes of the results by name.
       scratch: shared memory by name.
       registers: per thread, of the computing warpgroups and of the copying one.
+      automatic_barriers: whether Pallas puts barriers of the warpgroup around stores and copies.
 
     Raises:
       NotImplementedError: see `launch_grid`.
@@ -377,17 +394,23 @@ def call(
         refs = Refs(zip(names, flat, strict=True))
         warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup < config.warpgroups)
-        def _():
+        def first():
             if config.warpgroups > 1:
                 plgpu.set_max_registers(registers[0], action="increase")
             compute(refs)
 
-        @pl.when(warpgroup == config.warpgroups)
-        def _():
+        def last():
             if config.warpgroups > 1:
                 plgpu.set_max_registers(registers[1], action="decrease")
             copy(refs)
+
+        # In two conditionals the first branch holds what the second one needs, and registers of the write spill; in
+        # one, those of the gradients of keys do.
+        if automatic_barriers:
+            pl.when(warpgroup < config.warpgroups)(first)
+            pl.when(warpgroup == config.warpgroups)(last)
+        else:
+            lax.cond(warpgroup < config.warpgroups, first, last)
 
     kernel = plgpu.kernel(
         body,
@@ -395,7 +418,11 @@ def call(
         scratch_types=list(scratch.values()),
         num_threads=config.warpgroups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=not automatic_barriers,
+        ),
         kernel_name=f"memformer_{name}",
         **launch_grid(grid, ("batch_row", "head", "block")),
     )
@@ -408,7 +435,16 @@ def split_values(config: AttentionConfig, x: Array) -> tuple[Array, ...]:
     """Values as products take them, in one part or two of bfloat16."""
     if config.parts == 1:
         return (x.astype(config.dtype),)
-    return (x, jnp.zeros_like(x)) if x.dtype == jnp.bfloat16 else split_outside(x)
+    return (x, jnp.zeros_like(x)) if x.dtype == jnp.bfloat16 else split_outside(config, x)
+
+
+def split_outside(config: AttentionConfig, x: Array) -> tuple[Array, Array]:
+    """float32 x as the sum of two arrays of the dtype of the products, outside of a kernel."""
+    if config.dtype == "bfloat16":
+        return wgmma.split_outside(x)
+    # XLA may drop a cast to 16 bits and back, but not this.
+    high = lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
+    return high.astype(config.dtype), (x - high).astype(config.dtype)
 
 
 def bounds(k: Array, bound) -> Array:
