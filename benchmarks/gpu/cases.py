@@ -59,12 +59,24 @@ SHIPPED = (
         for decay in ("", "head", "channel")
         for segments in (0, 2)
     ),
+    *(
+        Case(op, 1, 256, 2, 1, 256, width, dtype, decay=decay, segments=2)
+        for op in ("delta_rule", "linear_attention")
+        for decay in ("head", "channel")
+        for width, dtype in ((64, "bfloat16"), (256, "bfloat16"), (256, "float16"))
+        if decay == "channel" or dtype == "bfloat16"
+    ),
+    *(
+        Case(op, 1, 256, 2, 1, width, width, "float16", decay="head", segments=2)
+        for op in ("delta_rule", "linear_attention")
+        for width in (64, 128)
+    ),
     # Long sequences of few heads are scanned in parts of the time, those of many heads by two warpgroups per program.
     *(
         Case(op, *sizes, 1, width, width, decay="head", segments=2)
         for op in ("delta_rule", "linear_attention")
         for sizes in ((1, 4096, 8), (4, 256, 68))
-        for width in (64, 128)
+        for width in (64, 128, 256)
     ),
     *(
         Case("softmax_attention", 1, 256, 2, 1, width, width, segments=segments)

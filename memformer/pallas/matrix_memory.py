@@ -18,7 +18,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     """Runs a matrix memory by the kernels of the chip that this trace is for; a TPU's where it is for none.
 
     Returns:
-      The output in float32, or bfloat16 where q, k and v are, and the state.
+      The output in float32, or in 16 bits where q, k and v have so many, and the state.
 
     Raises:
       NotImplementedError: no kernel serves the call, or the chip; the message names the implementation that does.
@@ -27,7 +27,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
         check_matrix_call(call)
     # Imported late: the kernels of the other chip, and Pallas itself where no kernel is asked for, are never loaded.
     channels = call.decay_per_channel or call.w is not None or call.alpha is not None
-    if chip() == "gpu" and channels:
+    if chip() == "gpu" and (channels or call.q.dtype == jnp.float16):
         from memformer.pallas.gpu.matrix_memory.channel_decay import run as kernels
     elif chip() == "gpu":
         from memformer.pallas.gpu.matrix_memory.chunk_scan import run as kernels

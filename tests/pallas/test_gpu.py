@@ -163,7 +163,7 @@ def test_interpreter_detects_races(interpreter):
 
 
 REFUSED = {
-    "float32": ("float32", {}, "takes bfloat16 q, k and v"),
+    "float32": ("float32", {}, "takes bfloat16 or float16 q, k and v"),
     "chunk": ("bfloat16", {"chunk_size": 32}, "takes chunk_size 64"),
     "precision": ("bfloat16", {"precision": "highest"}, "default precision only"),
 }
@@ -281,6 +281,30 @@ def test_remat(interpreter):
 
     for got, want in zip(*map(gradients, ("inputs", "states")), strict=True):
         np.testing.assert_array_equal(np.asarray(got, "float32"), np.asarray(want, "float32"))
+
+
+@interprets
+@pytest.mark.parametrize("erases", [True, False])
+def test_wide_keys(interpreter, erases):
+    """136 key channels, padded to 256: two warpgroups with half of them each; and the gradients."""
+    rng = np.random.default_rng(10)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 66, 1, width)), "bfloat16") for width in (136, 136, 8))
+    beta = jnp.asarray(rng.uniform(0.0, 1.0, (1, 66, 1)), "float32")
+    arrays = {"q": q, "k": suite.cast(mf.l2norm(k), "bfloat16"), "v": v, "decay": -0.1 * beta}
+    arrays |= {"beta": beta} if erases else {}
+    op = mf.delta_rule if erases else mf.linear_attention
+
+    def run(arrays, implementation):
+        def loss(arrays):
+            output, state = op(**arrays, implementation=implementation)
+            return jnp.sum(jnp.sin(output.astype(state.dtype))) + jnp.sum(state**2), (output, state)
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(arrays)
+
+    got = run(arrays, "pallas")
+    with jax.enable_x64(True):
+        want = run(suite.cast(jax.tree.map(np.asarray, arrays), "float64"), "recurrent")
+    assert_close((got[0][1], got[1]), jax.tree.map(np.asarray, (want[0][1], want[1])), 6e-3)
 
 
 @interprets

@@ -18,11 +18,13 @@ pytestmark = pytest.mark.skipif(
 # time, many by two warpgroups per program.
 CASES = [
     Case("delta_rule", 1, 4096, 8, 1, decay="head", segments=2),
+    Case("delta_rule", 1, 2048, 8, 1, 256, 64, decay="head", segments=2),
     Case("linear_attention", 4, 256, 32, 1, decay="head", segments=2),
     Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2),
     Case("deltaformer", 1, 2048, 2, 1, decay="head", segments=2),
     Case("delta_rule", 1, 256, 2, 1, decay="channel", segments=2),
     Case("linear_attention", 1, 256, 2, 1, decay="channel", segments=2),
+    Case("delta_rule", 1, 256, 2, 1, 256, 64, "float16", decay="channel", segments=2),
     Case("delta_rule", 64, 8, 4, 2, decay="channel", segments=2),
     Case("softmax_attention", 4, 8, 4, 2, 256, 256, decay="head", window=9, slots=128),
     Case("deltaformer", 4, 8, 4, 2, write="linear", decay="head", slots=128),

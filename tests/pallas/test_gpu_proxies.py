@@ -80,12 +80,12 @@ def unfenced(jaxpr, names=None, stored=frozenset(), found=None):
     return found, stored
 
 
-def trace(op, decay):
+def trace(op, decay, width=128):
     """The kernels of the gradient of an op."""
-    x, scalar = jax.ShapeDtypeStruct((1, 200, 1, 128), jnp.bfloat16), jax.ShapeDtypeStruct((1, 200, 1), jnp.float32)
+    x, scalar = jax.ShapeDtypeStruct((1, 200, 1, width), jnp.bfloat16), jax.ShapeDtypeStruct((1, 200, 1), jnp.float32)
     arrays = dict.fromkeys("qkv", x) | ({"beta": scalar} if op.startswith("delta") else {})
     if decay:
-        arrays["decay"] = scalar if decay == "head" else jax.ShapeDtypeStruct((1, 200, 1, 128), jnp.float32)
+        arrays["decay"] = scalar if decay == "head" else jax.ShapeDtypeStruct((1, 200, 1, width), jnp.float32)
     ids = jax.ShapeDtypeStruct((1, 200), jnp.int32)
 
     def loss(arrays, ids):
@@ -96,12 +96,13 @@ def trace(op, decay):
         return dict(kernels(jax.make_jaxpr(jax.grad(loss))(arrays, ids).jaxpr))
 
 
-CASES = [("delta_rule", "head"), ("delta_rule", "channel"), ("softmax_attention", None), ("deltaformer", None)]
+CASES = [("delta_rule", "head", 128), ("delta_rule", "head", 256), ("delta_rule", "channel", 256)]
+CASES += [("softmax_attention", None, 128), ("deltaformer", None, 128)]
 
 
-@pytest.mark.parametrize(("op", "decay"), CASES, ids=[f"{op}-{decay}" for op, decay in CASES])
-def test_stores_are_fenced(op, decay):
-    found = trace(op, decay)
+@pytest.mark.parametrize(("op", "decay", "width"), CASES, ids=["-".join(map(str, case)) for case in CASES])
+def test_stores_are_fenced(op, decay, width):
+    found = trace(op, decay, width)
     assert len(found) >= 2
     assert {name: unfenced(jaxpr)[0] for name, jaxpr in found.items()} == {name: [] for name in found}
 

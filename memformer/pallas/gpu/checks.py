@@ -21,6 +21,7 @@ def check_call(
     operands: Mapping[str, Array],
     widths: Mapping[str, int],
     allowed: tuple[str, ...] = ("bfloat16",),
+    most: int = tuning.KEYS[-1],
 ) -> None:
     """Checks that the kernels serve a call.
 
@@ -29,6 +30,7 @@ def check_call(
       operands: the arrays that enter products, by name.
       widths: channels that the kernels hold in registers or shared memory, by what they belong to.
       allowed: dtypes of the operands, one for all of them.
+      most: channels of a width.
 
     Raises:
       NotImplementedError: not an sm_90 GPU; operands of another dtype, or of two; a precision above bfloat16 products;
@@ -45,8 +47,8 @@ def check_call(
     if call.precision != lax.Precision.DEFAULT:
         raise unsupported(op, "has products at default precision only")
     for name, width in widths.items():
-        if width > tuning.KEYS[-1]:
-            raise unsupported(op, f"takes at most {tuning.KEYS[-1]} {name} channels, got {width}")
+        if width > most:
+            raise unsupported(op, f"takes at most {most} {name} channels, got {width}")
     check_chunk_size(op, call.chunk_size, (tuning.CHUNK,))
 
 

@@ -4,12 +4,16 @@ __all__ = [
     "CHANNEL_VALUES",
     "CHUNK",
     "KEYS",
+    "KEY_PART",
+    "MATRIX_DTYPES",
+    "MATRIX_KEYS",
     "MULTIPROCESSORS",
     "PARTS",
     "PART_CHUNKS",
     "REMAT",
     "SCAN_REGISTERS",
     "SCAN_SLOTS",
+    "SHARED_MEMORY",
     "SLOTS",
 ]
 __all__ += ["SPANS", "VALUE_PART", "WRITE_BLOCK", "padded_width", "span_length"]
@@ -21,10 +25,23 @@ CHUNK = 64
 # Key widths of the kernels; narrower keys are padded to the next.
 KEYS = (64, 128)
 
+# Key widths of matrix memories. With 256, two warpgroups of the chunk scan have half of the state each.
+MATRIX_KEYS = (64, 128, 256)
+
+# Inputs of matrix memories. The kernels of a decay per channel take float16 too, as the sum of two bfloat16 arrays.
+MATRIX_DTYPES = ("bfloat16", "float16")
+
+# Key channels per program of the gradients within chunks, 64 per warpgroup: more than two have too few registers.
+KEY_PART = 128
+
 # Value columns per program of the chunk scan of a decay per key channel, with many heads.
 CHANNEL_VALUES = 64
 
-# Chunk scan: chunks in shared memory, and registers per thread of two computing warpgroups and of the copying one.
+# Bytes of shared memory that a program may have, less 1 KiB for barriers.
+SHARED_MEMORY = 226 * 1024
+
+# Chunk scan: chunks in shared memory, as far as they fit, and registers per thread of two computing warpgroups and of
+# the copying one.
 SCAN_SLOTS = 2
 SCAN_REGISTERS = (240, 24)
 
@@ -58,9 +75,9 @@ SPANS = ((16, 1024), (None, 512))
 WRITE_BLOCK = 64
 
 
-def padded_width(width: int) -> int:
-    """The narrowest width of `KEYS` that holds `width` channels."""
-    return next(key for key in KEYS if key >= width)
+def padded_width(width: int, widths: tuple[int, ...] = KEYS) -> int:
+    """The narrowest of `widths` that holds `width` channels."""
+    return next(key for key in widths if key >= width)
 
 
 def span_length(heads: int) -> int:

@@ -1,7 +1,8 @@
 """Linear attention and the delta rule with a log decay per key channel on Hopper: the order of all kernels.
 
-They also serve an erase vector w and a write strength alpha; a decay per head is repeated for every channel. With S the
-state that enters the chunk, G the cumulative decay [C, K], a = alpha, b = beta, s the scale:
+They also serve an erase vector w, a write strength alpha, and float16, each number as the sum of two in bfloat16, so
+that scores and states may exceed its range; a decay per head is repeated for every channel. With S the state that
+enters the chunk, G the cumulative decay [C, K], a = alpha, b = beta, s the scale:
 
     M_ri = sum_c W_rc K_ic exp(G_rc - G_ic), i < r      X = (I + b M)^-1    U = X (a V - (b e^G W) S)
     P_ri = s sum_c Q_rc K_ic exp(G_rc - G_ic), i <= r   O = (s e^G Q) S + P U
@@ -54,8 +55,8 @@ class _Arrays(NamedTuple):
     """Arguments of a call, padded.
 
     Attributes:
-      q, k, w: [B, T, G, K] bfloat16; w is None without beta.
-      v: [B, T, H, V] bfloat16.
+      q, k, w: [B, T, G, K] bfloat16 or float16; w is None without beta.
+      v: [B, T, H, V], like them.
       decay: [B, T, H, K] float32.
       scalars: [B, N, C, H], see pallas/token_scalars.py; alpha wherever there is beta.
     """
@@ -88,9 +89,16 @@ def _scale(config: ChannelConfig, keys: list[Array], decay: Array, scalars: dict
     return scaled + [scale(w, -growth * scalars["beta"][..., None]) for w in keys[2:]]
 
 
-def _split_scaled(q: Array, k: Array, chunk_decay: Array, *w: Array) -> tuple[list[Array], Array]:
-    """The scaled operands of the scans: q in bfloat16, k and w in two parts; and the chunk decay."""
-    return [q.astype(jnp.bfloat16), *(part for x in (k, *w) for part in split_outside(x))], chunk_decay
+def _split_scaled(
+    config: ChannelConfig, q: Array, k: Array, chunk_decay: Array, *w: Array
+) -> tuple[list[Array], Array]:
+    """The scaled operands of the scans, parts of q, k and w; and the chunk decay."""
+    return [*_split(config, q), *(part for x in (k, *w) for part in split_outside(x))], chunk_decay
+
+
+def _split(config: ChannelConfig, x: Array) -> tuple[Array, ...]:
+    """x in as many bfloat16 parts as its dtype needs."""
+    return (x.astype(jnp.bfloat16),) if config.input_parts == 1 else split_outside(x.astype(jnp.float32))
 
 
 def _scaled(config: ChannelConfig, arrays: _Arrays):
@@ -114,9 +122,9 @@ def _chunkwise(config: ChannelConfig, arrays: _Arrays, start: Array) -> tuple[Ar
 
 def _forward(config: ChannelConfig, save: bool, arrays: _Arrays, start: Array) -> tuple[Array, ...]:
     """O, the last state and, to be saved, P, X, the states that enter chunks, and U."""
-    operands, chunk_decay = _split_scaled(*_scaled(config, arrays)[0])
+    operands, chunk_decay = _split_scaled(config, *_scaled(config, arrays)[0])
     named = _stack(config, arrays.scalars)
-    inputs = (*arrays.keys(), arrays.decay, *operands, arrays.v, chunk_decay, *named)
+    inputs = (*arrays.keys(), arrays.decay, *operands, *_split(config, arrays.v), chunk_decay, *named)
     beta = config.beta
     kernels = split_batch_and_heads(
         _forward_kernels,
@@ -130,13 +138,13 @@ def _forward(config: ChannelConfig, save: bool, arrays: _Arrays, start: Array) -
 
 def _forward_kernels(config: ChannelConfig, save: bool, *inputs: Array) -> tuple[Array, ...]:
     """One device's shard of `_forward`; inputs: q, k, w, decay, scaled operands, v, chunk decay, scalars, state."""
-    beta = config.beta
-    keys, (decay,), operands, (v, chunk_decay), (*scalars, start) = take(inputs, 2 + beta, 1, 3 + 2 * beta, 2)
-    config = config.local(keys[0], v)
+    beta, parts = config.beta, config.input_parts
+    keys, (decay,), operands, v, (chunk_decay, *scalars, start) = take(inputs, 2 + beta, 1, parts + 2 + 2 * beta, parts)
+    config = config.local(keys[0], v[0])
     squares = intra_chunk(config, keys[0], keys[1], decay, scalars, erase=False)
     if beta:
         squares += intra_chunk(config, keys[2], keys[1], decay, scalars, erase=True)
-    o, end, *saved = scan_forward(config, save, (*operands, v, chunk_decay, *squares, *scalars[:beta]), start)
+    o, end, *saved = scan_forward(config, save, (*operands, *v, chunk_decay, *squares, *scalars[:beta]), start)
     return (o, end, *squares, *saved) if save else (o, end)
 
 
@@ -146,21 +154,21 @@ def _chunkwise_forward(config, arrays, start):
 
 
 def _chunkwise_backward(config: ChannelConfig, inputs: tuple[_Arrays, list[Array]], cotangents):
-    (arrays, saved), (do, dend), beta = inputs, cotangents, config.beta
+    (arrays, saved), (do, dend), beta, parts = inputs, cotangents, config.beta, config.input_parts
     scaled, pull = _scaled(config, arrays)
-    operands, chunk_decay = _split_scaled(*scaled)
+    operands, chunk_decay = _split_scaled(config, *scaled)
     named = _stack(config, arrays.scalars)
-    inputs = (*arrays.keys(), arrays.v, arrays.decay, *operands, do, *saved[3 + 2 * beta :], chunk_decay, dend)
-    inputs = (*inputs, *saved[: 3 + 2 * beta], *named)
+    inputs = (*arrays.keys(), *_split(config, arrays.v), arrays.decay, *operands, *_split(config, do))
+    inputs = (*inputs, *saved[3 + 2 * beta :], chunk_decay, dend, *saved[: 3 + 2 * beta], *named)
     many = 2 + beta
     kernels = split_batch_and_heads(
         _backward_kernels,
         (config,),
         config.axes,
-        operands=(TIME,) * (8 + 5 * beta) + (OTHER,) * (5 + 2 * beta + len(named)),
-        results=(TIME,) * (1 + beta + many) + (OTHER,) * 2 + (TIME,) * (3 * (1 + beta)),
+        operands=(TIME,) * (5 + 5 * beta + 3 * parts) + (OTHER,) * (5 + 2 * beta + len(named)),
+        results=(TIME,) * (config.gradient_parts + many) + (OTHER,) * 2 + (TIME,) * (3 * (1 + beta)),
     )
-    dr, dscaled, (dchunk, dstart), by_scores = take(kernels(*inputs), 1 + beta, many, 2)
+    dr, dscaled, (dchunk, dstart), by_scores = take(kernels(*inputs), config.gradient_parts, many, 2)
     dr = sum(x.astype(jnp.float32) for x in dr)
     # Of the operands as `_scale` orders them: the chunk decay is its third result.
     dkeys, ddecay, dscalars = pull([*dscaled[:2], dchunk, *dscaled[2:]])
@@ -192,13 +200,13 @@ def _backward_kernels(config: ChannelConfig, *inputs: Array) -> tuple[Array, ...
       dR, gradients of scaled q, k, w and of the chunk decay, of the first state, then of q, k and decay by P, and of w,
       k and decay by X.
     """
-    beta, count = config.beta, 2 + 2 * config.beta
-    keys, (v, decay), operands, (do,), u, inputs = take(inputs, 2 + beta, 2, 3 + 2 * beta, 1, 2 * beta)
+    beta, count, parts = config.beta, 2 + 2 * config.beta, config.input_parts
+    keys, v, (decay,), operands, do, u, inputs = take(inputs, 2 + beta, parts, 1, parts + 2 + 2 * beta, parts, 2 * beta)
     (chunk_decay, dend), squares, (states,), scalars = take(inputs, 2, count, 1)
-    config = config.local(keys[0], v)
-    *dr, dstates, dstart = scan_backward(config, (*operands, do, chunk_decay, *squares), dend)
+    config = config.local(keys[0], v[0])
+    *dr, dstates, dstart = scan_backward(config, (*operands, *do, chunk_decay, *squares), dend)
     masks = scalars if config.segments else ()
-    values = (u, dr) if beta else ((v,), ())
+    values = (u, dr) if beta else (v, ())
     dq, dk, dchunk, *rest = operand_gradients(config, do, *values, states, dstates, masks)
     dw, dscores = rest[:beta], rest[beta:]
     by_scores = score_gradients(config, keys[0], keys[1], decay, dscores[:2], ())
@@ -214,7 +222,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     """Runs a matrix memory with a decay per channel, an erase vector or a write strength.
 
     Returns:
-      The output in bfloat16, and the state in float32.
+      The output in the dtype of q, k and v, and the state in float32.
 
     Raises:
       NotImplementedError: no kernel serves this machine or call; the message says why.

@@ -68,17 +68,24 @@ def _place(config: ChannelConfig):
     return lax.div(at, blocks), pl.ds(lax.rem(at, blocks) * KEY_BLOCK, KEY_BLOCK)
 
 
+def _counts(config: ChannelConfig) -> tuple[int, int, int]:
+    """Parts of dO, of U (without beta of V) and of dR (none without beta)."""
+    return config.input_parts, 2 if config.beta else config.input_parts, 2 * config.beta
+
+
 def _operand_kernel(*refs, config: ChannelConfig):
     beta, named = config.beta, config.segments
-    count = 4 + 3 * beta + named
-    inputs, (dq_g, dk_g, dchunk_g), dw_g, squares, (*blocks, barrier) = take(refs, count, 3, beta, 2 + 2 * beta)
-    (do,), u, dr, (state, dstate), _ = take(blocks, 1, 1 + beta, 2 * beta, 2)
+    counts = _counts(config)
+    inputs, (dq_g, dk_g, dchunk_g), dw_g, squares, (*blocks, barrier) = take(
+        refs, sum(counts) + 2 + named, 3, beta, 2 + 2 * beta
+    )
+    do, u, dr, (state, dstate), _ = take(blocks, *counts, 2)
     b, hp, _ = (lax.axis_index(name) for name in AXES)
     n, keys = _place(config)
     parts = config.value // config.value_part
     h, tokens = lax.div(hp, jnp.int32(parts)), pl.ds(n * config.chunk, config.chunk)
     columns = pl.ds(lax.rem(hp, jnp.int32(parts)) * config.value_part, config.value_part)
-    places = [(b, tokens, h, columns)] * (2 + 3 * beta) + [(b, h, n, keys, columns)] * 2 + [(b, h, n)] * named
+    places = [(b, tokens, h, columns)] * sum(counts) + [(b, h, n, keys, columns)] * 2 + [(b, h, n)] * named
     for source, place, target in zip(inputs, places, blocks, strict=True):
         whole = len(place) == 3
         for i in range(1 if whole else config.value_part // VALUE_BLOCK):
@@ -87,7 +94,7 @@ def _operand_kernel(*refs, config: ChannelConfig):
     plgpu.barrier_wait(barrier)
     scalars = TokenScalars(config, blocks[-1] if named else None)
     own, stage = (b, tokens, hp, keys), (state.at[0], dstate.at[0])
-    (dq_g[own],) = products(_over_values([do], [state]))
+    (dq_g[own],) = products(_over_values(do, [state]))
     (dk_g[own],) = products(_over_values(u, [dstate]))
     sums = (sum_product(state.at[i], dstate.at[i]) for i in range(state.shape[0]))
     dchunk_g[b, hp, n, keys] = functools.reduce(jnp.add, sums)
@@ -97,7 +104,7 @@ def _operand_kernel(*refs, config: ChannelConfig):
     # One key block of a chunk writes the gradients of P, the last one those of b M.
     @pl.when(keys.start == 0)
     def _():
-        _store_square(scalars, config, ([do], u), config.scale, stage, squares[:2], (b, hp, n))
+        _store_square(scalars, config, (do, u), config.scale, stage, squares[:2], (b, hp, n))
 
     if beta:
 
@@ -130,13 +137,13 @@ def _store_square(scalars: TokenScalars, config: ChannelConfig, operands, factor
     plgpu.wait_smem_to_gmem(0)
 
 
-def operand_gradients(config: ChannelConfig, do: Array, u, dr, states: Array, dstates: Array, scalars) -> tuple:
+def operand_gradients(config: ChannelConfig, do, u, dr, states: Array, dstates: Array, scalars) -> tuple:
     """Gradients of the scaled q and k, of the chunk decay, of the scaled w (with beta), and of the scores as D + D^T.
 
     Args:
       config: sizes.
-      do: gradient of the output, [B, T, H, V] bfloat16.
-      u: U in two parts, like do; (V,) without beta.
+      do: gradient of the output, its parts [B, T, H, V] bfloat16.
+      u: U in two parts, like do; the parts of V without beta.
       dr: dR in two parts, like do; () without beta.
       states, dstates: [B, H, N, K, V] bfloat16, the state that enters each chunk, and the gradient of the one that
         leaves it.
@@ -149,16 +156,17 @@ def operand_gradients(config: ChannelConfig, do: Array, u, dr, states: Array, ds
     C, V, beta = config.chunk, config.value_part, config.beta
     parts = config.value // V
     many, chunks = config.heads * parts, config.chunks
-    wide = jax.ShapeDtypeStruct((config.batch, do.shape[1], many, config.key), jnp.float32)
+    row = jax.ShapeDtypeStruct((config.batch, do[0].shape[1], many, config.key), jnp.float32)
     square = jax.ShapeDtypeStruct((config.batch, many, chunks, C, C), jnp.bfloat16)
-    out = [wide, wide, jax.ShapeDtypeStruct((config.batch, many, chunks, config.key), jnp.float32)]
-    out += [wide] * beta + [square] * (2 + 2 * beta)
+    out = [row, row, jax.ShapeDtypeStruct((config.batch, many, chunks, config.key), jnp.float32)]
+    out += [row] * beta + [square] * (2 + 2 * beta)
     blocks = V // VALUE_BLOCK
-    scratch = [shared_block(blocks, C, VALUE_BLOCK)] * (2 + 3 * beta)
+    wide = sum(_counts(config))
+    scratch = [shared_block(blocks, C, VALUE_BLOCK)] * wide
     scratch += [shared_block(blocks, KEY_BLOCK, VALUE_BLOCK)] * 2
     scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * len(scalars)
-    scratch.append(plgpu.Barrier(num_arrivals=blocks * (4 + 3 * beta) + len(scalars)))
-    operands = (do, *u, *dr, states, dstates, *scalars)
+    scratch.append(plgpu.Barrier(num_arrivals=blocks * (2 + wide) + len(scalars)))
+    operands = (*do, *u, *dr, states, dstates, *scalars)
     grid = (config.batch, many, chunks * (config.key // KEY_BLOCK))
     body = functools.partial(_operand_kernel, config=config)
     results = call_kernel(config, "channel_operand_gradients", body, grid, out, scratch, operands)
@@ -248,7 +256,8 @@ def score_gradients(
     C, erase = config.chunk, bool(scalars)
     # Leading axes of one: see `anew`.
     block, square = shared_block(1, C, KEY_BLOCK), shared_block(1, C, C)
-    scratch = [block] * 2 + [square] * 2 + [plgpu.SMEM((1, len(config.scalars), C), jnp.float32)] * erase
+    scratch = [shared_block(1, C, KEY_BLOCK, dtype=config.dtype)] * 2 + [square] * 2
+    scratch += [plgpu.SMEM((1, len(config.scalars), C), jnp.float32)] * erase
     # The log decay in three parts, the scaled tokens in two, the pairs of a level in two; the matrix of zeros and ones.
     scratch += [block] * (3 + 2) + [square] * (2 + 1)
     scratch += [plgpu.SMEM((1,), jnp.int32), plgpu.Barrier(num_arrivals=4 + erase)]

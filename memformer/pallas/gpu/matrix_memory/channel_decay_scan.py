@@ -1,11 +1,13 @@
 """The scans over chunks of a decay per key channel, forward and backward: Mosaic GPU kernels.
 
 Equations and letters: channel_decay.py. Each warpgroup scans the chunks of one head and one block of value columns, the
-state in registers. XLA scales the operands, so that the scans have no decay but that of the chunk.
+state in registers. XLA scales the operands, so that the scans have no decay but that of the chunk. Of 256 key channels
+shared memory holds one of scaled k and w: what is needed last takes the place of the other one.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.types import Array
-from memformer.pallas.gpu import compat
+from memformer.pallas.gpu import compat, tuning
 from memformer.pallas.gpu.matrix_memory.channel_decay_scores import ChannelConfig
 from memformer.pallas.gpu.matrix_memory.config import AXES, call_kernel, take
 from memformer.pallas.gpu.matrix_memory.token_scalars import TokenScalars
 from memformer.pallas.gpu.wgmma import (
     anew,
     load_column,
+    load_float32,
     partial_products,
     products,
     shared_block,
@@ -32,14 +35,26 @@ from memformer.pallas.gpu.wgmma import (
 
 __all__ = ["scan_backward", "scan_forward"]
 
+Parts = dict[str, list[Any]]
 
-def _copy_chunk(config: ChannelConfig, n, columns, sources, targets, barrier) -> None:
-    """Starts the copies of chunk n: scaled q, k and w, values, then what has an axis of chunks."""
-    b, h, _ = (lax.axis_index(name) for name in AXES)
-    tokens, wide = pl.ds(n * config.chunk, config.chunk), 3 + 2 * config.beta
-    places = [(b, tokens, h)] * wide + [(b, tokens, h, columns)] + [(b, h, n)] * (len(sources) - wide - 1)
-    for source, place, target in zip(sources, places, targets, strict=True):
-        plgpu.copy_gmem_to_smem(source.at[place], target, barrier)
+
+def _group(counts: Mapping[str, int], values: Sequence[Any]) -> tuple[Parts, Sequence[Any]]:
+    """The first values by kind of input, and what is left."""
+    *groups, rest = take(values, *counts.values())
+    return {kind: list(group) for kind, group in zip(counts, groups, strict=True)}, rest
+
+
+def _inputs(config: ChannelConfig, scalars: bool) -> dict[str, int]:
+    """Arrays of each kind of input, in the order of the operands: scaled q, k and w, then v or dO, and so on."""
+    beta, parts = config.beta, config.input_parts
+    counts = {"q": parts, "k": 2, "w": 2 * beta, "v": parts, "decay": 1, "p": 2, "x": 2 * beta}
+    return counts | {"scalars": int(scalars)}
+
+
+def _arriving(config: ChannelConfig, counts: dict[str, int], last: str) -> dict[str, int]:
+    """The inputs that have blocks of their own: all, or all but the one that is needed last."""
+    shares = config.beta and config.key > tuning.KEYS[-1]
+    return counts | {last: 0} if shares else counts
 
 
 def _columns(config: ChannelConfig):
@@ -47,52 +62,86 @@ def _columns(config: ChannelConfig):
     return pl.ds(lax.axis_index(AXES[2]) * config.value_block, config.value_block)
 
 
-def _forward_kernel(*refs, config: ChannelConfig, save: bool):
-    count, kept = 7 + 5 * config.beta, save * (1 + 2 * config.beta)
-    inputs, (start, o_g, end_g), saved, arrivals, (*blocks, zero_s, ready) = take(refs, count, 3, kept, count)
-    start_anew(zero_s)
-    state_s, o_s, u_s, difference_s = blocks[:2], blocks[2], blocks[3:5], blocks[5:]
+def _scan(config: ChannelConfig, start, end, step: Callable) -> None:
+    """Carries the state from `start` to `end` through step(i, state) of every chunk."""
     b, h, _ = (lax.axis_index(name) for name in AXES)
-    # q, k and w in two parts | v | chunk decay, P and X in two parts, scalars.
-    wide, columns = 3 + 2 * config.beta, _columns(config)
+    place = (b, h, slice(None), _columns(config))
+    state = compat.load(start.at[place], plgpu.Layout.WGMMA, optimized=False)
+    # Under shard_map loaded values vary over mesh axes by their type, values computed in the kernel do not.
+    end[place] = lax.fori_loop(0, config.chunks, step, state * 1.0)
+
+
+def _copy(config: ChannelConfig, n, kind: str, sources: list, targets: list, barrier) -> None:
+    """Starts the copies of one kind of input of chunk n."""
+    b, h, _ = (lax.axis_index(name) for name in AXES)
+    tokens = pl.ds(n * config.chunk, config.chunk)
+    places = dict.fromkeys(("q", "k", "w"), (b, tokens, h)) | {"v": (b, tokens, h, _columns(config))}
+    for source, target in zip(sources, targets, strict=True):
+        plgpu.copy_gmem_to_smem(source.at[places.get(kind, (b, h, n))], target, barrier)
+
+
+def _start(config: ChannelConfig, n, inputs: Parts, blocks: Parts, zero, barrier) -> Parts:
+    """Starts the copies of chunk n, and gives their targets."""
+    counts = {kind: len(parts) for kind, parts in blocks.items()}
+    slots, _ = _group(counts, anew(zero, [ref for parts in blocks.values() for ref in parts]))
+    for kind, targets in slots.items():
+        _copy(config, n, kind, inputs[kind][: len(targets)], targets, barrier)
+    return slots
+
+
+def _replace(config: ChannelConfig, n, inputs: Parts, slots: Parts, first: str, last: str, barriers) -> None:
+    """Starts the copies of the input that is needed last where it has no blocks of its own; `first` has been read."""
+    if not slots[last] and inputs[last]:
+        slots[last] = slots[first]
+        _copy(config, n, last, inputs[last], slots[last], barriers[1])
+
+
+def _forward_kernel(*refs, config: ChannelConfig, save: bool):
+    counts = _inputs(config, config.beta)
+    inputs, refs = _group(counts, refs)
+    (start, o_g, end_g), saved, refs = take(refs, 3, save * (1 + 2 * config.beta))
+    blocks, refs = _group(_arriving(config, counts, "k"), refs)
+    scratch, (zero_s, *barriers) = take(refs, 7)
+    start_anew(zero_s)
+    b, h, _ = (lax.axis_index(name) for name in AXES)
+    columns = _columns(config)
 
     def step(n, state):
-        slots = anew(zero_s, arrivals)
         tokens = pl.ds(n * config.chunk, config.chunk)
-        _copy_chunk(config, n, columns, inputs, slots, ready)
+        slots = _start(config, n, inputs, blocks, zero_s, barriers[0])
+        state_s, (o_s,), u_s, difference_s, _ = take(anew(zero_s, scratch), 2, 1, 2, 2)
         store_split(state_s, state)
         plgpu.commit_smem()
         if save:
             plgpu.copy_smem_to_gmem(state_s[0], saved[0].at[b, h, n, :, columns])
-        plgpu.barrier_wait(ready)
-        q, *k = slots[:3]
-        (v, decay, *p), rest = slots[wide : wide + 4], slots[wide + 4 :]
-        decayed = state * load_column(decay, config.value_block)
-        writes = [v]
+        plgpu.barrier_wait(barriers[0])
+        decayed = state * load_column(slots["decay"][0], config.value_block)
+        writes = slots["v"]
         if config.beta:
             writes = u_s
-            u = compat.load(v, plgpu.Layout.WGMMA).astype(jnp.float32)
-            u = TokenScalars(config, rest[2]).scale_rows(("alpha",), u)
-            (erased,) = products(partial_products(slots[3:5], state_s))
+            u = functools.reduce(jnp.add, map(load_float32, slots["v"]))
+            u = TokenScalars(config, slots["scalars"][0]).scale_rows(("alpha",), u)
+            (erased,) = products(partial_products(slots["w"], state_s))
+            _replace(config, n, inputs, slots, "w", "k", barriers)
             store_split(difference_s, u + erased)
             plgpu.commit_smem()
-            (u,) = products(partial_products(rest[:2], difference_s))
+            (u,) = products(partial_products(slots["x"], difference_s))
             store_split(u_s, u)
             plgpu.commit_smem()
             for part, target in zip(u_s, saved[1:], strict=False):
                 plgpu.copy_smem_to_gmem(part, target.at[b, tokens, h, columns])
-        (o,) = products([*partial_products([q], state_s), *partial_products(p, writes)])
+        (o,) = products([*partial_products(slots["q"], state_s), *partial_products(slots["p"], writes)])
         store(o_s, o)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_s, o_g.at[b, tokens, h, columns])
+        if len(barriers) > 1:
+            plgpu.barrier_wait(barriers[1])
         # After o: both accumulators at once spill.
-        (written,) = products(partial_products([transposed(part) for part in k], writes))
+        (written,) = products(partial_products([transposed(part) for part in slots["k"]], writes))
         plgpu.wait_smem_to_gmem(0)
         return decayed + written
 
-    state = compat.load(start.at[b, h, :, columns], plgpu.Layout.WGMMA, optimized=False)
-    # Under shard_map loaded values vary over mesh axes by their type, values computed in the kernel do not.
-    end_g[b, h, :, columns] = lax.fori_loop(0, config.chunks, step, state * 1.0)
+    _scan(config, start, end_g, step)
 
 
 def scan_forward(config: ChannelConfig, save: bool, operands: Sequence[Array], start: Array) -> tuple[Array, ...]:
@@ -102,69 +151,76 @@ def scan_forward(config: ChannelConfig, save: bool, operands: Sequence[Array], s
       config: sizes.
       save: whether the backward pass follows.
       operands: scaled q, k and w (k and w in two parts each; w with beta), v, chunk decay, P, X (two parts each; X with
-        beta), the token scalars (with beta).
+        beta), the token scalars (with beta). Of float16, q and v have two parts each.
       start: [B, H, K, V] float32.
     """
-    v = operands[3 + 2 * config.beta]
-    out = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(start.shape, jnp.float32)]
+    counts = _inputs(config, config.beta)
+    shape = _group(counts, operands)[0]["v"][0].shape
+    out = [jax.ShapeDtypeStruct(shape, config.dtype), jax.ShapeDtypeStruct(start.shape, jnp.float32)]
     if save:
-        out += [_states(config), *[jax.ShapeDtypeStruct(v.shape, v.dtype)] * (2 * config.beta)]
+        out += [_states(config), *[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * (2 * config.beta)]
     body = functools.partial(_forward_kernel, config=config, save=save)
-    return _call(config, "channel_chunk_scan", body, out, operands, start, 5)
+    blocks = [config.dtype, *["bfloat16"] * 4]
+    return _call(config, "channel_chunk_scan", body, out, operands, counts, "k", start, blocks)
 
 
 def _backward_kernel(*refs, config: ChannelConfig):
-    count, beta = 7 + 4 * config.beta, config.beta
-    inputs, (start,), dr_g, (dstates_g, dstart_g), arrivals, (*blocks, zero_s, ready) = take(
-        refs, count, 1, 1 + beta, 2, count
-    )
+    beta, counts = config.beta, _inputs(config, False)
+    inputs, refs = _group(counts, refs)
+    (start,), dr_g, (dstates_g, dstart_g), refs = take(refs, 1, config.gradient_parts, 2)
+    blocks, refs = _group(_arriving(config, counts, "w"), refs)
+    parts = (2, config.gradient_parts, 2 * beta)
+    scratch, (zero_s, *barriers) = take(refs, sum(parts))
     start_anew(zero_s)
-    state_s, dr_s, du_s = take(blocks, 2, 1 + beta)
     b, h, _ = (lax.axis_index(name) for name in AXES)
-    wide, columns = 3 + 2 * beta, _columns(config)
+    columns = _columns(config)
 
     def step(i, state):
-        slots = anew(zero_s, arrivals)
         n = config.chunks - 1 - i
-        _copy_chunk(config, n, columns, inputs, slots, ready)
+        slots = _start(config, n, inputs, blocks, zero_s, barriers[0])
+        state_s, dr_s, du_s, _ = take(anew(zero_s, scratch), *parts)
         store_split(state_s, state)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(state_s[0], dstates_g.at[b, h, n, :, columns])
-        plgpu.barrier_wait(ready)
-        q, *k = slots[:3]
-        (do, decay, *p), inverse = slots[wide : wide + 4], slots[wide + 4 :]
-        decayed = state * load_column(decay, config.value_block)
-        (dr,) = products([*partial_products(k, state_s), *partial_products([transposed(x) for x in p], [do])])
+        plgpu.barrier_wait(barriers[0])
+        decayed = state * load_column(slots["decay"][0], config.value_block)
+        p_t, x_t = ([transposed(part) for part in slots[name]] for name in "px")
+        (dr,) = products([*partial_products(slots["k"], state_s), *partial_products(p_t, slots["v"])])
         if beta:
+            _replace(config, n, inputs, slots, "k", "w", barriers)
             store_split(du_s, dr)
             plgpu.commit_smem()
-            (dr,) = products(partial_products([transposed(x) for x in inverse], du_s))
+            (dr,) = products(partial_products(x_t, du_s))
         store_split(dr_s, dr)
         plgpu.commit_smem()
         for part, target in zip(dr_s, dr_g, strict=True):
             plgpu.copy_smem_to_gmem(part, target.at[b, pl.ds(n * config.chunk, config.chunk), h, columns])
-        w_t = [transposed(part) for part in slots[3:wide]]
-        (through_chunk,) = products([(transposed(q), do), *(partial_products(w_t, dr_s) if beta else ())])
+        if len(barriers) > 1:
+            plgpu.barrier_wait(barriers[1])
+        q_t, w_t = ([transposed(part) for part in slots[name]] for name in "qw")
+        pairs = (*partial_products(q_t, slots["v"]), *(partial_products(w_t, dr_s) if beta else ()))
+        (through_chunk,) = products(pairs)
         plgpu.wait_smem_to_gmem(0)
         return decayed + through_chunk
 
-    state = compat.load(start.at[b, h, :, columns], plgpu.Layout.WGMMA, optimized=False)
-    dstart_g[b, h, :, columns] = lax.fori_loop(0, config.chunks, step, state * 1.0)
+    _scan(config, start, dstart_g, step)
 
 
 def scan_backward(config: ChannelConfig, operands: Sequence[Array], dend: Array) -> tuple[Array, ...]:
-    """dR in two parts (without beta dU = dV in one), the gradients of the states that leave chunks, and of the first.
+    """The parts of dR (without beta of dU = dV), the gradients of the states that leave chunks, and of the first.
 
     Args:
       config: sizes.
       operands: as of `scan_forward`, with dO for v and without token scalars.
       dend: gradient of the last state, [B, H, K, V] float32.
     """
-    do = operands[3 + 2 * config.beta]
-    out = [jax.ShapeDtypeStruct(do.shape, do.dtype)] * (1 + config.beta)
+    counts, parts = _inputs(config, False), config.gradient_parts
+    shape = _group(counts, operands)[0]["v"][0].shape
+    out = [jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * parts
     out += [_states(config), jax.ShapeDtypeStruct(dend.shape, jnp.float32)]
     body = functools.partial(_backward_kernel, config=config)
-    return _call(config, "channel_chunk_scan_backward", body, out, operands, dend, 1 + 3 * config.beta)
+    blocks = ["bfloat16"] * (parts + 2 * config.beta)
+    return _call(config, "channel_chunk_scan_backward", body, out, operands, counts, "w", dend, blocks)
 
 
 def _states(config: ChannelConfig) -> jax.ShapeDtypeStruct:
@@ -172,16 +228,34 @@ def _states(config: ChannelConfig) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
 
-def _call(config: ChannelConfig, name: str, body, out, operands, state, blocks: int) -> tuple[Array, ...]:
-    """Launches a scan with `blocks` blocks of a chunk's value columns as scratch, beside two of a state."""
-    C, K, V, beta = config.chunk, config.key, config.value_block, config.beta
+def _call(
+    config: ChannelConfig, name: str, body, out, operands, counts, last: str, state, blocks: Sequence[str]
+) -> tuple[Array, ...]:
+    """Launches a scan.
+
+    Args:
+      config: sizes.
+      name: of the kernel.
+      body: the kernel.
+      out: shapes and dtypes of the results.
+      operands: see `scan_forward`; `counts` is their number by kind.
+      counts: see `_inputs`.
+      last: the kind that is needed last, see `_arriving`.
+      state: [B, H, K, V] float32.
+      blocks: dtypes of the blocks of a chunk's value columns, scratch beside two of a state.
+    """
+    C, K, V = config.chunk, config.key, config.value_block
     block = functools.partial(shared_block, columns=V)
-    # What arrives has a leading axis of one: see `anew`.
-    scratch = [block(1, C, K)] * (3 + 2 * beta) + [block(1, C, V), plgpu.SMEM((1, K), jnp.float32)]
-    scratch += [block(1, C, C)] * (2 + 2 * beta)
-    named = len(operands) - len(scratch)
-    scratch += [plgpu.SMEM((1, len(config.scalars), C), jnp.float32)] * named
-    scratch += [block(K, V)] * 2 + [block(C, V)] * blocks + [plgpu.SMEM((1,), jnp.int32)]
-    scratch.append(plgpu.Barrier(num_arrivals=len(operands)))
+    # Leading axes of one: see `anew`.
+    kinds = dict.fromkeys(("q", "k", "w"), block(1, C, K)) | dict.fromkeys(("p", "x"), block(1, C, C))
+    kinds |= {"v": block(1, C, V), "decay": plgpu.SMEM((1, K), jnp.float32)}
+    kinds["scalars"] = plgpu.SMEM((1, len(config.scalars), C), jnp.float32)
+    arriving = _arriving(config, counts, last)
+    scratch = [kinds[kind] for kind, count in arriving.items() for _ in range(count)]
+    barriers = [plgpu.Barrier(num_arrivals=len(scratch))]
+    if arriving != counts:
+        barriers.append(plgpu.Barrier(num_arrivals=counts[last]))
+    scratch += [block(1, K, V)] * 2 + [block(1, C, V, dtype=dtype) for dtype in blocks]
+    scratch.append(plgpu.SMEM((1,), jnp.int32))
     grid = (config.batch, config.heads, config.value // V)
-    return call_kernel(config, name, body, grid, out, scratch, (*operands, state))
+    return call_kernel(config, name, body, grid, out, [*scratch, *barriers], (*operands, state))

@@ -51,6 +51,16 @@ class ChannelConfig(ScanConfig):
         return False
 
     @property
+    def input_parts(self) -> int:
+        """bfloat16 arrays whose sum is q, v or the gradient of the output."""
+        return 2 if self.dtype == "float16" else 1
+
+    @property
+    def gradient_parts(self) -> int:
+        """bfloat16 arrays whose sum is dR, or dV without beta."""
+        return 2 if self.beta else self.input_parts
+
+    @property
     def scalars(self) -> tuple[str, ...]:
         """Names of the token scalars."""
         return ("beta", "alpha") * self.beta + ("segment", "-segment") * self.segments
@@ -154,7 +164,7 @@ def intra_chunk(config: ChannelConfig, rows, k, decay, scalars, erase: bool) -> 
     """P of rows q or, with erase, X of rows w: [B, H, N, C, C] in two bfloat16 parts."""
     C, blocks = config.chunk, config.key // KEY_BLOCK
     squares = jax.ShapeDtypeStruct((config.batch, config.heads, config.chunks, C, C), jnp.bfloat16)
-    scratch = [shared_block(blocks, C, KEY_BLOCK)] * 2
+    scratch = [shared_block(blocks, C, KEY_BLOCK, dtype=config.dtype)] * 2
     scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * len(scalars)
     # The log decay in three parts, the scaled tokens in two; the matrix of zeros and ones.
     scratch += [shared_block(C, KEY_BLOCK)] * (3 + 2) + [shared_block(C, C)]

@@ -25,10 +25,12 @@ class ScanConfig(BaseScanConfig):
     """Sizes of a call; key and value are the widths as padded for the kernels.
 
     Attributes:
+      dtype: of q, k, v and the output.
       remat: what the backward pass has beside the inputs: "states", what the chunk scan computed, or "inputs", nothing
         more, so that the forward kernels run again.
     """
 
+    dtype: str = dataclasses.field(default="bfloat16", kw_only=True)
     remat: str = dataclasses.field(default=tuning.REMAT[0], kw_only=True)
 
     def __post_init__(self):
@@ -41,14 +43,27 @@ class ScanConfig(BaseScanConfig):
 
     @property
     def value_block(self) -> int:
-        """Value columns per program of the chunk scan of a decay per key channel; 32 keep more multiprocessors busy."""
+        """Value columns per program of the chunk scan of a decay per key channel.
+
+        32 keep more multiprocessors busy, and the registers hold no more of a state with 256 key channels.
+        """
         narrow = self.batch * self.heads * self.value // 32 <= tuning.MULTIPROCESSORS
-        return 32 if narrow else tuning.CHANNEL_VALUES
+        return 32 if narrow or self.key > tuning.KEYS[-1] else tuning.CHANNEL_VALUES
 
     @property
     def value_rows(self) -> int:
         """Value columns per computing warpgroup of the chunk scan: rows of a product."""
         return 64
+
+    @property
+    def key_groups(self) -> int:
+        """Computing warpgroups of the chunk scan that share a block of value columns: 2, each with half of the keys."""
+        return 2 if self.key > tuning.KEYS[-1] else 1
+
+    @property
+    def key_part(self) -> int:
+        """Key channels per program of the gradients within chunks."""
+        return tuning.KEY_PART if self.key % tuning.KEY_PART == 0 else 64
 
     @property
     def value_part(self) -> int:
@@ -66,7 +81,7 @@ class ScanConfig(BaseScanConfig):
         return 1
 
     def warpgroups(self, blocks: int, parts: int) -> int:
-        """Computing warpgroups per program of a chunk scan, each with its own block of value columns.
+        """Blocks of value columns per program of a chunk scan, each with its own `key_groups`.
 
         Two share copies and a multiprocessor, where there are more blocks than multiprocessors.
 
@@ -74,6 +89,8 @@ class ScanConfig(BaseScanConfig):
           blocks: of value columns.
           parts: of the time.
         """
+        if self.key_groups == 2:
+            return 1
         return 2 if blocks % 2 == 0 and self.batch * self.heads * blocks * parts > tuning.MULTIPROCESSORS else 1
 
     @property
@@ -103,10 +120,11 @@ def plan_call(call: MatrixCall, remat: str = tuning.REMAT[0]) -> ScanConfig:
     Raises:
       NotImplementedError: see `check_call`; keys wider than the kernels support.
     """
-    check_call(call, {"q": call.q, "k": call.k, "v": call.v}, {"key": call.q.shape[-1]})
+    operands, widths = {"q": call.q, "k": call.k, "v": call.v}, {"key": call.q.shape[-1]}
+    check_call(call, operands, widths, tuning.MATRIX_DTYPES, most=tuning.MATRIX_KEYS[-1])
     key, value = call.q.shape[-1], call.v.shape[-1]
-    widths = {"key": tuning.padded_width(key), "value": -(-value // 64) * 64}
-    return ScanConfig.of(call, tuning.CHUNK, **widths, remat=remat)
+    widths = {"key": tuning.padded_width(key, tuning.MATRIX_KEYS), "value": -(-value // 64) * 64}
+    return ScanConfig.of(call, tuning.CHUNK, **widths, dtype=call.q.dtype.name, remat=remat)
 
 
 def take(values: Sequence[Any], *counts: int) -> list[Sequence[Any]]:

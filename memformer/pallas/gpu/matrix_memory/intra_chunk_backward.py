@@ -87,6 +87,17 @@ def _own_blocks(config: ScanConfig, warpgroup: int, refs, squares) -> _Blocks:
     return _Blocks(q, k, do, w, dv, state, dstate, squares[0], (), squares[:1], (), squares[1 + warpgroup])
 
 
+def _place(config: ScanConfig):
+    """Chunk and part of the key channels of a program."""
+    at, parts = lax.axis_index(AXES[2]), config.key // config.key_part
+    return (at, 0) if parts == 1 else (lax.div(at, jnp.int32(parts)), lax.rem(at, jnp.int32(parts)))
+
+
+def _keys(config: ScanConfig, key_part, warpgroup: int):
+    """Key channels of a warpgroup."""
+    return pl.ds(key_part * config.key_part + warpgroup * KEY_BLOCK, KEY_BLOCK)
+
+
 def _kernel(*refs, config: ScanConfig):
     named = bool(config.scalars)
     count, results = 6 + 2 * config.beta + named, 2 + config.beta + 2 * config.decay
@@ -97,7 +108,7 @@ def _kernel(*refs, config: ScanConfig):
     pl.when(warpgroup == 0)(lambda: _load(config, inputs, blocks, barriers[0]))
     plgpu.barrier_wait(barriers[0])
     scalars = TokenScalars(config, blocks[-1] if named else None)
-    for i in range(config.key // KEY_BLOCK):
+    for i in range(config.key_part // KEY_BLOCK):
         # One branch per warpgroup: with addresses that are not static, the registers do not suffice.
         own = _own_blocks(config, i, blocks[: count - named], squares)
         pl.when(warpgroup == i)(functools.partial(_compute, config, i, scalars, own, sums_s, outputs, barriers[1]))
@@ -107,8 +118,8 @@ def _compute(
     config: ScanConfig, warpgroup: int, scalars: TokenScalars, blocks: _Blocks, sums_s, outputs, barrier
 ) -> None:
     """Computes the gradients of one warpgroup's key channels."""
-    b, hp, n = (lax.axis_index(name) for name in AXES)
-    place = (b, pl.ds(n * config.chunk, config.chunk), hp, pl.ds(warpgroup * KEY_BLOCK, KEY_BLOCK))
+    (b, hp, _), (n, key_part) = (lax.axis_index(name) for name in AXES), _place(config)
+    place = (b, pl.ds(n * config.chunk, config.chunk), hp, _keys(config, key_part, warpgroup))
     (dq_g, dk_g), outputs = outputs[:2], outputs[2:]
     dbeta_s = sums_s[: config.beta]
     sums_s, states_s = [x.at[warpgroup] for x in sums_s[config.beta :]] or (None, None)
@@ -146,9 +157,11 @@ def _compute(
     plgpu.copy_smem_to_gmem(blocks.stage, dq_g.at[place])
     plgpu.copy_smem_to_gmem(blocks.q, dk_g.at[place])
     if config.beta and warpgroup == 0:
-        plgpu.copy_smem_to_gmem(dbeta_s[0], outputs[0].at[b, hp, n])
+        # Equal in all parts of the key channels.
+        plgpu.copy_smem_to_gmem(dbeta_s[0], outputs[0].at[b, hp, n, key_part])
+    block = key_part * (config.key_part // KEY_BLOCK) + warpgroup
     for source, target in zip([sums_s, states_s] * config.decay, outputs[config.beta :], strict=False):
-        plgpu.copy_smem_to_gmem(source, target.at[b, hp, n, warpgroup])
+        plgpu.copy_smem_to_gmem(source, target.at[b, hp, n, block])
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -188,14 +201,15 @@ def _store_sum(sums_s, name: str, ref, x: Array) -> None:
 
 def _load(config: ScanConfig, sources, blocks, barrier) -> None:
     """Starts the copies of this program's blocks: one chunk of a head, and one block of value columns."""
-    b, hp, n = (lax.axis_index(name) for name in AXES)
+    (b, hp, _), (n, key_part) = (lax.axis_index(name) for name in AXES), _place(config)
     width = config.value_part
     parts = config.value // width
     h, tokens = lax.div(hp, jnp.int32(parts)), pl.ds(n * config.chunk, config.chunk)
     columns = pl.ds(lax.rem(hp, jnp.int32(parts)) * width, width)
     group = lax.div(h, jnp.int32(config.repeat))
-    keys = [(b, tokens, group, pl.ds(i, KEY_BLOCK)) for i in range(0, config.key, KEY_BLOCK)]
-    states = [(b, h, n, columns, pl.ds(i, KEY_BLOCK)) for i in range(0, config.key, KEY_BLOCK)]
+    own = [_keys(config, key_part, i) for i in range(config.key_part // KEY_BLOCK)]
+    keys = [(b, tokens, group, block) for block in own]
+    states = [(b, h, n, columns, block) for block in own]
     values = [(b, tokens, h, columns)] * (2 + 2 * config.beta)
     places = [keys] * 2 + values + [states] * 2 + [(b, h, n)] * bool(config.scalars)
     for source, place, block in zip(sources, places, blocks, strict=True):
@@ -208,7 +222,7 @@ def _store_weights(config: ScanConfig, scalars: TokenScalars, warpgroup: int, bl
     """Stores F b and N b, then F and N; only F where writes add. Two warpgroups take one of them each."""
     readers = ((blocks.do, blocks.w), *((dv, blocks.w[:1]) for dv in blocks.dv))
     for i, (reader, writes) in enumerate(readers):
-        if i % (config.key // KEY_BLOCK) != warpgroup:
+        if i % (config.key_part // KEY_BLOCK) != warpgroup:
             continue
         places = iotas(config.chunk)
         scores = products([(reader, transposed(part)) for part in writes])
@@ -226,7 +240,7 @@ def _store_weights(config: ScanConfig, scalars: TokenScalars, warpgroup: int, bl
 
 def _squares(config: ScanConfig) -> int:
     """Blocks [C, C]: F, N, N b and the two parts of F b; or F, and where each warpgroup stages dQ."""
-    return 5 if config.beta else 1 + config.key // KEY_BLOCK
+    return 5 if config.beta else 1 + config.key_part // KEY_BLOCK
 
 
 def intra_chunk_backward(config: ScanConfig, q, k, do, w, dv, states, dstates, scalars) -> tuple:
@@ -242,25 +256,28 @@ def intra_chunk_backward(config: ScanConfig, q, k, do, w, dv, states, dstates, s
         leaves it.
       scalars: the token scalars, if there are any.
     """
-    C, V, warpgroups = config.chunk, config.value_part, config.key // KEY_BLOCK
-    many = config.heads * (config.value // V)
+    C, V, warpgroups = config.chunk, config.value_part, config.key_part // KEY_BLOCK
+    many, parts = config.heads * (config.value // V), config.key // config.key_part
     programs = (config.batch, many, config.chunks)
     out = [jax.ShapeDtypeStruct((config.batch, q.shape[1], many, config.key), q.dtype)] * 2
     scratch = [shared_block(warpgroups, C, KEY_BLOCK)] * 2 + [shared_block(C, V)] * (2 + 2 * config.beta)
     scratch += [shared_block(warpgroups, V, KEY_BLOCK)] * 2
     scratch += [plgpu.SMEM((len(config.scalars), C), jnp.float32)] * len(scalars)
     scratch += [shared_block(C, C)] * _squares(config)
-    sums = ((C,),) * config.beta + ((warpgroups, len(SUMS), C), (warpgroups, V)) * config.decay
-    for shape in sums:
-        out.append(jax.ShapeDtypeStruct((*programs, *shape), jnp.float32))
-        scratch.append(plgpu.SMEM(shape, jnp.float32))
+    if config.beta:
+        out.append(jax.ShapeDtypeStruct((*programs, parts, C), jnp.float32))
+        scratch.append(plgpu.SMEM((C,), jnp.float32))
+    for shape in ((len(SUMS), C), (V,)) * config.decay:
+        out.append(jax.ShapeDtypeStruct((*programs, parts * warpgroups, *shape), jnp.float32))
+        scratch.append(plgpu.SMEM((warpgroups, *shape), jnp.float32))
     operands = (q, k, do, *w, *dv, states, dstates, *scalars)
     copies = len(operands) + 4 * (warpgroups - 1)
     scratch += [plgpu.Barrier(num_arrivals=copies), plgpu.Barrier(num_arrivals=warpgroups)]
     body = functools.partial(_kernel, config=config)
     # Barriers are where blocks are used again.
     threads = {"num_threads": warpgroups, "thread_name": "warpgroup", "automatic_barriers": False}
-    dq, dk, *sums = call_kernel(config, "intra_chunk_backward", body, programs, out, scratch, operands, **threads)
+    grid = (*programs[:2], config.chunks * parts)
+    dq, dk, *sums = call_kernel(config, "intra_chunk_backward", body, grid, out, scratch, operands, **threads)
     dscalars = _scalar_gradients(config, scalars, *sums) if config.scalars else ()
     return _sum_over_sharing(dq, q), _sum_over_sharing(dk, k), dscalars
 
@@ -279,12 +296,13 @@ def _scalar_gradients(config: ScanConfig, scalars, *sums: Array) -> tuple[Array,
     Args:
       config: sizes.
       scalars: their array.
-      *sums: by program, [C] of beta, if there is one; with a decay, [warpgroups, SUMS, C] and [warpgroups, columns].
+      *sums: by chunk and head, [parts of the keys, C] of beta, if there is one; with a decay, [key blocks, SUMS, C] and
+        [key blocks, columns].
     """
     sums = [x.reshape(config.batch, config.heads, -1, *x.shape[2:]).sum(axis=2) for x in sums]
     values = dict(zip(config.scalars, jnp.moveaxis(scalars[0], 3, 0), strict=True))
     zero = jnp.zeros_like(scalars[0][:, :, :, 0])
-    grads = {"beta": sums.pop(0)} if config.beta else {}
+    grads = {"beta": sums.pop(0)[..., 0, :]} if config.beta else {}
     if config.decay:
         named = dict(zip(SUMS, jnp.moveaxis(sums[0].sum(axis=3), 3, 0), strict=True))
         beta, decay_in, reader = values.get("beta", 1.0), named["q_decay_in"], named["qk_reader"]
