@@ -7,13 +7,15 @@ token. Of the paper's own model only the width is known.
 from collections.abc import Mapping
 
 from memformer.lab.plots import Bars
-from memformer.lab.runs import accuracy_by_length
-from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent
+from memformer.lab.runs import accuracies_by_seed
+from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade, spread
 
 __all__ = ["MQAR", "PUBLISHED"]
 
 # kappa2 to the accuracy of table 1 in per cent
 PUBLISHED: Mapping[str, float] = {"linear": 85.6, "round": 91.6, "relu": 99.5, "softmax": 99.1}
+# Stated before the runs: the mean of the seeds is as published within this.
+CLOSE = 0.02
 
 
 def _options(kernel: str) -> Row:
@@ -27,18 +29,22 @@ ROWS: Mapping[str, Row] = {kernel: _options(kernel) for kernel in PUBLISHED}
 
 def _measure(runs: Runs, settings: Settings) -> Result:
     one = next(iter(runs.values()))
-    found = {kernel: accuracy_by_length(run)[one.task.length] for kernel, run in runs.items()}
-    rows = [{"kappa2": k, "accuracy": percent(value), "paper": f"{PUBLISHED[k]}%"} for k, value in found.items()]
-    title = f"Recall of {one.config['task']['pairs']} pairs in {one.task.length} tokens (test split)"
-    return Result([Table(title, rows)], {k: round(value, 4) for k, value in found.items()})
+    found = {kernel: scores[str(one.task.length)] for kernel, scores in accuracies_by_seed(runs).items()}
+    rows = [{"kappa2": k, "accuracy": spread(values), "paper": f"{PUBLISHED[k]}%"} for k, values in found.items()]
+    title = f"Recall of {one.config['task']['pairs']} pairs in {one.task.length} tokens (test split): mean of the seeds"
+    return Result([Table(f"{title} (least to most)", rows)], found)
 
 
 def _judge(result: Result) -> Verdict:
     found = result.values
-    ordered = max(found["linear"], found["round"]) < min(found["relu"], found["softmax"])
-    close = all(abs(value - PUBLISHED[kernel] / 100) < 0.02 for kernel, value in found.items())
-    scores = ", ".join(f"{kernel} {percent(value)} ({PUBLISHED[kernel]}%)" for kernel, value in found.items())
-    return Verdict(grade(ordered, close), f"Recall here and in the paper: {scores}.")
+    ordered = max(found["linear"] + found["round"]) < min(found["relu"] + found["softmax"])
+    close = all(abs(sum(values) / len(values) - PUBLISHED[k] / 100) < CLOSE for k, values in found.items())
+    scores = ", ".join(f"{kernel} {spread(values)}, {PUBLISHED[kernel]}%" for kernel, values in found.items())
+    needed = "every seed of relu and softmax above every seed of linear and round"
+    return Verdict(
+        grade(ordered, close),
+        f"Recall here, mean of three seeds, and in the paper: {scores}. Needed: {needed}, means within two points.",
+    )
 
 
 MQAR = Study(
@@ -50,7 +56,8 @@ MQAR = Study(
     measure=_measure,
     judge=_judge,
     draw=Bars(index=("kappa2",), columns=("accuracy", "paper"), label="accuracy"),
-    caption="Recall of one layer of DeltaFormer by the read kernel, and the published numbers.",
+    caption="Recall of one layer of DeltaFormer by the read kernel (mean of three seeds, least to greatest), and the "
+    "published numbers.",
     base={
         "task": {"name": "mqar", "vocab_size": 256, "length": 128, "pairs": 32},
         "model": {"memory": "deltaformer", "width": 32, "heads": 1, "depth": 1, "feedforward": None},
@@ -58,6 +65,7 @@ MQAR = Study(
         "train": {"steps": 1500, "batch_size": 64, "stop_accuracy": 0.999, "final_batches": 4, "log_every": 50},
     },
     rows=ROWS,
+    seeds=3,
     quick=Quick(
         {"softmax": ROWS["softmax"]},
         {"task.vocab_size": 16, "task.length": 16, "task.pairs": 2, "model.width": 16, "train.steps": 100},

@@ -102,20 +102,26 @@ def _grid(axis: Any, which: str) -> None:
     axis.set_axisbelow(True)
 
 
-def draw_bars(axis: Any, groups: Sequence[str], series: Mapping[str, Sequence[float]], *, flat: bool = False) -> None:
-    """A bar for each group and each of `series` ([groups] each).
+def draw_bars(axis: Any, groups: Sequence[str], series: Mapping[str, Sequence[Any]], *, flat: bool = False) -> None:
+    """A bar for each group and each of `series` ([groups] each); (y, low, high) draws a line from low to high over it.
 
     Args:
       axis: the panel.
       groups: names on the axis.
-      series: label to one number per group.
+      series: label to one number, or (y, low, high), per group.
       flat: horizontal bars, the first group on top: for long names.
     """
     thick = 0.8 / len(series)
     for number, (label, values) in enumerate(series.items()):
         places = [place + (number - (len(series) - 1) / 2) * thick for place in range(len(groups))]
         draw = axis.barh if flat else axis.bar
-        draw(places, values, thick, color=COLOURS[number], label=label if len(series) > 1 else None)
+        points = [value if isinstance(value, Sequence) else (value,) * 3 for value in values]
+        heights, low, high = zip(*points, strict=True)
+        draw(places, heights, thick, color=COLOURS[number], label=label if len(series) > 1 else None)
+        if low != high:
+            # the lines in the direction of the bars
+            lines = axis.hlines if flat else axis.vlines
+            lines(places, low, high, color="black", linewidth=1)
     _grid(axis, "x" if flat else "y")
     if flat:
         axis.set_yticks(range(len(groups)), groups)
@@ -231,7 +237,7 @@ class Bars:
         """The figure of a result."""
         rows = list(filter(self.keep, result.rows(self.table)))
         groups = [self.joint.join(str(row[name]) for name in self.index) for row in rows]
-        series = {name: [numbers_in(row[name])[0] for row in rows] for name in self.columns}
+        series = {name: [_point(row[name]) for row in rows] for name in self.columns}
         figure, axes = new_figure(height=1.1 + (0.16 + 0.2 * len(series)) * len(groups) if self.flat else 3.6)
         draw_bars(axes[0, 0], groups, series, flat=self.flat)
         if self.flat:
