@@ -32,6 +32,10 @@ SMALL = {
         Case("delta_product", 3, 3, 2, 2, 64, 96, "float32", decay="head", steps=2, segments=2),
     ),
     "linear odd": ("tpu7x:2x2x1", static.CASES["linear odd"]),
+    "linear documents": (
+        "tpu7x:2x2x1",
+        Case("linear_attention", 2, 100, 2, 1, 64, 96, decay="head", segments=2, documents=True),
+    ),
     "linear float32": ("v5e:2x2", Case("linear_attention", 1, 256, 2, 1, 128, 128, "float32")),
     "deltaformer odd": ("v5e:2x2", Case("deltaformer", 1, 200, 3, 3, 64, 96, write="softmax")),
     "deltaformer float32": (
