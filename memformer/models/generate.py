@@ -141,10 +141,14 @@ def generate(
             ids, segments = jax.device_put((ids, segments), NamedSharding(placed.mesh, rows))
         key = jax.random.key(0) if key is None else key
         # The last new token is never read by the model.
-        logits, state = _prefill(graph, parameters, ids, segments, ids.shape[1] + count - 1)
+        logits, state = _prefill(graph, parameters, ids, segments, _find_capacity(model, ids.shape[1] + count - 1))
         seen = _find_seen(ids, segments, logits.shape[1]) if sampling.penalizes else None
         tokens = _decode(graph, parameters, logits, state, key, seen, sampling, count, stop_token)
     return np.asarray(tokens)
+
+
+# Slots of caches are allocated in multiples of this.
+TILE = 64
 
 
 class TokenStream:
@@ -249,8 +253,7 @@ def _intern(graph: Any) -> _Graph:
 
 def _plan_length(model: Any, longest: int, count: int, capacity: int | None) -> tuple[int, int]:
     """Length to which prompts are padded, and the capacity of caches."""
-    config: Any = getattr(model, "config", None)
-    limit = config.max_length if getattr(config, "positions", None) == "learned" else None
+    limit = _find_limit(model)
     # The last new token is never read by the model.
     need = longest + count - 1
     if limit is not None and need > limit:
@@ -266,6 +269,18 @@ def _plan_length(model: Any, longest: int, count: int, capacity: int | None) -> 
         return length, bucket_length(length + count - 1)
     length = min(length, limit - count + 1)
     return length, limit if capacity is not None else min(bucket_length(length + count - 1), limit)
+
+
+def _find_limit(model: Any) -> int | None:
+    """The learned positions of a model, or None."""
+    config: Any = getattr(model, "config", None)
+    return config.max_length if getattr(config, "positions", None) == "learned" else None
+
+
+def _find_capacity(model: Any, tokens: int) -> int:
+    """Slots of caches for so many tokens, in whole tiles of the kernels that read them."""
+    limit, rounded = _find_limit(model), -(-tokens // TILE) * TILE
+    return rounded if limit is None else max(min(rounded, limit), tokens)
 
 
 def _state_bytes(model: Any, capacity: int) -> int:
