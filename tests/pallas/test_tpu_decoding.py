@@ -193,11 +193,14 @@ CACHED = {"attention": "bfloat16", "forgetting": "float32", "linear write": "flo
 
 @pytest.mark.parametrize("name", CACHED)
 def test_attention_over_a_cache(name, interpreter, monkeypatch):
-    """Shared heads, padding, blocks of which the last is not in use; then three packed ones, once after one."""
+    """Shared heads, padding, blocks of which the last is cut off and not in use.
+
+    One token and then three packed ones, or these alone.
+    """
     monkeypatch.setattr(attention_decoding, "KEYS", 128)
     tolerance = 5e-6 if CACHED[name] == "float32" else 1e-2
     cached_steps.check(
-        name, CACHED[name], tolerance, heads=16, groups=8, width=8, capacity=64, alone=name == "attention"
+        name, CACHED[name], tolerance, heads=16, groups=8, width=8, capacity=60, alone=name == "attention"
     )
 
 
@@ -216,3 +219,19 @@ def test_narrow_heads_take_the_recurrence():
         assert "pallas_call" not in str(jax.make_jaxpr(lambda x: mf.softmax_attention(x, x, x, initial_state=cache))(x))
         with pytest.raises(NotImplementedError, match="channels in multiples of 128"):
             jax.eval_shape(lambda x: mf.softmax_attention(x, x, x, initial_state=cache, implementation="pallas"), x)
+
+
+@pytest.mark.parametrize("op", ["softmax_attention", "deltaformer"])
+def test_hidden_forward_mode_over_a_cache(op, interpreter):
+    """Forward mode is the recurrence's, also where jit hides the tangents from the call."""
+    rng = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, 2, heads, 8)), "float32") for heads in (2, 1, 1))
+    cache = mf.init_cache(op, batch=1, capacity=3, groups=1, key_width=8, value_width=8)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def push(v, implementation):
+        call = functools.partial(getattr(mf, op), initial_state=cache, implementation=implementation)
+        read = jax.jit(lambda v: call(q, k, v)[0])
+        return jax.jvp(read, (v,), (k,)), jax.jacfwd(lambda x: jnp.sum(read(x * v)))(jnp.float32(1))
+
+    assert_close(push(v, "pallas"), push(v, "recurrent"), 1e-6)

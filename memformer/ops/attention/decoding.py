@@ -18,7 +18,7 @@ from memformer.core.decay import FORGOTTEN_PAIR, CumulativeDecay
 from memformer.core.numerics import repeat_heads
 from memformer.core.similarity import Kernel, similarity
 from memformer.core.symbolic import is_symbolic
-from memformer.core.types import Array, Bool, Float
+from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.attention import recurrent
 from memformer.ops.attention.arguments import write_operands
 from memformer.ops.attention.cache import offset, place
@@ -100,6 +100,16 @@ def _over(x: Array | None, rows: tuple[int, ...]) -> Array | None:
     return None if x is None else jnp.broadcast_to(x, (rows[0], x.shape[1]))
 
 
+def _first_slot(call: AttentionCall, rank: Array | None, used: Array) -> Int[Array, "B T"] | None:
+    """The first slot within the window of each query; ranks [B, S] of the slots in use grow with time."""
+    if call.window is None or rank is None:
+        return None
+    slots = jnp.arange(rank.shape[1], dtype=jnp.int32)
+    old = call.mask.query_rank - jnp.int32(call.window)
+    behind = (rank[:, None] <= old[:, :, None]) & (slots < used)[None, None]
+    return _over(jnp.sum(behind, axis=2, dtype=jnp.int32), call.q.shape[:2])
+
+
 def _decode(call: AttentionCall) -> Array:
     cache, mask, rows, kernel = call.cache, call.mask, call.q.shape[:2], call.read_kernel
     placed, start = recurrent.place_mask(call)
@@ -114,11 +124,9 @@ def _decode(call: AttentionCall) -> Array:
         query_segment=_over(mask.query_segment, rows),
         # The slots behind one token are not in use.
         last_slot=None if rows[1] == 1 else jnp.broadcast_to(slots[None], rows),
+        first_slot=_first_slot(call, placed.key_rank, start + rows[1]),
         similarities=(kernel,),
         kinds=(0,) * (call.q.shape[2] // (call.k.shape[2] * repeats)),
-        window=call.window,
-        key_rank=_over(placed.key_rank, rows),
-        query_rank=_over(mask.query_rank, rows),
         decay=None if call.decay is None else (call.decay, recurrent.place_decay(call)),
         precision=call.precision,
     )
@@ -195,8 +203,7 @@ def _decode_deltaformer(call: AttentionCall) -> tuple[Array, Array]:
     same = call.write_kernel == call.read_kernel
     decay = None
     if call.decay is not None:
-        query = CumulativeDecay(*(repeat_heads(x, per_head) for x in call.decay))
-        decay = (query, CumulativeDecay(cache.decay_whole, cache.decay_fraction))
+        decay = (call.decay, CumulativeDecay(cache.decay_whole, cache.decay_fraction))
     read = pallas.CacheRead(
         q=queries.reshape(*rows, -1, width),
         # With the keys of the call, so that the cache is written before it is read, in place.
@@ -207,11 +214,9 @@ def _decode_deltaformer(call: AttentionCall) -> tuple[Array, Array]:
         key_segment=_over(mask.cache_segment, rows),
         query_segment=_over(mask.query_segment, rows),
         last_slot=None,
+        first_slot=_first_slot(call, mask.cache_rank, offset(cache, rows[1])),
         similarities=(call.read_kernel,) if same else (call.read_kernel, call.write_kernel),
         kinds=(0 if same else 1, *(0,) * (per_head - 1)),
-        window=call.window,
-        key_rank=_over(mask.cache_rank, rows),
-        query_rank=_over(mask.query_rank, rows),
         decay=decay,
         precision=call.precision,
     )

@@ -20,19 +20,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from memformer.core.mask import BLIND
+from memformer.core.decay import CumulativeDecay
+from memformer.core.mask import BLIND, UNSEEN
+from memformer.core.numerics import repeat_heads
 from memformer.core.sharding import vary_like
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array
-from memformer.pallas.cache_decoding import (
-    DECAY,
-    MOST_SLOTS,
-    CacheConfig,
-    CacheRead,
-    CacheSums,
-    column_values,
-    row_values,
-)
+from memformer.pallas.cache_decoding import MOST_SLOTS, CacheConfig, CacheRead, CacheSums, token_values
 from memformer.pallas.checks import check_chip, check_dtypes, unsupported
 from memformer.pallas.gpu import compat, tuning
 from memformer.pallas.gpu.attention import tiles
@@ -50,7 +44,7 @@ from memformer.pallas.gpu.wgmma import (
     start_anew,
     transposed,
 )
-from memformer.pallas.pair_decay import LOG2E, RADIX
+from memformer.pallas.pair_decay import LOG2E, RADIX, decay_digits
 from memformer.pallas.platform import interpreting_for, is_hopper
 from memformer.pallas.sharding import split_batch_and_heads
 
@@ -64,8 +58,27 @@ SLOTS, PROGRAMS = 2, 264
 # Tiles that a program reads at least where the cache is full, if programs share the slots.
 LEAST_TILES = 4
 
+# Numbers of a decay: its digits (pallas/pair_decay.py) and its fraction.
+DECAY = ("decay_high", "decay_low", "decay_fraction")
+
 # Channels: multiples of the width of a swizzled block, up to what fits registers and shared memory.
 BLOCK, MOST_CHANNELS, MOST_WRITTEN = 64, 256, 128
+
+
+def _mask_names(config: CacheConfig) -> tuple[str, ...]:
+    """Numbers of a slot: its segment, and where a row sees but some of them which slot it is."""
+    return ("segment",) + ("slot",) * (config.causal or config.windowed)
+
+
+def _row_names(config: CacheConfig) -> tuple[str, ...]:
+    names = ("segment",) + ("stop",) * config.causal + ("first",) * config.windowed
+    names += DECAY if config.decays else ()
+    return names + ("kind",) * (len(config.similarities) > 1) + ("head",) * (config.decays > 1)
+
+
+def _decay_names(config: CacheConfig) -> tuple[str, ...]:
+    """Numbers of a slot and key head; a decay has the number of its query head behind its name."""
+    return tuple(f"{name}{i}" for i in range(config.decays) for name in DECAY)
 
 
 def _tile_rows(config: CacheConfig) -> int:
@@ -128,7 +141,7 @@ class _CacheProgram:
         self.config, self.refs = config, refs
         self.b, self.g, n = (lax.axis_index(name) for name in ("batch_row", "head", "block"))
         self.split, self.tile = lax.div(n, jnp.int32(_row_tiles(config))), lax.rem(n, jnp.int32(_row_tiles(config)))
-        first, stop = refs.bounds[self.b, self.g, 0], refs.bounds[self.b, self.g, 1]
+        first, stop = refs.bounds[self.b, 0], refs.bounds[self.b, 1]
         share = lax.div(stop - first + jnp.int32(splits - 1), jnp.int32(splits))
         self.first = jnp.minimum(first + self.split * share, stop)
         self.stop = jnp.minimum(self.first + share, stop)
@@ -137,6 +150,10 @@ class _CacheProgram:
         """The slot of tile t in shared memory."""
         return lax.rem(t - self.first, jnp.int32(SLOTS))
 
+    def place(self, t):
+        """The slots of tile t: the last tile ends where the cache does, see `_by_tile`."""
+        return pl.ds(jnp.minimum(t * TILE, jnp.int32(self.refs.k.shape[1] - TILE)), TILE)
+
     def copy_keys(self, t) -> None:
         """Starts the copy of a tile's keys and scalars, if the program has it."""
         refs, slot = self.refs, self.slot(t)
@@ -144,8 +161,10 @@ class _CacheProgram:
         @pl.when(t < self.stop)
         def _():
             ready = refs.key_ready.at[slot]
-            plgpu.copy_gmem_to_smem(refs.k.at[self.b, pl.ds(t * TILE, TILE), self.g], refs.key_slots.at[slot], ready)
-            plgpu.copy_gmem_to_smem(refs.columns.at[self.b, self.g, t], refs.column_slots.at[slot], ready)
+            plgpu.copy_gmem_to_smem(refs.k.at[self.b, self.place(t), self.g], refs.key_slots.at[slot], ready)
+            plgpu.copy_gmem_to_smem(refs.masks.at[self.b, t], refs.mask_slots.at[slot], ready)
+            if self.config.decays:
+                plgpu.copy_gmem_to_smem(refs.decays.at[self.b, self.g, t], refs.decay_slots.at[slot], ready)
 
     def copy_values(self, t) -> None:
         """Starts the copy of a tile's values, if the program has it."""
@@ -153,7 +172,7 @@ class _CacheProgram:
 
         @pl.when(t < self.stop)
         def _():
-            source = refs.v.at[self.b, pl.ds(t * TILE, TILE), self.g]
+            source = refs.v.at[self.b, self.place(t), self.g]
             plgpu.copy_gmem_to_smem(source, refs.value_slots.at[slot], refs.value_ready.at[slot])
 
     def copy_rows(self) -> None:
@@ -165,38 +184,34 @@ class _CacheProgram:
         plgpu.barrier_wait(refs.rows_ready)
 
     def row(self, name: str):
-        """The reference to a scalar of the rows."""
-        return self.refs.row_scalars.at[self.config.row_names.index(name)]
+        """A number of the rows."""
+        return load_column(self.refs.row_scalars.at[_row_names(self.config).index(name)], TILE)
 
-    def column(self, name: str, slot):
-        """The reference to a scalar of a tile's slots."""
-        return self.refs.column_slots.at[slot, self.config.column_names.index(name)]
+    def mask(self, name: str, slot):
+        """A number of a tile's slots."""
+        return load_row(self.refs.mask_slots.at[slot, _mask_names(self.config).index(name)], TILE)
+
+    def decay(self, name: str, slot):
+        """A number of a tile's slots for the key head."""
+        return load_row(self.refs.decay_slots.at[slot, _decay_names(self.config).index(name)], TILE)
 
     def seen(self, slot):
         """The mask of a tile: slots that the rows see, [64, 64]."""
-        pairs = {name: (self.row(name), self.column(name, slot)) for name in self.config.mask_names}
-        pairs = {name: (load_column(row, TILE), load_row(column, TILE)) for name, (row, column) in pairs.items()}
-        row, column = pairs["segment"]
-        seen = row == column
+        seen = self.row("segment") == self.mask("segment", slot)
         if self.config.causal:
-            row, column = pairs["slot"]
-            seen &= column <= row
-        if self.config.window is not None:
-            row, column = pairs["rank"]
-            seen &= row - column < float(self.config.window)
+            seen &= self.mask("slot", slot) < self.row("stop")
+        if self.config.windowed:
+            seen &= self.mask("slot", slot) >= self.row("first")
         return seen
 
     def gap(self, slot) -> Array | None:
         """The log decay of each pair to base 2, [64, 64]."""
         found = None
         for i in range(self.config.decays):
-            pair = [
-                (load_column(self.row(name), TILE), load_row(self.column(f"{name}{i}", slot), TILE)) for name in DECAY
-            ]
-            high, low, fraction = (row - column for row, column in pair)
+            high, low, fraction = (self.row(name) - self.decay(f"{name}{i}", slot) for name in DECAY)
             gap = (high * RADIX + low + fraction) * LOG2E
             if found is not None:
-                gap = jnp.where(load_column(self.row("head"), TILE) == float(i), gap, found)
+                gap = jnp.where(self.row("head") == float(i), gap, found)
             found = gap
         return found
 
@@ -223,7 +238,7 @@ def _kernel(*flat, config: CacheConfig, names: tuple[str, ...], splits: int) -> 
         program.copy_keys(program.first + i)
         program.copy_values(program.first + i)
     program.copy_rows()
-    kind = "kind" in config.row_names
+    kind = len(config.similarities) > 1
 
     def step(t, sums):
         slot = program.slot(t)
@@ -231,9 +246,7 @@ def _kernel(*flat, config: CacheConfig, names: tuple[str, ...], splits: int) -> 
         (q,) = anew(refs.zero, (refs.q_tile,))
         (scores,) = products(((q, transposed(refs.key_slots.at[slot])),))
         seen, gap = program.seen(slot), program.gap(slot)
-        sums, weights = _add_weights(
-            config, sums, scores, seen, gap, load_column(program.row("kind"), TILE) if kind else None
-        )
+        sums, weights = _add_weights(config, sums, scores, seen, gap, program.row("kind") if kind else None)
         # All warps are done with the keys.
         plgpu.commit_smem()
         program.copy_keys(t + SLOTS)
@@ -276,15 +289,17 @@ def _scratch(config: CacheConfig, q: Array, k: Array, v: Array) -> dict[str, Any
     scratch: dict[str, Any] = {
         "zero": plgpu.SMEM((1,), jnp.int32),
         "q_tile": shared_block(1, TILE, key, dtype=q.dtype),
-        "row_scalars": plgpu.SMEM((len(config.row_names), TILE), jnp.float32),
+        "row_scalars": plgpu.SMEM((len(_row_names(config)), TILE), jnp.float32),
         "key_slots": shared_block(SLOTS, TILE, key, dtype=k.dtype),
-        "column_slots": plgpu.SMEM((SLOTS, len(config.column_names), TILE), jnp.float32),
+        "mask_slots": plgpu.SMEM((SLOTS, len(_mask_names(config)), TILE), jnp.float32),
         "o_tile": shared_block(TILE, BLOCK, columns=32, dtype=jnp.float32),
         "stats_tile": plgpu.SMEM((2, TILE), jnp.float32),
         "rows_ready": plgpu.Barrier(num_arrivals=2),
-        "key_ready": plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
+        "key_ready": plgpu.Barrier(num_arrivals=2 + bool(config.decays), num_barriers=SLOTS),
         "value_ready": plgpu.Barrier(num_barriers=SLOTS),
     }
+    if config.decays:
+        scratch["decay_slots"] = plgpu.SMEM((SLOTS, len(_decay_names(config)), TILE), jnp.float32)
     if v.dtype == jnp.float32:
         scratch["value_slots"] = shared_block(SLOTS, TILE, value, columns=32, dtype=jnp.float32)
         scratch |= {f"part{n}": shared_block(1, TILE, value) for n in range(config.parts)}
@@ -294,8 +309,8 @@ def _scratch(config: CacheConfig, q: Array, k: Array, v: Array) -> dict[str, Any
 
 
 def _read(config: CacheConfig, *arrays: Array) -> tuple[Array, Array]:
-    """One device's shard: q [B, G, R, K], scalars of rows and slots by tile, bounds [B, G, 2], k and v."""
-    inputs = dict(zip(("q", "rows", "columns", "bounds", "k", "v"), arrays, strict=True))
+    """One device's shard: q [B, G, R, K], k, v, bounds [B, 2], and numbers of rows, slots and decays by tile."""
+    inputs = dict(zip(("q", "k", "v", "bounds", "masks", "rows", "decays"), arrays, strict=False))
     k, v = inputs["k"], inputs["v"]
     batch, slots, groups, value = v.shape
     splits = _splits(batch * groups * _row_tiles(config), slots)
@@ -328,28 +343,49 @@ def _rows(x: Array, groups: int) -> Array:
 
 def _row_scalars(config: CacheConfig, read: CacheRead) -> Array:
     """[B, G, row tiles, names, 64]; rows of padding see nothing."""
-    groups, padding = read.k.shape[2], ((0, 0), (0, 0), (0, -config.rows % TILE))
-    packed = [jnp.pad(_rows(x, groups), padding, constant_values=float(BLIND)) for x in row_values(config, read)]
+    groups, shape = read.k.shape[2], read.q.shape[:3]
+    values: dict[str, Any] = {name: x[..., None] for name, x in token_values(read).items()}
+    place = jnp.arange(shape[2], dtype=jnp.int32) % (shape[2] // groups)
+    values |= {"head": place, "kind": jnp.asarray(read.kinds * groups, jnp.int32)}
+    if read.decay is not None:
+        digits = (repeat_heads(x, shape[2] // x.shape[2]) for x in decay_digits(read.decay[0]))
+        values |= dict(zip(DECAY, digits, strict=True))
+    padding = ((0, 0), (0, 0), (0, -config.rows % TILE))
+    rows = (jnp.broadcast_to(values[name].astype(jnp.float32), shape) for name in _row_names(config))
+    packed = [jnp.pad(_rows(x, groups), padding, constant_values=float(BLIND)) for x in rows]
     return jnp.stack([x.reshape(*x.shape[:2], -1, TILE) for x in packed], axis=3)
 
 
-def _column_scalars(config: CacheConfig, read: CacheRead) -> Array:
-    """[B, G, S / 64, names, 64]."""
-    batch, slots, groups = read.k.shape[:3]
-    packed = [x.reshape(batch, slots // TILE, TILE, groups) for x in column_values(config, read)]
-    return jnp.stack([jnp.moveaxis(x, 3, 1) for x in packed], axis=3)
+def _by_tile(x: Array, fill: float) -> Array:
+    """[..., S] to [..., tiles, 64]; the last tile ends with the cache, and holds `fill` where it repeats a slot."""
+    slots, whole = x.shape[-1], x.shape[-1] // TILE * TILE
+    if whole < slots:
+        repeated = jnp.full((*x.shape[:-1], whole + TILE - slots), fill, x.dtype)
+        x = jnp.concatenate([x[..., :whole], repeated, x[..., whole:]], axis=-1)
+    return x.reshape(*x.shape[:-1], -1, TILE)
+
+
+def _slot_masks(config: CacheConfig, read: CacheRead) -> Array:
+    """[B, tiles, names, 64]."""
+    slots = jnp.broadcast_to(jnp.arange(read.k.shape[1], dtype=jnp.int32), read.key_segment.shape)
+    values = {"segment": read.key_segment, "slot": slots}
+    packed = [_by_tile(values[name].astype(jnp.float32), float(UNSEEN)) for name in _mask_names(config)]
+    return jnp.stack(packed, axis=2)
+
+
+def _slot_decays(config: CacheConfig, decay: CumulativeDecay) -> Array:
+    """[B, G, tiles, names, 64] from the decays of all slots, [B, S, heads]."""
+    digits = [x.astype(jnp.float32).reshape(*x.shape[:2], -1, config.decays) for x in decay_digits(decay)]
+    packed = [_by_tile(jnp.moveaxis(x[..., i], 1, 2), 0.0) for i in range(config.decays) for x in digits]
+    return jnp.stack(packed, axis=3)
 
 
 def _bounds(read: CacheRead) -> Array:
-    """The first tile of slots that any row sees, and one more than the last in use, [B, G, 2]."""
-    batch, groups = read.k.shape[0], read.k.shape[2]
+    """The first tile of slots that any row sees, and one more than the last in use, [B, 2]."""
     stop = lax.div(jnp.asarray(read.used, jnp.int32) + jnp.int32(TILE - 1), jnp.int32(TILE))
-    first = jnp.zeros((batch,), jnp.int32)
-    if read.window is not None:
-        oldest = jnp.min(read.query_rank, axis=1, keepdims=True) - jnp.int32(read.window)
-        first = jnp.argmax(read.key_rank > oldest, axis=1).astype(jnp.int32) // TILE
-    pair = jnp.stack([jnp.broadcast_to(first, (batch,)), jnp.broadcast_to(stop, (batch,))], axis=-1)
-    return jnp.broadcast_to(pair[:, None], (batch, groups, 2))
+    stop = jnp.broadcast_to(stop, read.k.shape[:1])
+    first = jnp.zeros_like(stop) if read.first_slot is None else jnp.min(read.first_slot, axis=1) // TILE
+    return jnp.stack([first, stop], axis=-1)
 
 
 def _check(op: str, read: CacheRead) -> None:
@@ -370,8 +406,10 @@ def _check(op: str, read: CacheRead) -> None:
         raise unsupported(
             op, f"for decoding takes channels in multiples of {BLOCK} up to {most}, got {key} and {value}", served
         )
-    if slots % TILE or slots > MOST_SLOTS:
-        raise unsupported(op, f"for decoding takes a capacity in multiples of {TILE} up to 2^24, got {slots}", served)
+    # Copies are of whole rows of 8 slots.
+    if slots % 8 or not TILE <= slots <= MOST_SLOTS:
+        message = f"for decoding takes a capacity in multiples of 8 from {TILE} to 2^24, got {slots}"
+        raise unsupported(op, message, served)
 
 
 def run(op: str, read: CacheRead) -> CacheSums:
@@ -389,10 +427,13 @@ def run(op: str, read: CacheRead) -> CacheSums:
     groups = read.k.shape[2]
     config = CacheConfig.of(read)
     q = jnp.pad(_rows(read.q, groups), ((0, 0), (0, 0), (0, -config.rows % _tile_rows(config)), (0, 0)))
-    arrays = [q, _row_scalars(config, read), _column_scalars(config, read), _bounds(read), read.k, read.v]
+    arrays = [q, read.k, read.v, _bounds(read), _slot_masks(config, read), _row_scalars(config, read)]
+    axes: list[int | None] = [1, 2, 2, None, None, 1]
+    if read.decay is not None:
+        arrays.append(_slot_decays(config, read.decay[1]))
+        axes.append(1)
     arrays = [vary_like(x, *arrays) for x in arrays]
-    axes = (1, 1, 1, 1, 2, 2)
-    kernel = split_batch_and_heads(_read, (config,), config.axes, operands=axes, results=(1, 1))
+    kernel = split_batch_and_heads(_read, (config,), config.axes, operands=tuple(axes), results=(1, 1))
     value, stats = kernel(*arrays)
 
     def tokens(x):
