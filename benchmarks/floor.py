@@ -2,7 +2,7 @@
 
 from benchmarks.cases import Case
 
-__all__ = ["chunk_flops", "chunk_traffic", "decode_traffic", "floor", "tile_flops", "tile_traffic"]
+__all__ = ["chunk_flops", "chunk_traffic", "decode_traffic", "floor", "slot_traffic", "tile_flops", "tile_traffic"]
 
 
 def floor(case: Case, gradient: bool) -> tuple[float, float]:
@@ -77,6 +77,18 @@ def decode_traffic(case: Case) -> tuple[float, float]:
     rows = -(-keys // 8) * 8 * case.key + (-(-values // 8) * 8 + case.length) * case.value
     state = 2 * 4 * case.key * case.value
     return float(state + 4 * rows), float(state)
+
+
+def slot_traffic(case: Case, slots: int) -> tuple[float, float]:
+    """Bytes that the TPU kernel over a cache reads per key head and `slots` slots, and those of keys and values alone.
+
+    u of DeltaFormer is in float32. A segment is one number of 4 bytes per slot, read for eight rows of the batch and
+    shared by the key heads; a decay is two per head that has one.
+    """
+    value = 4 if case.op == "deltaformer" else case.itemsize
+    heads = case.shapes["decay"][2] / case.groups if case.decay else 0
+    least = slots * (case.itemsize * case.key + value * case.value)
+    return least + 4 * slots * (8 / case.groups + 2 * heads), float(least)
 
 
 def tile_flops(case: Case, rows: int, part: str, backward: bool) -> int:

@@ -51,6 +51,7 @@ from benchmarks.tpu.schedule import Loop, loops, scoped_memory
 from memformer.core.calls import MatrixCall
 from memformer.pallas.decoding import MOST_TOKENS
 from memformer.pallas.tpu import tuning
+from memformer.pallas.tpu.attention import decoding as attention_decoding
 from memformer.pallas.tpu.checks import check_tpu
 from memformer.pallas.tpu.matrix_memory import channel_decay, chunk_scan, delta_rule, linear_attention
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
@@ -95,6 +96,13 @@ CASES = {
     "delta decode 8": Case("delta_rule", 64, 8, 32, 16, 128, 128, decay="head"),
     "delta channel decode": Case("delta_rule", 64, 1, 32, 32, 128, 128, decay="channel"),
     "linear decode": Case("linear_attention", 64, 1, 32, 32, 128, 128, decay="head"),
+    "delta channel decode 8": Case("delta_rule", 64, 8, 32, 32, 128, 128, decay="channel"),
+    "linear decode 8": Case("linear_attention", 64, 8, 32, 32, 128, 128, decay="head"),
+    "softmax decode": Case("softmax_attention", 64, 1, 32, 8, slots=4096),
+    "softmax decode 8": Case("softmax_attention", 64, 8, 32, 8, slots=4096),
+    "softmax decay decode": Case("softmax_attention", 64, 1, 8, 8, decay="head", slots=4096),
+    "deltaformer decode": Case("deltaformer", 64, 1, 16, 8, slots=4096),
+    "deltaformer decode 8": Case("deltaformer", 64, 8, 16, 8, write="linear", decay="head", slots=4096),
     "deltaformer": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="softmax"),
     "deltaformer linear": Case("deltaformer", 1, 8192, 16, 16, 128, 128, write="linear"),
     "deltaformer wide": Case("deltaformer", 1, 4096, 4, 4, 256, 256, write="softmax"),
@@ -119,8 +127,8 @@ def prepare_compiler(dumps: pathlib.Path | None = None) -> None:
 def gradient(case: Case):
     """A function of the arrays of `specs`: value and gradients of every argument, through output and state.
 
-    For a few tokens of a matrix memory, which have no kernel of a gradient: output and state, from a state to start
-    from, the last of the arrays.
+    For a few tokens, whose kernels have no gradient: output and state, from a state to start from, the last of the
+    arrays.
     """
     names = list(case.shapes)
 
@@ -145,19 +153,28 @@ def gradient(case: Case):
 
 
 def decodes(case: Case) -> bool:
-    """Whether a case is a few tokens of a matrix memory."""
-    return case.length <= MOST_TOKENS and not case.is_attention
+    """Whether a case is a few tokens of a matrix memory, or of attention over a cache of fixed capacity."""
+    return case.length <= MOST_TOKENS and (case.slots > 0 or not case.is_attention)
 
 
-def specs(case: Case) -> list[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of the arguments of `gradient`."""
+def specs(case: Case) -> list[Any]:
+    """Shapes and dtypes of the arguments of `gradient`, the last of them a cache where there is one."""
     found = [
         jax.ShapeDtypeStruct(shape, case.dtype if name in "qkvw" else jnp.float32)
         for name, shape in case.shapes.items()
     ]
     found += [jax.ShapeDtypeStruct((case.batch, case.length), jnp.int32)] * bool(case.segments)
-    state = jax.ShapeDtypeStruct((case.batch, case.heads, case.key, case.value), jnp.float32)
-    return found + [state] * decodes(case)
+    return found + [_state(case)] * decodes(case)
+
+
+def _state(case: Case) -> Any:
+    """The shape of a matrix memory's state, or of a cache."""
+    if not case.slots:
+        return jax.ShapeDtypeStruct((case.batch, case.heads, case.key, case.value), jnp.float32)
+    decays = {"decay_heads": case.shapes["decay"][2]} if case.decay else {}
+    sizes = {"batch": case.batch, "capacity": case.slots, "groups": case.groups}
+    widths = {"key_width": case.key, "value_width": case.value}
+    return jax.eval_shape(lambda: mf.init_cache(case.op, **sizes, **widths, **decays, dtype=case.dtype))
 
 
 @functools.cache
@@ -178,12 +195,14 @@ def compile_case(case: Case, topology: str, split: tuple[int, int] = (1, 1)):
       split: number of devices over batch and over heads.
     """
     mesh = make_mesh(topology, split)
-    arguments: list[jax.ShapeDtypeStruct] = []
-    for x in specs(case):
-        spec = PartitionSpec("data", None, "tensor") if len(x.shape) > 2 else PartitionSpec("data")
-        if decodes(case) and len(arguments) == len(specs(case)) - 1:
-            spec = PartitionSpec("data", "tensor")
-        arguments.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)))
+
+    def place(x, heads=2):
+        spec = ("data", *(None,) * (heads - 1), "tensor") if len(x.shape) > 2 else ("data",) * bool(x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec)))
+
+    *arguments, last = specs(case)
+    heads = 1 if decodes(case) and not case.slots else 2
+    arguments = [*map(place, arguments), jax.tree.map(functools.partial(place, heads=heads), last)]
     # The library reads the chip from the mesh.
     with jax.set_mesh(mesh):
         donated = len(arguments) - 1 if decodes(case) else ()
@@ -211,16 +230,28 @@ def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]
 
 
 def _decode_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, Any]:
-    """Row of a kernel for a few tokens, whose inner loop takes the value columns of one or two heads."""
+    """Row of a kernel for a few tokens.
+
+    The inner loop of a matrix memory takes the value columns of one or two heads, that of attention a block of slots
+    with all of their key heads: its row is that of one key head and 128 slots.
+    """
     case, chip = CASES[name], topology.split(":")[0]
     heads = 2
     moved = floor.decode_traffic(case)
+    if case.slots:
+        block, _ = attention_decoding.block_sizes(case.slots, case.groups, _cache_rows(case))
+        heads, moved = block * case.groups // 128, floor.slot_traffic(case, 128)
     return _row(name, topology, loop, heads) | {
         "vmem": round(scoped_memory(text, loop.kernel) / 2**20, 1),
         "hbm": round(moved[0] / 2**10, 1),
         "moved": round(moved[0] / BANDWIDTH[chip] * CLOCK[chip]),
         "bytes": round(moved[0] / moved[1], 2),
     }
+
+
+def _cache_rows(case: Case) -> int:
+    """Rows of a tile of the kernel that reads a cache: queries, and the erase vectors of DeltaFormer."""
+    return case.length * (case.heads + case.groups * (case.op == "deltaformer"))
 
 
 def matrix_rows(name: str, case: Case, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]]:
