@@ -16,6 +16,7 @@ from memformer.core.checks import (
     check_number,
     check_options,
     check_positive,
+    check_size,
 )
 from memformer.core.similarity import Kernel, resolve_kernel
 from memformer.core.types import Array, Float
@@ -142,6 +143,8 @@ class DeltaFormer(MemoryLayer):
       width: D.
       heads: H.
       groups: G, number of key/value heads; None is H.
+      steps: N, writes per token in order, each with its own key, value, w, alpha and beta; the token reads after the
+        last. The cache has N slots per token.
       write_kernel: similarity of writes: a `Kernel`, its name, or a mapping of its fields such as
         {"name": "round", "decimals": 2}.
       read_kernel: similarity of reads, likewise.
@@ -149,7 +152,8 @@ class DeltaFormer(MemoryLayer):
       alpha: "sigmoid" for a learned alpha in (0, 1); None for 1.
       beta_limit: beta is beta_limit * sigmoid(.); None for 1.
       decay, decay_time: log decay per key/value head of earlier writes, as in `SoftmaxAttention`.
-      window: number of most recent tokens that a token writes and reads, itself included; None for all.
+      window: number of most recent tokens that a token writes and reads, itself included; None for all, which several
+        steps require.
       rngs: random streams.
       **options: of `MemoryLayer`.
     """
@@ -160,6 +164,7 @@ class DeltaFormer(MemoryLayer):
         *,
         heads: int,
         groups: int | None = None,
+        steps: int = 1,
         write_kernel: Any = "softmax",
         read_kernel: Any = "softmax",
         write_query: bool = False,
@@ -177,37 +182,58 @@ class DeltaFormer(MemoryLayer):
         self.write_kernel = _kernel("write_kernel", write_kernel)
         self.read_kernel = _kernel("read_kernel", read_kernel)
         counts = (heads, self.groups, self.groups)
-        super().__init__(width, heads=heads, head_counts=counts, rngs=rngs, **options)
+        self.steps = check_size("steps", steps)
+        writes = self.steps if self.steps > 1 else None
+        super().__init__(width, heads=heads, head_counts=counts, writes=writes, rngs=rngs, **options)
         self.window = check_positive("window", window)
+        check(self.window is None or self.steps == 1, "window", f"None with {self.steps} steps", window)
         self.decay = _head_decay(decay, decay_time, self, self.groups, rngs)
         self.alpha, self.beta = nnx.data(None), nnx.data(None)
         if alpha is not None:
-            self.alpha = SigmoidGate(width, self.groups, 1.0, dtypes=self.dtypes, rngs=rngs)
+            self.alpha = SigmoidGate(width, self.steps * self.groups, 1.0, dtypes=self.dtypes, rngs=rngs)
         if beta_limit is not None:
             beta_limit = check_number("beta_limit", beta_limit, above=0)
-            self.beta = SigmoidGate(width, self.groups, beta_limit, dtypes=self.dtypes, rngs=rngs)
+            self.beta = SigmoidGate(width, self.steps * self.groups, beta_limit, dtypes=self.dtypes, rngs=rngs)
 
     def _sizes(self):
         sizes = super()._sizes()
         return {**sizes, "write_query": sizes["key"]} if self.write_query else sizes
 
     def _apply_op(self, x, parts, segment_ids, memory):
-        return deltaformer(
+        gates = {"alpha": self.alpha, "beta": self.beta}
+        scalars: dict[str, Any] = {name: gate(x) for name, gate in gates.items() if gate is not None}
+        if self.decay is not None:
+            scalars["decay"] = self.decay(x)[0]
+        if self.steps > 1:
+            parts, scalars, segment_ids = self._one_write_per_row(parts, scalars, segment_ids)
+        o, memory = deltaformer(
             **parts,
-            alpha=None if self.alpha is None else self.alpha(x),
-            beta=None if self.beta is None else self.beta(x),
-            decay=None if self.decay is None else self.decay(x)[0],
+            **scalars,
             window=self.window,
             write_kernel=self.write_kernel,
             read_kernel=self.read_kernel,
             segment_ids=segment_ids,
             initial_state=memory,
         )
+        return o[:, self.steps - 1 :: self.steps], memory
+
+    def _one_write_per_row(self, parts, scalars, segment_ids):
+        """Rows of time for the op, N per token; the query stands in all of them, the decay in the first."""
+        n, tokens = self.steps, parts["q"].shape[:2]
+        rows = (tokens[0], tokens[1] * n)
+        parts = {name: x if name == "q" else x.reshape(*rows, *x.shape[3:]) for name, x in parts.items()}
+        parts["q"] = jnp.repeat(parts["q"], n, axis=1)
+        scalars = {name: x if name == "decay" else x.reshape(*rows, self.groups) for name, x in scalars.items()}
+        if "decay" in scalars:
+            decay = scalars["decay"][:, :, None]
+            later = jnp.zeros((*tokens, n - 1, self.groups), decay.dtype)
+            scalars["decay"] = jnp.concatenate([decay, later], axis=2).reshape(*rows, self.groups)
+        return parts, scalars, None if segment_ids is None else jnp.repeat(jnp.asarray(segment_ids), n, axis=1)
 
     def _init_memory(self, batch, capacity, dtype):
         sizes: dict[str, Any] = {"groups": self.groups, "key_width": self.key_width, "value_width": self.value_width}
         sizes["decay_heads"] = None if self.decay is None else self.groups
-        return init_cache("deltaformer", batch=batch, capacity=capacity, dtype=dtype, **sizes)
+        return init_cache("deltaformer", batch=batch, capacity=capacity * self.steps, dtype=dtype, **sizes)
 
 
 def _head_decay(decay: str | None, time: Sequence[float] | None, layer: MemoryLayer, heads: int, rngs: nnx.Rngs) -> Any:

@@ -60,10 +60,10 @@ def flops_per_token(model: Mapping[str, Any], matrix_parameters: int, steps: int
 
         2 (parameters of matrix products) + depth * heads * mix
 
-    where mix, the reads and writes of a memory, is 2 S (K + V) / 2 for softmax attention over S = `steps` tokens
-    (the causal half), twice that for deltaformer (its writes attend too), and 6 K V for a matrix state. For models
-    other than memory_lm only the parameters count, of experts the chosen ones. Rematerialization is not counted, as is
-    usual for MFU.
+    where mix, the reads and writes of a memory with one write per token, is 2 S (K + V) / 2 for softmax attention over
+    S = `steps` tokens (the causal half), twice that for deltaformer (its writes attend too), and 6 K V for a matrix
+    state. For models other than memory_lm only the parameters count, of experts the chosen ones. Rematerialization is
+    not counted, as is usual for MFU.
     """
     if model.get("type", "memory_lm") != "memory_lm":
         return 6.0 * matrix_parameters

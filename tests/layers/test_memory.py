@@ -12,6 +12,7 @@ from memformer.core.similarity import Kernel
 from memformer.layers.basic import Dtypes
 from memformer.layers.memory import build_memory, known_options
 from memformer.layers.table import MEMORIES
+from memformer.ops.delta_product import delta_product
 from tests.modules import random_module
 from tests.numeric import FORWARD, assert_close, relative_rms
 
@@ -23,7 +24,7 @@ SPECS = {
     "softmax_attention, grouped, window": ("softmax_attention", {"groups": 1, "window": 3, "rotary": False}),
     "deltaformer, all projections": (
         "deltaformer",
-        {"write_query": True, "alpha": "sigmoid", "groups": 1, "rotary": True, "read_kernel": "linear"},
+        {"write_query": True, "alpha": "sigmoid", "groups": 1, "rotary": True, "read_kernel": "linear", "steps": 2},
     ),
     "delta_product, decay": ("delta_product", {"steps": 3, "decay": "step", "rotary": True}),
 }
@@ -197,6 +198,27 @@ def test_kernels_are_given_by_name_or_by_fields():
     assert (layer.write_kernel, layer.read_kernel) == (Kernel("round", decimals=2), Kernel("relu"))
 
 
+def test_steps_of_deltaformer_are_the_writes_of_delta_product():
+    options = {"steps": 3, "decay": "forget", "alpha": "sigmoid", "beta_limit": 2.0, "write_query": True}
+    options |= {"write_kernel": "linear", "read_kernel": "linear", "unit_keys": True}
+    layer = random_module(lambda: build_memory("deltaformer", WIDTH, heads=HEADS, options=options, rngs=nnx.Rngs(0)))
+    graph, parameters = nnx.split(layer)
+
+    @jax.jit
+    def both(parameters, x):
+        layer = nnx.merge(graph, parameters)
+        parts = layer._shape(layer._project(x, None, None)[0], None)
+        alpha, beta = (gate(x).reshape(*x.shape[:2], 3, HEADS) for gate in (layer.alpha, layer.beta))
+        scalars = {"alpha": alpha, "beta": beta, "decay": layer.decay(x)[0], "scale": 1.0}
+        want, _ = delta_product(**parts, **scalars, segment_ids=PACKED, implementation="recurrent")
+        got, state = layer(x, segment_ids=PACKED)
+        return got, layer._output(x, want), state
+
+    got, want, state = both(parameters, inputs(2, PACKED.shape[1]))
+    assert_close(got, want, FORWARD["float32"])
+    assert state["memory"].k.shape[1] == 3 * PACKED.shape[1]
+
+
 NUMPY = {
     "softmax_attention": {"groups": np.int64(1), "window": np.int32(3)},
     "gla": {"decay_rank": np.int64(4), "conv_width": np.int64(2)},
@@ -258,6 +280,8 @@ MISTAKES = {
     ),
     "decay time of no gate": ("fox", {"decay": "step", "decay_time": (1, 2)}, "must be None for decay 'step'"),
     "lower bound": ("hgrn2", {"lower_bound": 1}, "lower_bound must be below 1, got 1"),
+    "window of steps": ("deltaformer", {"steps": 2, "window": 4}, "window must be None with 2 steps, got 4"),
+    "steps": ("deltaformer", {"steps": 0}, "steps must be a positive integer, got 0"),
     "alpha": ("deltaformer", {"alpha": "exp"}, "alpha must be one of None, 'sigmoid', got 'exp'"),
 }
 
