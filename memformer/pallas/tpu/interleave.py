@@ -9,7 +9,7 @@ the MXU busy.
 from collections.abc import Generator, Sequence
 from typing import Any, TypeAlias
 
-__all__ = ["Steps", "interleave", "interleave_groups"]
+__all__ = ["Steps", "delayed", "interleave", "interleave_groups"]
 
 # A computation that yields between products.
 Steps: TypeAlias = Generator[None, None, Any]
@@ -41,16 +41,20 @@ def interleave(chains: Sequence[Steps], stagger: int = 0) -> list[Any]:
     return results
 
 
-def interleave_groups(chains: Sequence[Steps], size: int, delay: int = 0) -> Generator[None, None, None]:
+def delayed(chain: Steps, steps: int) -> Steps:
+    """The chain after `steps` more yields."""
+    for _ in range(steps):
+        yield
+    return (yield from chain)
+
+
+def interleave_groups(chains: Sequence[Steps], size: int) -> Generator[None, None, None]:
     """One chain that runs others in groups of `size`: those of a group interleaved, the groups in sequence.
 
     Args:
       chains: the computations.
       size: chains per group.
-      delay: yields before the first group starts.
     """
-    for _ in range(delay):
-        yield
     for first in range(0, len(chains), size):
         running = list(chains[first : first + size])
         while running:

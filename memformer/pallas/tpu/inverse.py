@@ -22,21 +22,24 @@ __all__ = ["BLOCK", "invert_blocks", "join_blocks", "unit_lower_inverses"]
 BLOCK = 16
 
 
-def unit_lower_inverses(a: Sequence[Any], passes: int) -> Generator[None, None, list[Array]]:
-    """(I + a)^-1 for each a [C, C] float32, zero on and above the diagonal; C is a power of two of at least 16.
+def unit_lower_inverses(a: Sequence[Any], passes: int, stacked: bool = False) -> Generator[None, None, list[Array]]:
+    """(I + a)^-1 for each a [C, C] float32, whose entries on and above the diagonal are ignored.
+
+    C is a power of two of at least 16.
 
     Yields between steps, for `interleave`.
 
     Args:
       a: the matrices of one or two heads, or references to them.
       passes: MXU passes per product, 3 or 6: with one pass, repeated keys lose all precision to cancellation.
+      stacked: see `product`.
     """
     x = yield from invert_blocks(a)
-    return (yield from join_blocks(a, x, passes))
+    return (yield from join_blocks(a, x, passes, stacked=stacked))
 
 
 def join_blocks(
-    a: Sequence[Any], x: list[Array], passes: int, rows: int | None = None
+    a: Sequence[Any], x: list[Array], passes: int, rows: int | None = None, stacked: bool = False
 ) -> Generator[None, None, list[Array]]:
     """Joins the inverses of diagonal blocks to those of blocks of `rows` rows, by default to the whole inverses.
 
@@ -45,11 +48,12 @@ def join_blocks(
       x: of each matrix the inverses of its diagonal blocks of b rows, side by side, [b, C].
       passes: see `unit_lower_inverses`.
       rows: of the blocks to return.
+      stacked: see `product`.
     """
     block = x[0].shape[0]
     while block < (rows or a[0].shape[0]):
         yield
-        x = yield from _join(a, x, block, passes)
+        x = yield from _join(a, x, block, passes, stacked)
         block *= 2
     return x
 
@@ -61,7 +65,9 @@ def invert_blocks(a: Sequence[Any]) -> Generator[None, None, list[Array]]:
     unit = jnp.where(row == column % BLOCK, 1.0, 0.0)
     # A register holds 8 rows.
     tops = range(0, BLOCK, 8)
+    below = row > column % BLOCK
     folded = [_fold(one, range(0, size, BLOCK), BLOCK, column // BLOCK * BLOCK) for one in a]
+    folded = [jnp.where(below, one, 0.0) for one in folded]
     folded = [[one[top : top + 8] for top in tops] for one in folded]
     x = [[unit[top : top + 8] for top in tops] for _ in a]
     for i in range(BLOCK - 1):
@@ -86,7 +92,9 @@ def _broadcast_entry(folded: Array, i: int) -> Array:
     return jnp.take_along_axis(folded, column // BLOCK * BLOCK + i, axis=1, mode="promise_in_bounds")
 
 
-def _join(a: Sequence[Any], x: Sequence[Array], b: int, passes: int) -> Generator[None, None, list[Array]]:
+def _join(
+    a: Sequence[Any], x: Sequence[Array], b: int, passes: int, stacked: bool
+) -> Generator[None, None, list[Array]]:
     """Joins pairs of diagonal blocks of b rows to blocks of 2 b rows: the corner below X1 is -X2 A21 X1.
 
     Args:
@@ -94,6 +102,7 @@ def _join(a: Sequence[Any], x: Sequence[Array], b: int, passes: int) -> Generato
       x: [b, C] of each head.
       b: rows of a block.
       passes: MXU passes per product.
+      stacked: see `product`.
     """
     size = a[0].shape[0]
     _, column = iotas((b, size))
@@ -105,10 +114,10 @@ def _join(a: Sequence[Any], x: Sequence[Array], b: int, passes: int) -> Generato
     alone = len(a) == 1
     first, below = (jnp.where(even, one, 0.0 if alone else other) for one, other in (moved, below))
     second = jnp.where(even, moved[1], moved[0])
-    y = product(below, _block_diagonal(split_bf16(first, passes), b, 0), "nn", passes)
+    y = product(below, _block_diagonal(split_bf16(first, passes), b, 0), "nn", passes, stacked)
     yield
     # X2 lies one block after its X1.
-    corner = product(second, _block_diagonal(split_bf16(y, passes), b, 1), "nn", passes)
+    corner = product(second, _block_diagonal(split_bf16(y, passes), b, 1), "nn", passes, stacked)
     yield
     corners = [corner, pltpu.roll(corner, size - b, 1)]
     return [

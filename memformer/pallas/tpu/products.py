@@ -28,7 +28,9 @@ def split_bf16(x: Array, passes: int) -> tuple[Array, ...]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def product(a: Array | tuple[Array, ...], b: Array | tuple[Array, ...], contract: str, passes: int) -> Array:
+def product(
+    a: Array | tuple[Array, ...], b: Array | tuple[Array, ...], contract: str, passes: int, stacked: bool = False
+) -> Array:
     """Matrix product in float32.
 
     Args:
@@ -36,16 +38,20 @@ def product(a: Array | tuple[Array, ...], b: Array | tuple[Array, ...], contract
       b: likewise.
       contract: "nn" for a b, "nt" for a b^T, "tn" for a^T b.
       passes: 1 rounds operands to bfloat16, 3 keeps 16 bits (2 where one operand is bfloat16), 6 keeps float32.
+      stacked: whether two summands of a are the rows of one left operand, so that b is loaded once for both.
     """
     axes = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
     precision = lax.Precision.HIGHEST if passes == 6 else None
     a, b = (x if isinstance(x, tuple) else split_bf16(x, passes) for x in (a, b))
+
+    def one_pass(x, y):
+        return lax.dot_general(x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+    if stacked and contract != "tn" and len(a) == len(b) == 2:
+        high, low = jnp.split(one_pass(jnp.concatenate(a), b[0]), 2)
+        return high + low + one_pass(a[0], b[1])
     pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2]
-    products = (
-        lax.dot_general(x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
-        for x, y in pairs
-    )
-    return functools.reduce(jnp.add, products)
+    return functools.reduce(jnp.add, (one_pass(x, y) for x, y in pairs))
 
 
 def iotas(shape: tuple[int, ...]) -> tuple[Array, Array]:

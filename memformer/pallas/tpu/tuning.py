@@ -35,6 +35,7 @@ class Tuning:
       remat: what the backward pass has beside the inputs: "states", the state that enters each chunk, or "inputs",
         nothing more, so that the forward kernel runs again.
       interleaved: heads that are computed interleaved while later chunks are prepared; the groups follow each other.
+      stacked: whether products of two summands load the right operand once for both of the left, see `product`.
     """
 
     chunk: int
@@ -42,6 +43,7 @@ class Tuning:
     values: int
     remat: str = "states"
     interleaved: int = 4
+    stacked: bool = False
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -53,14 +55,14 @@ REMAT = ("states", "inputs")
 KERNELS = ("delta_rule", "linear_attention", "channel_delta_rule", "channel_linear_attention")
 
 
-def _rows(*sizes: tuple[int, int], chunk: int = 128) -> dict[tuple[str, int], Tuning]:
+def _rows(*sizes: tuple[int, int], chunk: int = 128, stacked: bool = False) -> dict[tuple[str, int], Tuning]:
     """Sizes by kernel and the larger of K and V; given are heads and interleaved heads of each of `KERNELS` at 128.
 
     Programs of wide heads have two, because a pair of heads fills a product.
     """
-    rows = {(kernel, 256): Tuning(chunk, 2, 256) for kernel in KERNELS}
+    rows = {(kernel, 256): Tuning(chunk, 2, 256, stacked=stacked) for kernel in KERNELS}
     for kernel, (heads, interleaved) in zip(KERNELS, sizes, strict=True):
-        rows[kernel, 128] = Tuning(chunk, heads, 128, interleaved=interleaved)
+        rows[kernel, 128] = Tuning(chunk, heads, 128, interleaved=interleaved, stacked=stacked)
     return rows
 
 
@@ -70,9 +72,9 @@ def _rows(*sizes: tuple[int, int], chunk: int = 128) -> dict[tuple[str, int], Tu
 TABLE = {
     "TPU v5 lite": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
     "TPU v5": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
-    "TPU v6 lite": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
-    "TPU7x": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
-    "interpreter": _rows(*[(4, 2)] * 4, chunk=16),
+    "TPU v6 lite": _rows((8, 4), (8, 8), (8, 4), (8, 4), stacked=True),
+    "TPU7x": _rows((8, 4), (8, 8), (8, 4), (8, 4), stacked=True),
+    "interpreter": _rows(*[(4, 2)] * 4, chunk=16, stacked=True),
 }
 
 

@@ -17,7 +17,9 @@ decays in between, of blocks of 2^l tokens:
 
 From each level to the next, a token adds the total of its sibling block to p (with the bit) or to f (without). No
 exponent is positive and nothing is subtracted, so that any decay down to -inf is exact; after the last level p = G and
-f = G_C - G. The backward pass adds the gradients of p and f in the reverse order.
+f = G_C - G. The backward pass adds the gradients of p and f in the reverse order. One product serves both scores: rows
+of its left operand are e^p Q with the bit and e^f K without it, of its right operand e^p W and e^f K, so that P lies
+below the diagonal and M^T above it. Scores are the first stage, the inverse the second, as in delta_rule.py.
 
 Backward, with dM, dP masked like M and P, and E = e^p of rows, e^f of columns, at each level:
 
@@ -32,10 +34,13 @@ Source: arXiv 2312.06635 (linear attention), 2510.26692 (delta rule); the ladder
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.calls import MatrixCall
@@ -50,6 +55,8 @@ from memformer.pallas.tpu.tuning import Tuning
 
 __all__ = ["run"]
 
+LOG2_E = math.log2(math.e)
+
 
 def _levels(config: ScanConfig) -> range:
     return range(config.chunk.bit_length() - 1)
@@ -60,66 +67,87 @@ def _has_bit(shape: tuple[int, ...], level: int) -> Array:
     return (iotas(shape)[0] >> level) & 1 == 1
 
 
-def _pairs(size: int, level: int) -> Array:
-    """The pairs (row, column) of a level [C, C]."""
-    row, column = iotas((size, size))
-    return ((row ^ column) >> level == 1) & (row > column)
+def _halves(x: Array, level: int) -> tuple[Array, Array]:
+    """The rows of x whose number is without bit `level` and those with it, in whole registers of 8 rows (level > 2)."""
+    half = 1 << level
+    tops = range(0, x.shape[0], half)
+    without, bit = (jnp.concatenate([x[top : top + half] for top in tops[start::2]]) for start in range(2))
+    return without, bit
+
+
+def _weave(without: Array, bit: Array, level: int) -> Array:
+    """The inverse of `_halves`."""
+    half = 1 << level
+    tops = range(0, bit.shape[0], half)
+    return jnp.concatenate([x[top : top + half] for top in tops for x in (without, bit)])
+
+
+def _choose(without: Array, bit: Array, level: int) -> Array:
+    """Rows of `bit` where their number has bit `level`, rows of `without` elsewhere."""
+    if level < 3:
+        return jnp.where(_has_bit(bit.shape, level), bit, without)
+    return _weave(_halves(without, level)[0], _halves(bit, level)[1], level)
 
 
 def _rows(x: Array, level: int) -> Array:
     """The rows of x whose number has bit `level`, where they are whole registers of 8 rows; else all of x."""
-    half = 1 << level
-    return x if half < 8 else jnp.concatenate([x[top : top + half] for top in range(half, x.shape[0], 2 * half)])
+    return x if level < 3 else _halves(x, level)[1]
 
 
-def _spread(x: Array, level: int) -> Array:
-    """The inverse of `_rows`, 0 in the other rows."""
-    half = 1 << level
-    if half < 8:
-        return x
-    zeros = jnp.zeros((half, x.shape[1]), x.dtype)
-    return jnp.concatenate([part for top in range(0, x.shape[0], half) for part in (zeros, x[top : top + half])])
+def _add_rows(x: Array, rows: Array, level: int) -> Array:
+    """Adds to the rows of `_rows`."""
+    if level < 3:
+        return x + rows
+    without, bit = _halves(x, level)
+    return _weave(without, bit + rows, level)
+
+
+def _roll_registers(x: Array, shift: int) -> Array:
+    """Rolls every 8 rows of x by `shift` rows."""
+    return pltpu.roll(x.reshape(-1, 8, x.shape[1]), shift % 8, 1).reshape(x.shape)
 
 
 def _merge_rows(q: Array, w: Array | None, level: int) -> Array:
-    """The rows of a level of q and, where it is given, of w as one operand: one product serves both."""
-    half = 1 << level
+    """Rows of a level, from `_rows`, of q and, where it is given, of w as one operand: one product serves both."""
     if w is None:
-        return _rows(q, level)
-    if half < 8:
-        # Those of w take the places that q leaves free.
-        return jnp.where(_has_bit(q.shape, level), q, pltpu.roll(w, q.shape[0] - half, 0))
-    return jnp.concatenate([_rows(q, level), _rows(w, level)])
+        return q
+    # Within registers, rows of w take the places that q leaves free.
+    return _choose(_roll_registers(w, -(1 << level)), q, level) if level < 3 else jnp.concatenate([q, w])
 
 
 def _divide_rows(x: Array, level: int, merged: bool) -> tuple[Array, Array | None]:
-    """The inverse of `_merge_rows`, 0 in the other rows; None without w."""
-    half = 1 << level
-    if not merged:
-        return _spread(x, level), None
-    if half < 8:
-        bit = _has_bit(x.shape, level)
-        return jnp.where(bit, x, 0.0), jnp.where(bit, pltpu.roll(x, half, 0), 0.0)
-    middle = x.shape[0] // 2
-    return _spread(x[:middle], level), _spread(x[middle:], level)
+    """The inverse of `_merge_rows`, 0 in rows of no use; None without w."""
+    if level < 3:
+        q, w = (_choose(jnp.zeros_like(x), one, level) for one in (x, _roll_registers(x, 1 << level)))
+        return q, w if merged else None
+    middle = x.shape[0] // 2 if merged else x.shape[0]
+    return x[:middle], x[middle:] if merged else None
 
 
 def _of_sibling(x: Array, level: int) -> Array:
     """Row r ^ 2^level of x [C, K], for each row r."""
-    size, half = x.shape[0], 1 << level
-    return jnp.where(_has_bit(x.shape, level), pltpu.roll(x, half, 0), pltpu.roll(x, size - half, 0))
+    half = 1 << level
+    if level > 2:
+        return _weave(*reversed(_halves(x, level)), level)
+    after = _roll_registers(x, half)
+    return after if half == 4 else _choose(_roll_registers(x, -half), after, level)
+
+
+def _summands(shape: tuple[int, ...], passes: int) -> list[tuple[tuple[int, ...], Any]]:
+    """Shape and dtype of each array of `split_bf16`."""
+    return [(shape, jnp.float32)] if passes == 6 else [(shape, jnp.bfloat16)] * (1 if passes == 1 else 2)
 
 
 def _prepared(config: ScanConfig, backward: bool) -> list[tuple[tuple[int, ...], Any]]:
     """Shapes and dtypes of the fields of `_Prepared`."""
     square, wide = (config.chunk, config.chunk), (config.chunk, config.key)
-    exact = [(square, jnp.bfloat16)] * 2 if exact_passes(config.passes) == 3 else [(square, jnp.float32)]
-    inverse = exact if config.beta else []
-    ends = [(wide, jnp.float32)] * 2
+    exact = functools.partial(_summands, passes=exact_passes(config.passes))
+    inverse = [(square, jnp.float32), *exact(square)] if config.beta else []
     if not backward:
-        return inverse + exact + ends
+        keys = _summands(wide, config.passes) * (2 if config.beta else 1)
+        return inverse + exact(square) + keys + exact(wide) + [((8, config.key), jnp.float32)]
     scores = [(square, jnp.float32)] * (2 if config.beta else 1)
-    return inverse + scores + [((len(_levels(config)), *wide), jnp.float32), *ends]
+    return inverse + scores + [((len(_levels(config)), *wide), jnp.float32)] + [(wide, jnp.float32)] * 2
 
 
 class _Prepared(NamedTuple):
@@ -140,10 +168,37 @@ class _Prepared(NamedTuple):
 
     @classmethod
     def of(cls, config: ScanConfig, refs) -> "_Prepared":
-        count = (2 if exact_passes(config.passes) == 3 else 1) if config.beta else 0
+        refs = refs[int(config.beta) :]
+        count = len(_summands((), exact_passes(config.passes))) if config.beta else 0
         *scores, growth, rest = refs[count:]
         factors = scores.pop() if len(scores[-1].shape) == 3 else None
         return cls(refs[:count], scores, factors, growth, rest)
+
+
+class _Scaled(NamedTuple):
+    """References to what the forward pass reads of one head, each in summands.
+
+    Attributes:
+      inverse: X; empty in linear attention.
+      scores: P.
+      q, w: e^G Q and e^G W; w is empty in linear attention.
+      k: e^(G_C - G) K.
+      growth: the last 8 rows of e^G.
+    """
+
+    inverse: list[Any]
+    scores: list[Any]
+    q: list[Any]
+    w: list[Any]
+    k: list[Any]
+    growth: Any
+
+    @classmethod
+    def of(cls, config: ScanConfig, refs) -> "_Scaled":
+        exact, own = (len(_summands((), passes)) for passes in (exact_passes(config.passes), config.passes))
+        refs = iter(refs[int(config.beta) :])
+        counts = (exact * config.beta, exact, own, own * config.beta, exact)
+        return cls(*(list(itertools.islice(refs, count)) for count in counts), *refs)
 
 
 def _take(config: ScanConfig, keys) -> tuple[Array, Array, Array]:
@@ -152,54 +207,130 @@ def _take(config: ScanConfig, keys) -> tuple[Array, Array, Array]:
     return q.astype(jnp.float32), k.astype(jnp.float32), w.astype(jnp.float32)
 
 
+def _store(refs, x: Array, passes: int) -> None:
+    for ref, summand in zip(refs, split_bf16(x, passes), strict=True):
+        ref[...] = summand
+
+
 def _prepare(config: ScanConfig, scalars: TokenScalars, heads, keys, refs) -> Steps:
     passes = exact_passes(config.passes)
-    refs, a = [_Prepared.of(config, head_refs) for head_refs in refs], []
-    for h, own, to in zip(heads, keys, refs, strict=True):
-        m, p = yield from _scores(config, own, to)
+    backward = any(len(ref.shape) == 3 for ref in refs[0])
+    first = [head_refs[0] for head_refs in refs]
+    refs = [(_Prepared if backward else _Scaled).of(config, head_refs) for head_refs in refs]
+    row, column = iotas((config.chunk, config.chunk))
+    for h, own, to, to_a in zip(heads, keys, refs, first, strict=True):
+        q, k, w = _take(config, own)
+        scores, (growth, rest) = yield from _scores(config, (q, k, w), own[-1], to.factors if backward else None)
         if config.segments:
-            same = scalars.same_segment(h)
-            m, p = (x if x is None else jnp.where(same, x, 0.0) for x in (m, p))
-        p = config.scale * p
-        scores = split_bf16(p, passes) if to.factors is None else [x for x in (m, p) if x is not None]
-        for ref, x in zip(to.scores, scores, strict=True):
-            ref[...] = x
+            scores = jnp.where(scalars.same_segment(h), scores, 0.0)
+        p, m = jnp.where(row >= column, scores, 0.0), scores.T if config.beta else None
+        if backward:
+            to.growth[...], to.rest[...] = growth, rest
+            if m is not None:
+                to.scores[0][...] = jnp.where(row > column, m, 0.0)
+            to.scores[-1][...] = config.scale * p
+        else:
+            _store(to.scores, p, passes)
+            _store(to.q, growth * q, config.passes)
+            if m is not None:
+                _store(to.w, growth * w, config.passes)
+            _store(to.k, rest * k, passes)
+            to.growth[...] = growth[-8:]
         if m is not None:
-            a.append(scalars.column("beta", h) * m)
+            to_a[...] = scalars.column("beta", h) * m
         yield
-    if not a:
-        return
-    inverses = yield from unit_lower_inverses(a, passes)
-    for to, x in zip(refs, inverses, strict=True):
-        for ref, summand in zip(to.inverse, split_bf16(x, passes), strict=True):
-            ref[...] = summand
 
 
-def _scores(config: ScanConfig, keys, to: _Prepared) -> Generator[None, None, tuple[Array | None, Array]]:
-    """M (None in linear attention) and P / s of one head, segments not masked; stores the factors of the decay."""
-    q, k, w = _take(config, keys)
+def _invert(config: ScanConfig, refs) -> Steps:
+    """The second stage: X from beta M."""
+    passes = exact_passes(config.passes)
+    inverses = yield from unit_lower_inverses([head_refs[0] for head_refs in refs], passes, config.stacked)
+    for head_refs, x in zip(refs, inverses, strict=True):
+        _store(head_refs[1 : 1 + len(_summands((), passes))], x, passes)
+
+
+def _scores(
+    config: ScanConfig, keys, decay: Array, factors
+) -> Generator[None, None, tuple[Array, tuple[Array, Array]]]:
+    """Scores of one head [C, C], segments not masked, and (e^G, e^(G_C - G)); stores the factors of the decay.
+
+    P / s stands on and below the diagonal, with beta M^T above it: tokens without the bit of a level read there what
+    those with it read below. A level is right between blocks of 2^level tokens of one block of twice that size. Inside
+    these blocks finer levels are kept; outside of them, coarser ones overwrite it.
+    """
+    q, k, _ = keys
     size, passes = config.chunk, exact_passes(config.passes)
-    row, column = iotas((size, size))
-    p = jnp.where(row == column, jnp.sum(q * k, axis=1, keepdims=True), 0.0)
-    m = jnp.zeros((size, size), jnp.float32) if config.beta else None
-    before, after, total = keys[-1], jnp.zeros_like(keys[-1]), keys[-1]
+    shape = (size // 8, 8, size)
+    block, row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
+    # Registers of 8 rows differ in one constant alone.
+    apart, first = row ^ column, 8 * block
+    scores = jnp.broadcast_to(jnp.sum(q * k, axis=1, keepdims=True), (size, size))
+    ladder = _ladder(decay, len(_levels(config)))
     for level in _levels(config):
-        bit = _has_bit(before.shape, level)
-        factor = jnp.exp(jnp.where(bit, before, after))
-        if to.factors is not None:
-            to.factors[level] = factor
-        pairs = _pairs(size, level)
-        columns = split_bf16(factor * k, passes)
-        rows = _merge_rows(factor * q, None if m is None else factor * w, level)
-        of_q, of_w = _divide_rows(product(rows, columns, "nt", passes), level, m is not None)
+        factor = next(ladder)
+        if factors is not None:
+            factors[level] = factor
+        found = product(*_operands(config, keys, factor, level), "nt", passes, config.stacked)
         yield
-        p = jnp.where(pairs, of_q, p)
-        m = m if of_w is None else jnp.where(pairs, of_w, m)
-        sibling = _of_sibling(total, level)
+        if found.shape[0] < size:
+            found = _weave(_halves(scores, level)[0], found, level)
+        known = apart >> level == first >> level
+        scores = jnp.where(known, scores.reshape(shape), found.reshape(shape)).reshape(size, size)
+    return scores, next(ladder)
+
+
+def _operands(config: ScanConfig, keys, factor: Array, level: int) -> list[tuple[Array, ...]]:
+    """Left and right operand of the scores of a level, in summands: q, w of tokens with the bit, k of the others.
+
+    Without beta nobody reads at tokens without the bit: the left operand then has only the rows of `_rows`.
+    """
+    (q, k, w), passes = keys, exact_passes(config.passes)
+    if level < 3:
+        q, k, w = factor * q, factor * k, (factor * w if config.erase else None)
+        bit = _has_bit(k.shape, level)
+        right = k if w is None else jnp.where(bit, w, k)
+        return [split_bf16(x, passes) for x in (jnp.where(bit, q, k) if config.beta else q, right)]
+    (after, before), (k, k_bit) = _halves(factor, level), _halves(k, level)
+    k, rows = after * k, (before * _rows(q, level), before * (_rows(w, level) if config.erase else k_bit))
+    if not config.beta:
+        # What stands in the columns with the bit is overwritten.
+        return [split_bf16(rows[0], passes), split_bf16(_weave(k, k, level), passes)]
+    if level == 3:
+        return [split_bf16(_weave(k, x, level), passes) for x in rows]
+    # Registers of bfloat16 hold 16 rows: k is split once.
+    k = split_bf16(k, passes)
+    return [tuple(_weave(one, other, level) for one, other in zip(k, split_bf16(x, passes), strict=True)) for x in rows]
+
+
+def _repeat(x: Array, times: int) -> Array:
+    """Repeats every 8 rows of x."""
+    return jnp.concatenate([x[top : top + 8] for top in range(0, x.shape[0], 8) for _ in range(times)])
+
+
+def _ladder(decay: Array, levels: int) -> Generator[Any, None, None]:
+    """Yields the factors of every level, exp(p) at tokens with its bit, exp(f) at the others; then (e^p, e^f)."""
+    size, width = decay.shape
+    # The chip's exponential has base 2.
+    g = (decay * LOG2_E).reshape(size // 8, 8, width)
+    row = lax.broadcasted_iota(jnp.int32, g.shape, 1)
+    before, after, total = g, jnp.zeros_like(g), g
+    for level in range(min(levels, 3)):
+        bit, half = (row >> level) & 1 == 1, 1 << level
+        yield jnp.exp2(jnp.where(bit, before, after)).reshape(size, width)
+        sibling = pltpu.roll(total, half, 1)
+        if half < 4:
+            sibling = jnp.where(bit, sibling, pltpu.roll(total, 8 - half, 1))
         before, after = jnp.where(bit, before + sibling, before), jnp.where(bit, after, after + sibling)
         total += sibling
-    to.growth[...], to.rest[...] = jnp.exp(before), jnp.exp(after)
-    return m, p
+    # From here on halves of blocks are whole registers, and every 8 rows of `total` are equal: one block has 8.
+    before, after, total = (x.reshape(size, width) for x in (before, after, total))
+    for level in range(3, levels):
+        (p, p_bit), (f, f_bit), totals = _halves(before, level), _halves(after, level), _halves(total, 3)
+        yield jnp.exp2(_weave(f, p_bit, level))
+        of_first, of_second = (_repeat(x, 1 << (level - 3)) for x in totals)
+        before, after = _weave(p, p_bit + of_first, level), _weave(f + of_second, f_bit, level)
+        total = totals[0] + totals[1]
+    yield jnp.exp2(before), jnp.exp2(after)
 
 
 def _last_row(x: Array) -> Array:
@@ -213,22 +344,26 @@ def _decay_state(config: ScanConfig, scalars: TokenScalars, h: int, growth: Arra
 
 
 def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, keys, v, state):
+    del keys
     mm = functools.partial(product, passes=config.passes)
-    q, k, w = _take(config, keys)
-    refs = _Prepared.of(config, prepared)
-    growth, u = refs.growth[...], v.astype(jnp.float32)
+    refs = _Scaled.of(config, prepared)
+
+    def read(summands):
+        return tuple(ref[...] for ref in summands)
+
+    u = v.astype(jnp.float32)
     if config.beta:
-        stored = scalars.decay_in(h, mm(growth * w, state[...], "nn"))
+        stored = scalars.decay_in(h, mm(read(refs.w), state[...], "nn"))
         yield
         missing = scalars.column("alpha", h) * u - scalars.column("beta", h) * stored
-        u = config.exact(tuple(ref[...] for ref in refs.inverse), missing, "nn")
+        u = config.exact(read(refs.inverse), missing, "nn")
         yield
-    o = config.scale * scalars.decay_in(h, mm(growth * q, state[...], "nn"))
+    o = scalars.decay_in(h, mm(read(refs.q), state[...], "nn"))
     yield
-    o += config.exact(tuple(ref[...] for ref in refs.scores), u, "nn")
+    o = config.scale * (o + config.exact(read(refs.scores), u, "nn"))
     yield
-    written = config.exact(refs.rest[...] * k, scalars.write(h, u), "tn")
-    return o, _decay_state(config, scalars, h, growth, state[...]) + written
+    written = config.exact(read(refs.k), scalars.write(h, u), "tn")
+    return o, _decay_state(config, scalars, h, refs.growth[...], state[...]) + written
 
 
 def _backward(
@@ -302,32 +437,48 @@ def _descend(config: ScanConfig, keys, dscores, dgrown, refs: _Prepared, carried
     dw = None if dm is None else growth * dgrown_w
     dbefore = dbefore if dw is None else dbefore + w * dw
     dq, dk = dq + diagonal * k, dk + diagonal * q
+    # The pairs of a level with its rows; registers of 8 rows differ in one constant alone.
+    shape = (size // 8, 8, size)
+    block, row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in range(3))
     for level in reversed(_levels(config)):
-        bit = _has_bit(q.shape, level)
-        dtotal += _of_sibling(dtotal + jnp.where(bit, dbefore, dafter), level)
+        dtotal += _of_sibling(dtotal + _choose(dafter, dbefore, level), level)
         yield
-        factor, pairs = refs.factors[level], _pairs(size, level)
-        rows = _merge_rows(factor * q, None if dm is None else factor * w, level)
-        dpairs, dpairs_w = (None if x is None else jnp.where(pairs, x, 0.0) for x in (dp, dm))
-        dpairs, columns = _merge_rows(dpairs, dpairs_w, level), split_bf16(factor * k, passes)
+        factor, pairs = refs.factors[level], (row ^ column) >> level == (8 * block >> level) ^ 1
+        own, own_q, own_w = (_rows(x, level) for x in (factor, q, w))
+        rows = _merge_rows(own * own_q, None if dm is None else own * own_w, level)
+        dpairs = _merge_rows(*(
+            None if x is None else _rows(jnp.where(pairs, x.reshape(shape), 0.0).reshape(x.shape), level)
+            for x in (dp, dm)
+        ), level)  # fmt: skip
+        columns = factor * k
+        columns = columns if level < 3 else _weave(*[_halves(columns, level)[0]] * 2, level)
         # What is not at a row of the level, or not at a column, is 0.
-        dq_level, dw_level = _divide_rows(product(dpairs, columns, "nn", passes), level, dm is not None)
-        dk_level = factor * mm(dpairs, rows, "tn")
+        dq_level, dw_level = _divide_rows(product(dpairs, columns, "nn", passes, config.stacked), level, dm is not None)
+        dk_level = mm(dpairs, rows, "tn")
         yield
-        dq_level *= factor
-        dbefore += q * dq_level
+        dq_level *= own
+        dq, change = _add_rows(dq, dq_level, level), own_q * dq_level
         if dw_level is not None:
-            dw_level *= factor
-            dw += dw_level
-            dbefore += w * dw_level
+            dw_level *= own
+            dw, change = _add_rows(dw, dw_level, level), change + own_w * dw_level
+        dbefore = _add_rows(dbefore, change, level)
         yield
-        dq, dk, dafter = dq + dq_level, dk + dk_level, dafter + k * dk_level
+        dk_level *= factor
+        dk, dafter = _choose(dk + dk_level, dk, level), _choose(dafter + k * dk_level, dafter, level)
     dkeys = (dq, dk if dw is None or config.erase else dk + dw, dw)[: config.keys]
     return *dkeys, dbefore + dtotal
 
 
 STEPS = {
-    erases: ChunkStep(f"channel_{name}", _forward, _backward, (_prepare,), _prepared, delay=8)
+    erases: ChunkStep(
+        f"channel_{name}",
+        _forward,
+        _backward,
+        (_prepare, _invert) if erases else (_prepare,),
+        _prepared,
+        delay=14,
+        stagger=6,
+    )
     for erases, name in ((False, "linear_attention"), (True, "delta_rule"))
 }
 

@@ -23,7 +23,7 @@ from memformer.core.types import Array, Float
 from memformer.pallas.documents import align, restore
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning
-from memformer.pallas.tpu.interleave import Steps, interleave, interleave_groups
+from memformer.pallas.tpu.interleave import Steps, delayed, interleave, interleave_groups
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig
 from memformer.pallas.tpu.matrix_memory.token_scalars import (
     ScalarGradients,
@@ -53,6 +53,8 @@ class ChunkStep:
         forward and backward then receive as `prepared`. () where nothing is prepared.
       prepared: (config, backward) to shape and dtype of what the stages store per head.
       delay: steps of the stages before the heads start: their products fill the MXU where the inverse leaves it idle.
+      stagger: steps of the first stage by which each pair of heads starts after the one before it, so that its work for
+        the vector unit lies beside that of other stages for the MXU.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ChunkStep:
     prepare: tuple[Callable[..., Steps], ...] = ()
     prepared: Callable[[ScanConfig, bool], list[tuple[tuple[int, ...], Any]]] | None = None
     delay: int = 0
+    stagger: int = 0
 
     @property
     def prefetch(self) -> int:
@@ -196,8 +199,12 @@ class _Chunk:
         if not self.step.prepare:
             interleave(heads)
             return
-        chains = [self._prepare(s, pair) for s in range(self.step.prefetch) for pair in self.config.head_pairs]
-        interleave([*chains, interleave_groups(heads, self.config.interleaved, self.step.delay)])
+        chains = []
+        for stage in range(self.step.prefetch):
+            stagger = 0 if stage else self.step.stagger
+            pairs = enumerate(self.config.head_pairs)
+            chains += [delayed(self._prepare(stage, pair), i * stagger) for i, pair in pairs]
+        interleave([*chains, delayed(interleave_groups(heads, self.config.interleaved), self.step.delay)])
 
     def _prepare(self, stage: int, heads: tuple[int, ...]) -> Steps:
         count, slot = self.config.keys, self._slots[stage]

@@ -28,7 +28,7 @@ class ScanConfig(BaseScanConfig):
       max_heads: value heads per program, at most.
       remat: what is saved for the backward pass, see `Tuning`.
       passes: MXU passes per product.
-      interleaved: see `Tuning`.
+      interleaved, stacked: see `Tuning`.
       erase: whether there is an erase vector other than k.
       channels: whether each key channel has a log decay of its own; `decay` is then False.
     """
@@ -37,6 +37,7 @@ class ScanConfig(BaseScanConfig):
     remat: str
     passes: int
     interleaved: int
+    stacked: bool
     erase: bool = False
     channels: bool = False
 
@@ -46,7 +47,7 @@ class ScanConfig(BaseScanConfig):
 
     def exact(self, a, b, contract: str) -> Array:
         """The `product` of operands that cancel when keys repeat."""
-        return product(a, b, contract, exact_passes(self.passes))
+        return product(a, b, contract, exact_passes(self.passes), self.stacked)
 
     @property
     def program_heads(self) -> int:
@@ -116,6 +117,7 @@ def plan_call(call: MatrixCall, sizes: tuning.Tuning | None = None) -> ScanConfi
         remat=sizes.remat,
         passes=PASSES[call.precision],
         interleaved=sizes.interleaved,
+        stacked=sizes.stacked,
         decay=call.decay is not None and not call.decay_per_channel,
         erase=call.w is not None,
         channels=call.decay_per_channel,

@@ -43,7 +43,7 @@ def first_stage(config: ScanConfig, a: Sequence[Array], refs) -> Steps:
     for one, head_refs in zip(a, refs, strict=True):
         head_refs[0][...] = one
     blocks = yield from invert_blocks(a)
-    blocks = yield from join_blocks(a, blocks, exact_passes(config.passes), min(JOINED, config.chunk))
+    blocks = yield from join_blocks(a, blocks, exact_passes(config.passes), min(JOINED, config.chunk), config.stacked)
     for one, head_refs in zip(blocks, refs, strict=True):
         head_refs[1][...] = one
 
@@ -52,7 +52,7 @@ def second_stage(config: ScanConfig, refs) -> Steps:
     """Stores the inverse of each head; refs: as of `first_stage`, others may follow."""
     passes, count = exact_passes(config.passes), inverse_summands(config)
     a, blocks = zip(*(head_refs[:SCRATCH] for head_refs in refs), strict=True)
-    inverses = yield from join_blocks(a, [ref[...] for ref in blocks], passes)
+    inverses = yield from join_blocks(a, [ref[...] for ref in blocks], passes, stacked=config.stacked)
     for head_refs, inverse in zip(refs, inverses, strict=True):
         for ref, summand in zip(head_refs[SCRATCH : SCRATCH + count], split_bf16(inverse, passes), strict=True):
             ref[...] = summand
