@@ -59,7 +59,8 @@ def chunk_traffic(case: Case, chunk: int, backward: bool) -> tuple[float, float]
     scalars = 4 * (delta + (delta or carries) + carries + bool(case.decay) + bool(case.segments))
     # The delta rule's intra-chunk stage reads them once more.
     scalars *= 2 if delta else 1
-    state = 4 * K * V / chunk
+    # One pass per product: the states are saved in bfloat16.
+    state = 2 * K * V / chunk
     passes = 2 if backward else 1
     # The backward pass also reads the output's gradient, and writes those of q, k and v.
     least = case.itemsize * (passes * 2 * shared * K + (3 * V if backward else 2 * V))

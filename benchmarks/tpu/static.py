@@ -279,7 +279,7 @@ def compile_kernel(case: Case, topology: str, config: ScanConfig, backward: bool
     value: Array = ((batch, heads, length, config.value), wide)
     documents = (config.documents,) * bool(config.documents)
     state: Array = ((batch, heads, *documents, config.key, config.value), scalar)
-    states: Array = ((batch, heads, config.chunks, config.key, config.value), scalar)
+    states: Array = ((batch, heads, config.chunks, config.key, config.value), jnp.dtype(config.states_dtype).name)
     arrays: list[Array] = [((batch, config.groups, length, config.key), wide)] * config.keys + [value]
     arrays += [((batch, heads, length, config.key), scalar)] * config.channels
     arrays += [states, value, state] if backward else [state]

@@ -155,7 +155,8 @@ def test_what_is_saved():
     length, heads, width = 1024, 2, 128
     # q, k, v, o in bfloat16, beta and decay in float32.
     arrays, numbers = 4 * 2 * width, 4 * 2
-    states = 4 * width * width / 128
+    # Products of one pass round the states to bfloat16 anyway.
+    states = 2 * width * width / 128
     bound = length * heads * (arrays + numbers + states)
     assert length * heads * states < saved_bytes(tuning.Tuning(128, 2, 128), length, heads, width) <= bound
     assert saved_bytes(tuning.Tuning(128, 2, 128, "inputs"), length, heads, width) <= bound - length * heads * states

@@ -409,7 +409,7 @@ def _backward(
     yield
     dscaled_k = mm(scalars.write(h, u), ds[...], "nt")
     yield
-    carried = _decay_state(config, scalars, h, growth, ds[...] * state[...])
+    carried = _decay_state(config, scalars, h, growth, ds[...] * state[...].astype(jnp.float32))
     by_key = yield from _descend(config, (q, k, w), (dp, dm), (dgrown_q, dgrown_w, dscaled_k), refs, carried)
     return by_key, dv, _decay_state(config, scalars, h, growth, ds[...]) + dstate
 

@@ -265,7 +265,7 @@ def _forward_kernel(*refs, step: ChunkStep, config: ScanConfig, save: bool):
 
     def compute(h):
         if states_ref is not None:
-            states_ref[0, h, 0] = s_ref[h]
+            states_ref[0, h, 0] = s_ref[h].astype(states_ref.dtype)
         prepared, keys = chunk.head(h)
         o, state = yield from step.forward(config, chunk.scalars, h, prepared, keys, v_ref[0, h], s_ref.at[h])
         o_ref[0, h] = o.astype(o_ref.dtype)
@@ -291,8 +291,8 @@ def forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
 
     With states per document start is [B, H, P, K, V], and the last array is the document of each chunk [B, N].
 
-    Returns o, the last state, and, if `save`, the states that enter the chunks [B, H, N, K, V]. States of documents
-    without chunks are not written.
+    Returns o, the last state, and, if `save`, the states that enter the chunks [B, H, N, K, V], in `states_dtype`.
+    States of documents without chunks are not written.
     """
     documents, arrays = _split_documents(config, arrays, last=True)
     keys, v, channels, start, scalars = _split_arrays(config, arrays, 1)
@@ -304,7 +304,7 @@ def forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
     if save:
         out_specs.append(blocks.states)
         states = (config.batch, config.heads, config.chunks, config.key, config.value)
-        out_shape.append(varying_result(states, jnp.float32, *like))
+        out_shape.append(varying_result(states, config.states_dtype, *like))
     scalars, scalar_blocks = _scalar_inputs(step, config, blocks, scalars)
     state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
     in_specs = [

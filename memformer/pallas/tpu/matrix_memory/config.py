@@ -5,6 +5,9 @@ value heads share a query and key head, so that a program reads max(1, P / R) of
 """
 
 import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
 
 from memformer.core.calls import MatrixCall
 from memformer.core.types import Array
@@ -48,6 +51,11 @@ class ScanConfig(BaseScanConfig):
     def exact(self, a, b, contract: str) -> Array:
         """The `product` of operands that cancel when keys repeat."""
         return product(a, b, contract, exact_passes(self.passes), self.stacked)
+
+    @property
+    def states_dtype(self) -> Any:
+        """Dtype of the states saved for the backward pass: its products round them to bfloat16 in one pass."""
+        return jnp.bfloat16 if self.passes == 1 else jnp.float32
 
     @property
     def program_heads(self) -> int:

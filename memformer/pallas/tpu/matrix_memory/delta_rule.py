@@ -133,7 +133,7 @@ def _backward(
     yield
     if config.carries:
         carried = config.scale * mm(q, state[...], "nn")
-        gradients.add_decay(h, do.astype(jnp.float32) * carried - dv * stored, state[...] * ds[...])
+        gradients.add_decay(h, do.astype(jnp.float32) * carried - dv * stored, state[...].astype(jnp.float32) * ds[...])
     yield
     return (dq, dk), dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn") - config.exact(k, e, "tn")
 

@@ -64,7 +64,7 @@ def _backward(
     if config.carries:
         carried = config.scale * mm(q, state[...], "nn")
         gradients.add_column("write", h, jnp.sum(v.astype(jnp.float32) * dwrites, axis=1, keepdims=True))
-        gradients.add_decay(h, do.astype(jnp.float32) * carried, state[...] * ds[...])
+        gradients.add_decay(h, do.astype(jnp.float32) * carried, state[...].astype(jnp.float32) * ds[...])
     yield
     if config.decay:
         change = dqk * qk
