@@ -16,8 +16,9 @@ from memformer.pallas.gpu import compat, tuning
 from memformer.pallas.gpu.interpreter import interpreted
 from memformer.pallas.gpu.inverse import inverse_scratch, unit_lower_inverse
 from memformer.pallas.gpu.matrix_memory import chunk_scan
-from tests.numeric import assert_close, relative_rms
+from tests.numeric import FORWARD, GRADIENT, assert_close, relative_rms
 from tests.ops import test_ops as suite
+from tests.ops.specs import recurrent_arrays
 from tests.pallas.gpu_interpreter import teach
 from tests.pallas.test_tpu import keys
 
@@ -52,6 +53,41 @@ def test_packed_against_oracle(name, interpreter):
     got, _ = suite.evaluate(name, "pallas", suite.cast(arrays, "bfloat16"), suite.cast(state, "float32"), ids)
     assert got["output"].dtype == jnp.bfloat16
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
+
+
+# Documents of two chunks and of one, with padding before, inside and behind them, and places without one. The first
+# row alone where the interpreter takes long.
+DOCUMENTS = np.array([[0] * 2 + [4] * 3 + [0] + [4] * 64 + [1] * 5 + [0] * 2, [3] * 77])
+OF_DOCUMENTS = {
+    "delta_rule": (1, recurrent_arrays("channel", groups=1)),
+    "linear_attention": (2, recurrent_arrays("head", beta=False)),
+}
+
+
+@interprets
+@pytest.mark.parametrize("name", OF_DOCUMENTS)
+def test_states_per_document(name, interpreter):
+    """Output, states and all gradients; a place without a document keeps its state, and its gradient passes."""
+    rng, (rows, arrays) = np.random.default_rng(9), OF_DOCUMENTS[name]
+    ids, states = DOCUMENTS[:rows], rng.standard_normal((rows, 3, 2, 8, 4))
+    given = arrays(rng, *ids.shape)
+    given = {key: suite.cast(x, "bfloat16" if key in "qkv" else "float32") for key, x in given.items()}
+
+    def run(given, states, implementation):
+        options = {"segment_ids": ids, "initial_state": states, "implementation": implementation}
+        output, last = getattr(mf, name)(**given, **options)
+        output = output.astype(last.dtype)
+        return jnp.sum(jnp.sin(output)) + jnp.sum(jnp.sin(last)), (output, last)
+
+    graded = jax.jit(jax.value_and_grad(run, argnums=(0, 1), has_aux=True), static_argnums=2)
+    got = graded(given, suite.cast(states, "float32"), "pallas")
+    with jax.enable_x64(True):
+        exact = suite.cast(jax.tree.map(np.asarray, (given, suite.cast(states, "float32"))), "float64")
+        want = jax.tree.map(np.asarray, graded(*exact, "recurrent"))
+    (_, seen), gradients = got
+    assert_close(seen, want[0][1], FORWARD["bfloat16"])
+    assert_close(gradients, want[1], GRADIENT["bfloat16"])
+    assert np.array_equal(seen[1][:, 2], states[:, 2].astype("float32"))
 
 
 @interprets

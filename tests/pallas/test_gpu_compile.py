@@ -23,7 +23,7 @@ CASES = [
     Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2),
     Case("deltaformer", 1, 2048, 2, 1, decay="head", segments=2),
     Case("delta_rule", 1, 256, 2, 1, decay="channel", segments=2),
-    Case("linear_attention", 1, 256, 2, 1, decay="channel", segments=2),
+    Case("linear_attention", 1, 256, 2, 1, decay="channel", segments=2, documents=True),
     Case("delta_rule", 1, 256, 2, 1, 256, 64, "float16", decay="channel", segments=2),
     Case("delta_rule", 64, 8, 4, 2, decay="channel", segments=2),
     Case("softmax_attention", 4, 8, 4, 2, 256, 256, decay="head", window=9, slots=128),

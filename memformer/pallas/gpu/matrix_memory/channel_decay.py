@@ -35,10 +35,11 @@ from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
 from memformer.pallas import token_scalars
+from memformer.pallas.documents import restore
 from memformer.pallas.gpu.matrix_memory.channel_decay_backward import operand_gradients, score_gradients
 from memformer.pallas.gpu.matrix_memory.channel_decay_scan import scan_backward, scan_forward
 from memformer.pallas.gpu.matrix_memory.channel_decay_scores import ChannelConfig, intra_chunk
-from memformer.pallas.gpu.matrix_memory.config import plan_call, take
+from memformer.pallas.gpu.matrix_memory.config import align_documents, plan_call, take
 from memformer.pallas.gpu.wgmma import split_outside
 from memformer.pallas.sharding import split_batch_and_heads
 
@@ -116,11 +117,13 @@ def _stack(config: ChannelConfig, scalars: dict[str, Array]) -> tuple[Array, ...
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(config: ChannelConfig, arrays: _Arrays, start: Array) -> tuple[Array, Array]:
-    return _forward(config, False, arrays, start)[:2]
+def _chunkwise(config: ChannelConfig, arrays: _Arrays, start: Array, spans: tuple[Array, ...]) -> tuple[Array, Array]:
+    return _forward(config, False, arrays, start, spans)[:2]
 
 
-def _forward(config: ChannelConfig, save: bool, arrays: _Arrays, start: Array) -> tuple[Array, ...]:
+def _forward(
+    config: ChannelConfig, save: bool, arrays: _Arrays, start: Array, spans: tuple[Array, ...]
+) -> tuple[Array, ...]:
     """O, the last state and, to be saved, P, X, the states that enter chunks, and U."""
     operands, chunk_decay = _split_scaled(config, *_scaled(config, arrays)[0])
     named = _stack(config, arrays.scalars)
@@ -130,42 +133,49 @@ def _forward(config: ChannelConfig, save: bool, arrays: _Arrays, start: Array) -
         _forward_kernels,
         (config, save),
         config.axes,
-        operands=(TIME,) * (len(inputs) - 1 - len(named)) + (OTHER,) * (2 + len(named)),
+        operands=(TIME,) * (len(inputs) - 1 - len(named)) + (OTHER,) * (2 + len(named)) + (None,) * len(spans),
         results=(TIME, OTHER) + ((OTHER,) * (3 + 2 * beta) + (TIME,) * (2 * beta)) * save,
     )
-    return tuple(kernels(*inputs, start))
+    return tuple(kernels(*inputs, start, *spans))
 
 
 def _forward_kernels(config: ChannelConfig, save: bool, *inputs: Array) -> tuple[Array, ...]:
-    """One device's shard of `_forward`; inputs: q, k, w, decay, scaled operands, v, chunk decay, scalars, state."""
+    """One device's shard of `_forward`.
+
+    Args:
+      config: sizes.
+      save: whether the backward pass follows.
+      *inputs: q, k, w, decay, scaled operands, v, chunk decay, scalars, the first state and the chunks of documents.
+    """
     beta, parts = config.beta, config.input_parts
-    keys, (decay,), operands, v, (chunk_decay, *scalars, start) = take(inputs, 2 + beta, 1, parts + 2 + 2 * beta, parts)
+    keys, (decay,), operands, v, rest = take(inputs, 2 + beta, 1, parts + 2 + 2 * beta, parts)
+    (chunk_decay,), scalars, (start, *spans) = take(rest, 1, bool(config.scalars))
     config = config.local(keys[0], v[0])
     squares = intra_chunk(config, keys[0], keys[1], decay, scalars, erase=False)
     if beta:
         squares += intra_chunk(config, keys[2], keys[1], decay, scalars, erase=True)
-    o, end, *saved = scan_forward(config, save, (*operands, *v, chunk_decay, *squares, *scalars[:beta]), start)
+    o, end, *saved = scan_forward(config, save, (*operands, *v, chunk_decay, *squares, *scalars[:beta]), start, spans)
     return (o, end, *squares, *saved) if save else (o, end)
 
 
-def _chunkwise_forward(config, arrays, start):
-    o, end, *saved = _forward(config, True, arrays, start)
-    return (o, end), (arrays, saved)
+def _chunkwise_forward(config, arrays, start, spans):
+    o, end, *saved = _forward(config, True, arrays, start, spans)
+    return (o, end), (arrays, saved, spans)
 
 
-def _chunkwise_backward(config: ChannelConfig, inputs: tuple[_Arrays, list[Array]], cotangents):
-    (arrays, saved), (do, dend), beta, parts = inputs, cotangents, config.beta, config.input_parts
+def _chunkwise_backward(config: ChannelConfig, inputs: tuple[_Arrays, list[Array], tuple[Array, ...]], cotangents):
+    (arrays, saved, spans), (do, dend), beta, parts = inputs, cotangents, config.beta, config.input_parts
     scaled, pull = _scaled(config, arrays)
     operands, chunk_decay = _split_scaled(config, *scaled)
     named = _stack(config, arrays.scalars)
     inputs = (*arrays.keys(), *_split(config, arrays.v), arrays.decay, *operands, *_split(config, do))
-    inputs = (*inputs, *saved[3 + 2 * beta :], chunk_decay, dend, *saved[: 3 + 2 * beta], *named)
+    inputs = (*inputs, *saved[3 + 2 * beta :], chunk_decay, dend, *saved[: 3 + 2 * beta], *named, *spans)
     many = 2 + beta
     kernels = split_batch_and_heads(
         _backward_kernels,
         (config,),
         config.axes,
-        operands=(TIME,) * (5 + 5 * beta + 3 * parts) + (OTHER,) * (5 + 2 * beta + len(named)),
+        operands=(TIME,) * (5 + 5 * beta + 3 * parts) + (OTHER,) * (5 + 2 * beta + len(named)) + (None,) * len(spans),
         results=(TIME,) * (config.gradient_parts + many) + (OTHER,) * 2 + (TIME,) * (3 * (1 + beta)),
     )
     dr, dscaled, (dchunk, dstart), by_scores = take(kernels(*inputs), config.gradient_parts, many, 2)
@@ -185,7 +195,7 @@ def _chunkwise_backward(config: ChannelConfig, inputs: tuple[_Arrays, list[Array
         dv = dr * arrays.scalars["alpha"].reshape(*dr.shape[:3], 1)
     shared = (x.reshape(*x.shape[:2], config.groups, config.repeat, config.key).sum(3) for x in gradients)
     dq, dk, *dw = ((x + y).astype(like.dtype) for x, y, like in zip(dkeys, shared, arrays.keys(), strict=True))
-    return _Arrays(dq, dk, dv.astype(arrays.v.dtype), dw[0] if beta else None, ddecay, dscalars), dstart
+    return _Arrays(dq, dk, dv.astype(arrays.v.dtype), dw[0] if beta else None, ddecay, dscalars), dstart, None
 
 
 def _backward_kernels(config: ChannelConfig, *inputs: Array) -> tuple[Array, ...]:
@@ -194,7 +204,7 @@ def _backward_kernels(config: ChannelConfig, *inputs: Array) -> tuple[Array, ...
     Args:
       config: sizes.
       *inputs: q, k, w, v, decay, scaled operands, dO, U, chunk decay, gradient of the last state, P, X, the states that
-        enter chunks, scalars; w, U and X with beta.
+        enter chunks, scalars and the chunks of documents; w, U and X with beta.
 
     Returns:
       dR, gradients of scaled q, k, w and of the chunk decay, of the first state, then of q, k and decay by P, and of w,
@@ -202,9 +212,9 @@ def _backward_kernels(config: ChannelConfig, *inputs: Array) -> tuple[Array, ...
     """
     beta, count, parts = config.beta, 2 + 2 * config.beta, config.input_parts
     keys, v, (decay,), operands, do, u, inputs = take(inputs, 2 + beta, parts, 1, parts + 2 + 2 * beta, parts, 2 * beta)
-    (chunk_decay, dend), squares, (states,), scalars = take(inputs, 2, count, 1)
+    (chunk_decay, dend), squares, (states,), scalars, spans = take(inputs, 2, count, 1, bool(config.scalars))
     config = config.local(keys[0], v[0])
-    *dr, dstates, dstart = scan_backward(config, (*operands, *do, chunk_decay, *squares), dend)
+    *dr, dstates, dstart = scan_backward(config, (*operands, *do, chunk_decay, *squares), dend, spans)
     masks = scalars if config.segments else ()
     values = (u, dr) if beta else (v, ())
     dq, dk, dchunk, *rest = operand_gradients(config, do, *values, states, dstates, masks)
@@ -230,6 +240,7 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     plan, width = plan_call(call), call.q.shape[3]
     fields: dict[str, Any] = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan)}
     config = ChannelConfig(**fields | {"decay": False})
+    call, documents, spans = align_documents(config, call)
     length, value = call.q.shape[1], call.v.shape[-1]
 
     def pad(x, width):
@@ -243,8 +254,9 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     scalars = {name: x.transpose(0, 2, 3, 1) for name, x in token_scalars.token_scalars(config, call).items()}
     scalars = {"alpha": scalars["beta"]} | scalars if config.beta else scalars
     arrays = _Arrays(pad(call.q, config.key), pad(call.k, config.key), pad(call.v, config.value), w, decay, scalars)
-    state = pad_time(pad_time(call.state.astype(jnp.float32), config.key, axis=2), config.value, axis=3)
+    state = pad_time(pad_time(call.state.astype(jnp.float32), config.key, axis=-2), config.value, axis=-1)
     # All or none must vary over an axis of a surrounding shard_map, gradients too.
     arrays, state = jax.tree.map(lambda x: vary_like(x, *jax.tree.leaves((arrays, state))), (arrays, state))
-    o, end = _chunkwise(config, arrays, state)
-    return o[:, :length, :, :value], end[:, :, :width, :value]
+    o, end = _chunkwise(config, arrays, state, spans)
+    o, end = o[:, :length, :, :value], end[..., :width, :value]
+    return (o, end) if documents is None else restore(documents, o, end)

@@ -7,7 +7,7 @@ shared memory holds one of scaled k and w: what is needed last takes the place o
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,16 +59,40 @@ def _arriving(config: ChannelConfig, counts: dict[str, int], last: str) -> dict[
 
 def _columns(config: ChannelConfig):
     """The value columns of a program."""
-    return pl.ds(lax.axis_index(AXES[2]) * config.value_block, config.value_block)
+    block = lax.axis_index(AXES[2])
+    if config.documents:
+        block = lax.rem(block, jnp.int32(config.value // config.value_block))
+    return pl.ds(block * config.value_block, config.value_block)
 
 
-def _scan(config: ChannelConfig, start, end, step: Callable) -> None:
+class _Part(NamedTuple):
+    """The chunks of a program: of a row or, with states per document, of one document.
+
+    Attributes:
+      state: index of its state in an array [B, H, K, V] or [B, H, P, K, V].
+      first, steps: its first chunk, and how many it has.
+    """
+
+    state: tuple[Any, ...]
+    first: Any
+    steps: Any
+
+
+def _find_part(config: ChannelConfig, spans: Sequence) -> _Part:
+    b, h, block = (lax.axis_index(name) for name in AXES)
+    state = (slice(None), _columns(config))
+    if not spans:
+        return _Part((b, h, *state), 0, config.chunks)
+    # Programs of one document are neighbours.
+    p = lax.div(block, jnp.int32(config.value // config.value_block))
+    return _Part((b, h, p, *state), spans[0][b, p, 0], spans[0][b, p, 1])
+
+
+def _scan(part: _Part, start, end, step: Callable) -> None:
     """Carries the state from `start` to `end` through step(i, state) of every chunk."""
-    b, h, _ = (lax.axis_index(name) for name in AXES)
-    place = (b, h, slice(None), _columns(config))
-    state = compat.load(start.at[place], plgpu.Layout.WGMMA, optimized=False)
+    state = compat.load(start.at[part.state], plgpu.Layout.WGMMA, optimized=False)
     # Under shard_map loaded values vary over mesh axes by their type, values computed in the kernel do not.
-    end[place] = lax.fori_loop(0, config.chunks, step, state * 1.0)
+    end[part.state] = lax.fori_loop(0, part.steps, step, state * 1.0)
 
 
 def _copy(config: ChannelConfig, n, kind: str, sources: list, targets: list, barrier) -> None:
@@ -99,14 +123,15 @@ def _replace(config: ChannelConfig, n, inputs: Parts, slots: Parts, first: str, 
 def _forward_kernel(*refs, config: ChannelConfig, save: bool):
     counts = _inputs(config, config.beta)
     inputs, refs = _group(counts, refs)
-    (start, o_g, end_g), saved, refs = take(refs, 3, save * (1 + 2 * config.beta))
+    (start, *spans), (o_g, end_g), saved, refs = take(refs, 1 + bool(config.documents), 2, save * (1 + 2 * config.beta))
     blocks, refs = _group(_arriving(config, counts, "k"), refs)
     scratch, (zero_s, *barriers) = take(refs, 7)
     start_anew(zero_s)
     b, h, _ = (lax.axis_index(name) for name in AXES)
-    columns = _columns(config)
+    columns, part = _columns(config), _find_part(config, spans)
 
-    def step(n, state):
+    def step(i, state):
+        n = part.first + i
         tokens = pl.ds(n * config.chunk, config.chunk)
         slots = _start(config, n, inputs, blocks, zero_s, barriers[0])
         state_s, (o_s,), u_s, difference_s, _ = take(anew(zero_s, scratch), 2, 1, 2, 2)
@@ -128,8 +153,8 @@ def _forward_kernel(*refs, config: ChannelConfig, save: bool):
             (u,) = products(partial_products(slots["x"], difference_s))
             store_split(u_s, u)
             plgpu.commit_smem()
-            for part, target in zip(u_s, saved[1:], strict=False):
-                plgpu.copy_smem_to_gmem(part, target.at[b, tokens, h, columns])
+            for x, target in zip(u_s, saved[1:], strict=False):
+                plgpu.copy_smem_to_gmem(x, target.at[b, tokens, h, columns])
         (o,) = products([*partial_products(slots["q"], state_s), *partial_products(slots["p"], writes)])
         store(o_s, o)
         plgpu.commit_smem()
@@ -137,14 +162,16 @@ def _forward_kernel(*refs, config: ChannelConfig, save: bool):
         if len(barriers) > 1:
             plgpu.barrier_wait(barriers[1])
         # After o: both accumulators at once spill.
-        (written,) = products(partial_products([transposed(part) for part in slots["k"]], writes))
+        (written,) = products(partial_products([transposed(x) for x in slots["k"]], writes))
         plgpu.wait_smem_to_gmem(0)
         return decayed + written
 
-    _scan(config, start, end_g, step)
+    _scan(part, start, end_g, step)
 
 
-def scan_forward(config: ChannelConfig, save: bool, operands: Sequence[Array], start: Array) -> tuple[Array, ...]:
+def scan_forward(
+    config: ChannelConfig, save: bool, operands: Sequence[Array], start: Array, spans: Sequence[Array] = ()
+) -> tuple[Array, ...]:
     """O, the last state and, to be saved, the states that enter chunks and, with beta, U in two parts.
 
     Args:
@@ -152,7 +179,9 @@ def scan_forward(config: ChannelConfig, save: bool, operands: Sequence[Array], s
       save: whether the backward pass follows.
       operands: scaled q, k and w (k and w in two parts each; w with beta), v, chunk decay, P, X (two parts each; X with
         beta), the token scalars (with beta). Of float16, q and v have two parts each.
-      start: [B, H, K, V] float32.
+      start: [B, H, K, V] float32, or [B, H, P, K, V] with states per document.
+      spans: the first chunk and the number of chunks of each document, [B, P, 2] int32. What belongs to no document is
+        not written.
     """
     counts = _inputs(config, config.beta)
     shape = _group(counts, operands)[0]["v"][0].shape
@@ -161,22 +190,24 @@ def scan_forward(config: ChannelConfig, save: bool, operands: Sequence[Array], s
         out += [_states(config), *[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * (2 * config.beta)]
     body = functools.partial(_forward_kernel, config=config, save=save)
     blocks = [config.dtype, *["bfloat16"] * 4]
-    return _call(config, "channel_chunk_scan", body, out, operands, counts, "k", start, blocks)
+    return _call(config, "channel_chunk_scan", body, out, operands, counts, "k", (start, *spans), blocks)
 
 
 def _backward_kernel(*refs, config: ChannelConfig):
     beta, counts = config.beta, _inputs(config, False)
     inputs, refs = _group(counts, refs)
-    (start,), dr_g, (dstates_g, dstart_g), refs = take(refs, 1, config.gradient_parts, 2)
+    (start, *spans), dr_g, (dstates_g, dstart_g), refs = take(
+        refs, 1 + bool(config.documents), config.gradient_parts, 2
+    )
     blocks, refs = _group(_arriving(config, counts, "w"), refs)
     parts = (2, config.gradient_parts, 2 * beta)
     scratch, (zero_s, *barriers) = take(refs, sum(parts))
     start_anew(zero_s)
     b, h, _ = (lax.axis_index(name) for name in AXES)
-    columns = _columns(config)
+    columns, part = _columns(config), _find_part(config, spans)
 
     def step(i, state):
-        n = config.chunks - 1 - i
+        n = part.first + part.steps - 1 - i
         slots = _start(config, n, inputs, blocks, zero_s, barriers[0])
         state_s, dr_s, du_s, _ = take(anew(zero_s, scratch), *parts)
         store_split(state_s, state)
@@ -184,7 +215,7 @@ def _backward_kernel(*refs, config: ChannelConfig):
         plgpu.copy_smem_to_gmem(state_s[0], dstates_g.at[b, h, n, :, columns])
         plgpu.barrier_wait(barriers[0])
         decayed = state * load_column(slots["decay"][0], config.value_block)
-        p_t, x_t = ([transposed(part) for part in slots[name]] for name in "px")
+        p_t, x_t = ([transposed(x) for x in slots[name]] for name in "px")
         (dr,) = products([*partial_products(slots["k"], state_s), *partial_products(p_t, slots["v"])])
         if beta:
             _replace(config, n, inputs, slots, "k", "w", barriers)
@@ -193,26 +224,29 @@ def _backward_kernel(*refs, config: ChannelConfig):
             (dr,) = products(partial_products(x_t, du_s))
         store_split(dr_s, dr)
         plgpu.commit_smem()
-        for part, target in zip(dr_s, dr_g, strict=True):
-            plgpu.copy_smem_to_gmem(part, target.at[b, pl.ds(n * config.chunk, config.chunk), h, columns])
+        for x, target in zip(dr_s, dr_g, strict=True):
+            plgpu.copy_smem_to_gmem(x, target.at[b, pl.ds(n * config.chunk, config.chunk), h, columns])
         if len(barriers) > 1:
             plgpu.barrier_wait(barriers[1])
-        q_t, w_t = ([transposed(part) for part in slots[name]] for name in "qw")
+        q_t, w_t = ([transposed(x) for x in slots[name]] for name in "qw")
         pairs = (*partial_products(q_t, slots["v"]), *(partial_products(w_t, dr_s) if beta else ()))
         (through_chunk,) = products(pairs)
         plgpu.wait_smem_to_gmem(0)
         return decayed + through_chunk
 
-    _scan(config, start, dstart_g, step)
+    _scan(part, start, dstart_g, step)
 
 
-def scan_backward(config: ChannelConfig, operands: Sequence[Array], dend: Array) -> tuple[Array, ...]:
+def scan_backward(
+    config: ChannelConfig, operands: Sequence[Array], dend: Array, spans: Sequence[Array] = ()
+) -> tuple[Array, ...]:
     """The parts of dR (without beta of dU = dV), the gradients of the states that leave chunks, and of the first.
 
     Args:
       config: sizes.
       operands: as of `scan_forward`, with dO for v and without token scalars.
-      dend: gradient of the last state, [B, H, K, V] float32.
+      dend: gradient of the last state, [B, H, K, V] float32, or of the documents', [B, H, P, K, V].
+      spans: as of `scan_forward`.
     """
     counts, parts = _inputs(config, False), config.gradient_parts
     shape = _group(counts, operands)[0]["v"][0].shape
@@ -220,7 +254,7 @@ def scan_backward(config: ChannelConfig, operands: Sequence[Array], dend: Array)
     out += [_states(config), jax.ShapeDtypeStruct(dend.shape, jnp.float32)]
     body = functools.partial(_backward_kernel, config=config)
     blocks = ["bfloat16"] * (parts + 2 * config.beta)
-    return _call(config, "channel_chunk_scan_backward", body, out, operands, counts, "w", dend, blocks)
+    return _call(config, "channel_chunk_scan_backward", body, out, operands, counts, "w", (dend, *spans), blocks)
 
 
 def _states(config: ChannelConfig) -> jax.ShapeDtypeStruct:
@@ -229,7 +263,7 @@ def _states(config: ChannelConfig) -> jax.ShapeDtypeStruct:
 
 
 def _call(
-    config: ChannelConfig, name: str, body, out, operands, counts, last: str, state, blocks: Sequence[str]
+    config: ChannelConfig, name: str, body, out, operands, counts, last: str, others, blocks: Sequence[str]
 ) -> tuple[Array, ...]:
     """Launches a scan.
 
@@ -241,7 +275,7 @@ def _call(
       operands: see `scan_forward`; `counts` is their number by kind.
       counts: see `_inputs`.
       last: the kind that is needed last, see `_arriving`.
-      state: [B, H, K, V] float32.
+      others: the states, and the chunks of documents.
       blocks: dtypes of the blocks of a chunk's value columns, scratch beside two of a state.
     """
     C, K, V = config.chunk, config.key, config.value_block
@@ -257,5 +291,5 @@ def _call(
         barriers.append(plgpu.Barrier(num_arrivals=counts[last]))
     scratch += [block(1, K, V)] * 2 + [block(1, C, V, dtype=dtype) for dtype in blocks]
     scratch.append(plgpu.SMEM((1,), jnp.int32))
-    grid = (config.batch, config.heads, config.value // V)
-    return call_kernel(config, name, body, grid, out, [*scratch, *barriers], (*operands, state))
+    grid = (config.batch, config.heads, max(config.documents, 1) * config.value // V)
+    return call_kernel(config, name, body, grid, out, [*scratch, *barriers], (*operands, *others))

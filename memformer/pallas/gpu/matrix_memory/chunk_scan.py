@@ -34,8 +34,9 @@ from memformer.core.calls import MatrixCall
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
+from memformer.pallas.documents import restore
 from memformer.pallas.gpu import tuning
-from memformer.pallas.gpu.matrix_memory.config import ScanConfig, plan_call
+from memformer.pallas.gpu.matrix_memory.config import ScanConfig, align_documents, plan_call, take
 from memformer.pallas.gpu.matrix_memory.intra_chunk import intra_chunk
 from memformer.pallas.gpu.matrix_memory.intra_chunk_backward import intra_chunk_backward
 from memformer.pallas.gpu.matrix_memory.scan_kernels import scan_backward, scan_forward
@@ -49,73 +50,80 @@ __all__ = ["run"]
 TIME, OTHER = 2, 1
 
 # The kernels hold the transposes of states.
-swap = functools.partial(jnp.swapaxes, axis1=2, axis2=3)
+swap = functools.partial(jnp.swapaxes, axis1=-2, axis2=-1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(config: ScanConfig, q, k, v, scalars, start):
-    return _forward(config, False, q, k, v, scalars, start)[:2]
+def _chunkwise(config: ScanConfig, q, k, v, scalars, start, spans):
+    return _forward(config, False, q, k, v, scalars, start, spans)[:2]
 
 
-def _chunkwise_forward(config, q, k, v, scalars, start):
+def _chunkwise_forward(config, q, k, v, scalars, start, spans):
     if config.remat == "inputs":
-        return _chunkwise(config, q, k, v, scalars, start), (q, k, v, scalars, start)
-    o, end, *saved = _forward(config, True, q, k, v, scalars, start)
-    return (o, end), (q, k, v, scalars, saved)
+        return _chunkwise(config, q, k, v, scalars, start, spans), (q, k, v, scalars, start, spans)
+    o, end, *saved = _forward(config, True, q, k, v, scalars, start, spans)
+    return (o, end), (q, k, v, scalars, saved, spans)
 
 
 def _chunkwise_backward(config, inputs, cotangents):
-    q, k, v, scalars, saved = inputs
+    q, k, v, scalars, saved, spans = inputs
     do, dend = cotangents
     if config.remat == "inputs":
-        saved = _forward(config, True, q, k, v, scalars, saved)[2:]
-    squares = 1 + 2 * config.beta
+        saved = _forward(config, True, q, k, v, scalars, saved, spans)[2:]
+    operands = (TIME,) * 4 + (OTHER,) * (3 + 2 * config.beta) + (TIME,) * (2 * config.beta)
     kernels = split_batch_and_heads(
         _backward_kernels,
         (config,),
         config.axes,
-        operands=(TIME,) * 4 + (OTHER,) * (2 + squares) + (TIME,) * (2 * config.beta) + (OTHER,) * len(scalars),
+        operands=(*operands, *(OTHER,) * len(scalars), *(None,) * len(spans)),
         results=(TIME,) * 3 + (OTHER,) * (1 + len(scalars)),
     )
-    dq, dk, dv, dstart, *dscalars = kernels(q, k, v, do, dend, *saved, *scalars)
-    return dq, dk, dv, tuple(dscalars), dstart
+    dq, dk, dv, dstart, *dscalars = kernels(q, k, v, do, dend, *saved, *scalars, *spans)
+    return dq, dk, dv, tuple(dscalars), dstart, None
 
 
 _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
 
 
-def _forward(config: ScanConfig, save: bool, q, k, v, scalars, start) -> tuple[Array, ...]:
+def _forward(config: ScanConfig, save: bool, q, k, v, scalars, start, spans) -> tuple[Array, ...]:
     """O, the last state and, to be saved, P, X, the states that enter chunks, and W."""
     squares = 1 + 2 * config.beta
     kernels = split_batch_and_heads(
         _forward_kernels,
         (config, save),
         config.axes,
-        operands=(TIME,) * 3 + (OTHER,) * (1 + len(scalars)),
+        operands=(*(TIME,) * 3, *(OTHER,) * (1 + len(scalars)), *(None,) * len(spans)),
         results=(TIME, OTHER) + ((OTHER,) * (squares + 1) + (TIME,) * (2 * config.beta)) * save,
     )
-    return tuple(kernels(q, k, v, start, *scalars))
+    return tuple(kernels(q, k, v, start, *scalars, *spans))
 
 
-def _forward_kernels(config: ScanConfig, save: bool, q, k, v, start, *scalars) -> tuple[Array, ...]:
-    """One device's shard of `_forward`."""
+def _forward_kernels(config: ScanConfig, save: bool, q, k, v, start, *rest) -> tuple[Array, ...]:
+    """One device's shard of `_forward`; rest: the token scalars, and the chunks of documents."""
     config = config.local(q, v)
+    scalars, spans = take(rest, bool(config.scalars))
     qk, inverse = intra_chunk(config, q, k, scalars)
-    starts = part_states(config, k, v, inverse, scalars, swap(start))
-    o, ends, *saved = scan_forward(config, save, q, k, v, qk, inverse, scalars, starts)
-    end = swap(ends[:, :, -1])
+    starts = swap(start) if spans else part_states(config, k, v, inverse, scalars, swap(start))
+    o, ends, *saved = scan_forward(config, save, q, k, v, qk, inverse, scalars, starts, spans)
+    end = swap(ends if spans else ends[:, :, -1])
     return (o, end, qk, *inverse, *saved) if save else (o, end)
 
 
 def _backward_kernels(config: ScanConfig, q, k, v, do, dend, qk, *rest) -> tuple[Array, ...]:
-    """One device's shard of the gradients; rest: X, the states that enter chunks, W and the token scalars."""
+    """One device's shard of the gradients.
+
+    Args:
+      config: sizes.
+      q, k, v, do, dend, qk: see `scan_backward`.
+      *rest: X, the states that enter chunks, W, the token scalars and the chunks of documents.
+    """
     config, parts = config.local(q, v), 2 * config.beta
-    inverse, states, w, scalars = rest[:parts], rest[parts], rest[parts + 1 : 2 * parts + 1], rest[2 * parts + 1 :]
-    dends = part_gradients(config, q, k, do, qk, inverse, scalars, swap(dend))
-    dv, dstates, dstarts = scan_backward(config, True, q, k, do, qk, inverse, scalars, dends)
+    inverse, (states,), w, scalars, spans = take(rest, parts, 1, parts, bool(config.scalars))
+    dends = swap(dend) if spans else part_gradients(config, q, k, do, qk, inverse, scalars, swap(dend))
+    dv, dstates, dstarts = scan_backward(config, True, q, k, do, qk, inverse, scalars, dends, spans)
     values = (w, (dv,)) if config.beta else ((v,), ())
     dq, dk, dscalars = intra_chunk_backward(config, q, k, do, *values, states, dstates, scalars)
-    return (dq, dk, dv, swap(dstarts[:, :, 0]), *dscalars)
+    return (dq, dk, dv, swap(dstarts if spans else dstarts[:, :, 0]), *dscalars)
 
 
 def run(call: MatrixCall, remat: str = tuning.REMAT[0]) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
@@ -132,6 +140,7 @@ def run(call: MatrixCall, remat: str = tuning.REMAT[0]) -> tuple[Float[Array, "B
       NotImplementedError: no kernel serves this machine or call; the message says why.
     """
     config = plan_call(call, remat)
+    call, documents, spans = align_documents(config, call)
     length, key, value = call.q.shape[1], call.q.shape[-1], call.v.shape[-1]
 
     def pad(x, width):
@@ -139,6 +148,7 @@ def run(call: MatrixCall, remat: str = tuning.REMAT[0]) -> tuple[Float[Array, "B
 
     q, k, v = pad(call.q, config.key), pad(call.k, config.key), pad(call.v, config.value)
     scalars = stack_scalars(config, call)
-    state = pad_time(pad_time(call.state.astype(jnp.float32), config.key, axis=2), config.value, axis=3)
-    o, end = _chunkwise(config, q, k, v, scalars, vary_like(state, q, k, v, *scalars))
-    return o[:, :length, :, :value], end[:, :, :key, :value]
+    state = pad_time(pad_time(call.state.astype(jnp.float32), config.key, axis=-2), config.value, axis=-1)
+    o, end = _chunkwise(config, q, k, v, scalars, vary_like(state, q, k, v, *scalars), spans)
+    o, end = o[:, :length, :, :value], end[..., :key, :value]
+    return (o, end) if documents is None else restore(documents, o, end)

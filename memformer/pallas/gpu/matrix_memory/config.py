@@ -5,16 +5,19 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.calls import MatrixCall
+from memformer.core.documents import DocumentChunks
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array
 from memformer.pallas.config import BaseScanConfig
+from memformer.pallas.documents import align
 from memformer.pallas.gpu import tuning
 from memformer.pallas.gpu.checks import check_call, launch_grid
 
-__all__ = ["AXES", "ScanConfig", "call_kernel", "plan_call", "take"]
+__all__ = ["AXES", "ScanConfig", "align_documents", "call_kernel", "plan_call", "take"]
 
 # Grid axes: batch row, value head, and chunk or block of value columns.
 AXES = ("batch_row", "head", "block")
@@ -47,7 +50,7 @@ class ScanConfig(BaseScanConfig):
 
         32 keep more multiprocessors busy, and the registers hold no more of a state with 256 key channels.
         """
-        narrow = self.batch * self.heads * self.value // 32 <= tuning.MULTIPROCESSORS
+        narrow = self.batch * self.heads * max(self.documents, 1) * self.value // 32 <= tuning.MULTIPROCESSORS
         return 32 if narrow or self.key > tuning.KEYS[-1] else tuning.CHANNEL_VALUES
 
     @property
@@ -125,6 +128,19 @@ def plan_call(call: MatrixCall, remat: str = tuning.REMAT[0]) -> ScanConfig:
     key, value = call.q.shape[-1], call.v.shape[-1]
     widths = {"key": tuning.padded_width(key, tuning.MATRIX_KEYS), "value": -(-value // 64) * 64}
     return ScanConfig.of(call, tuning.CHUNK, **widths, dtype=call.q.dtype.name, remat=remat)
+
+
+def align_documents(
+    config: ScanConfig, call: MatrixCall
+) -> tuple[MatrixCall, DocumentChunks | None, tuple[Array, ...]]:
+    """The call as `align` moves its documents, their places, and the first chunk and number of chunks of each.
+
+    A call without states per document is left as it is.
+    """
+    if not config.documents:
+        return call, None, ()
+    call, documents = align(call, config.chunk)
+    return call, documents, (jnp.stack([documents.first, documents.chunks], axis=2),)
 
 
 def take(values: Sequence[Any], *counts: int) -> list[Sequence[Any]]:

@@ -66,13 +66,17 @@ class _Chunks:
         self.config, self.refs, self.names, self.warpgroups, self.reverse = config, refs, names, warpgroups, reverse
         self.batch_row, self.head, index = (lax.axis_index(axis) for axis in AXES)
         self.slots = refs.k_slots.shape[0]
-        self.steps = config.chunks // config.parts
         # Programs of one part are neighbours.
         programs = refs.start.shape[3] // (config.value_rows * warpgroups)
         self.part, self.block = (lax.div(index, jnp.int32(programs)), lax.rem(index, jnp.int32(programs)))
         if parts == 1:
             self.part, self.block = 0, index
-        self.begin = (self.part + first) * self.steps
+        if "spans" in refs:
+            # A part is a document.
+            self.begin, self.steps = (refs.spans[self.batch_row, self.part, i] for i in range(2))
+        else:
+            self.steps = config.chunks // config.parts
+            self.begin = (self.part + first) * self.steps
 
     def chunk(self, i):
         """The chunk of a step."""
@@ -115,7 +119,9 @@ class _Chunks:
                     plgpu.copy_gmem_to_smem(refs[name].at[self.place(name, n, g)], target, refs.ready.at[slot])
 
         # The last releases.
-        @pl.loop(max(self.steps - slots, 0), self.steps)
+        last = self.steps - slots
+
+        @pl.loop(max(last, 0) if isinstance(last, int) else jnp.maximum(last, 0), self.steps)
         def _(i):
             plgpu.barrier_wait(refs.free.at[lax.rem(i, jnp.int32(slots))])
 
@@ -282,7 +288,7 @@ def _forward_kernel(chunks: _Chunks, config: ScanConfig, g) -> None:
     chunks.scan(g, step)
 
 
-def scan_forward(config: ScanConfig, save: bool, q, k, v, qk, inverse, scalars, start) -> tuple[Array, ...]:
+def scan_forward(config: ScanConfig, save: bool, q, k, v, qk, inverse, scalars, start, spans=()) -> tuple[Array, ...]:
     """O, the last states and, to be saved, the states that enter chunks and W in two parts (without beta no W).
 
     Args:
@@ -294,6 +300,8 @@ def scan_forward(config: ScanConfig, save: bool, q, k, v, qk, inverse, scalars, 
       inverse: X in two parts [B, H, N, C, C] bfloat16; () where writes add.
       scalars: the token scalars, if there are any.
       start: the state that enters each part, [B, H, parts, V, K] float32.
+      spans: with states per document, which are the parts then, the first chunk and the number of chunks of each,
+        [B, P, 2] int32. What belongs to no document is not written.
     """
     out = {"o": (v.shape, v.dtype), "end": (start.shape, jnp.float32)}
     stages = {"o_stage": (config.chunk, config.value_rows)}
@@ -304,7 +312,7 @@ def scan_forward(config: ScanConfig, save: bool, q, k, v, qk, inverse, scalars, 
             out |= {f"w{i}": (v.shape, v.dtype) for i in range(2)}
             stages["w_stage"] = stages["o_stage"]
     inputs = {"q": q, "k": k, "v": v, "p": qk}
-    return _call(config, "chunk_scan_forward", _forward_kernel, inputs, inverse, scalars, start, out, stages)
+    return _call(config, "chunk_scan_forward", _forward_kernel, inputs, inverse, scalars, start, out, stages, spans)
 
 
 def scan_states(config: ScanConfig, first: int, k, v, inverse, scalars, start) -> Array:
@@ -363,7 +371,7 @@ def _backward_kernel(chunks: _Chunks, config: ScanConfig, g) -> None:
     chunks.scan(g, step)
 
 
-def scan_backward(config: ScanConfig, save: bool, q, k, do, qk, inverse, scalars, dend) -> tuple[Array, ...]:
+def scan_backward(config: ScanConfig, save: bool, q, k, do, qk, inverse, scalars, dend, spans=()) -> tuple[Array, ...]:
     """The gradients of the states that enter parts; with `save`, dV and those of the chunks' states come first.
 
     Args:
@@ -372,7 +380,7 @@ def scan_backward(config: ScanConfig, save: bool, q, k, do, qk, inverse, scalars
         the first.
       q, k: [B, T, G, K] bfloat16.
       do: gradient of the output, [B, T, H, V] bfloat16.
-      qk, inverse, scalars: see `scan_forward`.
+      qk, inverse, scalars, spans: see `scan_forward`.
       dend: gradients of the states that leave parts, [B, H, parts, V, K] float32.
     """
     out, stages = {}, {}
@@ -383,7 +391,8 @@ def scan_backward(config: ScanConfig, save: bool, q, k, do, qk, inverse, scalars
     out["end"] = (dend.shape, jnp.float32)
     inputs = {"q": q, "k": k, "do": do, "p": qk}
     name, first = ("chunk_scan_backward", 0) if save else ("chunk_scan_state_gradients", 1)
-    return _call(config, name, _backward_kernel, inputs, inverse, scalars, dend, out, stages, first=first, reverse=True)
+    options = {"first": first, "reverse": True}
+    return _call(config, name, _backward_kernel, inputs, inverse, scalars, dend, out, stages, spans, **options)
 
 
 def _states(config: ScanConfig) -> tuple[tuple[int, ...], Any]:
@@ -400,6 +409,7 @@ def _call(
     start,
     out,
     stages,
+    spans=(),
     *,
     first: int = 0,
     reverse: bool = False,
@@ -415,6 +425,7 @@ def _call(
       start: [B, H, parts, W, K] float32.
       out: shapes and dtypes of the results by name.
       stages: shapes of a warpgroup's blocks for copies to global memory, by name.
+      spans: see `scan_forward`.
       first: of the parts.
       reverse: whether the last chunk comes first.
     """
@@ -447,7 +458,7 @@ def _call(
         scratch["zero"] = plgpu.SMEM((1,), jnp.int32)
     if exchanged:
         scratch["meet"] = plgpu.Barrier(num_arrivals=computing)
-    names = (*inputs, "start", *out, *scratch)
+    names = (*inputs, "start", *["spans"] * len(spans), *out, *scratch)
 
     def body(*flat):
         refs, warpgroup = Refs(zip(names, flat, strict=True)), lax.axis_index("warpgroup")
@@ -477,7 +488,7 @@ def _call(
         (config.batch, config.heads, parts * blocks // warpgroups),
         [jax.ShapeDtypeStruct(*shape) for shape in out.values()],
         list(scratch.values()),
-        (*inputs.values(), start),
+        (*inputs.values(), start, *spans),
         automatic_barriers=False,
         num_threads=computing + 1,
         thread_name="warpgroup",
