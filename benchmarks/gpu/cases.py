@@ -78,6 +78,12 @@ SHIPPED = (
         for sizes in ((1, 4096, 8), (4, 256, 68))
         for width in (64, 128, 256)
     ),
+    # A state per document.
+    *(
+        Case("delta_rule", 1, 256, 2, 1, width, width, decay=decay, segments=2, documents=True)
+        for width in (64, 128, 256)
+        for decay in ("head", "channel")
+    ),
     *(
         Case("softmax_attention", 1, 256, 2, 1, width, width, segments=segments)
         for width in (64, 128)
