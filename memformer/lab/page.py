@@ -75,6 +75,14 @@ def _training_commands(configs: pathlib.Path) -> dict[str, str]:
     return commands
 
 
+def _command(folder: str, commands: Mapping[str, str]) -> str:
+    """The command that trains a run; runs of other seeds are named runs/NAME_seed1, ..."""
+    base, _, seed = folder.partition("_seed")
+    if folder in commands or base not in commands:
+        return commands.get(folder, folder)
+    return commands[base].replace(f"--workdir={base}", f"--config.seed={seed} --workdir={folder}")
+
+
 def _anchor(title: str) -> str:
     """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
@@ -107,7 +115,7 @@ def _section(study: Study, content: Mapping[str, Any], folder: str, commands: Ma
         if rows != summary:
             lines += [f"{title}:", "", *_table(rows), ""]
     for run in content["runs"]:
-        command = commands.get(run["folder"], run["folder"])
+        command = _command(run["folder"], commands)
         size = f"{run['parameters']:,} parameters, {run['step']} steps in {run['seconds']:.0f} s"
         lines.append(f"- `{command}`: {size}, seed {run['seed']}")
     folders = "".join(f" {run['folder']}" for run in content["runs"])

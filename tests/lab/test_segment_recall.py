@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from memformer.lab import STUDIES, segment_recall
+from memformer.lab.study import Result, Table
 from memformer.models import build_model
 from memformer.tasks import make_task
 from memformer.training.config import RunError
@@ -31,7 +32,8 @@ def a_run(folder, task, shape, lengths):
     # drawn without compiling
     draw, rest = np.random.default_rng(0), {}
     params = {name: jax.device_put(draw.normal(size=x.shape).astype(x.dtype)) for name, x in model.params.items()}
-    config = {"seed": 0, "model": {"type": shape["type"], "correction": shape.get("correction", True)}}
+    described = {"type": shape["type"], "correction": shape.get("correction", True), "depth": shape["depth"]}
+    config = {"seed": 0, "model": described, "optimizer": {"freeze": ""}}
     return types.SimpleNamespace(
         folder=str(folder),
         task=task,
@@ -45,17 +47,38 @@ def a_run(folder, task, shape, lengths):
 def test_it_asks_one_question_and_tabulates_the_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(segment_recall, "ROWS", 16)
     few = make_task({"name": "remember", "length": 4, "key_size": 1, "symbols": 5, "queries": 3})
-    runs = [a_run(tmp_path / "a", few, SHAPES["ARMT"], (2,)), a_run(tmp_path / "b", few, SHAPES["RMT"], (2, 4))]
+    given = {"a": (SHAPES["ARMT"], (2,)), "b": (SHAPES["RMT"], (2, 4)), "c": (SHAPES["ARMT"], (2, 4))}
+    runs = {name: a_run(tmp_path / name, few, shape, lengths) for name, (shape, lengths) in given.items()}
     study = STUDIES["segment_recall"]
-    result = study.measure({run.folder: run for run in runs}, {})
-    ((_, rows),) = result.tables
+    result = study.measure(runs, {})
+    (_, rows), (_, layers) = result.tables
     # five keys: no more than five pairs
-    assert [list(row) for row in rows] == [["task", "model", "trained on", "2 pairs", "5 pairs"]] * 2
-    assert [(row["model"], row["trained on"]) for row in rows] == [("ARMT", 2), ("RMT", 4)]
-    assert list(result.values) == ["remember ARMT", "remember RMT"]
-    assert all(0 <= share <= 1 for shares in result.values.values() for share in shares.values())
-    assert study.judge(result).finding.startswith("Exact match after 5 pairs: remember ARMT ")
+    assert [list(row) for row in rows] == [["task", "model", "seeds at the last length", "2 pairs", "5 pairs"]] * 2
+    names = [("ARMT, every layer", "1 of 2"), ("RMT", "1 of 1")]
+    assert [(row["model"], row["seeds at the last length"]) for row in rows] == names
+    assert list(result.values) == ["remember ARMT, every layer", "remember RMT"]
+    assert all(0 <= share <= 1 for scores in result.values.values() for shares in scores.values() for share in shares)
+    # RMT has no memory in its layers; an untrained ARMT that reads nothing cannot answer
+    ((task, model, layer, *norms_and_answers),) = (row.values() for row in layers)
+    assert (task, model, layer) == ("remember", "ARMT, every layer", 1) and float(norms_and_answers[1]) > 0
+    assert study.judge(result).finding.startswith("Exact match after 5 pairs: remember ARMT, every layer ")
     assert study.draw(result).axes
+
+
+def test_questions_ask_the_latest_value():
+    """Two keys, the first written twice: both are asked, each with what was written last."""
+    task = make_task({"name": "rewrite", "length": 3, "symbols": 4})
+    written = np.array([[[1, 100, 2, 102], [3, 100, 0, 102], [1, 100, 3, 102]]] * 16)
+    asked = segment_recall._question(np.random.default_rng(0), written, task)
+    assert {tuple(row) for row in asked.tolist()} == {(1, 101, 3, 102), (3, 101, 0, 102)}
+
+
+@pytest.mark.parametrize("exact, without, kind", [(1.0, 0.2, "confirmed"), (0.9, 0.2, "partly"), (0.9, 0.6, "refuted")])
+def test_verdict(exact, without, kind):
+    values = {"rewrite ARMT, last layer": {"2": [1.0], "500": [exact, 1.0]}}
+    values["rewrite ARMT without gamma"] = {"500": [0.1, without]}
+    result = Result([Table("", [{"x": 1}])], values)
+    assert STUDIES["segment_recall"].judge(result).kind.startswith(kind)
 
 
 def test_runs_of_other_tasks_are_named(tmp_path):

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from memformer.lab import STUDIES, Result, Study, Table, Verdict
-from memformer.lab.page import render_page, write_page
+from memformer.lab.page import _command, render_page, write_page
 from memformer.lab.plots import Bars
 from memformer.lab.runner import read_result, run_study, write_result
 from memformer.lab.runs import training_seconds
@@ -73,6 +73,14 @@ def test_the_page_holds_the_study(tmp_path):
         assert part in text, part
     with pytest.raises(RunError, match="holds results of no study: toy"):
         render_page(str(tmp_path / "results"))
+
+
+def test_a_run_of_another_seed_has_the_command_of_its_config():
+    commands = {"runs/x": "python train.py --config=configs/x.py --workdir=runs/x"}
+    assert _command("runs/x", commands) == commands["runs/x"]
+    other = "python train.py --config=configs/x.py --config.seed=2 --workdir=runs/x_seed2"
+    assert _command("runs/x_seed2", commands) == other
+    assert _command("runs/y_seed2", commands) == "runs/y_seed2"
 
 
 def test_long_tables_are_folded(tmp_path):
