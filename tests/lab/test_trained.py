@@ -128,8 +128,8 @@ def test_the_models_of_the_others_can_be_trained(lab, one_device):
 
 def test_linear_writes_follow_swaps_and_softmax_does_not(measured):
     study = measured["swap"]
-    assert study["values"]["kernel linear"]["8"][0] > 0.95
-    assert study["values"]["kernel softmax"]["8"][0] < 0.8
+    assert study["values"]["kernel linear"]["8"] > 0.95
+    assert study["values"]["kernel softmax"]["8"] < 0.8
     errors = study["tables"][1]["rows"]
     assert [row["run"] for row in errors] == ["kernel linear", "kernel softmax"]
     assert all(0 < float(row["16 swaps"]) < 1e-3 for row in errors)
