@@ -368,7 +368,6 @@ def call(
     inputs: dict[str, Array],
     outputs: dict[str, tuple[tuple[int, ...], Any]],
     scratch: dict[str, Any],
-    registers: tuple[int, int] = (240, 24),
     automatic_barriers: bool = True,
 ) -> tuple[Array, ...]:
     """Launches a kernel of computing warpgroups and one that copies tiles.
@@ -382,7 +381,6 @@ def call(
       inputs: arrays by name.
       outputs: shapes and dtypes of the results by name.
       scratch: shared memory by name.
-      registers: per thread, of the computing warpgroups and of the copying one.
       automatic_barriers: whether Pallas puts barriers of the warpgroup around stores and copies.
 
     Raises:
@@ -396,12 +394,12 @@ def call(
 
         def first():
             if config.warpgroups > 1:
-                plgpu.set_max_registers(registers[0], action="increase")
+                plgpu.set_max_registers(240, action="increase")
             compute(refs)
 
         def last():
             if config.warpgroups > 1:
-                plgpu.set_max_registers(registers[1], action="decrease")
+                plgpu.set_max_registers(24, action="decrease")
             copy(refs)
 
         # In two conditionals the first branch holds what the second one needs, and registers of the write spill; in

@@ -508,6 +508,5 @@ def write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, tar
         inputs,
         outputs,
         scratch,
-        (232, 40),
         automatic_barriers=False,
     )
