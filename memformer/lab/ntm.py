@@ -114,10 +114,12 @@ def _judge(result: Result) -> Verdict:
     learnt = [row for row in rows if row["wrong bits per sequence"] <= LEARNT]
     missed = _missed(rows)
     ahead = bool(learnt) and all(row["model"] != "LSTM" for row in learnt)
-    grams = [row["bits per sequence"] for row in result.rows(task="dynamic_ngrams") if row["model"] != "LSTM"]
+    bits = {row["model"]: row["bits per sequence"] for row in result.rows(task="dynamic_ngrams")}
+    plain, grams = bits.pop("LSTM", None), bits.values()
     optimum = result.values.get("optimal bits of dynamic n-grams", {}).get("bits", 0.0)
     if grams and min(grams) > optimum + 5:
-        missed.append(f"n-grams ({min(grams):.1f} bits, the optimum has {optimum:.1f})")
+        baseline = "" if plain is None else f"the LSTM has {plain:.1f}, "
+        missed.append(f"n-grams ({min(grams):.1f} bits, {baseline}the optimum has {optimum:.1f})")
     done = ", ".join(dict.fromkeys(_spoken(row["task"]) for row in learnt)) or "none of the tasks"
     return Verdict(
         "not reproduced" if not ahead else "partly confirmed" if missed else "confirmed",
