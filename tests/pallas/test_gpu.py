@@ -321,8 +321,12 @@ def test_remat(interpreter):
 
 @interprets
 @pytest.mark.parametrize("erases", [True, False])
-def test_wide_keys(interpreter, erases):
-    """136 key channels, padded to 256: two warpgroups with half of them each; and the gradients."""
+def test_wide_keys(interpreter, monkeypatch, erases):
+    """136 key channels, padded to 256: two warpgroups with half of them each; the gradients; a sum's chunks at once."""
+    if not erases:
+        # each of the two chunks is a part of the time
+        monkeypatch.setattr(tuning, "PARTS", (2,))
+        monkeypatch.setattr(tuning, "PART_CHUNKS", 1)
     rng = np.random.default_rng(10)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 66, 1, width)), "bfloat16") for width in (136, 136, 8))
     beta = jnp.asarray(rng.uniform(0.0, 1.0, (1, 66, 1)), "float32")

@@ -234,7 +234,9 @@ def _forward_kernel(chunks: _Chunks, config: ScanConfig, g) -> None:
                     _exchanged(chunk.of_keys.at[g])[...] = erased
                 if queries and not reads:
                     _exchanged(chunk.of_queries)[...] = plgpu.wgmma_accumulator_load(accumulators[-1], wait_n=0)
-                meet()
+                # The states alone, without an erase, exchange nothing.
+                if config.beta or queries:
+                    meet()
             if not config.beta:
                 if saves:
                     _stage(saved)
