@@ -2,8 +2,10 @@
 
 import contextlib
 import logging as std_logging
+import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 
 from absl import logging
@@ -14,6 +16,9 @@ from memformer.training.config import RunError
 from memformer.training.files import error_reason, free_space
 
 __all__ = ["SaveError", "hide_orbax", "save_errors", "step_folders"]
+
+# JAX's coroutines that write arrays, of an abandoned save.
+_UNBEGUN = r"coroutine 'async_serialize\S*' was never awaited"
 
 
 class SaveError(RunError):
@@ -77,16 +82,21 @@ def hide_orbax() -> None:
 
     Orbax stops at the first write that fails and closes its event loop. The others then fail without a reader: asyncio
     reports them when they are garbage-collected, at the end of the program at the latest, and TensorStore reports that
-    the loop is closed.
+    the loop is closed. Writes that had not begun are coroutines that nobody awaits, of which Python warns.
     """
     if any(isinstance(known, _NoOrbax) for known in logging.get_absl_logger().filters):
         return
     for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
         logger.addFilter(_NoOrbax())
+    warnings.filterwarnings("ignore", _UNBEGUN, RuntimeWarning)
     hook = sys.unraisablehook
 
     def quiet(report: "sys.UnraisableHookArgs") -> None:
-        if not (isinstance(report.exc_value, RuntimeError) and str(report.exc_value) == "Event loop is closed"):
+        error, text = report.exc_value, str(report.exc_value)
+        closed = isinstance(error, RuntimeError) and text == "Event loop is closed"
+        # where warnings are errors
+        unbegun = isinstance(error, RuntimeWarning) and re.match(_UNBEGUN, text)
+        if not (closed or unbegun):
             hook(report)
 
     sys.unraisablehook = quiet
