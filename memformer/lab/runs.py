@@ -1,15 +1,17 @@
 """Runs of a study: trained from a table of configs or read from their folders, and what they recorded."""
 
 import copy
+import functools
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
 
-from memformer.lab.study import Row, Table, percent, spread
+from memformer.lab.study import Result, Row, Runs, Settings, Table, merge_seeds, percent, spread
 from memformer.training.build import build_run
 from memformer.training.config import RunError, complete_config
 from memformer.training.evaluation import LoadedRun, load_run
@@ -24,6 +26,7 @@ __all__ = [
     "columns_by_length",
     "longest_trained",
     "make_config",
+    "measure_seeds",
     "repeat_rows",
     "runs_by_row",
     "scores_by_length",
@@ -39,8 +42,8 @@ Run = TypeVar("Run")
 
 # Defaults of every run of a study: no files but those that are read.
 COMMON: Row = {"train.tensorboard": False, "train.eval_every": 0, "checkpoint.keep_last": 1}
-# Between the label of a row and the number of its seed, in the label of a run.
-SEED = " seed "
+# The end of the label of a run: that of `repeat_rows`, or of a folder of train.py.
+_SEEDED = re.compile(r"( seed |_seed)\d+$")
 
 
 def make_config(*changes: Row) -> ml_collections.ConfigDict:
@@ -83,7 +86,7 @@ def repeat_rows(rows: Mapping[str, Row], seeds: int) -> Mapping[str, Row]:
     """
     if seeds == 1:
         return rows
-    return {f"{label}{SEED}{n}": {**row, "seed": n} for n in range(seeds) for label, row in rows.items()}
+    return {f"{label} seed {n}": {**row, "seed": n} for n in range(seeds) for label, row in rows.items()}
 
 
 def runs_by_row(runs: Mapping[str, Run]) -> dict[str, list[Run]]:
@@ -92,11 +95,50 @@ def runs_by_row(runs: Mapping[str, Run]) -> dict[str, list[Run]]:
     Example:
       >>> runs_by_row({"a seed 0": "x", "b seed 0": "y", "a seed 1": "z"})
       {'a': ['x', 'z'], 'b': ['y']}
+      >>> runs_by_row({"lookup-first": "x", "lookup-first_seed1": "y"})
+      {'lookup-first': ['x', 'y']}
     """
     found: dict[str, list[Run]] = {}
     for label, run in runs.items():
-        found.setdefault(label.partition(SEED)[0], []).append(run)
+        found.setdefault(_SEEDED.sub("", label), []).append(run)
     return found
+
+
+def measure_seeds(measure: Callable[[Runs, Settings], Result]) -> Callable[[Runs, Settings], Result]:
+    """Makes a measurement of the runs of one seed one of those of several seeds: `merge_seeds` of all.
+
+    The seed of a run is that of its config. In a study that reads finished runs, runs/NAME_seed1 and so on are those of
+    other seeds; their labels are "NAME" in the measurement.
+
+    Args:
+      measure: (runs of one seed by label, settings) -> result.
+
+    Raises:
+      RunError: two runs of a label with the same seed, or a label without some seed of the others.
+    """
+
+    @functools.wraps(measure)
+    def merged(runs: Runs, settings: Settings) -> Result:
+        return merge_seeds([measure(one, settings) for one in _runs_by_seed(runs)])
+
+    return merged
+
+
+def _runs_by_seed(runs: Runs) -> list[dict[str, LoadedRun]]:
+    """The runs of each seed by the label of their row, seeds in order."""
+    rows = runs_by_row(runs)
+    found: dict[int, dict[str, LoadedRun]] = {}
+    for label, row in rows.items():
+        seeds = [run.config["seed"] for run in row]
+        for seed, run in zip(seeds, row, strict=True):
+            found.setdefault(seed, {})[label] = run
+        if len(set(seeds)) < len(seeds):
+            raise RunError(f"the runs of {label!r} must differ in their seed, got {', '.join(map(str, seeds))}.")
+    lacking = sorted({f"{label} seed {seed}" for label in rows for seed, one in found.items() if label not in one})
+    if lacking:
+        raise RunError(f"every row must have the same seeds; missing: {', '.join(lacking)}.")
+    # a study may refuse to measure nothing
+    return [found[seed] for seed in sorted(found)] or [{}]
 
 
 def train_runs(

@@ -9,7 +9,7 @@ from memformer.core.checks import check_size
 from memformer.training.evaluation import LoadedRun
 
 __all__ = ["Quick", "Result", "Row", "Runs", "Settings", "Study", "Table", "Verdict"]
-__all__ += ["numbers_in", "percent", "pivot", "grade", "spread"]
+__all__ += ["grade", "merge_seeds", "numbers_in", "percent", "pivot", "spread", "spread_numbers"]
 
 Row = dict[str, Any]
 Runs = Mapping[str, LoadedRun]
@@ -185,7 +185,78 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
       ('79.2% (50.0% to 100.0%)', '100.0%')
     """
     middle, least, most = (percent(value, digits) for value in (sum(values) / len(values), min(values), max(values)))
+    return _banded(middle, least, most)
+
+
+def spread_numbers(values: Sequence[float]) -> str:
+    """Numbers of several seeds as text, as `spread` has shares.
+
+    Example:
+      >>> spread_numbers([0.25, 0.5]), spread_numbers([1200, 1300]), spread_numbers([3, 3])
+      ('0.375 (0.25 to 0.5)', '1250 (1200 to 1300)', '3')
+    """
+
+    def text(value: float) -> str:
+        return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
+
+    return _banded(*map(text, (sum(values) / len(values), min(values), max(values))))
+
+
+def _banded(middle: str, least: str, most: str) -> str:
     return middle if least == most else f"{middle} ({least} to {most})"
+
+
+def merge_seeds(results: Sequence[Result]) -> Result:
+    """The result of several seeds from that of each: numbers of tables that differ become `spread` and values lists.
+
+    Args:
+      results: of measurements that differ in the seed alone, so that their tables have the same rows.
+
+    Raises:
+      ValueError: tables or values that differ in more than numbers.
+
+    Example:
+      >>> one, two = (Result([Table("Scores", [{"model": "a", "x": x}])], {"x": x}) for x in (1, 2))
+      >>> merge_seeds([one, two]).rows(), merge_seeds([one, two]).values
+      ([{'model': 'a', 'x': '1.5 (1 to 2)'}], {'x': [1, 2]})
+    """
+    shapes = [[(table.title, len(table.rows)) for table in result.tables] for result in results]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(f"results of several seeds must have the same tables and rows, got {shapes}")
+    told = f": mean of {len(results)} seeds (least to most)" if len(results) > 1 else ""
+    tables = []
+    for same in zip(*(result.tables for result in results), strict=True):
+        rows = zip(*(table.rows for table in same), strict=True)
+        merged = [{name: _merge_cells([row[name] for row in seeds]) for name in seeds[0]} for seeds in rows]
+        tables.append(Table(f"{same[0].title}{told}", merged))
+    return Result(tables, _merge_values([result.values for result in results]))
+
+
+def _merge_cells(cells: Sequence[Any]) -> Any:
+    if all(cell == cells[0] for cell in cells):
+        return cells[0]
+    numbers = [number for number in map(_number, cells) if number is not None]
+    if len(numbers) < len(cells):
+        return ", ".join(map(str, cells))
+    return (spread if str(cells[0]).endswith("%") else spread_numbers)(numbers)
+
+
+def _number(cell: Any) -> float | None:
+    """The number that a cell is, a share where it is a percentage; None for other text."""
+    if isinstance(cell, int | float):
+        return float(cell)
+    try:
+        return float(cell.removesuffix("%")) / (100 if cell.endswith("%") else 1)
+    except ValueError:
+        return None
+
+
+def _merge_values(values: Sequence[Any]) -> Any:
+    if not isinstance(values[0], Mapping):
+        return list(values)
+    if any(list(one) != list(values[0]) for one in values):
+        raise ValueError(f"values of several seeds must have the same names, got {[list(one) for one in values]}")
+    return {name: _merge_values([one[name] for one in values]) for name in values[0]}
 
 
 def numbers_in(cell: Any) -> list[float]:

@@ -1,6 +1,7 @@
 """Runs of a study: built from a table, trained once, then read."""
 
 import os
+import types
 
 import pytest
 
@@ -11,11 +12,13 @@ from memformer.lab.runs import (
     accuracies_by_seed,
     accuracy_by_length,
     make_config,
+    measure_seeds,
     runs_by_row,
     spread_by_length,
     train_runs,
     trained_table,
 )
+from memformer.lab.study import percent
 from memformer.training import build
 from memformer.training.config import RunError
 from memformer.training.metrics import read_records
@@ -85,6 +88,30 @@ def test_a_mistake_in_the_last_row_is_reported_before_the_first_is_trained(tmp_p
     with pytest.raises(RunError, match="lenght"):
         train_runs(str(tmp_path / "runs"), {"one": {}, "two": {"task.lenght": 4}}, base=BASE)
     assert not (tmp_path / "runs").exists()
+
+
+def test_runs_of_each_seed_are_measured_apart():
+    def run(seed, score):
+        return types.SimpleNamespace(config={"seed": seed}, score=score)
+
+    @measure_seeds
+    def measure(runs, settings):
+        rows = [{"run": label, "share": percent(run.score), "score": run.score} for label, run in runs.items()]
+        return Result([Table("Scores", rows)], {"best": max(run.score for run in runs.values())})
+
+    runs = {"a_seed1": run(1, 0.75), "b_seed1": run(1, 0.5), "a": run(0, 0.25), "b": run(0, 0.5)}
+    result = measure(runs, {})
+    assert result.values == {"best": [0.5, 0.75]}
+    assert result.tables[0].title == "Scores: mean of 2 seeds (least to most)"
+    assert result.rows() == [
+        {"run": "a", "share": "50.0% (25.0% to 75.0%)", "score": "0.5 (0.25 to 0.75)"},
+        {"run": "b", "share": "50.0%", "score": 0.5},
+    ]
+    assert measure({"a": runs["a"]}, {}).rows() == [{"run": "a", "share": "25.0%", "score": 0.25}]
+    with pytest.raises(RunError, match="missing: b seed 0"):
+        measure({label: runs[label] for label in ("a", "a_seed1", "b_seed1")}, {})
+    with pytest.raises(RunError, match="'a' must differ in their seed, got 0, 0"):
+        measure({"a": runs["a"], "a_seed1": runs["a"]}, {})
 
 
 def test_a_study_trains_each_row_with_every_seed(tmp_path, one_device):
