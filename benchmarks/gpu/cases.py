@@ -136,6 +136,7 @@ SHIPPED = (
         for decay in ("", "head")
     ),
     Case("deltaformer", 1, 2048, 2, 1, dtype="float16", segments=2),
+    Case("deltaformer", 1, 2048, 2, 1, dtype="float16", decay="head", write="linear", read="exp", segments=2),
     # Few tokens over a cache: one kernel for both ops.
     *(
         Case("softmax_attention", batch, length, 32, 8, width, width, slots=4096)

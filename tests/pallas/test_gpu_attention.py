@@ -35,12 +35,13 @@ KERNELS = [
     ("softmax", "softmax", 70, 1, "float16"),
     ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16"),
     (mf.Kernel("round", decimals=2), "softmax", 40, 1, "bfloat16"),
+    ("linear", "exp", 40, 1, "float16"),
 ]
 
 
 @interprets
 @pytest.mark.parametrize(
-    ("write", "read", "length", "heads", "dtype"), KERNELS, ids=["softmax", "float16", "relu", "round"]
+    ("write", "read", "length", "heads", "dtype"), KERNELS, ids=["softmax", "float16", "relu", "round", "float16 sums"]
 )
 def test_kernels(write, read, length, heads, dtype, interpreter, monkeypatch):
     """Similarity kernels of every kind, as write and as read kernel, with a decay; float16 has three more digits."""

@@ -1,6 +1,7 @@
 """Block sizes of the kernels. None was timed: they are the largest that ptxas compiles without a spill."""
 
 __all__ = [
+    "ATTENTION_DTYPES",
     "CHANNEL_VALUES",
     "CHUNK",
     "KEYS",
@@ -30,6 +31,9 @@ MATRIX_KEYS = (64, 128, 256)
 
 # Inputs of matrix memories. The kernels of a decay per channel take float16 too, as the sum of two bfloat16 arrays.
 MATRIX_DTYPES = ("bfloat16", "float16")
+
+# Inputs of attention.
+ATTENTION_DTYPES = ("bfloat16", "float16")
 
 # Key channels per program of the gradients within chunks, 64 per warpgroup: more than two have too few registers.
 KEY_PART = 128

@@ -19,6 +19,7 @@ transposed, keys in rows, and a program takes all query heads of its key head.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -114,6 +115,11 @@ def _copy_own(refs: Refs, g, copies) -> None:
     tiles.copy_indices(refs, g)
 
 
+def _own_tiles(config: AttentionConfig, sizes: dict[str, tuple[int, str]]) -> dict[str, Any]:
+    """Scratch for tiles of the warpgroups' own rows, from widths and dtypes by name."""
+    return {name: shared_block(config.warpgroups, TILE, width, dtype=dtype) for name, (width, dtype) in sizes.items()}
+
+
 def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
     b, h, g = (lax.axis_index(name) for name in ("batch_row", "head", "warpgroup"))
     i, first, own, stop = tiles.row_extent(config, refs)
@@ -163,7 +169,7 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         ds = _score_gradient(config, weights, dweights, scalar, write)
         if "ddecay" in refs:
             ddecay = ddecay + _sum_pairs(config, ds, indices)
-        dq = tiles.accumulate(dq, partial_products(tiles.split(config, ds, config.parts), (k,)))
+        dq = tiles.accumulate(dq, partial_products(tiles.split_gradient(config, ds, config.parts), (k,)))
         ring.release(t - first)
         return dq, dbeta, ddecay
 
@@ -189,8 +195,13 @@ def _zero() -> Array:
 
 
 def _gradient_parts(config: AttentionConfig, write: bool) -> int:
-    """Parts of g in dq: dO is bfloat16, so that it has one."""
-    return config.parts if write else 1
+    """Parts of g in dq: dO of bfloat16 has one."""
+    return config.parts if write or config.mixed else 1
+
+
+def _value_parts(config: AttentionConfig, wanted: tuple[str, ...]) -> int:
+    """Parts of x in the gradients of keys; float16 keeps more bits than one has."""
+    return config.parts if config.mixed and "dk" in wanted else 1
 
 
 def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple[Array, ...]:
@@ -208,10 +219,9 @@ def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple
     inputs |= dict(zip(("first", "stop"), rest, strict=False))
     outputs = {"dq": ((batch, heads, length, config.key), jnp.dtype(config.dtype))}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(columns))
-    widths = {"q_tile": config.key, **{f"g_tile{n}": config.value for n in range(parts)}}
-    scratch |= {
-        name: shared_block(config.warpgroups, TILE, width, dtype=config.dtype) for name, width in widths.items()
-    }
+    own = {"q_tile": (config.key, config.dtype)}
+    own |= {f"g_tile{n}": (config.value, config.value_dtype) for n in range(parts)}
+    scratch |= _own_tiles(config, own)
     scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + parts + bool(names), num_barriers=config.warpgroups)
     if names:
         scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(names), TILE), jnp.float32)
@@ -297,7 +307,8 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
     names, own_names = _op_names(config, write) + column_names(config), row_names(config)
     ring = _query_ring(config, refs, names, tile_of)
     keys = pl.ds(j * config.rows + g * TILE, TILE)
-    copies = [(refs.k.at[b, h, keys], refs.k_tile), (refs.x0.at[b, h, keys], refs.x_tile)]
+    xs = range(_value_parts(config, tuple(name for name in ("dk", "dx") if name in refs)))
+    copies = [(refs.k.at[b, h, keys], refs.k_tile)] + [(refs[f"x{n}"].at[b, h, keys], refs[f"x_tile{n}"]) for n in xs]
     if own_names and not config.decay:
         copies.append((refs.k_scalars.at[b, h, j * config.warpgroups + g], refs.own_scalars))
     _copy_own(refs, g, copies)
@@ -339,18 +350,20 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         if "dx" in refs:
             # Before G, with the weights kept in 16 bits meanwhile: the registers hold no more.
             signed = tiles.split(config, _signed(weights, scalar, write), config.parts)
-            kept = weights.astype(config.dtype)
+            kept = weights.astype(config.value_dtype)
             dx = tiles.accumulate(dx, partial_products(signed, gs))
             weights = kept.astype(jnp.float32)
         if "dk" in refs:
-            (dweights,) = products(((refs.x_tile.at[g], transposed(gs[0])),))
+            parts = [refs[f"x_tile{n}"].at[g] for n in xs]
+            of_values = partial_products(parts, [transposed(part) for part in gs[: len(parts)]])
+            (dweights,) = products(of_values)
             dweights = _mask_weight_gradient(config, weights, dweights, mask)
             if config.decay and not normalized:
                 dweights = dweights * tiles.decay_factor(gap())
             ds = _score_gradient(config, weights, dweights, scalar, write)
             if "ddecay" in refs:
                 ddecay = ddecay - _sum_pairs(config, ds, indices())
-            dk = tiles.accumulate(dk, partial_products(tiles.split(config, ds, 1), (q,)))
+            dk = tiles.accumulate(dk, partial_products(tiles.split_gradient(config, ds, 1), (q,)))
         ring.release(c)
         return dk, dx, ddecay
 
@@ -385,11 +398,12 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         refs.dx[b, h, keys] = dx
 
 
-def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...], k, q, x, *rest) -> tuple[Array, ...]:
-    """One device's shard; rest: parts of g, scalars of queries, bound, scalars of keys, bounds of columns."""
+def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...], k, q, *rest) -> tuple[Array, ...]:
+    """One device's shard; rest: parts of x and of g, scalars of queries, bound, scalars of keys, bounds of columns."""
     batch, heads, slots = k.shape[:3]
     names, own_names, rest = _op_names(config, write) + column_names(config), row_names(config), list(rest)
-    inputs = {"indices": tiles.index_vectors(), "k": k, "q": q, "x0": x}
+    parts = _value_parts(config, wanted)
+    inputs = {"indices": tiles.index_vectors(), "k": k, "q": q} | {f"x{n}": rest.pop(0) for n in range(parts)}
     inputs |= {f"g{n}": rest.pop(0) for n in range(config.parts)}
     if names:
         inputs["q_scalars"] = rest.pop(0)
@@ -401,9 +415,10 @@ def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...]
     shapes = {"dk": (*k.shape[:3], config.key), "dx": (*k.shape[:3], config.value), "ddecay": (*q.shape[:2], slots)}
     outputs = {name: (shapes[name], jnp.float32) for name in wanted}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(names))
-    own = {"k_tile": config.key, "x_tile": config.value}
-    scratch |= {name: shared_block(config.warpgroups, TILE, width, dtype=config.dtype) for name, width in own.items()}
-    arrivals = 2 + (bool(own_names) and not config.decay)
+    own = {"k_tile": (config.key, config.dtype)}
+    own |= {f"x_tile{n}": (config.value, config.value_dtype) for n in range(parts)}
+    scratch |= _own_tiles(config, own)
+    arrivals = 1 + parts + (bool(own_names) and not config.decay)
     scratch["own_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=config.warpgroups)
     if own_names:
         scratch["own_scalars"] = plgpu.SMEM((config.warpgroups, len(own_names), TILE), jnp.float32)
@@ -493,4 +508,4 @@ def key_gradients(
         rest += (pack_scalars(own_names, heads if config.decay else group, row_values(key_mask(mask), key)),)
     rest += tuple(tiles.column_bounds(config, k, q, mask).values())
     kernel = split_batch_and_heads(_key_gradients, (config, write, wanted), config.axes, results=len(wanted))
-    return kernel(k, q, x[0], *g[: config.parts], *rest)
+    return kernel(k, q, *x[: _value_parts(config, wanted)], *g[: config.parts], *rest)

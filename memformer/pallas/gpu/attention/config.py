@@ -27,7 +27,8 @@ class AttentionConfig(BaseAttentionConfig):
       key, value: widths as padded for the kernels.
       value_block: value columns per program of the write.
       span: tokens per span of the write, see deltaformer.py.
-      dtype: of the operands of products.
+      dtype: of queries and keys.
+      value_dtype: of weights and values.
     """
 
     warpgroups: int
@@ -37,6 +38,7 @@ class AttentionConfig(BaseAttentionConfig):
     value_block: int
     span: int
     dtype: str = dataclasses.field(default="bfloat16", kw_only=True)
+    value_dtype: str = dataclasses.field(default="bfloat16", kw_only=True)
 
     @property
     def rows(self) -> int:
@@ -50,12 +52,17 @@ class AttentionConfig(BaseAttentionConfig):
 
     @property
     def parts(self) -> int:
-        """Bfloat16 arrays whose sum makes up the weights, and the values."""
+        """Arrays of 16 bits whose sum makes up the weights, and the values."""
         return 1 if self.similarity.normalized else 2
+
+    @property
+    def mixed(self) -> bool:
+        """Whether queries and keys have another dtype than weights and values."""
+        return self.dtype != self.value_dtype
 
 
 def plan_call(
-    call: AttentionCall, similarity: Kernel, operands: Mapping[str, Array], allowed: tuple[str, ...] = ("bfloat16",)
+    call: AttentionCall, similarity: Kernel, operands: Mapping[str, Array], *, writes: bool = False
 ) -> AttentionConfig:
     """Checks that the kernels serve this call, and cuts it into tiles.
 
@@ -63,13 +70,14 @@ def plan_call(
       call: of an op.
       similarity: kappa of the kernel, its scale filled in.
       operands: the arrays that enter products, by name.
-      allowed: their dtypes.
+      writes: whether it is the write.
 
     Raises:
       NotImplementedError: see `check_call`.
     """
     key, value = call.k.shape[-1], call.v.shape[-1]
-    check_call(call, operands, {"key": key, "value": value}, allowed)
+    dtype = next(iter(operands.values())).dtype.name
+    check_call(call, operands, {"key": key, "value": value}, tuning.ATTENTION_DTYPES)
     batch, length, heads = call.k.shape[:3]
     warpgroups = 1 if length <= TILE else 2
     rows = warpgroups * TILE
@@ -92,5 +100,7 @@ def plan_call(
         value=tuning.padded_width(value),
         value_block=min(tuning.padded_width(value), tuning.WRITE_BLOCK),
         span=-(-length // (spans * rows)) * rows,
-        dtype=next(iter(operands.values())).dtype.name,
+        dtype=dtype,
+        # What a read without a normaliser sums may exceed the range of float16. A write whose operands do has no use.
+        value_dtype=dtype if writes or similarity.normalized else "bfloat16",
     )

@@ -223,7 +223,7 @@ def _write(config, k, w, v, alpha, beta, cache_u, mask, decay):
     own, far = _span_configs(config)
     if before == 0 and length == span:
         return _scan_forward(own, k, w, alpha[..., None] * v.astype(jnp.float32), beta, mask, decay, None)
-    zeros = jnp.zeros(v.shape, jnp.dtype(config.dtype))
+    zeros = jnp.zeros(v.shape, jnp.dtype(config.value_dtype))
     everything = tuple(jnp.concatenate([x, zeros], axis=2) for x in tiles.split_outside(config, cache_u))
 
     def step(everything, start):
@@ -260,7 +260,7 @@ def _solve_transposed(config, k, w, beta, lse, du, u, mask, decay):
     scalars = {"lse": lse, "beta": beta, "delta": lse}
     if length == span:
         return _scan_reverse(own, k, w, du, scalars, *_slice_pairs(mask, decay, keys=(before, length)))
-    dp = (jnp.zeros(du.shape, jnp.dtype(config.dtype)),) * 2
+    dp = (jnp.zeros(du.shape, jnp.dtype(config.value_dtype)),) * 2
 
     def step(dp, start):
         queries, keys = (start, span), (before + start, span)
@@ -286,10 +286,8 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
       NotImplementedError: no kernel serves this machine or call; the message says why.
     """
     operands = {"q": call.q, "k": call.k, "w": call.w, "v": call.v}
-    softmax = call.write_kernel.normalized and call.read_kernel.normalized
-    # Sums without a normaliser take two parts of bfloat16, and a product has one dtype.
-    allowed = ("bfloat16", "float16") if softmax else ("bfloat16",)
-    config, reading = (plan_call(call, kernel, operands, allowed) for kernel in (call.write_kernel, call.read_kernel))
+    config = plan_call(call, call.write_kernel, operands, writes=True)
+    reading = plan_call(call, call.read_kernel, operands)
     length, width = call.v.shape[1], call.v.shape[3]
     mask = join_cache(call.mask, config.rows, config.span)
 

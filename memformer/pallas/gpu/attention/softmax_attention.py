@@ -236,10 +236,13 @@ def _attend_backward(config, dtype, saved, cotangents):
     scalars = {"lse": lse, "delta": delta}
     operands = (k, q, split_values(config, x), split_values(config, do), mask, decay, scalars)
     dq, *query_decay = query_gradients(config, *operands)
-    if config.decay and not config.similarity.normalized:
-        # In two kernels: together they spill registers.
+    if not config.similarity.normalized and (config.decay or config.mixed):
+        # In two kernels: together they spill registers, or keep 8 bits of the weights.
         (dk,), (dx,) = (key_gradients(config, *operands, (name,)) for name in ("dk", "dx"))
-        query_decay, key_decay = [jnp.sum(o * do, axis=-1)], [_per_query_head(-jnp.sum(x * dx, axis=-1), q.shape[1])]
+        key_decay = []
+        if config.decay:
+            query_decay = [jnp.sum(o * do, axis=-1)]
+            key_decay = [_per_query_head(-jnp.sum(x * dx, axis=-1), q.shape[1])]
     else:
         dk, dx, *key_decay = key_gradients(config, *operands, ("dk", "dx") + ("ddecay",) * sums_scores(config))
     ddecay = fraction_gradient(*query_decay, *key_decay) if config.decay else None
@@ -286,7 +289,7 @@ def run(call: AttentionCall) -> Float[Array, "B T H V"]:
       NotImplementedError: no kernel serves this machine or call; the message says why.
     """
     operands = {"q": call.q, "k": call.k, "v": call.v}
-    config = plan_call(call, call.read_kernel, operands, ("bfloat16", "float16"))
+    config = plan_call(call, call.read_kernel, operands)
     length, width = call.v.shape[1], call.v.shape[3]
     mask = block_mask(call, config.rows)
     cache_k, cache_v = (None, None) if call.cache is None else (call.cache.k, call.cache.values)

@@ -4,7 +4,8 @@ Scores are computed in tiles of 64 queries by 64 keys. A program has one or two 
 64 rows of its own, and one that copies the tiles of columns (TMA) into a ring of slots in shared memory, where all
 computing warpgroups read them. Rows lie on threads as wgmma leaves its accumulators.
 
-Sums without a normaliser cancel: there weights and values are sums of two bfloat16 parts, 16 bits, else one.
+Sums without a normaliser cancel: there weights and values are sums of two parts, 16 bits, else one. In a read they are
+bfloat16 beside queries and keys of float16 too, whose range is too small for such sums.
 """
 
 import functools
@@ -54,6 +55,7 @@ __all__ += [
     "similarity_values",
     "round_split",
     "split",
+    "split_gradient",
     "split_outside",
     "split_two",
     "split_values",
@@ -77,19 +79,24 @@ def zeros(width: int) -> Array:
 
 
 def split(config: AttentionConfig, x: Array, parts: int) -> tuple[Array, ...]:
-    """A left operand in the dtype of the products; sums of parts are bfloat16."""
-    return split_bf16(x, parts) if parts > 1 else (x.astype(config.dtype),)
+    """Weights as products with values take them, in one part or two."""
+    return split_two(config, x) if parts > 1 else (x.astype(config.value_dtype),)
+
+
+def split_gradient(config: AttentionConfig, ds: Array, parts: int) -> tuple[Array, ...]:
+    """ds as products with queries or keys take it; one part of float16 has 11 bits."""
+    return split_bf16(ds, parts) if parts > 1 and config.dtype == "bfloat16" else (ds.astype(config.dtype),)
 
 
 def split_two(config: AttentionConfig, x: Array) -> tuple[Array, Array]:
-    """x as the sum of two arrays of the dtype of the products."""
-    return split_bf16(x, 2) if config.dtype == "bfloat16" else round_split(config, x)
+    """x as the sum of two arrays of the dtype of values."""
+    return split_bf16(x, 2) if config.value_dtype == "bfloat16" else round_split(config, x)
 
 
 def round_split(config: AttentionConfig, x: Array) -> tuple[Array, Array]:
     """`split_two` with a first part that is x rounded."""
-    high = x.astype(config.dtype)
-    return high, (x - high.astype(jnp.float32)).astype(config.dtype)
+    high = x.astype(config.value_dtype)
+    return high, (x - high.astype(jnp.float32)).astype(config.value_dtype)
 
 
 def accumulate(x: Array, pairs: tuple[tuple[Any, Any], ...]) -> Array:
@@ -285,7 +292,7 @@ def ring_scratch(config: AttentionConfig, width: int, values: int, scalars: int,
     """
     scratch: dict[str, Any] = {"key_slots": shared_block(config.slots, TILE, config.key, dtype=config.dtype)}
     tiles = config.slots + beside
-    scratch |= {f"value_slots{n}": shared_block(tiles, TILE, width, dtype=config.dtype) for n in range(values)}
+    scratch |= {f"value_slots{n}": shared_block(tiles, TILE, width, dtype=config.value_dtype) for n in range(values)}
     if scalars:
         scratch["scalar_slots"] = plgpu.SMEM((config.slots, scalars, TILE), jnp.float32)
     barrier = functools.partial(plgpu.Barrier, num_barriers=config.slots)
@@ -432,17 +439,18 @@ def call(
 def split_values(config: AttentionConfig, x: Array) -> tuple[Array, ...]:
     """Values as products take them, in one part or two of bfloat16."""
     if config.parts == 1:
-        return (x.astype(config.dtype),)
+        return (x.astype(config.value_dtype),)
     return (x, jnp.zeros_like(x)) if x.dtype == jnp.bfloat16 else split_outside(config, x)
 
 
 def split_outside(config: AttentionConfig, x: Array) -> tuple[Array, Array]:
-    """float32 x as the sum of two arrays of the dtype of the products, outside of a kernel."""
-    if config.dtype == "bfloat16":
+    """x as the sum of two arrays of the dtype of values, outside of a kernel."""
+    x = x.astype(jnp.float32)
+    if config.value_dtype == "bfloat16":
         return wgmma.split_outside(x)
     # XLA may drop a cast to 16 bits and back, but not this.
     high = lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
-    return high.astype(config.dtype), (x - high).astype(config.dtype)
+    return high.astype(config.value_dtype), (x - high).astype(config.value_dtype)
 
 
 def bounds(k: Array, bound) -> Array:

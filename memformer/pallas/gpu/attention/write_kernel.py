@@ -480,7 +480,7 @@ def write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, tar
         inputs["k_scalars"] = rest.pop(0)
     if config.segments or not reverse:
         inputs["limit"] = rest.pop(0)
-    dtype = jnp.dtype(config.dtype)
+    dtype = jnp.dtype(config.value_dtype)
     outputs: dict[str, Any] = {f"out{n}": (target.shape, dtype) for n in range(2)}
     # The solutions of the warpgroups lie beside the slots of values.
     scratch = tiles.ring_scratch(config, config.value_block, config.parts, len(columns), config.warpgroups)
