@@ -14,6 +14,7 @@ BATCHES = flags.DEFINE_integer("batches", 16, "Batches per length; 0 for all.", 
 BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Examples per batch; by default that of the run.", lower_bound=1)
 SET = flags.DEFINE_multi_string("set", [], "A change to the run's config, such as task.length=64; may be repeated.")
 BY_POSITION = flags.DEFINE_bool("by_position", False, "Perplexity by position in the document, of text, instead.")
+BY_DISTANCE = flags.DEFINE_bool("by_distance", False, "Perplexity by distance of the target's last occurrence.")
 TASK_MODULE = flags.DEFINE_string("task_module", "", "A module that registers the task; by default that of the run.")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; by default <workdir>/eval_<split>.json.")
 PROCESSES = define_processes()
@@ -25,8 +26,11 @@ def main(_: list[str]) -> None:
         from memformer.training.distributed import join_processes
         from memformer.training.evaluation import evaluate_checkpoint
 
-        if BY_POSITION.value and LENGTHS.value is not None:
-            raise RunError("--by_position scores examples of the run's own length; leave --lengths out.")
+        if BY_POSITION.value and BY_DISTANCE.value:
+            raise RunError("--by_position and --by_distance are two evaluations; give one of them.")
+        by = "--by_position" if BY_POSITION.value else "--by_distance" if BY_DISTANCE.value else ""
+        if by and LENGTHS.value is not None:
+            raise RunError(f"{by} scores examples of the run's own length; leave --lengths out.")
         options: dict[str, Any] = {
             "step": STEP.value,
             "split": SPLIT.value,
@@ -36,10 +40,11 @@ def main(_: list[str]) -> None:
             "out": OUT.value,
         }
         with join_processes(**PROCESSES()):
-            if BY_POSITION.value:
-                from memformer.evals.positions import evaluate_positions
+            if by:
+                from memformer.evals.positions import evaluate_distances, evaluate_positions
 
-                evaluate_positions(WORKDIR.value, **options)
+                evaluate = evaluate_positions if BY_POSITION.value else evaluate_distances
+                evaluate(WORKDIR.value, **options)
             else:
                 evaluate_checkpoint(WORKDIR.value, lengths=LENGTHS.value, **options)
 

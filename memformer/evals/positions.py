@@ -1,15 +1,18 @@
-"""Loss by position: whether a memory uses the context that it has."""
+"""Loss by position and by distance: whether a memory uses the context that it has, and how far back."""
 
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from memformer.core.segments import find_segments
+from memformer.core.types import Array, Int
 from memformer.data.source import SPLITS
 from memformer.training.config import RunError
 from memformer.training.evaluation import LoadedRun, load_run, score_batches
@@ -19,7 +22,15 @@ from memformer.training.metrics import format_table, log, model_name
 from memformer.training.plots import plot_positions
 from memformer.training.sharding import batch_layout, mesh_scope
 
-__all__ = ["PositionLoss", "evaluate_positions", "loss_by_position"]
+__all__ = [
+    "DistanceLoss",
+    "PositionLoss",
+    "evaluate_distances",
+    "evaluate_positions",
+    "loss_by_distance",
+    "loss_by_position",
+    "token_distances",
+]
 
 
 class PositionLoss(NamedTuple):
@@ -27,6 +38,24 @@ class PositionLoss(NamedTuple):
 
     Attributes:
       first, last: positions, counted from 0 in each document; a target at position p has p + 1 inputs before it.
+      tokens: number of targets scored.
+      loss: mean loss in nats.
+      perplexity: exp(loss).
+    """
+
+    first: int
+    last: int
+    tokens: int
+    loss: float
+    perplexity: float
+
+
+class DistanceLoss(NamedTuple):
+    """Loss of the targets whose last occurrence in the context lies in a range of distances.
+
+    Attributes:
+      first, last: tokens from the last occurrence to the target, 1 where it is the newest input; both are 0 for
+        targets that do not occur in the context.
       tokens: number of targets scored.
       loss: mean loss in nats.
       perplexity: exp(loss).
@@ -53,11 +82,73 @@ def loss_by_position(loaded: LoadedRun, *, split: str = "test", batches: int = 1
     Raises:
       RunError: a task whose targets are no classes, or an unknown split.
     """
+    return [PositionLoss(*part) for part in _mean_losses(loaded, _positions, "position", split, batches)]
+
+
+def loss_by_distance(loaded: LoadedRun, *, split: str = "test", batches: int = 16) -> list[DistanceLoss]:
+    """Mean loss by the distance of the target's last occurrence in the context: none, 1, 2-3, 4-7, ... tokens.
+
+    The context is the part of the document that the example holds before the target; see `token_distances`.
+
+    Args:
+      loaded, split, batches: as for `loss_by_position`; inputs and targets are ids of one vocabulary.
+
+    Raises:
+      RunError: as `loss_by_position`, or inputs and targets of different vocabularies.
+    """
+    task = loaded.task
+    if task.loss == "classes" and (task.features or task.vocab_size != task.num_classes):
+        inputs = f"{task.features} features" if task.features else f"{task.vocab_size} ids"
+        raise RunError(
+            f"loss by distance needs inputs and targets of one vocabulary, and task {task.name!r} has {inputs} and "
+            f"{task.num_classes} classes."
+        )
+    return [DistanceLoss(*part) for part in _mean_losses(loaded, _distances, "distance", split, batches)]
+
+
+def token_distances(
+    inputs: Int[Array, "B T"], targets: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+) -> Int[Array, "B T"]:
+    """Tokens from the last occurrence of each target among the inputs of its segment up to its own; 0 for none.
+
+    Args:
+      inputs, targets: ids; a target stands behind the input of its step, so that the newest input has distance 1.
+      segment_ids: packed sequences, 0 = padding, which is no occurrence.
+
+    Example:
+      >>> token_distances(jnp.array([[5, 7, 5, 5]]), jnp.array([[7, 5, 5, 9]]))
+      Array([[0, 2, 1, 0]], dtype=int32)
+    """
+    rows, steps = inputs.shape
+    segments = find_segments(segment_ids, {})
+    index = jnp.zeros((rows, steps), jnp.int32)
+    if segments is not None:
+        index, inputs = segments.index, jnp.where(segments.valid, inputs, -1)
+    # sorted by segment, id and time, where the input of a step comes before its target
+    ids = jnp.stack([inputs, targets], axis=2).reshape(rows, 2 * steps)
+    place = jnp.broadcast_to(jnp.arange(2 * steps, dtype=jnp.int32), ids.shape)
+    index, ids, time = lax.sort((jnp.repeat(index, 2, axis=1), ids, place), dimension=1, num_keys=3)
+    newest = lax.cummax(jnp.where(time % 2 == 0, place, -1), axis=1)
+    last = jnp.maximum(newest, 0)
+    found_index, found_ids, found_time = (jnp.take_along_axis(x, last, axis=1) for x in (index, ids, time))
+    same = (newest >= 0) & (found_index == index) & (found_ids == ids)
+    distance = jnp.where(same, (time + 1) // 2 - found_time // 2, 0)
+    back = jnp.zeros_like(distance).at[jnp.arange(rows)[:, None], time].set(distance)
+    return back[:, 1::2]
+
+
+Bin = tuple[int, int, int, float, float]
+
+
+def _mean_losses(
+    loaded: LoadedRun, places: Callable[[Mapping[str, Array]], Array], by: str, split: str, batches: int
+) -> list[Bin]:
+    """Mean losses over ranges of `places`, which gives each target of a batch a number from 0 to T."""
     if split not in SPLITS:
         raise RunError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}.")
     task, mesh = loaded.task, loaded.run.mesh
     if task.loss != "classes":
-        raise RunError(f"loss by position needs targets that are classes, and task {task.name!r} has {task.loss}.")
+        raise RunError(f"loss by {by} needs targets that are classes, and task {task.name!r} has {task.loss}.")
     size = loaded.config["train"]["batch_size"]
     layout = batch_layout(batch_shapes(task, size), mesh)
     loader = make_loader(
@@ -69,29 +160,37 @@ def loss_by_position(loaded: LoadedRun, *, split: str = "test", batches: int = 1
         place=layout.place,
         repeat=batches > 0,
     )
-    step = jax.jit(functools.partial(_sum_positions, loaded.model))
+    step = jax.jit(functools.partial(_sum_losses, loaded.model, places))
     with mesh_scope(mesh):
         sums = score_batches(functools.partial(step, *loaded.weights), loader, batches)
     loader.close()
     total = np.stack(sums).astype(np.float64).sum(axis=0)
-    return _bin_positions(total[0], total[1])
+    return _bin_losses(total[0], total[1])
 
 
-def _bin_positions(loss: np.ndarray, weight: np.ndarray) -> list[PositionLoss]:
-    """Means over ranges whose length doubles, of the sums at each position."""
+def _positions(batch: Mapping[str, Array]) -> Array:
+    return batch["positions"]
+
+
+def _distances(batch: Mapping[str, Array]) -> Array:
+    return token_distances(batch["inputs"], batch["targets"], batch.get("segment_ids"))
+
+
+def _bin_losses(loss: np.ndarray, weight: np.ndarray) -> list[Bin]:
+    """Means over ranges whose length doubles, of the sums at each place."""
     found, first = [], 0
     while first < len(loss):
         last = min(max(first * 2, first + 1), len(loss))
         count = float(weight[first:last].sum())
         if count:
             mean = float(loss[first:last].sum()) / count
-            found.append(PositionLoss(first, last - 1, round(count), mean, float(np.exp(mean))))
+            found.append((first, last - 1, round(count), mean, float(np.exp(mean))))
         first = last
     return found
 
 
-def _sum_positions(model, params, rest, batch):
-    """Sums of loss and weight at each position, [2, T]."""
+def _sum_losses(model, places, params, rest, batch):
+    """Sums of loss and weight at each place, [2, T + 1]."""
     module = model.module(params, rest, jax.random.key(0))
     module.eval()
     arguments = {name: x for name, x in batch.items() if name not in ("inputs", "targets", "loss_weights")}
@@ -101,9 +200,8 @@ def _sum_positions(model, params, rest, batch):
     known = jnp.where(weights > 0, targets, 0)[..., None]
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, known, axis=-1)[..., 0]
     parts = jnp.stack([jnp.where(weights > 0, losses * weights, jnp.float32(0)), weights])
-    steps = targets.shape[1]
-    sums = jnp.zeros((2, steps), jnp.float32)
-    return sums.at[:, batch["positions"].reshape(-1)].add(parts.reshape(2, -1))
+    sums = jnp.zeros((2, targets.shape[1] + 1), jnp.float32)
+    return sums.at[:, places(batch).reshape(-1)].add(parts.reshape(2, -1))
 
 
 def evaluate_positions(
@@ -131,27 +229,79 @@ def evaluate_positions(
     """
     loaded = load_run(workdir, step=step, settings=settings, batch_size=batch_size)
     found = loss_by_position(loaded, split=split, batches=batches)
+    named = [(_label(part.first + 1, part.last + 1), part.last + 1, part) for part in found]
+    return _report(loaded, named, ("positions", "context", "tokens of context"), split, workdir, out)
+
+
+def evaluate_distances(
+    workdir: str,
+    *,
+    step: int | None = None,
+    split: str = "test",
+    batches: int = 16,
+    batch_size: int | None = None,
+    settings: Sequence[str] = (),
+    out: str | None = None,
+) -> dict[str, Any]:
+    """Prints and plots the perplexity of a run by the distance of the target's last occurrence.
+
+    Args:
+      workdir, step, split, batches, batch_size, settings: as for `evaluate_positions`.
+      out: JSON file to write; None for <workdir>/distances_<split>.json. The plot has the same name with .png.
+
+    Returns:
+      The content of the JSON file.
+
+    Raises:
+      RunError: as `evaluate_checkpoint` and `loss_by_distance`.
+    """
+    loaded = load_run(workdir, step=step, settings=settings, batch_size=batch_size)
+    found = loss_by_distance(loaded, split=split, batches=batches)
+    named = [(_label(part.first, part.last) if part.last else "none", part.last, part) for part in found]
+    titles = ("distances", "distance", "tokens since the target's last occurrence")
+    return _report(loaded, named, titles, split, workdir, out)
+
+
+def _report(
+    loaded: LoadedRun,
+    named: Sequence[tuple[str, int, PositionLoss | DistanceLoss]],
+    titles: tuple[str, str, str],
+    split: str,
+    workdir: str,
+    out: str | None,
+) -> dict[str, Any]:
+    """Prints, plots and writes means.
+
+    Args:
+      loaded: the run.
+      named: label, place on the axis and mean of each range.
+      titles: key in the JSON and beginning of the file's name, heading of the labels, title of the axis.
+      split, workdir, out: as for `evaluate_positions`.
+    """
+    key, heading, axis = titles
     name = model_name(loaded.config["model"])
-    log(f"{name} on {loaded.task.name}, {split} split, step {loaded.step}: perplexity by tokens of context")
-    rows = [
-        (_label(part.first + 1, part.last + 1), f"{part.tokens:,}", f"{part.loss:.4f}", f"{part.perplexity:.3f}")
-        for part in found
-    ]
-    log(format_table(("context", "tokens", "loss", "perplexity"), rows))
+    log(f"{name} on {loaded.task.name}, {split} split, step {loaded.step}: perplexity by {axis}")
+    rows = [(label, f"{part.tokens:,}", f"{part.loss:.4f}", f"{part.perplexity:.3f}") for label, _, part in named]
+    log(format_table((heading, "tokens", "loss", "perplexity"), rows))
     result = {
         "step": loaded.step,
         "split": split,
         "memory": name,
         "trained_length": loaded.trained.length,
-        "positions": [part._asdict() for part in found],
+        key: [part._asdict() for _, _, part in named],
     }
-    out = out or os.path.join(workdir, f"positions_{split}.json")
+    out = out or os.path.join(workdir, f"{key}_{split}.json")
     if jax.process_index() == 0:
         with replace_file(out) as file:
             json.dump(result, file, indent=2)
-        points = {part.last + 1: part.perplexity for part in found}
-        title = f"{name} on {loaded.task.name}"
-        plot_positions({name: points}, os.path.splitext(out)[0] + ".png", title=title, trained=loaded.trained.length)
+        points = {place: part.perplexity for _, place, part in named}
+        plot_positions(
+            {name: points},
+            os.path.splitext(out)[0] + ".png",
+            title=f"{name} on {loaded.task.name}",
+            trained=loaded.trained.length,
+            axis_title=axis,
+        )
     return result
 
 

@@ -126,27 +126,36 @@ def plot_lengths(
     _save(figure, path)
 
 
-def plot_positions(results: Mapping[str, Mapping[int, float]], path: str, *, title: str, trained: int) -> None:
-    """Plots perplexity against the tokens of context, one line per model.
+def plot_positions(
+    results: Mapping[str, Mapping[int, float]],
+    path: str,
+    *,
+    title: str,
+    trained: int,
+    axis_title: str = "tokens of context",
+) -> None:
+    """Plots perplexity against numbers of tokens, one line per model.
 
     Args:
-      results: label -> most tokens of context in a range -> perplexity.
+      results: label -> most tokens in a range -> perplexity; 0 tokens stand at 1/2, as "none".
       path: PNG file to write.
       title: title of the plot.
       trained: length of the examples in training, marked by a line.
+      axis_title: what the tokens are.
     """
     figure, (axis,) = _axes(1)
     for index, (label, points) in enumerate(results.items()):
-        axis.plot(list(points), list(points.values()), "o-", color=COLOURS[index % len(COLOURS)], label=label)
+        places = [n or 0.5 for n in points]
+        axis.plot(places, list(points.values()), "o-", color=COLOURS[index % len(COLOURS)], label=label)
     axis.axvline(trained, color="0.4", linestyle=":", label="length of training")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         ticks("{x:g}")
-    places = sorted({n for points in results.values() for n in points})
-    axis.set_xticks(places, [str(n) for n in places])
+    numbers = sorted({n for points in results.values() for n in points})
+    axis.set_xticks([n or 0.5 for n in numbers], [str(n or "none") for n in numbers])
     axis.xaxis.minorticks_off()
-    axis.set_xlabel("tokens of context")
+    axis.set_xlabel(axis_title)
     axis.set_ylabel("perplexity")
     axis.set_title(title)
     axis.legend(frameon=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import types
 
 import jax
 import numpy as np
@@ -11,10 +12,11 @@ from flax import nnx
 from memformer.data.corpus import wrap_source
 from memformer.data.tokenization import tokenize_corpus
 from memformer.data.tokenizer import ByteTokenizer
-from memformer.evals import evaluate_positions
+from memformer.evals import evaluate_distances, evaluate_positions, loss_by_distance, token_distances
 from memformer.models import LanguageModelConfig, MemoryLM, generate
 from memformer.models.generate_text import TextPiece
 from memformer.pretrained import find_architecture, save_pretrained
+from memformer.tasks import make_task
 from memformer.training.config import RunError, default_config
 from memformer.training.evaluation import load_run
 from memformer.training.generation import _Terminal, load_text_model, show_text
@@ -103,15 +105,10 @@ def test_several_devices_share_the_matrices(folder):
     np.testing.assert_array_equal(got, want)
 
 
-def test_loss_by_position(folder, capsys):
-    result = evaluate_positions(folder, split="train", batches=2, settings=["mesh.fsdp=1", "mesh.data=8"])
-    bins = [(part["first"], part["last"]) for part in result["positions"]]
-    assert bins == [(0, 0), (1, 1), (2, 3), (4, 7)]
-    assert os.path.isfile(os.path.join(folder, "positions_train.png"))
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == ["1", "2", "3-4", "5-8"]
-
-    loaded = load_run(folder)
-    loss, weight = np.zeros(8), np.zeros(8)
+@pytest.fixture(scope="module")
+def scored(folder):
+    """Two batches of the training split, and the loss of each target."""
+    loaded, batches, losses = load_run(folder), [], []
     read = nnx.jit(lambda model, inputs, **arguments: model(inputs, **arguments).logits)
     model = loaded.module()
     loader = make_loader(loaded.task, "train", batch_size=8, seed=0)
@@ -119,15 +116,73 @@ def test_loss_by_position(folder, capsys):
         arguments = {name: batch[name] for name in ("segment_ids", "positions")}
         logits = np.asarray(read(model, batch["inputs"], **arguments), np.float64)
         chosen = np.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-        scores = np.log(np.sum(np.exp(logits), axis=-1)) - chosen
-        np.add.at(loss, batch["positions"], scores * batch["loss_weights"])
-        np.add.at(weight, batch["positions"], batch["loss_weights"])
+        losses.append(np.log(np.sum(np.exp(logits), axis=-1)) - chosen)
+        batches.append(batch)
     loader.close()
-    for part in result["positions"]:
-        where = slice(part["first"], part["last"] + 1)
-        assert part["tokens"] == weight[where].sum()
-        assert part["loss"] == pytest.approx(loss[where].sum() / weight[where].sum(), rel=1e-5)
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}, np.concatenate(losses)
+
+
+def check_means(parts, places, batch, losses):
+    """Each part is the mean over its places."""
+    for part in parts:
+        weights = batch["loss_weights"] * ((part["first"] <= places) & (places <= part["last"]))
+        assert part["tokens"] == weights.sum()
+        assert part["loss"] == pytest.approx((losses * weights).sum() / weights.sum(), rel=1e-5)
         assert part["perplexity"] == pytest.approx(np.exp(part["loss"]))
+    assert sum(part["tokens"] for part in parts) == batch["loss_weights"].sum()
+
+
+def test_loss_by_position(folder, scored, capsys):
+    result = evaluate_positions(folder, split="train", batches=2, settings=["mesh.fsdp=1", "mesh.data=8"])
+    bins = [(part["first"], part["last"]) for part in result["positions"]]
+    assert bins == [(0, 0), (1, 1), (2, 3), (4, 7)]
+    assert os.path.isfile(os.path.join(folder, "positions_train.png"))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == ["1", "2", "3-4", "5-8"]
+    check_means(result["positions"], scored[0]["positions"], *scored)
+
+
+def test_loss_by_distance(folder, scored, capsys):
+    result = evaluate_distances(folder, split="train", batches=2, settings=["mesh.fsdp=1", "mesh.data=8"])
+    assert result["distances"][0]["last"] == 0 and result["distances"][-1]["last"] > 3
+    assert os.path.isfile(os.path.join(folder, "distances_train.png"))
+    assert capsys.readouterr().out.splitlines()[-len(result["distances"])].startswith("none ")
+    batch, losses = scored
+    places = loop_distances(*(batch[name] for name in ("inputs", "targets", "segment_ids")))
+    check_means(result["distances"], places, batch, losses)
+
+
+def test_loss_by_distance_needs_one_vocabulary():
+    loaded = types.SimpleNamespace(task=make_task({"name": "coreference"}))
+    with pytest.raises(RunError, match=r"one vocabulary, and task 'coreference' has \d+ ids and \d+ classes"):
+        loss_by_distance(loaded)
+
+
+def loop_distances(inputs, targets, segment_ids):
+    """Distances by plain loops; padding of `segment_ids` between two equal ids belongs to their segment."""
+    found = np.zeros_like(targets)
+    for row, place in np.ndindex(targets.shape):
+        segment = None
+        for earlier in range(place, -1, -1):
+            if segment_ids[row, earlier] == 0:
+                continue
+            segment = segment or segment_ids[row, earlier]
+            if segment_ids[row, earlier] != segment:
+                break
+            if inputs[row, earlier] == targets[row, place]:
+                found[row, place] = place + 1 - earlier
+                break
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_distances_of_tokens(packed):
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.integers(0, 5, (2, 8, 30))
+    segments = np.repeat(rng.integers(0, 4, (8, 10)), 3, axis=1) if packed else np.ones((8, 30), int)
+    got = np.asarray(token_distances(inputs, targets, segments if packed else None))
+    valid = segments > 0
+    assert valid.all() != packed and len(np.unique(got[valid])) > 6
+    np.testing.assert_array_equal(got[valid], loop_distances(inputs, targets, segments)[valid])
 
 
 LLAMA = {
