@@ -38,8 +38,12 @@ def initial_model(run: LoadedRun) -> Any:
     return module
 
 
-def block_inputs(model: Any, inputs: Any) -> list[BlockInputs]:
+def block_inputs(model: Any, inputs: Any, *, segment_ids: Any = None, positions: Any = None) -> list[BlockInputs]:
     """The inputs of each block's layers on `inputs` [B, T], for a MemoryLM whose layers are not scanned.
+
+    Args:
+      model: the model.
+      inputs, segment_ids, positions: as for the model.
 
     Example:
       >>> from memformer.models import build_model
@@ -49,15 +53,15 @@ def block_inputs(model: Any, inputs: Any) -> list[BlockInputs]:
       >>> [one.memory.shape for one in block_inputs(model, jnp.ones((1, 3), int))]
       [(1, 3, 8), (1, 3, 8)]
     """
-    return _block_inputs(model, inputs)
+    return _block_inputs(model, inputs, segment_ids, positions)
 
 
 @nnx.jit
-def _block_inputs(model: Any, inputs: Any) -> list[BlockInputs]:
+def _block_inputs(model: Any, inputs: Any, segment_ids: Any, positions: Any) -> list[BlockInputs]:
     x, found = model.embedding(inputs), []
     for block in model.blocks:
         read = block.norm(x)
-        x = x + block.memory(read)[0]
+        x = x + block.memory(read, segment_ids=segment_ids, positions=positions)[0]
         second = read
         if block.feedforward is not None:
             second = block.feedforward_norm(x)

@@ -1,22 +1,23 @@
 """Signal to noise inside trained models: each head's own queries, keys and values instead of Gaussian ones.
 
 A head that holds pairs (k_i, u_i), i <= t, answers q with sum_i kappa(k_i, q) u_i; u is v, or the value that a delta
-memory wrote. With one pair * as the signal, 1 / SNR = |sum of the others|^2 / |kappa(k_*, q) u_*|^2 as in `snr`, for
-three kinds of query:
+memory wrote. Where a memory forgets, kappa includes the decay since the write. With one pair * as the signal, 1 / SNR =
+|sum of the others|^2 / |kappa(k_*, q) u_*|^2 as in `snr`, for three kinds of query:
 
     stored key     q = k_i and * = i, as in theory (N / d for linear, N exp(2 - 2 sqrt d) for softmax)
     own query      q = q_t and * is the pair with the largest answer
     target pair    q = q_t and * is the place of the target, or up to two tokens on, as far as the convolution carries
-                   key and value (recall only)
+                   key and value (only where there is one: recall, and repeated pairs of tokens in text)
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
 
+from memformer.core.segments import find_segments
 from memformer.core.similarity import Kernel
 from memformer.core.types import Array
 from memformer.lab.ffn import BASE as TEXT
@@ -31,7 +32,7 @@ from memformer.ops.deltaformer import deltaformer
 from memformer.training.evaluation import LoadedRun
 from memformer.training.plots import COLOURS
 
-__all__ = ["Head", "SNR_TRAINED", "inverse_snr", "read_heads"]
+__all__ = ["Head", "Questions", "SNR_TRAINED", "ask_head", "heads_of", "inverse_snr", "key_cosine", "read_heads"]
 
 RECALL: Row = {
     "task": {"name": "mqar", "length": 64, "pairs": 8, "vocab_size": 128, "power": 0.01},
@@ -57,6 +58,8 @@ ROWS: Mapping[str, Row] = {
 SMALLER: Row = {"task.length": 32, "task.pairs": 4, "model.width": 32, "train.steps": 20}
 EXAMPLES, ASKED = 32, 16
 WAYS = ("stored key", "own query", "target pair")
+# Questions whose answers are held at a time.
+CHUNK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,34 +71,66 @@ class Head:
       keys: [B, T, K].
       contents: [B, T, V], v or u.
       kernel: similarity of the read.
+      segments: [B, T], ids of the documents; None where nothing is packed.
+      decays: [B, T], log decay from the first token to each; None without decay.
     """
 
     queries: np.ndarray
     keys: np.ndarray
     contents: np.ndarray
     kernel: Kernel
+    segments: np.ndarray | None = None
+    decays: np.ndarray | None = None
 
-    def answers(self, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
-        """kappa(k_i, q) u_i of queries [M, K] by row of the batch, [M, T, V]; pairs after `last` [M] answer nothing.
+    def answers(self, rows: np.ndarray, queries: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """kappa(k_i, q) u_i of queries [M, K] to rows [M] of the batch, [M, T, V].
 
         Args:
-          queries: the first of each row, then the second ...: M is a multiple of B.
-          last: place of the newest pair that a query attends to.
+          rows: of the batch, one per query.
+          queries: q.
+          last: [M], place of the newest pair that a query attends to; later pairs answer nothing, nor do those of
+            another document than its own.
         """
-        times = len(queries) // len(self.keys)
-        keys, contents = np.tile(self.keys, (times, 1, 1)), np.tile(self.contents, (times, 1, 1))
+        keys = self.keys[rows]
         scores = np.einsum("mk,mtk->mt", queries, keys) * self.kernel.scale_for(keys.shape[2])
         seen = np.arange(keys.shape[1])[None] <= last[:, None]
+        if self.segments is not None:
+            seen &= self.segments[rows] == self.segments[rows, last][:, None]
+        since = np.zeros_like(scores)
+        if self.decays is not None:
+            since = np.where(seen, self.decays[rows, last][:, None] - self.decays[rows], 0)
         if self.kernel.normalized:
+            scores = scores + since
             scores = np.exp(scores - np.where(seen, scores, -np.inf).max(axis=1, keepdims=True))
-        return (np.where(seen, scores, 0))[..., None] * contents
+        else:
+            scores = scores * np.exp(since)
+        return (np.where(seen, scores, 0))[..., None] * self.contents[rows]
 
 
-def read_heads(layer: Any, x: Any) -> list[Head]:
+class Questions(NamedTuple):
+    """Queries of a batch at which heads are measured, M of them.
+
+    Attributes:
+      rows: [M], rows of the batch.
+      asked: [M], places of the queries.
+      answered: [M], places of the values that answer them; None where none is known.
+    """
+
+    rows: np.ndarray
+    asked: np.ndarray
+    answered: np.ndarray | None = None
+
+
+def read_heads(layer: Any, x: Any, *, segment_ids: Any = None, positions: Any = None) -> list[Head]:
     """The heads of a memory layer on its input [B, T, D].
 
+    Args:
+      layer: softmax attention, the delta rule with at most one decay per head, or DeltaFormer.
+      x: its input.
+      segment_ids, positions: as for the layer; all tokens are valid.
+
     Raises:
-      ValueError: a layer that is neither softmax attention, nor the delta rule without decay, nor DeltaFormer.
+      ValueError: another layer.
 
     Example:
       >>> from flax import nnx
@@ -106,30 +141,41 @@ def read_heads(layer: Any, x: Any) -> list[Head]:
     """
     if isinstance(layer, SoftmaxAttention):
         kernel = Kernel("softmax")
-    elif isinstance(layer, DeltaRule) and layer.decay is None:
+    elif type(layer) is DeltaRule:
         kernel = Kernel("linear")
     elif isinstance(layer, DeltaFormer):
         kernel = layer.read_kernel
     else:
-        raise ValueError(f"read_heads knows softmax_attention, delta_rule and deltaformer, got {type(layer).__name__}")
-    each = (np.moveaxis(np.asarray(part), 2, 0) for part in _queries_keys_contents(layer, x))
-    return [Head(q, k, u, kernel) for q, k, u in zip(*each, strict=True)]
+        raise ValueError(
+            "read_heads knows softmax_attention, delta_rule, gated_delta_rule and deltaformer, got "
+            f"{type(layer).__name__}"
+        )
+    *each, decay = _queries_keys_contents(layer, x, segment_ids, positions)
+    parts = zip(*(np.moveaxis(np.asarray(part), 2, 0) for part in each), strict=True)
+    segments = None if segment_ids is None else np.asarray(segment_ids)
+    decays = [None] * layer.heads if decay is None else np.cumsum(np.moveaxis(np.asarray(decay, np.float64), 2, 0), 2)
+    return [Head(q, k, u, kernel, segments, past) for (q, k, u), past in zip(parts, decays, strict=True)]
 
 
 @nnx.jit
-def _queries_keys_contents(layer: Any, x: Any) -> tuple[Array, Array, Array]:
-    """Of all heads, [B, T, H, K] and [B, T, H, V]."""
+def _queries_keys_contents(layer: Any, x: Any, segment_ids: Any, positions: Any) -> tuple[Array, Array, Array, Any]:
+    """Of all heads, [B, T, H, K] and [B, T, H, V], and log decays [B, T, H] of the delta rule that has them."""
     # the layer's own steps before its op
-    projected, _ = layer._project(x, None, None)
-    parts = layer._shape(projected, count_positions(None, x.shape[:2], None) if layer.rotary else None)
-    contents = parts["v"]
+    segments = find_segments(segment_ids, {"B": x.shape[0], "T": x.shape[1]})
+    projected, _ = layer._project(x, segments, None)
+    if positions is None:
+        positions = count_positions(segments, x.shape[:2], None)
+    parts = layer._shape(projected, positions if layer.rotary else None)
+    contents, decay = parts["v"], None
     if isinstance(layer, DeltaRule):
-        beta = layer.beta(x)
-        _, cache = deltaformer(**parts, alpha=beta, beta=beta, write_kernel="linear", read_kernel="linear")
-        contents = cache.u
+        beta, decay = layer.beta(x), None if layer.decay is None else layer.decay(x)[0]
+        if decay is not None and decay.ndim != 3:
+            raise ValueError("read_heads knows the delta rule with one decay per head, got one per channel")
+        options: dict[str, Any] = {"write_kernel": "linear", "read_kernel": "linear", "segment_ids": segment_ids}
+        contents = deltaformer(**parts, alpha=beta, beta=beta, decay=decay, **options)[1].u
     elif isinstance(layer, DeltaFormer):
-        contents = layer._apply_op(x, parts, None, None)[1].u
-    return parts["q"], parts["k"], contents
+        contents = layer._apply_op(x, parts, segment_ids, None)[1].u
+    return parts["q"], parts["k"], contents, decay
 
 
 def inverse_snr(answers: np.ndarray, signal: np.ndarray | None = None) -> np.ndarray:
@@ -149,20 +195,25 @@ def inverse_snr(answers: np.ndarray, signal: np.ndarray | None = None) -> np.nda
     return np.sum((answers.sum(axis=1) - own) ** 2, axis=1) / np.maximum(np.sum(own**2, axis=1), 1e-30)
 
 
-def _ask(head: Head, batch: Mapping[str, np.ndarray], recall: bool) -> dict[str, np.ndarray]:
-    """1 / SNR by kind of query."""
-    rows, length, _ = head.keys.shape
+def ask_head(head: Head, questions: Questions) -> dict[str, np.ndarray]:
+    """1 / SNR by kind of query, [M] each; without "target pair" where no answers are known."""
     rng = np.random.default_rng(0)
-    found: dict[str, list[np.ndarray]] = {way: [] for way in WAYS[: 3 if recall else 2]}
-    every = np.arange(rows)
-    asked, answered = _questions(batch) if recall else (rng.integers(length // 2, length, (ASKED, rows)), None)
-    for number, last in enumerate(asked):
-        own = head.answers(head.queries[every, last], last)
-        found["own query"].append(inverse_snr(own))
-        if answered is not None:
-            found["target pair"].append(inverse_snr(own, _largest_near(own, answered[number])))
-        place = rng.integers(0, length, rows) % (last + 1)
-        found["stored key"].append(inverse_snr(head.answers(head.keys[every, place], last), place))
+    found: dict[str, list[np.ndarray]] = {}
+    draws = rng.integers(0, head.keys.shape[1], len(questions.rows))
+    for first in range(0, len(questions.rows), CHUNK):
+        part = slice(first, first + CHUNK)
+        rows, last = questions.rows[part], questions.asked[part]
+        own = head.answers(rows, head.queries[rows, last], last)
+        kinds = {"own query": inverse_snr(own)}
+        if questions.answered is not None:
+            kinds["target pair"] = inverse_snr(own, _largest_near(own, questions.answered[part]))
+        begin = np.zeros_like(last)
+        if head.segments is not None:
+            begin = np.argmax(head.segments[rows] == head.segments[rows, last][:, None], axis=1)
+        place = begin + draws[part] % (last - begin + 1)
+        kinds["stored key"] = inverse_snr(head.answers(rows, head.keys[rows, place], last), place)
+        for way, values in kinds.items():
+            found.setdefault(way, []).append(values)
     return {way: np.concatenate(parts) for way, parts in found.items()}
 
 
@@ -173,15 +224,20 @@ def _largest_near(answers: np.ndarray, places: np.ndarray) -> np.ndarray:
     return near[np.arange(len(near)), size.argmax(axis=1)]
 
 
-def _questions(batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the questions of MQAR and of the values that answer them, [pairs, B]."""
+def _questions(batch: Mapping[str, np.ndarray], recall: bool) -> Questions:
+    """Those of MQAR with the places of the values that answer them; of text places in the second half."""
+    rows, length = batch["inputs"].shape
+    if not recall:
+        drawn = np.random.default_rng(0).integers(length // 2, length, (ASKED, rows))
+        return Questions(np.tile(np.arange(rows), ASKED), drawn.reshape(-1))
     asked, answered = [], []
     for inputs, targets, weights in zip(batch["inputs"], batch["targets"], batch["loss_weights"], strict=True):
         places = np.flatnonzero(weights)
         context = inputs[: places[0]]
         asked.append(places)
         answered.append([int(np.flatnonzero(context == target)[0]) for target in targets[places]])
-    return np.array(asked).T, np.array(answered).T
+    places = np.array(asked).T
+    return Questions(np.tile(np.arange(rows), len(places)), places.reshape(-1), np.array(answered).T.reshape(-1))
 
 
 def _measure(runs: Runs, settings: Settings) -> Result:
@@ -202,21 +258,21 @@ def _measure_run(label: str, run: LoadedRun) -> list[tuple[dict, dict[str, float
     """(row, medians) of each head."""
     batch, recall = test_batch(run, EXAMPLES), run.task.name == "mqar"
     stages = {
-        stage: _heads_of(model, batch) for stage, model in (("start", initial_model(run)), ("trained", run.module()))
+        stage: heads_of(model, batch) for stage, model in (("start", initial_model(run)), ("trained", run.module()))
     }
-    heads = run.config["model"]["heads"]
+    heads, questions = run.config["model"]["heads"], _questions(batch, recall)
     found = []
     for number, (old, new) in enumerate(zip(stages["start"], stages["trained"], strict=True)):
-        asked = {"start": _ask(old, batch, recall), "trained": _ask(new, batch, recall)}
+        asked = {"start": ask_head(old, questions), "trained": ask_head(new, questions)}
         width = new.keys.shape[2]
-        pairs = int(np.mean(_questions(batch)[0]) + 1) if recall else int(0.75 * run.task.length)
+        pairs = int(np.mean(questions.asked) + 1) if recall else int(0.75 * run.task.length)
         name = "softmax" if new.kernel.normalized else "linear"
         theory = SIMILARITIES[name].inverse(width, pairs)  # type: ignore[misc]
         row = {
             "head": f"{label} {number // heads + 1}.{number % heads + 1}",
             "N": pairs,
             "K": width,
-            "rms cosine of keys": f"{_cosines(old):.2f} to {_cosines(new):.2f}",
+            "rms cosine of keys": f"{key_cosine(old):.2f} to {key_cosine(new):.2f}",
             "theory": float(f"{theory:.3g}"),
         }
         medians = {"theory": theory}
@@ -230,15 +286,19 @@ def _measure_run(label: str, run: LoadedRun) -> list[tuple[dict, dict[str, float
     return found
 
 
-def _heads_of(model: Any, batch: Mapping[str, np.ndarray]) -> list[Head]:
-    """The heads of all layers, in order."""
-    inputs = block_inputs(model, batch["inputs"])
+def heads_of(model: Any, batch: Mapping[str, np.ndarray]) -> list[Head]:
+    """The heads of all layers on a batch, in order."""
+    packed = {name: batch[name] for name in ("segment_ids", "positions") if name in batch}
+    inputs = block_inputs(model, batch["inputs"], **packed)
     return [
-        head for block, one in zip(model.blocks, inputs, strict=True) for head in read_heads(block.memory, one.memory)
+        head
+        for block, one in zip(model.blocks, inputs, strict=True)
+        for head in read_heads(block.memory, one.memory, **packed)
     ]
 
 
-def _cosines(head: Head) -> float:
+def key_cosine(head: Head) -> float:
+    """Root mean square of the cosines of two keys of a row."""
     unit = head.keys / np.maximum(np.linalg.norm(head.keys, axis=2, keepdims=True), 1e-12)
     cosines = np.einsum("btk,bsk->bts", unit, unit)
     length = cosines.shape[1]
