@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from memformer.data.corpus import wrap_source
 from memformer.data.tokenization import tokenize_corpus, training_texts
 from memformer.data.tokenizer import TOKENIZER_FILE, train_tokenizer
 from memformer.data.verses import CHAPTERS_PACKAGE, find_chapters, read_chapters, read_verse_slice
-from memformer.evals.positions import PositionLoss, evaluate_positions
+from memformer.evals.positions import DistanceLoss, PositionLoss, evaluate_distances, evaluate_positions
 from memformer.lab.plots import draw_lines, new_figure
 from memformer.lab.runs import training_records
 from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
@@ -30,7 +30,7 @@ from memformer.training.metrics import log
 from memformer.training.sharding import batch_layout, mesh_scope
 from memformer.training.step import init_state, make_train_step
 
-__all__ = ["LANGUAGE", "time_steps"]
+__all__ = ["LANGUAGE", "SMALLER", "kept_distances", "kept_positions", "time_steps"]
 
 CAPACITIES = (256, 4096)
 
@@ -48,6 +48,17 @@ ROWS: Mapping[str, Row] = {
     "DeltaFormer": _row("deltaformer", 1088),
     "hybrid 3 to 1": _row("gated_delta_rule,gated_delta_rule,gated_delta_rule,softmax_attention", 960),
     "LSTM": _row("lstm", 448),
+}
+SMALLER: Row = {
+    "task.length": 16,
+    "model.width": 8,
+    "model.depth": 1,
+    "model.heads": 1,
+    "model.feedforward": None,
+    "model.feedforward_options": {},
+    "train.steps": 4,
+    "train.log_every": 1,
+    "train.final_batches": 2,
 }
 # As softmax attention, with the write in addition.
 DELTAFORMER = {"write_kernel": "softmax", "read_kernel": "softmax", "unit_keys": False, "rotary": True}
@@ -83,7 +94,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     speeds = time_steps(runs, settings["timed_steps"])
     models, contexts, samples = [], [], []
     for label, run in runs.items():
-        module, positions = run.module(), _positions(run, settings["scored_batches"])
+        module, positions = run.module(), kept_positions(run, settings["scored_batches"])
         sizes = {f"state bytes at {n} tokens": f"{_state_bytes(module, n):,}" for n in CAPACITIES}
         loss = sum(part.tokens * part.loss for part in positions) / sum(part.tokens for part in positions)
         models.append(
@@ -115,16 +126,25 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     )
 
 
-def _positions(run: LoadedRun, batches: int) -> list[PositionLoss]:
+def kept_positions(run: LoadedRun, batches: int) -> list[PositionLoss]:
     """Loss by position on the test split, which the run's folder keeps as eval.py --by_position does."""
-    path = os.path.join(run.folder, "positions_test.json")
+    return [PositionLoss(**part) for part in _kept("positions", evaluate_positions, run, batches)]
+
+
+def kept_distances(run: LoadedRun, batches: int) -> list[DistanceLoss]:
+    """Loss by distance on the test split, which the run's folder keeps as eval.py --by_distance does."""
+    return [DistanceLoss(**part) for part in _kept("distances", evaluate_distances, run, batches)]
+
+
+def _kept(name: str, evaluate: Callable[..., Any], run: LoadedRun, batches: int) -> list[dict[str, Any]]:
+    path = os.path.join(run.folder, f"{name}_test.json")
     if not os.path.exists(path):
-        evaluate_positions(run.folder, batches=batches)
+        evaluate(run.folder, batches=batches)
     with open(path, encoding="utf-8") as file:
         found = json.load(file)
     if found["step"] != run.step:
         raise RunError(f"{path} is of step {found['step']} and the run is at step {run.step}: delete the file.")
-    return [PositionLoss(**part) for part in found["positions"]]
+    return found[name]
 
 
 def _sample(module: Any, run: LoadedRun, settings: Settings) -> str:
@@ -248,17 +268,7 @@ LANGUAGE = Study(
     },
     quick=Quick(
         {label: ROWS[label] for label in ("softmax attention", "LSTM")},
-        {
-            "task.length": 16,
-            "model.width": 8,
-            "model.depth": 1,
-            "model.heads": 1,
-            "model.feedforward": None,
-            "model.feedforward_options": {},
-            "train.steps": 4,
-            "train.log_every": 1,
-            "train.final_batches": 2,
-        },
+        SMALLER,
         {"corpus": "Genesis 1 to 20", "vocab_size": 0, "scored_batches": 2, "timed_steps": 1, "sampled": 3},
     ),
 )

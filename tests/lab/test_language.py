@@ -10,6 +10,7 @@ import pytest
 from memformer.data import TokenStore
 from memformer.lab import language
 from memformer.lab.language import LANGUAGE, ROWS
+from memformer.lab.repeats import ATTENTION, REPEATS
 from memformer.lab.runner import run_study
 from memformer.lab.runs import make_config
 from memformer.lab.study import Result, Table
@@ -17,6 +18,7 @@ from memformer.models import build_model
 from memformer.training import loop
 from memformer.training.build import model_settings
 from memformer.training.config import RunError
+from memformer.training.evaluation import load_run
 from memformer.training.step import make_functional
 from tests.lab.test_trained import count_steps, half_right
 
@@ -63,8 +65,26 @@ def test_all_models_are_measured_on_the_same_tokens(measured):
     assert content["verdict"] is None and (folder / "results" / "language.png").stat().st_size > 1000
 
 
+def test_repeated_tokens_are_measured(measured, one_device, monkeypatch):
+    """The study of repeated tokens, on the attention model trained above as its model of comparison and as another."""
+    monkeypatch.chdir(measured[0])
+    with one_device():
+        run = load_run("runs/language-quick/softmax_attention")
+        result = REPEATS.measure({ATTENTION: run, "other": run}, {**REPEATS.settings, **REPEATS.quick.settings})
+    models, distances, rare, heads, contexts = result.tables
+    assert all(row["lag, near"] == row["lag, far"] == 0 and 4 < row["bits per byte"] < 10 for row in models.rows)
+    counted = distances.rows[-1]
+    assert list(counted)[:3] == ["model", "none", "1"] and sum(list(counted.values())[1:]) == 2 * 4 * 16
+    scored = sum(count * distances.rows[0][name] for name, count in counted.items() if name != "model")
+    assert models.rows[0]["loss per token"] == pytest.approx(scored / 128, abs=1e-3)
+    near = next(name for name in rare.rows[0] if name.startswith("1 to 15"))
+    assert all(3 < row[near] < 10 for row in rare.rows) and list(contexts.rows[0])[-1] == "16"
+    assert heads.rows[0]["questions"] > 1 and heads.rows[0]["heads below 1"].endswith(" of 1")
+    assert REPEATS.draw(result).axes
+
+
 def test_the_models_have_about_the_same_size():
-    for label, row in ROWS.items():
+    for label, row in [*ROWS.items(), *REPEATS.rows.items()]:
         settings = model_settings(make_config(LANGUAGE.base, row).to_dict()["model"])
         # equal layers: the parameters of one count for all
         equal = "," not in row["model.memory"]
