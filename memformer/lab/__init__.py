@@ -30,7 +30,6 @@ from memformer.lab import (
     reachability,
     recurrent,
     reflections,
-    repeats,
     segment_recall,
     snr,
     snr_trained,
@@ -76,5 +75,4 @@ STUDIES: Mapping[str, Study] = {
     "segment_recall": segment_recall.SEGMENT_RECALL,
     "overwriting": overwriting.OVERWRITING,
     "language": language.LANGUAGE,
-    "repeats": repeats.REPEATS,
 }
