@@ -121,7 +121,7 @@ def test_fixed_cache_drops_an_earlier_segment_of_nan():
 
 @each_op
 def test_memory_is_linear_in_time(name):
-    """Forward + backward at T = 4096 and four times that; no T x T array in the program."""
+    """Forward + backward at T = 8192 and four times that; no T x T array in the program."""
     op = OPS[name]
 
     def loss(*given):
@@ -129,7 +129,7 @@ def test_memory_is_linear_in_time(name):
         return jnp.sum(output) + jnp.sum(state.values)
 
     sizes, function = [], jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
-    for length in (4096, 16384):
+    for length in (8192, 32768):
         given = [jax.ShapeDtypeStruct((1, length, h, 16), jnp.float32) for h in (2, 1, 1)]
         program = function.lower(*given).compile()
         sizes.append(program.memory_analysis().temp_size_in_bytes)

@@ -9,7 +9,7 @@ import pytest
 
 import memformer as mf
 from memformer.core.mask import Mask
-from memformer.ops.attention import parts
+from memformer.ops.attention import parts, tiled
 from memformer.ops.attention.tiles import TileMask
 from tests.numeric import FORWARD, GRADIENT, assert_close
 
@@ -194,6 +194,25 @@ def test_errors():
         jax.eval_shape(lambda: mf.softmax_attention(q, k, v, initial_state=plain))
     with pytest.raises(ValueError, match="capacity"):
         mf.init_cache("softmax_attention", batch=1, capacity=-1, groups=1, key_width=8, value_width=8)
+
+
+def test_large_tiles_are_equal(monkeypatch):
+    """On a CPU tiles have at most 512 tokens, divide the call evenly, and compute what small tiles do."""
+    monkeypatch.setattr(tiled, "chip", lambda: "cpu")
+    rng = np.random.default_rng(11)
+    given = [jnp.asarray(rng.standard_normal((1, 600, heads, 4)), "float32") for heads in (2, 1, 1)]
+
+    def run(size):
+        return jax.jit(
+            jax.value_and_grad(
+                lambda *x: jnp.sum(jnp.sin(mf.softmax_attention(*x, chunk_size=size, implementation="chunked")[0])),
+                (0, 1, 2),
+            )
+        )
+
+    default, equal, small = (run(size) for size in (None, 304, 128))
+    assert default.lower(*given).as_text() == equal.lower(*given).as_text()
+    assert_close(default(*given), small(*given), 2e-6)
 
 
 def test_heads_in_parts(monkeypatch):

@@ -7,35 +7,31 @@ from jax import lax
 from memformer.core.autodiff import in_forward_mode, reverse_once
 from memformer.core.calls import AttentionCall
 from memformer.core.sharding import vary_like
+from memformer.core.symbolic import is_symbolic, padding_to
 from memformer.core.types import Array, Float
-from memformer.ops.attention import tiles
+from memformer.ops.attention import row_sums, tiles
 from memformer.ops.attention.arguments import write_operands
 from memformer.ops.attention.backward import key_gradient
 from memformer.ops.attention.layout import chunk_keys, chunk_queries, in_rows, join_keys, unchunk_keys, unchunk_queries
 from memformer.ops.attention.parts import head_parts, stack_parts, unstack_parts
 from memformer.ops.attention.tiles import Decay, TileMask, Tiling
 from memformer.ops.attention.write import write
+from memformer.pallas.platform import chip
 
 __all__ = ["deltaformer", "softmax_attention"]
 
-# Side of a tile where the caller names none.
+# Sides of a tile where the caller names none: of the read, and of DeltaFormer's write, which solves a system per chunk.
+# On a CPU the read has LARGE ones where tiles are full, SMALL ones where some of them are skipped.
 READ_CHUNK, WRITE_CHUNK = 256, 128
+LARGE, SMALL = 512, 128
 
 
 def softmax_attention(call: AttentionCall) -> Float[Array, "B T H V"]:
     """Reads the cache and the tokens by tiles; the output is in the accumulation dtype."""
-    cache, (tokens, groups) = call.cache, call.k.shape[1:3]
-    tiling, mask = tiles.make_tiling(call, call.read_kernel, READ_CHUNK)
-    mask, decay = tiles.chunk_decay(call, tiling, mask)
-    k, v = call.k, call.v
-    cached_k, cached_v = (None, None) if cache is None else (cache.k, cache.values)
-    if cache is not None:
-        k, v = k.astype(cached_k.dtype), v.astype(cached_v.dtype)
-    k, v = join_keys(cached_k, k, tiling.size), join_keys(cached_v, v, tiling.size)
-    q = chunk_queries(call.q, groups, tiling.size)
-    q, k, v, *fractions = tiles.unify(mask, q, k, v, *(decay or ()))
-    output = _read(tiling, mask, Decay(*fractions) if fractions else None, call.sinks, q, k, v)
-    return unchunk_queries(output, tokens)
+    k, v, cache = call.k, call.v, call.cache
+    if cache is None:
+        return _read(call, (None, None), k, v)
+    return _read(call, (cache.k, cache.values), k.astype(cache.k.dtype), v.astype(cache.values.dtype))
 
 
 def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T G V"]]:
@@ -48,27 +44,60 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
     w, target, beta = write_operands(call)
     tiling, mask = tiles.make_tiling(call, call.write_kernel, WRITE_CHUNK)
     mask, decay = tiles.chunk_decay(call, tiling, mask)
-    size = tiling.size
-    cached_k, cached_u = (None, None) if cache is None else (cache.k, cache.values)
-    k = join_keys(cached_k, call.k if cache is None else call.k.astype(cached_k.dtype), size)
+    k, cached, size = call.k, (None, None), tiling.size
+    if cache is not None:
+        k, cached = k.astype(cache.k.dtype), (cache.k, cache.values.astype(target.dtype))
     target, beta = chunk_keys(target, size), chunk_keys(beta, size)
-    cached_u = target[:0] if cached_u is None else chunk_keys(cached_u.astype(target.dtype), size)
-    q, w = chunk_queries(call.q, groups, size), chunk_queries(w, groups, size)
-    arrays = q, w, k, target, beta, cached_u
-    q, w, k, target, beta, cached_u, *fractions = tiles.unify(mask, *arrays, *(decay or ()))
-    decay = Decay(*fractions) if fractions else None
-    u = write(tiling, mask, decay, w, k, target, beta, cached_u)
-    if decay is not None:
-        # Each query head of a group has the group's decay.
-        decay = Decay(*(jnp.broadcast_to(x, (*x.shape[:3], q.shape[3], size)) for x in decay))
-    output = _read(tiling._replace(kernel=call.read_kernel), mask, decay, call.sinks, q, k, u)
-    return unchunk_queries(output, tokens), unchunk_keys(u[tiling.cached :], tokens)
+    cached_u = target[:0] if cached[1] is None else chunk_keys(cached[1], size)
+    arrays = chunk_queries(w, groups, size), join_keys(cached[0], k, size), target, beta, cached_u
+    w, keys, target, beta, cached_u, *fractions = tiles.unify(mask, *arrays, *(decay or ()))
+    u = write(tiling, mask, Decay(*fractions) if fractions else None, w, keys, target, beta, cached_u)
+    u = unchunk_keys(u[tiling.cached :], tokens)
+    return _read(call, cached, k, u), u
+
+
+def _read_side(call: AttentionCall) -> int:
+    """Side of a tile of the read where the caller names none.
+
+    On a CPU the operations on a large tile are long enough to be divided between cores; tiles are equal, so that the
+    last is not mostly padding. Documents, caches and short windows leave tiles empty, and small ones more of them.
+    """
+    tokens = call.k.shape[1]
+    if chip() != "cpu":
+        return READ_CHUNK
+    if call.mask.key_segment is not None or (call.window or LARGE) < LARGE:
+        return SMALL
+    if is_symbolic(tokens):
+        return LARGE
+    equal = -(-tokens // max(1, -(-tokens // LARGE)))
+    return equal + padding_to(equal, 16)
 
 
 def _read(
+    call: AttentionCall, cached: tuple[Array | None, Array | None], k: Array, x: Array
+) -> Float[Array, "B T H V"]:
+    """Reads the values x of the tokens and of the cache at the queries, in the accumulation dtype.
+
+    Args:
+      call: its queries, mask and read kernel.
+      cached: keys and values of the cache, or None.
+      k, x: keys and values of the tokens.
+    """
+    tokens, groups = k.shape[1:3]
+    tiling, mask = tiles.make_tiling(call, call.read_kernel, _read_side(call))
+    mask, decay = tiles.chunk_decay(call, tiling, mask)
+    q = chunk_queries(call.q, groups, tiling.size)
+    k, x = (join_keys(old, new, tiling.size) for old, new in zip(cached, (k, x), strict=True))
+    q, k, x, *fractions = tiles.unify(mask, q, k, x, *(decay or ()))
+    # Where a group has one decay, each of its query heads has that.
+    decay = Decay(*(jnp.broadcast_to(f, (*f.shape[:3], *q.shape[3:5])) for f in fractions)) if fractions else None
+    return unchunk_queries(_read_parts(tiling, mask, decay, call.sinks, q, k, x), tokens)
+
+
+def _read_parts(
     tiling: Tiling, mask: TileMask, decay: Decay | None, sinks: Array | None, q: Array, k: Array, x: Array
 ) -> Float[Array, "N B G R C V"]:
-    """Reads the values x at the queries, in the accumulation dtype."""
+    """Reads parts of the heads one after another, in the accumulation dtype."""
     read, (batch, groups) = _read_plain if in_forward_mode(decay, q, k, x) else _read_reverse, q.shape[1:3]
     parts, examples = head_parts(mask, batch, groups)
     arrays = (stack_parts(a, parts, examples) for a in (q, k, x))
@@ -96,11 +125,11 @@ def _read_rows(tiling, mask, decay, q, k, x):
         place, q = inputs
         part, i = (0, place) if tiling.parts == 1 else (place // rows, place % rows)
         steps = mask.used + (i + 1 if tiling.causal else columns - tiling.cached)
-        sums = tiles.sum_row(tiling, mask, decay, i, q, k, x, steps, own=tiling.causal, part=part)
+        sums = row_sums.sum_row(tiling, mask, decay, i, q, k, x, steps, own=tiling.causal, part=part)
         if sums.total is None:
             return None, (in_rows(sums.value), None)
         total = jnp.where(sums.total > 0, sums.total, jnp.ones_like(sums.total))
-        return None, (in_rows(sums.value / total[:, :, None]), tiles.row_lse(sums))
+        return None, (in_rows(sums.value / total[:, :, None]), row_sums.row_lse(sums))
 
     index = jnp.arange(q.shape[0], dtype=jnp.int32)
     return lax.scan(row, None, (index, q))[1]

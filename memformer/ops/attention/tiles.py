@@ -16,7 +16,6 @@ So keys lie in rows and queries in columns: on a CPU sums over keys are then sum
 its operands as they lie, with no tile transposed.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -31,23 +30,19 @@ from memformer.core.similarity import Kernel, similarity
 from memformer.core.symbolic import at_most
 from memformer.core.types import Array, Bool, Float, Int
 from memformer.ops.attention.cache import offset
-from memformer.ops.attention.layout import chunk_queries, in_columns
+from memformer.ops.attention.layout import chunk_queries
 from memformer.pallas.platform import chip
 
 __all__ = [
     "REVERSE_ONCE",
     "Decay",
     "Gap",
-    "RowSums",
     "TileMask",
     "Tiling",
     "attention_weights",
     "chunk_decay",
     "make_tiling",
     "mask_scores",
-    "rescale",
-    "row_lse",
-    "sum_row",
     "take",
     "tile_gap",
     "tile_mask",
@@ -127,14 +122,6 @@ class Gap(NamedTuple):
 
     log: Float[Array, "B G C R C"]
     apart: Bool[Array, "1 1 C 1 C"]
-
-
-class RowSums(NamedTuple):
-    """Sums over the tiles of one row so far: maximum, sum of exponentials (softmax only) and weighted values."""
-
-    top: Float[Array, "B G R C"] | None
-    total: Float[Array, "B G R C"] | None
-    value: Float[Array, "B G V R C"]
 
 
 def make_tiling(call: AttentionCall, kernel: Kernel, default_size: int) -> tuple[Tiling, TileMask]:
@@ -280,96 +267,3 @@ def attention_weights(
     zero = jnp.zeros((), scores.dtype)
     weights = jnp.where(mask, similarity(tiling.kernel, jnp.where(mask, scores, zero)), zero)
     return weights if gap is None else weights * jnp.exp(gap.log)
-
-
-def _weighted_values(tiling: Tiling, weights: Array, x: Array) -> Float[Array, "B G V R C"]:
-    """Sum of values by weights. Normalised weights are at most 1: they may be as narrow as the values."""
-    if tiling.kernel.normalized:
-        weights = weights.astype(x.dtype)
-    return tile_product(tiling, "bgvs,bgsrt->bgvrt", jnp.swapaxes(x, 2, 3), weights)
-
-
-def rescale(sums: RowSums, scores: Array) -> tuple[Array, Array, Array]:
-    """One step of the online softmax.
-
-    Args:
-      sums: over the tiles so far.
-      scores: masked scores of one more tile.
-
-    Returns:
-      The new maximum, the factor on the old sums, and the tile's exponentials.
-    """
-    top = jnp.maximum(sums.top, jnp.max(scores, axis=2))
-    return top, jnp.exp(sums.top - top), jnp.exp(scores - top[:, :, None])
-
-
-def _empty_sums(tiling: Tiling, q: Array, x: Array, *others: Array | None) -> RowSums:
-    """Sums over no tile for one chunk of queries, in columns."""
-    dtype = accumulation_dtype(q, x)
-    batch, groups, _, repeats, size = q.shape
-    shape = batch, groups, repeats, size
-    value = vary_like(jnp.zeros((batch, groups, x.shape[-1], repeats, size), dtype), q, x, *others)
-    if not tiling.kernel.normalized:
-        return RowSums(None, None, value)
-    top = vary_like(jnp.full(shape, jnp.finfo(dtype).min / 2, dtype), q, x, *others)
-    return RowSums(top, jnp.zeros_like(value[:, :, 0]), value)
-
-
-def sum_row(
-    tiling: Tiling,
-    mask: TileMask,
-    decay: Decay | None,
-    i: Array,
-    q: Array,
-    k: Array,
-    x: Array,
-    steps: Array,
-    own: bool,
-    part: Array | int = 0,
-) -> RowSums:
-    """Sums over the first `steps` tiles of row i, unused chunks of the cache left out.
-
-    Args:
-      tiling: static settings.
-      mask, decay: of the call.
-      i: row.
-      q: its queries, [B, G, R, C, K].
-      k, x: all keys and values.
-      steps: number of tiles.
-      own: whether the last of them is the row's own tile, which lies on the diagonal.
-      part: of the heads.
-    """
-    q, start_of_part = in_columns(q), part * (k.shape[0] // tiling.parts)
-
-    def tile(masked, step, sums):
-        j = jnp.where(step < mask.used, step, step - mask.used + tiling.cached)
-        seen = tile_mask(tiling, mask, i, j) if masked else None
-        gap = tile_gap(tiling, mask, decay, i, j, seen)
-        scores, values = tile_scores(tiling, q, take(k, start_of_part + j), gap), take(x, start_of_part + j)
-        if not tiling.kernel.normalized:
-            weights = attention_weights(tiling, seen, scores, None, gap)
-            return sums._replace(value=sums.value + _weighted_values(tiling, weights, values))
-        top, shrink, weights = rescale(sums, mask_scores(scores, seen))
-        total = sums.total * shrink + jnp.sum(weights, axis=2)
-        return RowSums(
-            top, total, sums.value * shrink[:, :, None] + _weighted_values(tiling, weights, take(x, start_of_part + j))
-        )
-
-    first = jnp.int32(0)
-    if mask.first is not None:
-        first = take(mask.first, i)
-        first = jnp.where(first < tiling.cached, jnp.minimum(first, mask.used), first - tiling.cached + mask.used)
-    start = _empty_sums(tiling, q, x, k, *mask.arrays, *(decay or ()))
-    steps = jnp.asarray(steps, jnp.int32)
-    if not tiling.causal or tiling.cached or decay is not None or any(x is not None for x in mask.mask):
-        return lax.fori_loop(first, steps, functools.partial(tile, True), start)
-    # Nothing hides a token but the diagonal: a mask would be one more pass over each tile.
-    sums = lax.fori_loop(first, steps - int(own), functools.partial(tile, False), start)
-    return tile(True, steps - 1, sums) if own else sums
-
-
-def row_lse(sums: RowSums) -> Float[Array, "B G R C"] | None:
-    """Log-sum-exp of the rows; a large negative number where a row sees nothing. None without a normaliser."""
-    if sums.top is None:
-        return None
-    return sums.top + jnp.log(jnp.where(sums.total > 0, sums.total, jnp.ones_like(sums.total)))

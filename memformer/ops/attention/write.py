@@ -13,10 +13,10 @@ from memformer.core.autodiff import in_forward_mode, reverse_once
 from memformer.core.sharding import vary_like
 from memformer.core.triangular import unit_lower_inverse
 from memformer.core.types import Array, Float
-from memformer.ops.attention import tiles
+from memformer.ops.attention import row_sums, tiles
 from memformer.ops.attention.backward import add_row, key_gradient, tile_gradient
 from memformer.ops.attention.layout import in_columns, in_rows
-from memformer.ops.attention.tiles import Decay, RowSums, TileMask, Tiling
+from memformer.ops.attention.tiles import Decay, TileMask, Tiling
 
 __all__ = ["write"]
 
@@ -53,13 +53,13 @@ def _write_rows(tiling, mask, decay, w, k, target, beta, cached_u):
 
     def row(u, inputs):
         i, w, target, beta = inputs
-        sums = tiles.sum_row(tiling, mask, decay, i, w, k, u, mask.used + i, own=False)
+        sums = row_sums.sum_row(tiling, mask, decay, i, w, k, u, mask.used + i, own=False)
         seen, gap, scores = _own_scores(tiling, mask, decay, i, w, k)
         lse, erased = None, in_rows(sums.value)
         if tiling.kernel.normalized:
-            top, shrink, weights = tiles.rescale(sums, tiles.mask_scores(scores, seen))
+            top, shrink, weights = row_sums.rescale(sums, tiles.mask_scores(scores, seen))
             total = sums.total * shrink + jnp.sum(weights, axis=2)
-            lse = tiles.row_lse(RowSums(top, total, sums.value))
+            lse = row_sums.row_lse(row_sums.RowSums(top, total, sums.value))
             erased = erased * jnp.exp(sums.top - lse)[..., None]
         own = jnp.swapaxes(tiles.attention_weights(tiling, seen, scores, lse, gap)[:, :, :, 0], 2, 3)
         inverse = unit_lower_inverse(beta[..., None] * own)
