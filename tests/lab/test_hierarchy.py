@@ -1,5 +1,7 @@
 """The study of regular languages, on recorded scores."""
 
+import json
+import pathlib
 import types
 
 from memformer.lab.hierarchy import HIERARCHY, LENGTHS
@@ -35,3 +37,20 @@ def test_scores_are_scaled_by_chance_and_judged_by_the_best_seed():
     assert "DeltaFormer 25.0% (0.0% to 50.0%), DeltaFormer, linear read 60.0%" in verdict.finding
     (first, *_) = HIERARCHY.summary(result)
     assert first["DeltaFormer"] == "25.0% (0.0% to 50.0%)" and len(first) == 5
+
+
+def test_the_page_of_the_paper_has_the_measured_numbers():
+    """Rows of tables that name a task and a model, or an alphabet of S5."""
+    docs = pathlib.Path(__file__).parents[2] / "docs"
+    page = (docs / "negative_eigenvalues.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    main = {}
+    for name in ("hierarchy", "reflections"):
+        main[name] = json.loads((docs / "results" / f"{name}.json").read_text())["tables"][0]["rows"]
+    scores = {(row["task"], row["model"]): [row[f"at {n}"] for n in (40, 100, 250)] for row in main["hierarchy"]}
+    found = [cells for cells in lines if tuple(cells[:2]) in scores]
+    assert len(found) == 8 and all(cells[3:] == scores[cells[0], cells[1]] for cells in found)
+    swaps, *two = [cells for cells in lines if cells[-1] == "reflections"]
+    words = {(row["group"], row["model"]): [row["128 letters"], row["500 letters"]] for row in main["reflections"]}
+    assert swaps[3:5] == words["S5, swaps", swaps[2]] and len(two) == 2
+    assert all(cells[3:5] == words["S5, two letters", cells[2]] for cells in two)
