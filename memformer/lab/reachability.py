@@ -56,10 +56,10 @@ def _judge(result: Result) -> Verdict:
     best, label = max((max(values), label) for label, values in found.items() if label.startswith("softmax"))
     return Verdict(
         grade(min(one) > EXACT, best < WRONG),
-        f"Node accuracy, mean of three seeds: one layer of DeltaFormer {spread(one)} (with w = k "
-        f"{spread(found['DeltaFormer, 1 layer, w = k, 4 heads'])}), softmax attention {spread(found[label])} "
-        f"({label}). Needed: above {percent(EXACT, 0)} in every seed of DeltaFormer, below {percent(WRONG, 0)} in "
-        "every seed of softmax attention.",
+        f"Node accuracy, mean of three seeds: one layer of DeltaFormer {spread(one)}, with w = k "
+        f"{spread(found['DeltaFormer, 1 layer, w = k, 4 heads'])}; best softmax attention ({label}) "
+        f"{spread(found[label])}. Needed: above {percent(EXACT, 0)} in every seed of DeltaFormer, below "
+        f"{percent(WRONG, 0)} in every seed of softmax attention.",
     )
 
 
