@@ -33,7 +33,8 @@ class Case:
       decay: "" for none, "head" or "channel" for a log decay per head or per key channel.
       segments: number of packed sequences of equal length; 0 passes no segment_ids.
       documents: whether each of them starts from a state of its own, in matrix memories.
-      causal, window: of softmax attention.
+      causal: of softmax attention.
+      window: of attention ops.
       slots: capacity of the cache that an attention op decodes over, of which all but its tokens are in use; 0 is none.
       write, read: similarities of DeltaFormer.
       steps: delta_product's writes per token.
@@ -82,7 +83,9 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """Keyword arguments of the op beside its arrays and segment_ids."""
-        options = {"write_kernel": self.write, "read_kernel": self.read} if self.op == "deltaformer" else {}
+        options: dict[str, Any] = {}
+        if self.op == "deltaformer":
+            options = {"write_kernel": self.write, "read_kernel": self.read, "window": self.window}
         return options | {name: getattr(self, name) for name in ("causal", "window") if self.op == "softmax_attention"}
 
     @property

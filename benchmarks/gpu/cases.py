@@ -131,6 +131,10 @@ SHIPPED = (
     ),
     Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2, window=100),
     *(
+        Case("deltaformer", 1, 2048, 2, 1, decay=decay, write=write, segments=segments, window=700)
+        for decay, write, segments in (("", "softmax", 0), ("head", "linear", 2))
+    ),
+    *(
         Case("softmax_attention", 1, 256, 2, 1, width, width, "float16", decay=decay, segments=2)
         for width in (64, 128)
         for decay in ("", "head")

@@ -48,6 +48,13 @@ class Mask(NamedTuple):
     key_rank: Int[Array, "B T"] | None = None
     cache_rank: Int[Array, "B S"] | None = None
 
+    def part(self, rows: slice, slots: slice) -> "Mask":
+        """Of some queries and slots, over whole tiles."""
+        queries = (None if x is None else x[:, rows] for x in (self.query_segment, self.query_rank))
+        keys = (None if x is None else x[:, slots] for x in (self.key_segment, self.key_rank))
+        fields = zip(("query_segment", "query_rank", "key_segment", "key_rank"), (*queries, *keys), strict=True)
+        return Mask(**dict(fields))
+
 
 def make_mask(
     cache_valid: Bool[Array, "B S"] | None, segments: Segments | None, dims: Dims, *, ranks: bool = False

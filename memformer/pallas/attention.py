@@ -8,7 +8,6 @@ from memformer.core.calls import AttentionCall
 from memformer.core.numerics import accumulation_dtype, repeat_heads
 from memformer.core.types import Array, Float
 from memformer.pallas.cache_decoding import CacheRead, CacheSums
-from memformer.pallas.checks import unsupported
 from memformer.pallas.platform import chip
 from memformer.pallas.sharding import key_head_repeats
 
@@ -63,10 +62,8 @@ def deltaformer(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Arr
       The output in float32, or bfloat16 where v is, and the writes u.
 
     Raises:
-      NotImplementedError: a window; no kernel serves the call, or the chip.
+      NotImplementedError: no kernel serves the call, or the chip.
     """
-    if call.window is not None:
-        raise unsupported(call.op, "has no window", "implementation='chunked' serves it")
     if chip() == "gpu":
         from memformer.pallas.gpu.attention.deltaformer import run
     else:

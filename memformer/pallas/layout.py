@@ -34,10 +34,10 @@ def needs_segments(call: AttentionCall, size: int) -> bool:
     return call.mask.key_segment is not None or not (call.causal or call.q.shape[1] % size == 0)
 
 
-def block_mask(call: AttentionCall, size: int) -> Mask:
-    """The mask of a call over whole blocks, for every batch row."""
+def block_mask(call: AttentionCall, size: int, multiple: int | None = None) -> Mask:
+    """The mask of a call over whole blocks, for every batch row; `size` and `multiple` as in `join_slots`."""
     mask, (batch, length) = call.mask, call.q.shape[:2]
     if mask.key_segment is None and needs_segments(call, size):
         zeros = jnp.zeros((batch, length), jnp.int32)
         mask = mask._replace(query_segment=zeros, key_segment=zeros)
-    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[1])), join_cache(mask, size))
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, x.shape[1])), join_cache(mask, size, multiple))

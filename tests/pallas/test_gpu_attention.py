@@ -18,7 +18,7 @@ __all__ = ["interpreter"]
 
 
 @interprets
-@pytest.mark.parametrize("name", ["deltaformer_linear_softmax", "softmax_attention"])
+@pytest.mark.parametrize("name", ["deltaformer_decay", "softmax_attention"])
 def test_packed_against_oracle(name, interpreter):
     arrays, state = suite.inputs(name)
     got, _ = suite.evaluate(
@@ -28,27 +28,29 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
-# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one), query heads and dtype.
-# A softmax read has a sink.
+# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one), query heads, dtype and window
+# (that leaves out a tile). A softmax read has a sink.
 KERNELS = [
-    ("softmax", "softmax", 130, 1, "bfloat16"),
-    ("softmax", "softmax", 70, 1, "float16"),
-    ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16"),
-    (mf.Kernel("round", decimals=2), "softmax", 40, 1, "bfloat16"),
-    ("linear", "exp", 40, 1, "float16"),
+    ("softmax", "softmax", 130, 1, "bfloat16", None),
+    ("softmax", "softmax", 70, 1, "float16", None),
+    ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16", None),
+    (mf.Kernel("round", decimals=2), "softmax", 200, 1, "bfloat16", 60),
+    ("linear", "exp", 40, 1, "float16", None),
 ]
 
 
 @interprets
 @pytest.mark.parametrize(
-    ("write", "read", "length", "heads", "dtype"), KERNELS, ids=["softmax", "float16", "relu", "round", "float16 sums"]
+    ("write", "read", "length", "heads", "dtype", "window"),
+    KERNELS,
+    ids=["softmax", "float16", "relu", "round", "float16 sums"],
 )
-def test_kernels(write, read, length, heads, dtype, interpreter, monkeypatch):
+def test_kernels(write, read, length, heads, dtype, window, interpreter, monkeypatch):
     """Similarity kernels of every kind, as write and as read kernel, with a decay; float16 has three more digits."""
     monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
     arrays = given(length, heads=(heads, 1), dtype=dtype, decay=True)
     most = 2e-2 if dtype == "bfloat16" else 2e-3
-    options = {"write_kernel": write, "read_kernel": read}
+    options = {"write_kernel": write, "read_kernel": read, "window": window}
     if read == "softmax":
         arrays["sinks"] = jnp.array([0.5])
     got, gradients = evaluate(arrays, "pallas", **options)
@@ -130,12 +132,6 @@ def test_refusals_say_why(why, op):
             jax.eval_shape(lambda: op(x, x, x, implementation="pallas", **options))
         # None falls back to an implementation that serves.
         assert "memformer_" not in str(jax.make_jaxpr(lambda: op(x, x, x, **options))())
-
-
-def test_deltaformer_has_no_window():
-    x = jnp.zeros((1, 8, 2, 4), jnp.bfloat16)
-    with jax.sharding.use_abstract_mesh(H200), pytest.raises(NotImplementedError, match="kernel has no window"):
-        jax.eval_shape(lambda: mf.deltaformer(x, x, x, window=3, implementation="pallas"))
 
 
 def test_saved_for_backward():

@@ -20,7 +20,7 @@ from tests.ops import test_ops as suite
 from tests.pallas.test_tpu import exported, keys, spoil_padding
 
 # Row of the shared suite, dtype of the inputs, rows of a block, tokens.
-CASES = [("deltaformer_linear_softmax", "bfloat16", 32, 39), ("softmax_attention", "float32", 48, 55)]
+CASES = [("deltaformer_decay", "bfloat16", 32, 39), ("softmax_attention", "float32", 48, 55)]
 
 
 @pytest.mark.parametrize(("name", "dtype", "chunk_size", "length"), CASES, ids=[case[0] for case in CASES])
@@ -378,7 +378,6 @@ def test_the_program_calls_the_kernels():
 
 
 REFUSED = {
-    "a window": (lambda x: mf.deltaformer(x, x, x, window=3, implementation="pallas"), "no window"),
     "chunk": (lambda x: mf.deltaformer(x, x, x, chunk_size=24, implementation="pallas"), "chunk_size"),
 }
 

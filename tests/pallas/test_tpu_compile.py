@@ -37,7 +37,7 @@ SMALL = {
         Case("linear_attention", 2, 100, 2, 1, 64, 96, decay="head", segments=2, documents=True),
     ),
     "linear float32": ("v5e:2x2", Case("linear_attention", 1, 256, 2, 1, 128, 128, "float32")),
-    "deltaformer odd": ("v5e:2x2", Case("deltaformer", 1, 200, 3, 3, 64, 96, write="softmax")),
+    "deltaformer odd": ("v5e:2x2", Case("deltaformer", 1, 200, 3, 3, 64, 96, write="softmax", window=70)),
     "deltaformer float32": (
         "v5p:2x2x1",
         Case("deltaformer", 1, 100, 1, 1, 64, 96, "float32", write="linear"),

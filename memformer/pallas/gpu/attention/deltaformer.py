@@ -27,7 +27,7 @@ from jax import lax
 
 from memformer.core.calls import AttentionCall
 from memformer.core.decay import CumulativeDecay
-from memformer.core.mask import Mask, join_cache
+from memformer.core.mask import Mask
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
@@ -46,7 +46,7 @@ from memformer.pallas.gpu.attention.softmax_attention import (
     read,
 )
 from memformer.pallas.gpu.attention.write_kernel import write_columns, write_rows, write_shard
-from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.layout import block_mask, heads_first, join_slots
 from memformer.pallas.pair_decay import QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads
 
@@ -83,7 +83,7 @@ def _scan_forward(
     columns = write_columns(config, False)
     if columns:
         rest += (pack_scalars(columns, heads, column_values(key_mask(mask), key)),)
-    if config.segments:
+    if config.bounded:
         rest += tuple(tiles.row_bounds(config, k, w, mask).values())
     else:
         # Static zeros would do, but the compiler hoists what it derives from them, and has no registers for that.
@@ -117,7 +117,7 @@ def _scan_reverse(
         rest += (pack_scalars(rows, heads, row_values(key_mask(mask), key)),)
     columns = scalars | column_values(query_mask(mask), query, transposed=True)
     rest += (pack_scalars(write_columns(config, True), heads, columns),)
-    if config.segments:
+    if config.bounded:
         rest += tuple(tiles.column_bounds(config, k, w, mask).values())
     return split_batch_and_heads(write_shard, (config, True, False), config.axes, results=2)(w, k, du, *rest)
 
@@ -209,8 +209,12 @@ def _slice_pairs(
     def part(x, place, axis):
         return x if x is None or place is None else _slice(x, *place, axis=axis)
 
-    segments = (part(mask.query_segment, queries, 1), part(mask.key_segment, keys, 1))
-    mask = Mask(query_segment=segments[0], key_segment=segments[1])
+    mask = Mask(
+        query_segment=part(mask.query_segment, queries, 1),
+        key_segment=part(mask.key_segment, keys, 1),
+        query_rank=part(mask.query_rank, queries, 1),
+        key_rank=part(mask.key_rank, keys, 1),
+    )
     if decay is None:
         return mask, None
     sides = zip(decay, (queries, keys), strict=True)
@@ -289,7 +293,7 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
     config = plan_call(call, call.write_kernel, operands, writes=True)
     reading = plan_call(call, call.read_kernel, operands)
     length, width = call.v.shape[1], call.v.shape[3]
-    mask = join_cache(call.mask, config.rows, config.span)
+    mask = block_mask(call, config.rows, config.span)
 
     def pad(x, width):
         return pad_time(x, width, axis=3)

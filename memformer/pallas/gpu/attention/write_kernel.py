@@ -71,7 +71,7 @@ class _Program:
         if self.reverse:
             end = jnp.int32(self.blocks * warpgroups)
             after = (i + 1) * warpgroups
-            if not self.config.segments:
+            if not self.config.bounded:
                 return end - after
             return jnp.maximum(self.refs.limit[self.b, self.h, i], jnp.minimum(after + 1, end)) - after
         own = i * warpgroups
@@ -478,7 +478,7 @@ def write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, tar
         inputs["q_scalars"] = rest.pop(0)
     if columns:
         inputs["k_scalars"] = rest.pop(0)
-    if config.segments or not reverse:
+    if config.bounded or not reverse:
         inputs["limit"] = rest.pop(0)
     dtype = jnp.dtype(config.value_dtype)
     outputs: dict[str, Any] = {f"out{n}": (target.shape, dtype) for n in range(2)}

@@ -162,7 +162,8 @@ def _block(config: AttentionConfig, refs: BackwardRefs, i, diagonal: bool, write
     if config.scalars:
         keys = refs.key_scalars[0, 0, 0]
         columns = tiles.to_columns(keys)
-        row, column = tiles.row_mask(config, rows.scalars), tiles.column_mask(config, columns)
+        row = tiles.row_mask(config, rows.scalars, alpha=refs.delta is not None)
+        column = tiles.column_mask(config, columns)
         decay = tiles.block_decay(config, rows.scalars, keys, columns, own=diagonal) if config.decay else None
     chains = []
     for columns in config.sub_blocks:

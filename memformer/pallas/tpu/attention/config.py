@@ -39,7 +39,7 @@ class AttentionConfig(BaseAttentionConfig):
 
     @property
     def scalars(self) -> bool:
-        """Whether queries and slots have scalars in softmax attention."""
+        """Whether slots have scalars, and queries in softmax attention."""
         return self.segments or self.decay or self.window is not None
 
     @property

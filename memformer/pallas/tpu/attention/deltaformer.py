@@ -29,10 +29,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.calls import AttentionCall
-from memformer.core.mask import Mask, first_tiles, join_cache
+from memformer.core.mask import Mask, first_tiles
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
-from memformer.pallas.layout import heads_first, join_slots
+from memformer.pallas.layout import block_mask, heads_first, join_slots
 from memformer.pallas.pair_decay import QueryKeyDecay, fraction_gradient, join_decay
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu import tuning
@@ -90,9 +90,12 @@ class _Head(NamedTuple):
         place = SCALARS.index(name)
         return self.scalars[place : place + 1, rows]
 
-    def key_segment(self, i, columns: slice) -> Array:
-        """[columns, 1] segments of some columns of block i."""
-        return tiles.to_columns(self.key_scalars[i])[columns, :1]
+    def masks(self, config: AttentionConfig, i) -> tuple[tiles.TokenMask, tiles.TokenMask]:
+        """Of the rows, and of the slots of block i."""
+        if not config.segments and config.window is None:
+            return tiles.TokenMask(), tiles.TokenMask()
+        columns = tiles.to_columns(self.key_scalars[i])
+        return tiles.row_mask(config, self.scalars[...], alpha=True), tiles.column_mask(config, columns)
 
     def decay(self, config: AttentionConfig, i, *, own: bool) -> tiles.BlockDecay:
         """Of block i."""
@@ -123,13 +126,13 @@ def _own_weights(config: AttentionConfig, head: _Head, i, place: int) -> Steps:
     beta = head.scalar("beta", rows)
     start = top = sums.top[:, rows] if config.similarity.normalized else None
     decay = head.decay(config, i, own=True) if config.decay else None
+    row, column = head.masks(config, i)
     for columns in config.sub_blocks[: place + 1]:
         k = head.k[tiles.block_slice(config, i, columns.start, config.sub_block)]
         scores = product(k, head.w[rows], "nt", config.passes) * config.factor
         yield
         mask = tiles.diagonal_mask(config, rows, columns, transposed=True) if columns == rows else None
-        if config.segments:
-            mask = tiles.mask_segments(mask, head.scalar("segment", rows), head.key_segment(i, columns))
+        mask = tiles.mask_tokens(config, mask, row, column, rows, columns)
         gap = None if decay is None else decay.gap(rows, columns)
         if config.similarity.normalized:
             scores, mask = tiles.decay_scores(scores, mask, gap)
@@ -208,11 +211,7 @@ def _kernel(first_ref, *flat, config: AttentionConfig, names: tuple[str, ...], c
         _start_sums(config, head)
 
     def block(j, carry):
-        row = column = tiles.TokenMask()
-        if config.segments:
-            everything = slice(0, config.block)
-            row = tiles.TokenMask(heads[0].scalar("segment", everything))
-            column = tiles.TokenMask(heads[0].key_segment(j, everything))
+        row, column = heads[0].masks(config, j)
         decays = [head.decay(config, j, own=False) if config.decay else None for head in heads]
         operands = [(head.sums, head.w, head.k, head.past_u, decay) for head, decay in zip(heads, decays, strict=True)]
         tiles.add_block(config, operands, j, row, column)
@@ -246,7 +245,7 @@ def _write_shard(config: AttentionConfig, k, w, v, scalars, first, *rest):
         "v": (v, block(size, value)),
         "scalars": (scalars, block(1, 8, size)),
     }
-    if config.segments or config.decay:
+    if config.scalars:
         inputs["key_scalars"] = (rest.pop(0), whole(blocks, 8, size))
     if rest:
         inputs["start"] = (rest.pop(0), block(size, value))
@@ -303,14 +302,15 @@ def _write_span(
     """
     groups = k.shape[1]
     value, start_lse = (None, None) if start is None else start
-    segment = mask.query_segment if config.segments else None
     query, key = (None, None) if decay is None else decay
-    scalars = tiles.pack_rows(config, groups, query, segment=segment, alpha=alpha, beta=beta, lse=start_lse)
+    scalars = tiles.pack_rows(
+        config, groups, query, **tiles.mask_scalars(config, mask, "query"), alpha=alpha, beta=beta, lse=start_lse
+    )
     first, rest = jnp.zeros((k.shape[0], scalars.shape[2]), jnp.int32), ()
-    if config.segments:
-        first = first_tiles(mask, config.block, config.block)
-    if config.segments or config.decay:
-        rest = (tiles.pack_keys(config, groups, mask.key_segment if config.segments else None, key),)
+    if config.segments or config.window is not None:
+        first = first_tiles(mask, config.block, config.block, config.window)
+    if config.scalars:
+        rest = (tiles.pack_keys(config, groups, decay=key, **tiles.mask_scalars(config, mask, "key")),)
     if value is not None:
         rest = (*rest, value)
     first = jnp.broadcast_to(first[:, None], (first.shape[0], groups, first.shape[1]))
@@ -330,14 +330,19 @@ def _solve_transposed(config: AttentionConfig, refs: BackwardRefs, i) -> None:
         return scalars[:, place : place + 1]
 
     beta, lse = scalar("beta"), scalar("lse")
-    keys = refs.key_scalars[0, 0, 0] if config.segments or config.decay else None
-    key = keys[:1] if config.segments else None
+    keys = refs.key_scalars[0, 0, 0] if config.scalars else None
     gap_of = _own_gap(scalar, keys) if config.decay else lambda rows: None
 
     def mask_of(rows):
         columns = slice(0, rows.stop)
         mask = tiles.diagonal_mask(config, rows, columns)
-        return mask if key is None else tiles.mask_segments(mask, scalar("segment")[rows], key[:, columns])
+        if config.segments:
+            mask = tiles.mask_segments(mask, scalar("segment")[rows], keys[:1, columns])
+        if config.window is None:
+            return mask
+        rank = tiles.KEY_SCALARS.index("rank")
+        # Among the scalars of rows with an alpha the rank has the place of delta.
+        return mask & (scalar("delta")[rows] - keys[rank : rank + 1, columns] < config.window)
 
     def weigh_and_invert(rows):
         scores = product(refs.q[0, 0, at][rows], refs.k[0, 0, : rows.stop], "nt", config.passes) * config.factor
@@ -428,13 +433,9 @@ def _span_configs(config: AttentionConfig, span: _Span) -> tuple[AttentionConfig
     return own, dataclasses.replace(config, before=span.slots // config.block, own=False)
 
 
-def _span_masks(config: AttentionConfig, span: _Span, mask: Mask) -> tuple[Mask, Mask]:
+def _span_masks(span: _Span, mask: Mask) -> tuple[Mask, Mask]:
     """Of the same two."""
-    if not config.segments:
-        return mask, mask
-    query, key = mask.query_segment[:, span.rows], mask.key_segment
-    own = Mask(query_segment=query, key_segment=key[:, span.own])
-    return own, Mask(query_segment=query, key_segment=key[:, : span.slots])
+    return mask.part(span.rows, span.own), mask.part(span.rows, slice(span.slots))
 
 
 def _span_decays(span: _Span, decay: QueryKeyDecay | None) -> tuple[QueryKeyDecay | None, QueryKeyDecay | None]:
@@ -449,7 +450,7 @@ def _write(config, k, w, v, alpha, beta, cache_u, mask, decay):
     slots, lse = cache_u, []
     for span in _spans(config, w.shape[2]):
         own, before = _span_configs(config, span)
-        own_mask, before_mask = _span_masks(config, span, mask)
+        own_mask, before_mask = _span_masks(span, mask)
         own_decay, before_decay = _span_decays(span, decay)
         rows, start = span.rows, None
         if span.slots:
@@ -477,7 +478,7 @@ def _write_backward(config, saved, du):
     row_gradients = []
     for span in reversed(_spans(config, w.shape[2])):
         own, before = _span_configs(config, span)
-        own_mask, before_mask = _span_masks(config, span, mask)
+        own_mask, before_mask = _span_masks(span, mask)
         own_decay, before_decay = _span_decays(span, decay)
         rows = span.rows
         scalars = {"lse": lse[:, :, rows], "alpha": alpha[:, :, rows], "beta": beta[:, :, rows]}
@@ -497,7 +498,7 @@ def _write_backward(config, saved, du):
         if span.slots:
             earlier = slice(0, span.slots)
             erased = alpha[:, :, rows, None] * values.astype(jnp.float32) - u[:, :, rows]
-            scalars["delta"] = -jnp.sum(dp * erased, axis=-1)
+            scalars = {"lse": scalars["lse"], "beta": scalars["beta"], "delta": -jnp.sum(dp * erased, axis=-1)}
             values, g = value_operand(config, slots[:, :, earlier]), value_operand(config, dp)
             dk_before, dw_before, du_before, dbeta_before, ddecay_before = attention_backward(
                 before, k[:, :, earlier], queries, values, g, before_mask, before_decay, scalars
@@ -535,7 +536,7 @@ def run(call: AttentionCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B T
     """
     config = plan_call(call, call.write_kernel)
     size, length = config.block, call.k.shape[1]
-    mask = join_cache(call.mask, size)
+    mask = block_mask(call, size)
     k = join_slots(None if call.cache is None else call.cache.k, score_operand(config, call.k), size)
     if call.cache is None:
         cache_u = jnp.zeros((*k.shape[:2], 0, call.v.shape[3]), jnp.float32)

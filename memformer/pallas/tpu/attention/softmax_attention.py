@@ -243,12 +243,6 @@ def _gradients(
         rows = slice(start, min(start + span, length))
         slots = config.before * config.block + (rows.stop if config.own else 0)
         before = config.before + start // config.block if config.own else config.before
-        part_mask = Mask(
-            query_segment=_part(mask.query_segment, rows),
-            key_segment=_part(mask.key_segment, slice(slots)),
-            query_rank=_part(mask.query_rank, rows),
-            key_rank=_part(mask.key_rank, slice(slots)),
-        )
         scalars = {"lse": lse[:, :, rows], "delta": None if delta is None else delta[:, :, rows]}
         part = attention_backward(
             dataclasses.replace(config, before=before),
@@ -256,7 +250,7 @@ def _gradients(
             q[:, :, rows],
             x[:, :, :slots],
             do[:, :, rows],
-            part_mask,
+            mask.part(rows, slice(slots)),
             None if decay is None else decay.part(rows, slice(slots)),
             scalars,
         )
@@ -266,10 +260,6 @@ def _gradients(
             key_decay = key_decay.at[:, :, :slots].add(part.decay.key.fraction)
     dq, query_decay = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=2), *rows_of)
     return dk, dq, dx, None if decay is None else fraction_gradient(query_decay, key_decay)
-
-
-def _part(x: Array | None, tokens: slice) -> Array | None:
-    return None if x is None else x[:, tokens]
 
 
 def run(call: AttentionCall) -> Float[Array, "B T H V"]:

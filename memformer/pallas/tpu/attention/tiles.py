@@ -53,6 +53,7 @@ __all__ = [
     "own_gap",
     "pack_keys",
     "pack_rows",
+    "rank_place",
     "rescale",
     "row_decay",
     "row_mask",
@@ -62,13 +63,12 @@ __all__ = [
 ]
 
 # segment         number of the row's segment
-# rank            of the token, for a window; it has the place of alpha, which softmax attention does not have
+# rank            of the token, for a window; it has the place of alpha, or of delta beside an alpha
 # lse, delta      of the row's scores; in the forward write lse is over the slots before the span
 # anchor_*, decay_*  see pallas/pair_decay.py
 # the others are what their names say.
 SCALARS = ("segment", "alpha", "beta", "lse", "delta", "decay_high", "decay_low", "decay_fraction")
 KEY_SCALARS = ("segment", "anchor_high", "anchor_low", "decay_whole", "decay_fraction", "decay_total", "rank")
-RANK = SCALARS.index("alpha")
 # A masked score. Running maxima start at half of it, so that its exponential is 0.
 LOW = float(jnp.finfo(jnp.float32).min)
 
@@ -80,9 +80,15 @@ class TokenMask(NamedTuple):
     rank: Array | None = None
 
 
-def row_mask(config: AttentionConfig, rows: Array) -> TokenMask:
-    """Of a block of rows of softmax attention, from their scalars [8, R]."""
-    return TokenMask(rows[:1] if config.segments else None, None if config.window is None else rows[RANK : RANK + 1])
+def row_mask(config: AttentionConfig, rows: Array, *, alpha: bool = False) -> TokenMask:
+    """Of a block of rows, from their scalars [8, R]; `alpha` says whether that is one of them."""
+    rank = rank_place(alpha)
+    return TokenMask(rows[:1] if config.segments else None, None if config.window is None else rows[rank : rank + 1])
+
+
+def rank_place(alpha: bool) -> int:
+    """The place of the rank among the scalars of rows."""
+    return SCALARS.index("delta" if alpha else "alpha")
 
 
 def column_mask(config: AttentionConfig, columns: Array) -> TokenMask:
@@ -365,7 +371,9 @@ def pack_rows(
     if decay is not None:
         scalars |= row_scalars(decay)
     rank = scalars.pop("rank", None)
-    return _pack(config, SCALARS, heads, scalars if rank is None else scalars | {SCALARS[RANK]: rank})
+    if rank is not None:
+        scalars[SCALARS[rank_place("alpha" in scalars)]] = rank
+    return _pack(config, SCALARS, heads, scalars)
 
 
 def pack_keys(
