@@ -128,8 +128,8 @@ def test_the_models_of_the_others_can_be_trained(lab, one_device):
 
 def test_linear_writes_follow_swaps_and_softmax_does_not(measured):
     study = measured["swap"]
-    assert study["values"]["kernel linear"]["8"] > 0.95
-    assert study["values"]["kernel softmax"]["8"] < 0.8
+    assert study["values"]["kernel linear"]["8"][0] > 0.95
+    assert study["values"]["kernel softmax"]["8"][0] < 0.8
     errors = study["tables"][1]["rows"]
     assert [row["run"] for row in errors] == ["kernel linear", "kernel softmax"]
     assert all(0 < float(row["16 swaps"]) < 1e-3 for row in errors)
@@ -138,7 +138,7 @@ def test_linear_writes_follow_swaps_and_softmax_does_not(measured):
 def test_tables_of_the_others(measured):
     """By the model that stands for theirs: what was trained, how it is named, and what the paper has."""
     (row,), (steady,) = (measured["curriculum"]["tables"][place]["rows"] for place in (0, 1))
-    assert row["run"] == steady["run"] == "plain by curriculum" and row["longest trained"] in (8, 16)
+    assert row["run"] == steady["run"] == "plain by curriculum" and row["longest trained"] in ("8", "16")
     assert {"8 swaps", "16 swaps"} & row.keys() and steady["skipped steps"] == 0
     assert measured["mqar"]["tables"][0]["rows"][0]["paper"] == "99.1%"
     assert measured["hierarchy"]["tables"][0]["rows"][0]["paper"] == "100.0%"
