@@ -189,10 +189,10 @@ def _judge(result: Result) -> Verdict:
     new, family = values["accuracy, new noun pairs"], values["accuracy, new family"]
     return Verdict(
         grade(min(new) > LEAST, min(family) > LEAST),
-        f"{spread(new)} on new noun pairs, where the head that follows best (layer {spread_numbers(values['layer'])}) "
-        f"gives the referent {spread_numbers(values['referent'])} of its attention; on a family left out of training, "
-        f"where the same words point the other way, {spread(family)}. Needed of both: {percent(LEAST, 0)} in every "
-        "seed.",
+        f"{spread(new)} on new noun pairs, where the head that follows best (by seed in layer "
+        f"{', '.join(map(str, values['layer']))}) gives the referent {spread_numbers(values['referent'])} of its "
+        f"attention; on a family left out of training, where the same words point the other way, {spread(family)}. "
+        f"Needed of both: {percent(LEAST, 0)} in every seed.",
     )
 
 
