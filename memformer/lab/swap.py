@@ -221,9 +221,9 @@ def _judge(result: Result) -> Verdict:
     deep = [value for label, values in found.items() if label.startswith("softmax") for value in values]
     return Verdict(
         grade(exact > EXACT, max(found["kernel softmax"]) < WRONG, max(deep) < WRONG),
-        f"At 32 swaps the linear and the round kernel reach at least {percent(exact)} in every seed (needed: "
+        f"At 32 swaps the linear and the round kernel reach at least {percent(exact)} (needed in every seed: "
         f"{percent(EXACT, 0)}), softmax as kappa1 {spread(found['kernel softmax'])}, softmax attention of one to six "
-        f"layers {percent(min(deep))} to {percent(max(deep))} (of both needed: {percent(WRONG, 0)} in no seed).",
+        f"layers {percent(min(deep))} to {percent(max(deep))} (needed of both in every seed: below {percent(WRONG, 0)}).",
     )
 
 
@@ -258,7 +258,7 @@ SWAP = Study(
         limits=(0, 1.04),
         options={"x_base": 2},
     ),
-    caption="Accuracy on the test split by the number of swaps, after training on 32.",
+    caption="Accuracy on the test split by the number of swaps, after training on 32. One seed.",
     base=BASE,
     rows=ROWS,
     settings={"lengths": LENGTHS},
