@@ -223,7 +223,8 @@ def _judge(result: Result) -> Verdict:
         grade(exact > EXACT, max(found["kernel softmax"]) < WRONG, max(deep) < WRONG),
         f"At 32 swaps the linear and the round kernel reach at least {percent(exact)} (needed in every seed: "
         f"{percent(EXACT, 0)}), softmax as kappa1 {spread(found['kernel softmax'])}, softmax attention of one to six "
-        f"layers {percent(min(deep))} to {percent(max(deep))} (needed of both in every seed: below {percent(WRONG, 0)}).",
+        f"layers {percent(min(deep))} to {percent(max(deep))} (needed of both in every seed: below "
+        f"{percent(WRONG, 0)}).",
     )
 
 
