@@ -56,7 +56,7 @@ def test_the_study_of_a_run(run, monkeypatch):
 
 def test_other_runs_are_refused(run):
     with pytest.raises(RunError, match="is none"):
-        other = type("Other", (), {"task": None, "folder": "runs/x"})()
+        other = type("Other", (), {"task": None, "folder": "runs/x", "config": {"seed": 0}})()
         STUDIES["captions"].measure({"a": run, "b": other}, {})
     with pytest.raises(RunError, match="captions needs a run on generated shapes"):
         STUDIES["captions"].measure({}, {})
