@@ -256,7 +256,7 @@ def _judge(result: Result) -> Verdict:
     )
     return Verdict(
         grade(min(named) > 1 > max(other)),
-        f"In all seeds the named shape gets {min(named):.1f} to {max(named):.1f} times its share of the attention, the "
+        f"The named shape gets {min(named):.1f} to {max(named):.1f} times its share of the attention, the "
         f"other one {min(other):.1f} to {max(other):.1f} times (needed in every seed: above 1 and below 1).",
     )
 
@@ -330,7 +330,7 @@ CAPTIONS = Study(
         keep=lambda row: row["pictures"] == "new",
     ),
     caption="Attention on the grid cells of two shapes at the words for one of them, mean over generated pictures that "
-    "were not trained on and over three seeds (lines: least to greatest).",
-    reads="configs/captions.py, three seeds of each variant",
+    "were not trained on. One seed.",
+    reads="configs/captions.py",
     examples=_examples,
 )

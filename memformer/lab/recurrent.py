@@ -47,8 +47,8 @@ def _judge(result: Result) -> Verdict:
     scores = ", ".join(f"{name} {spread(seeds)}" for name, seeds in far.items())
     return Verdict(
         grade(bool(exact) and plain, bool(exact) and len(exact) == len(gated)),
-        f"Accuracy on strings of {longest} bits: {scores}. Needed: {percent(EXACT)} in every seed of a gated cell, for "
-        "a part in one of them, and every seed of the plain network below all gated ones.",
+        f"Accuracy on strings of {longest} bits: {scores}. Needed: {percent(EXACT)} in every seed of each gated cell "
+        "(of one for a part), and every seed of the plain network below those of gated cells.",
     )
 
 
@@ -61,7 +61,6 @@ RECURRENT = Study(
     measure=_measure,
     judge=_judge,
     draw=Lines(line="model", points="{} bits", x="bits in the string", y="accuracy", level=0.5, options={"x_base": 2}),
-    caption="Parity of strings longer than those of training, test split; lines: mean of three seeds, bands: least to "
-    "greatest.",
-    reads="configs/parity.py and configs/text_recurrent.py, three seeds of each",
+    caption="Parity of strings longer than those of training, test split. One seed.",
+    reads="configs/parity.py and configs/text_recurrent.py",
 )
