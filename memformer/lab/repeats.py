@@ -39,6 +39,8 @@ NEAR, FAR = 15, 64
 REACHES = {"near": (1, NEAR), "between": (NEAR + 1, FAR - 1), "far": (FAR, math.inf)}
 # Nats by which the lag of a fixed state must grow from near to far.
 GROWTH = 0.03
+# Greatest 1 / SNR in the figure: a head that has forgotten the pair has any.
+CLIP = 1e6
 
 
 class Repeats(NamedTuple):
@@ -125,10 +127,12 @@ class HeadScores(NamedTuple):
 
     Attributes:
       cosine: root mean square of the cosines of its keys.
+      half_life: tokens in which its decay halves what is stored, on average; infinite without decay.
       inverse: kind of query of `snr_trained` to 1 / SNR at each question, [M].
     """
 
     cosine: float
+    half_life: float
     inverse: Mapping[str, np.ndarray]
 
 
@@ -136,7 +140,9 @@ def head_scores(run: LoadedRun, batch: Mapping[str, np.ndarray], pairs: Repeats)
     """The heads of all layers in order, at the "start" and "trained", asked for the second token of each pair."""
 
     def score(head: Head) -> HeadScores:
-        return HeadScores(key_cosine(head), ask_head(head, Questions(*pairs)))
+        rate = 0.0 if head.decays is None else -float(np.diff(head.decays, axis=1).mean())
+        half_life = math.log(2) / rate if rate else math.inf
+        return HeadScores(key_cosine(head), half_life, ask_head(head, Questions(*pairs)))
 
     models = {"start": initial_model(run), "trained": run.module()}
     return {stage: [score(head) for head in heads_of(model, batch)] for stage, model in models.items()}
@@ -156,8 +162,12 @@ def _measure(runs: Runs, settings: Settings) -> Result:
         loss = sum(part.tokens * part.loss for part in found) / sum(part.tokens for part in found)
         bits = loss / math.log(2) / run.task.bytes_per_step("test")
         models.append({"model": label, "bits per byte": round(bits, 4), "loss per token": round(loss, 4), **lags})
-        losses = pair_losses(run.module(), batch, pairs, run.config["train"]["batch_size"])
-        rare.append({"model": label, **_by_reach(pairs, losses)})
+        # the same pairs where they occurred before: what a model loses without looking them up
+        before = pairs._replace(asked=pairs.answered - 1)
+        again, once = (
+            pair_losses(run.module(), batch, each, run.config["train"]["batch_size"]) for each in (pairs, before)
+        )
+        rare.append({"model": label, **_by_reach(pairs, again), "the time before": round(float(once.mean()), 4)})
         row, inverse[label] = _heads_row(label, run, batch, pairs, settings["head_examples"])
         heads.append(row)
         log(f"{label}: measured")
@@ -181,7 +191,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
             Table(
                 "Test loss per token, by the distance of its last occurrence up to the number", [*by_distance, counted]
             ),
-            Table("Test loss of the second token of rare repeated pairs, by the distance of its last one", rare),
+            Table("Test loss of the second token of rare repeated pairs, by the distance of the last, and there", rare),
             Table("1 / SNR of heads at rare repeated pairs, medians over questions; start to trained", heads),
             Table("Test loss per token, by the tokens of context up to the number", contexts),
         ],
@@ -228,6 +238,7 @@ def _heads_row(
         "model": label,
         "questions": len(pairs.rows),
         "cosine of keys": both(lambda stage: np.mean([head.cosine for head in stages[stage]])),
+        "half-life in tokens (trained, range)": _half_lives(stages),
         "stored key": both(lambda stage: np.median(medians(stage, "stored key"))),
         "own query": both(lambda stage: np.median(medians(stage, "own query"))),
         "pair, best head": both(lambda stage: min(medians(stage, "target pair"))),
@@ -238,6 +249,14 @@ def _heads_row(
     return row, {
         stage: [float(f"{value:.4g}") for value in medians(stage, "target pair")] for stage in ("start", "trained")
     }
+
+
+def _half_lives(stages: Mapping[str, Sequence[HeadScores]]) -> str:
+    start, trained = (sorted(head.half_life for head in stages[stage]) for stage in ("start", "trained"))
+    if math.isinf(trained[0]):
+        return ""
+    middle = len(trained) // 2
+    return f"{start[middle]:.2g} to {trained[middle]:.2g} ({trained[0]:.2g} to {trained[-1]:.2g})"
 
 
 def _judge(result: Result) -> Verdict:
@@ -276,13 +295,14 @@ def _draw(result: Result) -> Any:
         axis.set_xlabel("tokens since the last occurrence")
         axis.set_ylabel(title)
     axis = axes[0, 2]
+    trained = {label: sorted(stages["trained"]) for label, stages in result.values["1/SNR"].items()}
     series = {
-        label: dict(enumerate(sorted(stages["trained"]), start=1)) for label, stages in result.values["1/SNR"].items()
+        label: dict(enumerate(np.clip(values, 1e-3, CLIP).tolist(), start=1)) for label, values in trained.items()
     }
     draw_lines(axis, series, styles=styles, y_scale="log")
     axis.axhline(1, **DOTTED)
     axis.set_xlabel("heads of the model, the best first")
-    axis.set_ylabel("1 / SNR at rare repeated pairs")
+    axis.set_ylabel(f"1 / SNR at rare repeated pairs, at most {CLIP:g}")
     return figure
 
 
