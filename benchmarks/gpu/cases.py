@@ -130,6 +130,17 @@ SHIPPED = (
         for segments in (2, 0)
     ),
     Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2, window=100),
+    # 256 channels.
+    Case("softmax_attention", 1, 256, 2, 1, 256, 256, decay="head", segments=2, window=100),
+    *(
+        Case("deltaformer", 1, 2048, 2, 1, 256, 256, dtype, decay, segments=2, write=write, read=read)
+        for dtype, decay, write, read in (
+            ("bfloat16", "", "softmax", "softmax"),
+            ("bfloat16", "head", "softmax", "softmax"),
+            ("bfloat16", "head", "linear", "exp"),
+            ("float16", "", "linear", "relu"),
+        )
+    ),
     *(
         Case("deltaformer", 1, 2048, 2, 1, decay=decay, write=write, segments=segments, window=700)
         for decay, write, segments in (("", "softmax", 0), ("head", "linear", 2))

@@ -28,27 +28,27 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
-# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one), query heads, dtype and window
-# (that leaves out a tile). A softmax read has a sink.
+# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one), query heads, dtype, window
+# (that leaves out a tile), and channels of keys and of values. A softmax read has a sink.
 KERNELS = [
-    ("softmax", "softmax", 130, 1, "bfloat16", None),
-    ("softmax", "softmax", 70, 1, "float16", None),
-    ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16", None),
-    (mf.Kernel("round", decimals=2), "softmax", 200, 1, "bfloat16", 60),
-    ("linear", "exp", 40, 1, "float16", None),
+    ("softmax", "softmax", 130, 1, "bfloat16", None, (136, 4)),
+    ("softmax", "softmax", 70, 1, "float16", None, (8, 4)),
+    ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16", None, (8, 4)),
+    (mf.Kernel("round", decimals=2), "softmax", 200, 1, "bfloat16", 60, (8, 4)),
+    ("linear", mf.Kernel("exp", scale=0.5), 70, 1, "float16", None, (136, 160)),
 ]
 
 
 @interprets
 @pytest.mark.parametrize(
-    ("write", "read", "length", "heads", "dtype", "window"),
+    ("write", "read", "length", "heads", "dtype", "window", "widths"),
     KERNELS,
     ids=["softmax", "float16", "relu", "round", "float16 sums"],
 )
-def test_kernels(write, read, length, heads, dtype, window, interpreter, monkeypatch):
+def test_kernels(write, read, length, heads, dtype, window, widths, interpreter, monkeypatch):
     """Similarity kernels of every kind, as write and as read kernel, with a decay; float16 has three more digits."""
     monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
-    arrays = given(length, heads=(heads, 1), dtype=dtype, decay=True)
+    arrays = given(length, (heads, 1), *widths, dtype=dtype, decay=True)
     most = 2e-2 if dtype == "bfloat16" else 2e-3
     options = {"write_kernel": write, "read_kernel": read, "window": window}
     if read == "softmax":
@@ -118,7 +118,7 @@ REFUSED = {
     "float32": ("float32", {}, "takes bfloat16"),
     "chunk": ("bfloat16", {"chunk_size": 32}, "takes chunk_size 64"),
     "precision": ("bfloat16", {"precision": "highest"}, "default precision only"),
-    "width": ("bfloat16", {}, "at most 128 key channels"),
+    "width": ("bfloat16", {}, "at most 256 key channels"),
 }
 
 
@@ -126,7 +126,7 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_refusals_say_why(why, op):
     dtype, options, message = REFUSED[why]
-    x = jnp.zeros((1, 8, 2, 192 if why == "width" else 4), dtype)
+    x = jnp.zeros((1, 8, 2, 320 if why == "width" else 4), dtype)
     with jax.sharding.use_abstract_mesh(H200):
         with pytest.raises(NotImplementedError, match=message):
             jax.eval_shape(lambda: op(x, x, x, implementation="pallas", **options))

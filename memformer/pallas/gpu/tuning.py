@@ -2,6 +2,7 @@
 
 __all__ = [
     "ATTENTION_DTYPES",
+    "ATTENTION_WIDTHS",
     "CHANNEL_VALUES",
     "CHUNK",
     "KEYS",
@@ -17,7 +18,7 @@ __all__ = [
     "SHARED_MEMORY",
     "SLOTS",
 ]
-__all__ += ["SPANS", "VALUE_PART", "WRITE_BLOCK", "padded_width", "span_length"]
+__all__ += ["SCALARS", "SPANS", "SUMMED", "VALUE_PART", "WRITE_BLOCK", "padded_width", "span_length"]
 
 # Tokens per chunk or tile: wgmma has 64 rows. With 128 the blocks of the chunk scan (q, k, v, P, and X in two parts:
 # 168 KiB at K = 128) fit in shared memory once, not twice, and no copy would overlap the computation.
@@ -25,6 +26,9 @@ CHUNK = 64
 
 # Key widths of the kernels; narrower keys are padded to the next.
 KEYS = (64, 128)
+
+# Key and value widths of attention.
+ATTENTION_WIDTHS = (64, 128, 256)
 
 # Key widths of matrix memories. With 256, two warpgroups of the chunk scan have half of the state each.
 MATRIX_KEYS = (64, 128, 256)
@@ -74,6 +78,13 @@ SLOTS = {1: 3, 2: 2}
 # the chip, larger spans read with more of them: at 8192 tokens the longest chain is 896 tiles with spans of 1024, and
 # 1152 with 512 or 2048.
 SPANS = ((16, 1024), (None, 512))
+
+# Attention: value columns per program of the read, and key channels of a kernel of gradients where registers do not
+# hold 256. With more of either, dk and dx are kernels of their own.
+SUMMED = 128
+
+# Attention: bytes of shared memory for scalars per token.
+SCALARS = 8 * 1024
 
 # DeltaFormer's write: value columns per program.
 WRITE_BLOCK = 64

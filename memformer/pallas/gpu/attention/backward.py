@@ -28,8 +28,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from memformer.core.mask import Mask
 from memformer.core.types import Array
+from memformer.pallas.gpu import tuning
 from memformer.pallas.gpu.attention import tiles
-from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
+from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, fit
 from memformer.pallas.gpu.attention.scalars import (
     column_names,
     column_values,
@@ -143,8 +144,9 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         slot = ring.wait_key(t - first)
         ring.wait_value(t - first)
         k, xs = refs.key_slots.at[slot], [transposed(refs[f"value_slots{n}"].at[slot]) for n in range(config.parts)]
-        gs = [refs[f"g_tile{n}"].at[g] for n in parts]
-        scores, dweights = products(((refs.q_tile.at[g], transposed(k)),), partial_products(gs, xs))
+        at = g + tiles.read_zero(refs, g) if config.slots == 1 else g
+        gs = [refs[f"g_tile{n}"].at[at] for n in parts]
+        scores, dweights = products(((refs.q_tile.at[at], transposed(k)),), partial_products(gs, xs))
         column = tiles.column_scalar(config, refs, slot)
         indices = tiles.load_indices(refs, g) if diagonal else None
         mask = tiles.tile_mask(config, diagonal, row, column, indices)
@@ -169,18 +171,19 @@ def _compute_queries(refs: Refs, config: AttentionConfig, write: bool) -> None:
         ds = _score_gradient(config, weights, dweights, scalar, write)
         if "ddecay" in refs:
             ddecay = ddecay + _sum_pairs(config, ds, indices)
-        dq = tiles.accumulate(dq, partial_products(tiles.split_gradient(config, ds, config.parts), (k,)))
+        part = k.at[:, pl.ds(config.key_start, config.key_block)]
+        dq = tiles.accumulate(dq, partial_products(tiles.split_gradient(config, ds, config.parts), (part,)))
         ring.release(t - first)
         return dq, dbeta, ddecay
 
     last = own + g if config.own else stop
     zero = _zero()
-    carry = lax.fori_loop(first, last, tile, (tiles.zeros(config.key), zero, zero if "ddecay" in refs else ()))
+    carry = lax.fori_loop(first, last, tile, (tiles.zeros(config.key_block), zero, zero if "ddecay" in refs else ()))
     if config.own:
         carry = tile(last, carry, "<" if config.strict else "<=")
         ring.skip(last + 1 - first, stop - first)
     dq, dbeta, ddecay = carry
-    tiles.store_tile(refs.get("q_tile"), g, dq * config.similarity.scale, refs.dq.at[b, h, rows])
+    tiles.store_tile(refs.q_tile, g, dq * config.similarity.scale, refs.dq.at[b, h, rows])
     for name, sums in (("dbeta", dbeta), ("ddecay", ddecay)):
         if name in refs:
             refs[f"{name}_tile"].at[g][...] = sums
@@ -200,8 +203,15 @@ def _gradient_parts(config: AttentionConfig, write: bool) -> int:
 
 
 def _value_parts(config: AttentionConfig, wanted: tuple[str, ...]) -> int:
-    """Parts of x in the gradients of keys; float16 keeps more bits than one has."""
-    return config.parts if config.mixed and "dk" in wanted else 1
+    """Parts of x in the gradients of keys, for dk; float16 keeps more bits than one has."""
+    if "dk" not in wanted:
+        return 0
+    return config.parts if config.mixed else 1
+
+
+def _key_gradient_parts(config: AttentionConfig, wanted: tuple[str, ...]) -> int:
+    """Parts of g there: dk takes as many as of x, dx all of them."""
+    return config.parts if "dx" in wanted else _value_parts(config, wanted)
 
 
 def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple[Array, ...]:
@@ -217,7 +227,9 @@ def _query_gradients(config: AttentionConfig, write: bool, k, q, *rest) -> tuple
     if columns:
         inputs["k_scalars"] = rest.pop(0)
     inputs |= dict(zip(("first", "stop"), rest, strict=False))
-    outputs = {"dq": ((batch, heads, length, config.key), jnp.dtype(config.dtype))}
+    # Half of the shared memory of queries is not contiguous, and no place for 16 bits.
+    dtype = config.dtype if config.key_block == config.key else "float32"
+    outputs = {"dq": ((batch, heads, length, config.key_block), jnp.dtype(dtype))}
     scratch = tiles.ring_scratch(config, config.value, config.parts, len(columns))
     own = {"q_tile": (config.key, config.dtype)}
     own |= {f"g_tile{n}": (config.value, config.value_dtype) for n in range(parts)}
@@ -260,7 +272,7 @@ def _key_extent(config: AttentionConfig, refs: Refs):
 
 def _query_ring(config: AttentionConfig, refs: Refs, names: tuple[str, ...], tile_of) -> Ring:
     """Tiles of queries, with their scalars, and of g; `tile_of` maps a count to head and tile."""
-    b = lax.axis_index("batch_row")
+    b, parts = lax.axis_index("batch_row"), range(_key_gradient_parts(config, _wanted(refs)))
 
     def keys(count):
         h, t = tile_of(count)
@@ -270,9 +282,14 @@ def _query_ring(config: AttentionConfig, refs: Refs, names: tuple[str, ...], til
     def values(count):
         h, t = tile_of(count)
         place = (b, h, pl.ds(t * TILE, TILE))
-        return [(refs[f"g{n}"].at[place], refs[f"value_slots{n}"]) for n in range(config.parts)]
+        return [(refs[f"g{n}"].at[place], refs[f"value_slots{n}"]) for n in parts]
 
     return Ring(config, refs, keys, values)
+
+
+def _wanted(refs: Refs) -> tuple[str, ...]:
+    """The gradients of keys that a kernel computes."""
+    return tuple(name for name in ("dk", "dx", "ddecay") if name in refs)
 
 
 def _query_tiles(config: AttentionConfig, refs: Refs):
@@ -307,8 +324,9 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
     names, own_names = _op_names(config, write) + column_names(config), row_names(config)
     ring = _query_ring(config, refs, names, tile_of)
     keys = pl.ds(j * config.rows + g * TILE, TILE)
-    xs = range(_value_parts(config, tuple(name for name in ("dk", "dx") if name in refs)))
+    xs = range(_value_parts(config, _wanted(refs)))
     copies = [(refs.k.at[b, h, keys], refs.k_tile)] + [(refs[f"x{n}"].at[b, h, keys], refs[f"x_tile{n}"]) for n in xs]
+    gradient_parts = range(_key_gradient_parts(config, _wanted(refs)))
     if own_names and not config.decay:
         copies.append((refs.k_scalars.at[b, h, j * config.warpgroups + g], refs.own_scalars))
     _copy_own(refs, g, copies)
@@ -320,8 +338,9 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
         dk, dx, ddecay = carry
         slot = ring.wait_key(c)
         ring.wait_value(c)
-        q, gs = refs.key_slots.at[slot], tuple(refs[f"value_slots{n}"].at[slot] for n in range(config.parts))
-        scores = tiles.compute_scores(config, refs.k_tile.at[g], q)
+        q, gs = refs.key_slots.at[slot], tuple(refs[f"value_slots{n}"].at[slot] for n in gradient_parts)
+        at = g + tiles.read_zero(refs, g) if config.slots == 1 else g
+        scores = tiles.compute_scores(config, refs.k_tile.at[at], q)
 
         def column(name):
             return refs.scalar_slots.at[slot, names.index(name)]
@@ -354,7 +373,7 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
             dx = tiles.accumulate(dx, partial_products(signed, gs))
             weights = kept.astype(jnp.float32)
         if "dk" in refs:
-            parts = [refs[f"x_tile{n}"].at[g] for n in xs]
+            parts = [refs[f"x_tile{n}"].at[at] for n in xs]
             of_values = partial_products(parts, [transposed(part) for part in gs[: len(parts)]])
             (dweights,) = products(of_values)
             dweights = _mask_weight_gradient(config, weights, dweights, mask)
@@ -363,11 +382,12 @@ def _compute_keys(refs: Refs, config: AttentionConfig, write: bool) -> None:
             ds = _score_gradient(config, weights, dweights, scalar, write)
             if "ddecay" in refs:
                 ddecay = ddecay - _sum_pairs(config, ds, indices())
-            dk = tiles.accumulate(dk, partial_products(tiles.split_gradient(config, ds, 1), (q,)))
+            part = q.at[:, pl.ds(config.key_start, config.key_block)]
+            dk = tiles.accumulate(dk, partial_products(tiles.split_gradient(config, ds, 1), (part,)))
         ring.release(c)
         return dk, dx, ddecay
 
-    widths = (("dk", config.key), ("dx", config.value))
+    widths = (("dk", config.key_block), ("dx", config.value))
     carry = tuple(tiles.zeros(width) if name in refs else () for name, width in widths)
     # Counted in tiles from `first`; -1 where no tile of queries lies on the diagonal.
     own = (j - config.before) * config.warpgroups + g - first if config.own else jnp.int32(-1)
@@ -404,7 +424,8 @@ def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...]
     names, own_names, rest = _op_names(config, write) + column_names(config), row_names(config), list(rest)
     parts = _value_parts(config, wanted)
     inputs = {"indices": tiles.index_vectors(), "k": k, "q": q} | {f"x{n}": rest.pop(0) for n in range(parts)}
-    inputs |= {f"g{n}": rest.pop(0) for n in range(config.parts)}
+    gradient_parts = _key_gradient_parts(config, wanted)
+    inputs |= {f"g{n}": rest.pop(0) for n in range(gradient_parts)}
     if names:
         inputs["q_scalars"] = rest.pop(0)
     if config.causal and not config.own:
@@ -412,9 +433,13 @@ def _key_gradients(config: AttentionConfig, write: bool, wanted: tuple[str, ...]
     if own_names:
         inputs["k_scalars"] = rest.pop(0)
     inputs |= dict(zip(("last",) if config.causal else ("first", "last"), rest, strict=False))
-    shapes = {"dk": (*k.shape[:3], config.key), "dx": (*k.shape[:3], config.value), "ddecay": (*q.shape[:2], slots)}
+    shapes = {
+        "dk": (*k.shape[:3], config.key_block),
+        "dx": (*k.shape[:3], config.value),
+        "ddecay": (*q.shape[:2], slots),
+    }
     outputs = {name: (shapes[name], jnp.float32) for name in wanted}
-    scratch = tiles.ring_scratch(config, config.value, config.parts, len(names))
+    scratch = tiles.ring_scratch(config, config.value, gradient_parts, len(names))
     own = {"k_tile": (config.key, config.dtype)}
     own |= {f"x_tile{n}": (config.value, config.value_dtype) for n in range(parts)}
     scratch |= _own_tiles(config, own)
@@ -449,7 +474,7 @@ def query_gradients(
     decay: QueryKeyDecay | None,
     scalars: dict[str, Array | None],
 ) -> tuple[Array, ...]:
-    """dq [B, H, T, K] in 16 bits; dbeta for the write, and ddecay where `sums_scores`, of the queries' sums [B, H, T].
+    """dq [B, H, T, K]; dbeta for the write, and ddecay where `sums_scores`, of the queries' sums [B, H, T].
 
     Args:
       config: sizes; queries see slots of the call.
@@ -462,6 +487,8 @@ def query_gradients(
       scalars: lse and delta of the queries [B, H, T], None without a normaliser; beta for the write.
     """
     write, group, heads = scalars.get("beta") is not None, k.shape[1], q.shape[1]
+    own = config.key + _gradient_parts(config, write) * config.value
+    config = fit(config, config.key + config.parts * config.value, own)
     query, key = (None, None) if decay is None else decay
     names, columns = _op_names(config, write) + row_names(config), column_names(config)
     rest: tuple[Array, ...] = ()
@@ -472,8 +499,19 @@ def query_gradients(
         rest += (pack_scalars(columns, heads if config.decay else group, values),)
     rest += tuple(tiles.row_bounds(config, k, q, mask).values())
     operands = (k, q, *x[: config.parts], *g[: _gradient_parts(config, write)], *rest)
-    results = 1 + write + sums_scores(config)
-    return split_batch_and_heads(_query_gradients, (config, write), config.axes, results=results)(*operands)
+    count = 1 + write + sums_scores(config)
+    results = []
+    for part in config.key_blocks(sums_scores(config)):
+        kernel = split_batch_and_heads(_query_gradients, (part, write), config.axes, results=count)
+        results.append(kernel(*operands))
+    return _join_channels(results)
+
+
+def _join_channels(results: list[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """The results of a kernel for all channels: parts of the first one are joined, the others are the same in each."""
+    if len(results) == 1:
+        return results[0]
+    return jnp.concatenate([part[0] for part in results], axis=-1), *results[0][1:]
 
 
 def key_gradients(
@@ -496,6 +534,16 @@ def key_gradients(
       bound: where `config.causal` but not `config.own`, the first query that counts.
     """
     write, group, heads = scalars.get("beta") is not None, k.shape[1], q.shape[1]
+    others = tuple(name for name in wanted if name != "dx")
+    if max(config.key, config.value) > tuning.SUMMED and 0 < len(others) < len(wanted):
+        # Registers hold the sums of one.
+        found: dict[str, Array] = {}
+        for names in (others, ("dx",)):
+            rest = key_gradients(config, k, q, x, g, mask, decay, scalars, names, bound)
+            found |= dict(zip(names, rest, strict=True))
+        return tuple(found[name] for name in wanted)
+    own_parts, parts = _value_parts(config, wanted), _key_gradient_parts(config, wanted)
+    config = fit(config, config.key + parts * config.value, config.key + own_parts * config.value)
     query, key = (None, None) if decay is None else decay
     names, own_names = _op_names(config, write) + column_names(config), row_names(config)
     rest: tuple[Array, ...] = ()
@@ -507,5 +555,8 @@ def key_gradients(
     if own_names:
         rest += (pack_scalars(own_names, heads if config.decay else group, row_values(key_mask(mask), key)),)
     rest += tuple(tiles.column_bounds(config, k, q, mask).values())
-    kernel = split_batch_and_heads(_key_gradients, (config, write, wanted), config.axes, results=len(wanted))
-    return kernel(k, q, *x[: _value_parts(config, wanted)], *g[: config.parts], *rest)
+    results = []
+    for part in config.key_blocks(config.mixed) if "dk" in wanted else [config]:
+        kernel = split_batch_and_heads(_key_gradients, (part, write, wanted), config.axes, results=len(wanted))
+        results.append(kernel(k, q, *x[:own_parts], *g[:parts], *rest))
+    return _join_channels(results)

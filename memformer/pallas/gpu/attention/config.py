@@ -11,7 +11,7 @@ from memformer.pallas.gpu import tuning
 from memformer.pallas.gpu.checks import check_call
 from memformer.pallas.layout import needs_segments
 
-__all__ = ["TILE", "AttentionConfig", "plan_call"]
+__all__ = ["TILE", "AttentionConfig", "fit", "plan_call"]
 
 # Rows of wgmma.
 TILE = tuning.CHUNK
@@ -25,6 +25,8 @@ class AttentionConfig(BaseAttentionConfig):
       warpgroups: warpgroups that compute, each with its own tile of rows.
       slots: tiles of columns in flight.
       key, value: widths as padded for the kernels.
+      value_start: the first column of the values that a read takes.
+      key_start, key_block: the first channel of which a kernel computes gradients of queries or keys, and how many.
       value_block: value columns per program of the write.
       span: tokens per span of the write, see deltaformer.py.
       dtype: of queries and keys.
@@ -39,6 +41,9 @@ class AttentionConfig(BaseAttentionConfig):
     span: int
     dtype: str = dataclasses.field(default="bfloat16", kw_only=True)
     value_dtype: str = dataclasses.field(default="bfloat16", kw_only=True)
+    value_start: int = dataclasses.field(default=0, kw_only=True)
+    key_start: int = dataclasses.field(default=0, kw_only=True)
+    key_block: int = dataclasses.field(default=0, kw_only=True)
 
     @property
     def rows(self) -> int:
@@ -55,10 +60,33 @@ class AttentionConfig(BaseAttentionConfig):
         """Arrays of 16 bits whose sum makes up the weights, and the values."""
         return 1 if self.similarity.normalized else 2
 
+    def key_blocks(self, split: bool) -> list["AttentionConfig"]:
+        """Of the kernels of the gradients of queries or keys; `split` where registers do not hold all channels."""
+        block = min(self.key, tuning.SUMMED) if split else self.key
+        return [dataclasses.replace(self, key_start=start, key_block=block) for start in range(0, self.key, block)]
+
     @property
     def mixed(self) -> bool:
         """Whether queries and keys have another dtype than weights and values."""
         return self.dtype != self.value_dtype
+
+
+def fit(config: AttentionConfig, slot: int, own: int) -> AttentionConfig:
+    """The configuration with fewer slots, then with one warpgroup, where shared memory holds no more.
+
+    Args:
+      config: sizes.
+      slot: channels in 16 bits of a tile in a slot.
+      own: the same of the tiles of a warpgroup.
+    """
+    bytes_per_channel, most = 2 * TILE, tuning.SHARED_MEMORY - tuning.SCALARS
+    for warpgroups in range(config.warpgroups, 0, -1):
+        slots = (most // bytes_per_channel - warpgroups * own) // slot
+        if slots >= 1:
+            before = config.before * config.warpgroups // warpgroups
+            slots = min(config.slots, slots)
+            return dataclasses.replace(config, warpgroups=warpgroups, slots=slots, before=before)
+    raise NotImplementedError(f"a tile of {own} and one of {slot} channels exceed the shared memory of an SM")
 
 
 def plan_call(
@@ -76,8 +104,8 @@ def plan_call(
       NotImplementedError: see `check_call`.
     """
     key, value = call.k.shape[-1], call.v.shape[-1]
-    dtype = next(iter(operands.values())).dtype.name
-    check_call(call, operands, {"key": key, "value": value}, tuning.ATTENTION_DTYPES)
+    dtype, widths = next(iter(operands.values())).dtype.name, tuning.ATTENTION_WIDTHS
+    check_call(call, operands, {"key": key, "value": value}, tuning.ATTENTION_DTYPES, widths[-1])
     batch, length, heads = call.k.shape[:3]
     warpgroups = 1 if length <= TILE else 2
     rows = warpgroups * TILE
@@ -96,9 +124,9 @@ def plan_call(
         restarts=call.decay is not None and call.documents,
         warpgroups=warpgroups,
         slots=tuning.SLOTS[1 if similarity.normalized else 2],
-        key=tuning.padded_width(key),
-        value=tuning.padded_width(value),
-        value_block=min(tuning.padded_width(value), tuning.WRITE_BLOCK),
+        key=tuning.padded_width(key, widths),
+        value=tuning.padded_width(value, widths),
+        value_block=min(tuning.padded_width(value, widths), tuning.WRITE_BLOCK),
         span=-(-length // (spans * rows)) * rows,
         dtype=dtype,
         # What a read without a normaliser sums may exceed the range of float16. A write whose operands do has no use.

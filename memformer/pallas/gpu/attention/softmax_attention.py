@@ -7,6 +7,7 @@ A program is one block of queries of one head.
 Source: arXiv 2205.14135 (tiles with a running maximum), 2407.08608 (warpgroups that compute and one that copies).
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -21,9 +22,10 @@ from memformer.core.mask import Mask
 from memformer.core.segments import pad_time
 from memformer.core.sharding import vary_like
 from memformer.core.types import Array, Float
+from memformer.pallas.gpu import tuning
 from memformer.pallas.gpu.attention import tiles
 from memformer.pallas.gpu.attention.backward import key_gradients, query_gradients, sums_scores
-from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, plan_call
+from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, fit, plan_call
 from memformer.pallas.gpu.attention.scalars import (
     column_names,
     column_values,
@@ -194,6 +196,11 @@ def read(
     Returns:
       The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T], None without a normaliser.
     """
+    width, blocks = min(config.value, tuning.SUMMED), []
+    for start in range(0, config.value, width):
+        block = dataclasses.replace(config, value=width, value_start=start)
+        blocks.append(fit(block, config.key + config.parts * width, config.key + width * (dtype != jnp.float32)))
+    config = blocks[0]
     operands = (k, q, *x[: config.parts])
     if config.causal and not config.own:
         operands += (tiles.bounds(k, bound),)
@@ -204,10 +211,11 @@ def read(
         rows = pack_scalars(names, heads, row_values(query_mask(mask), query))
         operands += (rows, pack_scalars(column_names(config), heads, column_values(key_mask(mask), key)))
     operands += tuple(tiles.row_bounds(config, k, q, mask).values())
-    o, *lse = split_batch_and_heads(_read, (config, dtype), config.axes, results=1 + config.similarity.normalized)(
-        *operands
-    )
-    return o, lse[0] if lse else None
+    values, results = [], 1 + config.similarity.normalized
+    for block in blocks:
+        o, *lse = split_batch_and_heads(_read, (block, dtype), config.axes, results=results)(*operands)
+        values.append(o)
+    return values[0] if len(values) == 1 else jnp.concatenate(values, axis=3), lse[0] if lse else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -50,6 +50,7 @@ __all__ += [
 ]
 __all__ += ["key_head", "load_indices", "load_tile", "mask_scores", "ring_scratch"]
 __all__ += [
+    "read_zero",
     "row_bounds",
     "row_extent",
     "similarity_values",
@@ -170,6 +171,11 @@ def copy_indices(refs: Refs, g) -> None:
     plgpu.barrier_wait(refs.index_ready.at[g])
 
 
+def read_zero(refs: Refs, g):
+    """0, read in every step of a loop: otherwise the compiler holds addresses of products over it, and spills."""
+    return refs.index_tile[g, 0, 0]
+
+
 def load_indices(refs: Refs, g) -> tuple[Array, Array]:
     """Row and column index of every entry of a tile."""
     return load_column(refs.index_tile.at[g, 0], TILE), load_row(refs.index_tile.at[g, 1], TILE)
@@ -257,6 +263,8 @@ class Ring:
         """Waits for the keys of a tile, and returns its slot."""
         slot = self.slot(count)
         plgpu.barrier_wait(self.refs.key_ready.at[slot])
+        if self.config.slots == 1 and "index_tile" in self.refs:
+            return read_zero(self.refs, lax.axis_index("warpgroup"))
         return slot
 
     def wait_value(self, count) -> None:
@@ -337,7 +345,7 @@ def column_ring(config: AttentionConfig, refs: Refs, values: int) -> Ring:
         return copies + ([(refs.k_scalars.at[b, head, t], refs.scalar_slots)] if column_names(config) else [])
 
     def of_values(t):
-        place = (b, group, pl.ds(t * TILE, TILE))
+        place = (b, group, pl.ds(t * TILE, TILE), pl.ds(config.value_start, config.value))
         return [(refs[f"x{n}"].at[place], refs[f"value_slots{n}"]) for n in range(values)]
 
     return Ring(config, refs, keys, of_values)

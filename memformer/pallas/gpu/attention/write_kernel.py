@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from memformer.core.types import Array
 from memformer.pallas.gpu import compat
 from memformer.pallas.gpu.attention import tiles
-from memformer.pallas.gpu.attention.config import TILE, AttentionConfig
+from memformer.pallas.gpu.attention.config import TILE, AttentionConfig, fit
 from memformer.pallas.gpu.attention.scalars import (
     column_names,
     pair_gap,
@@ -311,8 +311,7 @@ def _forward_side(program: _Program, g, rows, earlier: bool) -> _Side:
 
     def scores_of(c, diagonal=None):
         slot = program.ring.wait_key(c)
-        # 0, read in every step: otherwise addresses are kept over the loop, and registers spill.
-        q = refs.q_tile.at[g + refs.index_tile[g, 0, 0]]
+        q = refs.q_tile.at[g + tiles.read_zero(refs, g)]
         scores = tiles.compute_scores(config, q, refs.key_slots.at[slot])
         return slot, scores, *program.pairs(g, scalar, slot, diagonal)
 
@@ -374,8 +373,7 @@ def _reverse_side(program: _Program, g) -> _Side:
 
     def weigh(c, right, diagonal=None):
         slot = program.ring.wait_key(c)
-        # 0, read in every step: otherwise addresses are kept over the loop, and registers spill.
-        q = refs.q_tile.at[g + refs.index_tile[g, 0, 0]]
+        q = refs.q_tile.at[g + tiles.read_zero(refs, g)]
         scores = tiles.compute_scores(config, q, refs.key_slots.at[slot])
         lse = load_row(program.column(slot, "lse"), TILE) if config.similarity.normalized else None
         mask, gap = program.pairs(g, scalar, slot, diagonal)
@@ -410,8 +408,7 @@ def _inverse(program: _Program, warpgroup) -> tuple[Array, ...]:
         return tuple(jnp.where(odd & beside, x, jnp.zeros((), x.dtype)) for x in _load_staged(own))
 
     def join(level, x):
-        # 0, read in every step: otherwise addresses are kept over the loop, and registers spill.
-        g = warpgroup + refs.index_tile[warpgroup, 0, 0]
+        g = warpgroup + tiles.read_zero(refs, warpgroup)
         # With X = I + x: X - X S X. Small entries are not rounded beside ones.
         # All warps are done with the block: they stored the y of the level before after their last product with it.
         staged = _stage(config, refs, g, "square", x)
@@ -470,6 +467,9 @@ def write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, tar
     """One device's shard; rest: the read of earlier slots, scalars of queries, scalars of keys, `limit`."""
     batch, heads, length, value = target.shape
     rest = list(rest)
+    # The solution, the triangle and its inverse, and a part of the solution or the operand that has no other place.
+    own = config.key + 2 * config.value_block + 4 * TILE + 2 * TILE * (config.key == TILE)
+    config = fit(config, config.key + config.parts * config.value_block, own)
     inputs = {"k": k, "q": q, "target": target, "indices": tiles.index_vectors()}
     if earlier:
         inputs["earlier"] = rest.pop(0)
