@@ -32,7 +32,6 @@ ROWS: Mapping[str, Row] = {
         "model.memory_options": {"softmax_attention": {"rotary": True, "conv_width": 4}},
     },
     "gated delta rule": LANGUAGE.rows["gated delta rule"],
-    "delta rule": LANGUAGE.rows["delta rule"],
 }
 # Tokens since the last occurrence: "near" up to the first number, "far" from the second on.
 NEAR, FAR = 15, 64
@@ -341,7 +340,7 @@ REPEATS = Study(
         "rare": 20,
     },
     quick=Quick(
-        {"delta rule": ROWS["delta rule"]},
+        {"gated delta rule": ROWS["gated delta rule"]},
         SMALLER,
         {
             "corpus": "Genesis 1 to 20",
