@@ -117,13 +117,17 @@ def _judge(result: Result) -> Verdict:
     bits = {row["model"]: row["bits per sequence"] for row in result.rows(task="dynamic_ngrams")}
     plain, grams = bits.pop("LSTM", None), bits.values()
     optimum = result.values.get("optimal bits of dynamic n-grams", {}).get("bits", 0.0)
-    if grams and min(grams) > optimum + 5:
+    done, near = ", ".join(dict.fromkeys(_spoken(row["task"]) for row in learnt)) or "none of the tasks", ""
+    if grams:
         baseline = "" if plain is None else f"the LSTM has {plain:.1f}, "
-        missed.append(f"n-grams ({min(grams):.1f} bits, {baseline}the optimum has {optimum:.1f})")
-    done = ", ".join(dict.fromkeys(_spoken(row["task"]) for row in learnt)) or "none of the tasks"
+        spoken = f"n-grams ({min(grams):.1f} bits, {baseline}the optimum has {optimum:.1f})"
+        if min(grams) > optimum + 5:
+            missed.append(spoken)
+        else:
+            near = f", and {spoken}"
     return Verdict(
         "not reproduced" if not ahead else "partly confirmed" if missed else "confirmed",
-        f"The NTM learnt {done}{_longest_copy(result)}"
+        f"The NTM learnt {done}{_longest_copy(result)}{near}"
         + (f"; not reproduced: {', '.join(missed)}." if missed else "."),
     )
 
