@@ -3,9 +3,10 @@
     python train.py --config=configs/dynamic_ngrams.py:ntm --workdir=runs/dynamic_ngrams-ntm
     python train.py --config=configs/dynamic_ngrams.py:lstm --workdir=runs/dynamic_ngrams-lstm
 
-The optimal predictor needs 127.7 bits for the 195 predicted bits, a fair coin 195. The memory is the paper's, 128 slots of
-width 20. Expected: NTM 129.8 bits after 160,000 sequences, LSTM 134.7 after 640,000, and the optimum 127.9 on the same 512
-sequences, in one hour each on one shared core. With 40 slots of width 8 and a rate of 2e-3 the NTM has 137.7 after 640,000.
+The optimal predictor needs 127.7 bits for the 195 predicted bits, a fair coin 195. The memory is the paper's, 128 slots
+of width 20. Expected: NTM 129.8 bits after 160,000 sequences, LSTM 134.7 after 640,000, and the optimum 127.9 on the
+same 512 sequences, in one hour each on one shared core. With 40 slots of width 8 and a rate of 2e-3 the NTM has 137.7
+after 640,000.
 """
 
 from memformer.training.config import default_config
