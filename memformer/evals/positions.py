@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from memformer.core.checks import check_array
 from memformer.core.segments import find_segments
-from memformer.core.types import Array, Int
+from memformer.core.types import Array, Dims, Int
 from memformer.data.source import SPLITS
-from memformer.training.config import RunError
+from memformer.training.config import RunError, run_errors
 from memformer.training.evaluation import LoadedRun, load_run, score_batches
 from memformer.training.files import replace_file
 from memformer.training.input import batch_shapes, make_loader
@@ -97,7 +98,9 @@ def loss_by_distance(loaded: LoadedRun, *, split: str = "test", batches: int = 1
       RunError: as `loss_by_position`, or inputs and targets of different vocabularies.
     """
     task = loaded.task
-    if task.loss == "classes" and (task.features or task.vocab_size != task.num_classes):
+    # of text, the start of a document may be an id that is no class
+    shared = task.vocab_size == task.num_classes or "bits_per_byte" in task.scores
+    if task.loss == "classes" and (task.features or not shared):
         inputs = f"{task.features} features" if task.features else f"{task.vocab_size} ids"
         raise RunError(
             f"loss by distance needs inputs and targets of one vocabulary, and task {task.name!r} has {inputs} and "
@@ -115,19 +118,26 @@ def token_distances(
       inputs, targets: ids; a target stands behind the input of its step, so that the newest input has distance 1.
       segment_ids: packed sequences, 0 = padding, which is no occurrence.
 
+    Raises:
+      ValueError: an argument that is not [B, T] integers.
+
     Example:
       >>> token_distances(jnp.array([[5, 7, 5, 5]]), jnp.array([[7, 5, 5, 9]]))
       Array([[0, 2, 1, 0]], dtype=int32)
     """
+    dims: Dims = {}
+    inputs = check_array("inputs", inputs, "B T", dims, kind=jnp.integer).astype(jnp.int32)
+    targets = check_array("targets", targets, "B T", dims, kind=jnp.integer).astype(jnp.int32)
     rows, steps = inputs.shape
-    segments = find_segments(segment_ids, {})
-    index = jnp.zeros((rows, steps), jnp.int32)
+    segments = find_segments(segment_ids, dims)
+    index = of_inputs = jnp.zeros((rows, steps), jnp.int32)
     if segments is not None:
-        index, inputs = segments.index, jnp.where(segments.valid, inputs, -1)
+        # an input in padding is in no segment
+        index, of_inputs = segments.index, jnp.where(segments.valid, segments.index, -1)
     # sorted by segment, id and time, where the input of a step comes before its target
-    ids = jnp.stack([inputs, targets], axis=2).reshape(rows, 2 * steps)
+    index, ids = (jnp.stack(pair, axis=2).reshape(rows, 2 * steps) for pair in ((of_inputs, index), (inputs, targets)))
     place = jnp.broadcast_to(jnp.arange(2 * steps, dtype=jnp.int32), ids.shape)
-    index, ids, time = lax.sort((jnp.repeat(index, 2, axis=1), ids, place), dimension=1, num_keys=3)
+    index, ids, time = lax.sort((index, ids, place), dimension=1, num_keys=3)
     newest = lax.cummax(jnp.where(time % 2 == 0, place, -1), axis=1)
     last = jnp.maximum(newest, 0)
     found_index, found_ids, found_time = (jnp.take_along_axis(x, last, axis=1) for x in (index, ids, time))
@@ -151,20 +161,22 @@ def _mean_losses(
         raise RunError(f"loss by {by} needs targets that are classes, and task {task.name!r} has {task.loss}.")
     size = loaded.config["train"]["batch_size"]
     layout = batch_layout(batch_shapes(task, size), mesh)
-    loader = make_loader(
-        task,
-        split,
-        batch_size=size,
-        seed=loaded.config["seed"],
-        rows=layout.rows,
-        place=layout.place,
-        repeat=batches > 0,
-    )
     step = jax.jit(functools.partial(_sum_losses, loaded.model, places))
-    with mesh_scope(mesh):
+    with mesh_scope(mesh), run_errors("the data" if batches else "--batches"):
+        loader = make_loader(
+            task,
+            split,
+            batch_size=size,
+            seed=loaded.config["seed"],
+            rows=layout.rows,
+            place=layout.place,
+            repeat=batches > 0,
+        )
         sums = score_batches(functools.partial(step, *loaded.weights), loader, batches)
     loader.close()
     total = np.stack(sums).astype(np.float64).sum(axis=0)
+    if not total[1].any():
+        raise RunError(f"the data: no target of the {split} split is scored in {batches or 'all'} batches.")
     return _bin_losses(total[0], total[1])
 
 

@@ -155,6 +155,10 @@ def test_loss_by_distance_needs_one_vocabulary():
     loaded = types.SimpleNamespace(task=make_task({"name": "coreference"}))
     with pytest.raises(RunError, match=r"one vocabulary, and task 'coreference' has \d+ ids and \d+ classes"):
         loss_by_distance(loaded)
+    # bytes have a start of the text that is no class
+    loaded = types.SimpleNamespace(task=make_task({"name": "text"}))
+    with pytest.raises(RunError, match="--split must be"):
+        loss_by_distance(loaded, split="none")
 
 
 def loop_distances(inputs, targets, segment_ids):
@@ -183,6 +187,14 @@ def test_distances_of_tokens(packed):
     valid = segments > 0
     assert valid.all() != packed and len(np.unique(got[valid])) > 6
     np.testing.assert_array_equal(got[valid], loop_distances(inputs, targets, segments)[valid])
+
+
+def test_distances_to_no_padding():
+    """Neither bytes nor a target that is no class meet the padding; errors name the argument."""
+    inputs, targets, segments = np.array([[[255, 7, 1, 5]], [[-1, 255, -1, 255]], [[1, 1, 0, 1]]])
+    assert token_distances(inputs.astype("uint8"), targets, segments).tolist() == [[0, 2, 0, 4]]
+    with pytest.raises(ValueError, match=r"targets must be \[B, T\] = \(1, 4\), got \(1, 3\)"):
+        token_distances(inputs, targets[:, 1:])
 
 
 LLAMA = {
