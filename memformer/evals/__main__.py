@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from memformer.evals.harness import run_harness
 from memformer.evals.scoring import TextScorer
 from memformer.training.config import RunError
-from memformer.training.files import replace_file
+from memformer.training.files import check_out, replace_file
 from memformer.training.flags import report_errors
 from memformer.training.generation import load_text_model, text_errors
 from memformer.training.metrics import format_table, log
@@ -30,6 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", default="", help="JSON file to write")
     options = parser.parse_args(arguments)
     with report_errors():
+        check_out(options.out)
         loaded = load_text_model(options.workdir, pretrained=options.pretrained, step=options.step)
         with text_errors("evaluation"):
             scorer = TextScorer(

@@ -17,7 +17,7 @@ from memformer.core.types import Array, Dims, Int
 from memformer.data.source import SPLITS
 from memformer.training.config import RunError, run_errors
 from memformer.training.evaluation import LoadedRun, load_run, score_batches
-from memformer.training.files import replace_file
+from memformer.training.files import check_out, replace_file
 from memformer.training.input import batch_shapes, make_loader
 from memformer.training.metrics import format_table, log, model_name
 from memformer.training.plots import plot_positions
@@ -239,6 +239,8 @@ def evaluate_positions(
     Raises:
       RunError: as `evaluate_checkpoint` and `loss_by_position`.
     """
+    if jax.process_index() == 0:
+        check_out(out)
     loaded = load_run(workdir, step=step, settings=settings, batch_size=batch_size)
     found = loss_by_position(loaded, split=split, batches=batches)
     named = [(_label(part.first + 1, part.last + 1), part.last + 1, part) for part in found]
@@ -267,6 +269,8 @@ def evaluate_distances(
     Raises:
       RunError: as `evaluate_checkpoint` and `loss_by_distance`.
     """
+    if jax.process_index() == 0:
+        check_out(out)
     loaded = load_run(workdir, step=step, settings=settings, batch_size=batch_size)
     found = loss_by_distance(loaded, split=split, batches=batches)
     named = [(_label(part.first, part.last) if part.last else "none", part.last, part) for part in found]

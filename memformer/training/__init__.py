@@ -40,6 +40,7 @@ from memformer.training.evaluation import (
 )
 from memformer.training.files import (
     check_folder,
+    check_out,
     disk_errors,
     error_reason,
     free_space,
@@ -201,6 +202,7 @@ __all__ = [
     "changed_keys",
     "check_batch",
     "check_folder",
+    "check_out",
     "check_rate_factors",
     "check_split",
     "collective_seconds",

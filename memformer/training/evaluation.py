@@ -21,7 +21,7 @@ from memformer.tasks import Task
 from memformer.training.build import Run, build_run
 from memformer.training.checkpoint import Checkpoints
 from memformer.training.config import RunError, complete_config, run_errors, set_values, task_of
-from memformer.training.files import check_folder, is_url, replace_file
+from memformer.training.files import check_folder, check_out, is_url, replace_file
 from memformer.training.input import batch_shapes, make_loader
 from memformer.training.losses import means
 from memformer.training.metrics import format_table, log, model_name
@@ -136,10 +136,13 @@ def evaluate_checkpoint(
       The content of the JSON file: step, split, task and the scores by length.
 
     Raises:
-      RunError: a missing or damaged checkpoint, a task the model cannot read, an unknown key or split.
+      RunError: a missing or damaged checkpoint, a task the model cannot read, an unknown key or split, an `out` that
+        cannot be written.
     """
     if split not in SPLITS:
         raise RunError(f"--split must be one of {', '.join(SPLITS)}, got {split!r}.")
+    if jax.process_index() == 0:
+        check_out(out)
     loaded = load_run(workdir, step=step, settings=settings, batch_size=batch_size)
     config, run, task = loaded.config, loaded.run, loaded.task
     scorer = Scorer(make_eval_step(run.model, run.mesh), run.mesh, config["train"]["batch_size"], config["seed"])

@@ -12,7 +12,16 @@ from etils import epath
 
 from memformer.training.config import RunError
 
-__all__ = ["check_folder", "disk_errors", "error_reason", "free_space", "is_url", "replace_file", "write_bytes"]
+__all__ = [
+    "check_folder",
+    "check_out",
+    "disk_errors",
+    "error_reason",
+    "free_space",
+    "is_url",
+    "replace_file",
+    "write_bytes",
+]
 
 # URL scheme to the package that serves it
 SCHEMES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs"}
@@ -49,6 +58,26 @@ def check_folder(folder: str) -> None:
             f"--workdir={folder} needs the package {package}, which is not installed: pip install {package}, or give a "
             "local --workdir."
         )
+
+
+def check_out(path: str | None) -> None:
+    """Raises RunError where no file can be written at `path`, if one is given; for commands that compute for long.
+
+    Example:
+      >>> check_out("nowhere/scores.json")
+      Traceback (most recent call last):
+      ...
+      memformer.training.config.RunError: --out=nowhere/scores.json: there is no folder nowhere.
+    """
+    if not path or is_url(path):
+        return
+    folder = os.path.dirname(path) or "."
+    if not os.path.isdir(folder):
+        raise RunError(f"--out={path}: there is no folder {folder}.")
+    if os.path.isdir(path):
+        raise RunError(f"--out={path} must name a file, and is a folder.")
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"--out={path}: the folder {folder} cannot be written.")
 
 
 def error_reason(error: BaseException) -> str:

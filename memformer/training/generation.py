@@ -12,7 +12,7 @@ from memformer.models.generate_text import GeneratedText, TextPiece, TextStream
 from memformer.pretrained import load_pretrained
 from memformer.training.config import RunError, run_errors
 from memformer.training.evaluation import load_run
-from memformer.training.files import replace_file
+from memformer.training.files import check_out, replace_file
 from memformer.training.metrics import log
 
 __all__ = ["TextModel", "load_text_model", "show_text", "text_errors"]
@@ -103,6 +103,7 @@ def show_text(
     texts = [*prompts, *(_read_prompts(prompt_file) if prompt_file else ())]
     if not texts:
         raise RunError("give a prompt (--prompt=TEXT, which may be repeated), or a file of them (--prompt_file=FILE).")
+    check_out(out)
     loaded = load_text_model(workdir, pretrained=pretrained, step=step, settings=settings)
     with text_errors("generation"):
         inputs = [_chat_prompt(loaded.tokenizer, text) for text in texts] if chat else texts

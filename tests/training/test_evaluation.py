@@ -70,6 +70,7 @@ ERRORS = [
     ({"settings": ["trian.steps=4"]}, "did you mean train"),
     ({"lengths": ["0"]}, "--lengths: length must be an integer of at least 1"),
     ({"step": 3}, "no checkpoint of step 3"),
+    ({"out": "nowhere/scores.json"}, "--out=nowhere/scores.json: there is no folder nowhere"),
 ]
 
 

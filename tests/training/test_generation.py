@@ -80,6 +80,7 @@ def test_user_errors_are_one_paragraph(folder, tmp_path):
         ({"workdir": ""}, "give the folder of a run"),
         ({"pretrained": "x"}, "give the folder of a run"),
         ({"prompts": []}, "give a prompt"),
+        ({"out": "nowhere/texts.jsonl"}, "--out=nowhere/texts.jsonl: there is no folder nowhere"),
         ({"workdir": str(tmp_path)}, "no checkpoint to evaluate"),
         ({"prompt_file": str(tmp_path / "none")}, "--prompt_file=.*No such file"),
         ({"prompt_file": str(tmp_path / "bad.jsonl")}, 'line 2: expected an object with a string "prompt"'),
