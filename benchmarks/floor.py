@@ -70,10 +70,11 @@ def chunk_traffic(case: Case, chunk: int, backward: bool) -> tuple[float, float]
 def decode_traffic(case: Case) -> tuple[float, float]:
     """Bytes that the TPU kernel for a few tokens moves per head, and those of reading and writing the state once.
 
-    The rows of a token are in float32: q, k and a decay per channel; v, the output, beta and a decay per head.
+    The rows of a token are in float32: q, k and a decay per channel; v, the output, beta and a decay per head, which
+    several tokens have among their keys too.
     """
     delta = case.op != "linear_attention"
-    keys = case.length * (2 + (case.decay == "channel"))
+    keys = case.length * (2 + (case.decay == "channel" or (case.decay == "head" and case.length > 1)))
     values = case.length * (1 + delta + (case.decay == "head"))
     rows = -(-keys // 8) * 8 * case.key + (-(-values // 8) * 8 + case.length) * case.value
     state = 2 * 4 * case.key * case.value

@@ -49,11 +49,12 @@ from benchmarks import floor
 from benchmarks.cases import Case
 from benchmarks.tpu.schedule import Loop, loops, scoped_memory
 from memformer.core.calls import MatrixCall
-from memformer.pallas.decoding import MOST_TOKENS
+from memformer.pallas.decoding import MOST_TOKENS, MatrixStep
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.attention import decoding as attention_decoding
 from memformer.pallas.tpu.checks import check_tpu
 from memformer.pallas.tpu.matrix_memory import channel_decay, chunk_scan, delta_rule, linear_attention
+from memformer.pallas.tpu.matrix_memory import decoding as matrix_decoding
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
 
 __all__ = ["CASES", "compile_case", "decodes", "make_mesh", "matrix_rows", "prepare_compiler"]
@@ -232,13 +233,17 @@ def report(name: str, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]
 def _decode_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, Any]:
     """Row of a kernel for a few tokens.
 
-    The inner loop of a matrix memory takes the value columns of one or two heads, that of attention a block of slots
-    with all of their key heads: its row is that of one key head and 128 slots.
+    The inner loop of a matrix memory takes several heads, that of attention a block of slots with all of their key
+    heads: its row is that of one key head and 128 slots.
     """
     case, chip = CASES[name], topology.split(":")[0]
-    heads = 2
     moved = floor.decode_traffic(case)
-    if case.slots:
+    if not case.slots:
+        delta = case.op != "linear_attention"
+        step = MatrixStep(case.op, case.length, 1, delta, False, case.decay, case.segments > 0, 1.0)
+        block = matrix_decoding.block_heads(case.batch * case.heads, case.key, case.value)
+        heads = matrix_decoding.loop_heads(step, block)
+    else:
         block, _ = attention_decoding.block_sizes(case.slots, case.groups, _cache_rows(case))
         heads, moved = block * case.groups // 128, floor.slot_traffic(case, 128)
     return _row(name, topology, loop, heads) | {

@@ -74,6 +74,7 @@ def compare(op, arrays, dtype, tolerance, ids=None, implementation="pallas", sta
 CASES = {
     "product": (mf.delta_product, {"groups": 3, "writes": 2, "decay": "head"}, "float32", True),
     "erase": (mf.delta_rule, {"decay": "channel", "erase": True}, "bfloat16", True),
+    "one token": (mf.delta_rule, {"decay": "head", "tokens": 1}, "float32", False),
     "linear": (mf.linear_attention, {"beta": False, "decay": "channel", "tokens": 1}, "bfloat16", False),
     "equal keys": (mf.delta_rule, {"tokens": 8, "value": 130, "equal": True}, "bfloat16", False),
 }
@@ -90,9 +91,10 @@ def test_against_recurrence(name, interpreter, monkeypatch):
     compare(op, arguments(np.random.default_rng(3), **kind), dtype, 2e-6, IDS if packed else None)
 
 
-def test_infinity_stays_in_its_sequence(interpreter):
+@pytest.mark.parametrize("decay", ["head", "channel"])
+def test_infinity_stays_in_its_sequence(decay, interpreter):
     """Infinity that a sequence leaves in the state never reaches the next one of a packed row."""
-    arrays = cast(arguments(np.random.default_rng(5), decay="head"), "float32")
+    arrays = cast(arguments(np.random.default_rng(5), decay=decay), "float32")
     state = np.full((BATCH, 3, 8, 4), np.inf, np.float32)
     run = functools.partial(mf.delta_rule, segment_ids=IDS[:1].repeat(BATCH, 0), implementation="pallas")
     run = jax.jit(run)

@@ -1,15 +1,21 @@
 """Few tokens of a matrix memory on TPU: one kernel that reads the state once and writes it once, in place.
 
-    S' = e^g S    S = S' + k (a v - b S'^T w)^T for each write of a token    o = s S^T q
+The tokens of a call are a chunk: reads of the state that it starts from, what the tokens write and read of each other,
+and one update, with decays G from the start of the call and D to its end.
 
-On the vector unit in float32, token by token; no matrix product is rounded. With K = V = 128 a head moves 128 KiB of
-state, and for one token about 10 KiB of rows, so that the least number of bundles per head is what these take at the
-bandwidth of the memory: 240 on v5e, 166 on v5p, 140 on v6e, 39 on one core of tpu7x (CLOCK and BANDWIDTH in
-benchmarks/tpu/static.py).
+    u = a v - b ((G w) S + sum of earlier writes)    o = s ((G q) S + sum of writes)    S' = G S + (D k)^T u
 
-What has K channels must multiply the rows of the state, one value per row: XLA packs these vectors as rows of one array
-[N, rows, K], whose block the kernel transposes; N counts batch rows and heads. What has V channels or is one number per
-head (decay, erase strength) is a row of another array [N, rows, V].
+Both products with the state run on the matrix unit, exact to 24 bits: every operand is the sum of three in bfloat16, of
+which each product that matters is taken. So a token costs the vector unit little beyond splitting the state, and
+several cost about as much as one. Keys are transposed for several heads at once; their products meet zeros in the rows
+of other heads.
+
+With K = V = 128 a head moves 128 KiB of state, and for one token about 10 KiB of rows, so that the least number of
+bundles per head is what these take at the bandwidth of the memory: 240 on v5e, 166 on v5p, 140 on v6e, 39 on one core
+of tpu7x (CLOCK and BANDWIDTH in benchmarks/tpu/static.py).
+
+What has K channels lies in rows of one array [N, rows, K], what has V channels or is one number per head (decay, erase
+strength) in those of another [N, rows, V]; N counts batch rows and heads.
 """
 
 import functools
@@ -27,7 +33,7 @@ from memformer.pallas.decoding import MatrixStep
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.checks import check_tpu
 
-__all__ = ["run"]
+__all__ = ["block_heads", "loop_heads", "run"]
 
 # Bytes of state in one block: two of them are read and two written while a third pair is computed.
 BLOCK = 2**20
@@ -35,8 +41,18 @@ BLOCK = 2**20
 # Blocks of a call, if it has as many heads: fewer would leave nothing to read beside the computation.
 BLOCKS = 8
 
-# Value columns that are computed together: the state of 128 keys then fills 16 of 64 registers.
+# Value columns that are computed together.
 COLUMNS = 128
+
+# Heads of one step of the loop, if a tile has no more, and how many heads later their results are used: enough to cover
+# the latency.
+HEADS, WRITE_LAG, STORE_LAG = 8, 6, 2
+
+# Pairs of summands whose products make up one that is exact to 24 bits, as in `_split`.
+PAIRS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0))
+
+# Rows of a tile that is transposed.
+LANES = 128
 
 # Writes of one call, over all of its tokens: they are unrolled.
 MOST_WRITES = 32
@@ -47,79 +63,238 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 class _Places:
-    """Places of the vectors of a call among the rows of the two arrays, in the order of their use."""
+    """Places of the vectors of a call among the rows of the two arrays: by kind, then by time."""
 
     def __init__(self, step: MatrixStep):
-        self.step = step
-        keys = ["decay"] * (step.decay == "channel")
-        values = ["decay"] * (step.decay == "head")
-        for n in range(step.writes):
-            keys += [f"k{n}"] + [f"w{n}"] * step.erase
-            values += [f"v{n}"] + [f"beta{n}"] * step.beta
-        self.keys, self.values = [*keys, "q"], values
+        tokens, writes = range(step.tokens), range(step.writes)
+        self.erase = ("w" if step.erase else "k") if step.beta else ""
+        # What reads the state comes first.
+        kinds = [self.erase] * bool(self.erase) + ["q"] + ["k"] * (self.erase != "k")
+        # Keys decay where later tokens read them.
+        kinds += ["decay"] * (step.decay == "channel" or (step.decay != "" and step.tokens > 1))
+        self.reads = step.tokens * (1 + step.writes * bool(self.erase))
+        self.key_names = self._names(kinds, writes)
+        kinds = ["v"] + ["beta"] * step.beta + ["decay"] * (step.decay == "head")
+        self.value_names = self._names(kinds, writes)
+        self.keys, self.values = (
+            [(t, name) for names in kinds for t in tokens for name in names]
+            for kinds in (self.key_names, self.value_names)
+        )
 
-    def key(self, t: int, name: str) -> int:
+    @staticmethod
+    def _names(kinds, writes) -> list[list[str]]:
+        """The names of each kind of vector, of all writes of a token."""
+        return [[kind] if kind in ("q", "decay") else [f"{kind}{n}" for n in writes] for kind in kinds]
+
+    def key(self, t: int, name: str) -> slice:
         """The row of a vector with K channels of token t."""
-        return t * len(self.keys) + self.keys.index(name)
+        row = self.keys.index((t, name))
+        return slice(row, row + 1)
 
     def value(self, t: int, name: str) -> slice:
         """The row of a vector with V channels of token t."""
-        row = t * len(self.values) + self.values.index(name)
+        row = self.values.index((t, name))
         return slice(row, row + 1)
 
 
-def _decay(step: MatrixStep, state: Array, factor: Array) -> Array:
-    """The state times a factor; a factor of 0 forgets what is not finite too, where sequences are packed."""
-    decayed = state * factor
-    return jnp.where(factor == 0.0, jnp.zeros_like(decayed), decayed) if step.packed else decayed
+def _forget(step: MatrixStep, x: Array, factor: Array) -> Array:
+    """x times a factor; a factor of 0 forgets what is not finite too, where sequences are packed."""
+    scaled = x * factor
+    return jnp.where(factor == 0.0, jnp.zeros_like(scaled), scaled) if step.packed else scaled
 
 
-def _head(step: MatrixStep, rows: _Places, h, columns: Array, y_ref, s_ref, o_ref, end_ref) -> None:
-    """All tokens of one head; columns: [K, rows]."""
+def _split(x: Array) -> tuple[Array, Array, Array]:
+    """Three summands of 8 bits each, which bfloat16 holds."""
 
-    def column(t, name):
-        at = rows.key(t, name)
-        return columns[:, at : at + 1]
+    def cut(x):
+        bits = lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16))
+        return lax.bitcast_convert_type(bits, jnp.float32)
 
-    width = s_ref.shape[2]
-    for start in range(0, width, COLUMNS):
-        part = slice(start, min(start + COLUMNS, width))
-        state = s_ref[h, :, part]
-        for t in range(step.tokens):
-            if step.decay == "head":
-                state = _decay(step, state, y_ref[h, rows.value(t, "decay"), part])
-            if step.decay == "channel":
-                state = _decay(step, state, column(t, "decay"))
-            for n in range(step.writes):
-                key, written = column(t, f"k{n}"), y_ref[h, rows.value(t, f"v{n}"), part]
-                if step.beta:
-                    erase = column(t, f"w{n}") if step.erase else key
-                    stored = jnp.sum(state * erase, axis=0, keepdims=True)
-                    written = written - y_ref[h, rows.value(t, f"beta{n}"), part] * stored
-                state = state + key * written
-            o_ref[h, t : t + 1, part] = jnp.sum(state * column(t, "q"), axis=0, keepdims=True)
-        end_ref[h, :, part] = state
+    high = cut(x)
+    rest = x - high
+    middle = cut(rest)
+    return high, middle, rest - middle
+
+
+def _product(a: Array, b: Array) -> Array:
+    """A product of two arrays that bfloat16 holds."""
+    a, b = (x.astype(jnp.bfloat16) for x in (a, b))
+    return lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _pad_rows(parts: list[Array], rows: int, before: int = 0) -> Array:
+    """The rows of arrays, with zeros before and behind them."""
+    width, used = parts[0].shape[1], before + sum(x.shape[0] for x in parts)
+    front = [jnp.zeros((before, width), jnp.float32)] * bool(before)
+    return jnp.concatenate([*front, *parts, *[jnp.zeros((rows - used, width), jnp.float32)] * (rows > used)])
+
+
+class _Keys:
+    """Vectors of one head with K channels, and what needs no state.
+
+    Attributes:
+      x: the vectors.
+      written: at each token, the keys of all writes, those before it decayed to it, [T N, K].
+      factor: the decay over all tokens, [1, K], or None.
+      read: vectors that read the state, decayed to its tokens, [rows, K].
+      alive: at each token, 0 where it sees nothing of the state, with a decay per channel and packed sequences.
+    """
+
+    def __init__(self, step: MatrixStep, rows: _Places, x: Array):
+        tokens, writes = step.tokens, step.writes
+        k = x[rows.key(0, "k0").start : rows.key(tokens - 1, f"k{writes - 1}").stop]
+        token = lax.broadcasted_iota(jnp.int32, k.shape, 0) // writes
+        self.x, self.written, factors = x, [], []
+        for t in range(tokens):
+            if (t, "decay") in rows.keys:
+                decay = x[rows.key(t, "decay")]
+                factors.append(factors[-1] * decay if t else decay)
+                k = jnp.where(token < t, k * decay, k) if t else k
+            self.written.append(k)
+        self.factor = factors[-1] if factors else None
+        self.alive = None
+        self.read = x[: rows.reads]
+        if step.decay == "channel":
+            repeated = [x for x in factors for _ in range(writes)] * bool(rows.erase)
+            self.read = self.read * jnp.concatenate([*repeated, *factors])
+            if step.packed:
+                self.alive = [jnp.max(x, axis=1, keepdims=True) for x in factors]
+
+    def transposed(self, step: MatrixStep) -> list[Array]:
+        """Rows whose products with those of `_update` update the state; three for a decay per channel."""
+        parts = _split(self.written[-1])
+        decay = list(_split(self.factor)) if step.decay == "channel" else []
+        return [parts[i] for i, _ in PAIRS] + decay
+
+
+def _read_state(read: Array, s: Array) -> Array:
+    """Vectors times the state, [rows, V]."""
+    size = _round_up(read.shape[0], 8)
+    left = jnp.concatenate(_split(_pad_rows([read], size)))
+    total = sum(_product(left, part) for part in _split(s))
+    return total[:size] + total[size : 2 * size] + total[2 * size :]
+
+
+def _write(step: MatrixStep, rows: _Places, keys: _Keys, r: Array, y: Array) -> tuple[Array, Array, Array | None]:
+    """Runs the tokens of one head.
+
+    Args:
+      step: settings.
+      rows: places of the vectors.
+      keys: of the head.
+      r: what they read of the state.
+      y: vectors with V channels.
+
+    Returns:
+      The output [T, V], what is written [T N, V], and the decay over all tokens if it is one per head, [1, V].
+    """
+    many = step.tokens * step.writes
+    place = lax.broadcasted_iota(jnp.int32, (many, 1), 0)
+    u, factor, outputs = None, None, []
+
+    def recall(t, row, name):
+        found = r[row : row + 1]
+        if factor is not None:
+            found = _forget(step, found, factor)
+        if keys.alive is not None:
+            found = jnp.where(keys.alive[t] == 0.0, 0.0, found)
+        if u is not None:
+            scores = jnp.sum(keys.written[t] * keys.x[rows.key(t, name)], axis=1, keepdims=True)
+            found += jnp.sum(_forget(step, u, scores), axis=0, keepdims=True)
+        return found
+
+    for t in range(step.tokens):
+        if step.decay == "head":
+            decay = y[rows.value(t, "decay")]
+            factor = decay if factor is None else factor * decay
+        for n in range(step.writes):
+            row, new = t * step.writes + n, y[rows.value(t, f"v{n}")]
+            if step.beta:
+                new = new - y[rows.value(t, f"beta{n}")] * recall(t, row, f"{rows.erase}{n}")
+            # Rows of later writes are 0 until then.
+            u = new if many == 1 else jnp.where(place == row, new, 0.0 if u is None else u)
+        outputs.append(recall(t, rows.reads - step.tokens + t, "q"))
+    if step.packed:
+        kept = jnp.max(jnp.abs(keys.written[-1]), axis=1, keepdims=True)
+        u = jnp.where(kept == 0.0, 0.0, u)
+    return outputs[0] if step.tokens == 1 else jnp.concatenate(outputs), u, factor
+
+
+def _update(step: MatrixStep, transposed: Array, at: int, u: Array) -> tuple[Array, Array | None]:
+    """The change of the state, and the factor on it with a decay per channel, [K, V]; at: first row of the head."""
+    parts, (size, many) = _split(u), (transposed.shape[1], u.shape[0])
+    added = _product(transposed, _pad_rows([parts[i] for _, i in PAIRS], size, at))
+    if step.decay != "channel":
+        return added, None
+    ones = jnp.ones((3, u.shape[1]), jnp.float32)
+    return added, _product(transposed, _pad_rows([ones], size, at + len(PAIRS) * many))
+
+
+def _tile(step: MatrixStep, block: int) -> tuple[int, int]:
+    """Rows of one head in a tile that is transposed, and heads of the tile."""
+    height = _round_up(len(PAIRS) * step.tokens * step.writes + 3 * (step.decay == "channel"), 8)
+    return height, _divisor(block, max(1, LANES // height))
+
+
+def loop_heads(step: MatrixStep, block: int) -> int:
+    """Heads of one step of the loop over a block: whole tiles."""
+    _, together = _tile(step, block)
+    return together * _divisor(block // together, max(1, HEADS // together))
+
+
+def _divisor(count: int, most: int) -> int:
+    """The largest divisor of count up to `most`."""
+    return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
 
 
 def _kernel(x_ref, y_ref, s_ref, o_ref, end_ref, *, step: MatrixStep):
-    rows, block = _Places(step), s_ref.shape[0]
-    # Two heads at a time, so that one is computed where the other waits.
-    together = 2 - block % 2
+    rows, (block, _, width) = _Places(step), s_ref.shape
+    height, together = _tile(step, block)
+    group = loop_heads(step, block)
+    columns = [slice(start, min(start + COLUMNS, width)) for start in range(0, width, COLUMNS)]
 
     def heads(i, carry):
-        for j in range(together):
-            h = i * together + j
-            _head(step, rows, h, x_ref[h].T, y_ref, s_ref, o_ref, end_ref)
+        parts = [(j, part) for j in range(group) for part in columns]
+        keys, tiles, read, update = {}, {}, {}, {}
+
+        def start(n):
+            j, part = parts[n]
+            h = i * group + j
+            if j not in keys:
+                near = range(j, j + together)
+                keys.update({m: _Keys(step, rows, x_ref[i * group + m]) for m in near})
+                tile = [_pad_rows(keys[m].transposed(step), height) for m in near]
+                tiles[j // together] = jnp.concatenate(tile).T.astype(jnp.bfloat16)
+            read[n] = _read_state(keys[j].read, s_ref[h, :, part])
+
+        def write(n):
+            j, part = parts[n]
+            h = i * group + j
+            o_ref[h, :, part], u, factor = _write(step, rows, keys[j], read.pop(n), y_ref[h, :, part])
+            added, factors = _update(step, tiles[j // together], j % together * height, u)
+            update[n] = added, factors if step.decay == "channel" else factor
+
+        def store(n):
+            j, part = parts[n]
+            h = i * group + j
+            added, factor = update.pop(n)
+            state = s_ref[h, :, part]
+            end_ref[h, :, part] = added + (state if factor is None else _forget(step, state, factor))
+
+        for n in range(len(parts) + WRITE_LAG + STORE_LAG):
+            for stage, at in ((start, n), (write, n - WRITE_LAG), (store, n - WRITE_LAG - STORE_LAG)):
+                if 0 <= at < len(parts):
+                    stage(at)
         return carry
 
-    lax.fori_loop(0, block // together, heads, 0)
+    lax.fori_loop(0, block // group, heads, 0)
 
 
-def _block_heads(heads: int, key: int, value: int) -> int:
+def block_heads(heads: int, key: int, value: int) -> int:
     """Heads per program, of all batch rows."""
     size = 4 * _round_up(key, 8) * _round_up(value, 128)
     most = max(1, min(BLOCK // size, heads // BLOCKS))
-    return next(count for count in range(most, 0, -1) if heads % count == 0)
+    return _divisor(heads, most)
 
 
 def _decode(step: MatrixStep, x: Array, y: Array, state: Array) -> tuple[Array, Array]:
@@ -127,7 +302,7 @@ def _decode(step: MatrixStep, x: Array, y: Array, state: Array) -> tuple[Array, 
     like = (x, y, state)
     batch, heads, key, value = state.shape
     x, y, state = (z.reshape(-1, *z.shape[2:]) for z in like)
-    block = _block_heads(batch * heads, key, value)
+    block = block_heads(batch * heads, key, value)
 
     def spec(z):
         return pl.BlockSpec((block, *z.shape[1:]), lambda i: (i, 0, 0))
@@ -149,12 +324,18 @@ def _decode(step: MatrixStep, x: Array, y: Array, state: Array) -> tuple[Array, 
     return o.reshape(batch, heads, step.tokens, value), end.reshape(batch, heads, key, value)
 
 
-def _pack(parts: list[Array], tokens: int) -> Array:
-    """Vectors [B, T, H, width] of each token, as rows [B, H, rows, width]."""
-    rows = jnp.moveaxis(jnp.stack(parts, axis=2), 3, 1)
-    rows = rows.reshape(*rows.shape[:2], tokens * len(parts), -1)
-    # Whole registers, for the transpose.
-    return jnp.pad(rows, ((0, 0), (0, 0), (0, -rows.shape[2] % 8), (0, 0)))
+def _pack(arrays: dict[str, Array], kinds: list[list[str]], width: int) -> Array:
+    """Vectors and numbers of tokens [B, T, H, width] as rows [B, H, rows, width]; kinds: the names of each."""
+
+    def rows(names):
+        found = [arrays[name] for name in names]
+        found = [x if x.ndim == 4 else jnp.broadcast_to(x[..., None], (*x.shape, width)) for x in found]
+        x = jnp.moveaxis(jnp.stack(found, axis=2), 3, 1)
+        return x.reshape(*x.shape[:2], -1, width)
+
+    x = jnp.concatenate([rows(names) for names in kinds], axis=2)
+    # Whole registers.
+    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % 8), (0, 0)))
 
 
 def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
@@ -170,10 +351,8 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     step = MatrixStep.of(call)
     if step.tokens * step.writes > MOST_WRITES:
         raise unsupported(call.op, f"for decoding takes at most {MOST_WRITES} writes, got {step.tokens * step.writes}")
-    arrays, value = step.operands(call), call.v.shape[3]
-    wide = {name: jnp.broadcast_to(x[..., None], (*x.shape, value)) if x.ndim == 3 else x for name, x in arrays.items()}
-    rows = _Places(step)
-    x, y = (_pack([wide[name] for name in names], step.tokens) for names in (rows.keys, rows.values))
+    arrays, rows = step.operands(call), _Places(step)
+    x, y = _pack(arrays, rows.key_names, call.q.shape[3]), _pack(arrays, rows.value_names, call.v.shape[3])
     state = vary_like(call.state.astype(jnp.float32), x, y)
     x, y = (vary_like(z, state) for z in (x, y))
     kernel = split_batch_and_heads(_decode, (step,), step.axes, results=2)
