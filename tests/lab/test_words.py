@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memformer.lab.reflections import BEST, FAILS, REFLECTIONS, SETS, TRACKS
+from memformer.lab.reflections import FAILS, REACHES, REFLECTIONS, SETS, TRACKS
 from memformer.lab.study import Result, Table
 from memformer.ops.delta_product import delta_product
 
@@ -82,11 +82,12 @@ def test_four_writes_track_s5_at_500_letters():
         ("S3 product2", "64", 0.0, "confirmed"),
         ("S5_two product4", "500", TRACKS - 0.1, "partly confirmed"),
         ("A5_two own", "128", FAILS + 0.1, "partly confirmed"),
-        ("S3 own2", "500", BEST[1] - 0.1, "partly confirmed"),
+        ("S4_two equal3", "128", REACHES[0] - 0.1, "partly confirmed"),
+        ("S3 own2", "500", REACHES[1] - 0.1, "partly confirmed"),
     ],
 )
 def test_the_verdict_has_the_thresholds_that_were_stated(label, length, value, kind):
-    scores = {"tracks": 1.0, "fails": FAILS - 0.1, "deltaformer": 1.0}
+    scores = {"tracks": 1.0, "fails": FAILS - 0.1, "equal": 1.0, "own_two": 1.0}
     values = {
         name: dict.fromkeys(("64", "128", "500"), [score] * 3) for part, score in scores.items() for name in SETS[part]
     }
