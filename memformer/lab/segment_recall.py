@@ -4,10 +4,15 @@ The second table shows what the memory of each layer holds. A write moves what i
 by the fraction beta / (z . phi), so a layer to which training gave a small beta approaches its values over 1 / beta
 writes. What it adds to the tokens is small within the pairs of training and grows beyond them. One memory that holds
 the values is enough for these tasks; the row "last layer" leaves the memory of the first layer empty.
+
+The third table shows how many distinct keys a memory can hold, whatever was trained: keys are drawn at random, so that
+their features overlap no more than chance. What a width does not hold there, training to 50 pairs does not find either.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -17,6 +22,7 @@ import numpy as np
 from memformer.lab.plots import Lines, line_style
 from memformer.lab.runs import longest_trained
 from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent, spread
+from memformer.ops.associative import NEIGHBOURS, AssociativeMemory, associative_read, associative_write, dpfp
 from memformer.tasks import Remember
 from memformer.tasks.segment_recall import QUERY
 from memformer.training.config import RunError
@@ -30,6 +36,7 @@ ROWS, QUESTIONS = 128, 4
 # Stated before the runs, for the greatest number of pairs: exact (mean of the seeds), and not (best seed).
 EXACT, FAILS = 0.999, 0.5
 TITLE = "Exact match of one question (test split), by the pairs before it; of the seeds at the last length of training"
+RANDOM = "Without a model: distinct random keys, each written once, of which the value is read (the best beta of three)"
 NAMES = ("ARMT, last layer", "ARMT, every layer", "ARMT without gamma", "RMT")
 LAST, EVERY, WITHOUT, MEMORY_TOKENS = NAMES
 
@@ -69,6 +76,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     tables = [Table(TITLE, rows)]
     if layers:
         tables.append(Table("Memory of each layer: norm of its matrix A, and exact match if it stays empty", layers))
+    tables.append(Table(RANDOM, _random_rows()))
     return Result(tables, values)
 
 
@@ -152,6 +160,40 @@ def _layer_rows(readers: Sequence[_Reader], asked: Sequence[Mapping[int, tuple[f
         without = [reader.ask(empty=layer) for reader in readers]
         rows.append(row | {f"if empty, {n} pairs": spread([one[n][0] for one in without]) for n in (few, most)})
     return rows
+
+
+# Of the third table: widths of keys, numbers of pairs, write strengths; sequences, and values to tell apart.
+WIDTHS, PAIRS, BETAS = (32, 64, 128, 256), (50, 100, 200, 500), (0.25, 0.5, 1.0)
+SEQUENCES, VALUES = 8, 16
+
+
+def _random_rows() -> list[Row]:
+    rows = []
+    for width in WIDTHS:
+        shares = np.max([_recall(width, beta) for beta in BETAS], axis=0)
+        row: Row = {"key width": width, "features": 2 * NEIGHBOURS * width}
+        rows.append(row | {f"{n} pairs": percent(float(share)) for n, share in zip(PAIRS, shares, strict=True)})
+    return rows
+
+
+@partial(jax.jit, static_argnums=0)
+def _recall(width: int, beta: Any) -> Any:
+    """The share of values read as written, after each number of pairs."""
+    keys, values = jax.random.split(jax.random.key(0))
+    phi = dpfp(jax.random.normal(keys, (max(PAIRS), SEQUENCES, 1, width)))
+    written = jax.random.randint(values, phi.shape[:3], 0, VALUES)
+
+    def write(memory: AssociativeMemory, pair: tuple) -> tuple[AssociativeMemory, None]:
+        phi, value = pair
+        return associative_write(memory, phi, jax.nn.one_hot(value, VALUES), jnp.full(phi.shape[:2], beta)), None
+
+    shape, shares = (SEQUENCES, phi.shape[-1]), []
+    memory = AssociativeMemory(jnp.zeros((*shape, VALUES)), jnp.zeros(shape))
+    for start, stop in pairwise((0, *PAIRS)):
+        memory, _ = jax.lax.scan(write, memory, (phi[start:stop], written[start:stop]))
+        read = associative_read(memory, jnp.swapaxes(phi[:stop, :, 0], 0, 1))
+        shares.append(jnp.mean(jnp.argmax(read, axis=-1) == written[:stop, :, 0].T))
+    return jnp.stack(shares)
 
 
 def _judge(result: Result) -> Verdict:

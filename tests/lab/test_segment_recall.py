@@ -45,19 +45,23 @@ def a_run(folder, task, shape, lengths):
 
 
 def test_it_asks_one_question_and_tabulates_the_answers(tmp_path, monkeypatch):
-    monkeypatch.setattr(segment_recall, "ROWS", 16)
+    for name, value in {"ROWS": 16, "WIDTHS": (2, 8), "PAIRS": (1, 9), "BETAS": (1.0,)}.items():
+        monkeypatch.setattr(segment_recall, name, value)
     few = make_task({"name": "remember", "length": 4, "key_size": 1, "symbols": 5, "queries": 3})
     given = {"a": (SHAPES["ARMT"], (2,)), "b": (SHAPES["RMT"], (2, 4)), "c": (SHAPES["ARMT"], (2, 4))}
     runs = {name: a_run(tmp_path / name, few, shape, lengths) for name, (shape, lengths) in given.items()}
     study = STUDIES["segment_recall"]
     result = study.measure(runs, {})
-    (_, rows), (_, layers) = result.tables
+    (_, rows), (_, layers), (_, (narrow, wide)) = result.tables
     # five keys: no more than five pairs
     assert [list(row) for row in rows] == [["task", "model", "seeds at the last length", "2 pairs", "5 pairs"]] * 2
     names = [("ARMT, every layer", "1 of 2"), ("RMT", "1 of 1")]
     assert [(row["model"], row["seeds at the last length"]) for row in rows] == names
     assert list(result.values) == ["remember ARMT, every layer", "remember RMT"]
     assert all(0 <= share <= 1 for scores in result.values.values() for shares in scores.values() for share in shares)
+    # one pair is always read, nine by more of the wider keys
+    assert narrow["1 pairs"] == wide["1 pairs"] == "100.0%"
+    assert float(narrow["9 pairs"][:-1]) < float(wide["9 pairs"][:-1])
     # RMT has no memory in its layers; an untrained ARMT that reads nothing cannot answer
     ((task, model, layer, *norms_and_answers),) = (row.values() for row in layers)
     assert (task, model, layer) == ("remember", "ARMT, every layer", 1) and float(norms_and_answers[1]) > 0
