@@ -112,7 +112,8 @@ def _judge(result: Result) -> Verdict:
 
     def name(label: str) -> str:
         group, _, model = label.partition(" ")
-        return f"{group_name(group)} ({_MODELS[model].name})"
+        seeds = ", one seed" if len(scores(label)) == 1 else ""
+        return f"{group_name(group)} ({_MODELS[model].name}{seeds})"
 
     tracked = "; ".join(f"{name(label)} {spread(scores(label))}" for label in SETS["tracks"])
     failed = {label: max(scores(label, 128)) for label in SETS["fails"]}
