@@ -63,7 +63,7 @@ COLUMNS = tuple(f"{length} letters" for length in LENGTHS)
 SETS: Mapping[str, tuple[str, ...]] = {
     "tracks": ("S3 product2", "S5_two product4", "S5_swaps own"),
     "fails": ("S3 own", "S4_two own", "A5_two own", "S5_two own"),
-    "equal": ("S3 equal2", "S4_two equal3"),
+    "equal": ("S3 equal2", "S4_two equal3", "S5_two equal4"),
     "own_two": ("S3 own2",),
 }
 # A transition with w of its own can expand: gradients may be infinite.
@@ -145,7 +145,7 @@ REFLECTIONS = Study(
     claim="One layer tracks S3 with two writes per letter (DeltaProduct, n_h = 2) and S5 with four, to 500 letters "
     "after training on 64 or 128. One write per letter tracks none of S3, S4, A5 and S5, also with an erase vector of "
     "its own, because the eigenvalues of its transition are real; it tracks words of swaps. DeltaFormer with w = k "
-    "tracks S3 with two writes and S4 with three, and S3 with two writes and an erase vector of its own.",
+    "tracks S3 with two writes, S4 with three and S5 with four, and S3 with two writes and an erase vector of its own.",
     source="arXiv 2502.10297, 2404.08819, 2411.12537",
     measure=_measure,
     judge=_judge,
@@ -162,7 +162,7 @@ REFLECTIONS = Study(
     caption="Accuracy of the running product on the test split, by a curriculum from words of 8 letters to 64, "
     "800 to 1000 steps (three or four writes: of 128, up to 2500 steps); lines: mean of three seeds, bands: least to "
     "greatest. On alphabets with a cycle the curriculum of one write did not advance beyond words of 8. Two letters: "
-    "the alphabet. DeltaFormer has linear kernels, and one seed on S4.",
+    "the alphabet. DeltaFormer has linear kernels, and on S4 and S5 one seed; on S5 training ended at words of 32.",
     base={
         **BASE,
         "task.length": 64,

@@ -170,14 +170,14 @@ SEQUENCES, VALUES = 8, 16
 def _random_rows() -> list[Row]:
     rows = []
     for width in WIDTHS:
-        shares = np.max([_recall(width, beta) for beta in BETAS], axis=0)
+        shares = np.max([_read_random(width, beta) for beta in BETAS], axis=0)
         row: Row = {"key width": width, "features": 2 * NEIGHBOURS * width}
         rows.append(row | {f"{n} pairs": percent(float(share)) for n, share in zip(PAIRS, shares, strict=True)})
     return rows
 
 
 @partial(jax.jit, static_argnums=0)
-def _recall(width: int, beta: Any) -> Any:
+def _read_random(width: int, beta: Any) -> Any:
     """The share of values read as written, after each number of pairs."""
     keys, values = jax.random.split(jax.random.key(0))
     phi = dpfp(jax.random.normal(keys, (max(PAIRS), SEQUENCES, 1, width)))
