@@ -16,8 +16,10 @@ guesses, and 300 of its 400 steps are at 50 pairs (8 minutes). Expected exact ma
     ARMT without gamma 99.4%  92.6%  68.6%  44.9%  27.0%  21.5%
     RMT                51.4%  15.4%   7.2%   9.4%   5.9%   7.4%
 
-No model is exact at 50 pairs or more. The paper's code trains much longer: four layers of width 128, 32 memory tokens,
-2,000 to 20,000 steps of 512 sequences at each of ten numbers of pairs, with keys that grow from one symbol to three.
+No model is exact at 50 pairs or more. Keys of width 32 set a limit: random distinct keys of that width allow 98.0%,
+93.5%, 76.7% and 51.5% at 50, 100, 200 and 500 pairs, keys of width 256 99.1% at 500 (the third table of the study). The
+paper's code trains much longer: four layers of width 128, 32 memory tokens, 2,000 to 20,000 steps of 512 sequences at
+each of ten numbers of pairs, with keys that grow from one symbol to three.
 """
 
 from memformer.training.config import default_config
