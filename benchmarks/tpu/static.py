@@ -282,17 +282,17 @@ def compile_kernel(case: Case, topology: str, config: ScanConfig, backward: bool
     batch, heads, length = config.batch, config.heads, config.chunks * config.chunk
     Array = tuple[tuple[int, ...], str]
     value: Array = ((batch, heads, length, config.value), wide)
+    step = (
+        channel_decay.STEPS[config.beta] if config.channels else (delta_rule if config.beta else linear_attention).STEP
+    )
     documents = (config.documents,) * bool(config.documents)
-    state: Array = ((batch, heads, *documents, config.key, config.value), scalar)
-    states: Array = ((batch, heads, config.chunks, config.key, config.value), jnp.dtype(config.states_dtype).name)
+    state: Array = ((batch, heads, *documents, *step.state_shape(config)), scalar)
+    states: Array = ((batch, heads, config.chunks, *step.state_shape(config)), jnp.dtype(config.states_dtype).name)
     arrays: list[Array] = [((batch, config.groups, length, config.key), wide)] * config.keys + [value]
     arrays += [((batch, heads, length, config.key), scalar)] * config.channels
     arrays += [states, value, state] if backward else [state]
     arrays += [((batch, heads, len(config.scalars), config.chunks, config.chunk), scalar)] * bool(config.scalars)
     arrays += [((batch, config.chunks), "int32")] * bool(config.documents)
-    step = (
-        channel_decay.STEPS[config.beta] if config.channels else (delta_rule if config.beta else linear_attention).STEP
-    )
     static = (step, config) if backward else (step, config, True)
     mesh = make_mesh(topology)
     place = NamedSharding(mesh, PartitionSpec())

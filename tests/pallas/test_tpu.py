@@ -6,6 +6,7 @@ Rows, oracle and tolerances are those of the shared suite of the ops, run with i
 import functools
 import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,8 @@ from memformer.pallas.sharding import kernel_axes, split_batch_and_heads
 from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.interleave import interleave
 from memformer.pallas.tpu.interpreter import interpreted
-from memformer.pallas.tpu.inverse import unit_lower_inverses
-from memformer.pallas.tpu.matrix_memory import delta_rule
+from memformer.pallas.tpu.inverse import fold_diagonal, unit_lower_inverses
+from memformer.pallas.tpu.matrix_memory import delta_rule, staged_inverse
 from memformer.pallas.tpu.matrix_memory.config import CHUNKS, plan_call
 from tests.numeric import assert_close, relative_rms
 from tests.ops import test_ops as suite
@@ -261,6 +262,23 @@ def test_inverse_in_a_kernel(heads, interpreter):
     a = np.tril(np.random.default_rng(0).uniform(-1, 1, (heads, 64, 64)), -1)
     got = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(a.shape, jnp.float32))(jnp.asarray(a, "float32"))
     assert relative_rms(got, np.linalg.inv(np.eye(64) + a)) < 1e-5
+
+
+@pytest.mark.parametrize("chunk", [16, 256])
+def test_inverse_in_stages(chunk, interpreter):
+    """A chunk without joined blocks, and one whose blocks are joined twice before the last time."""
+    config = types.SimpleNamespace(chunk=chunk, passes=6, stacked=None)
+
+    def kernel(a_ref, *refs):
+        heads = [[ref.at[h] for ref in refs] for h in range(2)]
+        refs[0][...] = a_ref[...]
+        interleave([staged_inverse.first_stage(config, [fold_diagonal(a_ref[h], 0) for h in range(2)], heads)])
+        interleave([staged_inverse.second_stage(config, heads)])
+
+    a = np.tril(np.random.default_rng(0).uniform(-0.1, 0.1, (2, chunk, chunk)), -1)
+    scratch = [jax.ShapeDtypeStruct((2, *shape), dtype) for shape, dtype in staged_inverse.inverse_scratch(config)]
+    *_, got = pl.pallas_call(kernel, out_shape=scratch)(jnp.asarray(a, "float32"))
+    assert relative_rms(got, np.linalg.inv(np.eye(chunk) + a)) < 1e-5
 
 
 def test_long_state(interpreter):

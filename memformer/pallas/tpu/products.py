@@ -29,7 +29,7 @@ def split_bf16(x: Array, passes: int) -> tuple[Array, ...]:
 
 
 def product(
-    a: Array | tuple[Array, ...], b: Array | tuple[Array, ...], contract: str, passes: int, stacked: bool = False
+    a: Array | tuple[Array, ...], b: Array | tuple[Array, ...], contract: str, passes: int, stacked: str | None = None
 ) -> Array:
     """Matrix product in float32.
 
@@ -38,7 +38,9 @@ def product(
       b: likewise.
       contract: "nn" for a b, "nt" for a b^T, "tn" for a^T b.
       passes: 1 rounds operands to bfloat16, 3 keeps 16 bits (2 where one operand is bfloat16), 6 keeps float32.
-      stacked: whether two summands of a are the rows of one left operand, so that b is loaded once for both.
+      stacked: where both operands have two summands: "rows", those of a are the rows of one left operand, so that b is
+        loaded once for both; "square", one product [a0 a1] [[b0 b1] [b0 0]], which fills an MXU of 256 x 256; None,
+        three products.
     """
     axes = {"nn": ((1,), (0,)), "nt": ((1,), (1,)), "tn": ((0,), (0,))}[contract]
     precision = lax.Precision.HIGHEST if passes == 6 else None
@@ -48,8 +50,12 @@ def product(
         return lax.dot_general(x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
     if stacked and contract != "tn" and len(a) == len(b) == 2:
-        high, low = jnp.split(one_pass(jnp.concatenate(a), b[0]), 2)
-        return high + low + one_pass(a[0], b[1])
+        if stacked == "rows":
+            high, low = jnp.split(one_pass(jnp.concatenate(a), b[0]), 2)
+            return high + low + one_pass(a[0], b[1])
+        inner, outer = axes[1][0], 1 - axes[1][0]
+        columns = jnp.concatenate([b[0], b[0]], inner), jnp.concatenate([b[1], jnp.zeros_like(b[1])], inner)
+        return jnp.add(*jnp.split(one_pass(jnp.concatenate(a, 1), jnp.concatenate(columns, outer)), 2, 1))
     pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2]
     return functools.reduce(jnp.add, (one_pass(x, y) for x, y in pairs))
 

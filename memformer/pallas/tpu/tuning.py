@@ -35,7 +35,8 @@ class Tuning:
       remat: what the backward pass has beside the inputs: "states", the state that enters each chunk, or "inputs",
         nothing more, so that the forward kernel runs again.
       interleaved: heads that are computed interleaved while later chunks are prepared; the groups follow each other.
-      stacked: whether products of two summands load the right operand once for both of the left, see `product`.
+      stacked: how products of operands in two summands are computed, see `product`.
+      forward_interleaved: `interleaved` of the forward kernel where it is another: fewer heads hold fewer values.
     """
 
     chunk: int
@@ -43,7 +44,8 @@ class Tuning:
     values: int
     remat: str = "states"
     interleaved: int = 4
-    stacked: bool = False
+    stacked: str | None = None
+    forward_interleaved: int | None = None
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -55,14 +57,19 @@ REMAT = ("states", "inputs")
 KERNELS = ("delta_rule", "linear_attention", "channel_delta_rule", "channel_linear_attention")
 
 
-def _rows(*sizes: tuple[int, int], chunk: int = 128, stacked: bool = False) -> dict[tuple[str, int], Tuning]:
+def _rows(*sizes: tuple[int, int], chunk: int = 128, square: bool = False, forward: int | None = None):
     """Sizes by kernel and the larger of K and V; given are heads and interleaved heads of each of `KERNELS` at 128.
 
-    Programs of wide heads have two, because a pair of heads fills a product.
+    Programs of wide heads have two, because a pair of heads fills a product. `square` is for chips whose MXU is 256 x
+    256; `forward` are the interleaved heads of the delta rule's forward kernel.
     """
-    rows = {(kernel, 256): Tuning(chunk, 2, 256, stacked=stacked) for kernel in KERNELS}
+    rows: dict[tuple[str, int], Tuning] = {}
     for kernel, (heads, interleaved) in zip(KERNELS, sizes, strict=True):
-        rows[kernel, 128] = Tuning(chunk, heads, 128, interleaved=interleaved, stacked=stacked)
+        # With a decay per channel the other form was not measured.
+        stacked = ("square" if kernel == "delta_rule" else "rows") if square else None
+        ahead = forward if kernel == "delta_rule" else None
+        rows[kernel, 128] = Tuning(chunk, heads, 128, "states", interleaved, stacked, ahead)
+        rows[kernel, 256] = Tuning(chunk, 2, 256, stacked=stacked)
     return rows
 
 
@@ -72,9 +79,9 @@ def _rows(*sizes: tuple[int, int], chunk: int = 128, stacked: bool = False) -> d
 TABLE = {
     "TPU v5 lite": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
     "TPU v5": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
-    "TPU v6 lite": _rows((8, 4), (8, 8), (8, 4), (8, 4), stacked=True),
-    "TPU7x": _rows((8, 4), (8, 8), (8, 4), (8, 4), stacked=True),
-    "interpreter": _rows(*[(4, 2)] * 4, chunk=16, stacked=True),
+    "TPU v6 lite": _rows((8, 4), (8, 8), (8, 4), (8, 4), square=True, forward=2),
+    "TPU7x": _rows((8, 4), (8, 8), (8, 4), (8, 4), square=True, forward=2),
+    "interpreter": _rows(*[(4, 2)] * 4, chunk=16, square=True),
 }
 
 

@@ -55,6 +55,9 @@ class ChunkStep:
       delay: steps of the stages before the heads start: their products fill the MXU where the inverse leaves it idle.
       stagger: steps of the first stage by which each pair of heads starts after the one before it, so that its work for
         the vector unit lies beside that of other stages for the MXU.
+      heads_first: whether the heads are traced before the stages of later chunks: what they hold is freed sooner.
+      transposed: whether states are [V, K]. Tokens then lie in lanes: their scalars are rows, and what is computed of a
+        state streams through the MXU past operands that are known a chunk earlier.
     """
 
     name: str
@@ -64,6 +67,12 @@ class ChunkStep:
     prepared: Callable[[ScanConfig, bool], list[tuple[tuple[int, ...], Any]]] | None = None
     delay: int = 0
     stagger: int = 0
+    heads_first: bool = False
+    transposed: bool = False
+
+    def state_shape(self, config: ScanConfig) -> tuple[int, int]:
+        """Shape of a state in the kernels."""
+        return (config.value, config.key) if self.transposed else (config.key, config.value)
 
     @property
     def prefetch(self) -> int:
@@ -91,14 +100,18 @@ def run_scan(
     v = by_head(call.v, dtype)
     channels = (by_head(call.decay, jnp.float32),) if config.channels else ()
     scalars = stack_scalars(config, call)
-    state = vary_like(call.state.astype(jnp.float32), *keys, v, *channels, *scalars)
+
+    def oriented(states):
+        return jnp.swapaxes(states, -1, -2) if step.transposed else states
+
+    state = vary_like(oriented(call.state.astype(jnp.float32)), *keys, v, *channels, *scalars)
     if documents is None:
         o, end = _scan(step, config, keys, v, channels, scalars, state, places)
-        return _join_values(jnp.swapaxes(o, 1, 2)[:, :length], end, width)
+        return _join_values(jnp.swapaxes(o, 1, 2)[:, :length], oriented(end), width)
     # The kernels neither read nor write the states of documents without tokens.
     present = (documents.chunks > 0)[:, None, :, None, None]
     o, end = _scan(step, config, keys, v, channels, scalars, jnp.where(present, state, 0.0), places)
-    return restore(documents, *_join_values(jnp.swapaxes(o, 1, 2), jnp.where(present, end, state), width))
+    return restore(documents, *_join_values(jnp.swapaxes(o, 1, 2), oriented(jnp.where(present, end, state)), width))
 
 
 def _split_values(config: ScanConfig, call: MatrixCall) -> MatrixCall:
@@ -194,8 +207,8 @@ class _Chunk:
         *_, prepared = self._slots
         return [ref.at[h] for ref in prepared[count:]], tuple(ref[g] for ref in prepared[:count])
 
-    def run(self, heads: list[Steps]) -> None:
-        """Computes all heads, interleaved with preparing later chunks."""
+    def run(self, heads: list[Steps], interleaved: int) -> None:
+        """Computes all heads, in groups of `interleaved`, interleaved with preparing later chunks."""
         if not self.step.prepare:
             interleave(heads)
             return
@@ -204,7 +217,8 @@ class _Chunk:
             stagger = 0 if stage else self.step.stagger
             pairs = enumerate(self.config.head_pairs)
             chains += [delayed(self._prepare(stage, pair), i * stagger) for i, pair in pairs]
-        interleave([*chains, delayed(interleave_groups(heads, self.config.interleaved), self.step.delay)])
+        groups = delayed(interleave_groups(heads, interleaved), self.step.delay)
+        interleave([groups, *chains] if self.step.heads_first else [*chains, groups])
 
     def _prepare(self, stage: int, heads: tuple[int, ...]) -> Steps:
         count, slot = self.config.keys, self._slots[stage]
@@ -271,7 +285,8 @@ def _forward_kernel(*refs, step: ChunkStep, config: ScanConfig, save: bool):
         o_ref[0, h] = o.astype(o_ref.dtype)
         s_ref[h] = state
 
-    chunk.run([compute(h) for h in range(config.program_heads)])
+    interleaved = config.forward_interleaved or config.interleaved
+    chunk.run([compute(h) for h in range(config.program_heads)], interleaved)
 
     @pl.when(leaves)
     def _():
@@ -289,7 +304,8 @@ def forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
     """One device's shard: keys [B, G, T, K], v [B, H, T, V], with a decay per channel that, [B, H, T, K], start
     [B, H, K, V], scalars [B, H, names, N, C].
 
-    With states per document start is [B, H, P, K, V], and the last array is the document of each chunk [B, N].
+    States are [V, K] where the memory has them transposed. With states per document start is [B, H, P, K, V], and the
+    last array is the document of each chunk [B, N].
 
     Returns o, the last state, and, if `save`, the states that enter the chunks [B, H, N, K, V], in `states_dtype`.
     States of documents without chunks are not written.
@@ -297,16 +313,16 @@ def forward(step: ChunkStep, config: ScanConfig, save: bool, *arrays):
     documents, arrays = _split_documents(config, arrays, last=True)
     keys, v, channels, start, scalars = _split_arrays(config, arrays, 1)
     config = config.local(keys[0], v)
-    blocks = _make_blocks(config, step.prefetch)
+    blocks = _make_blocks(step, config)
     like = arrays
     out_specs = [blocks.value, blocks.state]
     out_shape = [varying_result(v.shape, v.dtype, *like), varying_result(start.shape, jnp.float32, *like)]
     if save:
         out_specs.append(blocks.states)
-        states = (config.batch, config.heads, config.chunks, config.key, config.value)
+        states = (config.batch, config.heads, config.chunks, *step.state_shape(config))
         out_shape.append(varying_result(states, config.states_dtype, *like))
     scalars, scalar_blocks = _scalar_inputs(step, config, blocks, scalars)
-    state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
+    state = pltpu.VMEM((config.program_heads, *step.state_shape(config)), jnp.float32)
     in_specs = [
         [blocks.key] * len(keys),
         blocks.value,
@@ -352,7 +368,7 @@ def _backward_kernel(*refs, step: ChunkStep, config: ScanConfig):
         for ref, gradient in zip(dchannels, by_key[config.keys :], strict=True):
             ref[0, h] = gradient
 
-    chunk.run([compute(h) for h in range(config.program_heads)])
+    chunk.run([compute(h) for h in range(config.program_heads)], config.interleaved)
     for g, parts in enumerate(key_gradients):
         for ref, summands in zip(dkeys, zip(*parts, strict=True), strict=True):
             ref[0, g] = functools.reduce(jnp.add, summands).astype(ref.dtype)
@@ -368,12 +384,12 @@ def backward(step: ChunkStep, config: ScanConfig, *arrays):
     documents, arrays = _split_documents(config, arrays, last=True)
     keys, v, channels, states, do, dend, scalars = _split_arrays(config, arrays, 3)
     config = config.local(keys[0], v)
-    blocks = _make_blocks(config, step.prefetch, reverse=True)
+    blocks = _make_blocks(step, config, reverse=True)
     like = arrays
     # One part for every program that shares a query and key head.
     parts = (config.batch, config.heads // min(config.program_heads, config.repeat), *keys[0].shape[2:])
     scalars, scalar_blocks = _scalar_inputs(step, config, blocks, scalars)
-    state = pltpu.VMEM((config.program_heads, config.key, config.value), jnp.float32)
+    state = pltpu.VMEM((config.program_heads, *step.state_shape(config)), jnp.float32)
     in_specs = [
         [blocks.key] * len(keys),
         blocks.value,
@@ -437,9 +453,10 @@ class _ScanBlocks:
     states: pl.BlockSpec
 
 
-def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _ScanBlocks:
+def _make_blocks(step: ChunkStep, config: ScanConfig, reverse: bool = False) -> _ScanBlocks:
     """Blocks for a scan over the chunks, from the last one if `reverse`; keys are loaded `prefetch` steps early."""
     C, K, V, P = config.chunk, config.key, config.value, config.program_heads
+    matrix, prefetch = step.state_shape(config), step.prefetch
     programs_per_key = max(1, config.repeat // P)
 
     def chunk_at(n):
@@ -458,9 +475,9 @@ def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _S
         return places[b * config.chunks + now(n)]
 
     scalars = (1, 1, 1, len(config.scalars) * P, C)
-    state = pl.BlockSpec((1, P, K, V), lambda b, h, n: (b, h, 0, 0))
+    state = pl.BlockSpec((1, P, *matrix), lambda b, h, n: (b, h, 0, 0))
     if config.documents:
-        state = pl.BlockSpec((1, P, 1, K, V), lambda b, h, n, places: (b, h, document(b, n, places), 0, 0))
+        state = pl.BlockSpec((1, P, 1, *matrix), lambda b, h, n, places: (b, h, document(b, n, places), 0, 0))
     return _ScanBlocks(
         grid=(config.batch, config.heads // P, config.chunks + prefetch),
         key=pl.BlockSpec((1, config.program_keys, C, K), lambda b, h, n, *_: (b, h // programs_per_key, ahead(n), 0)),
@@ -471,7 +488,7 @@ def _make_blocks(config: ScanConfig, prefetch: int, reverse: bool = False) -> _S
         scalars=pl.BlockSpec(scalars, lambda b, h, n, *_: (b, h, now(n), 0, 0)),
         next_scalars=pl.BlockSpec(scalars, lambda b, h, n, *_: (b, h, ahead(n), 0, 0)),
         state=state,
-        states=pl.BlockSpec((1, P, 1, K, V), lambda b, h, n, *_: (b, h, now(n), 0, 0)),
+        states=pl.BlockSpec((1, P, 1, *matrix), lambda b, h, n, *_: (b, h, now(n), 0, 0)),
     )
 
 

@@ -7,7 +7,8 @@ token scalars decay_in and write, beta on columns, s the scale:
     P = s D (Q K^T), i <= r        O = s c Q S + P beta W    S' = c_C S + K^T (b W)
 
 The writes of the equations are U = beta W. M, P and X do not depend on the state: two stages prepare them, two chunks
-ahead.
+ahead. States and what is computed of them are transposed, [V, K] and [V, C]: token scalars are rows, which cost no lane
+broadcast, and rows of a state stream through all products past K, X, Q and P, which are known before.
 Backward, with all of this recomputed:
 
     dW = (P beta)^T dO + b K dS'   dV = X^T dW          E = c dV
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 from memformer.core.calls import MatrixCall
 from memformer.core.types import Array, Float
 from memformer.pallas.tpu.interleave import Steps
+from memformer.pallas.tpu.inverse import fold_diagonal
 from memformer.pallas.tpu.matrix_memory.chunk_scan import ChunkStep, run_scan
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig, plan_call
 from memformer.pallas.tpu.matrix_memory.staged_inverse import (
@@ -44,9 +46,14 @@ from memformer.pallas.tpu.tuning import Tuning
 __all__ = ["run"]
 
 
-def _strictly_lower(x: Array) -> Array:
+# Rows of the scores that are computed at a time.
+ROWS = 64
+
+
+def _strictly_lower(x: Array, top: int = 0) -> Array:
+    """Rows of a matrix from `top` on, 0 on its diagonal and above."""
     row, column = iotas(x.shape)
-    return jnp.where(row > column, x, 0.0)
+    return jnp.where(row + top > column, x, 0.0)
 
 
 def _prepared(config: ScanConfig, backward: bool) -> list[tuple[tuple[int, ...], Any]]:
@@ -56,37 +63,50 @@ def _prepared(config: ScanConfig, backward: bool) -> list[tuple[tuple[int, ...],
 
 
 def _prepare(config: ScanConfig, scalars: TokenScalars, heads, keys, refs) -> Steps:
-    first = SCRATCH + inverse_summands(config)
-    a = []
+    first, folds = SCRATCH + inverse_summands(config), []
     for h, (head_q, head_k), head_refs in zip(heads, keys, refs, strict=True):
-        decay, beta = scalars.decay_mask(h), scalars.row("beta", h)
-        kk = _strictly_lower(decay * product(head_k, head_k, "nt", config.passes))
-        a.append(beta * kk)
+        beta, to = scalars.row("beta", h), head_refs[first:]
+        kk, qk = (product(x, head_k, "nt", config.passes) for x in (head_k, head_q))
+        folded = None
+        # Rows by rows, each stored when it is known: whole matrices would be held in registers.
+        for top in range(0, config.chunk, ROWS):
+            rows = slice(top, min(top + ROWS, config.chunk))
+            decay = scalars.decay_mask(h, rows)
+            weight = beta * decay
+            a = _strictly_lower(weight * kk[rows], top)
+            head_refs[0][rows, :] = a
+            folded = fold_diagonal(a, top, folded)
+            if len(to) == 3:
+                rest = (_strictly_lower(decay * kk[rows], top), config.scale * decay * qk[rows], decay)
+            else:
+                rest = split_bf16(weight * qk[rows], exact_passes(config.passes))
+            for ref, x in zip(to, rest, strict=True):
+                ref[rows, :] = x
+        folds.append(folded)
         yield
-        qk = config.scale * decay * product(head_q, head_k, "nt", config.passes)
-        to = head_refs[first:]
-        rest = (kk, qk, decay) if len(to) == 3 else split_bf16(beta * qk, exact_passes(config.passes))
-        for ref, x in zip(to, rest, strict=True):
-            ref[...] = x
-        yield
-    yield from first_stage(config, a, refs)
+    yield from first_stage(config, folds, refs)
+
+
+def _transposed(x: Array) -> Array:
+    """x^T in float32."""
+    return x.T.astype(jnp.float32)
 
 
 def _forward(config: ScanConfig, scalars: TokenScalars, h: int, prepared, keys, v, state):
     q, k = keys
     mm = functools.partial(product, passes=config.passes)
-    count = inverse_summands(config)
-    summands = [ref[...] for ref in prepared[SCRATCH:]]
-    inverse, qk = tuple(summands[:count]), tuple(summands[count:])
-    missing = v.astype(jnp.float32) - scalars.decay_in(h, mm(k, state[...], "nn"))
+    refs, count = prepared[SCRATCH:], inverse_summands(config)
+    missing = _transposed(v) - scalars.decay_in_transposed(h, mm(state[...], k, "nt"))
     yield
-    w = config.exact(inverse, missing, "nn")
+    w = config.exact(missing, tuple(ref[...] for ref in refs[:count]), "nt")
     yield
-    o = config.scale * scalars.decay_in(h, mm(q, state[...], "nn"))
+    o = scalars.decay_in_transposed(h, mm(state[...], q, "nt"))
     yield
-    o += config.exact(qk, w, "nn")
+    o = config.scale * (o + config.exact(w, tuple(ref[...] for ref in refs[count:]), "nt"))
     yield
-    return o, scalars.decay_state(h, state[...]) + config.exact(k, scalars.write(h, w), "tn")
+    return o.astype(v.dtype).T, scalars.decay_state(h, state[...]) + config.exact(
+        scalars.write_transposed(h, w), k, "nn"
+    )
 
 
 def _backward(
@@ -95,34 +115,34 @@ def _backward(
     q, k = keys
     mm = functools.partial(product, passes=config.passes)
     *inverse, kk, qk, decay = prepared[SCRATCH:]
-    inverse = tuple(ref[...] for ref in inverse)
     beta = scalars.row("beta", h)
-    stored = mm(k, state[...], "nn")
-    missing = v.astype(jnp.float32) - scalars.decay_in(h, stored)
+    stored = mm(state[...], k, "nt")
+    missing = _transposed(v) - scalars.decay_in_transposed(h, stored)
     yield
-    w = config.exact(inverse, missing, "nn")
+    w = config.exact(missing, tuple(ref[...] for ref in inverse), "nt")
     yield
-    dwrites = mm(k, ds[...], "nn")
-    gradients.add_column("write", h, jnp.sum(w * dwrites, axis=1, keepdims=True))
+    dwrites = mm(ds[...], k, "nt")
+    gradients.add_row("write", h, jnp.sum(w * dwrites, axis=0, keepdims=True))
     yield
-    dw = config.exact(beta * qk[...], do, "tn") + scalars.write(h, dwrites)
+    dout = _transposed(do)
+    dw = config.exact(dout.astype(do.dtype), beta * qk[...], "nn") + scalars.write_transposed(h, dwrites)
     yield
-    dv = config.exact(inverse, dw, "tn")
+    dv = config.exact(dw, tuple(ref[...] for ref in inverse), "nn")
     yield
     # One summand of W is enough here: dV keeps what cancels in the sum over the columns of M dM.
-    dkk = -config.exact(dv, w if config.passes > 1 else w.astype(jnp.bfloat16), "nt")
+    dkk = -config.exact(dv, w if config.passes > 1 else w.astype(jnp.bfloat16), "tn")
     yield
-    dqk = config.exact(do, w, "nt")
+    dqk = config.exact(do, w, "nn")
     f = config.scale * beta * decay[...] * dqk
     m = _strictly_lower(beta * decay[...] * dkk)
-    e = scalars.decay_in(h, dv)
-    dcarried = scalars.decay_in(h, config.scale * do.astype(jnp.float32))
+    e = scalars.decay_in_transposed(h, dv)
+    dcarried = scalars.decay_in_transposed(h, config.scale * dout)
     yield
-    dq = config.exact(f, k, "nn") + mm(dcarried, state[...], "nt")
+    dq = config.exact(f, k, "nn") + mm(dcarried, state[...], "tn")
     yield
-    dk = mm(f, q, "tn") + mm(m, k, "nn") + mm(m, k, "tn") - mm(e, state[...], "nt")
+    dk = mm(f, q, "tn") + mm(m, k, "nn") + mm(m, k, "tn") - mm(e, state[...], "tn")
     yield
-    dk += mm(scalars.write(h, w), ds[...], "nt")
+    dk += mm(scalars.write_transposed(h, w), ds[...], "tn")
     yield
     change = dqk * qk[...] + dkk * kk[...]
     gradients.add_row("beta", h, jnp.sum(change, axis=0, keepdims=True))
@@ -132,13 +152,16 @@ def _backward(
         gradients.add_row("fraction", h, -jnp.sum(change, axis=0, keepdims=True))
     yield
     if config.carries:
-        carried = config.scale * mm(q, state[...], "nn")
-        gradients.add_decay(h, do.astype(jnp.float32) * carried - dv * stored, state[...].astype(jnp.float32) * ds[...])
+        carried = config.scale * mm(state[...], q, "nt")
+        states = state[...].astype(jnp.float32) * ds[...]
+        gradients.add_decay_transposed(h, dout * carried - dv * stored, states)
     yield
-    return (dq, dk), dv, scalars.decay_state(h, ds[...]) + mm(q, dcarried, "tn") - config.exact(k, e, "tn")
+    return (dq, dk), dv.T, scalars.decay_state(h, ds[...]) + mm(dcarried, q, "nn") - config.exact(e, k, "nn")
 
 
-STEP = ChunkStep("delta_rule", _forward, _backward, (_prepare, second_stage), _prepared)
+STEP = ChunkStep(
+    "delta_rule", _forward, _backward, (_prepare, second_stage), _prepared, heads_first=True, transposed=True
+)
 
 
 def run(call: MatrixCall, sizes: Tuning | None = None) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:

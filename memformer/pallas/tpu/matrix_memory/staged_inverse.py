@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from memformer.core.types import Array
 from memformer.pallas.tpu.interleave import Steps
-from memformer.pallas.tpu.inverse import invert_blocks, join_blocks
+from memformer.pallas.tpu.inverse import invert_blocks, join_blocks, join_pairs
 from memformer.pallas.tpu.matrix_memory.config import ScanConfig
 from memformer.pallas.tpu.products import exact_passes, split_bf16
 
@@ -38,21 +38,43 @@ def inverse_scratch(config: ScanConfig) -> list[tuple[tuple[int, ...], Any]]:
     return [(square, jnp.float32), (blocks, jnp.float32), *[(square, dtype)] * count]
 
 
-def first_stage(config: ScanConfig, a: Sequence[Array], refs) -> Steps:
-    """Stores A and the inverses of the diagonal blocks of each head; refs: of `inverse_scratch`, by head."""
-    for one, head_refs in zip(a, refs, strict=True):
-        head_refs[0][...] = one
-    blocks = yield from invert_blocks(a)
-    blocks = yield from join_blocks(a, blocks, exact_passes(config.passes), min(JOINED, config.chunk), config.stacked)
+def first_stage(config: ScanConfig, folded: Sequence[Array], refs) -> Steps:
+    """Stores the inverses of the diagonal blocks of each head.
+
+    Args:
+      config: sizes.
+      folded: the diagonal blocks of A of each head, see `fold_diagonal`.
+      refs: of `inverse_scratch`, by head; A is in the first.
+    """
+    a, passes = [head_refs[0] for head_refs in refs], exact_passes(config.passes)
+    blocks = yield from invert_blocks(folded)
+    blocks = yield from join_blocks(a, blocks, passes, min(JOINED, config.chunk), config.stacked)
     for one, head_refs in zip(blocks, refs, strict=True):
         head_refs[1][...] = one
 
 
 def second_stage(config: ScanConfig, refs) -> Steps:
-    """Stores the inverse of each head; refs: as of `first_stage`, others may follow."""
+    """Stores the inverse of each head; refs: as of `first_stage`, others may follow. Overwrites A."""
     passes, count = exact_passes(config.passes), inverse_summands(config)
     a, blocks = zip(*(head_refs[:SCRATCH] for head_refs in refs), strict=True)
-    inverses = yield from join_blocks(a, [ref[...] for ref in blocks], passes, stacked=config.stacked)
-    for head_refs, inverse in zip(refs, inverses, strict=True):
-        for ref, summand in zip(head_refs[SCRATCH : SCRATCH + count], split_bf16(inverse, passes), strict=True):
-            ref[...] = summand
+
+    def store_blocks(h, top, part):
+        # No later pair needs these rows of A.
+        a[h][top : top + part.shape[0], :] = part
+
+    def store_inverse(h, top, part):
+        for ref, summand in zip(refs[h][SCRATCH : SCRATCH + count], split_bf16(part, passes), strict=True):
+            ref[top : top + part.shape[0], :] = summand
+
+    first = rows = blocks[0].shape[0]
+    if rows == config.chunk:
+        for h, one in enumerate(blocks):
+            store_inverse(h, 0, one[...])
+    while rows < config.chunk:
+        yield
+        last = 2 * rows == config.chunk
+        # Blocks that lie where the next ones are stored are read before.
+        x = blocks if last or rows == first else [one[...] for one in blocks]
+        yield from join_pairs(a, x, passes, config.stacked, store_inverse if last else store_blocks)
+        rows *= 2
+        blocks = [one.at[:rows] for one in a]

@@ -87,23 +87,32 @@ class TokenScalars:
         """Writes x [C, V], each with its strength and decayed until the end of the chunk."""
         return self.column("write", head) * x.astype(jnp.float32) if "write" in self.config.scalars else x
 
+    def decay_in_transposed(self, head: int, x: Array) -> Array:
+        """`decay_in` of x^T [V, C]."""
+        return self.row("decay_in", head) * x.astype(jnp.float32) if self.config.carries else x
+
+    def write_transposed(self, head: int, x: Array) -> Array:
+        """`write` of x^T [V, C]."""
+        return self.row("write", head) * x.astype(jnp.float32) if "write" in self.config.scalars else x
+
     def decay_state(self, head: int, state: Array) -> Array:
         """A state [K, V], decayed over the whole chunk."""
         return self.row("decay_in", head)[:, self.config.chunk - 1 :] * state if self.config.carries else state
 
-    def same_segment(self, head: int) -> Array:
-        """[C, C]: whether two tokens are of one segment; only where sequences are packed."""
-        return self.column("segment", head) == self.row("segment", head)
+    def same_segment(self, head: int, rows: slice = slice(None)) -> Array:
+        """Rows of [C, C]: whether two tokens are of one segment; only where sequences are packed."""
+        return self.column("segment", head)[rows] == self.row("segment", head)
 
-    def decay_mask(self, head: int) -> Array:
-        """D [C, C]: the decay from the token of a column to that of a row, 0 where masked."""
-        row, column = iotas((self.config.chunk, self.config.chunk))
-        mask = row >= column
+    def decay_mask(self, head: int, rows: slice = slice(None)) -> Array:
+        """Rows of D [C, C]: the decay from the token of a column to that of a row, 0 where masked."""
+        top, end, _ = rows.indices(self.config.chunk)
+        row, column = iotas((end - top, self.config.chunk))
+        mask = row + top >= column
         if self.config.segments:
-            mask = mask & self.same_segment(head)
+            mask = mask & self.same_segment(head, rows)
         if not self.config.decay:
             return jnp.where(mask, 1.0, 0.0)
-        whole, fraction = (self.column(name, head) - self.row(name, head) for name in ("whole", "fraction"))
+        whole, fraction = (self.column(name, head)[rows] - self.row(name, head) for name in ("whole", "fraction"))
         return jnp.where(mask, jnp.exp(whole + fraction), 0.0)
 
 
@@ -137,9 +146,17 @@ class ScalarGradients:
           states: [K, V], to be summed: the gradient of the state that leaves, times the state that enters.
         """
         self.add_column("decay_in", head, jnp.sum(reads, axis=1, keepdims=True))
+        self.add_row("decay_in", head, self._in_last(states))
+
+    def add_decay_transposed(self, head: int, reads: Array, states: Array) -> None:
+        """`add_decay` of reads^T [V, C] and states^T [V, K]."""
+        self.add_row("decay_in", head, jnp.sum(reads, axis=0, keepdims=True) + self._in_last(states))
+
+    def _in_last(self, states: Array) -> Array:
+        """The sum of a matrix as the gradient of the last token's scalar, [1, C]."""
         _, column = iotas((1, self.config.chunk))
         total = jnp.sum(jnp.sum(states, axis=0, keepdims=True), axis=1, keepdims=True)
-        self.add_row("decay_in", head, jnp.where(column == self.config.chunk - 1, total, 0.0))
+        return jnp.where(column == self.config.chunk - 1, total, 0.0)
 
     def store(self, refs) -> None:
         """Stores the gradients, where tokens have scalars."""
