@@ -30,6 +30,7 @@ from memformer.lab import (
     reachability,
     recurrent,
     reflections,
+    repeats,
     segment_recall,
     snr,
     snr_trained,
@@ -75,4 +76,5 @@ STUDIES: Mapping[str, Study] = {
     "segment_recall": segment_recall.SEGMENT_RECALL,
     "overwriting": overwriting.OVERWRITING,
     "language": language.LANGUAGE,
+    "repeats": repeats.REPEATS,
 }
