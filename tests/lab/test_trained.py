@@ -31,8 +31,9 @@ from memformer.training.step import abstract_state, make_train_step
 from tests.training.small import build_counting
 
 LEARNT = ("swap", "kernels", "ffn", "snr_trained")
-# `language` prepares a corpus, see test_language.py
-OTHERS = tuple(name for name, s in STUDIES.items() if s.rows and s.quick and name not in (*LEARNT, "language"))
+# `language` and `repeats` prepare a corpus, see their own tests
+CORPUS = ("language", "repeats")
+OTHERS = tuple(name for name, s in STUDIES.items() if s.rows and s.quick and name not in (*LEARNT, *CORPUS))
 FEW = {"train.steps": 4, "train.log_every": 2, "train.batch_size": 8, "train.final_batches": 1}
 # changes and settings that are smaller still than those of the quick version
 SMALLER = {
