@@ -16,12 +16,10 @@ from memformer.core.segments import find_segments
 from memformer.core.types import Array, Dims, Int
 from memformer.data.source import SPLITS
 from memformer.training.config import RunError, run_errors
-from memformer.training.evaluation import LoadedRun, load_run, score_batches
+from memformer.training.evaluation import LoadedRun, load_run, score_split
 from memformer.training.files import check_out, replace_file
-from memformer.training.input import batch_shapes, make_loader
 from memformer.training.metrics import format_table, log, model_name
 from memformer.training.plots import plot_positions
-from memformer.training.sharding import batch_layout, mesh_scope
 
 __all__ = [
     "DistanceLoss",
@@ -159,21 +157,10 @@ def _mean_losses(
     task, mesh = loaded.task, loaded.run.mesh
     if task.loss != "classes":
         raise RunError(f"loss by {by} needs targets that are classes, and task {task.name!r} has {task.loss}.")
-    size = loaded.config["train"]["batch_size"]
-    layout = batch_layout(batch_shapes(task, size), mesh)
-    step = jax.jit(functools.partial(_sum_losses, loaded.model, places))
-    with mesh_scope(mesh), run_errors("the data" if batches else "--batches"):
-        loader = make_loader(
-            task,
-            split,
-            batch_size=size,
-            seed=loaded.config["seed"],
-            rows=layout.rows,
-            place=layout.place,
-            repeat=batches > 0,
-        )
-        sums = score_batches(functools.partial(step, *loaded.weights), loader, batches)
-    loader.close()
+    size, seed = loaded.config["train"]["batch_size"], loaded.config["seed"]
+    step = functools.partial(jax.jit(functools.partial(_sum_losses, loaded.model, places)), *loaded.weights)
+    with run_errors("the data" if batches else "--batches"):
+        sums = score_split(step, mesh, task, split, batch_size=size, seed=seed, batches=batches)
     total = np.stack(sums).astype(np.float64).sum(axis=0)
     if not total[1].any():
         raise RunError(f"the data: no target of the {split} split is scored in {batches or 'all'} batches.")

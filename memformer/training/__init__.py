@@ -37,6 +37,7 @@ from memformer.training.evaluation import (
     load_run,
     parameters_of,
     score_batches,
+    score_split,
 )
 from memformer.training.files import (
     check_folder,
@@ -288,6 +289,7 @@ __all__ = [
     "save_errors",
     "schedule_steps",
     "score_batches",
+    "score_split",
     "search_runs",
     "set_values",
     "show_dry_run",

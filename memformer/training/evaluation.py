@@ -29,7 +29,8 @@ from memformer.training.plots import plot_lengths
 from memformer.training.sharding import batch_layout, count_slices, mesh_scope
 from memformer.training.step import Arrays, Functional, abstract_state, make_eval_step
 
-__all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of", "score_batches"]
+__all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of"]
+__all__ += ["score_batches", "score_split"]
 
 
 # A trainer that is running may delete the step that is being read; so often another one is tried.
@@ -56,21 +57,31 @@ class Scorer:
         self, parameters: tuple[Arrays, Arrays], task: Task, *, split: str = "validation", batches: int
     ) -> dict[str, float]:
         """Loss and the task's scores over `batches` batches of `split`; 0 scores each of its examples once."""
-        layout = batch_layout(batch_shapes(task, self.batch_size), self.mesh)
-        loader = make_loader(
-            task,
-            split,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            rows=layout.rows,
-            place=layout.place,
-            repeat=batches > 0,
-        )
-        with mesh_scope(self.mesh):
-            fetched = score_batches(functools.partial(self.step, *parameters), loader, batches)
-        loader.close()
+        step = functools.partial(self.step, *parameters)
+        fetched = score_split(step, self.mesh, task, split, batch_size=self.batch_size, seed=self.seed, batches=batches)
         total = {name: math.fsum(float(part[name]) for part in fetched) for name in fetched[0]}
         return means(total, task.scores, task.bytes_per_step(split))
+
+
+def score_split(
+    step: Callable[[Any], Any], mesh: Mesh, task: Task, split: str, *, batch_size: int, seed: int, batches: int
+) -> list[Any]:
+    """`score_batches` of the examples of a split; 0 batches take each of its examples once.
+
+    Args:
+      step: compiled, from a batch that lies on the mesh.
+      mesh: of the step.
+      task, split, batch_size, seed: of the batches.
+      batches: how many.
+    """
+    layout = batch_layout(batch_shapes(task, batch_size), mesh)
+    loader = make_loader(
+        task, split, batch_size=batch_size, seed=seed, rows=layout.rows, place=layout.place, repeat=batches > 0
+    )
+    with mesh_scope(mesh):
+        results = score_batches(step, loader, batches)
+    loader.close()
+    return results
 
 
 def score_batches(step: Callable[[Any], Any], loader: Iterable[Any], batches: int) -> list[Any]:
