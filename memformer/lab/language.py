@@ -30,7 +30,7 @@ from memformer.training.metrics import log
 from memformer.training.sharding import batch_layout, mesh_scope
 from memformer.training.step import init_state, make_train_step
 
-__all__ = ["LANGUAGE", "SMALLER", "kept_distances", "kept_positions", "time_steps"]
+__all__ = ["LANGUAGE", "SMALLER", "kept_distances", "kept_positions", "mean_loss", "time_steps"]
 
 CAPACITIES = (256, 4096)
 
@@ -96,7 +96,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     for label, run in runs.items():
         module, positions = run.module(), kept_positions(run, settings["scored_batches"])
         sizes = {f"state bytes at {n} tokens": f"{_state_bytes(module, n):,}" for n in CAPACITIES}
-        loss = sum(part.tokens * part.loss for part in positions) / sum(part.tokens for part in positions)
+        loss = mean_loss(positions)
         models.append(
             {
                 "model": label,
@@ -134,6 +134,11 @@ def kept_positions(run: LoadedRun, batches: int) -> list[PositionLoss]:
 def kept_distances(run: LoadedRun, batches: int) -> list[DistanceLoss]:
     """Loss by distance on the test split, which the run's folder keeps as eval.py --by_distance does."""
     return [DistanceLoss(**part) for part in _kept("distances", evaluate_distances, run, batches)]
+
+
+def mean_loss(parts: Sequence[PositionLoss | DistanceLoss]) -> float:
+    """Loss per token over all ranges, in nats."""
+    return sum(part.tokens * part.loss for part in parts) / sum(part.tokens for part in parts)
 
 
 def _kept(name: str, evaluate: Callable[..., Any], run: LoadedRun, batches: int) -> list[dict[str, Any]]:

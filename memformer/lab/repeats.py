@@ -15,7 +15,7 @@ from flax import nnx
 from memformer.data.source import RandomAccessSource
 from memformer.evals.positions import DistanceLoss
 from memformer.lab.inside import initial_model, test_batch
-from memformer.lab.language import LANGUAGE, SMALLER, kept_distances, kept_positions
+from memformer.lab.language import LANGUAGE, SMALLER, kept_distances, kept_positions, mean_loss
 from memformer.lab.plots import DOTTED, draw_lines, line_style, new_figure
 from memformer.lab.snr_trained import Head, Questions, ask_head, heads_of, key_cosine
 from memformer.lab.study import Quick, Result, Row, Runs, Settings, Study, Table, Verdict, grade
@@ -110,9 +110,7 @@ def pair_losses(model: Any, batch: Mapping[str, np.ndarray], pairs: Repeats, siz
         places = pairs.rows[here] - begin, pairs.asked[here]
         logits = np.asarray(_read(model, batch["inputs"][begin : begin + size], packed))[places].astype(np.float64)
         targets = batch["targets"][pairs.rows[here], pairs.asked[here]]
-        peak = logits.max(axis=1)
-        total = peak + np.log(np.exp(logits - peak[:, None]).sum(axis=1))
-        losses[here] = total - logits[np.arange(len(targets)), targets]
+        losses[here] = np.logaddexp.reduce(logits, axis=1) - logits[np.arange(len(targets)), targets]
     return losses
 
 
@@ -158,7 +156,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     for label, run in runs.items():
         found = distances[label]
         lags = {f"lag, {reach}": round(_lag(found, base, *REACHES[reach]), 4) for reach in ("near", "far")}
-        loss = sum(part.tokens * part.loss for part in found) / sum(part.tokens for part in found)
+        loss = mean_loss(found)
         bits = loss / math.log(2) / run.task.bytes_per_step("test")
         models.append({"model": label, "bits per byte": round(bits, 4), "loss per token": round(loss, 4), **lags})
         # the same pairs where they occurred before: what a model loses without looking them up
