@@ -1,14 +1,11 @@
 """Block sizes of the kernels. None was timed: they are the largest that ptxas compiles without a spill."""
 
 __all__ = [
-    "ATTENTION_DTYPES",
-    "ATTENTION_WIDTHS",
     "CHANNEL_VALUES",
     "CHUNK",
+    "DTYPES",
     "KEYS",
     "KEY_PART",
-    "MATRIX_DTYPES",
-    "MATRIX_KEYS",
     "MULTIPROCESSORS",
     "PARTS",
     "PART_CHUNKS",
@@ -18,7 +15,7 @@ __all__ = [
     "SHARED_MEMORY",
     "SLOTS",
 ]
-__all__ += ["SCALARS", "SPANS", "SUMMED", "VALUE_PART", "WRITE_BLOCK", "padded_width", "span_length"]
+__all__ += ["SCALARS", "SPANS", "SUMMED", "VALUE_PART", "WIDTHS", "WRITE_BLOCK", "padded_width", "span_length"]
 
 # Tokens per chunk or tile: wgmma has 64 rows. With 128 the blocks of the chunk scan (q, k, v, P, and X in two parts:
 # 168 KiB at K = 128) fit in shared memory once, not twice, and no copy would overlap the computation.
@@ -27,17 +24,12 @@ CHUNK = 64
 # Key widths of the kernels; narrower keys are padded to the next.
 KEYS = (64, 128)
 
-# Key and value widths of attention.
-ATTENTION_WIDTHS = (64, 128, 256)
+# Key widths of matrix memories, key and value widths of attention. With 256 keys, two warpgroups of the chunk scan have
+# half of the state each.
+WIDTHS = (64, 128, 256)
 
-# Key widths of matrix memories. With 256, two warpgroups of the chunk scan have half of the state each.
-MATRIX_KEYS = (64, 128, 256)
-
-# Inputs of matrix memories. The kernels of a decay per channel take float16 too, as the sum of two bfloat16 arrays.
-MATRIX_DTYPES = ("bfloat16", "float16")
-
-# Inputs of attention.
-ATTENTION_DTYPES = ("bfloat16", "float16")
+# Inputs. The kernels of a decay per channel take float16 too, as the sum of two bfloat16 arrays.
+DTYPES = ("bfloat16", "float16")
 
 # Key channels per program of the gradients within chunks, 64 per warpgroup: more than two have too few registers.
 KEY_PART = 128

@@ -104,8 +104,8 @@ def plan_call(
       NotImplementedError: see `check_call`.
     """
     key, value = call.k.shape[-1], call.v.shape[-1]
-    dtype, widths = next(iter(operands.values())).dtype.name, tuning.ATTENTION_WIDTHS
-    check_call(call, operands, {"key": key, "value": value}, tuning.ATTENTION_DTYPES, widths[-1])
+    dtype, widths = next(iter(operands.values())).dtype.name, tuning.WIDTHS
+    check_call(call, operands, {"key": key, "value": value}, tuning.DTYPES, widths[-1])
     batch, length, heads = call.k.shape[:3]
     warpgroups = 1 if length <= TILE else 2
     rows = warpgroups * TILE

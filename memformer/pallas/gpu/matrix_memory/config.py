@@ -124,9 +124,9 @@ def plan_call(call: MatrixCall, remat: str = tuning.REMAT[0]) -> ScanConfig:
       NotImplementedError: see `check_call`; keys wider than the kernels support.
     """
     operands, widths = {"q": call.q, "k": call.k, "v": call.v}, {"key": call.q.shape[-1]}
-    check_call(call, operands, widths, tuning.MATRIX_DTYPES, most=tuning.MATRIX_KEYS[-1])
+    check_call(call, operands, widths, tuning.DTYPES, most=tuning.WIDTHS[-1])
     key, value = call.q.shape[-1], call.v.shape[-1]
-    widths = {"key": tuning.padded_width(key, tuning.MATRIX_KEYS), "value": -(-value // 64) * 64}
+    widths = {"key": tuning.padded_width(key, tuning.WIDTHS), "value": -(-value // 64) * 64}
     return ScanConfig.of(call, tuning.CHUNK, **widths, dtype=call.q.dtype.name, remat=remat)
 
 
