@@ -50,10 +50,16 @@ class Mask(NamedTuple):
 
     def part(self, rows: slice, slots: slice) -> "Mask":
         """Of some queries and slots, over whole tiles."""
-        queries = (None if x is None else x[:, rows] for x in (self.query_segment, self.query_rank))
-        keys = (None if x is None else x[:, slots] for x in (self.key_segment, self.key_rank))
-        fields = zip(("query_segment", "query_rank", "key_segment", "key_rank"), (*queries, *keys), strict=True)
-        return Mask(**dict(fields))
+
+        def cut(x, places):
+            return None if x is None else x[:, places]
+
+        return Mask(
+            query_segment=cut(self.query_segment, rows),
+            key_segment=cut(self.key_segment, slots),
+            query_rank=cut(self.query_rank, rows),
+            key_rank=cut(self.key_rank, slots),
+        )
 
 
 def make_mask(

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax import export
 
-__all__ = ["at_most", "is_symbolic", "padding_to"]
+__all__ = ["at_most", "is_symbolic", "padding_to", "round_up"]
 
 
 def is_symbolic(*sizes: Any) -> bool:
@@ -40,4 +40,14 @@ def padding_to(length: int, multiple: int) -> int:
       >>> padding_to(5, 4), padding_to(8, 4), padding_to(t := export.symbolic_shape("t")[0], 4) + t
       (3, 0, 4*floordiv(t + 3, 4))
     """
-    return (length + multiple - 1) // multiple * multiple - length
+    return round_up(length, multiple) - length
+
+
+def round_up(size: int, multiple: int) -> int:
+    """The next multiple from a size on.
+
+    Example:
+      >>> round_up(5, 4), round_up(8, 4)
+      (8, 8)
+    """
+    return (size + multiple - 1) // multiple * multiple

@@ -7,7 +7,7 @@ from jax import lax
 from memformer.core.autodiff import in_forward_mode, reverse_once
 from memformer.core.calls import AttentionCall
 from memformer.core.sharding import vary_like
-from memformer.core.symbolic import is_symbolic, padding_to
+from memformer.core.symbolic import is_symbolic, round_up
 from memformer.core.types import Array, Float
 from memformer.ops.attention import row_sums, tiles
 from memformer.ops.attention.arguments import write_operands
@@ -69,8 +69,7 @@ def _read_side(call: AttentionCall) -> int:
         return SMALL
     if is_symbolic(tokens):
         return LARGE
-    equal = -(-tokens // max(1, -(-tokens // LARGE)))
-    return equal + padding_to(equal, 16)
+    return round_up(-(-tokens // max(1, -(-tokens // LARGE))), 16)
 
 
 def _read(

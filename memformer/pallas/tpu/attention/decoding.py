@@ -26,6 +26,7 @@ from memformer.core.decay import FORGOTTEN_PAIR
 from memformer.core.mask import BLIND, UNSEEN
 from memformer.core.sharding import vary_like
 from memformer.core.similarity import similarity
+from memformer.core.symbolic import round_up
 from memformer.core.types import Array
 from memformer.pallas.cache_decoding import MOST_SLOTS, CacheConfig, CacheRead, CacheSums, token_values
 from memformer.pallas.checks import unsupported
@@ -79,11 +80,7 @@ class BlockConfig(CacheConfig):
     @property
     def mask_block(self) -> int:
         """Slots of a block of segments and decays: whole registers."""
-        return _round_up(self.block, LANES)
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+        return round_up(self.block, LANES)
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int], precision: lax.Precision) -> Array:
@@ -147,9 +144,9 @@ def _repeat_slots(bias: Array, places: Array, first: int, count: int, groups: in
 
 def _of_rows(config: BlockConfig, bias_ref: Any, columns: slice, height: int) -> Array:
     """The biases of all rows, [R, columns], from those of the tokens and decays."""
-    size = _round_up(config.heads, SUBLANES)
+    size = round_up(config.heads, SUBLANES)
     if config.decays:
-        tile = _round_up(config.heads // config.shared, SUBLANES)
+        tile = round_up(config.heads // config.shared, SUBLANES)
         tiles = [bias_ref[t * tile : (t + 1) * tile, columns] for t in range(config.length)]
         tiles = [x for x in tiles for _ in range(config.shared)]
     else:
@@ -225,7 +222,7 @@ def _units(x: Array, heads: int, fill: int) -> Array:
 def _tokens(x: Array, like: Array, heads: int) -> Array:
     """The inverse of `_units`, for queries `like` [B, T, H, K]."""
     batch, length, count = like.shape[:3]
-    size = _round_up(heads, SUBLANES)
+    size = round_up(heads, SUBLANES)
     x = x[:, : length * count // heads * size].reshape(batch, -1, size, *x.shape[2:])[:, :, :heads]
     x = x.reshape(batch, length, count // heads, heads, *x.shape[3:])
     return jnp.moveaxis(x, 3, 2).reshape(batch, length, count, *x.shape[4:])
@@ -250,7 +247,7 @@ def _read(op: str, config: BlockConfig, *arrays: Array) -> tuple[Array, Array, A
     config = dataclasses.replace(config, heads=q.shape[2], groups=groups, shared=q.shape[2] // heads)
     _check_layout(op, groups, key, value)
     block, width = config.block, config.block * groups
-    places = np.zeros((2, _round_up(width, LANES)), np.int32)
+    places = np.zeros((2, round_up(width, LANES)), np.int32)
     places[:, :width] = [np.repeat(np.arange(block), groups), np.tile(np.arange(groups), block)]
     missing = max(config.mask_block - slots, 0)
     inputs = {

@@ -27,6 +27,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from memformer.core.calls import MatrixCall
 from memformer.core.sharding import vary_like
+from memformer.core.symbolic import round_up
 from memformer.core.types import Array, Float
 from memformer.pallas.checks import unsupported
 from memformer.pallas.decoding import MatrixStep
@@ -56,10 +57,6 @@ LANES = 128
 
 # Writes of one call, over all of its tokens: they are unrolled.
 MOST_WRITES = 32
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 class _Places:
@@ -169,7 +166,7 @@ class _Keys:
 
 def _read_state(read: Array, s: Array) -> Array:
     """Vectors times the state, [rows, V]."""
-    size = _round_up(read.shape[0], 8)
+    size = round_up(read.shape[0], 8)
     left = jnp.concatenate(_split(_pad_rows([read], size)))
     total = sum(_product(left, part) for part in _split(s))
     return total[:size] + total[size : 2 * size] + total[2 * size :]
@@ -232,7 +229,7 @@ def _update(step: MatrixStep, transposed: Array, at: int, u: Array) -> tuple[Arr
 
 def _tile(step: MatrixStep, block: int) -> tuple[int, int]:
     """Rows of one head in a tile that is transposed, and heads of the tile."""
-    height = _round_up(len(PAIRS) * step.tokens * step.writes + 3 * (step.decay == "channel"), 8)
+    height = round_up(len(PAIRS) * step.tokens * step.writes + 3 * (step.decay == "channel"), 8)
     return height, _divisor(block, max(1, LANES // height))
 
 
@@ -292,7 +289,7 @@ def _kernel(x_ref, y_ref, s_ref, o_ref, end_ref, *, step: MatrixStep):
 
 def block_heads(heads: int, key: int, value: int) -> int:
     """Heads per program, of all batch rows."""
-    size = 4 * _round_up(key, 8) * _round_up(value, 128)
+    size = 4 * round_up(key, 8) * round_up(value, 128)
     most = max(1, min(BLOCK // size, heads // BLOCKS))
     return _divisor(heads, most)
 
