@@ -29,8 +29,16 @@ from memformer.training.plots import plot_lengths
 from memformer.training.sharding import batch_layout, count_slices, mesh_scope
 from memformer.training.step import Arrays, Functional, abstract_state, make_eval_step
 
-__all__ = ["LoadedRun", "Scorer", "evaluate_checkpoint", "fits_model", "load_run", "parameters_of"]
-__all__ += ["score_batches", "score_split"]
+__all__ = [
+    "LoadedRun",
+    "Scorer",
+    "evaluate_checkpoint",
+    "fits_model",
+    "load_run",
+    "parameters_of",
+    "score_batches",
+    "score_split",
+]
 
 
 # A trainer that is running may delete the step that is being read; so often another one is tried.
