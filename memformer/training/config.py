@@ -364,7 +364,7 @@ def set_values(config: ml_collections.ConfigDict, assignments: Sequence[str]) ->
     for text in assignments:
         path, sign, value = text.partition("=")
         if not sign:
-            raise RunError(f"expected key=value such as task.length=64, got {text!r}.")
+            raise RunError(f"settings (--set) must be of the form key=value, such as task.length=64, got {text!r}.")
         message = unknown_key(config, path)
         if message:
             raise RunError(message)

@@ -193,7 +193,9 @@ def _check_rows(rows: Sequence[int] | np.ndarray, batch_size: int) -> np.ndarray
 
 def _check_source(source: RandomAccessSource, task: Task, split: str, repeat: bool) -> None:
     if source.endless and not repeat:
-        raise ValueError(f"repeat must be True for task {task.name!r}: its source is endless and has no single pass")
+        raise ValueError(
+            f"task {task.name!r} has an endless source, without a single pass: give a number of batches (repeat=True)"
+        )
     if len(source) == 0:
         raise ValueError(f"the {split} split of task {task.name!r} holds no example; give it more data, or shorten it")
 

@@ -255,7 +255,7 @@ def test_single_pass_scores_every_example_once(processes):
         ({"prefetch": True}, "prefetch must be an integer of at least 0, got True"),
         ({"split": "dev"}, "split must be one of 'train', 'validation', 'test', got 'dev'"),
         ({"seed": -1}, r"seed must be an integer in \[0, 2\*\*64\), got -1"),
-        ({"repeat": False}, "repeat must be True for task 'swap'"),
+        ({"repeat": False}, "task 'swap' has an endless source, .*repeat=True"),
         ({"task": Finite(size=0)}, "the train split of task 'finite' holds no example"),
         ({"task": Finite(), "repeat": False, "position": 12}, "position must be below the 12 examples"),
     ],
