@@ -244,7 +244,7 @@ def _decode_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, An
         block = matrix_decoding.block_heads(case.batch * case.heads, case.key, case.value)
         heads = matrix_decoding.loop_heads(step, block)
     else:
-        block, _ = attention_decoding.block_sizes(case.slots, case.groups, _cache_rows(case))
+        block = attention_decoding.block_slots(case.slots, case.groups)
         heads, moved = block * case.groups // 128, floor.slot_traffic(case, 128)
     return _row(name, topology, loop, heads) | {
         "vmem": round(scoped_memory(text, loop.kernel) / 2**20, 1),
@@ -252,11 +252,6 @@ def _decode_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, An
         "moved": round(moved[0] / BANDWIDTH[chip] * CLOCK[chip]),
         "bytes": round(moved[0] / moved[1], 2),
     }
-
-
-def _cache_rows(case: Case) -> int:
-    """Rows of a tile of the kernel that reads a cache: queries, and the erase vectors of DeltaFormer."""
-    return case.length * (case.heads + case.groups * (case.op == "deltaformer"))
 
 
 def matrix_rows(name: str, case: Case, topology: str, dumps: pathlib.Path) -> list[dict[str, Any]]:

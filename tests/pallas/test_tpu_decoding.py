@@ -195,15 +195,14 @@ CACHED = {"attention": "bfloat16", "forgetting": "float32", "linear write": "flo
 
 @pytest.mark.parametrize("name", CACHED)
 def test_attention_over_a_cache(name, interpreter, monkeypatch):
-    """Shared heads, padding, blocks of which the last is cut off and not in use.
+    """Shared heads, padding, three blocks of 128 slots, of which the last is cut off and not in use.
 
     One token and then three packed ones, or these alone.
     """
     monkeypatch.setattr(attention_decoding, "KEYS", 128)
     tolerance = 5e-6 if CACHED[name] == "float32" else 1e-2
-    cached_steps.check(
-        name, CACHED[name], tolerance, heads=16, groups=8, width=8, capacity=60, alone=name == "attention"
-    )
+    sizes = {"heads": 8, "groups": 4, "width": 8, "capacity": 300, "prompt": 130}
+    cached_steps.check(name, CACHED[name], tolerance, **sizes, alone=name == "attention")
 
 
 @pytest.mark.parametrize("memory", ["softmax_attention", "gated_deltaformer"])

@@ -1,15 +1,14 @@
 """Few tokens of attention over a cache of fixed capacity on TPU: one kernel that reads the slots in use once.
 
-A program reads blocks of slots with all of their key heads, as they lie in the cache: S G keys are the columns of a
-tile, T H queries its rows, and pairs of other heads are masked. So no head is gathered from the cache, and the matrix
-unit does G times the work, which it has time for: a block of 128 keys and values of 128 channels in bfloat16 takes
-83 cycles of a v5p's core to read, its two products 32 with up to 32 queries. Blocks behind the last slot in use, and
-before the first one in the window of any query, are neither read nor computed.
+A program reads blocks of slots with all of their key heads, as they lie in the cache, and takes the heads apart in
+VMEM: the rows of one head lie G rows apart, and a load can step over rows of 32 bits. In bfloat16 such a row holds two
+heads, so that the block is stored as integers first, and each half becomes a head. The rows of a tile of scores are the
+queries of one key head, its columns the slots. Blocks behind the last slot in use, and before the first one in the
+window of any query, are neither read nor computed.
 
-What a token sees and the decays are computed per slot, one row per token and head that has a decay of its own, and
-only then repeated for the G columns of each slot, by a gather of lanes. So XLA prepares nothing per key head: segments
-are [B, S], a decay is read as it lies in the cache. Rows are ordered by (token, head), or by (token, head of its key
-head, key head) where the decay is one per key head: in tiles of all heads that have a decay.
+Rows are ordered by (similarity, head, token), where the tokens of a head fill whole registers; a call of one token has
+one row per head. So what the tokens see is one tile per block of slots for all heads, and a decay is read as it lies in
+the cache: XLA prepares nothing per slot and key head.
 """
 
 import dataclasses
@@ -33,18 +32,22 @@ from memformer.pallas.checks import unsupported
 from memformer.pallas.platform import interpreting_for
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
 from memformer.pallas.tpu.checks import check_tpu
+from memformer.pallas.tpu.interleave import Steps, interleave
 from memformer.pallas.tpu.products import product
 
-__all__ = ["block_sizes", "run"]
+__all__ = ["block_slots", "run"]
 
-# Keys of all heads in one block, at most; and numbers of its tile of scores.
-KEYS, SCORES = 2048, 2**18
+# Slots times key heads of one block where that is at least `LANES` slots, and bytes of VMEM that a kernel may ask for.
+KEYS, VMEM = 2048, 2**24
 
-# Stands for the score of a masked pair.
+# Pairs of key heads that are interleaved.
+TOGETHER = 4
+
+# Stands for the score of a masked pair; half of it is less than any other score.
 MASKED = -1e30
 
-# Integers of the tokens, and of each of their decays.
-TOKENS = ("segment", "first", "stop", "whole")
+# Integers of the tokens.
+TOKENS = ("segment", "first", "stop")
 
 # Rows and lanes of a register, rows of one in bfloat16.
 SUBLANES, LANES, PACKED = 8, 128, 16
@@ -60,27 +63,38 @@ class BlockConfig(CacheConfig):
     Attributes:
       length: T.
       slots: S.
-      heads: H, on one device.
-      groups: G, likewise.
-      shared: heads of one decay.
       kinds: the similarity of each head of a key head.
+      groups: G, on one device.
       block: slots per block.
-      columns: keys that are computed together.
     """
 
     length: int = dataclasses.field(kw_only=True)
     slots: int = dataclasses.field(kw_only=True)
-    heads: int = 0
-    groups: int = 0
-    shared: int = 1
     kinds: tuple[int, ...] = dataclasses.field(kw_only=True)
-    block: int = dataclasses.field(kw_only=True)
-    columns: int = dataclasses.field(kw_only=True)
+    groups: int = 0
+    block: int = 0
 
     @property
     def mask_block(self) -> int:
         """Slots of a block of segments and decays: whole registers."""
         return round_up(self.block, LANES)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of a head."""
+        return 1 if self.length == 1 else round_up(self.length, SUBLANES)
+
+    def sections(self) -> list[tuple[list[int], int, int]]:
+        """The heads of a key head that read with each similarity, and where their rows start and stop."""
+        found, start = [], 0
+        for kind in range(len(self.similarities)):
+            heads = [head for head, of_head in enumerate(self.kinds) if of_head == kind]
+            stop = start + round_up(len(heads) * self.tokens, SUBLANES)
+            if kind == len(self.similarities) - 1:
+                stop = round_up(stop, PACKED)
+            found.append((heads, start, stop))
+            start = stop
+        return found
 
 
 def _product(a: Array, b: Array, contract: tuple[int, int], precision: lax.Precision) -> Array:
@@ -96,144 +110,201 @@ def _weighted_sum(config: BlockConfig, weights: Array, v: Array, bfloat16: bool)
     return product(weights, v, "nn", 1 if config.parts == 1 else 3)
 
 
-def _bias(config: BlockConfig, refs: dict[str, Any], b: Array, base: Array) -> Array:
-    """The log decay of each slot for each token and decay, [T D, slots]; MASKED where the token does not see the slot.
+def _seen(config: BlockConfig, refs: dict[str, Any], b: Array, first: Array) -> Array:
+    """0 where a token sees a slot, else MASKED, [tokens, block].
 
     Args:
       config: settings.
       refs: the references of the kernel.
       b: row of the batch.
-      base: the first of these slots.
+      first: slot of the block.
     """
-    at = lax.rem(b, jnp.int32(refs["segments"].shape[0]))
-    segment = refs["segments"][pl.ds(at, 1), :]
-    slots = base + lax.broadcasted_iota(jnp.int32, segment.shape, 1)
-
-    def token(name):
-        at = TOKENS.index(name)
-        return refs["tokens"][0, :, at : at + 1]
-
-    seen = (token("segment") == segment) & (slots < token("stop"))
+    segment = refs["segments"][pl.ds(lax.rem(b, jnp.int32(refs["segments"].shape[0])), 1), : config.block]
+    slots = first + lax.broadcasted_iota(jnp.int32, segment.shape, 1)
+    of_token = {name: refs["tokens"][:, at : at + 1] for at, name in enumerate(TOKENS)}
+    seen = (of_token["segment"] == segment) & (slots < of_token["stop"])
     if config.windowed:
-        seen &= slots >= token("first")
+        seen &= slots >= of_token["first"]
+    return jnp.where(seen, 0.0, MASKED)
+
+
+def _bias(config: BlockConfig, refs: dict[str, Any], seen: Array, group: int, heads: list[int], rows: int) -> Array:
+    """The summand of the logits of a key head's rows of one similarity, [rows, block]: decay, or MASKED."""
     if not config.decays:
-        return jnp.where(seen, 0.0, MASKED)
-    wholes, fractions = refs["slot_wholes"][0], refs["slot_fractions"][0]
-    repeats = refs["tokens"].shape[1] // wholes.shape[0]
-    wholes, fractions = (jnp.concatenate([x] * repeats, axis=0) for x in (wholes, fractions))
-    gap = (token("whole") - wholes).astype(jnp.float32) + (refs["fractions"][0] - fractions)
-    return jnp.where(seen & (gap > FORGOTTEN_PAIR + 1), gap, MASKED)
-
-
-def _repeat_slots(bias: Array, places: Array, first: int, count: int, groups: int) -> Array:
-    """Columns `first` to `first + count` of an array whose columns are the heads of each slot; places: their slots."""
-    pieces = []
-    for start in range(first, first + count, LANES):
-        place = places[:, start : start + LANES]
-        index = jnp.broadcast_to(place & (LANES - 1), (bias.shape[0], LANES))
-        # The registers that hold the slots of this one.
-        near, far = (0, 0) if bias.shape[1] == LANES else (start // groups // LANES, (start + 127) // groups // LANES)
-        piece = None
-        for n in range(near, far + 1):
-            source = bias[:, n * LANES : (n + 1) * LANES]
-            found = jnp.take_along_axis(source, index, axis=1, mode="promise_in_bounds")
-            piece = found if piece is None else jnp.where(place >= n * LANES, found, piece)
-        pieces.append(piece)
-    return jnp.concatenate(pieces, axis=1)[:, :count]
-
-
-def _of_rows(config: BlockConfig, bias_ref: Any, columns: slice, height: int) -> Array:
-    """The biases of all rows, [R, columns], from those of the tokens and decays."""
-    size = round_up(config.heads, SUBLANES)
-    if config.decays:
-        tile = round_up(config.heads // config.shared, SUBLANES)
-        tiles = [bias_ref[t * tile : (t + 1) * tile, columns] for t in range(config.length)]
-        tiles = [x for x in tiles for _ in range(config.shared)]
+        tile = seen
+    elif config.decays == 1:
+        tile = _gap(config, refs, seen, group, 1)
+    elif config.length > 1:
+        tile = jnp.concatenate([_gap(config, refs, seen, group * config.decays + head, 1) for head in heads], axis=0)
     else:
-        width = columns.stop - columns.start
-        tiles = [jnp.broadcast_to(bias_ref[t : t + 1, columns], (size, width)) for t in range(config.length)]
-    found = sum(x.shape[0] for x in tiles)
-    tiles += [jnp.full((height - found, tiles[0].shape[1]), MASKED, jnp.float32)] * (height > found)
-    return jnp.concatenate(tiles, axis=0)
+        tile = _gap(config, refs, seen, group * config.decays + heads[0], len(heads))
+    if tile.shape[0] == 1:
+        return jnp.broadcast_to(tile, (rows, config.block))
+    if config.decays < 2 and config.length > 1:
+        tile = jnp.concatenate([tile] * len(heads), axis=0)
+    # Nobody reads rows of padding.
+    missing = rows - tile.shape[0]
+    return jnp.concatenate([tile, jnp.zeros((missing, config.block), jnp.float32)], axis=0) if missing else tile
+
+
+def _gap(config: BlockConfig, refs: dict[str, Any], seen: Array, decay: int, count: int) -> Array:
+    """The log decay of each slot for the tokens of `count` decays from one on, one row each; MASKED where not seen."""
+    slots = [refs[name][decay : decay + count, : config.block] for name in ("slot_wholes", "slot_fractions")]
+    at = slice(decay * config.tokens, (decay + count) * config.tokens)
+    whole, fraction = (refs[name][at, :] for name in ("token_wholes", "token_fractions"))
+    gap = (whole - slots[0]).astype(jnp.float32) + (fraction - slots[1])
+    return jnp.where((seen > MASKED / 2) & (gap > FORGOTTEN_PAIR + 1), gap, MASKED)
+
+
+def _copied(x: Array, groups: int) -> bool:
+    """Whether the heads of blocks of k or v are taken from a copy: loads step over rows of 32 bits and one register."""
+    return groups > 1 and (x.dtype == jnp.bfloat16 or x.shape[-1] > LANES)
+
+
+def _copy(ref: Any, copy_ref: Any) -> None:
+    """Copies a block to rows of 32 bits, [columns of registers, rows, lanes]."""
+    x = pltpu.bitcast(ref[...], jnp.int32) if ref.dtype == jnp.bfloat16 else ref[...]
+    for i in range(copy_ref.shape[0]):
+        copy_ref[i] = x[:, i * LANES : i * LANES + copy_ref.shape[2]]
+
+
+def _take_heads(ref: Any, copy_ref: Any, config: BlockConfig, first: int) -> list[Array]:
+    """The rows [block, channels] of two key heads, or of the only one, of a block whose rows are (slot, head)."""
+    block, groups = config.block, config.groups
+    if groups == 1:
+        return [ref[...]]
+
+    def every(stride, first):
+        rows = pl.ds(first, block, stride=stride) if stride > 1 else slice(None)
+        if copy_ref is None:
+            return ref[rows, :]
+        return jnp.concatenate([copy_ref[i, rows, :] for i in range(copy_ref.shape[0])], axis=1)
+
+    if ref.dtype != jnp.bfloat16:
+        return [every(groups, first), every(groups, first + 1)]
+    pair = every(groups // 2, first // 2)
+    # A bfloat16 is the upper half of a float32.
+    shifted = pair << 16, pair & jnp.int32(-(1 << 16))
+    return [lax.bitcast_convert_type(x, jnp.float32).astype(jnp.bfloat16) for x in shifted]
+
+
+def _lanes(x: Array, count: int) -> Array:
+    """[rows, LANES] of equal columns to [rows, count]."""
+    return jnp.concatenate([x] * pl.cdiv(count, LANES), axis=1)[:, :count]
+
+
+def _sum_registers(x: Array) -> Array:
+    """[rows, columns] to sums [rows, LANES] whose sum over lanes is that over columns."""
+    rows, columns = x.shape
+    if columns % LANES:
+        x = jnp.concatenate([x, jnp.zeros((rows, -columns % LANES), x.dtype)], axis=1)
+    return sum(x[:, at : at + LANES] for at in range(0, columns, LANES))
+
+
+def _weights(config: BlockConfig, refs: dict[str, Any], group: int, scores: Array, bias: Array, kind: int, start: int):
+    """Weights of the rows of one similarity from `start` on, and the factor on their output, which a softmax has.
+
+    A softmax updates its maximum, and its sum, of which every lane holds a part.
+    """
+    kernel = config.similarities[kind]
+    scaled = kernel.scale * scores
+    if not kernel.normalized:
+        mine = bias > MASKED / 2
+        weights = similarity(kernel, jnp.where(mine, scaled, 0.0))
+        return jnp.where(mine, weights * jnp.exp(bias) if config.decays else weights, 0.0), None
+    top_ref, total_ref = (refs[name].at[group, start : start + scores.shape[0]] for name in ("top", "total"))
+    logits, before = scaled + bias, top_ref[...]
+    top = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
+    weights = jnp.exp(logits - _lanes(top, config.block))
+    rescale = jnp.exp(before - top)
+    top_ref[...] = top
+    total_ref[...] = rescale * total_ref[...] + _sum_registers(weights)
+    return weights, rescale
+
+
+def _read_pair(config: BlockConfig, refs: dict[str, Any], seen: Array, pair: int, first: Array) -> Steps:
+    """Adds what the queries of two key heads read from a block of slots."""
+
+    def take(name):
+        heads = _take_heads(refs[name], refs.get(f"{name}_copy"), config, pair)
+        if config.slots % config.block == 0:
+            return heads
+        # Behind the end of the cache a block holds anything.
+        inside = lax.broadcasted_iota(jnp.int32, (config.block, 1), 0) < config.slots - first
+        return [jnp.where(inside, x, jnp.zeros_like(x)) for x in heads]
+
+    scores = [_product(refs["q"][group], k, (1, 1), config.precision) for group, k in enumerate(take("k"), pair)]
+    yield
+    weights = []
+    for group, of_head in enumerate(scores, pair):
+        parts = []
+        for kind, (members, start, stop) in enumerate(config.sections()):
+            bias = _bias(config, refs, seen, group, members, stop - start)
+            parts.append(_weights(config, refs, group, of_head[start:stop], bias, kind, start))
+        weights.append(parts)
+        yield
+    bfloat16 = refs["q"].dtype == jnp.bfloat16
+    for group, (parts, v) in enumerate(zip(weights, take("v"), strict=True), pair):
+        found = [x for x, _ in parts]
+        read = _weighted_sum(config, jnp.concatenate(found, axis=0) if len(found) > 1 else found[0], v, bfloat16)
+        yield
+        for (_, start, stop), (_, rescale) in zip(config.sections(), parts, strict=True):
+            o_ref = refs["o"].at[group, start:stop]
+            before = o_ref[...] if rescale is None else _lanes(rescale, read.shape[1]) * o_ref[...]
+            o_ref[...] = before + read[start:stop]
 
 
 def _kernel(bounds_ref, *flat, config: BlockConfig, names: tuple[str, ...]):
     refs = dict(zip(names, flat, strict=True))
-    q_ref, o_ref, top_ref, total_ref = (refs[name] for name in ("q", "o", "top", "total"))
     b, j = pl.program_id(0), pl.program_id(1)
-    bfloat16 = q_ref.dtype == jnp.bfloat16
-    group, kind = (refs["rows"][:, at : at + 1] for at in (0, 1))
 
     @pl.when(j == 0)
     def _():
-        top_ref[...] = jnp.full_like(top_ref, MASKED)
-        total_ref[...] = jnp.zeros_like(total_ref)
-        o_ref[...] = jnp.zeros_like(o_ref)
+        # A softmax that has seen nothing gives masked pairs exp(MASKED / 2) = 0.
+        refs["top"][...] = jnp.full_like(refs["top"], MASKED / 2)
+        refs["total"][...] = jnp.zeros_like(refs["total"])
+        refs["o"][...] = jnp.zeros_like(refs["o"])
 
     @pl.when((j >= bounds_ref[b, 0]) & (j <= bounds_ref[b, 1]))
     def _():
         first = j * config.block
-        base = first // config.mask_block * config.mask_block
-        bias, places = _bias(config, refs, b, base), refs["places"][0:1] + (first - base)
-        for start in range(0, config.block * config.groups, config.columns):
-            columns = slice(start, start + config.columns)
-            scores = _product(q_ref[0], refs["k"][0, columns], (1, 1), config.precision)
-            refs["bias"][:, columns] = _repeat_slots(bias, places, start, config.columns, config.groups)
-            gap = _of_rows(config, refs["bias"], columns, scores.shape[0])
-            seen = (gap > MASKED / 2) & (group == refs["places"][1:2, columns])
-            found = None
-            for i, kernel in enumerate(config.similarities):
-                mine = seen & (kind == i) if len(config.similarities) > 1 else seen
-                scaled = kernel.scale * scores
-                if kernel.normalized:
-                    logits = jnp.where(mine, scaled + gap if config.decays else scaled, MASKED)
-                    # Rows of another similarity see nothing here: their maximum stays.
-                    top = jnp.maximum(top_ref[0], jnp.max(logits, axis=1, keepdims=True))
-                    weights = jnp.where(mine, jnp.exp(logits - top[:, :1]), 0.0)
-                    rescale = jnp.exp(top_ref[0] - top)
-                    top_ref[0] = top
-                    total_ref[0] = rescale * total_ref[0] + jnp.sum(weights, axis=1, keepdims=True)
-                    o_ref[0] = rescale[:, :1] * o_ref[0]
-                else:
-                    weights = jnp.where(mine, similarity(kernel, jnp.where(mine, scaled, 0.0)), 0.0)
-                    weights = jnp.where(mine, weights * jnp.exp(gap), 0.0) if config.decays else weights
-                found = weights if found is None else found + weights
-            v = refs["v"][0, columns]
-            if config.slots % config.block:
-                # Behind the end of the cache a block holds anything.
-                rest = (config.slots - first) * config.groups - start
-                v = jnp.where(lax.broadcasted_iota(jnp.int32, v.shape, 0) < rest, v, jnp.zeros_like(v))
-            o_ref[0] += _weighted_sum(config, found, v, bfloat16)
+        seen = _seen(config, refs, b, first)
+        for name in ("k", "v"):
+            if f"{name}_copy" in refs:
+                _copy(refs[name], refs[f"{name}_copy"])
+        pairs = range(0, config.groups, 2)
+        for start in range(0, len(pairs), TOGETHER):
+            interleave([_read_pair(config, refs, seen, pair, first) for pair in pairs[start : start + TOGETHER]])
 
 
-def _units(x: Array, heads: int, fill: int) -> Array:
-    """[B, T, H, ...] to rows [B, R, ...] in tiles of `heads`, padded to whole registers by rows of `fill`."""
-    batch, length, count = x.shape[:3]
-    x = jnp.moveaxis(x.reshape(batch, length, heads, count // heads, *x.shape[3:]), 3, 2)
-    x = x.reshape(batch, length * count // heads, heads, *x.shape[4:])
-    padding = [(0, 0), (0, 0), (0, -heads % SUBLANES), *((0, 0),) * (x.ndim - 3)]
-    x = jnp.pad(x, padding, constant_values=fill)
-    x = x.reshape(batch, -1, *x.shape[3:])
-    # Whole registers in bfloat16 too.
-    padding = [(0, 0), (0, -x.shape[1] % PACKED), *((0, 0),) * (x.ndim - 2)]
-    return jnp.pad(x, padding, constant_values=fill)
+def _to_rows(config: BlockConfig, x: Array) -> Array:
+    """[B, T, H, K] to [B, G, R, K]."""
+    batch, length, heads, width = x.shape
+    x = x.reshape(batch, length, config.groups, heads // config.groups, width)
+    x = jnp.pad(jnp.moveaxis(x, 1, 3), ((0, 0),) * 3 + ((0, config.tokens - length), (0, 0)))
+    parts = []
+    for members, start, stop in config.sections():
+        part = x[:, :, np.asarray(members)].reshape(batch, config.groups, -1, width)
+        parts.append(jnp.pad(part, ((0, 0), (0, 0), (0, stop - start - part.shape[2]), (0, 0))))
+    return jnp.concatenate(parts, axis=2)
 
 
-def _tokens(x: Array, like: Array, heads: int) -> Array:
-    """The inverse of `_units`, for queries `like` [B, T, H, K]."""
-    batch, length, count = like.shape[:3]
-    size = round_up(heads, SUBLANES)
-    x = x[:, : length * count // heads * size].reshape(batch, -1, size, *x.shape[2:])[:, :, :heads]
-    x = x.reshape(batch, length, count // heads, heads, *x.shape[3:])
-    return jnp.moveaxis(x, 3, 2).reshape(batch, length, count, *x.shape[4:])
+def _from_rows(config: BlockConfig, x: Array) -> Array:
+    """[B, G, R, V] to [B, T, H, V]."""
+    batch, groups, _, width = x.shape
+    parts, order = [], []
+    for members, start, _ in config.sections():
+        part = x[:, :, start : start + len(members) * config.tokens]
+        parts.append(part.reshape(batch, groups, len(members), config.tokens, width)[:, :, :, : config.length])
+        order += members
+    x = jnp.concatenate(parts, axis=2)[:, :, np.argsort(order)]
+    return jnp.moveaxis(x, 3, 1).reshape(batch, config.length, -1, width)
 
 
-def _rows(config: BlockConfig, heads: int) -> Array:
-    """The key head of each row, and the kind of its similarity, [R, 2]; -1 for rows of padding."""
-    each = np.arange(config.heads, dtype=np.int32)
-    per_group = config.heads // config.groups
-    pair = np.stack([each // per_group, np.asarray(config.kinds, np.int32)[each % per_group]], axis=-1)
-    return _units(jnp.broadcast_to(jnp.asarray(pair), (1, config.length, *pair.shape)), heads, -1)[0]
+def _column(config: BlockConfig, x: Array) -> Array:
+    """[B, T, heads] to a column [B, heads tokens, 1]."""
+    x = jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, config.tokens - config.length)))
+    return x.reshape(x.shape[0], -1, 1)
 
 
 def _read(op: str, config: BlockConfig, *arrays: Array) -> tuple[Array, Array, Array]:
@@ -243,92 +314,79 @@ def _read(op: str, config: BlockConfig, *arrays: Array) -> tuple[Array, Array, A
     """
     k, q, v, segments, bounds, tokens, *decay = arrays
     (batch, slots, groups, value), key = v.shape, q.shape[3]
-    heads = decay[0].shape[2] if decay else q.shape[2]
-    config = dataclasses.replace(config, heads=q.shape[2], groups=groups, shared=q.shape[2] // heads)
+    config = dataclasses.replace(config, groups=groups, block=block_slots(slots, groups))
     _check_layout(op, groups, key, value)
     block, width = config.block, config.block * groups
-    places = np.zeros((2, round_up(width, LANES)), np.int32)
-    places[:, :width] = [np.repeat(np.arange(block), groups), np.tile(np.arange(groups), block)]
     missing = max(config.mask_block - slots, 0)
+    # A token of padding sees nothing: no slot has its segment.
+    padding = ((0, 0), (0, config.tokens - config.length), (0, 0))
     inputs = {
-        "q": _units(q, heads, 0),
+        "q": _to_rows(config, q),
         "k": k.reshape(batch, slots * groups, key),
         "v": v.reshape(batch, slots * groups, value),
-        "rows": vary_like(_rows(config, heads), q),
         "segments": jnp.pad(segments, ((0, 0), (0, missing)), constant_values=UNSEEN),
-        "places": vary_like(jnp.asarray(places), q),
+        "tokens": jnp.pad(tokens, padding, constant_values=BLIND),
     }
     if decay:
-        inputs["fractions"] = _pad_heads(decay[1])[..., None]
-        wholes = _pad_heads(decay[0])[..., None]
-        tokens = jnp.broadcast_to(jnp.repeat(tokens, wholes.shape[1] // config.length, axis=1), (*wholes.shape[:2], 3))
-        tokens = jnp.concatenate([tokens, wholes], axis=-1)
+        inputs |= {
+            name: _column(config, x) for name, x in zip(("token_wholes", "token_fractions"), decay, strict=False)
+        }
         for name, x in zip(("slot_wholes", "slot_fractions"), decay[2:], strict=True):
-            inputs[name] = jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, -heads % SUBLANES), (0, missing)))
-    else:
-        # A token of padding sees nothing: no slot has its segment.
-        padding = ((0, 0), (0, -config.length % SUBLANES), (0, 0))
-        tokens = jnp.pad(tokens, padding, constant_values=BLIND)
-    inputs["tokens"] = tokens
-    height = inputs["q"].shape[1]
+            inputs[name] = jnp.pad(jnp.swapaxes(x, 1, 2), ((0, 0), (0, 0), (0, missing)))
 
     def at(j, b, bounds_ref):
         return jnp.clip(j, bounds_ref[b, 0], bounds_ref[b, 1])
 
-    def of_slots(j, b, bounds_ref):
-        return at(j, b, bounds_ref) * block // config.mask_block
+    def of_batch(x):
+        return pl.BlockSpec((None, *x.shape[1:]), lambda b, j, bounds_ref: (b, *(0,) * (x.ndim - 1)))
 
-    def of_batch(*shape):
-        return pl.BlockSpec((1, *shape), lambda b, j, bounds_ref: (b, 0, 0))
-
-    def of_all(x):
-        return pl.BlockSpec(x.shape, lambda b, j, bounds_ref: (0, 0))
-
-    def of_block(rows, size):
-        return pl.BlockSpec((1, rows, size), lambda b, j, bounds_ref: (b, at(j, b, bounds_ref), 0))
+    def of_slots(size):
+        return pl.BlockSpec((None, width, size), lambda b, j, bounds_ref: (b, at(j, b, bounds_ref), 0))
 
     def of_decay(x):
-        index = lambda b, j, bounds_ref: (b, 0, of_slots(j, b, bounds_ref))  # noqa: E731
-        return pl.BlockSpec((1, x.shape[1], config.mask_block), index)
+        index = lambda b, j, bounds_ref: (b, 0, at(j, b, bounds_ref))  # noqa: E731
+        return pl.BlockSpec((None, x.shape[1], config.mask_block), index)
 
     together = min(batch, SUBLANES)
-    specs = {
-        "q": of_batch(height, key),
-        "k": of_block(width, key),
-        "v": of_block(width, value),
-        "rows": of_all(inputs["rows"]),
-        "segments": pl.BlockSpec(
-            (together, config.mask_block), lambda b, j, bounds_ref: (b // together, of_slots(j, b, bounds_ref))
-        ),
-        "places": of_all(places),
-        "tokens": of_batch(*tokens.shape[1:]),
+    specs = {name: of_batch(x) for name, x in inputs.items()}
+    specs |= {"k": of_slots(key), "v": of_slots(value)}
+    specs |= {name: of_decay(x) for name, x in inputs.items() if name.startswith("slot_")}
+    specs["segments"] = pl.BlockSpec(
+        (together, config.mask_block), lambda b, j, bounds_ref: (b // together, at(j, b, bounds_ref))
+    )
+    rows = inputs["q"].shape[2]
+    outputs = {
+        name: varying_result((batch, groups, rows, n), jnp.float32, *arrays)
+        for name, n in {"o": value, "top": LANES, "total": LANES}.items()
     }
-    if decay:
-        specs["fractions"] = of_batch(*inputs["fractions"].shape[1:])
-        specs |= {name: of_decay(inputs[name]) for name in ("slot_wholes", "slot_fractions")}
-    outputs = {"o": value, "top": LANES, "total": LANES}
+    copies = {}
+    for name in ("k", "v"):
+        x = inputs[name]
+        if _copied(x, groups):
+            lanes, bfloat16 = min(x.shape[2], LANES), x.dtype == jnp.bfloat16
+            shape = (x.shape[2] // lanes, width // 2 if bfloat16 else width, lanes)
+            copies[f"{name}_copy"] = pltpu.VMEM(shape, jnp.int32 if bfloat16 else jnp.float32)
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
         grid=(batch, pl.cdiv(slots, block)),
         in_specs=[specs[name] for name in inputs],
-        out_specs=[of_batch(height, n) for n in outputs.values()],
-        scratch_shapes=[pltpu.VMEM((tokens.shape[1], places.shape[1]), jnp.float32)],
+        out_specs=[of_batch(x) for x in outputs.values()],
+        scratch_shapes=list(copies.values()),
     )
+    # Two buffers of each block, and the copies.
+    held = 3 * width * (key * k.dtype.itemsize + value * v.dtype.itemsize)
     o, *stats = pl.pallas_call(
-        functools.partial(_kernel, config=config, names=(*inputs, *outputs, "bias")),
+        functools.partial(_kernel, config=config, names=(*inputs, *outputs, *copies)),
         grid_spec=grid,
-        out_shape=[varying_result((batch, height, n), jnp.float32, *arrays) for n in outputs.values()],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        out_shape=list(outputs.values()),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=max(VMEM, 2 * held)
+        ),
         name="memformer_attention_decode",
     )(bounds // block, *inputs.values())
-    top, total = (_tokens(x[:, :, 0], q, heads) for x in stats)
-    return _tokens(o, q, heads), top, total
-
-
-def _pad_heads(x: Array) -> Array:
-    """[B, T, heads] to [B, T heads], heads padded to whole registers."""
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % SUBLANES)))
-    return x.reshape(x.shape[0], -1)
+    top, total = (stats[0][..., :1], jnp.sum(stats[1], axis=-1, keepdims=True))
+    top, total = (_from_rows(config, x)[..., 0] for x in (top, total))
+    return top, total, _from_rows(config, o)
 
 
 def _check_layout(op: str, groups: int, key: int, value: int) -> None:
@@ -346,23 +404,9 @@ def _check_layout(op: str, groups: int, key: int, value: int) -> None:
         )
 
 
-def block_sizes(slots: int, groups: int, rows: int) -> tuple[int, int]:
-    """Slots per block, and keys that are computed together.
-
-    Args:
-      slots: S.
-      groups: G.
-      rows: queries of a call, T H.
-    """
-    block = slots
-    if slots * groups > KEYS:
-        block = 1
-        while 2 * block * groups <= KEYS or block * groups % LANES:
-            block *= 2
-    block = min(block, slots)
-    width = block * groups
-    parts = [n for n in range(1, width // LANES + 1) if width % (n * LANES) == 0] or [1]
-    return block, width // next((n for n in parts if rows * width <= n * SCORES), parts[-1])
+def block_slots(slots: int, groups: int) -> int:
+    """Slots per block."""
+    return min(slots, max(KEYS // groups // LANES, 1) * LANES)
 
 
 def _bounds(read: CacheRead) -> Array:
@@ -384,11 +428,10 @@ def run(op: str, read: CacheRead) -> CacheSums:
       NotImplementedError: no TPU; float64; a cache that XLA would copy.
     """
     check_tpu(op, read.q, read.k, read.v)
-    (length, heads), (slots, groups) = read.q.shape[1:3], read.k.shape[1:3]
+    length, slots = read.q.shape[1], read.k.shape[1]
     if slots > MOST_SLOTS:
         raise unsupported(op, f"takes at most {MOST_SLOTS} slots, got {slots}")
-    block, columns = block_sizes(slots, groups, length * heads)
-    config = BlockConfig.of(read, length=length, slots=slots, kinds=read.kinds, block=block, columns=columns)
+    config = BlockConfig.of(read, length=length, slots=slots, kinds=read.kinds)
     keys = jnp.bfloat16 if read.q.dtype == read.k.dtype == jnp.bfloat16 else jnp.float32
     # Values in bfloat16 where all three are.
     values = jnp.bfloat16 if read.v.dtype == keys == jnp.bfloat16 else jnp.float32
@@ -401,5 +444,4 @@ def run(op: str, read: CacheRead) -> CacheSums:
         heads_of += [HEADS] * 4
     arrays = [vary_like(x, *arrays) for x in arrays]
     kernel = split_batch_and_heads(_read, (op, config), config.axes, operands=tuple(heads_of), results=(HEADS,) * 3)
-    value, top, total = kernel(*arrays)
-    return CacheSums(top, total, value)
+    return CacheSums(*kernel(*arrays))
