@@ -2,8 +2,8 @@
 
     python train.py --config=configs/text_recurrent.py --workdir=runs/text-recurrent
 
-Expected after 1.6 million bytes, 16 minutes on two busy cores: 2.30 bits per byte on held-out files, 2.62 on the test
-files (8 batches).
+Expected after 1.6 million bytes, two minutes on one core: 1.99 bits per byte of the test files (seeds 0 to 2: 1.97 to
+2.01).
 
 The text is that of configs/text.py. A GRU or a plain RNN:
 

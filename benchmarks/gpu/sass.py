@@ -42,7 +42,7 @@ def main_loop(lines: Sequence[str]) -> list[str]:
     """The instructions of the innermost loop that has all products of the kernel; all of them where none has."""
     labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\s*(\.L\w+):", line))}
     total, best = sum("HGMMA" in line for line in lines), (0, len(lines))
-    for end, line in enumerate(lines):
+    for end, line in enumerate(lines if total else ()):
         jump = re.search(r"\bBRA\b[^`]*`\((\.L\w+)\)", line)
         start = labels.get(jump[1], end) if jump else end
         whole = sum("HGMMA" in x for x in lines[start:end]) == total

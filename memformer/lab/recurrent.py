@@ -61,6 +61,6 @@ RECURRENT = Study(
     measure=_measure,
     judge=_judge,
     draw=Lines(line="model", points="{} bits", x="bits in the string", y="accuracy", level=0.5, options={"x_base": 2}),
-    caption="Parity of strings longer than those of training, test split. One seed.",
+    caption="Parity of strings longer than those of training, test split (mean of three seeds, least to greatest).",
     reads="configs/parity.py and configs/text_recurrent.py",
 )

@@ -392,9 +392,10 @@ SNR_TRAINED = Study(
     measure=_measure,
     judge=_judge,
     draw=_draw,
-    caption="Noise over signal per head (layer.head), medians over questions. One seed.",
+    caption="Noise over signal per head (layer.head), medians over questions, three seeds.",
     base=TEXT,
     rows=ROWS,
+    seeds=3,
     quick=Quick({"recall deltaformer": ROWS["recall deltaformer"]}, SMALLER),
     summary=_summary,
 )
