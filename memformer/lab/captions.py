@@ -330,7 +330,7 @@ CAPTIONS = Study(
         keep=lambda row: row["pictures"] == "new",
     ),
     caption="Attention on the grid cells of two shapes at the words for one of them, mean over generated pictures that "
-    "were not trained on. One seed.",
+    "were not trained on; tables: mean of three seeds, least to greatest.",
     reads="configs/captions.py",
     examples=_examples,
 )

@@ -362,8 +362,7 @@ def _summary(result: Result) -> list[Row]:
 
 def _draw(result: Result) -> Any:
     figure, axes = new_figure(1, 1, width=9.0, height=5.0)
-    axis = axes[0, 0]
-    heads = runs_by_row(result.values["1/SNR"])
+    axis, heads = axes[0, 0], runs_by_row(result.values["1/SNR"])
     marks = {
         "theory": ("_", "0.3"),
         "stored key, start": ("^", COLOURS[5]),
