@@ -330,9 +330,9 @@ CAPTIONS = Study(
         keep=lambda row: row["pictures"] == "new",
     ),
     caption="Attention on the grid cells of two shapes at the words for one of them, mean over generated pictures that "
-    "were not trained on (mean of three seeds, least to greatest). The LSTM names the colour first, and what it sees "
-    "then stays in its state: in two of three seeds 88 and 96% of its attention at the word for the kind lie on neither "
-    "shape, and 99% of the captions are exact.",
+    "were not trained on (mean of three seeds, least to greatest). The LSTM names the colour first, and what it "
+    "sees then stays in its state: in two of three seeds 88 and 96% of its attention at the word for the kind lie on "
+    "neither shape, and 99% of the captions are exact.",
     reads="configs/captions.py",
     examples=_examples,
 )
