@@ -178,7 +178,7 @@ WORDS = Study(
         options={"styles": STYLES, "x_base": 2},
     ),
     caption="Accuracy of the running product on the test split, one layer trained on words of 32 letters, by "
-    "curriculum on words of 8 to 128 (mean of three seeds, least to greatest).",
+    "curriculum on words of 8 to 128. One seed.",
     base={
         **BASE,
         "task.length": 32,
@@ -187,7 +187,6 @@ WORDS = Study(
         "train.final_batches": 2,
     },
     rows=ROWS,
-    seeds=3,
     quick=Quick(
         {"S3 product2": ROWS["S3 product2"]},
         {
