@@ -5,7 +5,8 @@
     python train.py --config=configs/rewrite.py:armt_without_gamma --workdir=runs/rewrite_armt_without_gamma
     python train.py --config=configs/rewrite.py:rmt --workdir=runs/rewrite_rmt
 
-1200 steps take three CPU minutes, the 2000 of armt_last_layer ten. Other seeds: --config.seed=1 and --workdir=..._seed1. Exact match after n pairs, by
+1200 steps take three CPU minutes, the 2000 of armt_last_layer ten. Other seeds: --config.seed=1 and
+--workdir=..._seed1. Exact match after n pairs, by
 `python -m memformer.lab segment_recall RUN_FOLDER...`:
 
     pairs                        50    100    200    500
