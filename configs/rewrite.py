@@ -35,7 +35,7 @@ Seed 0 of armt_last_layer, 700 steps: at 3e-3 the key explains 0.8% of the varia
 the value 64%, and what is read has norm 60; at 1e-3 the key explains 72%, the norm is 8, and the seed has gone on to 10
 pairs. At 1e-3 seeds 0, 1 and 2 reach 50 pairs at steps 680, 460 and 520. A start at 5 pairs does not help at 3e-3
 (49%), four memory tokens do a little (91%). Resumed up to 1600 steps at 3e-3, seed 1 had 100% after 500 pairs and seed
-2 85.7% (380 steps at 50 pairs; the matrix had a norm of 177 in the mean of both). At 1e-3 the steps at 50 pairs are what
+2 85.7% (380 steps at 50 pairs; the matrix had a norm of 177 in the mean of both). At 1e-3 it is steps at 50 pairs that
 exactness at 500 needs: seed 0 has 87.9% after 150 of them, 93.0% after 500 and 96.1% after 1300, seed 1 94.9% after 480
 and 100% after 1500. Wider keys do not help: with key_width=64, as in the paper, seed 0 has 66% at step 1000 and a norm
 of 100 after 500 pairs, where keys of 16 channels have 60.
