@@ -11,6 +11,7 @@ from memformer.pallas.gpu import tuning
 from tests.numeric import assert_close
 from tests.ops import test_ops as suite
 from tests.pallas.test_gpu import H200, interpreter, interprets
+from tests.pallas.test_gpu_decoding import on_explicit_mesh
 from tests.pallas.test_tpu import keys
 from tests.pallas.test_tpu_attention import WINDOWS, evaluate, forgetting_attention, given, oracle, windowed
 
@@ -97,6 +98,24 @@ def test_spans_by_heads(interpreter, monkeypatch):
         output, cache = mf.deltaformer(**given(130, dtype="bfloat16"), read_kernel="relu", implementation="pallas")
         results.append((output.astype("float32"), cache.u))
     assert_close(*results, 5e-3)
+
+
+@pytest.mark.parametrize("mesh_of", ["arrays", "shard_map"])
+def test_spans_on_several_devices(mesh_of, monkeypatch):
+    """Every device writes its own rows span by span, both ways, also inside the caller's shard_map."""
+    monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
+    mesh, arrays = on_explicit_mesh(**dict.fromkeys(("q", "k", "v"), (2, 130, 2, 64)))
+
+    def run(arrays):
+        return mf.deltaformer(**arrays, implementation="pallas")[0]
+
+    if mesh_of == "shard_map":
+        spec = jax.P("x", None, "y")
+        run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
+    with jax.sharding.use_abstract_mesh(mesh):
+        program = jax.make_jaxpr(jax.grad(lambda arrays: jnp.sum(run(arrays).astype("float32"))))(arrays)
+    assert [x.shape for x in program.out_avals] == [(2, 130, 2, 64)] * 3
+    assert all(name in str(program) for name in ("memformer_write_forward", "memformer_write_backward"))
 
 
 @interprets

@@ -169,7 +169,7 @@ def _write_backward(config, saved, du):
     operands = (k, w, u, dp, mask, decay, scalars)
     dw, dbeta, *query_decay = query_gradients(everything, *operands)
     dk, *key_decay = key_gradients(everything, *operands, ("dk",) + ("ddecay",) * sums_scores(config))
-    dcache = jnp.zeros(cache_u.shape, cache_u.dtype)
+    dcache = vary_like(jnp.zeros(cache_u.shape, cache_u.dtype), cache_u)
     if before:
         _, far = _span_configs(config)
         cached = (k[:, :, :before], w, tuple(x[:, :, :before] for x in u), dp)
@@ -227,7 +227,7 @@ def _write(config, k, w, v, alpha, beta, cache_u, mask, decay):
     own, far = _span_configs(config)
     if before == 0 and length == span:
         return _scan_forward(own, k, w, alpha[..., None] * v.astype(jnp.float32), beta, mask, decay, None)
-    zeros = jnp.zeros(v.shape, jnp.dtype(config.value_dtype))
+    zeros = vary_like(jnp.zeros(v.shape, jnp.dtype(config.value_dtype)), v)
     everything = tuple(jnp.concatenate([x, zeros], axis=2) for x in tiles.split_outside(config, cache_u))
 
     def step(everything, start):
@@ -264,7 +264,7 @@ def _solve_transposed(config, k, w, beta, lse, du, u, mask, decay):
     scalars = {"lse": lse, "beta": beta, "delta": lse}
     if length == span:
         return _scan_reverse(own, k, w, du, scalars, *_slice_pairs(mask, decay, keys=(before, length)))
-    dp = (jnp.zeros(du.shape, jnp.dtype(config.value_dtype)),) * 2
+    dp = (vary_like(jnp.zeros(du.shape, jnp.dtype(config.value_dtype)), du),) * 2
 
     def step(dp, start):
         queries, keys = (start, span), (before + start, span)

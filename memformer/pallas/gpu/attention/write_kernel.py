@@ -174,7 +174,8 @@ def _compute(refs: Refs, config: AttentionConfig, reverse: bool, earlier: bool) 
         rows = program.rows(i, g)
         pending = count + finished - 1 + position
         first = refs.target if reverse else refs.earlier if earlier else None
-        first = None if first is None else tiles.load_tile(first.at[(*rows, program.columns)])
+        # Under shard_map loaded values vary over mesh axes by their type, values computed in the kernel do not.
+        first = None if first is None else tiles.load_tile(first.at[(*rows, program.columns)]) * 1.0
         plgpu.barrier_wait(refs.own_ready.at[g])
         side = _reverse_side(program, g) if reverse else _forward_side(program, g, rows, earlier)
 
