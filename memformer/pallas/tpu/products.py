@@ -1,13 +1,15 @@
 """Matrix products on the MXU in one, three or six bfloat16 passes."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from memformer.core.types import Array
 
-__all__ = ["PASSES", "exact_passes", "iotas", "product", "split_bf16"]
+__all__ = ["PASSES", "exact_passes", "iotas", "joined_products", "product", "split_bf16"]
 
 # bfloat16 passes of the MXU per product: 1, 3 (16 bits of each operand), 6 (all of float32).
 PASSES = {lax.Precision.DEFAULT: 1, lax.Precision.HIGH: 3, lax.Precision.HIGHEST: 6}
@@ -58,6 +60,31 @@ def product(
         return jnp.add(*jnp.split(one_pass(jnp.concatenate(a, 1), jnp.concatenate(columns, outer)), 2, 1))
     pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2]
     return functools.reduce(jnp.add, (one_pass(x, y) for x, y in pairs))
+
+
+def joined_products(terms: Sequence[tuple[Any, Any, int]], contract: str, stacked: str | None = None) -> Array:
+    """The sum of several products.
+
+    Args:
+      terms: a, b and passes of each, see `product`.
+      contract: of all of them.
+      stacked: "square" joins passes in pairs along the contraction, which fills an MXU of 256 x 256: no result waits
+        in registers to be added to the next. Otherwise as in `product`.
+    """
+    if stacked != "square" or any(passes == 6 for *_, passes in terms):
+        return functools.reduce(jnp.add, (product(a, b, contract, passes, stacked) for a, b, passes in terms))
+    axes = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}[contract]
+    pairs = []
+    for a, b, passes in terms:
+        a, b = (x if isinstance(x, tuple) else split_bf16(x, passes) for x in (a, b))
+        pairs += [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2]
+    parts = []
+    for first in range(0, len(pairs), 2):
+        sides = zip(*pairs[first : first + 2], strict=True)
+        a, b = (jnp.concatenate(side, axis) for side, axis in zip(sides, axes, strict=True))
+        dimensions = (((axes[0],), (axes[1],)), ((), ()))
+        parts.append(lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32))
+    return functools.reduce(jnp.add, parts)
 
 
 def iotas(shape: tuple[int, ...]) -> tuple[Array, Array]:

@@ -35,8 +35,8 @@ class Tuning:
       remat: what the backward pass has beside the inputs: "states", the state that enters each chunk, or "inputs",
         nothing more, so that the forward kernel runs again.
       interleaved: heads that are computed interleaved while later chunks are prepared; the groups follow each other.
+        Fewer heads hold fewer values in registers.
       stacked: how products of operands in two summands are computed, see `product`.
-      forward_interleaved: `interleaved` of the forward kernel where it is another: fewer heads hold fewer values.
     """
 
     chunk: int
@@ -45,7 +45,6 @@ class Tuning:
     remat: str = "states"
     interleaved: int = 4
     stacked: str | None = None
-    forward_interleaved: int | None = None
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -57,18 +56,17 @@ REMAT = ("states", "inputs")
 KERNELS = ("delta_rule", "linear_attention", "channel_delta_rule", "channel_linear_attention")
 
 
-def _rows(*sizes: tuple[int, int], chunk: int = 128, square: bool = False, forward: int | None = None):
+def _rows(*sizes: tuple[int, int], chunk: int = 128, square: bool = False):
     """Sizes by kernel and the larger of K and V; given are heads and interleaved heads of each of `KERNELS` at 128.
 
     Programs of wide heads have two, because a pair of heads fills a product. `square` is for chips whose MXU is 256 x
-    256; `forward` are the interleaved heads of the delta rule's forward kernel.
+    256.
     """
     rows: dict[tuple[str, int], Tuning] = {}
     for kernel, (heads, interleaved) in zip(KERNELS, sizes, strict=True):
         # With a decay per channel the other form was not measured.
         stacked = ("square" if kernel == "delta_rule" else "rows") if square else None
-        ahead = forward if kernel == "delta_rule" else None
-        rows[kernel, 128] = Tuning(chunk, heads, 128, "states", interleaved, stacked, ahead)
+        rows[kernel, 128] = Tuning(chunk, heads, 128, "states", interleaved, stacked)
         rows[kernel, 256] = Tuning(chunk, 2, 256, stacked=stacked)
     return rows
 
@@ -79,8 +77,8 @@ def _rows(*sizes: tuple[int, int], chunk: int = 128, square: bool = False, forwa
 TABLE = {
     "TPU v5 lite": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
     "TPU v5": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
-    "TPU v6 lite": _rows((8, 4), (8, 8), (8, 4), (8, 4), square=True, forward=2),
-    "TPU7x": _rows((8, 4), (8, 8), (8, 4), (8, 4), square=True, forward=2),
+    "TPU v6 lite": _rows((8, 2), (8, 8), (8, 4), (8, 4), square=True),
+    "TPU7x": _rows((8, 2), (8, 8), (8, 4), (8, 4), square=True),
     "interpreter": _rows(*[(4, 2)] * 4, chunk=16, square=True),
 }
 

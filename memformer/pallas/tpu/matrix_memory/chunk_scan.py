@@ -285,8 +285,7 @@ def _forward_kernel(*refs, step: ChunkStep, config: ScanConfig, save: bool):
         o_ref[0, h] = o.astype(o_ref.dtype)
         s_ref[h] = state
 
-    interleaved = config.forward_interleaved or config.interleaved
-    chunk.run([compute(h) for h in range(config.program_heads)], interleaved)
+    chunk.run([compute(h) for h in range(config.program_heads)], config.interleaved)
 
     @pl.when(leaves)
     def _():
@@ -356,23 +355,28 @@ def _backward_kernel(*refs, step: ChunkStep, config: ScanConfig):
         pltpu.sync_copy(_block(config, dend_ref), ds_ref)
 
     chunk = _Chunk(step, config, keys, channels, scalars, prepared)
-    gradients = ScalarGradients(config)
+    gradients = ScalarGradients(config, dscalars)
     key_gradients = [[] for _ in range(config.program_keys)]
 
+    def store(g):
+        for ref, summands in zip(dkeys, zip(*key_gradients[g], strict=True), strict=True):
+            ref[0, g] = functools.reduce(jnp.add, summands).astype(ref.dtype)
+
     def compute(h):
-        inputs = (*chunk.head(h), v_ref[0, h], states_ref.at[0, h, 0], do_ref[0, h], ds_ref.at[h])
+        do = do_ref.at[0, h] if step.transposed else do_ref[0, h]
+        inputs = (*chunk.head(h), v_ref[0, h], states_ref.at[0, h, 0], do, ds_ref.at[h])
         by_key, dv, ds = yield from step.backward(config, chunk.scalars, gradients, h, *inputs)
         dv_ref[0, h] = dv.astype(dv_ref.dtype)
         ds_ref[h] = ds
-        key_gradients[h // config.heads_per_key].append(by_key[: config.keys])
+        g = h // config.heads_per_key
+        key_gradients[g].append(by_key[: config.keys])
+        if len(key_gradients[g]) == config.heads_per_key:
+            store(g)
         for ref, gradient in zip(dchannels, by_key[config.keys :], strict=True):
             ref[0, h] = gradient
 
     chunk.run([compute(h) for h in range(config.program_heads)], config.interleaved)
-    for g, parts in enumerate(key_gradients):
-        for ref, summands in zip(dkeys, zip(*parts, strict=True), strict=True):
-            ref[0, g] = functools.reduce(jnp.add, summands).astype(ref.dtype)
-    gradients.store(dscalars)
+    gradients.store()
 
     @pl.when(leaves)
     def _():

@@ -31,7 +31,7 @@ class ScanConfig(BaseScanConfig):
       max_heads: value heads per program, at most.
       remat: what is saved for the backward pass, see `Tuning`.
       passes: MXU passes per product.
-      interleaved, stacked, forward_interleaved: see `Tuning`.
+      interleaved, stacked: see `Tuning`.
       erase: whether there is an erase vector other than k.
       channels: whether each key channel has a log decay of its own; `decay` is then False.
     """
@@ -43,7 +43,6 @@ class ScanConfig(BaseScanConfig):
     stacked: str | None
     erase: bool = False
     channels: bool = False
-    forward_interleaved: int | None = None
 
     def local(self, q: Array, v: Array) -> "ScanConfig":
         """The configuration of one device's shard: q [B, G, T, K], v [B, H, T, V]."""
@@ -127,7 +126,6 @@ def plan_call(call: MatrixCall, sizes: tuning.Tuning | None = None) -> ScanConfi
         passes=PASSES[call.precision],
         interleaved=sizes.interleaved,
         stacked=sizes.stacked,
-        forward_interleaved=sizes.forward_interleaved,
         decay=call.decay is not None and not call.decay_per_channel,
         erase=call.w is not None,
         channels=call.decay_per_channel,

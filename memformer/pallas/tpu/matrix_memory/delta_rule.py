@@ -40,7 +40,7 @@ from memformer.pallas.tpu.matrix_memory.staged_inverse import (
     second_stage,
 )
 from memformer.pallas.tpu.matrix_memory.token_scalars import ScalarGradients, TokenScalars
-from memformer.pallas.tpu.products import exact_passes, iotas, product, split_bf16
+from memformer.pallas.tpu.products import exact_passes, iotas, joined_products, product, split_bf16
 from memformer.pallas.tpu.tuning import Tuning
 
 __all__ = ["run"]
@@ -116,47 +116,49 @@ def _backward(
     mm = functools.partial(product, passes=config.passes)
     *inverse, kk, qk, decay = prepared[SCRATCH:]
     beta = scalars.row("beta", h)
+    exact = exact_passes(config.passes)
+    join = functools.partial(joined_products, stacked=config.stacked)
+
+    def sums(x):
+        return jnp.sum(x, axis=0, keepdims=True)
+
+    # Two chains that do not wait for each other, to W and to dV.
     stored = mm(state[...], k, "nt")
     missing = _transposed(v) - scalars.decay_in_transposed(h, stored)
-    yield
-    w = config.exact(missing, tuple(ref[...] for ref in inverse), "nt")
-    yield
-    dwrites = mm(ds[...], k, "nt")
-    gradients.add_row("write", h, jnp.sum(w * dwrites, axis=0, keepdims=True))
-    yield
-    dout = _transposed(do)
-    dw = config.exact(dout.astype(do.dtype), beta * qk[...], "nn") + scalars.write_transposed(h, dwrites)
-    yield
-    dv = config.exact(dw, tuple(ref[...] for ref in inverse), "nn")
-    yield
-    # One summand of W is enough here: dV keeps what cancels in the sum over the columns of M dM.
-    dkk = -config.exact(dv, w if config.passes > 1 else w.astype(jnp.bfloat16), "tn")
-    yield
-    dqk = config.exact(do, w, "nn")
-    f = config.scale * beta * decay[...] * dqk
-    m = _strictly_lower(beta * decay[...] * dkk)
-    e = scalars.decay_in_transposed(h, dv)
-    dcarried = scalars.decay_in_transposed(h, config.scale * dout)
-    yield
-    dq = config.exact(f, k, "nn") + mm(dcarried, state[...], "tn")
-    yield
-    dk = mm(f, q, "tn") + mm(m, k, "nn") + mm(m, k, "tn") - mm(e, state[...], "tn")
-    yield
-    dk += mm(scalars.write_transposed(h, w), ds[...], "tn")
-    yield
-    change = dqk * qk[...] + dkk * kk[...]
-    gradients.add_row("beta", h, jnp.sum(change, axis=0, keepdims=True))
-    if config.decay:
-        change = beta * change
-        gradients.add_column("fraction", h, jnp.sum(change, axis=1, keepdims=True))
-        gradients.add_row("fraction", h, -jnp.sum(change, axis=0, keepdims=True))
-    yield
+    dout = _transposed(do[...])
+    dcarried = split_bf16(scalars.decay_in_transposed(h, config.scale * dout), config.passes)
     if config.carries:
         carried = config.scale * mm(state[...], q, "nt")
         states = state[...].astype(jnp.float32) * ds[...]
-        gradients.add_decay_transposed(h, dout * carried - dv * stored, states)
+        gradients.add_decay_transposed(h, dout * carried, states)
+    dwrites = mm(ds[...], k, "nt")
+    dw = join([(dout.astype(v.dtype), beta * qk[...], exact)], "nn") + scalars.write_transposed(h, dwrites)
     yield
-    return (dq, dk), dv.T, scalars.decay_state(h, ds[...]) + mm(dcarried, q, "nn") - config.exact(e, k, "nn")
+    w = config.exact(missing, tuple(ref[...] for ref in inverse), "nt")
+    dv = config.exact(dw, tuple(ref[...] for ref in inverse), "nn")
+    yield
+    gradients.add_row("write", h, sums(w * dwrites))
+    ws = split_bf16(w, exact)
+    writes = split_bf16(scalars.write_transposed(h, w), config.passes)
+    if config.carries:
+        gradients.add_row("decay_in", h, -sums(dv * stored))
+    e = scalars.decay_in_transposed(h, -dv)
+    # One summand of W is enough here: dV keeps what cancels in the sum over the columns of M dM.
+    dkk = -join([(dv, ws if config.passes > 1 else ws[:1], exact)], "tn")
+    dqk = join([(do[...], ws, exact)], "nn")
+    yield
+    change = dqk * qk[...] + dkk * kk[...]
+    f = config.scale * beta * decay[...] * dqk
+    m = _strictly_lower(beta * decay[...] * dkk)
+    gradients.add_row("beta", h, sums(change))
+    if config.decay:
+        change = beta * change
+        gradients.add_row("fraction", h, sums(change.T) - sums(change))
+    dq = join([(f, k, exact)], "nn") + mm(dcarried, state[...], "tn")
+    yield
+    one = config.passes
+    dk = mm(m, k, "nn") + join([(m, k, one), (f, q, one), (e, state[...], one), (writes, ds[...], one)], "tn")
+    return (dq, dk), dv.T, scalars.decay_state(h, ds[...]) + join([(dcarried, q, one), (e, k, exact)], "nn")
 
 
 STEP = ChunkStep(

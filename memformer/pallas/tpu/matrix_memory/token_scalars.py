@@ -117,25 +117,31 @@ class TokenScalars:
 
 
 class ScalarGradients:
-    """Collects the gradients of the token scalars of one program."""
+    """Collects the gradients of the token scalars of one program.
 
-    def __init__(self, config: ScanConfig):
-        self.config = config
-        count = len(config.scalars) * config.program_heads
-        self._rows = jnp.zeros((count, config.chunk), jnp.float32)
-        self._columns = jnp.zeros((config.chunk, count), jnp.float32)
+    Rows are added up in VMEM: they would take registers until the last head is done.
+    """
+
+    def __init__(self, config: ScanConfig, refs):
+        self.config, self._columns = config, None
+        if refs:
+            self._rows = refs[0].at[0, 0, 0]
+            self._rows[...] = jnp.zeros(self._rows.shape, jnp.float32)
 
     def add_column(self, name: str, head: int, gradient: Array) -> None:
         """Adds a column [C, 1] to the gradient of a scalar; does nothing where the call has no such scalar."""
         if name not in self.config.scalars:
             return
-        _, column = iotas(self._columns.shape)
+        shape = self._rows.shape[::-1]
+        if self._columns is None:
+            self._columns = jnp.zeros(shape, jnp.float32)
+        _, column = iotas(shape)
         self._columns += jnp.where(column == self.config.scalar_row(name, head), gradient, 0.0)
 
     def add_row(self, name: str, head: int, gradient: Array) -> None:
         """Adds a row [1, C] to the gradient of a scalar."""
-        row, _ = iotas(self._rows.shape)
-        self._rows += jnp.where(row == self.config.scalar_row(name, head), gradient, 0.0)
+        row = self.config.scalar_row(name, head)
+        self._rows[row : row + 1, :] += gradient
 
     def add_decay(self, head: int, reads: Array, states: Array) -> None:
         """Adds the gradient of decay_in.
@@ -158,7 +164,7 @@ class ScalarGradients:
         total = jnp.sum(jnp.sum(states, axis=0, keepdims=True), axis=1, keepdims=True)
         return jnp.where(column == self.config.chunk - 1, total, 0.0)
 
-    def store(self, refs) -> None:
-        """Stores the gradients, where tokens have scalars."""
-        if refs:
-            refs[0][0, 0, 0] = self._rows + self._columns.T
+    def store(self) -> None:
+        """Adds the columns to the rows."""
+        if self._columns is not None:
+            self._rows[...] += self._columns.T
