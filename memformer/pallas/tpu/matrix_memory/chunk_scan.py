@@ -45,8 +45,8 @@ class ChunkStep:
       forward: (config, scalars, head, prepared, keys, v, state) to (o [C, V], the state that leaves the chunk); keys
         are q, k and, with an erase vector, w, each [C, K]; state is a reference.
       backward: (config, scalars, gradients, head, prepared, keys, v, state, do, ds) to (gradients of the keys and, with
-        a decay per channel, of that; dv; ds of the state that enters the chunk); state and ds are references. Adds the
-        gradients of the token scalars to `gradients`.
+        a decay per channel, of that; dv; ds of the state that enters the chunk); state, ds and, where `transposed`, do
+        are references. Adds the gradients of the token scalars to `gradients`.
       prepare: what does not depend on the state, for one or two heads, in stages, each one chunk ahead of the next: the
         first is (config, scalars, heads, keys, refs), with the keys of each head, followed by the decay [C, K] where
         it is per channel; the others are (config, refs). They store into refs, the references of each head, what
