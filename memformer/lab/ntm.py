@@ -233,7 +233,7 @@ NTM = Study(
         options={"styles": STYLES, "y_scale": "symlog"},
     ),
     caption="Cost per sequence by length on the test split, linear below 1 bit, logarithmic above; trained on copies "
-    "of up to 20 vectors, on up to 5 vectors repeated up to 5 times, and on up to 6 items.",
+    "of up to 20 vectors, on up to 5 vectors repeated up to 5 times, and on up to 6 items. One seed.",
     reads="configs/{copy,repeat_copy,associative_recall,dynamic_ngrams,priority_sort}.py",
     summary=_summary,
     examples=_examples,

@@ -229,7 +229,7 @@ TRANSLATION = Study(
         limits=(0, 30),
     ),
     caption="BLEU of test verses by the length of the English verse; each point is a group of about equally many "
-    "verses.",
+    "verses. One seed.",
     reads="configs/translation.py",
     examples=_examples,
 )
