@@ -70,8 +70,8 @@ def _judge(result: Result) -> Verdict:
         grade(lost < LOSS, ahead > GAIN),
         f"Accuracy: teacher {spread(teacher)}, student as converted {rows['student, as converted']['accuracy']}, after "
         f"{rows['student']['steps']} steps {spread(student)}; the same memory from random weights after "
-        f"{rows['from scratch']['steps']} steps {spread(scratch)}. Needed in every seed: at most {percent(LOSS, 0)} "
-        f"below the teacher (it is up to {percent(lost)}) and {percent(GAIN, 0)} above random weights.",
+        f"{rows['from scratch']['steps']} steps {spread(scratch)}. Needed in every seed: at most {100 * LOSS:.0f} "
+        f"points below the teacher (it is up to {100 * lost:.1f}) and {100 * GAIN:.0f} above random weights.",
     )
 
 

@@ -75,12 +75,18 @@ def _training_commands(configs: pathlib.Path) -> dict[str, str]:
     return commands
 
 
-def _command(folder: str, commands: Mapping[str, str]) -> str:
-    """The command that trains a run; runs of other seeds are named runs/NAME_seed1, ..."""
+def _command(folder: str, folders: Sequence[str], commands: Mapping[str, str]) -> str:
+    """The command that trains a run; runs of other seeds, also those that it starts from, are runs/NAME_seed1, ..."""
     base, _, seed = folder.partition("_seed")
     if folder in commands or base not in commands:
         return commands.get(folder, folder)
-    return commands[base].replace(f"--workdir={base}", f"--config.seed={seed} --workdir={folder}")
+    seeded = {name: f"{name}_seed{seed}" for name in folders}
+    words = commands[base].replace(f"--workdir={base}", f"--config.seed={seed} --workdir={folder}").split("=")
+    # what stands after an equals sign may be the folder of another run
+    for place, (name, *rest) in enumerate(word.partition(" ") for word in words):
+        if seeded.get(name) in folders:
+            words[place] = "".join([seeded[name], *rest])
+    return "=".join(words)
 
 
 def _anchor(title: str) -> str:
@@ -114,13 +120,13 @@ def _section(study: Study, content: Mapping[str, Any], folder: str, commands: Ma
     for title, rows in result.tables:
         if rows != summary:
             lines += [f"{title}:", "", *_table(rows), ""]
+    folders = [run["folder"] for run in content["runs"]]
     for run in content["runs"]:
-        command = _command(run["folder"], commands)
+        command = _command(run["folder"], folders, commands)
         size = f"{run['parameters']:,} parameters, {run['step']} steps in {run['seconds']:.0f} s"
         lines.append(f"- `{command}`: {size}, seed {run['seed']}")
-    folders = "".join(f" {run['folder']}" for run in content["runs"])
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
-    command = f"python -m memformer.lab {study.name}{folders}"
+    command = " ".join([f"python -m memformer.lab {study.name}", *folders])
     lines += [f"- `{command}`: {content['seconds']:.0f} s; {content['date']}, {versions}", "", "</details>"]
     return "\n".join(lines) + "\n"
 

@@ -76,11 +76,19 @@ def test_the_page_holds_the_study(tmp_path):
 
 
 def test_a_run_of_another_seed_has_the_command_of_its_config():
-    commands = {"runs/x": "python train.py --config=configs/x.py --workdir=runs/x"}
-    assert _command("runs/x", commands) == commands["runs/x"]
-    other = "python train.py --config=configs/x.py --config.seed=2 --workdir=runs/x_seed2"
-    assert _command("runs/x_seed2", commands) == other
-    assert _command("runs/y_seed2", commands) == "runs/y_seed2"
+    train = "python train.py --config=configs/x.py"
+    commands = {
+        "runs/x": f"{train} --workdir=runs/x",
+        "runs/z": f"{train} --config.distill.teacher=runs/x --config.train.steps=2 --workdir=runs/z",
+    }
+    folders = ["runs/x", "runs/z", "runs/x_seed2", "runs/z_seed2"]
+    assert _command("runs/x", folders, commands) == commands["runs/x"]
+    assert _command("runs/x_seed2", folders, commands) == f"{train} --config.seed=2 --workdir=runs/x_seed2"
+    # the run that another starts from is of the same seed, where the study has it
+    started = "--config.train.steps=2 --config.seed=2 --workdir=runs/z_seed2"
+    for teacher, given in (("runs/x_seed2", folders), ("runs/x", ["runs/z", "runs/z_seed2"])):
+        assert _command("runs/z_seed2", given, commands) == f"{train} --config.distill.teacher={teacher} {started}"
+    assert _command("runs/y_seed2", folders, commands) == "runs/y_seed2"
 
 
 def test_long_tables_are_folded(tmp_path):
