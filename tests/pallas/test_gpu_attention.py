@@ -33,7 +33,7 @@ def test_packed_against_oracle(name, interpreter):
 # (that leaves out a tile), and channels of keys and of values. A softmax read has a sink.
 KERNELS = [
     ("softmax", "softmax", 130, 1, "bfloat16", None, (136, 4)),
-    ("softmax", "softmax", 70, 1, "float16", None, (8, 4)),
+    ("softmax", "softmax", 130, 1, "float16", None, (8, 4)),
     ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16", None, (8, 4)),
     (mf.Kernel("round", decimals=2), "softmax", 200, 1, "bfloat16", 60, (8, 4)),
     ("linear", mf.Kernel("exp", scale=0.5), 70, 1, "float16", None, (136, 160)),

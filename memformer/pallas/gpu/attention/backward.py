@@ -497,7 +497,7 @@ def query_gradients(
     if columns:
         values = column_values(key_mask(mask), key)
         rest += (pack_scalars(columns, heads if config.decay else group, values),)
-    rest += tuple(tiles.row_bounds(config, k, q, mask).values())
+    rest += tuple(tiles.row_bounds(config, k, q.shape[2], mask).values())
     operands = (k, q, *x[: config.parts], *g[: _gradient_parts(config, write)], *rest)
     count = 1 + write + sums_scores(config)
     results = []

@@ -20,6 +20,7 @@ Source: "DeltaFormer: Unlock the State Space of Transformer" (NeurIPS 2025), sec
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,44 +54,57 @@ from memformer.pallas.sharding import split_batch_and_heads
 __all__ = ["run"]
 
 
+class _Earlier(NamedTuple):
+    """Of earlier slots, for a span.
+
+    Attributes:
+      value: their read, [B, G, span, V].
+      lse: its log-sum-exp, or None.
+      u: of all slots in two parts [B, G, S, V], those from the span on not known.
+      bound: `tiles.bounds` of the span's first slot and of its first row.
+    """
+
+    value: Array
+    lse: Array | None
+    u: tuple[Array, Array]
+    bound: Array
+
+
 def _scan_forward(
     config: AttentionConfig,
     k: Array,
     w: Array,
-    target: Array,
-    beta: Array,
+    v: Array,
+    scalars: Array,
     mask: Mask,
     decay: QueryKeyDecay | None,
-    earlier: tuple[Array, Array | None] | None,
+    earlier: _Earlier | None,
 ) -> tuple[tuple[Array, Array], Array | None]:
-    """u [B, G, T, V] in two parts, and the log-sum-exp of the rows to base 2 (None without a normaliser).
+    """u of all slots in two parts, and the log-sum-exp of the span's rows to base 2 (None without a normaliser).
 
     Args:
       config: sizes.
-      k: [B, G, T, K].
-      w: [B, G, T, K].
-      target: alpha v, [B, G, T, V] float32.
-      beta: [B, G, T].
-      mask: of these tokens, over whole tiles.
-      decay: of these tokens, or None.
-      earlier: the read of earlier slots, [B, G, T, V], and its log-sum-exp; or None.
+      k: of all slots, [B, G, S, K].
+      w: of all rows, [B, G, T, K].
+      v: of all rows, [B, G, T, V].
+      scalars: of all rows, packed by `write_rows`.
+      mask: of the span, over whole tiles.
+      decay: of the span, or None.
+      earlier: where the span is not the whole, what is known of earlier slots.
     """
     heads = k.shape[1]
-    query, key = (None, None) if decay is None else decay
-    scalars = {"beta": beta, "earlier": earlier and earlier[1]} | row_values(query_mask(mask), query)
-    rest: tuple[Array, ...] = (earlier[0],) if earlier else ()
-    rest += (pack_scalars(write_rows(config, False, bool(earlier)), heads, scalars),)
+    rest: tuple[Array, ...] = ()
+    if earlier is not None:
+        lse = () if earlier.lse is None else (earlier.lse,)
+        rest = (earlier.value, *lse, *earlier.u, earlier.bound)
+    rest += (scalars,)
     columns = write_columns(config, False)
     if columns:
-        rest += (pack_scalars(columns, heads, column_values(key_mask(mask), key)),)
-    if config.bounded:
-        rest += tuple(tiles.row_bounds(config, k, w, mask).values())
-    else:
-        # Static zeros would do, but the compiler hoists what it derives from them, and has no registers for that.
-        rest += (jnp.zeros((*w.shape[:2], w.shape[2] // config.rows), jnp.int32),)
+        rest += (pack_scalars(columns, heads, column_values(key_mask(mask), decay and decay[1])),)
+    rest += tuple(tiles.row_bounds(config, k, config.span, mask).values())
     results = 2 + config.similarity.normalized
     kernel = split_batch_and_heads(write_shard, (config, False, bool(earlier)), config.axes, results=results)
-    high, low, *lse = kernel(k, w, target, *rest)
+    high, low, *lse = kernel(k, w, v, *rest)
     return (high, low), lse[0] if lse else None
 
 
@@ -110,7 +124,7 @@ def _scan_reverse(
       du: gradient of u, [B, G, T, V] float32.
       scalars: lse (with a normaliser) and beta of the rows [B, G, T].
     """
-    heads, rows = k.shape[1], write_rows(config, True, False)
+    heads, rows = k.shape[1], write_rows(config, True)
     query, key = (None, None) if decay is None else decay
     rest: tuple[Array, ...] = ()
     if rows:
@@ -225,31 +239,21 @@ def _write(config, k, w, v, alpha, beta, cache_u, mask, decay):
     """u of all slots in two parts [B, G, S, V]; the log-sum-exp of the rows [B, G, T], None without a normaliser."""
     before, length, span = cache_u.shape[2], w.shape[2], config.span
     own, far = _span_configs(config)
+    by_name = {"alpha": alpha, "beta": beta} | row_values(query_mask(mask), decay and decay[0])
+    scalars = pack_scalars(write_rows(own, False), k.shape[1], by_name)
     if before == 0 and length == span:
-        return _scan_forward(own, k, w, alpha[..., None] * v.astype(jnp.float32), beta, mask, decay, None)
-    zeros = vary_like(jnp.zeros(v.shape, jnp.dtype(config.value_dtype)), v)
-    everything = tuple(jnp.concatenate([x, zeros], axis=2) for x in tiles.split_outside(config, cache_u))
+        return _scan_forward(own, k, w, v, scalars, mask, decay, None)
+    empty = vary_like(lax.empty(v.shape, jnp.dtype(config.value_dtype)), v)
+    everything = tuple(jnp.concatenate([x, empty], axis=2) for x in tiles.split_outside(config, cache_u))
 
     def step(everything, start):
-        queries = (start, span)
-        rows = _slice(w, *queries)
+        # The kernels take whole arrays, and write u in place: nothing is copied.
+        queries, keys = (start, span), (before + start, span)
+        bound = tiles.bounds(k, before + start, start)
         seen = _slice_pairs(mask, decay, queries=queries)
-        value, lse = read(far, jnp.float32, k, rows, everything, *seen, before + start)
-        keys = (before + start, span)
-        u, lse = _scan_forward(
-            own,
-            _slice(k, *keys),
-            rows,
-            # Computed here, so that it is never whole in memory.
-            _slice(alpha, *queries)[..., None] * _slice(v, *queries).astype(jnp.float32),
-            _slice(beta, *queries),
-            *_slice_pairs(mask, decay, queries=queries, keys=keys),
-            (value, lse),
-        )
-        everything = tuple(
-            lax.dynamic_update_slice_in_dim(x, y, before + start, 2) for x, y in zip(everything, u, strict=True)
-        )
-        return everything, lse
+        value, lse = read(far, jnp.float32, k, w, everything, *seen, (bound, span))
+        here = _slice_pairs(mask, decay, queries=queries, keys=keys)
+        return _scan_forward(own, k, w, v, scalars, *here, _Earlier(value, lse, everything, bound))
 
     starts = jnp.arange(0, length, span, dtype=jnp.int32)
     everything, lse = lax.scan(step, everything, starts)

@@ -100,8 +100,9 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
     i, first, own, stop = tiles.row_extent(config, refs)
     ring = tiles.column_ring(config, refs, config.parts)
     rows = pl.ds(i * config.rows + g * TILE, TILE)
-    q = refs.q_tile.at[g]
-    plgpu.copy_gmem_to_smem(refs.q.at[b, h, rows], q, refs.own_ready.at[g])
+    q, start = refs.q_tile.at[g], refs.bound[b, h, 1] * TILE if "bound" in refs else 0
+    source = refs.q.at[b, h, pl.ds(start + i * config.rows + g * TILE, TILE)]
+    plgpu.copy_gmem_to_smem(source, q, refs.own_ready.at[g])
     names = row_names(config)
     if names:
         # Decays are of query heads.
@@ -140,9 +141,9 @@ def _compute(refs: Refs, config: AttentionConfig) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _read(config: AttentionConfig, dtype: Any, k, q, *rest) -> tuple[Array, ...]:
+def _read(config: AttentionConfig, dtype: Any, length: int, k, q, *rest) -> tuple[Array, ...]:
     """One device's shard of `read`; rest: parts of the values, bound, scalars of queries and keys, bounds of rows."""
-    batch, heads, length = q.shape[:3]
+    batch, heads = q.shape[:2]
     scalars = row_names(config)
     names = tuple(f"x{n}" for n in range(config.parts)) + ("bound",) * (config.causal and not config.own)
     names += ("q_scalars", "k_scalars") * bool(scalars)
@@ -179,7 +180,7 @@ def read(
     x: tuple[Array, ...],
     mask: Mask,
     decay: QueryKeyDecay | None,
-    bound=None,
+    bound: tuple[Array, int] | None = None,
 ) -> tuple[Array, Array | None]:
     """Reads x [B, G, S, V] at the queries q [B, H, T, K]; T and S are multiples of `config.rows`.
 
@@ -187,11 +188,12 @@ def read(
       config: sizes.
       dtype: of the output.
       k: [B, G, S, K].
-      q: queries.
+      q: queries, of which a bound selects T.
       x: parts of the values, see `tiles.split_values`.
       mask: over whole tiles.
       decay: of query heads, or None.
-      bound: where `config.causal` but not `config.own`, how many slots the queries see.
+      bound: where `config.causal` but not `config.own`, `tiles.bounds` of how many slots the queries see and of the
+        first query; and T. The heads of q are those of k then.
 
     Returns:
       The output [B, H, T, V], and the log-sum-exp of the rows to base 2, [B, H, T], None without a normaliser.
@@ -201,19 +203,19 @@ def read(
         block = dataclasses.replace(config, value=width, value_start=start)
         blocks.append(fit(block, config.key + config.parts * width, config.key + width * (dtype != jnp.float32)))
     config = blocks[0]
-    operands = (k, q, *x[: config.parts])
-    if config.causal and not config.own:
-        operands += (tiles.bounds(k, bound),)
+    operands, length = (k, q, *x[: config.parts]), q.shape[2]
+    if bound is not None:
+        operands, length = (*operands, bound[0]), bound[1]
     group, names = k.shape[1], row_names(config)
     if names:
         heads = q.shape[1] if config.decay else group
         query, key = (None, None) if decay is None else decay
         rows = pack_scalars(names, heads, row_values(query_mask(mask), query))
         operands += (rows, pack_scalars(column_names(config), heads, column_values(key_mask(mask), key)))
-    operands += tuple(tiles.row_bounds(config, k, q, mask).values())
+    operands += tuple(tiles.row_bounds(config, k, length, mask).values())
     values, results = [], 1 + config.similarity.normalized
     for block in blocks:
-        o, *lse = split_batch_and_heads(_read, (block, dtype), config.axes, results=results)(*operands)
+        o, *lse = split_batch_and_heads(_read, (block, dtype, length), config.axes, results=results)(*operands)
         values.append(o)
     return values[0] if len(values) == 1 else jnp.concatenate(values, axis=3), lse[0] if lse else None
 

@@ -9,7 +9,8 @@ bfloat16 beside queries and keys of float16 too, whose range is too small for su
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -318,7 +319,7 @@ def key_head(refs: Refs):
 def row_extent(config: AttentionConfig, refs: Refs) -> tuple[Any, Any, Any, Any]:
     """A program's block of rows; its first tile of columns, the tile of its first row, and the end of its columns."""
     # Blocks that see most columns start first.
-    i = refs.q.shape[2] // config.rows - 1 - lax.axis_index("block")
+    i = (refs.o if "o" in refs else refs.q).shape[2] // config.rows - 1 - lax.axis_index("block")
     place = (lax.axis_index("batch_row"), key_head(refs))
     if config.own:
         own = jnp.int32(config.before * config.warpgroups) + i * config.warpgroups
@@ -384,6 +385,7 @@ def call(
     outputs: dict[str, tuple[tuple[int, ...], Any]],
     scratch: dict[str, Any],
     automatic_barriers: bool = True,
+    updated: Mapping[str, Array] = MappingProxyType({}),
 ) -> tuple[Array, ...]:
     """Launches a kernel of computing warpgroups and one that copies tiles.
 
@@ -397,11 +399,12 @@ def call(
       outputs: shapes and dtypes of the results by name.
       scratch: shared memory by name.
       automatic_barriers: whether Pallas puts barriers of the warpgroup around stores and copies.
+      updated: arrays that the kernel changes in place, by name; results after the others.
 
     Raises:
       NotImplementedError: see `launch_grid`.
     """
-    names = (*inputs, *outputs, *scratch)
+    names = (*inputs, *updated, *outputs, *scratch)
 
     def body(*flat):
         refs = Refs(zip(names, flat, strict=True))
@@ -425,21 +428,39 @@ def call(
         else:
             lax.cond(warpgroup < config.warpgroups, first, last)
 
-    kernel = plgpu.kernel(
-        body,
-        out_type=[jax.ShapeDtypeStruct(*shape) for shape in outputs.values()],
-        scratch_types=list(scratch.values()),
-        num_threads=config.warpgroups + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=not automatic_barriers,
-        ),
-        kernel_name=f"memformer_{name}",
-        **launch_grid(grid, ("batch_row", "head", "block")),
+    out_type = [jax.ShapeDtypeStruct(*shape) for shape in outputs.values()]
+    params = plgpu.CompilerParams(
+        approx_math=True,
+        lowering_semantics=plgpu.LoweringSemantics.Lane,
+        unsafe_no_auto_barriers=not automatic_barriers,
     )
+    settings = {
+        "num_threads": config.warpgroups + 1,
+        "thread_name": "warpgroup",
+        "kernel_name": f"memformer_{name}",
+        **launch_grid(grid, ("batch_row", "head", "block")),
+    }
     operands = tuple(inputs.values())
+    if updated:
+
+        def in_place(*refs):
+            pl.run_scoped(functools.partial(body, *refs), *scratch.values(), collective_axes="warpgroup")
+
+        mesh = plgpu.Mesh(**settings)
+        # `plgpu.kernel` takes no references before jax 0.11.
+        whole = pl.kernel(in_place, out_type=out_type, mesh=mesh, compiler_params=params, name=f"memformer_{name}")
+
+        def run(refs):
+            changed, results = refs
+            for ref, x in zip(results, whole(*operands, *changed), strict=True):
+                ref[...] = x
+
+        empty = [lax.empty(x.shape, x.dtype) for x in out_type]
+        changed, results = pl.run_state(run)((list(updated.values()), empty))
+        return *results, *changed
+    kernel = plgpu.kernel(
+        body, out_type=out_type, scratch_types=list(scratch.values()), compiler_params=params, **settings
+    )
     # Under shard_map results vary as the operands do; the kernel's own types do not say so.
     return tuple(vary_like(x, *operands) for x in kernel(*operands))
 
@@ -461,13 +482,13 @@ def split_outside(config: AttentionConfig, x: Array) -> tuple[Array, Array]:
     return high.astype(config.value_dtype), (x - high).astype(config.value_dtype)
 
 
-def bounds(k: Array, bound) -> Array:
-    """A bound in tokens as tiles, [B, G, 1], for every batch row and head of k."""
-    tiles = lax.div(jnp.asarray(bound, jnp.int32), jnp.int32(TILE))
-    return jnp.broadcast_to(tiles.reshape(1, 1, 1), (*k.shape[:2], 1))
+def bounds(k: Array, *tokens) -> Array:
+    """Bounds in tokens as tiles, for every batch row and head of k: the first of [B, G, 64]."""
+    tiles = jnp.stack([lax.div(jnp.asarray(bound, jnp.int32), jnp.int32(TILE)) for bound in tokens])
+    return jnp.broadcast_to(jnp.pad(tiles, (0, TILE - len(tokens))), (*k.shape[:2], TILE))
 
 
-def row_bounds(config: AttentionConfig, k: Array, q: Array, mask: Mask) -> dict[str, Array]:
+def row_bounds(config: AttentionConfig, k: Array, length: int, mask: Mask) -> dict[str, Array]:
     """By name, [B, G, N]: the first tile of columns that each block of rows sees, without causality also the end."""
     if not config.bounded:
         return {}
@@ -475,7 +496,7 @@ def row_bounds(config: AttentionConfig, k: Array, q: Array, mask: Mask) -> dict[
     pair = masks.row_bounds(mask, rows, TILE, config.window, causal=config.causal)
     first, stop = pair or (jnp.int32(0), jnp.int32(columns))
     found = {"first": first} if config.causal else {"first": first, "stop": stop}
-    return _per_head(found, k, q.shape[2] // rows)
+    return _per_head(found, k, length // rows)
 
 
 def column_bounds(config: AttentionConfig, k: Array, q: Array, mask: Mask) -> dict[str, Array]:

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -49,10 +50,12 @@ class _Program:
     Tiles of a block are counted in the order in which they are read: those of finished blocks, then its own.
     """
 
-    def __init__(self, config: AttentionConfig, refs: Refs, reverse: bool):
-        self.config, self.refs, self.reverse = config, refs, reverse
+    def __init__(self, config: AttentionConfig, refs: Refs, reverse: bool, g=None):
+        self.config, self.refs, self.reverse, self.g = config, refs, reverse, g
         self.b, self.h, self.block = (lax.axis_index(name) for name in ("batch_row", "head", "block"))
-        self.blocks = refs.out0.shape[2] // config.rows
+        self.blocks = config.span // config.rows
+        if g is None and "bound" in refs:
+            self.begin = [refs.bound[self.b, self.h, n] for n in range(2)]
         self.columns = pl.ds(self.block * config.value_block, config.value_block)
         self.names = write_columns(config, reverse)
         self.ring = Ring(config, refs, self._keys, self._values)
@@ -75,6 +78,8 @@ class _Program:
                 return end - after
             return jnp.maximum(self.refs.limit[self.b, self.h, i], jnp.minimum(after + 1, end)) - after
         own = i * warpgroups
+        if not self.config.bounded:
+            return own - self.zero()
         return own - jnp.minimum(self.refs.limit[self.b, self.h, i], jnp.maximum(own - 1, 0))
 
     def tile(self, i, finished, c):
@@ -83,9 +88,30 @@ class _Program:
             return (i + 1) * self.config.warpgroups + finished - 1 - c
         return i * self.config.warpgroups - finished + c
 
-    def rows(self, i, g) -> tuple[Any, Any, Any]:
-        """Index of warpgroup g's rows of block i."""
-        return self.b, self.h, pl.ds((i * self.config.warpgroups + g) * TILE, TILE)
+    def rows(self, i, g, start=0) -> tuple[Any, Any, Any]:
+        """Index of warpgroup g's rows of block i, in an array in which the span starts with that tile."""
+        return self.b, self.h, pl.ds((start + i * self.config.warpgroups + g) * TILE, TILE)
+
+    def start(self, name: str):
+        """The tile with which the span starts: of "slots", which hold the cache too, or of the "rows" of the call."""
+        if "bound" not in self.refs:
+            return 0
+        n = ("slots", "rows").index(name)
+        # Read where it is needed, by those that compute from shared memory: their registers hold neither it nor an
+        # address of the other.
+        return self.begin[n] if self.g is None else self.refs.bound_tile[self.g, n]
+
+    def zero(self):
+        """0 that the compiler does not know: it hoists what it derives from a static one, and spills that."""
+        return self.refs.indices[0, 0] if self.g is None else tiles.read_zero(self.refs, self.g)
+
+    def place(self, i, g):
+        """Index of the solution of warpgroup g's rows of block i."""
+        return *self.rows(i, g, self._start_out()), self.columns
+
+    def _start_out(self):
+        # Inside the caller's shard_map the solutions of a span are an array of their own.
+        return 0 if self.refs.out0.shape[2] == self.config.span else self.start("slots")
 
     def column(self, slot, name: str):
         """Ref to a scalar of the tokens of a slot."""
@@ -101,18 +127,18 @@ class _Program:
         return mask, pair_gap(config, row, column, diagonal=diagonal is not None, transposed=self.reverse)
 
     def _keys(self, t):
-        copies = [(self.refs.k.at[self.b, self.h, pl.ds(t * TILE, TILE)], self.refs.key_slots)]
+        place = (self.b, self.h, pl.ds((self.start("slots") + t) * TILE, TILE))
+        copies = [(self.refs.k.at[place], self.refs.key_slots)]
         return copies + ([(self.refs.k_scalars.at[self.b, self.h, t], self.refs.scalar_slots)] if self.names else [])
 
     def _values(self, t):
-        place = (self.b, self.h, pl.ds(t * TILE, TILE), self.columns)
+        place = (self.b, self.h, pl.ds((self._start_out() + t) * TILE, TILE), self.columns)
         return [(self.refs[f"out{n}"].at[place], self.refs[f"value_slots{n}"]) for n in range(self.config.parts)]
 
 
-def write_rows(config: AttentionConfig, reverse: bool, earlier: bool) -> tuple[str, ...]:
-    """Names of the scalars per row; `earlier` is the log-sum-exp over earlier slots."""
-    names = ("beta",) * (not reverse) + ("earlier",) * (earlier and config.similarity.normalized)
-    return names + row_names(config)
+def write_rows(config: AttentionConfig, reverse: bool) -> tuple[str, ...]:
+    """Names of the scalars per row."""
+    return ("alpha", "beta") * (not reverse) + row_names(config)
 
 
 def write_columns(config: AttentionConfig, reverse: bool) -> tuple[str, ...]:
@@ -161,11 +187,15 @@ def _compute(refs: Refs, config: AttentionConfig, reverse: bool, earlier: bool) 
     There are no automatic barriers. Threads exchange data in shared memory in `_inverse` and `_solve`, which separate
     stores from reads by other warps; slots are written by copies alone.
     """
-    program = _Program(config, refs, reverse)
-    ring, g = program.ring, lax.axis_index("warpgroup")
+    g = lax.axis_index("warpgroup")
+    program = _Program(config, refs, reverse, g)
+    ring = program.ring
     position, last = program.order(g), config.warpgroups - 1
     other = last - g
     tiles.copy_indices(refs, g)
+    if "bound" in refs:
+        plgpu.copy_gmem_to_smem(refs.bound.at[program.b, program.h], refs.bound_tile.at[g], refs.bound_ready.at[g])
+        plgpu.barrier_wait(refs.bound_ready.at[g])
     _copy_rows(program, g, jnp.int32(0))
 
     def step(s, count):
@@ -177,7 +207,7 @@ def _compute(refs: Refs, config: AttentionConfig, reverse: bool, earlier: bool) 
         # Under shard_map loaded values vary over mesh axes by their type, values computed in the kernel do not.
         first = None if first is None else tiles.load_tile(first.at[(*rows, program.columns)]) * 1.0
         plgpu.barrier_wait(refs.own_ready.at[g])
-        side = _reverse_side(program, g) if reverse else _forward_side(program, g, rows, earlier)
+        side = _reverse_side(program, g) if reverse else _forward_side(program, g, i, earlier)
 
         def staged(c):
             return c == count + finished - 1
@@ -221,7 +251,7 @@ def _compute(refs: Refs, config: AttentionConfig, reverse: bool, earlier: bool) 
             right = lax.fori_loop(
                 0, exists, lambda _, right: tiles.accumulate(right, partial_products(parts, values)), right
             )
-        _store(program, g, _solve(program, g, inverse, right), (*rows, program.columns))
+        _store(program, g, _solve(program, g, inverse, right), program.place(i, g))
 
         @pl.when((position < last) | (s + 1 == program.blocks))
         def _():
@@ -240,11 +270,13 @@ def _compute(refs: Refs, config: AttentionConfig, reverse: bool, earlier: bool) 
 def _copy_rows(program: _Program, g, s) -> None:
     """Starts the copies of a step's rows of warpgroup g."""
     refs = program.refs
-    rows = program.rows(program.index(s), g)
-    copies = [(refs.q.at[rows], refs.q_tile)]
+    start = program.start("rows")
+    copies = [(refs.q.at[program.rows(program.index(s), g, start)], refs.q_tile)]
     if "q_scalars" in refs:
-        mine = program.index(s) * program.config.warpgroups + g
+        mine = start + program.index(s) * program.config.warpgroups + g
         copies.append((refs.q_scalars.at[program.b, program.h, mine], refs.own_scalars))
+    if "earlier_lse" in refs:
+        copies.append((refs.earlier_lse.at[program.rows(program.index(s), g)], refs.earlier_tile))
     for source, target in copies:
         plgpu.copy_gmem_to_smem(source, target.at[g], refs.own_ready.at[g])
 
@@ -302,10 +334,10 @@ class _Side(NamedTuple):
     finish: Callable
 
 
-def _forward_side(program: _Program, g, rows, earlier: bool) -> _Side:
-    """alpha V less the read of earlier slots, for one warpgroup's rows; stages B A of its own tile."""
+def _forward_side(program: _Program, g, i, earlier: bool) -> _Side:
+    """alpha V less the read of earlier slots, for warpgroup g's rows of block i; stages B A of its own tile."""
     config, refs = program.config, program.refs
-    names, normalized = write_rows(config, False, earlier), config.similarity.normalized
+    names, normalized = write_rows(config, False), config.similarity.normalized
 
     def scalar(name):
         return refs.own_scalars.at[g, names.index(name)]
@@ -319,7 +351,7 @@ def _forward_side(program: _Program, g, rows, earlier: bool) -> _Side:
     def start(value):
         sums = start_sums(config.value_block)
         if earlier and normalized:
-            top = compat.load(scalar("earlier"), plgpu.Layout.WGMMA.reduce(1))
+            top = compat.load(refs.earlier_tile.at[g], plgpu.Layout.WGMMA.reduce(1))
             total = plgpu.layout_cast(jnp.ones((TILE,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
             return RunningSums(top, total, value)
         return sums._replace(value=value) if earlier else sums
@@ -342,13 +374,20 @@ def _forward_side(program: _Program, g, rows, earlier: bool) -> _Side:
         factor = beta
         if normalized:
             total = jnp.where(sums.total > 0, sums.total, 1.0)
-            _store_lse(program, g, rows, sums.top + jnp.log2(total))
+            _store_lse(program, g, program.rows(i, g), sums.top + jnp.log2(total))
             factor = beta / total
             pending = pending * broadcast_rows(jnp.exp2(before - sums.top), TILE)
         _stage(config, refs, g, "own", broadcast_rows(factor, TILE) * weights)
         parts = tiles.split(config, broadcast_rows(-factor, TILE) * pending, config.parts)
-        target = tiles.load_tile(refs.target.at[(*rows, program.columns)])
-        return target - broadcast_rows(factor, config.value_block) * sums.value, parts
+        right = -broadcast_rows(factor, config.value_block) * sums.value
+
+        def add_target(_, right):
+            values = refs.target.at[(*program.rows(i, g, program.start("rows")), program.columns)]
+            alpha = compat.load(scalar("alpha"), plgpu.Layout.WGMMA.reduce(1))
+            return right + broadcast_rows(alpha, config.value_block) * tiles.load_tile(values).astype(jnp.float32)
+
+        # A loop of one step: otherwise the compiler loads them earlier, and spills.
+        return lax.fori_loop(0, 1 + program.zero(), add_target, right), parts
 
     return _Side(start, weigh, add, functools.partial(tiles.zeros, TILE), finish)
 
@@ -367,7 +406,7 @@ def _store_lse(program: _Program, g, rows, lse: Array) -> None:
 def _reverse_side(program: _Program, g) -> _Side:
     """dU less what reaches it from later rows, for one warpgroup's slots; stages (B A)^T of its own tile."""
     config, refs = program.config, program.refs
-    names = write_rows(config, True, False)
+    names = write_rows(config, True)
 
     def scalar(name):
         return refs.own_scalars.at[g, names.index(name)]
@@ -465,30 +504,53 @@ def _solve(program: _Program, g, inverse: tuple[Array, ...], right: Array) -> Ar
 
 
 def write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, target, *rest) -> tuple[Array, ...]:
-    """One device's shard; rest: the read of earlier slots, scalars of queries, scalars of keys, `limit`."""
-    batch, heads, length, value = target.shape
-    rest = list(rest)
+    """One device's shard of a span.
+
+    Args:
+      config: sizes.
+      reverse: whether it is the transposed system.
+      earlier: whether there are slots before the span.
+      k, q: keys and write queries, in reverse the other way round.
+      target: values, in reverse the gradient of u.
+      *rest: where there are earlier slots their read, its log-sum-exp (with a normaliser), the two parts of u of all
+        slots, and `tiles.bounds` of the span's first slot and row: k, q, values and scalars of queries are of all slots
+        and rows then, and u is changed. Scalars of queries, scalars of keys, `limit`.
+
+    Returns:
+      The two parts of the solution, and the log-sum-exp of the span's rows (forward, with a normaliser).
+    """
+    batch, heads, _, value = target.shape
+    rest, length = list(rest), config.span
     # The solution, the triangle and its inverse, and a part of the solution or the operand that has no other place.
     own = config.key + 2 * config.value_block + 4 * TILE + 2 * TILE * (config.key == TILE)
     config = fit(config, config.key + config.parts * config.value_block, own)
     inputs = {"k": k, "q": q, "target": target, "indices": tiles.index_vectors()}
+    solutions: dict[str, Array] = {}
     if earlier:
         inputs["earlier"] = rest.pop(0)
-    rows, columns = write_rows(config, reverse, earlier), write_columns(config, reverse)
+        if config.similarity.normalized:
+            inputs["earlier_lse"] = rest.pop(0)
+        solutions = {f"out{n}": rest.pop(0) for n in range(2)}
+        inputs["bound"] = rest.pop(0)
+    rows, columns = write_rows(config, reverse), write_columns(config, reverse)
     if rows:
         inputs["q_scalars"] = rest.pop(0)
     if columns:
         inputs["k_scalars"] = rest.pop(0)
-    if config.bounded or not reverse:
+    if config.bounded:
         inputs["limit"] = rest.pop(0)
     dtype = jnp.dtype(config.value_dtype)
-    outputs: dict[str, Any] = {f"out{n}": (target.shape, dtype) for n in range(2)}
+    # Inside the caller's shard_map references have no type, and a kernel changes nothing in place.
+    local = not solutions or bool(jax.typeof(solutions["out0"]).manual_axis_type.varying)
+    outputs: dict[str, Any] = {f"out{n}": ((batch, heads, length, value), dtype) for n in range(2)} if local else {}
     # The solutions of the warpgroups lie beside the slots of values.
     scratch = tiles.ring_scratch(config, config.value_block, config.parts, len(columns), config.warpgroups)
     if config.parts == 1:
         scratch["low"] = shared_block(config.warpgroups, TILE, config.value_block, dtype=dtype)
     scratch["q_tile"] = shared_block(config.warpgroups, TILE, config.key, dtype=dtype)
-    scratch["own_ready"] = plgpu.Barrier(num_arrivals=1 + bool(rows), num_barriers=config.warpgroups)
+    scratch["own_ready"] = plgpu.Barrier(
+        num_arrivals=1 + bool(rows) + ("earlier_lse" in inputs), num_barriers=config.warpgroups
+    )
     for name in ("solved",) * (config.warpgroups > 1) + ("stored",):
         scratch[name] = plgpu.Barrier(num_barriers=config.warpgroups)
     widths = [("own", TILE), ("square", TILE)] + [("other", TILE)] * (config.key == TILE)
@@ -499,8 +561,13 @@ def write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, tar
     if config.similarity.normalized and not reverse:
         outputs["lse"] = ((batch, heads, length), jnp.float32)
         scratch["lse_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
+    if "earlier_lse" in inputs:
+        scratch["earlier_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.float32)
+    if solutions:
+        scratch["bound_tile"] = plgpu.SMEM((config.warpgroups, TILE), jnp.int32)
+        scratch["bound_ready"] = plgpu.Barrier(num_barriers=config.warpgroups)
     scratch |= tiles.index_scratch(config)
-    return tiles.call(
+    found = tiles.call(
         config,
         f"write_{'backward' if reverse else 'forward'}",
         functools.partial(_compute, config=config, reverse=reverse, earlier=earlier),
@@ -510,4 +577,14 @@ def write_shard(config: AttentionConfig, reverse: bool, earlier: bool, k, q, tar
         outputs,
         scratch,
         automatic_barriers=False,
+        updated={} if local else solutions,
     )
+    if not local:
+        *lse, high, low = found
+        return high, low, *lse
+    high, low, *lse = found
+    if solutions:
+        start = inputs["bound"][0, 0, 0] * TILE
+        pairs = zip(solutions.values(), (high, low), strict=True)
+        high, low = (lax.dynamic_update_slice_in_dim(x, y, start, 2) for x, y in pairs)
+    return high, low, *lse
