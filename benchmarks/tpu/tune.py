@@ -2,8 +2,8 @@
 
 An entry is a kernel of a matrix memory on one chip, K = V = 128, bfloat16; its candidates are heads per program, and
 how many of them are computed interleaved. The cost is bundles per token and head, forward and backward together. More
-heads give the scheduler more independent work, and more to compile: where costs are equal, the candidate that compiles
-fastest is chosen.
+heads give the scheduler more independent work, and more values to hold: where costs are equal, the candidate with the
+fewest spills is chosen, because the schedule does not know what the copies of the next chunk leave of VMEM's bandwidth.
 
     forward, backward   bundles per token and head
     spills              vector registers stored for lack of registers, per chunk and head, forward / backward
@@ -31,8 +31,8 @@ __all__ = ["ENTRIES", "OUT", "TOLERANCE", "measure", "rank", "versions"]
 ROOT = pathlib.Path(__file__).parents[2]
 OUT = ROOT / "benchmarks" / "results" / "tpu-tune.json"
 
-# The schedules of two versions of a kernel that should be equal differ by so much.
-TOLERANCE = 0.03
+# The schedules of versions of a kernel that should be equal differ by half of this.
+TOLERANCE = 0.08
 
 KINDS = {"v5p:2x2x1": "TPU v5", "v6e:2x2": "TPU v6 lite"}
 
@@ -63,8 +63,8 @@ def versions() -> dict[str, str]:
 
 
 def rank(row: dict[str, Any]) -> float:
-    """Order of candidates of equal cost, least first: seconds to compile."""
-    return row["seconds"]
+    """Order of candidates of equal cost, least first: spills, forward and backward."""
+    return sum(map(int, row["spills"].split(" / ")))
 
 
 @functools.cache

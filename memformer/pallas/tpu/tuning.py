@@ -72,11 +72,11 @@ def _rows(*sizes: tuple[int, int], chunk: int = 128, square: bool = False):
 
 
 # By kind of TPU, for bfloat16. The delta rule's on v5p and v6e are from `python -m benchmarks.tune tpu`, which says how
-# much each choice matters (benchmarks/results/tpu-tune.json); tpu7x has those of v6e, v5e those of v5p. The interleaved
-# heads of v6e were counted again since (docs/performance.md). The others were not searched.
+# much each choice matters (benchmarks/results/tpu-tune.json); tpu7x has those of v6e, v5e those of v5p. The others were
+# not searched.
 TABLE = {
-    "TPU v5 lite": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
-    "TPU v5": _rows((8, 8), (8, 8), (8, 2), (8, 2)),
+    "TPU v5 lite": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
+    "TPU v5": _rows((8, 4), (8, 8), (8, 2), (8, 2)),
     "TPU v6 lite": _rows((8, 2), (8, 8), (8, 4), (8, 4), square=True),
     "TPU7x": _rows((8, 2), (8, 8), (8, 4), (8, 4), square=True),
     "interpreter": _rows(*[(4, 2)] * 4, chunk=16, square=True),

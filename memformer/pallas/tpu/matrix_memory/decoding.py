@@ -10,8 +10,8 @@ which each product that matters is taken. So a token costs the vector unit littl
 several cost about as much as one. Keys are transposed for several heads at once; their products meet zeros in the rows
 of other heads.
 
-With K = V = 128 a head moves 128 KiB of state, and for one token about 10 KiB of rows, so that the least number of
-bundles per head is what these take at the bandwidth of the memory: 240 on v5e, 166 on v5p, 140 on v6e, 39 on one core
+With K = V = 128 a head moves 128 KiB of state, and for one token about 8 KiB of rows, so that the least number of
+bundles per head is what these take at the bandwidth of the memory: 256 on v5e, 177 on v5p, 149 on v6e, 42 on one core
 of tpu7x (CLOCK and BANDWIDTH in benchmarks/tpu/static.py).
 
 What has K channels lies in rows of one array [N, rows, K], what has V channels or is one number per head (decay, erase
