@@ -31,14 +31,15 @@ from memformer.pallas.cache_decoding import MOST_SLOTS, CacheConfig, CacheRead, 
 from memformer.pallas.checks import unsupported
 from memformer.pallas.platform import interpreting_for
 from memformer.pallas.sharding import split_batch_and_heads, varying_result
+from memformer.pallas.tpu import tuning
 from memformer.pallas.tpu.checks import check_tpu
 from memformer.pallas.tpu.interleave import Steps, interleave
 from memformer.pallas.tpu.products import product
 
 __all__ = ["block_slots", "run"]
 
-# Slots times key heads of one block where that is at least `LANES` slots, and bytes of VMEM that a kernel may ask for.
-KEYS, VMEM = 2048, 2**24
+# Slots times key heads of one block where that is at least `LANES` slots.
+KEYS = 2048
 
 # Pairs of key heads that are interleaved.
 TOGETHER = 4
@@ -373,14 +374,12 @@ def _read(op: str, config: BlockConfig, *arrays: Array) -> tuple[Array, Array, A
         out_specs=[of_batch(x) for x in outputs.values()],
         scratch_shapes=list(copies.values()),
     )
-    # Two buffers of each block, and the copies.
-    held = 3 * width * (key * k.dtype.itemsize + value * v.dtype.itemsize)
     o, *stats = pl.pallas_call(
         functools.partial(_kernel, config=config, names=(*inputs, *outputs, *copies)),
         grid_spec=grid,
         out_shape=list(outputs.values()),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=max(VMEM, 2 * held)
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tuning.VMEM_LIMIT
         ),
         name="memformer_attention_decode",
     )(bounds // block, *inputs.values())
