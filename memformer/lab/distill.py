@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from memformer.lab.plots import draw_lines, new_figure
+from memformer.lab.plots import draw_lines, new_figure, point_in
 from memformer.lab.runs import measure_seeds, scores_by_length, training_records
-from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade, numbers_in, percent, spread
+from memformer.lab.study import Result, Row, Runs, Settings, Study, Table, Verdict, grade, percent, spread
 from memformer.training.config import RunError
 from memformer.training.distill import start_student
 from memformer.training.evaluation import LoadedRun, Scorer, parameters_of
@@ -78,19 +78,13 @@ def _judge(result: Result) -> Verdict:
 def _draw(result: Result) -> Any:
     figure, axes = new_figure(1, 1, width=6.0, height=3.6)
     curves = {
-        label: {row["step"]: _band(row["accuracy"]) for row in result.rows(1, run=run)}
+        label: {row["step"]: point_in(row["accuracy"]) for row in result.rows(1, run=run)}
         for label, run in (("distilled student", STUDENT), ("from scratch", SCRATCH))
     }
     draw_lines(axes[0][0], curves)
     axes[0][0].set_xlabel("step")
     axes[0][0].set_ylabel("accuracy in training")
     return figure
-
-
-def _band(cell: Any) -> list[float]:
-    """Mean, least and greatest of the seeds."""
-    found = numbers_in(cell)
-    return found if len(found) == 3 else found * 3
 
 
 DISTILL = Study(

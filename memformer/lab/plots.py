@@ -8,7 +8,7 @@ from typing import Any
 from memformer.lab.study import Result, Row, numbers_in
 from memformer.training.plots import COLOURS
 
-__all__ = ["DOTTED", "Bars", "Lines", "add_legend", "draw_bars", "draw_lines", "line_style", "new_figure"]
+__all__ = ["DOTTED", "Bars", "Lines", "add_legend", "draw_bars", "draw_lines", "line_style", "new_figure", "point_in"]
 
 # Matplotlib keywords of what is compared with: theory, chance, the optimum.
 DOTTED: Mapping[str, Any] = {"color": "0.4", "linestyle": ":", "linewidth": 1.3, "marker": ""}
@@ -185,7 +185,7 @@ class Lines:
         for axis in axes.flat[len(panels) :]:
             axis.set_visible(False)
         for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
-            drawn = {label: {x: _point(y) for x, y in points.items()} for label, points in series.items()}
+            drawn = {label: {x: point_in(y) for x, y in points.items()} for label, points in series.items()}
             draw_lines(axis, drawn, **self.options)
             if levels[title] is not None:
                 axis.axhline(levels[title], label=self.level_label, **DOTTED)
@@ -205,7 +205,7 @@ def _wide(row: Row, points: str) -> dict[float, Any]:
     return {float(x): row[name] for x, name in found.items() if name.endswith(after) and x.isdigit()}
 
 
-def _point(cell: Any) -> Any:
+def point_in(cell: Any) -> Any:
     """y, or (y, low, high) of a cell with three numbers."""
     numbers = numbers_in(cell)
     return numbers if len(numbers) == 3 else numbers[0] if numbers else math.nan
@@ -237,7 +237,7 @@ class Bars:
         """The figure of a result."""
         rows = list(filter(self.keep, result.rows(self.table)))
         groups = [self.joint.join(str(row[name]) for name in self.index) for row in rows]
-        series = {name: [_point(row[name]) for row in rows] for name in self.columns}
+        series = {name: [point_in(row[name]) for row in rows] for name in self.columns}
         figure, axes = new_figure(height=1.1 + (0.16 + 0.2 * len(series)) * len(groups) if self.flat else 3.6)
         draw_bars(axes[0, 0], groups, series, flat=self.flat)
         if self.flat:
