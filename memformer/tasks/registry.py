@@ -9,21 +9,15 @@ from typing import Any
 
 from memformer.core.checks import check, check_choice, check_options
 from memformer.tasks.captions import Captions
+from memformer.tasks.context_free_languages import BracketArithmetic, ReverseString, StackManipulation
 from memformer.tasks.coreference import Coreference
-from memformer.tasks.formal_languages import (
-    CycleNavigation,
-    EvenPairs,
-    ModularArithmetic,
-    Parity,
-    ReverseString,
-    StackManipulation,
-)
 from memformer.tasks.group_words import GroupWords
 from memformer.tasks.language_modeling import LanguageModeling
 from memformer.tasks.lookup import Lookup
 from memformer.tasks.mqar import MQAR
 from memformer.tasks.ntm import AssociativeRecall, Copy, DynamicNGrams, PrioritySort, RepeatCopy
 from memformer.tasks.reachability import Reachability
+from memformer.tasks.regular_languages import CycleNavigation, EvenPairs, ModularArithmetic, Parity
 from memformer.tasks.segment_recall import Remember, Rewrite
 from memformer.tasks.swap import Swap
 from memformer.tasks.task import Task
@@ -40,6 +34,7 @@ TASKS: dict[str, type[Task]] = {
     "even_pairs": EvenPairs,
     "cycle_navigation": CycleNavigation,
     "modular_arithmetic": ModularArithmetic,
+    "bracket_arithmetic": BracketArithmetic,
     "reverse_string": ReverseString,
     "stack_manipulation": StackManipulation,
     "mqar": MQAR,

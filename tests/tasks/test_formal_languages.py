@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from memformer.tasks import (
+    BracketArithmetic,
     CycleNavigation,
     EvenPairs,
     ModularArithmetic,
@@ -43,6 +44,25 @@ def test_values_match_python(modulus):
         text = " ".join(letters[token] for token in source[i]["inputs"][: time + 1])
         assert text.endswith(" =")
         assert value == eval(text[:-1]) % modulus, text
+
+
+@pytest.mark.parametrize("modulus", [5, 7])
+def test_brackets_match_python(modulus):
+    source = BracketArithmetic(modulus=modulus, length=24, min_length=1, prefixes=True).source("train", 1)
+    letters = [*map(str, range(modulus)), "+", "-", "*", "(", ")", "="]
+    for i in range(200):
+        e = source[i]
+        text = "".join(letters[token] for token in e["inputs"][: e["segment_ids"].sum()])
+        assert text.endswith("=") and text.index("=") == len(text) - 1
+        opened = []
+        for time, letter in enumerate(text):
+            if letter == "(":
+                opened.append(time)
+            scored = letter in ")="
+            assert e["loss_weights"][time] == scored
+            if scored:
+                part = text[opened.pop() : time + 1] if letter == ")" else text[:-1]
+                assert e["targets"][time] == eval(part) % modulus, text
 
 
 def test_pairs_are_counted():
@@ -144,13 +164,16 @@ LENGTHS = [
     (ModularArithmetic(length=6, min_length=4), [5]),
     (ModularArithmetic(length=2, min_length=1), [1]),
     (ModularArithmetic().with_length(64), [63]),
+    (BracketArithmetic(), range(3, 41)),
+    (BracketArithmetic(min_length=1).up_to(4), range(1, 5)),
+    (BracketArithmetic().with_length(256), [256]),
 ]
 
 
 @pytest.mark.parametrize("task, lengths", LENGTHS, ids=str)
 def test_lengths_in_use(task, lengths):
     source = task.source("train", 0)
-    extra = isinstance(task, ModularArithmetic)
+    extra = isinstance(task, ModularArithmetic | BracketArithmetic)
     used = [int(source[i]["segment_ids"].sum()) - extra for i in range(26 * len(lengths))]
     assert sorted(set(used)) == list(lengths)
     share = np.bincount(used)[list(lengths)] / len(used) * len(lengths)
@@ -158,7 +181,9 @@ def test_lengths_in_use(task, lengths):
 
 
 @pytest.mark.parametrize(
-    "task", [Parity(), EvenPairs(), CycleNavigation(), ModularArithmetic()], ids=lambda task: task.name
+    "task",
+    [Parity(), EvenPairs(), CycleNavigation(), ModularArithmetic(), BracketArithmetic()],
+    ids=lambda task: task.name,
 )
 def test_answers_are_near_chance(task):
     source = task.source("train", 0)
@@ -180,6 +205,7 @@ def test_scaled_accuracy():
         ({"name": "parity", "min_length": 0}, "min_length must be an integer of at least 1, got 0"),
         ({"name": "cycle_navigation", "places": 1}, "places must be an integer of at least 2, got 1"),
         ({"name": "modular_arithmetic", "modulus": 1}, "modulus must be an integer of at least 2, got 1"),
+        ({"name": "bracket_arithmetic", "modulus": 1}, "modulus must be an integer of at least 2, got 1"),
     ],
     ids=str,
 )

@@ -21,6 +21,7 @@ SPECS = [
     ({"name": "even_pairs"}, 256),
     ({"name": "cycle_navigation"}, 256),
     ({"name": "modular_arithmetic"}, 256),
+    ({"name": "bracket_arithmetic"}, 256),
     ({"name": "reverse_string"}, 256),
     ({"name": "stack_manipulation"}, 256),
     ({"name": "mqar"}, 512),
