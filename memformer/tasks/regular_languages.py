@@ -76,7 +76,23 @@ class EvenPairs(_BitOfBits):
 
 
 @dataclasses.dataclass(frozen=True)
-class CycleNavigation(OneAnswer):
+class _Drifting(OneAnswer):
+    """Base of tasks whose strings are drawn from probabilities of their own with `drift`, in training alone."""
+
+    drift: bool = False
+
+    def source(self, split: str, seed: int) -> SyntheticSource:
+        """Examples of one split, by number."""
+        task = self if split == "train" else dataclasses.replace(self, drift=False)
+        return super(_Drifting, task).source(split, seed)
+
+    def _choose(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Numbers 0, 1, 2, uniform or with probabilities that are uniform on the simplex."""
+        return rng.choice(3, size, p=rng.dirichlet(np.ones(3))) if self.drift else rng.integers(3, size=size)
+
+
+@dataclasses.dataclass(frozen=True)
+class CycleNavigation(_Drifting):
     """Track the position on a cycle, from position 0. Moves are uniform: 0 stay, 1 forward, 2 back.
 
     Attributes:
@@ -100,7 +116,6 @@ class CycleNavigation(OneAnswer):
     name = "cycle_navigation"
 
     places: int = 5
-    drift: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -116,19 +131,13 @@ class CycleNavigation(OneAnswer):
         """Positions."""
         return self.places
 
-    def source(self, split: str, seed: int) -> SyntheticSource:
-        """Examples of one split, by number."""
-        task = self if split == "train" else dataclasses.replace(self, drift=False)
-        return super(CycleNavigation, task).source(split, seed)
-
     def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        size = self._size(rng)
-        moves = rng.choice(3, size, p=rng.dirichlet(np.ones(3))) if self.drift else rng.integers(3, size=size)
+        moves = self._choose(rng, self._size(rng))
         return moves, np.cumsum(np.array([0, 1, -1])[moves]) % self.places
 
 
 @dataclasses.dataclass(frozen=True)
-class ModularArithmetic(OneAnswer):
+class ModularArithmetic(_Drifting):
     """Evaluate an expression such as 3 + 1 * 4 - 2 =, modulo `modulus`.
 
     Digits and the operators +, -, * are uniform; * binds more tightly; the answer is scored at "=". An expression has
@@ -140,6 +149,7 @@ class ModularArithmetic(OneAnswer):
       min_length: minimum number of tokens before "=".
       prefixes: train on the value after every digit too; the other splits score the answer at "=".
       modulus: digits are 0...modulus - 1.
+      drift: train on expressions whose operators have probabilities of their own, as the moves of `CycleNavigation`.
 
     Raises:
       ValueError: an option out of range.
@@ -175,7 +185,7 @@ class ModularArithmetic(OneAnswer):
 
     def _string(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         most = (self.length - 1) // 2
-        operators = rng.integers(3, size=rng.integers(min(self.min_length // 2, most), most + 1))
+        operators = self._choose(rng, int(rng.integers(min(self.min_length // 2, most), most + 1)))
         digits = rng.integers(self.modulus, size=len(operators) + 1)
         tokens = np.full(2 * len(digits), self.modulus + 3)
         tokens[0::2] = digits

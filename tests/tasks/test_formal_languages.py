@@ -108,10 +108,19 @@ def test_prefixes_are_answered_in_training_only(task):
         assert test[i]["loss_weights"].sum() == 1
 
 
-def test_moves_drift_in_training_only():
-    plain, drift = CycleNavigation(), CycleNavigation(drift=True)
-    for i in range(20):
-        assert (drift.source("test", 0)[i]["inputs"] == plain.source("test", 0)[i]["inputs"]).all()
+def test_moves_and_operators_drift_in_training_only():
+    for task in (CycleNavigation, ModularArithmetic):
+        plain, drift = task(), task(drift=True)
+        for i in range(20):
+            assert (drift.source("test", 0)[i]["inputs"] == plain.source("test", 0)[i]["inputs"]).all()
+    operators = [
+        e["inputs"][(e["inputs"] >= 5) & (e["inputs"] < 8)]
+        for e in map(drift.source("train", 0).__getitem__, range(400))
+    ]
+    shares = [np.mean(one == 5) for one in operators if len(one) >= 15]
+    # uniform on the simplex: a share has a variance of 1/18, and 20 uniform ones of 1/90
+    assert np.std(shares) > 0.2
+    drift = CycleNavigation(drift=True)
     # p(forward) - p(back) has a variance of 1/6 over the simplex: 40 moves lead as far as 430 unbiased ones
     train = dataclasses.replace(drift, min_length=40).source("train", 0)
     ends = [sum((0, 1, -1)[move] for move in train[i]["inputs"]) for i in range(400)]
