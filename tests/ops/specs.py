@@ -54,14 +54,14 @@ def log_decay(rng, *shape):
     return -np.exp(rng.uniform(-4.0, 1.1, shape))
 
 
-def recurrent_arrays(decay=None, beta=True, groups=HEADS, positive=False, steps=None, erase=False):
+def recurrent_arrays(decay=None, beta=True, groups=HEADS, positive=False, steps=None, erase=False, width=WIDTH):
     """Arguments of the ops with a matrix state; decay is None, "head" or "channel"."""
 
     def build(rng, batch, length):
         many = () if steps is None else (steps,)
         arrays = {
-            "q": unit(rng, batch, length, groups, WIDTH),
-            "k": unit(rng, batch, length, *many, groups, WIDTH),
+            "q": unit(rng, batch, length, groups, width),
+            "k": unit(rng, batch, length, *many, groups, width),
             "v": rng.standard_normal((batch, length, *many, HEADS, VALUE)),
         }
         if positive:
@@ -69,12 +69,12 @@ def recurrent_arrays(decay=None, beta=True, groups=HEADS, positive=False, steps=
         if beta:
             arrays["beta"] = rng.uniform(0.0, 2.0, (batch, length, *many, HEADS))
         if erase:
-            arrays["w"] = unit(rng, batch, length, *many, groups, WIDTH)
+            arrays["w"] = unit(rng, batch, length, *many, groups, width)
             arrays["alpha"] = rng.uniform(0.0, 2.0, (batch, length, *many, HEADS))
         if decay == "head":
             arrays["decay"] = log_decay(rng, batch, length, HEADS)
         if decay == "channel":
-            arrays["decay"] = log_decay(rng, batch, length, HEADS, WIDTH)
+            arrays["decay"] = log_decay(rng, batch, length, HEADS, width)
         return arrays
 
     return build

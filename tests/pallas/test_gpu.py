@@ -55,23 +55,24 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
-# Documents of two chunks and of one, with padding before, inside and behind them, and places without one. The first
-# row alone where the interpreter takes long.
+# Documents of two chunks and of one, with padding before, inside and behind them, and places without one.
 DOCUMENTS = np.array([[0] * 2 + [4] * 3 + [0] + [4] * 64 + [1] * 5 + [0] * 2, [3] * 77])
+# Op, part of the documents, arrays, key channels (136: two warpgroups with 128 of 256 each), dtype.
 OF_DOCUMENTS = {
-    "delta_rule": (1, recurrent_arrays("channel", groups=1)),
-    "linear_attention": (2, recurrent_arrays("head", beta=False)),
+    "delta_rule": ("delta_rule", DOCUMENTS[:1], recurrent_arrays("channel", groups=1), 8, "bfloat16"),
+    "linear_attention": ("linear_attention", DOCUMENTS, recurrent_arrays("head", beta=False), 8, "bfloat16"),
+    "wide float16": ("delta_rule", DOCUMENTS[:1, 65:], recurrent_arrays(groups=1, width=136), 136, "float16"),
 }
 
 
 @interprets
-@pytest.mark.parametrize("name", OF_DOCUMENTS)
-def test_states_per_document(name, interpreter):
+@pytest.mark.parametrize("case", OF_DOCUMENTS)
+def test_states_per_document(case, interpreter):
     """Output, states and all gradients; a place without a document keeps its state, and its gradient passes."""
-    rng, (rows, arrays) = np.random.default_rng(9), OF_DOCUMENTS[name]
-    ids, states = DOCUMENTS[:rows], rng.standard_normal((rows, 3, 2, 8, 4))
+    rng, (name, ids, arrays, width, dtype) = np.random.default_rng(9), OF_DOCUMENTS[case]
+    states = rng.standard_normal((len(ids), 3, 2, width, 4))
     given = arrays(rng, *ids.shape)
-    given = {key: suite.cast(x, "bfloat16" if key in "qkv" else "float32") for key, x in given.items()}
+    given = {key: suite.cast(x, dtype if key in "qkv" else "float32") for key, x in given.items()}
 
     def run(given, states, implementation):
         options = {"segment_ids": ids, "initial_state": states, "implementation": implementation}
@@ -85,8 +86,8 @@ def test_states_per_document(name, interpreter):
         exact = suite.cast(jax.tree.map(np.asarray, (given, suite.cast(states, "float32"))), "float64")
         want = jax.tree.map(np.asarray, graded(*exact, "recurrent"))
     (_, seen), gradients = got
-    assert_close(seen, want[0][1], FORWARD["bfloat16"])
-    assert_close(gradients, want[1], GRADIENT["bfloat16"])
+    assert_close(seen, want[0][1], FORWARD[dtype])
+    assert_close(gradients, want[1], GRADIENT[dtype])
     assert np.array_equal(seen[1][:, 2], states[:, 2].astype("float32"))
 
 
