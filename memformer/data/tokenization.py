@@ -116,10 +116,19 @@ def training_texts(
     """Yields the texts that `tokenize_corpus` would put into the train split by their hash.
 
     A tokenizer that is trained on them has not seen held-out documents.
+
+    Raises:
+      ValueError: documents of which none is in the train split.
     """
+    shares, read, size, used = {"validation": validation, "test": test}, 0, 0, 0
     for _, record in corpus.read(report=report or _ignore):
-        if split_by_hash(_key(record), test=test, validation=validation) == "train":
+        key = _key(record)
+        read, size = read + 1, size + len(key)
+        if split_by_hash(key, **shares) == "train":
+            used += 1
             yield record.prompt + record.text
+    if read and not used:
+        raise _too_small(f"of {read} document{'s' * (read > 1)} none is in train", shares, size)
 
 
 def _ignore(_: Any) -> None:

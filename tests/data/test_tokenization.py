@@ -16,7 +16,7 @@ from memformer.data.corpus import open_corpus, wrap_source
 from memformer.data.source import SPLITS
 from memformer.data.splits import split_by_hash
 from memformer.data.token_store import TokenStore
-from memformer.data.tokenization import tokenize_corpus
+from memformer.data.tokenization import tokenize_corpus, training_texts
 from memformer.data.tokenizer import ByteTokenizer, train_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -181,6 +181,14 @@ def test_documents_too_few_for_later_splits_are_told_at_the_end(tmp_path):
     corpus = wrap_source([f"{i}" * 100 for i in range(4)])
     with pytest.raises(ValueError, match="too small: of 4 documents none is in"):
         tokenize_corpus(corpus, tmp_path / "store", shard_bytes=100)
+
+
+def test_a_tokenizer_without_a_training_document_is_told_why():
+    # the hash of this text is that of the validation or test split
+    corpus = wrap_source(["one line of text"])
+    with pytest.raises(ValueError, match="too small: of 1 document none is in train.* or give validation = 0"):
+        list(training_texts(corpus))
+    assert list(training_texts(corpus, validation=0, test=0)) == ["one line of text"]
 
 
 def test_splits_far_from_their_share_are_told(tmp_path):
