@@ -57,10 +57,11 @@ def test_packed_against_oracle(name, interpreter):
 
 # Documents of two chunks and of one, with padding before, inside and behind them, and places without one.
 DOCUMENTS = np.array([[0] * 2 + [4] * 3 + [0] + [4] * 64 + [1] * 5 + [0] * 2, [3] * 77])
-# Op, part of the documents, arrays, key channels (136: two warpgroups with 128 of 256 each), dtype.
+# Op, part of the documents, arrays, key channels (two warpgroups share 136, padded to 256, in bfloat16), dtype.
 OF_DOCUMENTS = {
     "delta_rule": ("delta_rule", DOCUMENTS[:1], recurrent_arrays("channel", groups=1), 8, "bfloat16"),
     "linear_attention": ("linear_attention", DOCUMENTS, recurrent_arrays("head", beta=False), 8, "bfloat16"),
+    "wide": ("delta_rule", DOCUMENTS[:1], recurrent_arrays("head", groups=1, width=136), 136, "bfloat16"),
     "wide float16": ("delta_rule", DOCUMENTS[:1, 65:], recurrent_arrays(groups=1, width=136), 136, "float16"),
 }
 

@@ -29,29 +29,31 @@ def test_packed_against_oracle(name, interpreter):
     suite.check(got, suite.oracle(name, "bfloat16"), "bfloat16", name)
 
 
-# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one), query heads, dtype, window
-# (that leaves out a tile), and channels of keys and of values. A softmax read has a sink.
+# Kernels of write and read, tokens (two spans of two tiles of rows with padding, or one), query heads, dtype, options,
+# and channels of keys and of values. The window leaves out a tile; a segment lies in both spans. A softmax read has a
+# sink.
 KERNELS = [
-    ("softmax", "softmax", 130, 1, "bfloat16", None, (136, 4)),
-    ("softmax", "softmax", 130, 1, "float16", None, (8, 4)),
-    ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16", None, (8, 4)),
-    (mf.Kernel("round", decimals=2), "softmax", 200, 1, "bfloat16", 60, (8, 4)),
-    ("linear", mf.Kernel("exp", scale=0.5), 70, 1, "float16", None, (136, 160)),
+    ("softmax", "softmax", 130, 1, "bfloat16", {}, (136, 4)),
+    ("softmax", "softmax", 135, 1, "bfloat16", {"segment_ids": np.repeat([1, 0, 2], [50, 5, 80])[None]}, (72, 4)),
+    ("softmax", "softmax", 130, 1, "float16", {}, (8, 4)),
+    ("relu", mf.Kernel("exp", scale=0.5), 40, 2, "bfloat16", {}, (8, 4)),
+    (mf.Kernel("round", decimals=2), "softmax", 200, 1, "bfloat16", {"window": 60}, (8, 4)),
+    ("linear", mf.Kernel("exp", scale=0.5), 70, 1, "float16", {}, (136, 160)),
 ]
 
 
 @interprets
 @pytest.mark.parametrize(
-    ("write", "read", "length", "heads", "dtype", "window", "widths"),
+    ("write", "read", "length", "heads", "dtype", "options", "widths"),
     KERNELS,
-    ids=["softmax", "float16", "relu", "round", "float16 sums"],
+    ids=["softmax", "segments", "float16", "relu", "round", "float16 sums"],
 )
-def test_kernels(write, read, length, heads, dtype, window, widths, interpreter, monkeypatch):
+def test_kernels(write, read, length, heads, dtype, options, widths, interpreter, monkeypatch):
     """Similarity kernels of every kind, as write and as read kernel, with a decay; float16 has three more digits."""
     monkeypatch.setattr(tuning, "SPANS", ((None, 128),))
     arrays = given(length, (heads, 1), *widths, dtype=dtype, decay=True)
     most = 2e-2 if dtype == "bfloat16" else 2e-3
-    options = {"write_kernel": write, "read_kernel": read, "window": window}
+    options = {"write_kernel": write, "read_kernel": read, **options}
     if read == "softmax":
         arrays["sinks"] = jnp.array([0.5])
     got, gradients = evaluate(arrays, "pallas", **options)
