@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 
 from memformer.lab import STUDIES
+from memformer.lab.ntm import BITS, OPTIMUM, WRONG
+from memformer.lab.study import Result, Table
 from memformer.models import build_model
 from memformer.tasks import make_task
 from memformer.tasks.ntm import optimal_bits
@@ -19,12 +21,12 @@ SHAPES = {
 }
 
 
-def a_run(folder, task, shape, lengths, finished=True):
+def a_run(folder, task, shape, lengths, finished=True, wrong=0.5):
     """The part of a loaded run that the study reads."""
     folder.mkdir()
     records = [{"kind": "train", "step": n, "bits_per_sequence": 10.0 - n, "step_seconds": 2.0} for n in (1, 2, 3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    scores = {str(n): {"bits_per_sequence": float(n), "bit_errors": n / 2} for n in lengths}
+    scores = {str(n): {"bits_per_sequence": float(n), "bit_errors": n * wrong} for n in lengths}
     model = build_model(shape, vocab_size=0, num_classes=task.num_classes, features=task.features, rngs=nnx.Rngs(0))
     return types.SimpleNamespace(
         folder=str(folder),
@@ -41,6 +43,7 @@ def test_tables_verdict_and_figures(tmp_path):
     copy, grams = make_task({"name": "copy", "length": 3}), make_task({"name": "dynamic_ngrams", "length": 20})
     runs = [
         a_run(tmp_path / "a", copy, SHAPES["ntm"], (2, 3, 7)),
+        a_run(tmp_path / "a_seed1", copy, SHAPES["ntm"], (2, 3, 7), wrong=1.0),
         a_run(tmp_path / "b", copy, SHAPES["lstm"], (2, 3, 7)),
         a_run(tmp_path / "c", grams, SHAPES["ntm"], (20,)),
     ]
@@ -48,20 +51,21 @@ def test_tables_verdict_and_figures(tmp_path):
     named = {run.folder: run for run in runs}
     result = study.measure(named, {})
     first, second = (rows for _, rows in result.tables)
-    assert [(row["model"], row["bits per sequence"], row["sequences"]) for row in first] == [
-        ("NTM, LSTM controller", 3.0, 6),
-        ("LSTM", 3.0, 6),
-        ("NTM, LSTM controller", 20.0, 6),
+    assert [(row["model"], row["seeds"], row["wrong bits per sequence"], row["sequences"]) for row in first] == [
+        ("NTM, LSTM controller", 2, "2.25 (1.5 to 3)", 6),
+        ("LSTM", 1, 1.5, 6),
+        ("NTM, LSTM controller", 1, 10.0, 6),
     ]
-    assert first[0]["seconds"] == 6
+    assert first[1]["seconds"] == 6
     # the length of training is a mixture of lengths, and stands in the first table alone
     assert [row["length"] for row in second] == [2, 7, 2, 7]
+    assert result.values["copy: NTM, LSTM controller"]["wrong bits per sequence"] == [1.5, 3.0]
     source = grams.source("test", 0)
     costs = [optimal_bits(np.append(source[i]["inputs"][:, 0], source[i]["targets"][-1, 0])) for i in range(6)]
     assert result.values["optimal bits of dynamic n-grams"] == {"sequences": 6, "bits": round(float(np.mean(costs)), 2)}
     verdict = study.judge(result)
-    assert verdict.kind == "not reproduced" and "copy of 7 vectors: LSTM 3.5 wrong bits, NTM 3.5" in verdict.finding
-    assert "not reproduced: copy to 0.1 wrong bits (1.5, the LSTM has 1.5), n-grams" in verdict.finding
+    assert verdict.kind == "not reproduced" and "copy of 7 vectors: LSTM 3.5 wrong bits, NTM 5.25" in verdict.finding
+    assert "not reproduced: copy (2.2 wrong bits, the LSTM has 1.5), n-grams" in verdict.finding
     assert f"n-grams (20.0 bits, the optimum has {np.mean(costs):.1f})." in verdict.finding
     assert study.summary(result)[1] == {
         "bits per sequence": "dynamic_ngrams",
@@ -69,6 +73,28 @@ def test_tables_verdict_and_figures(tmp_path):
         "LSTM": "",
     }
     assert study.draw(result).axes and list(study.examples(named)) == ["heads"]
+
+
+@pytest.mark.parametrize(
+    ("ntm", "lstm", "bits", "kind"),
+    [
+        ([0.0, 0.1, 3.0], [9.0], 12.0, "confirmed"),
+        ([0.0, 0.2, 3.0], [9.0], 12.0, "not reproduced"),
+        ([0.0, 0.1, 3.0], [0.0], 12.0, "not reproduced"),
+        ([0.0, 0.1, 3.0], [9.0], 15.1, "partly confirmed"),
+    ],
+)
+def test_most_seeds_must_have_learnt(ntm, lstm, bits, kind):
+    scores = {
+        "copy: NTM, LSTM controller": {WRONG: ntm},
+        "copy: LSTM": {WRONG: lstm},
+        "dynamic_ngrams: NTM, LSTM controller": {BITS: [bits]},
+        OPTIMUM: {"bits": 10.0},
+    }
+    tables = [Table(title, [{"task": "recall"}]) for title in ("all", "by length")]
+    verdict = STUDIES["ntm"].judge(Result(tables, scores))
+    assert verdict.kind == kind
+    assert ("copy (2 of 3 seeds)" in verdict.finding) == (ntm[1] == 0.1)
 
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path):
