@@ -55,10 +55,18 @@ def l2norm(x: Float[Array, "... K"], epsilon: float = 1e-6, *, axis: int = -1) -
     The sum is computed in float32, of scaled entries where their squares would overflow or underflow. The gradient is
     finite at x = 0, where the result is 0.
 
+    Raises:
+      ValueError: x is no array of floating dtype, or its axis `axis` is missing or empty.
+
     Example:
       >>> l2norm(jnp.array([3.0, 4.0]))
       Array([0.6, 0.8], dtype=float32)
     """
+    if not (hasattr(x, "dtype") and jnp.issubdtype(x.dtype, jnp.floating)):
+        raise ValueError(f"x must be an array of floating dtype, got {getattr(x, 'dtype', type(x).__name__)}")
+    if not -x.ndim <= axis < x.ndim or x.shape[axis] == 0:
+        raise ValueError(f"x must have an axis {axis} that is not empty, got shape {x.shape}")
+    x = jnp.asarray(x)
     wide = x.astype(accumulation_dtype(x))
     top = lax.stop_gradient(jnp.max(jnp.abs(wide), axis=axis, keepdims=True))
     # The reciprocal of more than 1e37 would not be a normal number.

@@ -1,5 +1,7 @@
 """Shared numerics against numpy in float64, and edge cases: zero vectors, empty rows, large scores."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,20 @@ def test_l2norm_at_zero_is_zero_with_a_finite_gradient():
     np.testing.assert_array_equal(NORMALIZE(x), np.zeros((2, 4)))
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(l2norm(x))))(x)
     assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        ([3.0, 4.0], "x must be an array of floating dtype, got list"),
+        (np.array([3, 4]), "x must be an array of floating dtype, got int64"),
+        (np.float32(3), "x must have an axis -1 that is not empty, got shape ()"),
+        (np.zeros((2, 0), np.float32), "x must have an axis -1 that is not empty, got shape (2, 0)"),
+    ],
+)
+def test_l2norm_refuses(x, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        l2norm(x)
 
 
 def test_l2norm_in_bfloat16_sums_in_float32():
