@@ -21,6 +21,7 @@ __all__ = [
     "check_array",
     "check_at_least",
     "check_choice",
+    "check_floating",
     "check_groups",
     "check_key",
     "check_multiple",
@@ -58,7 +59,8 @@ def check_array(name: str, x: ArrayLike, letters: str, dims: Dims, *, kind: type
       kind: abstract dtype that the argument must have (`jnp.floating`, `jnp.integer`).
 
     Raises:
-      ValueError: not an array, wrong shape, an empty dimension, or wrong dtype.
+      ValueError: not an array, wrong shape, an empty dimension, wrong dtype, or NumPy integers of 64 bits that
+        jax would wrap to other numbers.
 
     Example:
       >>> check_array("q", jnp.zeros((2, 8, 4, 16)), "B T H K", dims := {}).shape
@@ -66,7 +68,7 @@ def check_array(name: str, x: ArrayLike, letters: str, dims: Dims, *, kind: type
     """
     if not hasattr(x, "dtype"):
         raise ValueError(f"{name} must be an array, got {type(x).__name__}")
-    x = jnp.asarray(x)
+    given, x = x, jnp.asarray(x)
     names = letters.split()
     shape = "[" + ", ".join(names) + "]"
     known = all(n in dims for n in names)
@@ -80,8 +82,20 @@ def check_array(name: str, x: ArrayLike, letters: str, dims: Dims, *, kind: type
     if not jnp.issubdtype(x.dtype, kind):
         article = "an" if kind.__name__.startswith("i") else "a"
         raise ValueError(f"{name} must have {article} {kind.__name__} dtype, got {x.dtype}")
+    if isinstance(given, np.ndarray) and kind is jnp.integer:
+        _check_wrapped(name, given, x.dtype)
     dims.update(zip(names, x.shape, strict=True))
     return x
+
+
+def _check_wrapped(name: str, given: np.ndarray, dtype: np.dtype) -> None:
+    # jnp.asarray wraps silently: 2 ** 32 becomes 0, which is padding where ids of segments are meant.
+    if given.dtype.itemsize > dtype.itemsize:
+        limits = np.iinfo(dtype)
+        low, high = given.min(), given.max()
+        if low < limits.min or high > limits.max:
+            outside = low if low < limits.min else high
+            raise ValueError(f"{name} must have values of {dtype} (jax_enable_x64 is off), got {outside}")
 
 
 def _known_sizes(names: Sequence[str], dims: Dims) -> str:
@@ -178,6 +192,23 @@ def check_choice(name: str, value: Any, choices: Collection[Any]) -> None:
     """
     # A list is not hashable, so that a plain `in` on a dict would raise TypeError.
     check(any(value == choice for choice in choices), name, f"one of {', '.join(map(repr, choices))}", value)
+
+
+def check_floating(name: str, dtype: Any) -> np.dtype:
+    """Returns a dtype; it must be a floating one.
+
+    Example:
+      >>> check_floating("dtype", "int8")
+      Traceback (most recent call last):
+      ...
+      ValueError: dtype must be a floating dtype such as 'float32', got 'int8'
+    """
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    check(found is not None and jnp.issubdtype(found, jnp.floating), name, "a floating dtype such as 'float32'", dtype)
+    return found
 
 
 def check_flags(**flags: Any) -> None:

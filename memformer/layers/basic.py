@@ -10,7 +10,7 @@ from flax.core import spmd
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
-from memformer.core.checks import check, check_key, check_number
+from memformer.core.checks import check, check_floating, check_key, check_number
 from memformer.core.types import Array, Float, Int
 from memformer.layers.sharding import auto_axes, dividing_prefix
 
@@ -50,14 +50,7 @@ class Dtypes:
 
     def __post_init__(self):
         for name in ("compute", "param"):
-            try:
-                dtype = jnp.dtype(getattr(self, name))
-            except TypeError:
-                dtype = None
-            if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(
-                    f"{name} dtype must be a floating dtype such as 'float32', got {getattr(self, name)!r}"
-                )
+            dtype = check_floating(f"{name} dtype", getattr(self, name))
             object.__setattr__(self, name, dtype)
 
     @property

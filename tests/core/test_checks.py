@@ -50,6 +50,13 @@ def test_check_array_takes_numpy_integers():
     assert check_array("ids", np.ones((2, 3), np.int32), "B T", {}, kind=jnp.integer).shape == (2, 3)
 
 
+@pytest.mark.parametrize("value", [2**31, -(2**40)])
+def test_check_array_refuses_integers_that_would_wrap(value):
+    ids = np.array([[1, value]])
+    with pytest.raises(ValueError, match=rf"ids must have values of int32 \(jax_enable_x64 is off\), got {value}"):
+        check_array("ids", ids, "B T", {}, kind=jnp.integer)
+
+
 def test_check_multiple():
     assert check_multiple("H", "G", {"H": 6, "G": 2}, "heads") == 3
     assert check_multiple("H", "G", {"H": 6, "G": 6}, "heads") == 1

@@ -194,6 +194,9 @@ def test_errors():
         jax.eval_shape(lambda: mf.softmax_attention(q, k, v, initial_state=plain))
     with pytest.raises(ValueError, match="capacity"):
         mf.init_cache("softmax_attention", batch=1, capacity=-1, groups=1, key_width=8, value_width=8)
+    for dtype in ("int32", "half precision"):
+        with pytest.raises(ValueError, match=f"dtype must be a floating dtype such as 'float32', got '{dtype}'"):
+            mf.init_cache("softmax_attention", batch=1, capacity=1, groups=1, key_width=8, value_width=8, dtype=dtype)
 
 
 def test_large_tiles_are_equal(monkeypatch):

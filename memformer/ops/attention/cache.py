@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from memformer.core.checks import check, check_array, check_choice, check_size
+from memformer.core.checks import check, check_array, check_choice, check_floating, check_size
 from memformer.core.decay import CumulativeDecay, running_decay
 from memformer.core.numerics import accumulation_dtype
 from memformer.core.segments import Segments, clear
@@ -349,7 +349,7 @@ def init_cache(
       The cache, with no slot in use.
 
     Raises:
-      ValueError: an unknown op, or a size below 1.
+      ValueError: an unknown op, a size below 1, or a dtype that is not floating.
 
     Example:
       >>> init_cache("softmax_attention", batch=1, capacity=16, groups=2, key_width=8, value_width=4).v.shape
@@ -358,6 +358,7 @@ def init_cache(
     check_choice("op", op, ("softmax_attention", "deltaformer"))
     sizes = {"batch": batch, "capacity": capacity, "groups": groups, "key_width": key_width, "value_width": value_width}
     batch, capacity, groups, key_width, value_width = (check_size(name, size) for name, size in sizes.items())
+    dtype = check_floating("dtype", dtype)
     kind: type[Cache] = DeltaCache if op == "deltaformer" else KVCache
     value_dtype = accumulation_dtype(jnp.zeros((), dtype)) if op == "deltaformer" else dtype
     slots = (batch, capacity) if documents is None else (batch, check_size("documents", documents), capacity)
