@@ -2,17 +2,18 @@
 
     python train.py --config=configs/hierarchy.py:even_pairs --workdir=runs/even_pairs
     python train.py --config=configs/hierarchy.py:cycle_navigation --workdir=runs/cycle_navigation
+    python train.py --config=configs/hierarchy.py:bracket_arithmetic --workdir=runs/bracket_arithmetic
     python train.py --config=configs/hierarchy.py:reverse_string --workdir=runs/reverse_string
     python train.py --config=configs/hierarchy.py:stack_manipulation --workdir=runs/stack_manipulation
 
 Tested on 40 to 256 tokens. configs/parity.py and configs/modular_arithmetic.py are the other two tasks of that table;
-`python -m memformer.lab hierarchy` trains the four with one answer, `python -m memformer.lab strings` the other two
+`python -m memformer.lab hierarchy` trains the four with one answer, `python -m memformer.lab strings` the two with strings
 (results: docs/results.md).
 """
 
 from memformer.training.config import default_config
 
-VARIANTS = ("even_pairs", "cycle_navigation", "reverse_string", "stack_manipulation")
+VARIANTS = ("even_pairs", "cycle_navigation", "bracket_arithmetic", "reverse_string", "stack_manipulation")
 
 
 def get_config(variant="even_pairs"):

@@ -33,7 +33,7 @@ def a_run(folder, task, shape, lengths):
     draw, rest = np.random.default_rng(0), {}
     params = {name: jax.device_put(draw.normal(size=x.shape).astype(x.dtype)) for name, x in model.params.items()}
     described = {"type": shape["type"], "correction": shape.get("correction", True), "depth": shape["depth"]}
-    config = {"seed": 0, "model": described, "optimizer": {"freeze": ""}}
+    config = {"seed": 0, "model": described}
     return types.SimpleNamespace(
         folder=str(folder),
         task=task,
@@ -55,17 +55,17 @@ def test_it_asks_one_question_and_tabulates_the_answers(tmp_path, monkeypatch):
     (_, rows), (_, layers), (_, (narrow, wide)) = result.tables
     # five keys: no more than five pairs
     assert [list(row) for row in rows] == [["task", "model", "seeds at the last length", "2 pairs", "5 pairs"]] * 2
-    names = [("ARMT, every layer", "1 of 2"), ("RMT", "1 of 1")]
+    names = [("ARMT", "1 of 2"), ("RMT", "1 of 1")]
     assert [(row["model"], row["seeds at the last length"]) for row in rows] == names
-    assert list(result.values) == ["remember ARMT, every layer", "remember RMT"]
+    assert list(result.values) == ["remember ARMT", "remember RMT"]
     assert all(0 <= share <= 1 for scores in result.values.values() for shares in scores.values() for share in shares)
     # one pair is always read, nine by more of the wider keys
     assert narrow["1 pairs"] == wide["1 pairs"] == "100.0%"
     assert float(narrow["9 pairs"][:-1]) < float(wide["9 pairs"][:-1])
     # RMT has no memory in its layers; an untrained ARMT that reads nothing cannot answer
     ((task, model, layer, *norms_and_answers),) = (row.values() for row in layers)
-    assert (task, model, layer) == ("remember", "ARMT, every layer", 1) and float(norms_and_answers[1]) > 0
-    assert study.judge(result).finding.startswith("Exact match after 5 pairs: remember ARMT, every layer ")
+    assert (task, model, layer) == ("remember", "ARMT", 1) and float(norms_and_answers[1]) > 0
+    assert study.judge(result).finding.startswith("Exact match after 5 pairs: remember ARMT ")
     assert study.draw(result).axes
 
 
@@ -79,7 +79,7 @@ def test_questions_ask_the_latest_value():
 
 @pytest.mark.parametrize("exact, without, kind", [(1.0, 0.2, "confirmed"), (0.9, 0.2, "partly"), (0.9, 0.6, "refuted")])
 def test_verdict(exact, without, kind):
-    values = {"rewrite ARMT, last layer": {"2": [1.0], "500": [exact, 1.0]}}
+    values = {"rewrite ARMT": {"2": [1.0], "500": [exact, 1.0]}}
     values["rewrite ARMT without gamma"] = {"500": [0.1, without]}
     result = Result([Table("", [{"x": 1}])], values)
     assert STUDIES["segment_recall"].judge(result).kind.startswith(kind)
