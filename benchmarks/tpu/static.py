@@ -241,7 +241,7 @@ def _decode_row(name: str, topology: str, text: str, loop: Loop) -> dict[str, An
     if not case.slots:
         delta = case.op != "linear_attention"
         step = MatrixStep(case.op, case.length, 1, delta, False, case.decay, case.segments > 0, 1.0)
-        block = matrix_decoding.block_heads(case.batch * case.heads, case.key, case.value)
+        block = matrix_decoding.block_heads(step, case.batch * case.heads, case.key, case.value)
         heads = matrix_decoding.loop_heads(step, block)
     else:
         block = attention_decoding.block_slots(case.slots, case.groups)

@@ -76,6 +76,12 @@ CASES = {
     "erase": (mf.delta_rule, {"decay": "channel", "erase": True}, "bfloat16", True),
     "one token": (mf.delta_rule, {"decay": "head", "tokens": 1}, "float32", False),
     "linear": (mf.linear_attention, {"beta": False, "decay": "channel", "tokens": 1}, "bfloat16", False),
+    "one erase": (
+        mf.delta_rule,
+        {"decay": "channel", "erase": True, "tokens": 1, "key": 12, "value": 130},
+        "float32",
+        True,
+    ),
     "equal keys": (mf.delta_rule, {"tokens": 8, "value": 130, "equal": True}, "bfloat16", False),
 }
 
@@ -88,7 +94,25 @@ def test_against_recurrence(name, interpreter, monkeypatch):
     """
     op, kind, dtype, packed = CASES[name]
     monkeypatch.setattr(decoding, "BLOCKS", 2)
-    compare(op, arguments(np.random.default_rng(3), **kind), dtype, 2e-6, IDS if packed else None)
+    tokens = kind.get("tokens", TOKENS)
+    compare(op, arguments(np.random.default_rng(3), **kind), dtype, 2e-6, IDS[:, -tokens:] if packed else None)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_what_is_not_finite_stays_in_its_example(tokens, name, interpreter, monkeypatch):
+    """Heads share products, also those of other sequences of the batch; a query does not reach the state."""
+    monkeypatch.setattr(decoding, "BLOCKS", 1)
+    arrays = cast(arguments(np.random.default_rng(6), tokens=tokens), "float32")
+    run = jax.jit(functools.partial(mf.delta_rule, implementation="pallas"))
+    right = run(**arrays)
+    bad = np.array(arrays[name])
+    bad[1, -1] = np.nan
+    output, state = run(**{**arrays, name: jnp.asarray(bad)})
+    assert np.isnan(output[1, -1]).all() and np.isnan(state[1]).all() == (name == "k")
+    np.testing.assert_array_equal(output[1, : tokens - 1], right[0][1, : tokens - 1])
+    for got, want in zip((output, state), right, strict=True):
+        np.testing.assert_array_equal(np.delete(got, 1, 0), np.delete(want, 1, 0))
 
 
 @pytest.mark.parametrize("decay", ["head", "channel"])

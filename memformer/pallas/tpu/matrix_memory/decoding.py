@@ -5,10 +5,13 @@ and one update, with decays G from the start of the call and D to its end.
 
     u = a v - b ((G w) S + sum of earlier writes)    o = s ((G q) S + sum of writes)    S' = G S + (D k)^T u
 
-Both products with the state run on the matrix unit, exact to 24 bits: every operand is the sum of three in bfloat16, of
-which each product that matters is taken. So a token costs the vector unit little beyond splitting the state, and
-several cost about as much as one. Keys are transposed for several heads at once; their products meet zeros in the rows
-of other heads.
+Of several writes both products with the state run on the matrix unit, exact to 24 bits: every operand is the sum of
+three in bfloat16, of which each product that matters is taken. So a token costs the vector unit little beyond splitting
+the state. Keys are transposed for several heads at once; their products meet zeros in the rows of other heads.
+
+A single write reads and changes the state on the vector unit, which spares the split. What that needs are keys whose
+numbers lie in all lanes of a row: products of transposed keys with ones, which are exact, and which the matrix unit
+does meanwhile.
 
 With K = V = 128 a head moves 128 KiB of state, and for one token about 8 KiB of rows, so that the least number of
 bundles per head is what these take at the bandwidth of the memory: 256 on v5e, 177 on v5p, 149 on v6e, 42 on one core
@@ -48,6 +51,9 @@ COLUMNS = 128
 # Heads of one step of the loop, if a tile has no more, and how many heads later their results are used: enough to cover
 # the latency.
 HEADS, WRITE_LAG, STORE_LAG = 8, 6, 2
+
+# The same for a single write, whose blocks are twice as large: more heads hide more latency of the first and the last.
+SINGLE_HEADS = 32
 
 # Pairs of summands whose products make up one that is exact to 24 bits, as in `_split`.
 PAIRS = ((0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (2, 0))
@@ -209,7 +215,7 @@ def _write(step: MatrixStep, rows: _Places, keys: _Keys, r: Array, y: Array) -> 
             if step.beta:
                 new = new - y[rows.value(t, f"beta{n}")] * recall(t, row, f"{rows.erase}{n}")
             # Rows of later writes are 0 until then.
-            u = new if many == 1 else jnp.where(place == row, new, 0.0 if u is None else u)
+            u = jnp.where(place == row, new, 0.0 if u is None else u)
         outputs.append(recall(t, rows.reads - step.tokens + t, "q"))
     if step.packed:
         kept = jnp.max(jnp.abs(keys.written[-1]), axis=1, keepdims=True)
@@ -227,16 +233,23 @@ def _update(step: MatrixStep, transposed: Array, at: int, u: Array) -> tuple[Arr
     return added, _product(transposed, _pad_rows([ones], size, at + len(PAIRS) * many))
 
 
+def _is_single(step: MatrixStep) -> bool:
+    return step.tokens * step.writes == 1
+
+
 def _tile(step: MatrixStep, block: int) -> tuple[int, int]:
     """Rows of one head in a tile that is transposed, and heads of the tile."""
-    height = round_up(len(PAIRS) * step.tokens * step.writes + 3 * (step.decay == "channel"), 8)
+    if _is_single(step):
+        height = round_up(3 * len(_Places(step).keys), 8)
+    else:
+        height = round_up(len(PAIRS) * step.tokens * step.writes + 3 * (step.decay == "channel"), 8)
     return height, _divisor(block, max(1, LANES // height))
 
 
 def loop_heads(step: MatrixStep, block: int) -> int:
     """Heads of one step of the loop over a block: whole tiles."""
     _, together = _tile(step, block)
-    return together * _divisor(block // together, max(1, HEADS // together))
+    return together * _divisor(block // together, max(1, (SINGLE_HEADS if _is_single(step) else HEADS) // together))
 
 
 def _divisor(count: int, most: int) -> int:
@@ -244,11 +257,83 @@ def _divisor(count: int, most: int) -> int:
     return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
 
 
+def _value_columns(width: int) -> list[slice]:
+    return [slice(start, min(start + COLUMNS, width)) for start in range(0, width, COLUMNS)]
+
+
+def _broadcast_columns(transposed: Array, at: int, count: int) -> list[Array]:
+    """The vectors of a head with the same number in all lanes, [K, COLUMNS] each.
+
+    Args:
+      transposed: a tile, whose rows from `at` on hold the first summands of all vectors, then the others.
+      at: first row of the head.
+      count: number of vectors.
+    """
+    row = lax.broadcasted_iota(jnp.int32, (transposed.shape[1], COLUMNS), 0) - at
+    ones = [jnp.where((row == n) | (row == n + count) | (row == n + 2 * count), 1.0, 0.0) for n in range(count)]
+    found = _product(transposed, jnp.concatenate(ones, axis=1))
+    return [found[:, n * COLUMNS : (n + 1) * COLUMNS] for n in range(count)]
+
+
+def _single_kernel(x_ref, y_ref, s_ref, o_ref, end_ref, *, step: MatrixStep):
+    """One write of one token, whose reads of the state are sums on the vector unit."""
+    rows, (block, _, width) = _Places(step), s_ref.shape
+    height, together = _tile(step, block)
+    group, names = loop_heads(step, block), [name for _, name in rows.keys]
+
+    def load_state(h, part, columns):
+        """The state before the token, decayed per channel, and the factor per head."""
+        state = s_ref[h, :, part]
+        if step.decay == "channel":
+            return _forget(step, state, columns["decay"][:, : state.shape[1]]), None
+        return state, y_ref[h, :, part][rows.value(0, "decay")] if step.decay else None
+
+    def read(h, part, columns):
+        """Writes the output; returns what the token writes."""
+        x, y, (state, factor) = x_ref[h], y_ref[h, :, part], load_state(h, part, columns)
+
+        def recall(name):
+            found = jnp.sum(columns[name][:, : state.shape[1]] * state, axis=0, keepdims=True)
+            return found if factor is None else _forget(step, found, factor)
+
+        u = y[rows.value(0, "v0")]
+        if step.beta:
+            u = u - y[rows.value(0, "beta0")] * recall(f"{rows.erase}0")
+        if step.packed:
+            kept = jnp.max(jnp.abs(x[rows.key(0, "k0")]), axis=1, keepdims=True)
+            u = jnp.where(kept == 0.0, 0.0, u)
+        score = jnp.sum(x[rows.key(0, "q")] * x[rows.key(0, "k0")], axis=1, keepdims=True)
+        o_ref[h, :, part] = recall("q") + score * u
+        return u
+
+    def write(h, part, columns, u):
+        state, factor = load_state(h, part, columns)
+        state = state if factor is None else _forget(step, state, factor)
+        end_ref[h, :, part] = state + columns["k0"][:, : u.shape[1]] * u
+
+    def run_heads(i, carry):
+        heads = [i * group + j for j in range(group)]
+        columns = []
+        for first in range(0, group, together):
+            tile = [_split(x_ref[h]) for h in heads[first : first + together]]
+            tile = [_pad_rows([x[: len(names)] for x in parts], height) for parts in tile]
+            transposed = jnp.concatenate(tile).T.astype(jnp.bfloat16)
+            for j in range(together):
+                found = _broadcast_columns(transposed, j * height, len(names))
+                columns.append(dict(zip(names, found, strict=True)))
+        work = [(h, part, found) for h, found in zip(heads, columns, strict=True) for part in _value_columns(width)]
+        for one in work:
+            write(*one, read(*one))
+        return carry
+
+    lax.fori_loop(0, block // group, run_heads, 0)
+
+
 def _kernel(x_ref, y_ref, s_ref, o_ref, end_ref, *, step: MatrixStep):
     rows, (block, _, width) = _Places(step), s_ref.shape
     height, together = _tile(step, block)
     group = loop_heads(step, block)
-    columns = [slice(start, min(start + COLUMNS, width)) for start in range(0, width, COLUMNS)]
+    columns = _value_columns(width)
 
     def heads(i, carry):
         parts = [(j, part) for j in range(group) for part in columns]
@@ -287,10 +372,10 @@ def _kernel(x_ref, y_ref, s_ref, o_ref, end_ref, *, step: MatrixStep):
     lax.fori_loop(0, block // group, heads, 0)
 
 
-def block_heads(heads: int, key: int, value: int) -> int:
+def block_heads(step: MatrixStep, heads: int, key: int, value: int) -> int:
     """Heads per program, of all batch rows."""
     size = 4 * round_up(key, 8) * round_up(value, 128)
-    most = max(1, min(BLOCK // size, heads // BLOCKS))
+    most = max(1, min((1 + _is_single(step)) * BLOCK // size, heads // BLOCKS))
     return _divisor(heads, most)
 
 
@@ -299,7 +384,7 @@ def _decode(step: MatrixStep, x: Array, y: Array, state: Array) -> tuple[Array, 
     like = (x, y, state)
     batch, heads, key, value = state.shape
     x, y, state = (z.reshape(-1, *z.shape[2:]) for z in like)
-    block = block_heads(batch * heads, key, value)
+    block = block_heads(step, batch * heads, key, value)
 
     def spec(z):
         return pl.BlockSpec((block, *z.shape[1:]), lambda i: (i, 0, 0))
@@ -309,7 +394,7 @@ def _decode(step: MatrixStep, x: Array, y: Array, state: Array) -> tuple[Array, 
         varying_result(state.shape, jnp.float32, *like),
     ]
     o, end = pl.pallas_call(
-        functools.partial(_kernel, step=step),
+        functools.partial(_single_kernel if _is_single(step) else _kernel, step=step),
         grid=(batch * heads // block,),
         in_specs=[spec(x), spec(y), spec(state)],
         out_specs=[spec(z) for z in out],
@@ -335,6 +420,20 @@ def _pack(arrays: dict[str, Array], kinds: list[list[str]], width: int) -> Array
     return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % 8), (0, 0)))
 
 
+def _isolate(arrays: dict[str, Array]) -> tuple[dict[str, Array], Array]:
+    """Clears what is not finite from vectors with K channels, because heads, also of other sequences, share products.
+
+    Returns:
+      The arrays, values of tokens with such a key being NaN, and whether a query is finite, [B, T, H, 1].
+    """
+    wide = [name for name, x in arrays.items() if x.ndim == 4 and not name.startswith("v")]
+    finite = {name: jnp.all(jnp.isfinite(arrays[name]), axis=3, keepdims=True) for name in wide}
+    stored = functools.reduce(jnp.logical_and, [finite[name] for name in wide if name != "q"])
+    found = dict(arrays) | {name: jnp.where(finite[name], arrays[name], 0.0) for name in wide}
+    found |= {name: jnp.where(stored, x, jnp.nan) for name, x in arrays.items() if name.startswith("v")}
+    return found, finite["q"]
+
+
 def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Runs a few tokens of a matrix memory.
 
@@ -348,10 +447,10 @@ def run(call: MatrixCall) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K 
     step = MatrixStep.of(call)
     if step.tokens * step.writes > MOST_WRITES:
         raise unsupported(call.op, f"for decoding takes at most {MOST_WRITES} writes, got {step.tokens * step.writes}")
-    arrays, rows = step.operands(call), _Places(step)
+    (arrays, readable), rows = _isolate(step.operands(call)), _Places(step)
     x, y = _pack(arrays, rows.key_names, call.q.shape[3]), _pack(arrays, rows.value_names, call.v.shape[3])
     state = vary_like(call.state.astype(jnp.float32), x, y)
     x, y = (vary_like(z, state) for z in (x, y))
     kernel = split_batch_and_heads(_decode, (step,), step.axes, results=2)
     o, end = kernel(x, y, state)
-    return jnp.swapaxes(o, 1, 2), end
+    return jnp.where(readable, jnp.swapaxes(o, 1, 2), jnp.nan), end
