@@ -7,7 +7,7 @@
     python train.py --config=configs/hierarchy.py:stack_manipulation --workdir=runs/stack_manipulation
 
 Tested on 40 to 256 tokens. configs/parity.py and configs/modular_arithmetic.py are the other two tasks of that table;
-`python -m memformer.lab hierarchy` trains four with one answer, `python -m memformer.lab strings` those with strings
+`python -m memformer.lab hierarchy` trains those with one answer, `python -m memformer.lab strings` those with strings
 (results: docs/results.md).
 """
 

@@ -1,19 +1,23 @@
-"""Regular languages of the Chomsky hierarchy, trained on short strings and tested on long ones.
+"""Languages of the Chomsky hierarchy with one answer, trained on short strings and tested on long ones.
 
-Parity, even pairs, cycle navigation and modular arithmetic, with one answer at the end of the string (arXiv 2207.02098,
-whose runs have a million steps). `memformer.lab.strings` has the tasks of the same table that are answered by a string.
+Parity, even pairs, cycle navigation and modular arithmetic, which are regular, and arithmetic with brackets, which is
+context-free (arXiv 2207.02098, whose runs have a million steps). `memformer.lab.strings` has the tasks of the same
+table that are answered by a string.
 
 Here the answer after every prefix is a label in training, which changes neither the language nor the test, and lengths
-grow from 10 to 40. Unbiased moves around a cycle stay near the start, so those of training drift. Two rows take one of
-these away from an LSTM, which is exact with both.
+grow from 10 to 40 (with brackets they are 3 to 40 from the start, because two models never left 10). Unbiased moves
+around a cycle stay near the start, so those of training drift. Two rows take one of these away from an LSTM, which is
+exact with both.
 
 With linear kernels DeltaFormer is the delta rule, so that two more rows are those of arXiv 2411.12537: with beta in
-(0, 1) no transition has a negative eigenvalue.
+(0, 1) no transition has a negative eigenvalue, nor has that of Mamba-2, a decay.
 
 How far arithmetic holds depends on the steps: with a linear read, seed 0 has 98% at 40 tokens and 42% at 100 after 4000
 steps, 100% and 96% after 6000 (320 CPU seconds), and guesses at 250 after both. What fails is the running sum, a cycle
 of five as in cycle navigation, while products hold (BUILD_NOTES.md). With two writes per token, whose product can be a
-rotation, one layer of two seeds in three goes around the cycle at 250 tokens, where two layers of one write guess.
+rotation, one layer of two seeds in three goes around the cycle at 250 tokens, where two layers of one write guess, and
+arithmetic holds further. Its moves drift, too; 8000 steps without drift end where 4000 with it do (seed 0, 39% and 51%
+at 250 tokens), and a norm of the output is worse there (25%).
 """
 
 from collections.abc import Mapping, Sequence
@@ -49,6 +53,7 @@ TASKS: Mapping[str, tuple[Row, int, int]] = {
     "even_pairs": ({"model.depth": 1}, 300, 500),
     "cycle_navigation": ({"task.drift": True}, 1000, 1000),
     "modular_arithmetic": ({"model.depth": 3}, 3000, 4000),
+    "bracket_arithmetic": ({"model.depth": 3, "task.min_length": 3, "train.curriculum.enabled": False}, 3000, 4000),
 }
 # What the claim needs, stated before the runs: a model that is exact has this scaled accuracy at FAR tokens in its best
 # seed (papers report their best run), one that guesses less than GUESS in every seed, and one without negative
@@ -56,21 +61,26 @@ TASKS: Mapping[str, tuple[Row, int, int]] = {
 EXACT, HALF, GUESS, FAR = 0.95, 0.5, 0.2, "250"
 CLAIMED = ("parity", "modular_arithmetic")
 BOUNDED = "linear read, beta in (0, 1)"
+DIAGONAL = "Mamba-2"
 # Two reflections per token make a rotation, so that one layer can go around a cycle of five.
 TWO_WRITES = "linear read, n_h = 2"
 LENGTHS = (40, 100, 250, 500)
 NAMES = tuple(map(str, LENGTHS))
 # Scaled accuracy: table 5 of DeltaFormer, and the best of three runs on 40 to 256 tokens of arXiv 2411.12537. No number
-# of the other two tasks is at hand.
+# of the other two regular tasks is at hand.
 PUBLISHED: Mapping[str, float] = {
     "parity DeltaFormer": 1.0,
     "parity Transformer": 0.04,
     "parity LSTM": 1.0,
     "parity linear read, beta in (0, 1)": 0.017,
+    "parity Mamba-2": 0.0,
     "modular_arithmetic DeltaFormer": 1.0,
     "modular_arithmetic Transformer": 0.053,
     "modular_arithmetic LSTM": 1.0,
     "modular_arithmetic linear read, beta in (0, 1)": 0.314,
+    "modular_arithmetic Mamba-2": 0.095,
+    "bracket_arithmetic DeltaFormer, linear read": 0.260,
+    "bracket_arithmetic linear read, beta in (0, 1)": 0.194,
 }
 
 
@@ -98,11 +108,17 @@ def _rows() -> dict[str, Row]:
     plain: Row = {"output_norm": False, "unit_queries": False}
     for task in WITH_NORM:
         rows |= {f"{task} {read}, no norm": _deltaformer(task, read, **plain) for read in READS}
-    for task in CLAIMED:
+    for task in (*CLAIMED, "bracket_arithmetic"):
         rows[f"{task} {BOUNDED}"] = _deltaformer(task, "DeltaFormer, linear read", beta_limit=1.0)
+        same, _, steps = TASKS[task]
+        rows[f"{task} {DIAGONAL}"] = {"task.name": task, **same, "model.memory": "ssd", "train.steps": steps}
     rows[f"cycle_navigation {TWO_WRITES}"] = {
         **_deltaformer("cycle_navigation", "DeltaFormer, linear read", output_norm=True, unit_queries=True, steps=2),
         "model.depth": 1,
+    }
+    rows[f"modular_arithmetic {TWO_WRITES}"] = {
+        **_deltaformer("modular_arithmetic", "DeltaFormer, linear read", steps=2),
+        "task.drift": True,
     }
     rows["cycle_navigation LSTM, unbiased moves"] = {**rows["cycle_navigation LSTM"], "task.drift": False}
     rows["modular_arithmetic LSTM, one label per string"] = {
@@ -118,8 +134,9 @@ STYLES = {
     "LSTM, one label per string": {"color": COLOURS[3], "marker": "v", "linestyle": ":"},
     "DeltaFormer, no norm": {"color": COLOURS[0], "linestyle": ":"},
     "DeltaFormer, linear read, no norm": {"color": COLOURS[1], "linestyle": ":"},
-    TWO_WRITES: {"color": COLOURS[5], "marker": "^"},
+    TWO_WRITES: {"color": COLOURS[5], "marker": "^", "linestyle": "-"},
     BOUNDED: {"color": COLOURS[4], "marker": "v", "linestyle": ":"},
+    DIAGONAL: {"color": COLOURS[4], "marker": "s", "linestyle": "--"},
 }
 
 
@@ -135,7 +152,7 @@ def _measure(runs: Runs, settings: Settings) -> Result:
     for label, scores in sorted(scaled.items(), key=lambda item: list(TASKS).index(item[0].partition(" ")[0])):
         task, _, model = label.partition(" ")
         columns = {f"at {n}": spread(seeds) for n, seeds in scores.items()}
-        paper = PUBLISHED.get(label.removesuffix(", linear read"))
+        paper = PUBLISHED.get(label, PUBLISHED.get(label.removesuffix(", linear read")))
         rows.append({"task": task, "model": model, **columns, "paper": "" if paper is None else percent(paper)})
     return Result([Table("Scaled accuracy by length (test split): mean of the seeds (least to most)", rows)], scaled)
 
@@ -163,7 +180,9 @@ def _judge(result: Result) -> Verdict:
         f"best seed of DeltaFormer and of the LSTM, in all seeds less than {percent(GUESS, 0)} of the Transformer and "
         f"{percent(HALF, 0)} with beta in (0, 1). At {NAMES[0]} tokens, modular arithmetic: "
         f"{told(CLAIMED[1], NAMES[0], tuple(READS))}. Cycle navigation at {FAR}: "
-        f"{told('cycle_navigation', FAR, ('DeltaFormer, linear read', TWO_WRITES))}.",
+        f"{told('cycle_navigation', FAR, ('DeltaFormer, linear read', TWO_WRITES))}. Modular arithmetic with two "
+        f"writes per token at {' and '.join(NAMES[1:3])}: "
+        f"{' and '.join(spread(result.values[f'{CLAIMED[1]} {TWO_WRITES}'][n]) for n in NAMES[1:3])}.",
     )
 
 
@@ -175,7 +194,7 @@ def _summary(result: Result) -> list[Row]:
 
 HIERARCHY = Study(
     name="hierarchy",
-    title="Chomsky hierarchy: regular languages",
+    title="Chomsky hierarchy: one answer per string",
     claim="On parity and modular arithmetic DeltaFormer and the LSTM are exact at any length (100%) while the "
     "Transformer guesses (52.0%, 24.2%); without negative eigenvalues (beta in (0, 1)) the delta rule learns neither.",
     source="DeltaFormer, NeurIPS 2025, table 5; arXiv 2411.12537, table 2; arXiv 2207.02098, table 2",

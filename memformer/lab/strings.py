@@ -1,6 +1,6 @@
 """Context-free tasks of the Chomsky hierarchy, answered by a string: reverse string, stack manipulation.
 
-The regular languages of the same table are those of `memformer.lab.hierarchy`.
+The tasks of the same table with one answer are those of `memformer.lab.hierarchy`.
 """
 
 from collections.abc import Mapping, Sequence
