@@ -1,14 +1,14 @@
 """Recall by a student made of a teacher with softmax attention, and by the same memory from random weights.
 
     python train.py --config=configs/distill.py --workdir=runs/distill_teacher
-    python train.py --config=configs/distill.py --config.distill.teacher=runs/distill_teacher --config.train.steps=200 \
+    python train.py --config=configs/distill.py --config.distill.teacher=runs/distill_teacher --config.train.steps=400 \
         --workdir=runs/distill_student
-    python train.py --config=configs/distill.py --config.model.memory=gated_delta_rule --config.train.steps=200 \
+    python train.py --config=configs/distill.py --config.model.memory=gated_delta_rule --config.train.steps=400 \
         --workdir=runs/distill_scratch
 
 Three minutes of CPU time in all; `python -m memformer.lab distill` with the three folders compares them. Other seeds:
 --config.seed=1 and folders ..._seed1. Seeds 0, 1, 2: the teacher stops at 99.9% after 320, 510, 440 steps, the student
-ends at 97.2%, 96.6%, 97.9%.
+ends at 98.8%, 98.3%, 99.2% after 400 steps (97.2%, 96.6%, 97.9% after 200).
 """
 
 from memformer.training.config import default_config

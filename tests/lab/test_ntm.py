@@ -3,13 +3,14 @@
 import json
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from memformer.lab import STUDIES
 from memformer.lab.ntm import BITS, OPTIMUM, WRONG
-from memformer.lab.study import Result, Table
+from memformer.lab.study import Result, Table, numbers_in
 from memformer.models import build_model
 from memformer.tasks import make_task
 from memformer.tasks.ntm import optimal_bits
@@ -95,6 +96,31 @@ def test_most_seeds_must_have_learnt(ntm, lstm, bits, kind):
     verdict = STUDIES["ntm"].judge(Result(tables, scores))
     assert verdict.kind == kind
     assert ("copy (2 of 3 seeds)" in verdict.finding) == (ntm[1] == 0.1)
+
+
+def test_a_sort_is_scored_where_priorities_differ(tmp_path, monkeypatch):
+    """A model that answers the sorted vectors, in the order of priorities rounded to 0.01."""
+    task = make_task({"name": "priority_sort", "length": 5, "answers": 3, "bits": 4})
+    runs = {
+        name: a_run(tmp_path / name, task, SHAPES[name], (5, 6), wrong=0.2 if name == "ntm" else 2.0) for name in SHAPES
+    }
+
+    def answer(inputs):
+        order = jnp.argsort(-jnp.round(inputs[:, :5, -1] / 0.01), axis=1, stable=True)[:, :3, None]
+        logits = jnp.full((*inputs.shape[:2], 4), -1.0)
+        best = jnp.take_along_axis(inputs[:, :5, :4], order, axis=1)
+        return types.SimpleNamespace(logits=logits.at[:, 6:9].set(2 * best - 1))
+
+    monkeypatch.setattr(runs["ntm"], "module", lambda: answer)
+    monkeypatch.setattr(
+        runs["lstm"], "module", lambda: lambda x: types.SimpleNamespace(logits=-jnp.ones((*x.shape[:2], 4)))
+    )
+    result = STUDIES["ntm"].measure(runs, {"sorted": 2000})
+    (ntm, lstm) = result.rows(2)
+    assert list(ntm)[1:] == ["below 0.002", "0.002 to 0.005", "0.005 to 0.01", "0.01 to 0.02", "at least 0.02"]
+    assert 0.4 < numbers_in(ntm["below 0.002"])[0] < 0.8 and ntm["at least 0.02"] == "100.0%"
+    assert numbers_in(lstm["at least 0.02"])[0] < 0.05
+    assert STUDIES["ntm"].judge(result).finding.startswith("The NTM learns priority sort (one seed)")
 
 
 def test_runs_that_cannot_be_compared_are_named(tmp_path):
