@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 # time, many by two warpgroups per program.
 CASES = [
     Case("delta_rule", 1, 4096, 8, 1, decay="head", segments=2),
-    Case("delta_rule", 1, 2048, 8, 1, 256, 64, decay="head", segments=2),
+    Case("delta_rule", 1, 4096, 4, 1, 256, decay="head", segments=2),
     Case("linear_attention", 4, 256, 32, 1, decay="head", segments=2),
     Case("softmax_attention", 1, 256, 2, 1, decay="head", segments=2),
     Case("deltaformer", 1, 2048, 2, 1, decay="head", segments=2),

@@ -242,6 +242,9 @@ def _forward_kernel(chunks: _Chunks, config: ScanConfig, g) -> None:
                     _stage(saved)
                 return write(_output(accumulators[-1], 0) if reads else None, v.astype(jnp.float32), (v,))
             if divided:
+                if saves:
+                    # Early: beside what the solve holds there are no registers for it.
+                    _stage(saved)
                 erased = erased + _load_exchanged(chunk.of_keys.at[1 - g])
             erased = scalars.scale_tokens(("decay_in",), erased)
             difference = -erased if v is None else v.astype(jnp.float32) - erased
@@ -255,9 +258,8 @@ def _forward_kernel(chunks: _Chunks, config: ScanConfig, g) -> None:
             o, w = pl.run_scoped(solve, _accumulator(config))
             if saves:
                 parts = list(zip(split_bf16(w, 2), ("w0", "w1"), ("o_stage", "w_stage"), strict=True))
-                _stage(
-                    saved, [(x, targets(name, block)) for x, name, block in (parts[g : g + 1] if divided else parts)]
-                )
+                parts = [(x, targets(name, block)) for x, name, block in (parts[g : g + 1] if divided else parts)]
+                _stage([] if divided else saved, parts)
             u = scalars.scale_tokens(("beta",), w)
             return write(o, u, split_bf16(u, 2))
 
