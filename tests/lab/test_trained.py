@@ -145,7 +145,7 @@ def test_tables_of_the_others(measured):
     assert measured["hierarchy"]["tables"][0]["rows"][0]["paper"] == "100.0%"
     assert set(measured["hierarchy"]["values"]["parity DeltaFormer"]) == {"40"}
     study = measured["words"]
-    assert set(study["values"]["S3 product2"]) == {"8"}
+    assert set(study["values"]["S3 product2"]) == {"8", "32"}
     assert [(row["group"], row["model"]) for row in study["tables"][0]["rows"]] == [("S3", "DeltaProduct, n_h = 2")]
     assert set(measured["reachability"]["values"]["DeltaFormer, 1 layer"]) == {"8"}
     (row,) = measured["capacity_trained"]["tables"][0]["rows"]
