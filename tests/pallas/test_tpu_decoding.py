@@ -98,13 +98,18 @@ def test_against_recurrence(name, interpreter, monkeypatch):
     compare(op, arguments(np.random.default_rng(3), **kind), dtype, 2e-6, IDS[:, -tokens:] if packed else None)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("name", ["q", "k"])
-def test_what_is_not_finite_stays_in_its_example(tokens, name, interpreter, monkeypatch):
-    """Heads share products, also those of other sequences of the batch; a query does not reach the state."""
+def test_what_is_not_finite_stays_in_its_example(name, tokens, packed, interpreter, monkeypatch):
+    """Heads share products, also those of other sequences of the batch; a query does not reach the state.
+
+    Nor is such a key taken for padding.
+    """
     monkeypatch.setattr(decoding, "BLOCKS", 1)
     arrays = cast(arguments(np.random.default_rng(6), tokens=tokens), "float32")
-    run = jax.jit(functools.partial(mf.delta_rule, implementation="pallas"))
+    ids = IDS[:, -tokens:] if packed else None
+    run = jax.jit(functools.partial(mf.delta_rule, segment_ids=ids, implementation="pallas"))
     right = run(**arrays)
     bad = np.array(arrays[name])
     bad[1, -1] = np.nan

@@ -421,7 +421,9 @@ def _pack(arrays: dict[str, Array], kinds: list[list[str]], width: int) -> Array
 
 
 def _isolate(arrays: dict[str, Array]) -> tuple[dict[str, Array], Array]:
-    """Clears what is not finite from vectors with K channels, because heads, also of other sequences, share products.
+    """Replaces vectors with K channels that are not finite, because heads, also of other sequences, share products.
+
+    Such a vector becomes ones, because a key of zeros is padding, whose values are ignored.
 
     Returns:
       The arrays, values of tokens with such a key being NaN, and whether a query is finite, [B, T, H, 1].
@@ -429,7 +431,7 @@ def _isolate(arrays: dict[str, Array]) -> tuple[dict[str, Array], Array]:
     wide = [name for name, x in arrays.items() if x.ndim == 4 and not name.startswith("v")]
     finite = {name: jnp.all(jnp.isfinite(arrays[name]), axis=3, keepdims=True) for name in wide}
     stored = functools.reduce(jnp.logical_and, [finite[name] for name in wide if name != "q"])
-    found = dict(arrays) | {name: jnp.where(finite[name], arrays[name], 0.0) for name in wide}
+    found = dict(arrays) | {name: jnp.where(finite[name], arrays[name], 1.0) for name in wide}
     found |= {name: jnp.where(stored, x, jnp.nan) for name, x in arrays.items() if name.startswith("v")}
     return found, finite["q"]
 
